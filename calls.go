@@ -1,0 +1,136 @@
+package smartvm
+
+import (
+	"context"
+	"encoding/json"
+	"net/netip"
+	"path"
+
+	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/spec"
+)
+
+// call is one PUT to the VMM's API.
+type call struct {
+	Path string `json:"path"`
+	Body any    `json:"body"`
+	send func(context.Context, *firecracker.Client) error
+}
+
+func put[T any](path string, body T, method func(*firecracker.Client, context.Context, T) error) call {
+	return call{path, body, func(ctx context.Context, c *firecracker.Client) error { return method(c, ctx, body) }}
+}
+
+// calls translates a Spec into requests, in an order in which the VMM takes them. Paths are those in the VMM's
+// working directory.
+func calls(s *Spec) []call {
+	m := s.MachineConfig
+	boot := firecracker.BootSource{KernelImagePath: store.KernelFile, BootArgs: s.BootSource.BootArgs}
+	if boot.BootArgs == "" {
+		boot.BootArgs = spec.DefaultBootArgs
+	}
+	if s.BootSource.InitrdPath != "" {
+		boot.InitrdPath = store.InitrdFile
+	}
+	list := []call{
+		put("/machine-config", firecracker.MachineConfiguration{
+			VCPUCount: m.VCPUCount, MemSizeMiB: m.MemSizeMiB, SMT: m.SMT, TrackDirtyPages: m.TrackDirtyPages,
+			HugePages: firecracker.HugePages(m.HugePages), CPUTemplate: firecracker.CPUTemplate(m.CPUTemplate),
+		}, (*firecracker.Client).PutMachineConfig),
+	}
+	if s.CPUConfig != nil {
+		var config firecracker.CPUConfig
+		_ = json.Unmarshal(s.CPUConfig, &config) // validated
+		list = append(list, put("/cpu-config", config, (*firecracker.Client).PutCPUConfig))
+	}
+	list = append(list, put("/boot-source", boot, (*firecracker.Client).PutBootSource))
+	list = append(list, storageCalls(s)...)
+	list = append(list, networkCalls(s)...)
+	return append(list, otherCalls(s)...)
+}
+
+func storageCalls(s *Spec) []call {
+	var list []call
+	for _, d := range s.Drives {
+		list = append(list, put("/drives/"+d.DriveID, firecracker.Drive{
+			DriveID: d.DriveID, PathOnHost: devicePath(d.DriveID), IsRootDevice: d.IsRootDevice, IsReadOnly: d.IsReadOnly,
+			PartUUID: d.PartUUID, CacheType: firecracker.CacheType(d.CacheType), IOEngine: firecracker.IOEngine(d.IOEngine),
+			RateLimiter: rateLimiter(d.RateLimiter),
+		}, (*firecracker.Client).PutDrive))
+	}
+	for _, d := range s.Pmem {
+		list = append(list, put("/pmem/"+d.ID, firecracker.Pmem{
+			ID: d.ID, PathOnHost: devicePath(d.ID), RootDevice: d.IsRootDevice, ReadOnly: d.IsReadOnly,
+			RateLimiter: rateLimiter(d.RateLimiter),
+		}, (*firecracker.Client).PutPmem))
+	}
+	return list
+}
+
+// devicePath is what a drive or pmem file is called in the VMM's working directory.
+func devicePath(id string) string { return path.Join(store.DevicesDir, id) }
+
+func networkCalls(s *Spec) []call {
+	var list []call
+	for _, n := range s.NetworkInterfaces {
+		list = append(list, put("/network-interfaces/"+n.IfaceID, firecracker.NetworkInterface{
+			IfaceID: n.IfaceID, HostDevName: n.HostDevName, GuestMAC: n.GuestMAC, MTU: n.MTU,
+			RxRateLimiter: rateLimiter(n.RxRateLimiter), TxRateLimiter: rateLimiter(n.TxRateLimiter),
+		}, (*firecracker.Client).PutNetworkInterface))
+	}
+	if m := s.MMDS; m != nil {
+		addr, _ := netip.ParseAddr(m.IPv4Address) // validated, or absent
+		list = append(list, put("/mmds/config", firecracker.MMDSConfig{
+			NetworkInterfaces: m.NetworkInterfaces, Version: firecracker.MMDSVersion(m.Version),
+			IPv4Address: addr, IMDSCompat: m.IMDSCompat,
+		}, (*firecracker.Client).PutMMDSConfig))
+	}
+	if v := s.Vsock; v != nil {
+		list = append(list, put("/vsock", firecracker.Vsock{GuestCID: v.GuestCID, UDSPath: store.VsockFile},
+			(*firecracker.Client).PutVsock))
+	}
+	return list
+}
+
+func otherCalls(s *Spec) []call {
+	var list []call
+	if b := s.Balloon; b != nil {
+		list = append(list, put("/balloon", firecracker.Balloon{
+			AmountMiB: b.AmountMiB, DeflateOnOOM: b.DeflateOnOOM, StatsIntervalS: b.StatsPollingIntervalS,
+			FreePageHinting: b.FreePageHinting, FreePageReporting: b.FreePageReporting,
+		}, (*firecracker.Client).PutBalloon))
+	}
+	if e := s.Entropy; e != nil {
+		list = append(list, put("/entropy", firecracker.EntropyDevice{RateLimiter: rateLimiter(e.RateLimiter)},
+			(*firecracker.Client).PutEntropy))
+	}
+	if c := s.Serial; c != nil {
+		list = append(list, put("/serial", firecracker.SerialDevice{RateLimiter: tokenBucket(c.RateLimiter)},
+			(*firecracker.Client).PutSerial))
+	}
+	if h := s.MemoryHotplug; h != nil {
+		list = append(list, put("/hotplug/memory", firecracker.MemoryHotplugConfig{
+			TotalSizeMiB: uint64(h.TotalSizeMiB), SlotSizeMiB: uint64(h.SlotSizeMiB), BlockSizeMiB: uint64(h.BlockSizeMiB),
+		}, (*firecracker.Client).PutMemoryHotplug))
+	}
+	if s.Metrics != nil {
+		list = append(list, put("/metrics", firecracker.Metrics{MetricsPath: store.MetricsFIFO},
+			(*firecracker.Client).PutMetrics))
+	}
+	return list
+}
+
+func rateLimiter(r *RateLimiter) *firecracker.RateLimiter {
+	if r == nil {
+		return nil
+	}
+	return &firecracker.RateLimiter{Bandwidth: tokenBucket(r.Bandwidth), Ops: tokenBucket(r.Ops)}
+}
+
+func tokenBucket(b *TokenBucket) *firecracker.TokenBucket {
+	if b == nil {
+		return nil
+	}
+	return &firecracker.TokenBucket{Size: b.Size, OneTimeBurst: b.OneTimeBurst, RefillTimeMs: b.RefillTime}
+}

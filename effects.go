@@ -1,0 +1,23 @@
+package smartvm
+
+import (
+	"push.rocks/smartvm/internal/cgroup"
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/kernel"
+	"push.rocks/smartvm/internal/stage"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// effects lists every kind of side effect that a VM can have on a host. docs/effects.md explains them and is
+// checked against this list.
+var effects = journal.Kinds{
+	"lease":   func() journal.Effect { return new(store.Lease) },
+	"tree":    func() journal.Effect { return new(stage.Tree) },
+	"file":    func() journal.Effect { return new(stage.File) },
+	"kernel":  func() journal.Effect { return new(kernel.Extracted) },
+	"owner":   func() journal.Effect { return new(stage.Owner) },
+	"link":    func() journal.Effect { return new(stage.Link) },
+	"cgroup":  func() journal.Effect { return new(cgroup.Group) },
+	"process": func() journal.Effect { return new(vmm.Process) },
+}

@@ -1,0 +1,426 @@
+package firecracker_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+
+	"push.rocks/smartvm/firecracker"
+)
+
+func info(c *firecracker.Client, ctx context.Context) error {
+	_, err := c.GetInstanceInfo(ctx)
+	return err
+}
+
+const goodInfo = `{"app_name":"Firecracker","id":"vm","state":"Running","vmm_version":"1.12.1"}`
+
+// TestClient_bytes sees the request as the VMM does: its length announced, in one piece, short lines.
+func TestClient_bytes(t *testing.T) {
+	got := make(chan string, 1)
+	dial, _ := listen(t, func(conn net.Conn, _ int) {
+		buffer := make([]byte, 4096)
+		n, _ := conn.Read(buffer) // of a stream socket, but one write into an empty one is read whole
+		got <- string(buffer[:n])
+		_, _ = io.WriteString(conn, answer(204, ""))
+	})
+	c := newClient(t, dial, v1_12_1)
+	if err := c.PutMMDS(t.Context(), map[string]string{"key": "wert <ü>"}); err != nil {
+		t.Fatal(err)
+	}
+	const want = "PUT /mmds HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n" +
+		"Content-Type: application/json\r\nContent-Length: 19\r\n\r\n" + `{"key":"wert <ü>"}`
+	if got := <-got; got != want {
+		t.Errorf("sent %q\nwant %q", got, want)
+	}
+}
+
+func TestClient_keepsOneConnection(t *testing.T) {
+	dial, dials := listen(t, answering(func(method, _, _ string) string {
+		if method == "GET" {
+			return answer(200, goodInfo)
+		}
+		return answer(400, `{"fault_message":"no"}`)
+	}))
+	c := newClient(t, dial, v1_12_1)
+	var callers sync.WaitGroup
+	for range 8 {
+		callers.Go(func() {
+			for range 20 {
+				if err := info(c, t.Context()); err != nil {
+					t.Error(err)
+				}
+				var fault *firecracker.APIError
+				if err := c.Pause(t.Context()); !errors.As(err, &fault) || fault.Fault != "no" {
+					t.Errorf("got %v, want the VMM's refusal", err)
+				}
+			}
+		})
+	}
+	callers.Wait()
+	if n := dials.Load(); n != 1 {
+		t.Errorf("%d connections, want 1", n)
+	}
+}
+
+// TestClient_redials has the first connection spoilt in some way, and the next call succeed on another.
+func TestClient_redials(t *testing.T) {
+	for name, row := range map[string]struct {
+		first string // sent to the first request
+		fails bool
+	}{
+		"nothing":         {"", true},
+		"garbage":         {"\x00\xff\n\n", true},
+		"not HTTP":        {"220 smtp ready\r\n", true},
+		"status line":     {"HTTP/1.1 204 \r\n", true},
+		"no status":       {"HTTP/1.1 \r\n\r\n", true},
+		"interim status":  {"HTTP/1.1 100 Continue\r\n\r\n" + answer(204, ""), true},
+		"half a body":     {"HTTP/1.1 200 \r\nContent-Length: 100\r\n\r\n{", true},
+		"negative length": {"HTTP/1.1 200 \r\nContent-Length: -1\r\n\r\n{}", true},
+		"bad chunks":      {"HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", true},
+		"endless header":  {"HTTP/1.1 200 \r\nX: " + strings.Repeat("x", 1<<20), true},
+		"many headers":    {"HTTP/1.1 200 \r\n" + strings.Repeat("X: y\r\n", 100_000), true},
+		"parse error":     {answer(400, "{ \"error\": \"Invalid\n header\" }"), true},
+		"too many":        {"HTTP/1.1 503 \r\nConnection: close\r\nContent-Length: 41\r\n\r\n" + `{ "error": "Too many open connections" } `, true},
+		"more than asked": {answer(200, goodInfo) + answer(204, ""), false},
+		"closing":         {"HTTP/1.1 200 \r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}", false},
+		"until the end":   {"HTTP/1.1 200 \r\n\r\n{}", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dial, dials := listen(t, func(conn net.Conn, number int) {
+				if number > 1 {
+					always(answer(200, goodInfo))(conn, number)
+					return
+				}
+				if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+					t.Error(err)
+				}
+				_, _ = io.WriteString(conn, row.first)
+				if half, ok := conn.(*net.UnixConn); ok && !strings.HasPrefix(name, "more") {
+					_ = half.CloseWrite()
+				}
+				_, _ = io.Copy(io.Discard, conn) // until the client drops it
+			})
+			c := newClient(t, dial, v1_12_1)
+			err := info(c, t.Context())
+			if (err != nil) != row.fails {
+				t.Errorf("first call: %v", err)
+			}
+			if err != nil && len(err.Error()) > 300 {
+				t.Errorf("error of %d bytes", len(err.Error()))
+			}
+			if err := info(c, t.Context()); err != nil {
+				t.Errorf("second call: %v", err)
+			}
+			if n := dials.Load(); n != 2 {
+				t.Errorf("%d connections, want 2", n)
+			}
+		})
+	}
+}
+
+func TestClient_badAnswer(t *testing.T) {
+	for _, body := range []string{"", "null", "[]", `{"id":1}`, "{", "\xff"} {
+		dial, _ := listen(t, always(answer(200, body)))
+		c := newClient(t, dial, v1_12_1)
+		err := info(c, t.Context())
+		if (err != nil) != (body != "null") {
+			t.Errorf("%q: %v", body, err)
+		}
+	}
+	dial, _ := listen(t, always(answer(204, "")))
+	if err := info(newClient(t, dial, v1_12_1), t.Context()); err == nil {
+		t.Error("no error though nothing was answered")
+	}
+}
+
+func TestClient_oversizedAnswer(t *testing.T) {
+	for name, row := range map[string]struct{ header, want string }{
+		"announced":    {"HTTP/1.1 200 \r\nContent-Length: 99999999999\r\n\r\n", "body over 16777216 bytes"},
+		"until end":    {"HTTP/1.1 200 \r\n\r\n", "body over 16777216 bytes"},
+		"header":       {"HTTP/1.1 200 \r\nX: ", "headers over 16384 bytes"},
+		"status line":  {"HTTP/1.1 200 ", "headers over 16384 bytes"},
+		"one byte off": {"HTTP/1.1 200 \r\nContent-Length: 16777217\r\n\r\n", "body over 16777216 bytes"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dial, _ := listen(t, func(conn net.Conn, _ int) {
+				if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+					t.Error(err)
+				}
+				if _, err := io.WriteString(conn, row.header); err != nil {
+					t.Error(err)
+				}
+				block := make([]byte, 1<<20)
+				for {
+					if _, err := conn.Write(block); err != nil {
+						return // the client would not have it
+					}
+				}
+			})
+			c := newClient(t, dial, v1_12_1)
+			_, err := c.GetMMDS(t.Context())
+			if err == nil || !strings.Contains(err.Error(), row.want) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
+// TestClient_answeredUnread sends more than the VMM takes: it answers at once and reads no further.
+func TestClient_answeredUnread(t *testing.T) {
+	const refusal = "{ \"error\": \"Request payload with size 4000002 is larger than the limit of 51200 allowed by server.\nAll previous\" }"
+	dial, _ := listen(t, func(conn net.Conn, number int) {
+		if number > 1 {
+			always(answer(200, goodInfo))(conn, number)
+			return
+		}
+		if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+			t.Error(err)
+		}
+		_, _ = io.WriteString(conn, answer(400, refusal))
+		<-t.Context().Done()
+	})
+	c := newClient(t, dial, v1_12_1)
+	err := c.PutMMDS(t.Context(), strings.Repeat("x", 4_000_000))
+	var fault *firecracker.APIError
+	if !errors.As(err, &fault) || fault.Status != 400 || !strings.Contains(fault.Fault, "larger than the limit") {
+		t.Errorf("got %v, want the VMM's refusal", err)
+	}
+	if err := info(c, t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestClient_largeBody is taken, in more than one read.
+func TestClient_largeBody(t *testing.T) {
+	var got int
+	dial, dials := listen(t, answering(func(_, _, body string) string {
+		got = len(body)
+		return answer(204, "")
+	}))
+	c := newClient(t, dial, v1_12_1)
+	for range 2 {
+		if err := c.PutMMDS(t.Context(), strings.Repeat("x", 4_000_000)); err != nil || got != 4_000_002 {
+			t.Errorf("%d bytes arrived, %v", got, err)
+		}
+	}
+	if n := dials.Load(); n != 1 {
+		t.Errorf("%d connections, want 1", n)
+	}
+}
+
+// TestClient_refusedUnread is what the eleventh connection sees: an answer, and a request that cannot be written.
+func TestClient_refusedUnread(t *testing.T) {
+	refused := make(chan struct{})
+	dial, _ := listen(t, func(conn net.Conn, _ int) {
+		_, _ = io.WriteString(conn, "HTTP/1.1 503 \r\nConnection: close\r\nContent-Length: 40\r\n\r\n"+`{ "error": "Too many open connections" }`)
+		_ = conn.Close()
+		close(refused)
+	})
+	c := newClient(t, func(ctx context.Context) (net.Conn, error) {
+		conn, err := dial(ctx)
+		<-refused
+		return conn, err
+	}, v1_12_1)
+	var fault *firecracker.APIError
+	if err := c.Pause(t.Context()); !errors.As(err, &fault) || fault.Status != 503 || fault.Fault != "Too many open connections" {
+		t.Errorf("got %v, want the refusal", err)
+	}
+}
+
+// hanging is a server that tells when it read a request, answers nothing on its first connection, and all on others.
+func hanging(t *testing.T) (firecracker.DialFunc, <-chan struct{}) {
+	asked := make(chan struct{})
+	dial, _ := listen(t, func(conn net.Conn, number int) {
+		if number > 1 {
+			always(answer(200, goodInfo))(conn, number)
+			return
+		}
+		if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+			t.Error(err)
+		}
+		close(asked)
+		_, _ = io.Copy(io.Discard, conn)
+	})
+	return dial, asked
+}
+
+func TestClient_cancel(t *testing.T) {
+	dial, asked := hanging(t)
+	c := newClient(t, dial, v1_12_1)
+	cause := errors.New("user lost patience")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	go func() {
+		<-asked
+		cancel(cause)
+	}()
+	err := c.InstanceStart(ctx)
+	if !errors.Is(err, context.Canceled) || !errors.Is(err, cause) {
+		t.Errorf("got %v, want %v and %v", err, context.Canceled, cause)
+	}
+	if err := info(c, ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("done context: %v", err)
+	}
+	if err := info(c, t.Context()); err != nil {
+		t.Errorf("next call: %v", err)
+	}
+}
+
+func TestClient_deadline(t *testing.T) {
+	dial, _ := hanging(t)
+	c := newClient(t, dial, v1_12_1)
+	ctx, cancel := context.WithTimeout(t.Context(), 1)
+	defer cancel()
+	if err := info(c, ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, want %v", err, context.DeadlineExceeded)
+	}
+}
+
+// TestClient_cancelTooLate cancels when the answer has come: it counts, but the connection was closed meanwhile.
+func TestClient_cancelTooLate(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	dials := 0
+	c := firecracker.New(func(context.Context) (net.Conn, error) {
+		dials++
+		return &conn{answers: io.MultiReader(readFunc(cancel), strings.NewReader(answer(200, goodInfo)))}, nil
+	}, v1_12_1)
+	if err := info(c, ctx); err != nil {
+		t.Error(err)
+	}
+	if err := info(c, t.Context()); err != nil {
+		t.Error(err)
+	}
+	if dials != 2 {
+		t.Errorf("%d connections, want 2", dials)
+	}
+}
+
+// readFunc is called when it is read, and is empty.
+type readFunc func()
+
+func (f readFunc) Read([]byte) (int, error) {
+	f()
+	return 0, io.EOF
+}
+
+// TestClient_cancelQueued cancels a call that waits for another's end.
+func TestClient_cancelQueued(t *testing.T) {
+	dial, asked := hanging(t)
+	c := newClient(t, dial, v1_12_1)
+	ctx, cancel := context.WithCancel(t.Context())
+	first := make(chan error)
+	go func() { first <- c.InstanceStart(ctx) }()
+	<-asked
+	queued, cancelQueued := context.WithCancel(t.Context())
+	cancelQueued()
+	if err := info(c, queued); !errors.Is(err, context.Canceled) {
+		t.Errorf("queued call: %v", err)
+	}
+	cancel()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Errorf("first call: %v", err)
+	}
+}
+
+func TestClient_Close(t *testing.T) {
+	dial, asked := hanging(t)
+	c := firecracker.New(dial, v1_12_1)
+	done := make(chan error)
+	go func() { done <- info(c, t.Context()) }()
+	<-asked
+	for range 2 {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := <-done; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("call under way: %v", err)
+	}
+	if err := info(c, t.Context()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("later call: %v", err)
+	}
+	if err := firecracker.New(noDial, v1_12_1).Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestClient_dialError(t *testing.T) {
+	err := info(firecracker.New(noDial, v1_12_1), t.Context())
+	if !errors.Is(err, errDialed) || err.Error() != "GET /: dialled" {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestClient_badID(t *testing.T) {
+	c := firecracker.New(noDial, v1_16_1)
+	for _, id := range []string{"", "a-b", "a/b", "..", "a b", "a?b", "a\r\nX: y", "ü", strings.Repeat("x", 513)} {
+		for name, err := range map[string]error{
+			"drive":            c.PutDrive(t.Context(), firecracker.Drive{DriveID: id}),
+			"drive update":     c.PatchDrive(t.Context(), firecracker.PartialDrive{DriveID: id}),
+			"drive removal":    c.DeleteDrive(t.Context(), id),
+			"interface":        c.PutNetworkInterface(t.Context(), firecracker.NetworkInterface{IfaceID: id}),
+			"interface update": c.PatchNetworkInterface(t.Context(), firecracker.PartialNetworkInterface{IfaceID: id}),
+			"pmem":             c.PutPmem(t.Context(), firecracker.Pmem{ID: id}),
+		} {
+			if err == nil || errors.Is(err, errDialed) {
+				t.Errorf("%s %q: %v, want it refused", name, id, err)
+			}
+		}
+	}
+}
+
+func TestClient_badBody(t *testing.T) {
+	c := firecracker.New(noDial, v1_16_1)
+	if err := c.PutMMDS(t.Context(), make(chan int)); err == nil || errors.Is(err, errDialed) {
+		t.Errorf("got %v, want it refused", err)
+	}
+}
+
+// TestClient_size bounds what an idle client and its connection cost of the heap.
+func TestClient_size(t *testing.T) {
+	const clients, limit = 64, 8 << 10
+	conns := make([]conn, clients)
+	for i := range conns {
+		conns[i].answers = strings.NewReader(strings.Repeat(answer(200, goodInfo), 2))
+	}
+	kept := make([]*firecracker.Client, clients)
+	var before, after runtime.MemStats
+	collect(&before)
+	for i := range kept {
+		kept[i] = firecracker.New(func(context.Context) (net.Conn, error) { return &conns[i], nil }, v1_12_1)
+		if err := info(kept[i], t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	collect(&after)
+	each := (int64(after.HeapAlloc) - int64(before.HeapAlloc)) / clients
+	runtime.KeepAlive(kept)
+	if each > limit {
+		t.Errorf("%d bytes a client, want at most %d", each, limit)
+	}
+	t.Logf("%d bytes a client", each)
+}
+
+// collect takes two rounds, because a sync.Pool survives one.
+func collect(stats *runtime.MemStats) {
+	runtime.GC()
+	runtime.GC()
+	runtime.ReadMemStats(stats)
+}
+
+// conn is a connection whose answers are there before anything is asked.
+type conn struct {
+	net.Conn
+	answers io.Reader
+}
+
+func (c *conn) Read(p []byte) (int, error)  { return c.answers.Read(p) }
+func (c *conn) Write(p []byte) (int, error) { return len(p), nil }
+func (c *conn) Close() error                { return nil }

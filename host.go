@@ -1,0 +1,356 @@
+package smartvm
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/cgroup"
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// Options configure a Host. The zero value serves.
+type Options struct {
+	// RuntimeDir holds what dies with the VMs. Default: DefaultRuntimeDir().
+	RuntimeDir string `json:"runtimeDir,omitempty"`
+	// DataDir holds what outlives them. Default: /var/lib/smartvm for root, else .local/share/smartvm in
+	// the user's home.
+	DataDir string `json:"dataDir,omitempty"`
+	// FirecrackerBinary is the VMM. Default: "firecracker" in PATH.
+	FirecrackerBinary string `json:"firecrackerBinaryPath,omitempty"`
+	// JailerBinary is the jailer. Default: "jailer" beside the VMM, else in PATH.
+	JailerBinary string `json:"jailerBinaryPath,omitempty"`
+	// Launcher says how VMMs are started. Default: LaunchJailed for root, else LaunchDirect.
+	Launcher Launcher `json:"launcher,omitempty"`
+	// EphemeralWritableDrives gives each VM its own copy of the writable drives that do not say whether they
+	// want one. Nil means true.
+	EphemeralWritableDrives *bool `json:"ephemeralWritableDrives,omitempty"`
+	// StartTimeout bounds the time from the VMM's start until it has taken its configuration. Default:
+	// DefaultStartTimeout.
+	StartTimeout time.Duration `json:"-"`
+	// Log gets what happens. Nil: nobody does.
+	Log *slog.Logger `json:"-"`
+	// Progress is told how far the copy of a drive is, in bytes. It may be nil.
+	Progress func(drive string, done, total int64) `json:"-"`
+
+	trace journal.Trace // the crash matrix's way in
+}
+
+// Launcher is a way to start a VMM.
+type Launcher string
+
+// The launchers.
+const (
+	LaunchDirect Launcher = "direct" // as a child with our rights
+	LaunchJailed Launcher = "jailer" // by Firecracker's jailer: own user, own root; needs root
+)
+
+// DefaultStartTimeout is generous: Firecracker answers within milliseconds, on an emulated host within a second.
+const DefaultStartTimeout = 30 * time.Second
+
+// DefaultRuntimeDir is on the tmpfs at /dev/shm where there is one, else in the directory for temporary files.
+func DefaultRuntimeDir() string {
+	base := "/dev/shm"
+	if fi, err := os.Stat(base); err != nil || !fi.IsDir() {
+		base = os.TempDir()
+	}
+	return filepath.Join(base, ".smartvm", "runtime")
+}
+
+// Host manages the VMs of one runtime directory. Any number of hosts, in any number of processes, may share
+// one. It is safe for concurrent use.
+type Host struct {
+	opts   Options
+	store  *store.Store
+	log    *slog.Logger
+	cgroup string // where VMs get their groups, "" if nowhere
+
+	mu       sync.Mutex
+	machines map[string]*Machine // those that this process looks after
+	binaries map[string]binary   // VMMs whose version is known, by path
+}
+
+type binary struct {
+	path    string // absolute, no symbolic links: the jailer names the jail after it
+	version firecracker.Version
+	id      string // inode, size and time: what the version was asked of
+}
+
+// Open opens a runtime directory, which it makes if need be. It refuses one that another user could have
+// prepared. It changes nothing about any VM; to clean up after a crash call Recover.
+func Open(opts Options) (*Host, error) {
+	if opts.RuntimeDir == "" {
+		opts.RuntimeDir = DefaultRuntimeDir()
+	}
+	if opts.DataDir == "" {
+		opts.DataDir = "/var/lib/smartvm"
+		if home, err := os.UserHomeDir(); os.Geteuid() != 0 && err == nil {
+			opts.DataDir = filepath.Join(home, ".local/share/smartvm")
+		}
+	}
+	if opts.Launcher == "" {
+		opts.Launcher = LaunchDirect
+		if os.Geteuid() == 0 {
+			opts.Launcher = LaunchJailed
+		}
+	}
+	if opts.StartTimeout == 0 {
+		opts.StartTimeout = DefaultStartTimeout
+	}
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if opts.RuntimeDir, err = filepath.Abs(opts.RuntimeDir); err != nil {
+		return nil, fmt.Errorf("open host: %w", err)
+	}
+	st, err := store.Open(opts.RuntimeDir)
+	if errors.Is(err, store.ErrUnsafe) {
+		err = withHint(err, "remove it, or name another with --runtime-dir: it must be yours alone (mode 0700)")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open runtime directory: %w", err)
+	}
+	h := &Host{opts: opts, store: st, log: opts.Log, machines: map[string]*Machine{}, binaries: map[string]binary{}}
+	if h.cgroup, err = cgroup.Parent("smartvm"); err != nil {
+		return nil, fmt.Errorf("open host: %w", err)
+	}
+	return h, nil
+}
+
+// RuntimeDir is the directory that h manages, absolute.
+func (h *Host) RuntimeDir() string { return h.opts.RuntimeDir }
+
+// stageDir is where drives are staged that can be reflinked there. It need not exist.
+func (h *Host) stageDir() string { return filepath.Join(h.opts.DataDir, "staging") }
+
+// Close lets go of the VMs that this process looks after and leaves them running. Recover, in any process, takes them up.
+func (h *Host) Close() error {
+	h.mu.Lock()
+	owned := h.machines
+	h.machines = map[string]*Machine{}
+	h.mu.Unlock()
+	var errs []error
+	for _, m := range owned {
+		errs = append(errs, m.release())
+	}
+	return errors.Join(errs...)
+}
+
+// Create makes a VM that is ready to be started. The spec is checked against itself and the host, everything wrong
+// is reported at once as joined *FieldErrors, and nothing is left behind then. Returns ErrExists where id
+// or name are taken.
+func (h *Host) Create(ctx context.Context, spec Spec) (*Machine, error) {
+	m, lock, err := h.create(ctx, spec, false)
+	if err != nil {
+		return nil, err
+	}
+	return m, lock.Unlock()
+}
+
+// create returns the new VM's lock as well, which the caller gives up.
+func (h *Host) create(ctx context.Context, spec Spec, attached bool) (*Machine, *store.Lock, error) {
+	if err := errors.Join(store.Secure(h.opts.DataDir), store.Secure(h.stageDir())); err != nil {
+		h.log.Debug("no place for reflinks", "err", err)
+	}
+	rec, p, err := h.prepare(ctx, spec)
+	if err != nil {
+		return nil, nil, err
+	}
+	rec.Attached = attached
+	m := h.machine(rec)
+	lock, err := h.store.Create(rec.ID)
+	if errors.Is(err, fs.ErrExist) {
+		return nil, nil, fmt.Errorf("create VM %s: %w", rec.ID, ErrExists)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("create VM %s: %w", rec.ID, err)
+	}
+	if err := m.make(ctx, rec, p); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			err = fmt.Errorf("%w: %w", ErrExists, err)
+		}
+		return nil, nil, errors.Join(&MachineError{ID: rec.ID, Stage: "create", Err: err}, m.erase(ctx, lock))
+	}
+	h.log.Info("created", "vm", rec.ID)
+	return m, lock, nil
+}
+
+// Plan says, as JSON, what creating and starting a VM would do to the host, and does none of it.
+func (h *Host) Plan(ctx context.Context, spec Spec) ([]byte, error) {
+	rec, p, err := h.prepare(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	return makePlan(&rec.Spec, p).MarshalJSON()
+}
+
+// prepare checks spec and gathers what a plan needs, without any effect.
+func (h *Host) prepare(ctx context.Context, spec Spec) (*record, *proposal, error) {
+	if spec.ID == "" {
+		spec.ID = randomHex(6)
+	}
+	if err := spec.Validate(); err != nil {
+		return nil, nil, err
+	}
+	bin, err := h.firecracker(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	rec := &record{Version: recordVersion, Nonce: randomHex(4), Created: time.Now().UTC(), ID: spec.ID, Spec: spec}
+	rec.Binary, rec.BinaryVersion = bin.path, bin.version.String()
+	if h.opts.Launcher == LaunchJailed {
+		if rec.Jailer, err = h.jailer(bin); err != nil {
+			return nil, nil, err
+		}
+	}
+	if h.cgroup != "" {
+		rec.Cgroup = filepath.Join(h.cgroup, rec.ID+"-"+rec.Nonce)
+	}
+	rec.Ephemeral = h.opts.EphemeralWritableDrives == nil || *h.opts.EphemeralWritableDrives
+	if err := resolve(&rec.Spec, bin.version, rec.Ephemeral); err != nil {
+		return nil, nil, err
+	}
+	p, err := h.proposal(rec)
+	return rec, p, err
+}
+
+// Machine finds a VM by its id, its name or the beginning of its id, if only one has it. Returns ErrNotFound.
+func (h *Host) Machine(_ context.Context, ref string) (*Machine, error) {
+	id := h.store.Holder("name", ref)
+	if id == "" {
+		ids, err := h.store.List()
+		if err != nil {
+			return nil, err
+		}
+		if !slices.Contains(ids, ref) {
+			ids = slices.DeleteFunc(ids, func(id string) bool { return !strings.HasPrefix(id, ref) })
+			if len(ids) > 1 {
+				return nil, fmt.Errorf("VM %q: %w: %s begin so", ref, ErrNotFound, strings.Join(ids, ", "))
+			}
+			if len(ids) == 0 || ref == "" {
+				return nil, withHint(fmt.Errorf("VM %q: %w", ref, ErrNotFound), "smartvm ps lists the VMs there are")
+			}
+			ref = ids[0]
+		}
+		id = ref
+	}
+	return h.byID(id)
+}
+
+func (h *Host) byID(id string) (*Machine, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if m := h.machines[id]; m != nil {
+		return m, nil
+	}
+	rec, err := readRecord(h.store, id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("VM %q: %w", id, ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("VM %q: %w", id, err)
+	}
+	return h.machine(rec), nil
+}
+
+// Machines returns all VMs, by id. One that comes or goes meanwhile may be in it or not.
+func (h *Host) Machines(context.Context) ([]*Machine, error) {
+	ids, err := h.store.List()
+	if err != nil {
+		return nil, err
+	}
+	var all []*Machine
+	for _, id := range ids {
+		if m, err := h.byID(id); err == nil {
+			all = append(all, m)
+		} else if !errors.Is(err, ErrNotFound) {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// firecracker finds the VMM and its version, which it asks once for each file.
+func (h *Host) firecracker(ctx context.Context) (binary, error) {
+	name := h.opts.FirecrackerBinary
+	if name == "" {
+		name = "firecracker"
+	}
+	hint := "install Firecracker " + firecracker.MinVersion.String() + " or newer, or name it with --firecracker"
+	path, err := findBinary(name)
+	if err != nil {
+		return binary{}, withHint(fmt.Errorf("find Firecracker: %w", err), "%s", hint)
+	}
+	b := binary{path: path, id: fileID(path)}
+	h.mu.Lock()
+	known, ok := h.binaries[path]
+	h.mu.Unlock()
+	if ok && known.id == b.id {
+		return known, nil
+	}
+	if b.version, err = vmm.Version(ctx, path); err != nil {
+		return binary{}, withHint(err, "is it Firecracker? %s", hint)
+	}
+	if !b.version.AtLeast(firecracker.MinVersion) {
+		return binary{}, withHint(fmt.Errorf("%s is Firecracker %s: %w", path, b.version, ErrNotSupported), "%s", hint)
+	}
+	h.mu.Lock()
+	h.binaries[path] = b
+	h.mu.Unlock()
+	return b, nil
+}
+
+func (h *Host) jailer(vmm binary) (string, error) {
+	if os.Geteuid() != 0 {
+		return "", withHint(fmt.Errorf("jail VMM: %w", fs.ErrPermission), "the jailer needs root; --launcher direct does not")
+	}
+	if !strings.Contains(filepath.Base(vmm.path), "firecracker") {
+		return "", withHint(fmt.Errorf("jail VMM: the jailer takes no file named %q", filepath.Base(vmm.path)),
+			"its name must contain \"firecracker\"")
+	}
+	name := h.opts.JailerBinary
+	if name == "" {
+		name = filepath.Join(filepath.Dir(vmm.path), "jailer")
+		if _, err := os.Stat(name); err != nil {
+			name = "jailer"
+		}
+	}
+	path, err := findBinary(name)
+	if err != nil {
+		return "", withHint(fmt.Errorf("find jailer: %w", err), "it comes with Firecracker; name it with --jailer, or do without: --launcher direct")
+	}
+	return path, nil
+}
+
+// findBinary returns the program that name leads to, free of symbolic links.
+func findBinary(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", err
+	}
+	if path, err = filepath.Abs(path); err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(path)
+}
+
+func randomHex(n int) string {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}

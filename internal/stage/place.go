@@ -1,0 +1,81 @@
+package stage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Item is a file of the host that the VMM is given under a name in its working directory.
+type Item struct {
+	Source   string // absolute
+	Name     string // relative, "drives/rootfs"
+	Writable bool   // the VMM's user owns Source then
+}
+
+// Bind is a bind mount that an Item needs, made where only the VMM sees it.
+type Bind struct {
+	Source, Target string
+	ReadOnly       bool
+}
+
+// PlaceLinks gives a VMM that is not jailed its items: a symbolic link for each, below root.
+func PlaceLinks(root string, items []Item) error {
+	for _, it := range items {
+		path := filepath.Join(root, it.Name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.Symlink(it.Source, path)); err != nil {
+			return fmt.Errorf("place %s: %w", it.Source, err)
+		}
+	}
+	return nil
+}
+
+// PlaceJailed gives a VMM that runs as uid its items below root, the jail: by hard link, or a device node; else
+// by a bind mount, for which it returns the list and leaves an empty file to mount on; else, where the
+// VMM's user may not read the file, by a copy.
+func PlaceJailed(ctx context.Context, root string, uid int, items []Item) ([]Bind, error) {
+	var binds []Bind
+	for _, it := range items {
+		bind, err := placeJailed(ctx, filepath.Join(root, it.Name), uid, it)
+		if err != nil {
+			return nil, fmt.Errorf("place %s: %w", it.Source, err)
+		}
+		if bind {
+			binds = append(binds, Bind{Source: it.Source, Target: filepath.Join(root, it.Name), ReadOnly: !it.Writable})
+		}
+	}
+	return binds, nil
+}
+
+func placeJailed(ctx context.Context, path string, uid int, it Item) (bind bool, err error) {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return false, err
+	}
+	fi, err := os.Stat(it.Source)
+	if err != nil {
+		return false, err
+	}
+	if fi.Mode()&fs.ModeDevice != 0 {
+		st := fi.Sys().(*syscall.Stat_t)
+		return false, errors.Join(unix.Mknod(path, unix.S_IFBLK|0o600, int(st.Rdev)), os.Lchown(path, uid, uid))
+	}
+	if !it.Writable && fi.Mode().Perm()&0o004 == 0 {
+		return false, (&File{Source: it.Source, Target: path, UID: uid}).Apply(ctx)
+	}
+	// AT_SYMLINK_FOLLOW: a link to the file, not to a symbolic link that leads out of the jail.
+	err = unix.Linkat(unix.AT_FDCWD, it.Source, unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
+	switch {
+	case err == nil:
+		return false, nil
+	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EMLINK), errors.Is(err, unix.EPERM):
+		return true, os.WriteFile(path, nil, 0o600)
+	}
+	return false, err
+}

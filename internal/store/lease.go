@@ -1,0 +1,72 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Lease is the claim of one VM to a name that may be used once: a VM's second name, a user id, a drive that
+// is written in place. It is a symbolic link whose target is the owner's id: made whole by one call, or not.
+type Lease struct {
+	Dir   string `json:"dir"`
+	Kind  string `json:"kind"` // "name", "uid", "drive"
+	Name  string `json:"name"`
+	Owner string `json:"owner"`
+}
+
+// Lease describes a lease of this store. It is not taken until Apply.
+func (s *Store) Lease(kind, name, owner string) *Lease {
+	return &Lease{Dir: filepath.Join(s.dir, LeaseDir), Kind: kind, Name: name, Owner: owner}
+}
+
+// TakenError says whose lease is in the way. It is fs.ErrExist.
+type TakenError struct {
+	Kind, Name, Owner string
+}
+
+func (e *TakenError) Error() string {
+	return fmt.Sprintf("%s %q is taken by VM %s", e.Kind, e.Name, e.Owner)
+}
+
+func (e *TakenError) Unwrap() error { return fs.ErrExist }
+
+// Apply takes the lease. Returns *TakenError if it is taken, be it by the owner itself.
+func (l *Lease) Apply(context.Context) error {
+	err := os.Symlink(l.Owner, l.path())
+	if errors.Is(err, fs.ErrExist) {
+		return &TakenError{Kind: l.Kind, Name: l.Name, Owner: l.holder()}
+	}
+	if err != nil {
+		return fmt.Errorf("take lease: %w", err)
+	}
+	return nil
+}
+
+// Revert gives the lease back, if it is still the owner's.
+func (l *Lease) Revert(context.Context) error {
+	if l.holder() != l.Owner {
+		return nil
+	}
+	if err := os.Remove(l.path()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("release lease: %w", err)
+	}
+	return nil
+}
+
+// path is one file for each kind and name: neither can bring in a separator.
+func (l *Lease) path() string {
+	return filepath.Join(l.Dir, l.Kind+"."+strings.NewReplacer("%", "%25", "/", "%2f").Replace(l.Name))
+}
+
+func (l *Lease) holder() string {
+	owner, _ := os.Readlink(l.path())
+	return owner
+}
+
+// Holder returns the VM that has a name, "" if none has.
+func (s *Store) Holder(kind, name string) string { return s.Lease(kind, name, "").holder() }

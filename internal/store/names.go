@@ -1,0 +1,36 @@
+package store
+
+// Every file name we use below a runtime directory. docs/layout.md explains them and is checked against this list.
+const (
+	// LeaseDir holds a symbolic link for each name that is taken, "kind.name" -> id of its VM.
+	LeaseDir = ".leases"
+
+	// In a VM's directory, <runtime>/<id>/:
+
+	LockFile      = "lock"            // flock: held by the process that looks after the VM
+	MachineFile   = "machine.json"    // what was asked for; the VM exists while this file does
+	ExitFile      = "exit.json"       // how the last run ended
+	CreateJournal = "create.journal"  // effects that end with Remove
+	RunJournal    = "run.journal"     // effects that end with Stop
+	ConsoleLog    = "console.log"     // what the guest wrote to its serial port, the newest part
+	VMMLog        = "firecracker.log" // what the VMM logged, the newest part
+	RotatedSuffix = ".1"              // added to a log's name: its older half
+	DriveDir      = "drives"          // staged copies, by device id
+	RunDir        = "run"             // what one run makes
+
+	// In RunDir:
+
+	ConsoleFIFO = "console.fifo" // the VMM's standard output
+	RootDir     = "root"         // the VMM's working directory, where it is not jailed
+	JailDir     = "jail"         // the jailer's base directory, where it is
+
+	// In the VMM's working directory (RootDir, or the jail's root), the names that it is given:
+
+	SocketFile  = "firecracker.socket"
+	LogFIFO     = "log.fifo"     // the VMM's log
+	MetricsFIFO = "metrics.fifo" // the VMM's metrics, if asked for
+	KernelFile  = "kernel"
+	InitrdFile  = "initrd"
+	VsockFile   = "vsock.socket"
+	DevicesDir  = "drives" // drives and pmem files, by device id
+)

@@ -1,0 +1,214 @@
+// Package store keeps a directory for each VM, says who looks after it (a lock), and hands out names that must
+// be unique (leases). Many processes share one store.
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Store is a directory with a directory for each VM. Safe for concurrent use.
+type Store struct {
+	dir string
+}
+
+// Errors of this package. fs.ErrNotExist and fs.ErrExist tell of VM directories that are not there or are.
+var (
+	ErrUnsafe = errors.New("unsafe directory")
+	ErrLocked = errors.New("locked by another process")
+)
+
+// Open makes dir if need be and checks that nobody but us can have prepared it: not a symbolic link, ours, mode
+// 0700. The parent may be world-writable. Errors of that check are ErrUnsafe.
+func Open(dir string) (*Store, error) {
+	for _, d := range []string{dir, filepath.Join(dir, LeaseDir)} {
+		if err := Secure(d); err != nil {
+			return nil, err
+		}
+	}
+	return &Store{dir: dir}, nil
+}
+
+// Secure makes dir, and the parents it lacks, with mode 0700, and checks what Open promises.
+func Secure(dir string) error {
+	err := os.Mkdir(dir, 0o700)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+			return fmt.Errorf("make directory: %w", err)
+		}
+		err = os.Mkdir(dir, 0o700)
+	}
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("make directory: %w", err)
+	}
+	fi, err := os.Lstat(dir)
+	if err != nil {
+		return fmt.Errorf("check directory: %w", err)
+	}
+	st := fi.Sys().(*syscall.Stat_t)
+	switch {
+	case fi.Mode()&fs.ModeSymlink != 0:
+		return fmt.Errorf("%w: %s is a symbolic link", ErrUnsafe, dir)
+	case !fi.IsDir():
+		return fmt.Errorf("%w: %s is not a directory", ErrUnsafe, dir)
+	case int(st.Uid) != os.Geteuid():
+		return fmt.Errorf("%w: %s belongs to user %d, not to user %d", ErrUnsafe, dir, st.Uid, os.Geteuid())
+	case fi.Mode().Perm() != 0o700:
+		return fmt.Errorf("%w: %s has mode %04o, not 0700", ErrUnsafe, dir, fi.Mode().Perm())
+	}
+	return nil
+}
+
+// Path is the store's own directory.
+func (s *Store) Path() string { return s.dir }
+
+// List returns the ids that have a directory, sorted. Some may be half made or half removed.
+func (s *Store) List() ([]string, error) {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("list VMs: %w", err)
+	}
+	var ids []string
+	for _, e := range entries {
+		if e.IsDir() && !strings.HasPrefix(e.Name(), ".") {
+			ids = append(ids, e.Name())
+		}
+	}
+	return ids, nil
+}
+
+// Dir is where a VM's files are, whether or not they are there.
+func (s *Store) Dir(id string) string { return filepath.Join(s.dir, id) }
+
+// Lock is the right to look after one VM. It goes with the process that holds it, but a child process that
+// was forked and has not yet called exec keeps it too, so whoever gets a lock finds no half-started VMM.
+type Lock struct {
+	f *os.File
+}
+
+// Create makes a VM's directory and takes its lock. Returns fs.ErrExist when there is one.
+func (s *Store) Create(id string) (*Lock, error) {
+	// Between mkdir and the lock the directory looks abandoned; Reap waits for this shared lock.
+	root, err := s.lockRoot(unix.LOCK_SH)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	if err := os.Mkdir(s.Dir(id), 0o700); err != nil {
+		return nil, fmt.Errorf("create VM directory: %w", err)
+	}
+	return s.tryLock(id, os.O_CREATE)
+}
+
+// TryLock takes a VM's lock, or returns ErrLocked at once. Returns fs.ErrNotExist when the VM is gone.
+func (s *Store) TryLock(id string) (*Lock, error) { return s.tryLock(id, 0) }
+
+func (s *Store) tryLock(id string, flag int) (*Lock, error) {
+	path := filepath.Join(s.Dir(id), LockFile)
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|flag, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock VM: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, ErrLocked
+		}
+		return nil, fmt.Errorf("lock VM: %w", err)
+	}
+	// The last holder may have removed the VM, and another may have made it anew.
+	var held, there unix.Stat_t
+	if err := errors.Join(unix.Fstat(int(f.Fd()), &held), unix.Stat(path, &there)); err != nil || held.Ino != there.Ino {
+		f.Close()
+		return nil, fmt.Errorf("lock VM: %w", fs.ErrNotExist)
+	}
+	return &Lock{f}, nil
+}
+
+// lockPoll is how often Lock looks again. flock cannot wait under a context.
+const lockPoll = 2 * time.Millisecond
+
+// Lock waits for a VM's lock. Returns fs.ErrNotExist when the VM is gone, the context's cause when it ends.
+func (s *Store) Lock(ctx context.Context, id string) (*Lock, error) {
+	tick := time.NewTicker(lockPoll)
+	defer tick.Stop()
+	for {
+		l, err := s.TryLock(id)
+		if !errors.Is(err, ErrLocked) {
+			return l, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("lock VM: %w: %w", ErrLocked, context.Cause(ctx))
+		case <-tick.C:
+		}
+	}
+}
+
+// Unlock lets another process look after the VM. It is idempotent.
+func (l *Lock) Unlock() error {
+	if err := l.f.Close(); err != nil && !errors.Is(err, fs.ErrClosed) {
+		return fmt.Errorf("unlock VM: %w", err)
+	}
+	return nil
+}
+
+// Remove deletes a VM's directory, whose lock the caller holds and then has no more use for.
+func (s *Store) Remove(id string, l *Lock) error {
+	// The lock file goes last: while it is there nobody else begins.
+	entries, err := os.ReadDir(s.Dir(id))
+	if err != nil {
+		return errors.Join(fmt.Errorf("remove VM directory: %w", err), l.Unlock())
+	}
+	var errs []error
+	for _, e := range entries {
+		if e.Name() != LockFile {
+			errs = append(errs, os.RemoveAll(filepath.Join(s.Dir(id), e.Name())))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return errors.Join(fmt.Errorf("remove VM directory: %w", err), l.Unlock())
+	}
+	return errors.Join(os.RemoveAll(s.Dir(id)), l.Unlock())
+}
+
+// Reap removes a VM's directory if it has no lock file: its maker or remover died between two calls.
+// Where there is a lock file, it does nothing.
+func (s *Store) Reap(id string) error {
+	root, err := s.lockRoot(unix.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	// Fails on any directory that is not empty, which is what we want.
+	if err := unix.Rmdir(s.Dir(id)); err != nil && err != unix.ENOTEMPTY && err != unix.ENOENT {
+		return fmt.Errorf("remove VM directory %s: %w", id, err)
+	}
+	return nil
+}
+
+func (s *Store) lockRoot(how int) (*os.File, error) {
+	f, err := os.Open(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("lock runtime directory: %w", err)
+	}
+	for {
+		err = unix.Flock(int(f.Fd()), how)
+		if err != unix.EINTR {
+			break
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock runtime directory: %w", err), f.Close())
+	}
+	return f, nil
+}

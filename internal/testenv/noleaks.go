@@ -1,0 +1,108 @@
+package testenv
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/testenv/leak"
+)
+
+const (
+	// settleTime is how long what a test did may take to be gone after it.
+	settleTime = 5 * time.Second
+	// turnTime is how long other packages' tests may keep us waiting.
+	turnTime = 15 * time.Minute
+)
+
+// NoLeaks fails the test if the host is not, at its end, what it was at the
+// time of the call: see package leak. roots are directories, which need not
+// exist. Cleanups registered later come before the comparison; call t.TempDir
+// before, so that its directory is removed after it.
+//
+// Everything that happens on the machine meanwhile counts, so tests of this
+// kind take turns, also with those of other packages, and none may be parallel
+// to others of its package.
+func NoLeaks(t testing.TB, roots ...string) {
+	t.Helper()
+	if err := turn.take(); err != nil {
+		t.Fatalf("wait for other packages' tests: %v", err)
+	}
+	t.Cleanup(turn.give)
+	before, err := leak.Take(leak.Scope{Roots: roots, Self: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		// t.Context has ended by now.
+		ctx, cancel := context.WithTimeout(context.Background(), settleTime)
+		defer cancel()
+		diff, err := before.Settle(ctx)
+		if err != nil {
+			t.Error(err)
+		}
+		if len(diff) > 0 {
+			t.Errorf("the host is not what it was before:\n\t%s", strings.Join(diff, "\n\t"))
+		}
+	})
+}
+
+// turn is this process's hold on the machine: tests are a program, and what
+// they watch is the one machine.
+var turn turnLock
+
+// turnLock counts nested holders of a lock that other processes respect.
+type turnLock struct {
+	mu   sync.Mutex
+	held int
+	file *os.File
+}
+
+func (l *turnLock) take() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.held == 0 {
+		f, err := lockDir(os.TempDir())
+		if err != nil {
+			return err
+		}
+		l.file = f
+	}
+	l.held++
+	return nil
+}
+
+func (l *turnLock) give() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.held--; l.held == 0 {
+		_ = l.file.Close()
+		l.file = nil
+	}
+}
+
+// lockDir waits for a lock on a directory until turnTime is over. Unlike a lock
+// file, it leaves nothing behind.
+func lockDir(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(turnTime); ; <-tick.C {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline) {
+			return nil, errors.Join(err, f.Close())
+		}
+	}
+}

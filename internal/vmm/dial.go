@@ -1,0 +1,59 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// connectPoll is how often a socket that is not there yet is tried. A notification descriptor would cost
+// more to close than Firecracker takes to listen.
+const connectPoll = 200 * time.Microsecond
+
+// Dial connects to the socket name in the VMM's working directory, which it waits for. An end of the VMM
+// meanwhile is an error at once. Connect to a VMM of another process with DialSocket.
+func (p *Process) Dial(ctx context.Context, name string) (net.Conn, error) {
+	t := time.NewTicker(connectPoll)
+	defer t.Stop()
+	for {
+		c, err := DialSocket(ctx, p.cfg.Root(), name)
+		if err == nil || !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ECONNREFUSED) {
+			return c, err
+		}
+		select {
+		case <-p.done:
+			return nil, fmt.Errorf("connect to VMM: %w: %s", errEnded, p.exit)
+		case <-ctx.Done():
+			return nil, fmt.Errorf("connect to VMM: %w: %w", context.Cause(ctx), err)
+		case <-t.C:
+		}
+	}
+}
+
+// maxSocketPath is what fits into a socket address.
+const maxSocketPath = 107
+
+// DialSocket connects to the Unix socket dir/name, however long that path is.
+func DialSocket(ctx context.Context, dir, name string) (net.Conn, error) {
+	path := filepath.Join(dir, name)
+	if len(path) > maxSocketPath {
+		d, err := os.Open(dir)
+		if err != nil {
+			return nil, fmt.Errorf("connect to VMM: %w", err)
+		}
+		defer d.Close()
+		path = fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), name)
+	}
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("connect to VMM: %w", err)
+	}
+	return c, nil
+}

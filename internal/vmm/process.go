@@ -1,0 +1,394 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/cgroup"
+	"push.rocks/smartvm/internal/stage"
+	"push.rocks/smartvm/internal/store"
+)
+
+// Config is what it takes to start a VMM.
+type Config struct {
+	ID     string
+	Binary string  // Firecracker; its name contains "firecracker" where it is jailed
+	Jailer *Jailer // nil: started directly
+	Dir    string  // absolute, exists, empty; everything the run makes is below it
+	Cgroup string  // an existing group for this process alone; "": there is none
+
+	Items   []stage.Item // what the VMM is given under its working directory
+	Log     LogOptions
+	Streams Streams
+}
+
+// Jailer starts the VMM as a user of its own in a chroot of its own. It needs root.
+type Jailer struct {
+	Binary string
+	UID    int // and the GID of the same number
+}
+
+// LogOptions are the VMM's own, as in the API's Logger.
+type LogOptions struct {
+	Level      string // Error, Warning, Info, Debug, Trace or Off
+	ShowLevel  bool
+	ShowOrigin bool
+}
+
+// Streams take what the VMM writes, each from one goroutine. A writer that blocks makes the VMM drop output, never wait.
+// They are closed when the VMM has ended and all it wrote has been passed on.
+type Streams struct {
+	Console io.WriteCloser
+	Log     io.WriteCloser
+	Metrics io.WriteCloser // nil: no metrics FIFO is made
+}
+
+// Root is the VMM's working directory as the host sees it.
+func (c *Config) Root() string { return Root(c.Dir, c.ID, c.Binary, c.Jailer != nil) }
+
+// Root is the working directory of the VMM of a run in dir.
+func Root(dir, id, binary string, jailed bool) string {
+	if jailed {
+		return filepath.Join(dir, store.JailDir, filepath.Base(binary), id, "root")
+	}
+	return filepath.Join(dir, store.RootDir)
+}
+
+// Argv is the command line of the process to start. Options of the VMM come last, after "--" of the jailer.
+func (c *Config) Argv() []string {
+	level := c.Log.Level
+	if level == "" {
+		level = "Warning"
+	}
+	args := []string{"--api-sock", store.SocketFile, "--log-path", store.LogFIFO, "--level", level}
+	if c.Log.ShowLevel {
+		args = append(args, "--show-level")
+	}
+	if c.Log.ShowOrigin {
+		args = append(args, "--show-log-origin")
+	}
+	if c.Jailer == nil {
+		return append([]string{c.Binary, "--id", c.ID}, args...)
+	}
+	uid := strconv.Itoa(c.Jailer.UID)
+	jail := []string{
+		c.Jailer.Binary, "--id", c.ID, "--exec-file", c.Binary, "--uid", uid, "--gid", uid,
+		"--chroot-base-dir", filepath.Join(c.Dir, store.JailDir),
+	}
+	if c.Cgroup != "" {
+		// Without --cgroup the jailer makes no group, but moves into its parent group if that exists: this one.
+		parent := filepath.Join(filepath.Base(filepath.Dir(c.Cgroup)), filepath.Base(c.Cgroup))
+		jail = append(jail, "--cgroup-version", "2", "--parent-cgroup", parent)
+	}
+	return append(append(jail, "--"), args...)
+}
+
+// Process is a VMM that runs, or ran. As an effect, Apply starts it and Revert kills it. It is identified by
+// its control group, or where there is none by its working directory or root: never by its PID.
+type Process struct {
+	Dir    string `json:"dir"`
+	Cgroup string `json:"cgroup,omitempty"`
+
+	cfg  *Config
+	pid  int
+	done chan struct{} // closed when exit is set and the streams are drained
+	exit Exit
+}
+
+// New describes the VMM of cfg, to be started by Apply.
+func New(cfg *Config) *Process {
+	return &Process{Dir: cfg.Dir, Cgroup: cfg.Cgroup, cfg: cfg, done: make(chan struct{})}
+}
+
+// Apply starts the VMM. It does not wait for the API: see Dial.
+func (p *Process) Apply(ctx context.Context) error {
+	c := p.cfg
+	root := c.Root()
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return fmt.Errorf("start VMM: %w", err)
+	}
+	binds, err := p.place(ctx, root)
+	if err != nil {
+		return err
+	}
+	pumps, stdio, err := p.openStreams(root)
+	if err != nil {
+		return fmt.Errorf("start VMM: %w", err)
+	}
+	cmd := &exec.Cmd{Path: c.Argv()[0], Args: c.Argv(), Dir: root, Env: []string{}, Stdout: stdio[0], Stderr: stdio[1]}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = p.spawn(cmd, binds)
+	for _, f := range stdio {
+		f.Close()
+	}
+	if err != nil {
+		for _, pump := range pumps {
+			pump.close()
+		}
+		return fmt.Errorf("start VMM: %w", err)
+	}
+	p.pid = cmd.Process.Pid
+	go p.reap(cmd, pumps)
+	return nil
+}
+
+func (p *Process) place(ctx context.Context, root string) ([]stage.Bind, error) {
+	if p.cfg.Jailer == nil {
+		return nil, stage.PlaceLinks(root, p.cfg.Items)
+	}
+	return stage.PlaceJailed(ctx, root, p.cfg.Jailer.UID, p.cfg.Items)
+}
+
+// openStreams makes the FIFOs and returns their readers, and what the VMM gets as stdout and stderr. FIFOs
+// rather than pipes, so that another process can take over when this one dies.
+func (p *Process) openStreams(root string) (pumps []*pump, stdio [2]*os.File, err error) {
+	s := p.cfg.Streams
+	for _, f := range []struct {
+		path string
+		to   io.WriteCloser
+	}{
+		{filepath.Join(p.Dir, store.ConsoleFIFO), s.Console},
+		{filepath.Join(root, store.LogFIFO), s.Log},
+		{filepath.Join(root, store.MetricsFIFO), s.Metrics},
+	} {
+		if f.to == nil {
+			continue
+		}
+		if err := p.makeFIFO(f.path); err != nil {
+			return pumps, stdio, err
+		}
+		pump, err := openPump(f.path, f.to)
+		if err != nil {
+			return pumps, stdio, err
+		}
+		pumps = append(pumps, pump)
+	}
+	for i, pump := range pumps[:2] {
+		// Read-write, so that the VMM gets no SIGPIPE when whoever reads has died.
+		if stdio[i], err = os.OpenFile(pump.path, os.O_RDWR|unix.O_NONBLOCK, 0); err != nil {
+			return pumps, stdio, err
+		}
+	}
+	return pumps, stdio, nil
+}
+
+func (p *Process) makeFIFO(path string) error {
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		return fmt.Errorf("make FIFO %s: %w", path, err)
+	}
+	if p.cfg.Jailer == nil {
+		return nil
+	}
+	return os.Lchown(path, p.cfg.Jailer.UID, p.cfg.Jailer.UID)
+}
+
+// spawn starts cmd in the VMM's control group, and among binds where there are any.
+func (p *Process) spawn(cmd *exec.Cmd, binds []stage.Bind) error {
+	if p.Cgroup != "" {
+		dir, err := os.Open(p.Cgroup)
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		cmd.SysProcAttr.UseCgroupFD = true
+		cmd.SysProcAttr.CgroupFD = int(dir.Fd())
+	}
+	if p.cfg.Jailer == nil {
+		return cmd.Start()
+	}
+	return startJailed(cmd, filepath.Join(p.Dir, store.JailDir), binds)
+}
+
+func (p *Process) reap(cmd *exec.Cmd, pumps []*pump) {
+	var wg sync.WaitGroup
+	for _, pump := range pumps {
+		wg.Go(pump.run)
+	}
+	_ = cmd.Wait()
+	p.exit = exitOf(cmd.ProcessState)
+	p.drain(&wg, pumps)
+}
+
+// drainTimeout bounds how long the end of a VMM is held up by a stream that another process keeps open.
+const drainTimeout = time.Second
+
+func (p *Process) drain(wg *sync.WaitGroup, pumps []*pump) {
+	for _, pump := range pumps {
+		_ = pump.f.SetReadDeadline(time.Now().Add(drainTimeout))
+	}
+	wg.Wait()
+	close(p.done)
+}
+
+// Attach finds the VMM of a run that this process did not start, to kill it, wait for it or ask whether it lives.
+func Attach(dir, group string) *Process { return &Process{Dir: dir, Cgroup: group} }
+
+// Adopt takes over a VMM whose starter died: its streams are passed on again and Done tells of its end. How
+// it ends cannot be known.
+func Adopt(cfg *Config) (*Process, error) {
+	p := New(cfg)
+	var pumps []*pump
+	for path, to := range map[string]io.WriteCloser{
+		filepath.Join(cfg.Dir, store.ConsoleFIFO):    cfg.Streams.Console,
+		filepath.Join(cfg.Root(), store.LogFIFO):     cfg.Streams.Log,
+		filepath.Join(cfg.Root(), store.MetricsFIFO): cfg.Streams.Metrics,
+	} {
+		if to == nil {
+			continue
+		}
+		pump, err := openPump(path, to)
+		if err != nil {
+			for _, pump := range pumps {
+				pump.close()
+			}
+			return nil, fmt.Errorf("adopt VMM: %w", err)
+		}
+		pumps = append(pumps, pump)
+	}
+	go func() {
+		var wg sync.WaitGroup
+		for _, pump := range pumps {
+			wg.Go(pump.run)
+		}
+		for p.waitIdentity(context.Background()) != nil {
+			time.Sleep(identityPoll)
+		}
+		p.drain(&wg, pumps)
+	}()
+	return p, nil
+}
+
+// Done is closed when the VMM has ended and all it wrote has been passed on. Nil for an attached process.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Exit tells how the VMM ended, once Done is closed.
+func (p *Process) Exit() Exit { return p.exit }
+
+// PIDs lists the VMM's processes, for people to read.
+func (p *Process) PIDs() ([]int, error) {
+	if p.Cgroup != "" {
+		return (&cgroup.Group{Path: p.Cgroup}).PIDs()
+	}
+	return findByDir(p.Dir)
+}
+
+// Revert kills the VMM and waits for its end.
+func (p *Process) Revert(ctx context.Context) error {
+	var err error
+	if p.Cgroup != "" {
+		err = (&cgroup.Group{Path: p.Cgroup}).Kill(ctx)
+	} else {
+		err = killByDir(ctx, p.Dir)
+	}
+	if err != nil {
+		return fmt.Errorf("kill VMM: %w", err)
+	}
+	return p.Wait(ctx)
+}
+
+// Alive says whether the VMM, or anything it started, runs.
+func (p *Process) Alive() (bool, error) {
+	if p.Cgroup != "" {
+		return (&cgroup.Group{Path: p.Cgroup}).Populated()
+	}
+	pids, err := p.PIDs()
+	return len(pids) > 0, err
+}
+
+// Wait returns when the VMM has ended, or with the context's cause.
+func (p *Process) Wait(ctx context.Context) error {
+	if p.pid == 0 && !p.adopted() {
+		return p.waitIdentity(ctx)
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for VMM: %w", context.Cause(ctx))
+	}
+}
+
+func (p *Process) adopted() bool { return p.pid == 0 && p.cfg != nil && p.done != nil }
+
+func (p *Process) waitIdentity(ctx context.Context) error {
+	if p.Cgroup != "" {
+		return (&cgroup.Group{Path: p.Cgroup}).Wait(ctx)
+	}
+	return waitByDir(ctx, p.Dir)
+}
+
+// Step is one way to ask a VMM to end.
+type Step struct {
+	Name    string
+	Ask     func(context.Context) error
+	Timeout time.Duration // how long to wait for the end before the next step
+}
+
+// Stop goes through steps until the VMM has ended, and kills it when none helped. It returns the name of
+// what helped: a step's, Killed, or "" if the VMM had ended before. A step whose Ask fails is passed over.
+func (p *Process) Stop(ctx context.Context, steps ...Step) (string, error) {
+	if alive, err := p.Alive(); err == nil && !alive {
+		return "", p.Wait(ctx)
+	}
+	for _, s := range steps {
+		if s.Timeout <= 0 {
+			continue
+		}
+		stepCtx, cancel := context.WithTimeout(ctx, s.Timeout)
+		err := s.Ask(stepCtx)
+		if err == nil {
+			err = p.Wait(stepCtx)
+		}
+		cancel()
+		if err == nil {
+			return s.Name, nil
+		}
+	}
+	return Killed, p.Revert(context.WithoutCancel(ctx))
+}
+
+// Killed is what Stop returns when SIGKILL ended the VMM.
+const Killed = "kill"
+
+// Exit is how a VMM ended.
+type Exit struct {
+	Known  bool // false where another process was the parent
+	Code   int  // exit status, -1 if a signal ended it
+	Signal syscall.Signal
+}
+
+func exitOf(s *os.ProcessState) Exit {
+	if s == nil {
+		return Exit{}
+	}
+	if ws, ok := s.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+		return Exit{Known: true, Code: -1, Signal: ws.Signal()}
+	}
+	return Exit{Known: true, Code: s.ExitCode()}
+}
+
+func (e Exit) String() string {
+	switch {
+	case !e.Known:
+		return "exit status unknown"
+	case e.Signal != 0:
+		return "killed by " + e.SignalName()
+	}
+	return fmt.Sprintf("exit status %d", e.Code)
+}
+
+// SignalName is like "SIGKILL", "" if no signal ended the VMM.
+func (e Exit) SignalName() string { return unix.SignalName(e.Signal) }
+
+var errEnded = errors.New("VMM has ended")

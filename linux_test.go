@@ -1,0 +1,255 @@
+package smartvm_test
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/fixtures"
+	"push.rocks/smartvm/internal/kernel"
+	"push.rocks/smartvm/internal/testenv"
+)
+
+// Tests of real Linux guests. Where this machine's KVM boots none, they run in the lab.
+func TestInLab(t *testing.T) {
+	testenv.Require(t, testenv.Lab)
+	testenv.RunInLab(t, "^TestLinux")
+}
+
+// linuxInitrd makes an initramfs of busybox whose init inserts the modules and then runs script.
+func linuxInitrd(t *testing.T, script string, modules ...string) string {
+	t.Helper()
+	var a kernel.Archive
+	tree := testenv.Fixture(t, fixtures.GuestModules)
+	root, err := os.OpenRoot(tree)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	paths, err := a.AddModules(root.FS(), filepath.Base(tree), modules...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var init strings.Builder
+	init.WriteString("#!/bin/busybox sh\n/bin/busybox --install -s /bin\nmount -t proc proc /proc\nmount -t devtmpfs dev /dev\n")
+	for _, p := range paths {
+		fmt.Fprintf(&init, "insmod %s\n", p)
+	}
+	init.WriteString(script)
+	for _, e := range []kernel.Entry{
+		{Path: "proc", Mode: fs.ModeDir | 0o555},
+		{Path: "dev/console", Mode: fs.ModeDevice | fs.ModeCharDevice | 0o600, Major: 5, Minor: 1},
+		{Path: "bin/busybox", Mode: 0o755, HostPath: testenv.Fixture(t, fixtures.Busybox)},
+		{Path: "init", Mode: 0o755, Content: []byte(init.String())},
+	} {
+		if err := a.Add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	path := filepath.Join(t.TempDir(), "initrd")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := a.Write(f); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func linuxSpec(t *testing.T, initrd string) smartvm.Spec {
+	return smartvm.Spec{
+		BootSource: smartvm.BootSource{
+			KernelImagePath: testenv.Fixture(t, fixtures.GuestKernel), InitrdPath: initrd,
+			BootArgs: "console=ttyS0 quiet reboot=k panic=1",
+		},
+		MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 256},
+	}
+}
+
+func linuxHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
+	t.Helper()
+	testenv.Require(t, testenv.KVM, testenv.LinuxGuest)
+	opts := smartvm.Options{
+		RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: filepath.Join(t.TempDir(), "data"),
+		FirecrackerBinary: testenv.Firecracker(t), Launcher: launcher,
+	}
+	if launcher == smartvm.LaunchJailed {
+		testenv.Require(t, testenv.Root)
+		opts.JailerBinary = testenv.Jailer(t)
+	}
+	testenv.NoLeaks(t, opts.RuntimeDir, opts.DataDir)
+	h, err := smartvm.Open(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := os.RemoveAll(filepath.Dir(opts.RuntimeDir)); err != nil {
+			t.Error(err)
+		}
+		if err := os.RemoveAll(filepath.Dir(opts.DataDir)); err != nil {
+			t.Error(err)
+		}
+	})
+	return h
+}
+
+// transcript collects a console and can be waited on.
+type transcript struct {
+	mu   sync.Mutex
+	cond *sync.Cond
+	text bytes.Buffer
+}
+
+func newTranscript() *transcript {
+	c := &transcript{}
+	c.cond = sync.NewCond(&c.mu)
+	return c
+}
+
+func (c *transcript) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cond.Broadcast()
+	return c.text.Write(p)
+}
+
+func (c *transcript) String() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.text.String()
+}
+
+// linuxPatience bounds a guest's boot: under emulation it takes seconds.
+const linuxPatience = 2 * time.Minute
+
+func (c *transcript) await(t *testing.T, text string) {
+	t.Helper()
+	timeout := time.AfterFunc(linuxPatience, c.cond.Broadcast)
+	defer timeout.Stop()
+	deadline := time.Now().Add(linuxPatience)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !strings.Contains(c.text.String(), text) {
+		if time.Now().After(deadline) {
+			t.Fatalf("console lacks %q:\n%s", text, c.text.String())
+		}
+		c.cond.Wait()
+	}
+}
+
+func TestLinux_RunsToItsEnd(t *testing.T) {
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		t.Run(string(launcher), func(t *testing.T) {
+			h := linuxHost(t, launcher)
+			console := newTranscript()
+			exit, err := h.Run(t.Context(), linuxSpec(t, linuxInitrd(t, "echo release $(uname -r) end\nreboot -f\n")),
+				smartvm.RunOptions{Console: console})
+			if err != nil {
+				t.Fatalf("%v\n%s", err, console)
+			}
+			if exit.Outcome != smartvm.OutcomeExited || exit.Code != 0 {
+				t.Errorf("ended %+v, want exited with 0", exit)
+			}
+			want := "release " + filepath.Base(testenv.Fixture(t, fixtures.GuestModules)) + " end"
+			if !strings.Contains(console.String(), want) {
+				t.Errorf("console lacks %q:\n%s", want, console)
+			}
+		})
+	}
+}
+
+// A guest that reads its keyboard shuts down by itself when asked.
+func TestLinux_StopsOnCtrlAltDel(t *testing.T) {
+	h := linuxHost(t, smartvm.LaunchDirect)
+	// The kernel signals init, which busybox's shell would not outlive: a trap makes it reboot.
+	script := "echo 0 > /proc/sys/kernel/ctrl-alt-del\ntrap 'echo asked to stop; reboot -f' INT\necho ready\nwhile :; do sleep 1; done\n"
+	m, err := h.Create(t.Context(), linuxSpec(t, linuxInitrd(t, script)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	awaitLog(t, m, "ready")
+	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if how != smartvm.CtrlAltDel {
+		t.Errorf("stopped by %q, want %q", how, smartvm.CtrlAltDel)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// awaitLog waits until the VM's console has text in it.
+func awaitLog(t *testing.T, m *smartvm.Machine, text string) {
+	t.Helper()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(linuxPatience); ; <-tick.C {
+		log, err := os.ReadFile(m.ConsoleLog())
+		if err == nil && bytes.Contains(log, []byte(text)) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("console lacks %q: %v\n%s", text, err, log)
+		}
+	}
+}
+
+// What a guest writes to its drive is there after a restart and never in the source.
+func TestLinux_WritesStayInTheCopy(t *testing.T) {
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		t.Run(string(launcher), func(t *testing.T) {
+			h := linuxHost(t, launcher)
+			source := filepath.Join(t.TempDir(), "disk")
+			content := append([]byte("original"), make([]byte, 1<<20-8)...)
+			if err := os.WriteFile(source, content, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			script := "echo first $(head -c 8 /dev/vda) end\nprintf modified | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null\nreboot -f\n"
+			spec := linuxSpec(t, linuxInitrd(t, script, "virtio_blk", "virtio_mmio"))
+			spec.Drives = []smartvm.Drive{{DriveID: "disk", PathOnHost: source, CacheType: "Writeback"}}
+			m, err := h.Create(t.Context(), spec)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, want := range []string{"first original end", "first modified end"} {
+				if err := m.Start(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				exit, err := m.Wait(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				log, err := os.ReadFile(m.ConsoleLog())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if exit.Outcome != smartvm.OutcomeExited || !bytes.Contains(log, []byte(want)) {
+					t.Errorf("ended %+v; console lacks %q:\n%s", exit, want, log)
+				}
+			}
+			if got, err := os.ReadFile(source); err != nil || !bytes.Equal(got, content) {
+				t.Errorf("the source changed: %v, begins %q", err, got[:8])
+			}
+			if err := m.Remove(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

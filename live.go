@@ -1,0 +1,131 @@
+package smartvm
+
+import (
+	"context"
+	"encoding/json"
+	"net"
+
+	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+func (m *Machine) version() firecracker.Version {
+	v, _ := firecracker.ParseVersion(m.rec.BinaryVersion) // written by us
+	return v
+}
+
+// dialClient returns a client of the VM's VMM, in whichever process that was started. The caller closes it.
+func (m *Machine) dialClient() *firecracker.Client {
+	return firecracker.New(func(ctx context.Context) (net.Conn, error) {
+		return vmm.DialSocket(ctx, m.root(), store.SocketFile)
+	}, m.version())
+}
+
+// call talks to the VMM of a started VM. Op is an entry of transitions, name what the caller called.
+func (m *Machine) call(ctx context.Context, op, name string, f func(*firecracker.Client) error) error {
+	state, err := m.State(ctx)
+	if err != nil {
+		return err
+	}
+	if err := allow(m.rec.ID, op, name, state); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	r := m.run
+	m.mu.Unlock()
+	var c *firecracker.Client
+	if r != nil {
+		c = r.client
+	} else {
+		c = m.dialClient()
+		defer c.Close()
+	}
+	if err := f(c); err != nil {
+		return &MachineError{ID: m.rec.ID, Stage: name, Err: err}
+	}
+	return nil
+}
+
+// Pause stops the guest's CPUs and devices. Firecracker 1.16.0 and 1.16.1 lose vsock traffic towards the guest
+// for good by a pause without a snapshot.
+func (m *Machine) Pause(ctx context.Context) error {
+	return m.call(ctx, "pause", "pause", func(c *firecracker.Client) error { return c.Pause(ctx) })
+}
+
+// Resume lets a paused guest go on.
+func (m *Machine) Resume(ctx context.Context) error {
+	return m.call(ctx, "resume", "resume", func(c *firecracker.Client) error { return c.Resume(ctx) })
+}
+
+// Info is what the VMM says of itself. Before the VM is started, the error has Code NO_CLIENT.
+func (m *Machine) Info(ctx context.Context) (info firecracker.InstanceInfo, err error) {
+	err = m.call(ctx, "call", "get info", func(c *firecracker.Client) (err error) {
+		info, err = c.GetInstanceInfo(ctx)
+		return err
+	})
+	return info, err
+}
+
+// VMConfig is the configuration that the VMM has. Paths in it are those in its working directory.
+func (m *Machine) VMConfig(ctx context.Context) (config firecracker.FullVMConfiguration, err error) {
+	err = m.call(ctx, "call", "get VM config", func(c *firecracker.Client) (err error) {
+		config, err = c.GetVMConfig(ctx)
+		return err
+	})
+	return config, err
+}
+
+// SetMetadata replaces the guest's metadata with anything that encodes to JSON. The Spec must have MMDS.
+func (m *Machine) SetMetadata(ctx context.Context, metadata any) error {
+	return m.call(ctx, "call", "set metadata", func(c *firecracker.Client) error { return c.PutMMDS(ctx, metadata) })
+}
+
+// PatchMetadata merges patch into the metadata, as RFC 7396 says: null removes.
+func (m *Machine) PatchMetadata(ctx context.Context, patch any) error {
+	return m.call(ctx, "call", "patch metadata", func(c *firecracker.Client) error { return c.PatchMMDS(ctx, patch) })
+}
+
+// Metadata returns the guest's metadata, {} if there is none.
+func (m *Machine) Metadata(ctx context.Context) (metadata json.RawMessage, err error) {
+	err = m.call(ctx, "call", "get metadata", func(c *firecracker.Client) (err error) {
+		metadata, err = c.GetMMDS(ctx)
+		return err
+	})
+	return metadata, err
+}
+
+// UpdateDrive changes the limits of a drive; a nil bucket stays, one of zeros is taken away. With reread the VMM
+// looks at the size of the drive's file again and tells the guest.
+func (m *Machine) UpdateDrive(ctx context.Context, driveID string, limit *RateLimiter, reread bool) error {
+	d := firecracker.PartialDrive{DriveID: driveID, RateLimiter: rateLimiter(limit)}
+	if reread {
+		d.PathOnHost = devicePath(driveID)
+	}
+	return m.call(ctx, "call", "update drive", func(c *firecracker.Client) error { return c.PatchDrive(ctx, d) })
+}
+
+// UpdateNetworkInterface changes the limits of an interface; a nil bucket stays, one of zeros is taken away.
+func (m *Machine) UpdateNetworkInterface(ctx context.Context, ifaceID string, rx, tx *RateLimiter) error {
+	n := firecracker.PartialNetworkInterface{IfaceID: ifaceID, RxRateLimiter: rateLimiter(rx), TxRateLimiter: rateLimiter(tx)}
+	return m.call(ctx, "call", "update network interface", func(c *firecracker.Client) error { return c.PatchNetworkInterface(ctx, n) })
+}
+
+// UpdateBalloon sets how many MiB the balloon takes from the guest. The VMM refuses until the guest's driver is active.
+func (m *Machine) UpdateBalloon(ctx context.Context, amountMiB uint32) error {
+	return m.call(ctx, "call", "update balloon", func(c *firecracker.Client) error { return c.PatchBalloon(ctx, amountMiB) })
+}
+
+// UpdateBalloonStats sets the seconds between the balloon's statistics; it cannot switch them on or off.
+func (m *Machine) UpdateBalloonStats(ctx context.Context, intervalS uint16) error {
+	return m.call(ctx, "call", "update balloon statistics", func(c *firecracker.Client) error { return c.PatchBalloonStats(ctx, intervalS) })
+}
+
+// BalloonStats tells about the guest's memory, if the Spec asked for statistics.
+func (m *Machine) BalloonStats(ctx context.Context) (stats firecracker.BalloonStats, err error) {
+	err = m.call(ctx, "call", "get balloon statistics", func(c *firecracker.Client) (err error) {
+		stats, err = c.GetBalloonStats(ctx)
+		return err
+	})
+	return stats, err
+}

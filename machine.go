@@ -1,0 +1,303 @@
+package smartvm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/stage"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// Machine is one VM. Whichever process started it looks after it; from any other it can be used all the same.
+// It is safe for concurrent use.
+type Machine struct {
+	host *Host
+	rec  *record
+
+	mu   sync.Mutex
+	busy State // what this process is doing to the VM, "" if nothing
+	run  *run  // set while this process looks after the running VM
+}
+
+// run is a VM's life from start to stop, in the process that looks after it.
+type run struct {
+	lock    *store.Lock
+	journal *journal.Journal
+	proc    *vmm.Process
+	client  *firecracker.Client
+	started time.Time
+	let     chan struct{} // closed to let go of the VM and leave it running
+	done    chan struct{} // closed when all is undone, or let go of
+	err     error         // of undoing, set before done is closed
+}
+
+func (h *Host) machine(rec *record) *Machine { return &Machine{host: h, rec: rec} }
+
+// ID is the VM's id.
+func (m *Machine) ID() string { return m.rec.ID }
+
+// Name is the VM's second name, "" if it has none.
+func (m *Machine) Name() string { return m.rec.Spec.Name }
+
+// Spec is what was asked for, with absolute paths. It must not be changed.
+func (m *Machine) Spec() Spec { return m.rec.Spec }
+
+// RuntimeDir is the VM's own directory.
+func (m *Machine) RuntimeDir() string { return m.host.store.Dir(m.rec.ID) }
+
+func (m *Machine) path(name string) string { return filepath.Join(m.RuntimeDir(), name) }
+
+// ConsoleLog and VMMLog are the files with the newest part of what the guest and the VMM wrote. The older half
+// of each is beside it, with ".1" added.
+func (m *Machine) ConsoleLog() string { return m.path(store.ConsoleLog) }
+
+// VMMLog: see ConsoleLog.
+func (m *Machine) VMMLog() string {
+	if l := m.rec.Spec.Logger; l != nil && l.LogPath != "" {
+		return l.LogPath
+	}
+	return m.path(store.VMMLog)
+}
+
+// root is the VMM's working directory while it runs.
+func (m *Machine) root() string {
+	return vmm.Root(m.path(store.RunDir), m.rec.ID, m.rec.Binary, m.rec.Jailer != "")
+}
+
+// SocketPath is the VMM's API socket while it runs. It may be too long for a socket address.
+func (m *Machine) SocketPath() string { return filepath.Join(m.root(), store.SocketFile) }
+
+// make carries out the plan's part that lasts until Remove. The caller has the lock.
+func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error) {
+	j, err := journal.Create(m.path(store.CreateJournal), effects, m.host.opts.trace)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, j.Close()) }()
+	if rec.Jailer != "" {
+		if rec.UID, err = m.leaseUID(ctx, j); err != nil {
+			return err
+		}
+		p.uid = rec.UID
+	}
+	for _, e := range makePlan(&rec.Spec, p).Create {
+		file, isFile := e.(*stage.File)
+		if isFile && m.host.opts.Progress != nil {
+			file.Progress = func(done, total int64) { m.host.opts.Progress(filepath.Base(file.Target), done, total) }
+		}
+		if err := j.Do(ctx, e); err != nil {
+			return err
+		}
+		if isFile {
+			if rec.Staged == nil {
+				rec.Staged = map[string]StagedDrive{}
+			}
+			rec.Staged[filepath.Base(file.Target)] = StagedDrive{file.Target, file.Method}
+			m.host.log.Debug("staged", "vm", rec.ID, "file", file.Target, "method", file.Method)
+		}
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return rec.write(m.host.store)
+}
+
+// The user ids that VMMs get in jails. systemd's list of ranges leaves what is above its containers' free
+// (systemd.io/UIDS-GIDS). A runtime directory has a part of it, chosen by its path.
+const (
+	uidFirst    = 1_900_000_000
+	uidSlots    = 2000
+	uidsPerSlot = 65536
+)
+
+func (m *Machine) leaseUID(ctx context.Context, j *journal.Journal) (int, error) {
+	base := uidFirst + int(hash(m.host.RuntimeDir())%uidSlots)*uidsPerSlot
+	for i := range uint32(uidsPerSlot) {
+		uid := base + int((hash(m.rec.ID)+i)%uidsPerSlot)
+		err := j.Do(ctx, m.host.store.Lease("uid", fmt.Sprint(uid), m.rec.ID))
+		if !errors.Is(err, fs.ErrExist) {
+			return uid, err
+		}
+	}
+	return 0, fmt.Errorf("lease a user id: all %d are taken", uidsPerSlot)
+}
+
+// erase removes what make made, and all else of the VM. The caller has the lock and gives it up.
+func (m *Machine) erase(ctx context.Context, lock *store.Lock) error {
+	// The VM is gone from here on, whatever happens; what is left is for Recover.
+	err := os.Remove(m.path(store.MachineFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(fmt.Errorf("remove VM %s: %w", m.rec.ID, err), lock.Unlock())
+	}
+	if err := m.replay(ctx, store.CreateJournal); err != nil {
+		return errors.Join(fmt.Errorf("remove VM %s: %w", m.rec.ID, err), lock.Unlock())
+	}
+	return m.host.store.Remove(m.rec.ID, lock)
+}
+
+// replay undoes a journal of the VM, if there is one. The caller has the lock.
+func (m *Machine) replay(ctx context.Context, name string) error {
+	j, err := journal.Open(m.path(name), effects, m.host.opts.trace)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(j.Revert(ctx), j.Close())
+}
+
+// State derives where the VM is. Returns ErrNotFound once it is removed.
+func (m *Machine) State(ctx context.Context) (State, error) {
+	m.mu.Lock()
+	busy, r := m.busy, m.run
+	m.mu.Unlock()
+	switch {
+	case busy != "":
+		return busy, nil
+	case r != nil:
+		return m.ask(ctx, r.client, r.proc), nil
+	}
+	if _, err := os.Stat(m.path(store.MachineFile)); err != nil {
+		return "", fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+	}
+	if _, err := os.Stat(m.path(store.RunJournal)); err != nil {
+		return m.rested()
+	}
+	p := m.attach()
+	alive, err := p.Alive()
+	if err != nil {
+		return "", fmt.Errorf("VM %s: %w", m.rec.ID, err)
+	}
+	if alive {
+		c := m.dialClient()
+		defer c.Close()
+		return m.ask(ctx, c, p), nil
+	}
+	lock, err := m.host.store.TryLock(m.rec.ID)
+	if err == nil {
+		return Lost, lock.Unlock()
+	}
+	if _, err := os.Lstat(m.SocketPath()); err != nil {
+		return Starting, nil
+	}
+	return Stopping, nil
+}
+
+// rested tells the states of a VM that has no run.
+func (m *Machine) rested() (State, error) {
+	exit, err := readExit(m.host.store, m.rec.ID)
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("VM %s: %w", m.rec.ID, err)
+	case exit != nil && exit.Outcome == OutcomeFailed:
+		return Failed, nil
+	case exit != nil && exit.Outcome == OutcomeLost:
+		return Lost, nil
+	}
+	return Stopped, nil
+}
+
+// askTimeout bounds how long State waits for a VMM that does not answer.
+const askTimeout = 2 * time.Second
+
+func (m *Machine) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process) State {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	info, err := c.GetInstanceInfo(ctx)
+	switch {
+	case err != nil:
+		if alive, err := p.Alive(); err == nil && !alive {
+			return Stopping
+		}
+		return Starting
+	case info.State == firecracker.StatePaused:
+		return Paused
+	case info.State == firecracker.StateRunning:
+		return Running
+	}
+	return Starting
+}
+
+// attach is the VM's process, as any process sees it.
+func (m *Machine) attach() *vmm.Process { return vmm.Attach(m.path(store.RunDir), m.rec.Cgroup) }
+
+// Exit tells how the VM's last run ended, nil if it has not.
+func (m *Machine) Exit() (*Exit, error) { return readExit(m.host.store, m.rec.ID) }
+
+// Inspection is all there is to know about a VM. Its JSON form is stable.
+type Inspection struct {
+	ID                 string                 `json:"id"`
+	Name               string                 `json:"name,omitempty"`
+	State              State                  `json:"state"`
+	Created            time.Time              `json:"created"`
+	Started            time.Time              `json:"started,omitzero"` // of a VM that runs
+	Exit               *Exit                  `json:"exit,omitempty"`
+	Launcher           Launcher               `json:"launcher"`
+	UID                int                    `json:"uid,omitempty"` // of the VMM in its jail
+	PIDs               []int                  `json:"pids,omitempty"`
+	Firecracker        string                 `json:"firecracker"`
+	FirecrackerVersion string                 `json:"firecrackerVersion"`
+	RuntimeDir         string                 `json:"runtimeDir"`
+	Cgroup             string                 `json:"cgroup,omitempty"`
+	Socket             string                 `json:"socket,omitempty"` // the VMM's API, while it runs
+	Vsock              string                 `json:"vsock,omitempty"`  // where the guest's own connections arrive, with "_PORT" added
+	ConsoleLog         string                 `json:"consoleLog"`
+	VMMLog             string                 `json:"vmmLog"`
+	Staged             map[string]StagedDrive `json:"staged,omitempty"` // by drive id
+	Spec               Spec                   `json:"spec"`
+}
+
+// Inspect gathers what is known about the VM.
+func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
+	state, err := m.State(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r := m.rec
+	i := &Inspection{
+		ID: r.ID, Name: r.Spec.Name, State: state, Created: r.Created, Launcher: LaunchDirect, UID: r.UID,
+		Firecracker: r.Binary, FirecrackerVersion: r.BinaryVersion, RuntimeDir: m.RuntimeDir(), Cgroup: r.Cgroup,
+		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Spec: r.Spec,
+	}
+	if r.Jailer != "" {
+		i.Launcher = LaunchJailed
+	}
+	if state == Running || state == Paused {
+		if fi, err := os.Stat(m.path(store.RunJournal)); err == nil {
+			i.Started = fi.ModTime().UTC()
+		}
+		i.Socket = m.SocketPath()
+		if r.Spec.Vsock != nil {
+			i.Vsock = filepath.Join(m.root(), store.VsockFile)
+		}
+		i.PIDs, err = m.attach().PIDs()
+		if err != nil {
+			return nil, err
+		}
+	} else if i.Exit, err = m.Exit(); err != nil {
+		return nil, err
+	}
+	return i, nil
+}
+
+// fail wraps what went wrong with what the VMM and the guest last said.
+func (m *Machine) fail(stage string, err error, exit *Exit) error {
+	return &MachineError{
+		ID: m.rec.ID, Stage: stage, Err: err, Exit: exit,
+		Log: logfile.Tail(m.VMMLog(), tailBytes), Console: logfile.Tail(m.ConsoleLog(), tailBytes),
+	}
+}
+
+// tailBytes is how much of each log goes into an error.
+const tailBytes = 1 << 10

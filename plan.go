@@ -1,0 +1,175 @@
+package smartvm
+
+import (
+	"encoding/json"
+	"path/filepath"
+	"slices"
+
+	"push.rocks/smartvm/internal/cgroup"
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/kernel"
+	"push.rocks/smartvm/internal/stage"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// proposal is what a host offers to one VM: everything a plan needs that is not in the Spec.
+type proposal struct {
+	id, nonce string
+	store     *store.Store
+	stageDir  string // beside the data directory, for drives that can be reflinked there
+	binary    string
+	jailer    string                  // "": started directly
+	uid       int                     // with a jailer
+	cgroup    string                  // "": no control group
+	ephemeral bool                    // the host's ephemeralWritableDrives
+	extract   bool                    // the kernel is a bzImage
+	copies    map[string]StagedDrive  // that were made, by drive id
+	reflinks  map[string]bool         // by path: a copy can be a reflink
+	inodes    map[string]string       // of files that are written in place, by path: their lease
+	owners    map[string]*stage.Owner // of those, by path, who must be lent to the jail's user
+}
+
+// plan is what making and starting a VM does to the host, in order, and what the VMM is told. Making one has
+// no effects.
+type plan struct {
+	Create []journal.Effect
+	Run    []journal.Effect
+	Calls  []call
+	config vmm.Config
+}
+
+// device is a drive or pmem device, as far as staging goes.
+type device struct {
+	id, path           string
+	readOnly, isPmem   bool
+	ephemeral          *bool
+	staged, reflinking bool
+	source             string // what the VMM opens: the path, or its copy
+}
+
+// staged is the original's rule of who gets a copy, but that a device's own wish wins over the host's switch.
+func stagedRule(host, readOnly bool, own *bool) bool {
+	if own != nil {
+		return *own
+	}
+	return host && !readOnly
+}
+
+func devices(s *Spec, p *proposal) []device {
+	var all []device
+	for _, d := range s.Drives {
+		all = append(all, device{id: d.DriveID, path: d.PathOnHost, readOnly: d.IsReadOnly, ephemeral: d.Ephemeral})
+	}
+	for _, d := range s.Pmem {
+		all = append(all, device{id: d.ID, path: d.PathOnHost, readOnly: d.IsReadOnly, ephemeral: d.Ephemeral, isPmem: true})
+	}
+	for i := range all {
+		d := &all[i]
+		d.source = d.path
+		if d.staged = stagedRule(p.ephemeral, d.readOnly, d.ephemeral); !d.staged {
+			continue
+		}
+		dir := filepath.Join(p.store.Dir(p.id), store.DriveDir)
+		if d.reflinking = p.reflinks[d.path]; d.reflinking {
+			dir = p.reflinkDir()
+		}
+		if d.source = p.copies[d.id].Path; d.source == "" {
+			d.source = filepath.Join(dir, d.id)
+		}
+	}
+	return all
+}
+
+func (p *proposal) reflinkDir() string { return filepath.Join(p.stageDir, p.id+"-"+p.nonce) }
+
+// makePlan is pure: the same spec and proposal give the same plan.
+func makePlan(s *Spec, p *proposal) *plan {
+	dir := p.store.Dir(p.id)
+	run := filepath.Join(dir, store.RunDir)
+	uid := -1
+	pl := &plan{config: vmm.Config{ID: p.id, Binary: p.binary, Dir: run, Cgroup: p.cgroup}}
+	if p.jailer != "" {
+		uid = p.uid
+		pl.config.Jailer = &vmm.Jailer{Binary: p.jailer, UID: uid}
+	}
+	if s.Name != "" {
+		pl.Create = append(pl.Create, p.store.Lease("name", s.Name, p.id))
+	}
+	devs := devices(s, p)
+	for _, t := range []struct {
+		path    string
+		reflink bool
+	}{{filepath.Join(dir, store.DriveDir), false}, {p.reflinkDir(), true}} {
+		if slices.ContainsFunc(devs, func(d device) bool { return d.staged && d.reflinking == t.reflink }) {
+			pl.Create = append(pl.Create, &stage.Tree{Path: t.path})
+		}
+	}
+	pl.Run = append(pl.Run, &stage.Tree{Path: run})
+	image := s.BootSource.KernelImagePath
+	if p.extract {
+		image = filepath.Join(dir, store.KernelFile)
+		pl.Create = append(pl.Create, &kernel.Extracted{Source: s.BootSource.KernelImagePath, Target: image})
+	}
+	pl.config.Items = append(pl.config.Items, stage.Item{Source: image, Name: store.KernelFile})
+	if s.BootSource.InitrdPath != "" {
+		pl.config.Items = append(pl.config.Items, stage.Item{Source: s.BootSource.InitrdPath, Name: store.InitrdFile})
+	}
+	for _, d := range devs {
+		pl.config.Items = append(pl.config.Items, stage.Item{Source: d.source, Name: devicePath(d.id), Writable: !d.readOnly || d.staged})
+		switch {
+		case d.staged:
+			pl.Create = append(pl.Create, &stage.File{Source: d.path, Target: d.source, UID: uid})
+		case !d.readOnly:
+			pl.Run = append(pl.Run, p.store.Lease("drive", p.inodes[d.path], p.id))
+			if owner := p.owners[d.path]; owner != nil {
+				pl.Run = append(pl.Run, owner)
+			}
+		}
+	}
+	if s.Vsock != nil {
+		pl.Run = append(pl.Run, &stage.Link{Path: s.Vsock.UDSPath, Target: filepath.Join(pl.config.Root(), store.VsockFile)})
+	}
+	if p.cgroup != "" {
+		pl.Run = append(pl.Run, &cgroup.Group{Path: p.cgroup})
+	}
+	pl.config.Log = vmm.LogOptions{}
+	if l := s.Logger; l != nil {
+		pl.config.Log = vmm.LogOptions{Level: l.Level, ShowLevel: l.ShowLevel, ShowOrigin: l.ShowLogOrigin}
+	}
+	pl.Calls = calls(s)
+	return pl
+}
+
+// MarshalJSON is what --dry-run prints.
+func (pl *plan) MarshalJSON() ([]byte, error) {
+	type step struct {
+		Kind   string         `json:"kind"`
+		Effect journal.Effect `json:"effect"`
+	}
+	steps := func(all []journal.Effect) ([]step, error) {
+		list := []step{}
+		for _, e := range all {
+			kind, err := effects.Name(e)
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, step{kind, e})
+		}
+		return list, nil
+	}
+	create, err := steps(pl.Create)
+	if err != nil {
+		return nil, err
+	}
+	run, err := steps(append(slices.Clip(pl.Run), vmm.New(&pl.config)))
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(struct {
+		Create []step   `json:"create"`
+		Run    []step   `json:"run"`
+		Argv   []string `json:"argv"`
+		Calls  []call   `json:"calls"`
+	}{create, run, pl.config.Argv(), pl.Calls})
+}

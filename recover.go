@@ -1,0 +1,176 @@
+package smartvm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"sync"
+	"time"
+
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// Report is what Recover did, by VM id.
+type Report struct {
+	Adopted   []string `json:"adopted"`   // run on; this process looks after them now
+	Recovered []string `json:"recovered"` // their run had ended unseen; it was undone
+	Removed   []string `json:"removed"`   // half made, half removed, or their one call's process died
+}
+
+// Recover takes up what processes that died have left: it undoes runs that ended unseen, removes what was half made, and
+// looks after VMs that run on. VMs that another process looks after are not touched.
+func (h *Host) Recover(ctx context.Context) (*Report, error) {
+	ids, err := h.store.List()
+	if err != nil {
+		return nil, err
+	}
+	report := &Report{Adopted: []string{}, Recovered: []string{}, Removed: []string{}}
+	var errs []error
+	for _, id := range ids {
+		if ctx.Err() != nil {
+			errs = append(errs, context.Cause(ctx))
+			break
+		}
+		if err := h.recoverOne(ctx, id, report); err != nil {
+			errs = append(errs, fmt.Errorf("recover VM %s: %w", id, err))
+		}
+	}
+	return report, errors.Join(errs...)
+}
+
+func (h *Host) recoverOne(ctx context.Context, id string, report *Report) error {
+	lock, err := h.store.TryLock(id)
+	switch {
+	case errors.Is(err, store.ErrLocked):
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return h.store.Reap(id)
+	case err != nil:
+		return err
+	}
+	rec, err := readRecord(h.store, id)
+	if errors.Is(err, fs.ErrNotExist) {
+		report.Removed = append(report.Removed, id)
+		return h.machine(&record{ID: id}).erase(ctx, lock)
+	}
+	if err != nil {
+		return errors.Join(err, lock.Unlock())
+	}
+	m := h.machine(rec)
+	if rec.Attached {
+		report.Removed = append(report.Removed, id)
+		if err := m.mourn(ctx); err != nil {
+			return errors.Join(err, lock.Unlock())
+		}
+		return m.erase(ctx, lock)
+	}
+	if _, err := os.Stat(m.path(store.RunJournal)); err != nil {
+		return lock.Unlock()
+	}
+	alive, err := m.attach().Alive()
+	if err != nil {
+		return errors.Join(err, lock.Unlock())
+	}
+	if alive {
+		report.Adopted = append(report.Adopted, id)
+		return m.adopt(lock)
+	}
+	report.Recovered = append(report.Recovered, id)
+	return errors.Join(m.mourn(ctx), lock.Unlock())
+}
+
+// Adopt looks after a VM that runs and whose process died. Returns ErrState if it does not run or somebody does.
+func (m *Machine) Adopt(ctx context.Context) error {
+	state, err := m.State(ctx)
+	if err != nil {
+		return err
+	}
+	if err := allow(m.rec.ID, "call", "adopt", state); err != nil {
+		return err
+	}
+	lock, err := m.host.store.TryLock(m.rec.ID)
+	if err != nil {
+		return fmt.Errorf("adopt VM %s: %w: %w", m.rec.ID, ErrState, err)
+	}
+	return m.adopt(lock)
+}
+
+// adopt takes over the lock.
+func (m *Machine) adopt(lock *store.Lock) (err error) {
+	r := &run{lock: lock, started: time.Now().UTC(), let: make(chan struct{}), done: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("adopt VM %s: %w", m.rec.ID, err), lock.Unlock())
+		}
+	}()
+	if fi, err := os.Stat(m.path(store.RunJournal)); err == nil {
+		r.started = fi.ModTime().UTC()
+	}
+	if r.journal, err = journal.Open(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
+		return err
+	}
+	p, err := m.host.proposal(m.rec)
+	if err != nil {
+		return errors.Join(err, r.journal.Close())
+	}
+	config := makePlan(&m.rec.Spec, p).config
+	if config.Streams, err = m.streams(nil); err == nil {
+		r.proc, err = vmm.Adopt(&config)
+	}
+	if err != nil {
+		return errors.Join(err, r.journal.Close())
+	}
+	r.client = m.dialClient()
+	m.host.mu.Lock()
+	m.host.machines[m.rec.ID] = m
+	m.host.mu.Unlock()
+	m.set("", r)
+	go m.watch(r)
+	m.host.log.Info("adopted", "vm", m.rec.ID)
+	return nil
+}
+
+// RunOptions are what Run needs besides a Spec.
+type RunOptions struct {
+	Console io.Writer   // gets what the guest writes, as it comes; may be nil
+	Stop    StopOptions // how to end the VM when the context ends
+}
+
+// Run makes and starts a VM, waits for its end and removes it. The call is the VM's life: when ctx ends, so does
+// the VM, and if this process dies, the next Recover ends it. An error of the context is not returned once the VM has run.
+func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, error) {
+	m, lock, err := h.create(ctx, spec, true)
+	if err != nil {
+		return nil, err
+	}
+	down := context.WithoutCancel(ctx)
+	if err := m.start(ctx, lock, opts.Console); err != nil {
+		return nil, errors.Join(err, m.Remove(down))
+	}
+	_, err = m.Wait(ctx)
+	if ctx.Err() != nil {
+		_, err = m.Stop(down, opts.Stop)
+	}
+	exit, exitErr := m.Exit()
+	return exit, errors.Join(err, exitErr, m.Remove(down))
+}
+
+// StopAll stops every VM of the runtime directory at once, in whichever process, and returns all that went wrong.
+func (h *Host) StopAll(ctx context.Context, opts StopOptions) error {
+	all, err := h.Machines(ctx)
+	if err != nil {
+		return err
+	}
+	errs := make([]error, len(all))
+	var wg sync.WaitGroup
+	for i, m := range all {
+		wg.Go(func() { _, errs[i] = m.Stop(ctx, opts) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}

@@ -1,0 +1,460 @@
+package smartvm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"runtime"
+	"time"
+
+	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// What is kept of the streams of a VM, in bytes.
+const (
+	consoleLimit = 2 << 20
+	logLimit     = 1 << 20
+	metricsLimit = 16 << 20
+)
+
+// Start starts the VM and returns when its guest runs; the guest's own boot takes longer. This process looks
+// after it from then on, until it ends or the Host is closed. If the start fails, all of it is undone, the error is a
+// *MachineError, and Start may be called again.
+func (m *Machine) Start(ctx context.Context) error {
+	lock, err := m.acquire(ctx, "start")
+	if err != nil {
+		return err
+	}
+	return m.start(ctx, lock, nil)
+}
+
+// start takes over the lock. Console, if not nil, gets what the guest writes as it comes.
+func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer) error {
+	m.set(Starting, nil)
+	begun := time.Now()
+	r := &run{lock: lock, started: begun.UTC(), let: make(chan struct{}), done: make(chan struct{})}
+	stage, err := m.launch(ctx, r, console)
+	if err == nil {
+		m.host.mu.Lock()
+		m.host.machines[m.rec.ID] = m
+		m.host.mu.Unlock()
+		m.set("", r)
+		go m.watch(r)
+		m.host.log.Info("started", "vm", m.rec.ID, "dur", time.Since(begun))
+		return nil
+	}
+	exit := &Exit{Outcome: OutcomeFailed, Code: -1, Started: r.started, Ended: time.Now().UTC(), Error: err.Error()}
+	var ended *Exit
+	if r.proc != nil {
+		ended = m.linger(r.proc)
+	}
+	errs := []error{m.fail(stage, err, ended)}
+	if r.client != nil {
+		errs = append(errs, r.client.Close())
+	}
+	errs = append(errs, writeJSON(m.path(store.ExitFile), exit))
+	if r.journal != nil {
+		errs = append(errs, r.journal.Revert(ctx))
+	}
+	m.set("", nil)
+	return errors.Join(append(errs, lock.Unlock())...)
+}
+
+// linger gives a VMM that broke off a call the moment it takes to end, so that its exit status can be told.
+func (m *Machine) linger(p *vmm.Process) *Exit {
+	select {
+	case <-p.Done():
+		return exitOf(p.Exit())
+	case <-time.After(lingerTime):
+		return nil
+	}
+}
+
+const lingerTime = 100 * time.Millisecond
+
+// launch brings the VM up and says at which stage it failed. What it did is in r for the caller to undo.
+func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage string, err error) {
+	if err := checkKVM(); err != nil {
+		return "start", err
+	}
+	p, err := m.host.proposal(m.rec)
+	if err != nil {
+		return "start", err
+	}
+	for _, stale := range []string{store.ExitFile, store.ConsoleLog, store.ConsoleLog + store.RotatedSuffix} {
+		if err := os.Remove(m.path(stale)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return "start", err
+		}
+	}
+	pl := makePlan(&m.rec.Spec, p)
+	if r.journal, err = journal.Create(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
+		return "start", err
+	}
+	for _, e := range pl.Run {
+		if err := r.journal.Do(ctx, e); err != nil {
+			return "prepare", err
+		}
+	}
+	if pl.config.Streams, err = m.streams(console); err != nil {
+		return "open logs", err
+	}
+	r.proc = vmm.New(&pl.config)
+	if err := r.journal.Do(ctx, r.proc); err != nil {
+		r.proc = nil
+		return "start VMM", err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, m.host.opts.StartTimeout,
+		fmt.Errorf("the VMM did not take its configuration within %s", m.host.opts.StartTimeout))
+	defer cancel()
+	r.client = firecracker.New(func(ctx context.Context) (net.Conn, error) { return r.proc.Dial(ctx, store.SocketFile) }, m.version())
+	for _, c := range pl.Calls {
+		m.trace("PUT " + c.Path)
+		if err := c.send(ctx, r.client); err != nil {
+			return "PUT " + c.Path, err
+		}
+	}
+	m.trace("InstanceStart")
+	return "boot", r.client.InstanceStart(ctx)
+}
+
+// trace lets the crash matrix strike between requests too.
+func (m *Machine) trace(step string) {
+	if m.host.opts.trace != nil {
+		m.host.opts.trace(journal.Step{Op: "call", Kind: step})
+	}
+}
+
+// streams opens the files that take what the VMM writes.
+func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
+	files := make([]*logfile.Writer, 3)
+	for i, f := range []struct {
+		path  string
+		limit int64
+	}{{m.ConsoleLog(), consoleLimit}, {m.VMMLog(), logLimit}, {m.metricsPath(), metricsLimit}} {
+		if f.path == "" {
+			continue
+		}
+		if files[i], err = logfile.Create(f.path, f.limit); err != nil {
+			for _, opened := range files[:i] {
+				err = errors.Join(err, opened.Close())
+			}
+			return s, err
+		}
+	}
+	s.Console, s.Log = tee{files[0], console}, files[1]
+	if files[2] != nil {
+		s.Metrics = files[2]
+	}
+	return s, nil
+}
+
+func (m *Machine) metricsPath() string {
+	if m.rec.Spec.Metrics == nil {
+		return ""
+	}
+	return m.rec.Spec.Metrics.MetricsPath
+}
+
+// tee passes on to live, if there is one, what it writes to the log.
+type tee struct {
+	*logfile.Writer
+	live io.Writer
+}
+
+func (t tee) Write(p []byte) (int, error) {
+	if t.live != nil {
+		_, _ = t.live.Write(p)
+	}
+	return t.Writer.Write(p)
+}
+
+// watch waits for the VM's end, or until it is let go, and undoes the run.
+func (m *Machine) watch(r *run) {
+	defer close(r.done)
+	select {
+	case <-r.let:
+		m.set("", nil)
+		r.err = errors.Join(r.client.Close(), r.journal.Close(), r.lock.Unlock())
+		return
+	case <-r.proc.Done():
+	}
+	m.set(Stopping, r)
+	exit := exitOf(r.proc.Exit())
+	exit.Started = r.started
+	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)
+	r.err = errors.Join(r.client.Close(), writeJSON(m.path(store.ExitFile), exit), r.journal.Revert(context.Background()))
+	if r.err != nil {
+		m.host.log.Warn("undo", "vm", m.rec.ID, "err", r.err)
+	}
+	m.host.mu.Lock()
+	delete(m.host.machines, m.rec.ID)
+	m.host.mu.Unlock()
+	m.set("", nil)
+	r.err = errors.Join(r.err, r.lock.Unlock())
+}
+
+// release leaves the VM running and to others.
+func (m *Machine) release() error {
+	m.mu.Lock()
+	r := m.run
+	m.mu.Unlock()
+	if r == nil {
+		return nil
+	}
+	close(r.let)
+	<-r.done
+	return r.err
+}
+
+func (m *Machine) set(busy State, r *run) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.busy, m.run = busy, r
+}
+
+func exitOf(e vmm.Exit) *Exit {
+	exit := &Exit{Outcome: OutcomeExited, Code: e.Code, Ended: time.Now().UTC()}
+	switch {
+	case !e.Known:
+		exit.Outcome, exit.Code = OutcomeLost, -1
+	case e.Signal != 0:
+		exit.Outcome, exit.Signal = OutcomeKilled, e.SignalName()
+	case e.Code != 0:
+		exit.Outcome = OutcomeCrashed
+	}
+	return exit
+}
+
+// DefaultStopTimeout is how long a guest may take to shut down before it is killed.
+const DefaultStopTimeout = 10 * time.Second
+
+// StopOptions say how to end a VM.
+type StopOptions struct {
+	// Timeout is how long the guest may take to shut down after Ctrl-Alt-Del (x86_64; elsewhere there is no
+	// such key). 0: it is killed at once.
+	Timeout time.Duration
+}
+
+// CtrlAltDel and Killed are the ways in which Stop ends a VM.
+const (
+	CtrlAltDel = "ctrl-alt-del"
+	Killed     = vmm.Killed
+)
+
+// Stop ends the VM and returns when nothing of its run is left, and what ended it: CtrlAltDel, Killed or "" if
+// it had ended. It works from any process. The VM's copies of drives stay until Remove.
+func (m *Machine) Stop(ctx context.Context, opts StopOptions) (string, error) {
+	state, err := m.State(ctx)
+	if err != nil {
+		return "", err
+	}
+	if err := allow(m.rec.ID, "stop", "stop", state); err != nil {
+		return "", err
+	}
+	m.mu.Lock()
+	r := m.run
+	m.mu.Unlock()
+	proc := m.attach()
+	if r != nil {
+		proc = r.proc
+	}
+	how := ""
+	if state != Stopped && state != Failed {
+		if how, err = proc.Stop(ctx, m.stopSteps(opts)...); err != nil {
+			return how, m.fail("stop", err, nil)
+		}
+	}
+	if r != nil {
+		select {
+		case <-r.done:
+			return how, r.err
+		case <-ctx.Done():
+			return how, m.fail("stop", context.Cause(ctx), nil)
+		}
+	}
+	return how, m.settle(ctx)
+}
+
+func (m *Machine) stopSteps(opts StopOptions) []vmm.Step {
+	if runtime.GOARCH != "amd64" {
+		return nil
+	}
+	return []vmm.Step{{Name: CtrlAltDel, Timeout: opts.Timeout, Ask: func(ctx context.Context) error {
+		c := m.dialClient()
+		defer c.Close()
+		// A paused guest sees no keys.
+		if err := c.Resume(ctx); err != nil {
+			return err
+		}
+		return c.SendCtrlAltDel(ctx)
+	}}}
+}
+
+// settle waits until whoever looks after the ended VM has undone its run, and does it itself if nobody does.
+func (m *Machine) settle(ctx context.Context) error {
+	lock, err := m.host.store.Lock(ctx, m.rec.ID)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // and removed it
+	}
+	if err != nil {
+		return fmt.Errorf("VM %s: %w", m.rec.ID, err)
+	}
+	return errors.Join(m.mourn(ctx), lock.Unlock())
+}
+
+// mourn undoes a run that nobody watched to its end. The caller has the lock.
+func (m *Machine) mourn(ctx context.Context) error {
+	fi, err := os.Stat(m.path(store.RunJournal))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if exit, err := m.Exit(); err != nil || exit == nil {
+		lost := &Exit{Outcome: OutcomeLost, Code: -1, Started: fi.ModTime().UTC(), Ended: time.Now().UTC()}
+		if err := writeJSON(m.path(store.ExitFile), lost); err != nil {
+			return err
+		}
+	}
+	return m.replay(ctx, store.RunJournal)
+}
+
+// Wait returns when the VM's run has ended and is undone, and how it ended. Returns at once if it does not
+// run, ErrNotFound if it is removed meanwhile.
+func (m *Machine) Wait(ctx context.Context) (*Exit, error) {
+	m.mu.Lock()
+	r := m.run
+	m.mu.Unlock()
+	if r != nil {
+		select {
+		case <-r.done:
+			return m.exited()
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, context.Cause(ctx))
+		}
+	}
+	tick := time.NewTicker(waitPoll)
+	defer tick.Stop()
+	for {
+		if err := m.attach().Wait(ctx); err != nil {
+			return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, err)
+		}
+		state, err := m.State(ctx)
+		switch {
+		case err != nil:
+			return nil, err
+		case state == Stopped, state == Failed:
+			return m.exited()
+		case state == Lost:
+			if err := m.settle(ctx); err != nil {
+				return nil, err
+			}
+			return m.exited()
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, context.Cause(ctx))
+		case <-tick.C:
+		}
+	}
+}
+
+// waitPoll is how often Wait looks at a VM between its process's end and the end of its run.
+const waitPoll = 10 * time.Millisecond
+
+func (m *Machine) exited() (*Exit, error) {
+	exit, err := m.Exit()
+	if err != nil {
+		return nil, fmt.Errorf("VM %s: %w", m.rec.ID, err)
+	}
+	if exit == nil {
+		if _, err := os.Stat(m.path(store.MachineFile)); err != nil {
+			return nil, fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+		}
+	}
+	return exit, nil
+}
+
+// Remove deletes a VM that does not run, and its copies of drives.
+func (m *Machine) Remove(ctx context.Context) error {
+	lock, err := m.acquire(ctx, "remove")
+	if err != nil {
+		return err
+	}
+	m.set(Removing, nil)
+	defer m.set("", nil)
+	if err := m.erase(ctx, lock); err != nil {
+		return err
+	}
+	m.host.log.Info("removed", "vm", m.rec.ID)
+	return nil
+}
+
+// acquireTimeout bounds how long an operation waits for another one on the same VM to be done.
+const acquireTimeout = 10 * time.Second
+
+// acquire takes the VM's lock for op, if its state allows op, and undoes a run that was left behind.
+func (m *Machine) acquire(ctx context.Context, op string) (*store.Lock, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, acquireTimeout, errors.New("another operation on it does not end"))
+	defer cancel()
+	for {
+		state, err := m.State(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err := allow(m.rec.ID, op, op, state); err != nil {
+			return nil, err
+		}
+		lock, err := m.host.store.TryLock(m.rec.ID)
+		switch {
+		case err == nil:
+			return m.acquired(ctx, op, lock)
+		case errors.Is(err, fs.ErrNotExist):
+			return nil, fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+		case !errors.Is(err, store.ErrLocked):
+			return nil, fmt.Errorf("%s VM %s: %w", op, m.rec.ID, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%s VM %s: %w", op, m.rec.ID, context.Cause(ctx))
+		case <-time.After(waitPoll):
+		}
+	}
+}
+
+// acquired looks again, now that nobody else can change anything.
+func (m *Machine) acquired(ctx context.Context, op string, lock *store.Lock) (*store.Lock, error) {
+	err := func() error {
+		if _, err := os.Stat(m.path(store.MachineFile)); err != nil {
+			return fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+		}
+		alive, err := m.attach().Alive()
+		if err == nil && alive {
+			err = &StateError{ID: m.rec.ID, Op: op, State: Running, Want: transitions[op]}
+		}
+		if err != nil {
+			return err
+		}
+		return m.mourn(ctx)
+	}()
+	if err != nil {
+		return nil, errors.Join(err, lock.Unlock())
+	}
+	return lock, nil
+}
+
+func hash(s string) uint32 {
+	h := fnv.New32a()
+	_, _ = io.WriteString(h, s)
+	return h.Sum32()
+}

@@ -1,0 +1,162 @@
+package spec
+
+import "encoding/json"
+
+// Spec describes one microVM. It is inert: nothing in this package changes a Spec it was given. Its JSON form
+// is the original package's machine configuration, with the fields that are marked "ours" added.
+//
+// Paths are host paths; relative ones are resolved against the working directory when the VM is created.
+type Spec struct {
+	// ID names the VM for good: 1-64 of [A-Za-z0-9-]. Empty: one is made.
+	ID string `json:"id,omitempty"`
+	// Name is a second handle that people type, unique in a runtime directory: 1-64 of [A-Za-z0-9_.-],
+	// beginning with a letter or digit. Ours.
+	Name string `json:"name,omitempty"`
+	// Labels are kept and shown, never interpreted. At most 64, keys up to 128 bytes, values up to 1024. Ours.
+	Labels map[string]string `json:"labels,omitempty"`
+
+	BootSource        BootSource         `json:"bootSource"`
+	MachineConfig     MachineConfig      `json:"machineConfig"`
+	Drives            []Drive            `json:"drives,omitempty"`
+	NetworkInterfaces []NetworkInterface `json:"networkInterfaces,omitempty"`
+	Vsock             *Vsock             `json:"vsock,omitempty"`
+	Balloon           *Balloon           `json:"balloon,omitempty"`
+	MMDS              *MMDS              `json:"mmds,omitempty"`
+	Logger            *Logger            `json:"logger,omitempty"`
+	Metrics           *Metrics           `json:"metrics,omitempty"`
+
+	// The rest is ours.
+	Entropy       *Entropy        `json:"entropy,omitempty"`
+	Serial        *Serial         `json:"serial,omitempty"`        // Firecracker ≥ 1.16
+	Pmem          []Pmem          `json:"pmem,omitempty"`          // Firecracker ≥ 1.14
+	MemoryHotplug *MemoryHotplug  `json:"memoryHotplug,omitempty"` // Firecracker ≥ 1.14
+	CPUConfig     json.RawMessage `json:"cpuConfig,omitempty"`     // a CPU template in the VMM's own form, an object
+}
+
+// BootSource is what the guest boots.
+type BootSource struct {
+	// KernelImagePath is an ELF vmlinux or a bzImage, from which the vmlinux is extracted when the VM is made
+	// (x86_64), or a PE Image (aarch64).
+	KernelImagePath string `json:"kernelImagePath"`
+	InitrdPath      string `json:"initrdPath,omitempty"`
+	// BootArgs replaces the VMM's default kernel command line. Under 2048 bytes with what the VMM adds.
+	// Empty: DefaultBootArgs.
+	BootArgs string `json:"bootArgs,omitempty"`
+}
+
+// DefaultBootArgs is the kernel command line of a VM that names none: the serial console on, and a reboot or
+// a panic ends the VM instead of leaving it halted.
+const DefaultBootArgs = "console=ttyS0 reboot=k panic=1"
+
+// MachineConfig sizes the VM.
+type MachineConfig struct {
+	VCPUCount       int    `json:"vcpuCount"`  // 1-32; with SMT 1 or even
+	MemSizeMiB      int    `json:"memSizeMib"` // MiB, > 0; even with 2M huge pages
+	SMT             bool   `json:"smt,omitempty"`
+	CPUTemplate     string `json:"cpuTemplate,omitempty"` // C3, T2, T2S, T2CL, T2A, V1N1 or None
+	TrackDirtyPages bool   `json:"trackDirtyPages,omitempty"`
+	HugePages       string `json:"hugePages,omitempty"` // None or 2M
+}
+
+// Drive is a block device backed by a raw file or a block device of the host.
+type Drive struct {
+	DriveID      string       `json:"driveId"` // [A-Za-z0-9_]
+	PathOnHost   string       `json:"pathOnHost"`
+	IsRootDevice bool         `json:"isRootDevice"`
+	IsReadOnly   bool         `json:"isReadOnly,omitempty"`
+	PartUUID     string       `json:"partuuid,omitempty"`  // only with IsRootDevice
+	CacheType    string       `json:"cacheType,omitempty"` // Unsafe (default) or Writeback
+	IOEngine     string       `json:"ioEngine,omitempty"`  // Sync (default) or Async
+	RateLimiter  *RateLimiter `json:"rateLimiter,omitempty"`
+	// Ephemeral says whether the VM gets a copy of its own that is thrown away with it. Nil: yes for a
+	// writable drive (unless the host switches that off), no for a read-only one.
+	Ephemeral *bool `json:"ephemeral,omitempty"`
+}
+
+// NetworkInterface is a guest NIC attached to a TAP of the host.
+type NetworkInterface struct {
+	IfaceID       string       `json:"ifaceId"`               // [A-Za-z0-9_]
+	HostDevName   string       `json:"hostDevName,omitempty"` // an existing TAP, at most 15 bytes
+	GuestMAC      string       `json:"guestMac,omitempty"`
+	MTU           int          `json:"mtu,omitempty"` // 68-65535, Firecracker ≥ 1.16. Ours
+	RxRateLimiter *RateLimiter `json:"rxRateLimiter,omitempty"`
+	TxRateLimiter *RateLimiter `json:"txRateLimiter,omitempty"`
+}
+
+// RateLimiter bounds bytes (Bandwidth) and operations (Ops). A nil bucket is unlimited.
+type RateLimiter struct {
+	Bandwidth *TokenBucket `json:"bandwidth,omitempty"`
+	Ops       *TokenBucket `json:"ops,omitempty"`
+}
+
+// TokenBucket starts full and refills linearly by Size every RefillTime.
+type TokenBucket struct {
+	Size         uint64 `json:"size"`                   // bytes or operations
+	OneTimeBurst uint64 `json:"oneTimeBurst,omitempty"` // spent first, never refilled
+	RefillTime   uint64 `json:"refillTime"`             // milliseconds
+}
+
+// Vsock gives the guest a vsock device.
+type Vsock struct {
+	GuestCID uint32 `json:"guestCid"` // ≥ 3
+	// UDSPath is where the host finds the socket: made as a symbolic link to the VM's own socket while the
+	// VM runs. A listener for connections the guest opens goes beside the link's target, with "_PORT" added.
+	UDSPath string `json:"udsPath"`
+}
+
+// Balloon lets the host take memory back from the guest.
+type Balloon struct {
+	AmountMiB             uint32 `json:"amountMib"` // MiB, ≤ MemSizeMiB
+	DeflateOnOOM          bool   `json:"deflateOnOom"`
+	StatsPollingIntervalS uint16 `json:"statsPollingIntervalS,omitempty"` // seconds, 0: no statistics
+	FreePageHinting       bool   `json:"freePageHinting,omitempty"`       // Firecracker ≥ 1.14. Ours
+	FreePageReporting     bool   `json:"freePageReporting,omitempty"`     // Firecracker ≥ 1.14. Ours
+}
+
+// MMDS serves metadata to the guest.
+type MMDS struct {
+	Version           string   `json:"version,omitempty"` // V1 (default) or V2
+	NetworkInterfaces []string `json:"networkInterfaces"` // len ≥ 1, IfaceIDs
+	IPv4Address       string   `json:"ipv4Address,omitempty"`
+	IMDSCompat        bool     `json:"imdsCompat,omitempty"` // Firecracker ≥ 1.13. Ours
+}
+
+// Logger sets what the VMM logs and where. Without it warnings go to the VM's own directory.
+type Logger struct {
+	LogPath       string `json:"logPath,omitempty"`
+	Level         string `json:"level,omitempty"` // Off, Error, Warn (default here), Info, Debug, Trace
+	ShowLevel     bool   `json:"showLevel,omitempty"`
+	ShowLogOrigin bool   `json:"showLogOrigin,omitempty"`
+}
+
+// Metrics names the file that gets the VMM's metrics, one JSON object a line.
+type Metrics struct {
+	MetricsPath string `json:"metricsPath"`
+}
+
+// Entropy gives the guest a virtio random number device.
+type Entropy struct {
+	RateLimiter *RateLimiter `json:"rateLimiter,omitempty"`
+}
+
+// Serial bounds the serial console's output; what is over the limit is dropped.
+type Serial struct {
+	RateLimiter *TokenBucket `json:"rateLimiter"`
+}
+
+// Pmem is a persistent memory device backed by a file. Staged by the same rule as a Drive.
+type Pmem struct {
+	ID           string       `json:"id"` // [A-Za-z0-9_]
+	PathOnHost   string       `json:"pathOnHost"`
+	IsRootDevice bool         `json:"isRootDevice,omitempty"`
+	IsReadOnly   bool         `json:"isReadOnly,omitempty"`
+	RateLimiter  *RateLimiter `json:"rateLimiter,omitempty"` // Firecracker ≥ 1.16
+	Ephemeral    *bool        `json:"ephemeral,omitempty"`
+}
+
+// MemoryHotplug reserves memory that can be plugged in while the VM runs. MiB throughout.
+type MemoryHotplug struct {
+	TotalSizeMiB int `json:"totalSizeMib"`
+	SlotSizeMiB  int `json:"slotSizeMib,omitempty"`  // default 128
+	BlockSizeMiB int `json:"blockSizeMib,omitempty"` // default 2
+}
