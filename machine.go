@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/logfile"
@@ -38,7 +40,8 @@ type run struct {
 	started time.Time
 	let     chan struct{} // closed to let go of the VM and leave it running
 	done    chan struct{} // closed when all is undone, or let go of
-	err     error         // of undoing, set before done is closed
+	exit    *Exit         // set before done is closed, nil if let go of
+	err     error         // of undoing, likewise
 }
 
 func (h *Host) machine(rec *record) *Machine { return &Machine{host: h, rec: rec} }
@@ -95,7 +98,9 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 		if isFile && m.host.opts.Progress != nil {
 			file.Progress = func(done, total int64) { m.host.opts.Progress(filepath.Base(file.Target), done, total) }
 		}
-		if err := j.Do(ctx, e); err != nil {
+		if err := j.Do(ctx, e); errors.Is(err, unix.ENOSPC) {
+			return withHint(err, "free space there, name another --runtime-dir, keep the image and --data-dir on one XFS or btrfs, or write in place with \"ephemeral\": false")
+		} else if err != nil {
 			return err
 		}
 		if isFile {
@@ -109,6 +114,7 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
+	m.trace("record")
 	return rec.write(m.host.store)
 }
 
@@ -134,6 +140,7 @@ func (m *Machine) leaseUID(ctx context.Context, j *journal.Journal) (int, error)
 
 // erase removes what make made, and all else of the VM. The caller has the lock and gives it up.
 func (m *Machine) erase(ctx context.Context, lock *store.Lock) error {
+	m.trace("unrecord")
 	// The VM is gone from here on, whatever happens; what is left is for Recover.
 	err := os.Remove(m.path(store.MachineFile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -142,6 +149,7 @@ func (m *Machine) erase(ctx context.Context, lock *store.Lock) error {
 	if err := m.replay(ctx, store.CreateJournal); err != nil {
 		return errors.Join(fmt.Errorf("remove VM %s: %w", m.rec.ID, err), lock.Unlock())
 	}
+	m.trace("remove")
 	return m.host.store.Remove(m.rec.ID, lock)
 }
 
@@ -192,6 +200,20 @@ func (m *Machine) State(ctx context.Context) (State, error) {
 		return Starting, nil
 	}
 	return Stopping, nil
+}
+
+// Supervised says whether a process looks after the VM. One that runs without goes on, but what its guest writes is lost.
+func (m *Machine) Supervised() (bool, error) {
+	lock, err := m.host.store.TryLock(m.rec.ID)
+	switch {
+	case errors.Is(err, store.ErrLocked):
+		return true, nil
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("VM %s: %w", m.rec.ID, err)
+	}
+	return false, lock.Unlock()
 }
 
 // rested tells the states of a VM that has no run.

@@ -17,33 +17,43 @@ import (
 
 // Report is what Recover did, by VM id.
 type Report struct {
-	Adopted   []string `json:"adopted"`   // run on; this process looks after them now
-	Recovered []string `json:"recovered"` // their run had ended unseen; it was undone
-	Removed   []string `json:"removed"`   // half made, half removed, or their one call's process died
+	Adopted    []string `json:"adopted"`    // run on; this process looks after them now
+	Unattended []string `json:"unattended"` // run on, and nobody looks after them; only Sweep leaves them so
+	Recovered  []string `json:"recovered"`  // their run had ended unseen; it was undone
+	Removed    []string `json:"removed"`    // half made, half removed, or their one call's process died
 }
 
 // Recover takes up what processes that died have left: it undoes runs that ended unseen, removes what was half made, and
 // looks after VMs that run on. VMs that another process looks after are not touched.
 func (h *Host) Recover(ctx context.Context) (*Report, error) {
+	return h.recover(ctx, true)
+}
+
+// Sweep is Recover for a process that will not stay: VMs that run on are only reported.
+func (h *Host) Sweep(ctx context.Context) (*Report, error) {
+	return h.recover(ctx, false)
+}
+
+func (h *Host) recover(ctx context.Context, adopt bool) (*Report, error) {
 	ids, err := h.store.List()
 	if err != nil {
 		return nil, err
 	}
-	report := &Report{Adopted: []string{}, Recovered: []string{}, Removed: []string{}}
+	report := &Report{Adopted: []string{}, Unattended: []string{}, Recovered: []string{}, Removed: []string{}}
 	var errs []error
 	for _, id := range ids {
 		if ctx.Err() != nil {
 			errs = append(errs, context.Cause(ctx))
 			break
 		}
-		if err := h.recoverOne(ctx, id, report); err != nil {
+		if err := h.recoverOne(ctx, id, adopt, report); err != nil {
 			errs = append(errs, fmt.Errorf("recover VM %s: %w", id, err))
 		}
 	}
 	return report, errors.Join(errs...)
 }
 
-func (h *Host) recoverOne(ctx context.Context, id string, report *Report) error {
+func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Report) error {
 	lock, err := h.store.TryLock(id)
 	switch {
 	case errors.Is(err, store.ErrLocked):
@@ -75,6 +85,10 @@ func (h *Host) recoverOne(ctx context.Context, id string, report *Report) error 
 	alive, err := m.attach().Alive()
 	if err != nil {
 		return errors.Join(err, lock.Unlock())
+	}
+	if alive && !adopt {
+		report.Unattended = append(report.Unattended, id)
+		return lock.Unlock()
 	}
 	if alive {
 		report.Adopted = append(report.Adopted, id)
@@ -119,11 +133,11 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 		return errors.Join(err, r.journal.Close())
 	}
 	config := makePlan(&m.rec.Spec, p).config
-	if config.Streams, err = m.streams(nil); err == nil {
-		r.proc, err = vmm.Adopt(&config)
-	}
-	if err != nil {
+	if config.Streams, err = m.streams(nil); err != nil {
 		return errors.Join(err, r.journal.Close())
+	}
+	if r.proc, err = vmm.Adopt(&config); err != nil {
+		return errors.Join(err, config.Streams.Close(), r.journal.Close())
 	}
 	r.client = m.dialClient()
 	m.host.mu.Lock()
@@ -142,22 +156,36 @@ type RunOptions struct {
 }
 
 // Run makes and starts a VM, waits for its end and removes it. The call is the VM's life: when ctx ends, so does
-// the VM, and if this process dies, the next Recover ends it. An error of the context is not returned once the VM has run.
+// the VM, and if this process dies, the next Recover ends it. An error of the context is not returned once the VM has run. A VMM that gives up is a
+// *MachineError, and the Exit comes with it.
 func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, error) {
 	m, lock, err := h.create(ctx, spec, true)
 	if err != nil {
 		return nil, err
 	}
 	down := context.WithoutCancel(ctx)
-	if err := m.start(ctx, lock, opts.Console); err != nil {
-		return nil, errors.Join(err, m.Remove(down))
+	r, err := m.start(ctx, lock, opts.Console)
+	if err != nil {
+		return nil, errors.Join(err, m.vanish(down))
 	}
-	_, err = m.Wait(ctx)
-	if ctx.Err() != nil {
-		_, err = m.Stop(down, opts.Stop)
+	select {
+	case <-r.done:
+		err = r.err
+	case <-ctx.Done():
+		if _, err = m.Stop(down, opts.Stop); err != nil {
+			return nil, errors.Join(err, m.vanish(down))
+		}
+		<-r.done
 	}
-	exit, exitErr := m.Exit()
-	return exit, errors.Join(err, exitErr, m.Remove(down))
+	return r.exit, errors.Join(err, m.vanish(down))
+}
+
+// vanish removes a VM that the Recover of another process may be removing too.
+func (m *Machine) vanish(ctx context.Context) error {
+	if err := m.Remove(ctx); !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	return nil
 }
 
 // StopAll stops every VM of the runtime directory at once, in whichever process, and returns all that went wrong.

@@ -34,11 +34,12 @@ func (m *Machine) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return m.start(ctx, lock, nil)
+	_, err = m.start(ctx, lock, nil)
+	return err
 }
 
 // start takes over the lock. Console, if not nil, gets what the guest writes as it comes.
-func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer) error {
+func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer) (*run, error) {
 	m.set(Starting, nil)
 	begun := time.Now()
 	r := &run{lock: lock, started: begun.UTC(), let: make(chan struct{}), done: make(chan struct{})}
@@ -50,7 +51,7 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 		m.set("", r)
 		go m.watch(r)
 		m.host.log.Info("started", "vm", m.rec.ID, "dur", time.Since(begun))
-		return nil
+		return r, nil
 	}
 	exit := &Exit{Outcome: OutcomeFailed, Code: -1, Started: r.started, Ended: time.Now().UTC(), Error: err.Error()}
 	var ended *Exit
@@ -66,7 +67,7 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 		errs = append(errs, r.journal.Revert(ctx))
 	}
 	m.set("", nil)
-	return errors.Join(append(errs, lock.Unlock())...)
+	return nil, errors.Join(append(errs, lock.Unlock())...)
 }
 
 // linger gives a VMM that broke off a call the moment it takes to end, so that its exit status can be told.
@@ -90,7 +91,9 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	if err != nil {
 		return "start", err
 	}
-	for _, stale := range []string{store.ExitFile, store.ConsoleLog, store.ConsoleLog + store.RotatedSuffix} {
+	for _, stale := range []string{
+		store.ExitFile, store.ConsoleLog, store.ConsoleLog + store.RotatedSuffix, store.VMMLog, store.VMMLog + store.RotatedSuffix,
+	} {
 		if err := os.Remove(m.path(stale)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "start", err
 		}
@@ -110,7 +113,7 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	r.proc = vmm.New(&pl.config)
 	if err := r.journal.Do(ctx, r.proc); err != nil {
 		r.proc = nil
-		return "start VMM", err
+		return "start VMM", errors.Join(err, pl.config.Streams.Close())
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, m.host.opts.StartTimeout,
 		fmt.Errorf("the VMM did not take its configuration within %s", m.host.opts.StartTimeout))
@@ -188,8 +191,10 @@ func (m *Machine) watch(r *run) {
 	case <-r.proc.Done():
 	}
 	m.set(Stopping, r)
+	m.trace("end")
 	exit := exitOf(r.proc.Exit())
 	exit.Started = r.started
+	r.exit = exit
 	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)
 	r.err = errors.Join(r.client.Close(), writeJSON(m.path(store.ExitFile), exit), r.journal.Revert(context.Background()))
 	if r.err != nil {
@@ -273,15 +278,15 @@ func (m *Machine) Stop(ctx context.Context, opts StopOptions) (string, error) {
 			return how, m.fail("stop", err, nil)
 		}
 	}
-	if r != nil {
-		select {
-		case <-r.done:
-			return how, r.err
-		case <-ctx.Done():
-			return how, m.fail("stop", context.Cause(ctx), nil)
-		}
+	if r == nil {
+		return how, m.settle(ctx)
 	}
-	return how, m.settle(ctx)
+	select {
+	case <-r.done:
+		return how, r.err
+	case <-ctx.Done():
+		return how, m.fail("stop", context.Cause(ctx), nil)
+	}
 }
 
 func (m *Machine) stopSteps(opts StopOptions) []vmm.Step {
@@ -299,17 +304,29 @@ func (m *Machine) stopSteps(opts StopOptions) []vmm.Step {
 	}}}
 }
 
-// settle waits until whoever looks after the ended VM has undone its run, and does it itself if nobody does.
+// settle waits until whoever looks after the ended VM has undone its run, and does it itself if nobody does. A
+// VMM that was only about to be started meanwhile is killed.
 func (m *Machine) settle(ctx context.Context) error {
-	lock, err := m.host.store.Lock(ctx, m.rec.ID)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // and removed it
+	for {
+		patience, cancel := context.WithTimeout(ctx, settlePoll)
+		lock, err := m.host.store.Lock(patience, m.rec.ID)
+		cancel()
+		switch {
+		case err == nil:
+			return errors.Join(m.mourn(ctx), lock.Unlock())
+		case errors.Is(err, fs.ErrNotExist):
+			return nil // and removed it
+		case ctx.Err() != nil || !errors.Is(err, store.ErrLocked):
+			return fmt.Errorf("VM %s: %w", m.rec.ID, err)
+		}
+		if err := m.attach().Revert(ctx); err != nil {
+			return m.fail("stop", err, nil)
+		}
 	}
-	if err != nil {
-		return fmt.Errorf("VM %s: %w", m.rec.ID, err)
-	}
-	return errors.Join(m.mourn(ctx), lock.Unlock())
 }
+
+// settlePoll is how long settle waits before it looks for a VMM that was started meanwhile.
+const settlePoll = 100 * time.Millisecond
 
 // mourn undoes a run that nobody watched to its end. The caller has the lock.
 func (m *Machine) mourn(ctx context.Context) error {
@@ -412,7 +429,8 @@ func (m *Machine) acquire(ctx context.Context, op string) (*store.Lock, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := allow(m.rec.ID, op, op, state); err != nil {
+		// What is about to have stopped is worth the wait.
+		if err := allow(m.rec.ID, op, op, state); err != nil && state != Stopping {
 			return nil, err
 		}
 		lock, err := m.host.store.TryLock(m.rec.ID)

@@ -21,12 +21,14 @@ const (
 	maxBody = 16 << 20
 	// readBuffer is small because every idle VM has one.
 	readBuffer = 512
-	// maxDirectWrite is what an idle unix socket takes at once, its buffers being several times that, in bytes. It is
-	// above the VMM's default limit for bodies, 51200.
-	maxDirectWrite = 64 << 10
 	// maxID bounds an id in a path, in bytes: the VMM reads the request line into a buffer of 1024.
 	maxID = 512
 )
+
+// MaxPayload is the largest request body that is sent, in bytes: the VMM's default for --http-api-max-payload-size.
+// More is refused here, because the VMM does not skip a body that it refuses: it takes it for requests, answers them,
+// and dies of the answers that nobody reads any more (Firecracker 1.12).
+const MaxPayload = 51200
 
 // DialFunc connects to the API socket of one VMM.
 type DialFunc func(ctx context.Context) (net.Conn, error)
@@ -34,19 +36,23 @@ type DialFunc func(ctx context.Context) (net.Conn, error)
 // Client talks to one VMM. It dials at the first call, keeps that one connection, and dials anew after any error on
 // it. Calls may be made from several goroutines; they are sent one after another.
 //
-// A call is bounded by its context only: pausing and snapshots legitimately take long.
+// A call is bounded by its context only: pausing and snapshots legitimately take long. When the context ends, the call
+// returns, but the connection stays open until the answer has come, and later calls wait for that: a VMM that writes
+// an answer to a closed connection may die of it (SIGPIPE, and its handler breaks the seccomp filter; seen with
+// Firecracker 1.12). The VMM serves one request at a time anyhow.
 type Client struct {
 	dial DialFunc
 
-	// turn is held, as its one element, for the length of an exchange, and protects version and reader.
-	turn    chan struct{}
-	version Version
-	reader  *responseReader // of conn
+	// turn is held, as its one element, for the length of an exchange, and protects reader.
+	turn   chan struct{}
+	reader *responseReader // of conn
 
-	// mu protects conn and closed, so that Close can cut an exchange short. Taken after turn.
-	mu     sync.Mutex
-	conn   net.Conn
-	closed bool
+	// mu protects what follows. Taken after turn.
+	mu        sync.Mutex
+	version   Version
+	conn      net.Conn
+	abortDial context.CancelFunc // nil unless dialling
+	closed    bool
 }
 
 // New returns a client that has not connected yet. Version is that of the VMM, as `firecracker --version` tells; the
@@ -57,11 +63,19 @@ func New(dial DialFunc, version Version) *Client {
 }
 
 // Close drops the connection and fails calls under way and later ones with [net.ErrClosed]. Closing again is allowed.
+// Closing while the VMM works on a request, even one that was given up, may kill the VMM.
 func (c *Client) Close() error {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.closed = true
-	return c.dropLocked()
+	if c.abortDial != nil {
+		c.abortDial()
+	}
+	err := c.dropLocked()
+	c.mu.Unlock()
+	// Wait for the exchange that was cut short.
+	c.turn <- struct{}{}
+	<-c.turn
+	return err
 }
 
 // get asks for path and decodes the answer into out.
@@ -103,7 +117,7 @@ func checkID(id string) error {
 	return nil
 }
 
-// call does one exchange once it is the caller's turn and returns the body of a successful answer.
+// call does one exchange and returns the body of a successful answer.
 func (c *Client) call(ctx context.Context, method, path string, body any) ([]byte, error) {
 	var payload []byte
 	if body != nil {
@@ -111,17 +125,39 @@ func (c *Client) call(ctx context.Context, method, path string, body any) ([]byt
 		if payload, err = encode(body); err != nil {
 			return nil, fmt.Errorf("%s %s: encode body: %w", method, path, err)
 		}
-	}
-	select {
-	case c.turn <- struct{}{}:
-		defer func() { <-c.turn }()
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%s %s: %w", method, path, contextError(ctx))
+		if len(payload) > MaxPayload {
+			return nil, fmt.Errorf("%s %s: body of %d bytes, want at most %d", method, path, len(payload), MaxPayload)
+		}
 	}
 	if err := c.checkGates(ctx, method, path, body); err != nil {
 		return nil, err
 	}
-	return c.exchange(ctx, method, path, payload)
+	return c.run(ctx, method, path, payload)
+}
+
+// run does an exchange once it is the caller's turn, and leaves it to itself when ctx ends.
+func (c *Client) run(ctx context.Context, method, path string, payload []byte) ([]byte, error) {
+	select {
+	case c.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s %s: %w", method, path, contextError(ctx))
+	}
+	type outcome struct {
+		answer []byte
+		err    error
+	}
+	done := make(chan outcome, 1)
+	go func() {
+		answer, err := c.exchange(ctx, method, path, payload)
+		<-c.turn
+		done <- outcome{answer, err}
+	}()
+	select {
+	case o := <-done:
+		return o.answer, o.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s %s: %w", method, path, contextError(ctx))
+	}
 }
 
 // encode is json.Marshal without the escapes meant for HTML, which would only spend the VMM's payload limit.
@@ -137,43 +173,45 @@ func encode(body any) ([]byte, error) {
 
 // checkGates refuses what the VMM is too old for, learning its version first if it must.
 func (c *Client) checkGates(ctx context.Context, method, path string, body any) error {
-	if c.version.IsZero() && checkRequest(MinVersion, method, path, body) != nil {
-		answer, err := c.exchange(ctx, http.MethodGet, "/version", nil)
+	if checkRequest(MinVersion, method, path, body) == nil {
+		return nil
+	}
+	c.mu.Lock()
+	version := c.version
+	c.mu.Unlock()
+	if version.IsZero() {
+		answer, err := c.run(ctx, http.MethodGet, "/version", nil)
 		if err != nil {
 			return fmt.Errorf("learn version: %w", err)
 		}
-		if c.version, err = decodeVersion(answer); err != nil {
+		if version, err = decodeVersion(answer); err != nil {
 			return fmt.Errorf("learn version: %w", err)
 		}
+		c.mu.Lock()
+		c.version = version
+		c.mu.Unlock()
 	}
-	if c.version.IsZero() {
-		return nil
-	}
-	return checkRequest(c.version, method, path, body)
+	return checkRequest(version, method, path, body)
 }
 
 // exchange sends one request and reads its answer. The caller holds the turn. Whatever goes wrong drops the
-// connection: nothing on it could be attributed to a request any more.
-func (c *Client) exchange(ctx context.Context, method, path string, payload []byte) (body []byte, err error) {
+// connection: nothing on it could be attributed to a request any more. Ctx is of no more use once the request is sent.
+func (c *Client) exchange(ctx context.Context, method, path string, payload []byte) ([]byte, error) {
 	conn, err := c.connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", method, path, err)
 	}
-	// Closing interrupts reads and writes on any kind of connection, and it is not to be used again anyhow.
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	wait := startWrite(conn, requestBytes(method, path, payload))
+	_, writeErr := conn.Write(requestBytes(method, path, payload))
 	// The answer is read even after a failed write: a VMM with too many connections answers and closes unasked.
 	resp, err := c.reader.read()
-	writeErr := wait(err == nil && resp.ok())
-	interrupted := !stop()
-	switch {
-	case err != nil:
+	if err != nil {
 		c.drop()
-		return nil, fmt.Errorf("%s %s: %w", method, path, c.transportError(ctx, writeErr, err))
-	case interrupted || writeErr != nil || !resp.reusable:
+		return nil, fmt.Errorf("%s %s: %w", method, path, c.transportError(writeErr, err))
+	}
+	if writeErr != nil || !resp.reusable {
 		c.drop()
 	}
-	if resp.ok() {
+	if resp.status/100 == 2 {
 		return resp.body, nil
 	}
 	fault, structured := decodeFault(resp.body)
@@ -181,28 +219,6 @@ func (c *Client) exchange(ctx context.Context, method, path string, payload []by
 		c.drop()
 	}
 	return nil, &APIError{Method: method, Path: path, Status: resp.status, Fault: fault}
-}
-
-// startWrite writes a request, and returns a function that says how that went, to be called once the answer is there.
-// Taken says that the answer is a success, so the VMM read all of it. If not, and the request is too large to be sure
-// to fit the socket's buffer, the write may never end: to a body over its limit the VMM answers at once and reads no
-// further.
-func startWrite(conn net.Conn, request []byte) (wait func(taken bool) error) {
-	if len(request) <= maxDirectWrite {
-		_, err := conn.Write(request)
-		return func(bool) error { return err }
-	}
-	done := make(chan error, 1)
-	go func() {
-		_, err := conn.Write(request)
-		done <- err
-	}()
-	return func(taken bool) error {
-		if !taken {
-			_ = conn.Close()
-		}
-		return <-done
-	}
 }
 
 // requestBytes returns the whole request, so that it leaves in one write.
@@ -223,26 +239,33 @@ func requestBytes(method, path string, payload []byte) []byte {
 
 // connect returns the kept connection or dials one.
 func (c *Client) connect(ctx context.Context) (net.Conn, error) {
-	c.mu.Lock()
-	conn, closed := c.conn, c.closed
-	c.mu.Unlock()
-	switch {
-	case closed:
-		return nil, net.ErrClosed
-	case ctx.Err() != nil:
+	if ctx.Err() != nil {
 		return nil, contextError(ctx)
-	case conn != nil:
-		return conn, nil
 	}
-	conn, err := c.dial(ctx)
-	if err != nil {
-		return nil, err
+	c.mu.Lock()
+	if c.closed || c.conn != nil {
+		defer c.mu.Unlock()
+		if c.closed {
+			return nil, net.ErrClosed
+		}
+		return c.conn, nil
 	}
+	dialling, abort := context.WithCancel(ctx)
+	defer abort()
+	c.abortDial = abort
+	c.mu.Unlock()
+	conn, err := c.dial(dialling)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed {
-		_ = conn.Close()
+	c.abortDial = nil
+	switch {
+	case c.closed:
+		if err == nil {
+			_ = conn.Close()
+		}
 		return nil, net.ErrClosed
+	case err != nil:
+		return nil, err
 	}
 	c.conn, c.reader = conn, newResponseReader(conn)
 	return conn, nil
@@ -267,14 +290,12 @@ func (c *Client) dropLocked() error {
 	return nil
 }
 
-// transportError picks what best explains a failed exchange: we gave up, we were closed, or the connection broke.
-func (c *Client) transportError(ctx context.Context, writeErr, readErr error) error {
+// transportError picks what best explains a failed exchange: we were closed, or the connection broke.
+func (c *Client) transportError(writeErr, readErr error) error {
 	c.mu.Lock()
 	closed := c.closed
 	c.mu.Unlock()
 	switch {
-	case ctx.Err() != nil:
-		return contextError(ctx)
 	case closed:
 		return net.ErrClosed
 	case writeErr != nil:
@@ -298,9 +319,6 @@ type response struct {
 	body     []byte
 	reusable bool // the connection stands at the start of the next answer
 }
-
-// ok reports whether the request was carried out.
-func (r response) ok() bool { return r.status/100 == 2 }
 
 // responseReader reads answers off one connection, each within bounds.
 type responseReader struct {

@@ -173,46 +173,21 @@ func TestClient_oversizedAnswer(t *testing.T) {
 	}
 }
 
-// TestClient_answeredUnread sends more than the VMM takes: it answers at once and reads no further.
-func TestClient_answeredUnread(t *testing.T) {
-	const refusal = "{ \"error\": \"Request payload with size 4000002 is larger than the limit of 51200 allowed by server.\nAll previous\" }"
-	dial, _ := listen(t, func(conn net.Conn, number int) {
-		if number > 1 {
-			always(answer(200, goodInfo))(conn, number)
-			return
-		}
-		if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
-			t.Error(err)
-		}
-		_, _ = io.WriteString(conn, answer(400, refusal))
-		<-t.Context().Done()
-	})
-	c := newClient(t, dial, v1_12_1)
-	err := c.PutMMDS(t.Context(), strings.Repeat("x", 4_000_000))
-	var fault *firecracker.APIError
-	if !errors.As(err, &fault) || fault.Status != 400 || !strings.Contains(fault.Fault, "larger than the limit") {
-		t.Errorf("got %v, want the VMM's refusal", err)
-	}
-	if err := info(c, t.Context()); err != nil {
-		t.Error(err)
-	}
-}
-
-// TestClient_largeBody is taken, in more than one read.
+// TestClient_largeBody sends the largest body, and refuses a larger one.
 func TestClient_largeBody(t *testing.T) {
 	var got int
-	dial, dials := listen(t, answering(func(_, _, body string) string {
+	dial, _ := listen(t, answering(func(_, _, body string) string {
 		got = len(body)
 		return answer(204, "")
 	}))
 	c := newClient(t, dial, v1_12_1)
-	for range 2 {
-		if err := c.PutMMDS(t.Context(), strings.Repeat("x", 4_000_000)); err != nil || got != 4_000_002 {
-			t.Errorf("%d bytes arrived, %v", got, err)
-		}
+	if err := c.PutMMDS(t.Context(), strings.Repeat("x", firecracker.MaxPayload-2)); err != nil || got != firecracker.MaxPayload {
+		t.Errorf("%d bytes arrived, %v", got, err)
 	}
-	if n := dials.Load(); n != 1 {
-		t.Errorf("%d connections, want 1", n)
+	got = 0
+	err := c.PutMMDS(t.Context(), strings.Repeat("x", firecracker.MaxPayload-1))
+	if err == nil || err.Error() != "PUT /mmds: body of 51201 bytes, want at most 51200" || got != 0 {
+		t.Errorf("%d bytes arrived, %v", got, err)
 	}
 }
 
@@ -235,25 +210,29 @@ func TestClient_refusedUnread(t *testing.T) {
 	}
 }
 
-// hanging is a server that tells when it read a request, answers nothing on its first connection, and all on others.
-func hanging(t *testing.T) (firecracker.DialFunc, <-chan struct{}) {
-	asked := make(chan struct{})
-	dial, _ := listen(t, func(conn net.Conn, number int) {
-		if number > 1 {
-			always(answer(200, goodInfo))(conn, number)
-			return
+// hanging is a server that tells when it read its first request, and answers it once released.
+func hanging(t *testing.T) (dial firecracker.DialFunc, asked, release chan struct{}) {
+	asked, release = make(chan struct{}), make(chan struct{})
+	var first sync.Once
+	dial, dials := listen(t, answering(func(string, string, string) string {
+		first.Do(func() {
+			close(asked)
+			<-release
+		})
+		return answer(200, goodInfo)
+	}))
+	t.Cleanup(func() {
+		if n := dials.Load(); n != 1 {
+			t.Errorf("%d connections, want 1", n)
 		}
-		if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
-			t.Error(err)
-		}
-		close(asked)
-		_, _ = io.Copy(io.Discard, conn)
 	})
-	return dial, asked
+	return dial, asked, release
 }
 
+// TestClient_cancel gives a call up. Its connection must stay, because closing it could kill the VMM, and the next
+// call must not take the late answer for its own.
 func TestClient_cancel(t *testing.T) {
-	dial, asked := hanging(t)
+	dial, asked, release := hanging(t)
 	c := newClient(t, dial, v1_12_1)
 	cause := errors.New("user lost patience")
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -265,17 +244,25 @@ func TestClient_cancel(t *testing.T) {
 	if !errors.Is(err, context.Canceled) || !errors.Is(err, cause) {
 		t.Errorf("got %v, want %v and %v", err, context.Canceled, cause)
 	}
-	if err := info(c, ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("done context: %v", err)
+	for range 3 {
+		if err := info(c, ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("call that waits for its turn: %v", err)
+		}
 	}
-	if err := info(c, t.Context()); err != nil {
-		t.Errorf("next call: %v", err)
+	close(release)
+	for range 3 {
+		if err := info(c, t.Context()); err != nil {
+			t.Errorf("next call: %v", err)
+		}
 	}
 }
 
 func TestClient_deadline(t *testing.T) {
-	dial, _ := hanging(t)
+	dial, asked, release := hanging(t)
+	defer close(release)
 	c := newClient(t, dial, v1_12_1)
+	go func() { _ = info(c, t.Context()) }()
+	<-asked
 	ctx, cancel := context.WithTimeout(t.Context(), 1)
 	defer cancel()
 	if err := info(c, ctx); !errors.Is(err, context.DeadlineExceeded) {
@@ -283,54 +270,37 @@ func TestClient_deadline(t *testing.T) {
 	}
 }
 
-// TestClient_cancelTooLate cancels when the answer has come: it counts, but the connection was closed meanwhile.
-func TestClient_cancelTooLate(t *testing.T) {
+// TestClient_cancelBefore sends nothing.
+func TestClient_cancelBefore(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	dials := 0
-	c := firecracker.New(func(context.Context) (net.Conn, error) {
-		dials++
-		return &conn{answers: io.MultiReader(readFunc(cancel), strings.NewReader(answer(200, goodInfo)))}, nil
-	}, v1_12_1)
-	if err := info(c, ctx); err != nil {
-		t.Error(err)
-	}
-	if err := info(c, t.Context()); err != nil {
-		t.Error(err)
-	}
-	if dials != 2 {
-		t.Errorf("%d connections, want 2", dials)
-	}
-}
-
-// readFunc is called when it is read, and is empty.
-type readFunc func()
-
-func (f readFunc) Read([]byte) (int, error) {
-	f()
-	return 0, io.EOF
-}
-
-// TestClient_cancelQueued cancels a call that waits for another's end.
-func TestClient_cancelQueued(t *testing.T) {
-	dial, asked := hanging(t)
-	c := newClient(t, dial, v1_12_1)
-	ctx, cancel := context.WithCancel(t.Context())
-	first := make(chan error)
-	go func() { first <- c.InstanceStart(ctx) }()
-	<-asked
-	queued, cancelQueued := context.WithCancel(t.Context())
-	cancelQueued()
-	if err := info(c, queued); !errors.Is(err, context.Canceled) {
-		t.Errorf("queued call: %v", err)
-	}
 	cancel()
-	if err := <-first; !errors.Is(err, context.Canceled) {
-		t.Errorf("first call: %v", err)
+	if err := info(firecracker.New(noDial, v1_12_1), ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want %v", err, context.Canceled)
+	}
+}
+
+// TestClient_closeDialling closes while the VMM's socket is awaited.
+func TestClient_closeDialling(t *testing.T) {
+	dialling := make(chan struct{})
+	c := firecracker.New(func(ctx context.Context) (net.Conn, error) {
+		close(dialling)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}, v1_12_1)
+	done := make(chan error)
+	go func() { done <- info(c, t.Context()) }()
+	<-dialling
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("got %v, want %v", err, net.ErrClosed)
 	}
 }
 
 func TestClient_Close(t *testing.T) {
-	dial, asked := hanging(t)
+	dial, asked, release := hanging(t)
+	defer close(release)
 	c := firecracker.New(dial, v1_12_1)
 	done := make(chan error)
 	go func() { done <- info(c, t.Context()) }()

@@ -14,6 +14,8 @@ const (
 	RunJournal    = "run.journal"     // effects that end with Stop
 	ConsoleLog    = "console.log"     // what the guest wrote to its serial port, the newest part
 	VMMLog        = "firecracker.log" // what the VMM logged, the newest part
+	SuperviseLog  = "supervise.log"   // what a detached VM's own process did, the newest part
+	AutoRemove    = "autoremove"      // there: the VM is removed when it ends
 	RotatedSuffix = ".1"              // added to a log's name: its older half
 	DriveDir      = "drives"          // staged copies, by device id
 	RunDir        = "run"             // what one run makes

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -54,6 +55,20 @@ type Streams struct {
 	Metrics io.WriteCloser // nil: no metrics FIFO is made
 }
 
+// Close closes them all. It is for a VMM that was not started.
+func (s Streams) Close() error {
+	var errs []error
+	for _, w := range []io.WriteCloser{s.Console, s.Log, s.Metrics} {
+		if w == nil {
+			continue
+		}
+		if err := w.Close(); !errors.Is(err, fs.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // Root is the VMM's working directory as the host sees it.
 func (c *Config) Root() string { return Root(c.Dir, c.ID, c.Binary, c.Jailer != nil) }
 
@@ -87,8 +102,10 @@ func (c *Config) Argv() []string {
 		"--chroot-base-dir", filepath.Join(c.Dir, store.JailDir),
 	}
 	if c.Cgroup != "" {
-		// Without --cgroup the jailer makes no group, but moves into its parent group if that exists: this one.
-		parent := filepath.Join(filepath.Base(filepath.Dir(c.Cgroup)), filepath.Base(c.Cgroup))
+		// Without --cgroup the jailer makes no group, but it moves into its parent group if there is one, by
+		// default one of the program's name. It is in the right group already, and moving costs an RCU grace period (10 ms): name
+		// one that there is not.
+		parent := filepath.Join(filepath.Base(filepath.Dir(c.Cgroup)), filepath.Base(c.Cgroup), "none")
 		jail = append(jail, "--cgroup-version", "2", "--parent-cgroup", parent)
 	}
 	return append(append(jail, "--"), args...)
