@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -63,13 +64,17 @@ const (
 // DefaultStartTimeout is generous: Firecracker answers within milliseconds, on an emulated host within a second.
 const DefaultStartTimeout = 30 * time.Second
 
-// DefaultRuntimeDir is on the tmpfs at /dev/shm where there is one, else in the directory for temporary files.
+// DefaultRuntimeDir is .smartvm/runtime (.smartvm-UID/runtime for others than root) on the tmpfs at /dev/shm where
+// there is one, else in the directory for temporary files.
 func DefaultRuntimeDir() string {
-	base := "/dev/shm"
+	base, name := "/dev/shm", ".smartvm"
 	if fi, err := os.Stat(base); err != nil || !fi.IsDir() {
 		base = os.TempDir()
 	}
-	return filepath.Join(base, ".smartvm", "runtime")
+	if uid := os.Geteuid(); uid != 0 {
+		name += "-" + strconv.Itoa(uid)
+	}
+	return filepath.Join(base, name, "runtime")
 }
 
 // Host manages the VMs of one runtime directory. Any number of hosts, in any number of processes, may share

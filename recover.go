@@ -156,8 +156,8 @@ type RunOptions struct {
 }
 
 // Run makes and starts a VM, waits for its end and removes it. The call is the VM's life: when ctx ends, so does
-// the VM, and if this process dies, the next Recover ends it. An error of the context is not returned once the VM has run. A VMM that gives up is a
-// *MachineError, and the Exit comes with it.
+// the VM, and if this process dies, the next Recover ends it. An error of the context is not returned once the VM has run. A
+// VMM that gives up is a *MachineError, and the Exit comes with it.
 func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, error) {
 	m, lock, err := h.create(ctx, spec, true)
 	if err != nil {
@@ -176,6 +176,9 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 			return nil, errors.Join(err, m.vanish(down))
 		}
 		<-r.done
+	}
+	if r.exit.Outcome == OutcomeCrashed { // its log goes with the VM
+		err = errors.Join(err, m.fail("run", errors.New("the VMM gave up"), r.exit))
 	}
 	return r.exit, errors.Join(err, m.vanish(down))
 }

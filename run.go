@@ -58,13 +58,12 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	if r.proc != nil {
 		ended = m.linger(r.proc)
 	}
-	errs := []error{m.fail(stage, err, ended)}
-	if r.client != nil {
-		errs = append(errs, r.client.Close())
-	}
-	errs = append(errs, writeJSON(m.path(store.ExitFile), exit))
+	errs := []error{m.fail(stage, err, ended), writeJSON(m.path(store.ExitFile), exit)}
 	if r.journal != nil {
 		errs = append(errs, r.journal.Revert(ctx))
+	}
+	if r.client != nil {
+		errs = append(errs, r.client.Close()) // now that no answer can be under way, for which it would wait
 	}
 	m.set("", nil)
 	return nil, errors.Join(append(errs, lock.Unlock())...)

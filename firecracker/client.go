@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"strconv"
 	"sync"
+	"time"
 )
 
 const (
@@ -21,6 +22,8 @@ const (
 	maxBody = 16 << 20
 	// readBuffer is small because every idle VM has one.
 	readBuffer = 512
+	// closeGrace is how long Close leaves the VMM to answer.
+	closeGrace = 5 * time.Second
 	// maxID bounds an id in a path, in bytes: the VMM reads the request line into a buffer of 1024.
 	maxID = 512
 )
@@ -62,18 +65,26 @@ func New(dial DialFunc, version Version) *Client {
 	return &Client{dial: dial, version: version, turn: make(chan struct{}, 1)}
 }
 
-// Close drops the connection and fails calls under way and later ones with [net.ErrClosed]. Closing again is allowed.
-// Closing while the VMM works on a request, even one that was given up, may kill the VMM.
+// Close fails later calls with [net.ErrClosed], waits closeGrace at most for the answer to a request under way (even
+// of a call that was given up, see Client), and drops the connection, whereupon that call fails too. A VMM that hangs
+// or is not wanted any more is better killed first: then there is no wait. Closing again is allowed.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	c.closed = true
 	if c.abortDial != nil {
 		c.abortDial()
 	}
-	err := c.dropLocked()
 	c.mu.Unlock()
-	// Wait for the exchange that was cut short.
-	c.turn <- struct{}{}
+	grace := time.NewTimer(closeGrace)
+	defer grace.Stop()
+	select {
+	case c.turn <- struct{}{}:
+		defer func() { <-c.turn }()
+		return c.drop()
+	case <-grace.C:
+	}
+	err := c.drop()
+	c.turn <- struct{}{} // at the end of the exchange that was cut short
 	<-c.turn
 	return err
 }
@@ -205,18 +216,18 @@ func (c *Client) exchange(ctx context.Context, method, path string, payload []by
 	// The answer is read even after a failed write: a VMM with too many connections answers and closes unasked.
 	resp, err := c.reader.read()
 	if err != nil {
-		c.drop()
+		_ = c.drop()
 		return nil, fmt.Errorf("%s %s: %w", method, path, c.transportError(writeErr, err))
 	}
 	if writeErr != nil || !resp.reusable {
-		c.drop()
+		_ = c.drop()
 	}
 	if resp.status/100 == 2 {
 		return resp.body, nil
 	}
 	fault, structured := decodeFault(resp.body)
 	if !structured {
-		c.drop()
+		_ = c.drop()
 	}
 	return nil, &APIError{Method: method, Path: path, Status: resp.status, Fault: fault}
 }
@@ -272,22 +283,15 @@ func (c *Client) connect(ctx context.Context) (net.Conn, error) {
 }
 
 // drop closes the connection; the next call dials.
-func (c *Client) drop() {
+func (c *Client) drop() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_ = c.dropLocked()
-}
-
-func (c *Client) dropLocked() error {
 	if c.conn == nil {
 		return nil
 	}
 	conn := c.conn
 	c.conn = nil
-	if err := conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-		return err
-	}
-	return nil
+	return conn.Close()
 }
 
 // transportError picks what best explains a failed exchange: we were closed, or the connection broke.

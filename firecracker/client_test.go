@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"push.rocks/smartvm/firecracker"
 )
@@ -298,23 +300,46 @@ func TestClient_closeDialling(t *testing.T) {
 	}
 }
 
+// TestClient_Close closes while the VMM works on a request, which it answers in time or never. Time is fake.
 func TestClient_Close(t *testing.T) {
-	dial, asked, release := hanging(t)
-	defer close(release)
-	c := firecracker.New(dial, v1_12_1)
-	done := make(chan error)
-	go func() { done <- info(c, t.Context()) }()
-	<-asked
-	for range 2 {
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	}
-	if err := <-done; !errors.Is(err, net.ErrClosed) {
-		t.Errorf("call under way: %v", err)
-	}
-	if err := info(c, t.Context()); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("later call: %v", err)
+	for name, row := range map[string]struct {
+		answers bool
+		want    error
+	}{
+		"answers": {true, nil},
+		"hangs":   {false, net.ErrClosed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ours, theirs := net.Pipe()
+				c := firecracker.New(func(context.Context) (net.Conn, error) { return ours, nil }, v1_12_1)
+				go func() {
+					defer theirs.Close()
+					if _, err := http.ReadRequest(bufio.NewReader(theirs)); err != nil {
+						t.Error(err)
+					}
+					time.Sleep(time.Second)
+					if row.answers {
+						_, _ = io.WriteString(theirs, answer(200, goodInfo))
+					}
+					_, _ = io.Copy(io.Discard, theirs) // until the client drops it
+				}()
+				done := make(chan error)
+				go func() { done <- info(c, t.Context()) }()
+				synctest.Wait()
+				closed := make(chan error)
+				go func() { closed <- c.Close() }()
+				if err := <-done; !errors.Is(err, row.want) {
+					t.Errorf("call under way: %v, want %v", err, row.want)
+				}
+				if err := errors.Join(<-closed, c.Close()); err != nil {
+					t.Error(err)
+				}
+				if err := info(c, t.Context()); !errors.Is(err, net.ErrClosed) {
+					t.Errorf("later call: %v", err)
+				}
+			})
+		})
 	}
 	if err := firecracker.New(noDial, v1_12_1).Close(); err != nil {
 		t.Error(err)

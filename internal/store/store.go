@@ -27,8 +27,7 @@ var (
 	ErrLocked = errors.New("locked by another process")
 )
 
-// Open makes dir if need be and checks that nobody but us can have prepared it: not a symbolic link, ours, mode
-// 0700. The parent may be world-writable. Errors of that check are ErrUnsafe.
+// Open makes dir if need be and checks that nobody but us can have prepared it, as Secure does.
 func Open(dir string) (*Store, error) {
 	for _, d := range []string{dir, filepath.Join(dir, LeaseDir)} {
 		if err := Secure(d); err != nil {
@@ -38,7 +37,9 @@ func Open(dir string) (*Store, error) {
 	return &Store{dir: dir}, nil
 }
 
-// Secure makes dir, and the parents it lacks, with mode 0700, and checks what Open promises.
+// Secure makes dir, and the parents it lacks, with mode 0700, and checks that it is ours alone: not a symbolic
+// link, our own, mode 0700, and that nobody but us and root can put another in its place: every parent is
+// ours or root's, and one that all may write is sticky, as /tmp is. Errors of those checks are ErrUnsafe.
 func Secure(dir string) error {
 	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -65,7 +66,29 @@ func Secure(dir string) error {
 	case fi.Mode().Perm() != 0o700:
 		return fmt.Errorf("%w: %s has mode %04o, not 0700", ErrUnsafe, dir, fi.Mode().Perm())
 	}
-	return nil
+	return secureParents(filepath.Dir(dir))
+}
+
+func secureParents(dir string) error {
+	dir, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return fmt.Errorf("check directory: %w", err)
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		fi, err := os.Lstat(dir)
+		if err != nil {
+			return fmt.Errorf("check directory: %w", err)
+		}
+		if uid := int(fi.Sys().(*syscall.Stat_t).Uid); uid != os.Geteuid() && uid != 0 {
+			return fmt.Errorf("%w: %s, above it, belongs to user %d", ErrUnsafe, dir, uid)
+		}
+		if fi.Mode().Perm()&0o002 != 0 && fi.Mode()&fs.ModeSticky == 0 {
+			return fmt.Errorf("%w: %s, above it, can be written by anybody", ErrUnsafe, dir)
+		}
+		if dir == filepath.Dir(dir) {
+			return nil
+		}
+	}
 }
 
 // Path is the store's own directory.

@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
-	"strings"
 	"time"
 
 	"push.rocks/smartvm/firecracker"
@@ -30,9 +29,7 @@ func Version(ctx context.Context, path string) (firecracker.Version, error) {
 		}
 		return firecracker.Version{}, fmt.Errorf("run %s --version: %w", path, err)
 	}
-	// Informational commands log to stdout as well, after their answer.
-	line, _, _ := strings.Cut(out.String(), "\n")
-	v, err := firecracker.ParseVersion(strings.TrimPrefix(line, "Firecracker "))
+	v, err := firecracker.ParseVersionOutput("Firecracker", out.Bytes())
 	if err != nil {
 		return firecracker.Version{}, fmt.Errorf("run %s --version: %w", path, err)
 	}
