@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -249,6 +250,81 @@ func TestLinux_WritesStayInTheCopy(t *testing.T) {
 			}
 			if err := m.Remove(t.Context()); err != nil {
 				t.Error(err)
+			}
+		})
+	}
+}
+
+// Where source and data directory share a file system with reflinks, a copy shares its blocks until it is written.
+func TestLinux_Reflink(t *testing.T) {
+	testenv.Require(t, testenv.KVM, testenv.Root, testenv.LinuxGuest)
+	if !testenv.InLab() {
+		t.Skip("needs: the lab, to mount a file system in")
+	}
+	disk := filepath.Join(t.TempDir(), "btrfs")
+	if err := os.WriteFile(disk, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(disk, 512<<20); err != nil {
+		t.Fatal(err)
+	}
+	mnt := t.TempDir()
+	for _, command := range [][]string{{testenv.Fixture(t, fixtures.MkfsBtrfs), "-q", disk}, {"mount", "-o", "loop", disk, mnt}} {
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", command, err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", mnt).CombinedOutput(); err != nil {
+			t.Errorf("umount: %v\n%s", err, out)
+		}
+	})
+	source := filepath.Join(mnt, "disk")
+	content := bytes.Repeat([]byte("original"), 100<<20/8)
+	if err := os.WriteFile(source, content, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		t.Run(string(launcher), func(t *testing.T) {
+			data := filepath.Join(mnt, "data")
+			h, err := smartvm.Open(smartvm.Options{
+				RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: data, Launcher: launcher,
+				FirecrackerBinary: testenv.Firecracker(t), JailerBinary: testenv.Jailer(t),
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			script := "printf modified | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null\necho now $(head -c 8 /dev/vda) end\nreboot -f\n"
+			spec := linuxSpec(t, linuxInitrd(t, script, "virtio_blk", "virtio_mmio"))
+			spec.Drives = []smartvm.Drive{{DriveID: "disk", PathOnHost: source, CacheType: "Writeback"}}
+			m, err := h.Create(t.Context(), spec)
+			if err != nil {
+				t.Fatal(err)
+			}
+			i, err := m.Inspect(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := i.Staged["disk"]; got.Method != "reflink" || !strings.HasPrefix(got.Path, data) {
+				t.Errorf("staged %+v, want a reflink below %s", got, data)
+			}
+			if err := m.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := m.Wait(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if log, err := os.ReadFile(m.ConsoleLog()); err != nil || !bytes.Contains(log, []byte("now modified end")) {
+				t.Errorf("the guest could not write: %v\n%s", err, log)
+			}
+			if err := m.Remove(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if got, err := os.ReadFile(source); err != nil || !bytes.Equal(got, content) {
+				t.Errorf("the source changed: %v", err)
+			}
+			if left, err := os.ReadDir(filepath.Join(data, "staging")); err != nil || len(left) > 0 {
+				t.Errorf("left beside the data directory: %v %v", left, err)
 			}
 		})
 	}

@@ -177,7 +177,7 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 		}
 		<-r.done
 	}
-	if r.exit.Outcome == OutcomeCrashed { // its log goes with the VM
+	if r.exit != nil && r.exit.Outcome == OutcomeCrashed { // its log goes with the VM
 		err = errors.Join(err, m.fail("run", errors.New("the VMM gave up"), r.exit))
 	}
 	return r.exit, errors.Join(err, m.vanish(down))

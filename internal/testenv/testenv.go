@@ -119,7 +119,7 @@ func Fixture(t testing.TB, name fixtures.Name) string {
 	}
 	owner := map[fixtures.Name]Capability{
 		fixtures.GuestKernel: LinuxGuest, fixtures.GuestModules: LinuxGuest, fixtures.Busybox: LinuxGuest,
-		fixtures.LabKernel: Lab, fixtures.LabModules: Lab, fixtures.QEMU: Lab,
+		fixtures.LabKernel: Lab, fixtures.LabModules: Lab, fixtures.QEMU: Lab, fixtures.MkfsBtrfs: Lab,
 	}[name]
 	if owner == "" {
 		owner = KVM
