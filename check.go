@@ -15,14 +15,17 @@ import (
 	"push.rocks/smartvm/internal/stage"
 )
 
-// resolve makes the paths of s absolute and checks s against the host and the VMM's version. It reports everything at once.
-func resolve(s *Spec, v firecracker.Version, ephemeral bool) error {
+// resolve makes the paths of s absolute and checks s against the host and the VMM's version. It reports everything at
+// once. Extract says that the kernel is a bzImage.
+func resolve(s *Spec, v firecracker.Version, ephemeral bool) (extract bool, err error) {
 	r := resolver{}
 	s.BootSource.KernelImagePath = r.file("bootSource.kernelImagePath", s.BootSource.KernelImagePath, unix.R_OK)
 	if r.errs == nil {
-		if _, err := kernel.Check(s.BootSource.KernelImagePath); err != nil {
+		info, err := kernel.Check(s.BootSource.KernelImagePath)
+		if err != nil {
 			r.add("bootSource.kernelImagePath", s.BootSource.KernelImagePath, err)
 		}
+		extract = info.Format == kernel.BzImage
 	}
 	if s.BootSource.InitrdPath != "" {
 		s.BootSource.InitrdPath = r.file("bootSource.initrdPath", s.BootSource.InitrdPath, unix.R_OK)
@@ -54,7 +57,7 @@ func resolve(s *Spec, v firecracker.Version, ephemeral bool) error {
 	for _, c := range calls(s) {
 		r.errs = append(r.errs, versionErrors(c, v)...)
 	}
-	return errors.Join(r.errs...)
+	return extract, errors.Join(r.errs...)
 }
 
 // versionErrors says what of a call the VMM is too old for.
@@ -118,14 +121,9 @@ func (r *resolver) file(field, path string, mode uint32) string {
 func (h *Host) proposal(rec *record) (*proposal, error) {
 	p := &proposal{
 		id: rec.ID, nonce: rec.Nonce, store: h.store, stageDir: h.stageDir(),
-		binary: rec.Binary, jailer: rec.Jailer, uid: rec.UID, cgroup: rec.Cgroup, ephemeral: rec.Ephemeral, copies: rec.Staged,
+		binary: rec.Binary, jailer: rec.Jailer, uid: rec.UID, cgroup: rec.Cgroup, ephemeral: rec.Ephemeral, copies: rec.Staged, extract: rec.Extract,
 		reflinks: map[string]bool{}, inodes: map[string]string{}, owners: map[string]*stage.Owner{},
 	}
-	info, err := kernel.Check(rec.Spec.BootSource.KernelImagePath)
-	if err != nil {
-		return nil, fmt.Errorf("look at kernel: %w", err)
-	}
-	p.extract = info.Format == kernel.BzImage
 	for _, d := range devices(&rec.Spec, p) {
 		if d.staged {
 			if rec.Staged == nil {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -45,6 +46,9 @@ type Options struct {
 	StartTimeout time.Duration `json:"-"`
 	// Log gets what happens. Nil: nobody does.
 	Log *slog.Logger `json:"-"`
+	// Console returns what gets the console of a VM that this process starts or adopts, as it comes; nil for
+	// nothing. A writer that blocks makes the VMM drop output. It may be nil: the console is kept in a file anyhow.
+	Console func(id string) io.Writer `json:"-"`
 	// Progress is told how far the copy of a drive is, in bytes. It may be nil.
 	Progress func(drive string, done, total int64) `json:"-"`
 
@@ -84,6 +88,8 @@ type Host struct {
 	store  *store.Store
 	log    *slog.Logger
 	cgroup string // where VMs get their groups, "" if nowhere
+
+	dataOnce sync.Once // makes the data directory
 
 	mu       sync.Mutex
 	machines map[string]*Machine // those that this process looks after
@@ -173,9 +179,11 @@ func (h *Host) Create(ctx context.Context, spec Spec) (*Machine, error) {
 
 // create returns the new VM's lock as well, which the caller gives up.
 func (h *Host) create(ctx context.Context, spec Spec, attached bool) (*Machine, *store.Lock, error) {
-	if err := errors.Join(store.Secure(h.opts.DataDir), store.Secure(h.stageDir())); err != nil {
-		h.log.Debug("no place for reflinks", "err", err)
-	}
+	h.dataOnce.Do(func() {
+		if err := errors.Join(store.Secure(h.opts.DataDir), store.Secure(h.stageDir())); err != nil {
+			h.log.Debug("no place for reflinks", "err", err)
+		}
+	})
 	rec, p, err := h.prepare(ctx, spec)
 	if err != nil {
 		return nil, nil, err
@@ -231,7 +239,7 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (*record, *proposal, erro
 		rec.Cgroup = filepath.Join(h.cgroup, rec.ID+"-"+rec.Nonce)
 	}
 	rec.Ephemeral = h.opts.EphemeralWritableDrives == nil || *h.opts.EphemeralWritableDrives
-	if err := resolve(&rec.Spec, bin.version, rec.Ephemeral); err != nil {
+	if rec.Extract, err = resolve(&rec.Spec, bin.version, rec.Ephemeral); err != nil {
 		return nil, nil, err
 	}
 	p, err := h.proposal(rec)
@@ -240,25 +248,24 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (*record, *proposal, erro
 
 // Machine finds a VM by its id, its name or the beginning of its id, if only one has it. Returns ErrNotFound.
 func (h *Host) Machine(_ context.Context, ref string) (*Machine, error) {
-	id := h.store.Holder("name", ref)
-	if id == "" {
-		ids, err := h.store.List()
-		if err != nil {
-			return nil, err
-		}
-		if !slices.Contains(ids, ref) {
-			ids = slices.DeleteFunc(ids, func(id string) bool { return !strings.HasPrefix(id, ref) })
-			if len(ids) > 1 {
-				return nil, fmt.Errorf("VM %q: %w: %s begin so", ref, ErrNotFound, strings.Join(ids, ", "))
-			}
-			if len(ids) == 0 || ref == "" {
-				return nil, withHint(fmt.Errorf("VM %q: %w", ref, ErrNotFound), "smartvm ps lists the VMs there are")
-			}
-			ref = ids[0]
-		}
-		id = ref
+	ids, err := h.store.List()
+	if err != nil {
+		return nil, err
 	}
-	return h.byID(id)
+	if slices.Contains(ids, ref) { // before a name: an id is what programs use
+		return h.byID(ref)
+	}
+	if id := h.store.Holder("name", ref); id != "" {
+		return h.byID(id)
+	}
+	ids = slices.DeleteFunc(ids, func(id string) bool { return !strings.HasPrefix(id, ref) })
+	if len(ids) > 1 {
+		return nil, fmt.Errorf("VM %q: %w: %s begin so", ref, ErrNotFound, strings.Join(ids, ", "))
+	}
+	if len(ids) == 0 || ref == "" {
+		return nil, withHint(fmt.Errorf("VM %q: %w", ref, ErrNotFound), "smartvm ps lists the VMs there are")
+	}
+	return h.byID(ids[0])
 }
 
 func (h *Host) byID(id string) (*Machine, error) {

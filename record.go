@@ -28,6 +28,7 @@ type record struct {
 	UID           int       `json:"uid,omitempty"`    // the VMM's, with a jailer
 	Cgroup        string    `json:"cgroup,omitempty"`
 	Ephemeral     bool      `json:"ephemeralWritableDrives"`
+	Extract       bool      `json:"extract,omitempty"` // the kernel is a bzImage
 	// Staged tells by device id how its copy was made.
 	Staged map[string]StagedDrive `json:"staged,omitempty"`
 	// Attached: the VM is one call's, it must not outlive who made it.

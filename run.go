@@ -135,8 +135,11 @@ func (m *Machine) trace(step string) {
 	}
 }
 
-// streams opens the files that take what the VMM writes.
+// streams opens the files that take what the VMM writes. Console, if not nil, gets the guest's part as it comes.
 func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
+	if console == nil && m.host.opts.Console != nil {
+		console = m.host.opts.Console(m.rec.ID)
+	}
 	files := make([]*logfile.Writer, 3)
 	for i, f := range []struct {
 		path  string
@@ -257,28 +260,15 @@ const (
 // Stop ends the VM and returns when nothing of its run is left, and what ended it: CtrlAltDel, Killed or "" if
 // it had ended. It works from any process. The VM's copies of drives stay until Remove.
 func (m *Machine) Stop(ctx context.Context, opts StopOptions) (string, error) {
-	state, err := m.State(ctx)
-	if err != nil {
-		return "", err
-	}
-	if err := allow(m.rec.ID, "stop", "stop", state); err != nil {
-		return "", err
-	}
 	m.mu.Lock()
 	r := m.run
 	m.mu.Unlock()
-	proc := m.attach()
-	if r != nil {
-		proc = r.proc
-	}
-	how := ""
-	if state != Stopped && state != Failed {
-		if how, err = proc.Stop(ctx, m.stopSteps(opts)...); err != nil {
-			return how, m.fail("stop", err, nil)
-		}
-	}
 	if r == nil {
-		return how, m.settle(ctx)
+		return m.stopForeign(ctx, opts)
+	}
+	how, err := r.proc.Stop(ctx, m.stopSteps(opts)...)
+	if err != nil {
+		return how, m.fail("stop", err, nil)
 	}
 	select {
 	case <-r.done:
@@ -286,6 +276,21 @@ func (m *Machine) Stop(ctx context.Context, opts StopOptions) (string, error) {
 	case <-ctx.Done():
 		return how, m.fail("stop", context.Cause(ctx), nil)
 	}
+}
+
+// stopForeign stops a VM that another process looks after, or nobody.
+func (m *Machine) stopForeign(ctx context.Context, opts StopOptions) (how string, err error) {
+	state, err := m.State(ctx)
+	if err != nil {
+		return "", err
+	}
+	if err := allow(m.rec.ID, "stop", "stop", state); err != nil {
+		return "", err
+	}
+	if how, err = m.attach().Stop(ctx, m.stopSteps(opts)...); err != nil {
+		return how, m.fail("stop", err, nil)
+	}
+	return how, m.settle(ctx)
 }
 
 func (m *Machine) stopSteps(opts StopOptions) []vmm.Step {
@@ -424,14 +429,6 @@ func (m *Machine) acquire(ctx context.Context, op string) (*store.Lock, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, acquireTimeout, errors.New("another operation on it does not end"))
 	defer cancel()
 	for {
-		state, err := m.State(ctx)
-		if err != nil {
-			return nil, err
-		}
-		// What is about to have stopped is worth the wait.
-		if err := allow(m.rec.ID, op, op, state); err != nil && state != Stopping {
-			return nil, err
-		}
 		lock, err := m.host.store.TryLock(m.rec.ID)
 		switch {
 		case err == nil:
@@ -441,6 +438,14 @@ func (m *Machine) acquire(ctx context.Context, op string) (*store.Lock, error) {
 		case !errors.Is(err, store.ErrLocked):
 			return nil, fmt.Errorf("%s VM %s: %w", op, m.rec.ID, err)
 		}
+		state, err := m.State(ctx)
+		if err != nil {
+			return nil, err
+		}
+		// What is about to have stopped is worth the wait.
+		if err := allow(m.rec.ID, op, op, state); err != nil && state != Stopping {
+			return nil, err
+		}
 		select {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("%s VM %s: %w", op, m.rec.ID, context.Cause(ctx))
@@ -449,7 +454,7 @@ func (m *Machine) acquire(ctx context.Context, op string) (*store.Lock, error) {
 	}
 }
 
-// acquired looks again, now that nobody else can change anything.
+// acquired looks at the VM, now that nobody else can change anything.
 func (m *Machine) acquired(ctx context.Context, op string, lock *store.Lock) (*store.Lock, error) {
 	err := func() error {
 		if _, err := os.Stat(m.path(store.MachineFile)); err != nil {

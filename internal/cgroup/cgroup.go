@@ -92,9 +92,6 @@ func (g *Group) Apply(context.Context) error {
 
 // Revert kills every process in the group, waits for their end and removes the group.
 func (g *Group) Revert(ctx context.Context) error {
-	if err := g.Kill(ctx); err != nil {
-		return err
-	}
 	for {
 		err := unix.Rmdir(g.Path)
 		if err == nil || err == unix.ENOENT {
@@ -102,6 +99,12 @@ func (g *Group) Revert(ctx context.Context) error {
 		}
 		if err != unix.EBUSY || ctx.Err() != nil {
 			return fmt.Errorf("remove cgroup %s: %w", g.Path, err)
+		}
+		if alive, err := g.Populated(); err != nil || alive {
+			if err := g.Kill(ctx); err != nil {
+				return err
+			}
+			continue
 		}
 		// The last process is out of the group's count a moment before the group lets go of it.
 		pause(ctx, time.Millisecond)
@@ -114,6 +117,17 @@ func (g *Group) Revert(ctx context.Context) error {
 
 // Kill sends SIGKILL to every process in the group and waits until it is empty. No group is success.
 func (g *Group) Kill(ctx context.Context) error {
+	if alive, err := g.Populated(); err != nil || !alive {
+		return err
+	}
+	if err := g.Signal(ctx); err != nil {
+		return err
+	}
+	return g.Wait(ctx)
+}
+
+// Signal sends SIGKILL to every process in the group, also to those that are being forked.
+func (g *Group) Signal(ctx context.Context) error {
 	err := os.WriteFile(filepath.Join(g.Path, "cgroup.kill"), []byte("1"), 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && g.exists():
@@ -124,7 +138,7 @@ func (g *Group) Kill(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("kill cgroup %s: %w", g.Path, err)
 	}
-	return g.Wait(ctx)
+	return nil
 }
 
 func (g *Group) exists() bool {

@@ -117,10 +117,11 @@ type Process struct {
 	Dir    string `json:"dir"`
 	Cgroup string `json:"cgroup,omitempty"`
 
-	cfg  *Config
-	pid  int
-	done chan struct{} // closed when exit is set and the streams are drained
-	exit Exit
+	cfg     *Config
+	pid     int           // 0 unless this process started it
+	adopted bool          // it is another's, and watched like our own
+	done    chan struct{} // closed when exit is set and the streams are drained
+	exit    Exit
 }
 
 // New describes the VMM of cfg, to be started by Apply.
@@ -255,6 +256,7 @@ func Attach(dir, group string) *Process { return &Process{Dir: dir, Cgroup: grou
 // it ends cannot be known.
 func Adopt(cfg *Config) (*Process, error) {
 	p := New(cfg)
+	p.adopted = true
 	var pumps []*pump
 	for path, to := range map[string]io.WriteCloser{
 		filepath.Join(cfg.Dir, store.ConsoleFIFO):    cfg.Streams.Console,
@@ -302,20 +304,41 @@ func (p *Process) PIDs() ([]int, error) {
 
 // Revert kills the VMM and waits for its end.
 func (p *Process) Revert(ctx context.Context) error {
-	var err error
-	if p.Cgroup != "" {
-		err = (&cgroup.Group{Path: p.Cgroup}).Kill(ctx)
-	} else {
-		err = killByDir(ctx, p.Dir)
-	}
+	err := p.kill(ctx)
 	if err != nil {
 		return fmt.Errorf("kill VMM: %w", err)
 	}
 	return p.Wait(ctx)
 }
 
+func (p *Process) kill(ctx context.Context) error {
+	group := &cgroup.Group{Path: p.Cgroup}
+	switch {
+	case p.ended():
+		return nil
+	case p.Cgroup == "":
+		return killByDir(ctx, p.Dir)
+	case p.pid != 0: // Wait is for the child itself
+		return group.Signal(ctx)
+	}
+	return group.Kill(ctx)
+}
+
+// ended says whether a VMM that this process looks after has ended.
+func (p *Process) ended() bool {
+	select {
+	case <-p.done: // nil, and never ready, for an attached process
+		return true
+	default:
+		return false
+	}
+}
+
 // Alive says whether the VMM, or anything it started, runs.
 func (p *Process) Alive() (bool, error) {
+	if p.ended() {
+		return false, nil
+	}
 	if p.Cgroup != "" {
 		return (&cgroup.Group{Path: p.Cgroup}).Populated()
 	}
@@ -325,7 +348,7 @@ func (p *Process) Alive() (bool, error) {
 
 // Wait returns when the VMM has ended, or with the context's cause.
 func (p *Process) Wait(ctx context.Context) error {
-	if p.pid == 0 && !p.adopted() {
+	if p.pid == 0 && !p.adopted { // nobody closes done
 		return p.waitIdentity(ctx)
 	}
 	select {
@@ -335,8 +358,6 @@ func (p *Process) Wait(ctx context.Context) error {
 		return fmt.Errorf("wait for VMM: %w", context.Cause(ctx))
 	}
 }
-
-func (p *Process) adopted() bool { return p.pid == 0 && p.cfg != nil && p.done != nil }
 
 func (p *Process) waitIdentity(ctx context.Context) error {
 	if p.Cgroup != "" {

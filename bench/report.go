@@ -1,0 +1,158 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+type row struct {
+	Name string  `json:"name"`
+	N    int     `json:"n"`
+	P50  float64 `json:"p50"`
+	P95  float64 `json:"p95"`
+	Unit string  `json:"unit"`
+}
+
+type ratio struct {
+	Name  string  `json:"name"`
+	Value float64 `json:"value"`
+	Bar   float64 `json:"bar"`
+	Op    string  `json:"op"` // "<=" or ">="
+	OK    bool    `json:"ok"`
+}
+
+// report collects samples and makes rows and ratios of them.
+type report struct {
+	Machine map[string]any `json:"machine"`
+	Rows    []row          `json:"rows"`
+	Ratios  []ratio        `json:"ratios"`
+
+	counting bool
+	order    []string
+	samples  map[string][]float64
+	units    map[string]string
+}
+
+func newReport(ctx context.Context, firecracker string) *report {
+	version, _ := vmm.Version(ctx, firecracker)
+	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
+	kvm := "kvm"
+	if _, err := os.Stat("/sys/module/kvm_pvm"); err == nil {
+		kvm = "pvm"
+	}
+	return &report{
+		Machine: map[string]any{
+			"cpu": field("/proc/cpuinfo", "model name"), "cpus": runtime.NumCPU(), "memory": field("/proc/meminfo", "MemTotal"),
+			"kernel": strings.TrimSpace(string(kernel)), "kvm": kvm, "firecracker": version.String(),
+			"go": runtime.Version(), "date": time.Now().UTC().Format(time.DateOnly),
+		},
+		counting: true, samples: map[string][]float64{}, units: map[string]string{},
+	}
+}
+
+// field is the value of the first "name : value" line of a file.
+func field(path, name string) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		if key, value, ok := strings.Cut(s.Text(), ":"); ok && strings.TrimSpace(key) == name {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}
+
+func (r *report) time(name string, d time.Duration) {
+	r.add(name, "ms", float64(d.Microseconds())/1000)
+}
+
+func (r *report) add(name, unit string, value float64) {
+	if !r.counting {
+		return
+	}
+	if r.samples[name] == nil {
+		r.order = append(r.order, name)
+		r.units[name] = unit
+	}
+	r.samples[name] = append(r.samples[name], value)
+}
+
+// quantile q of a measurement, by the nearest rank.
+func (r *report) quantile(name string, q float64) float64 {
+	s := slices.Sorted(slices.Values(r.samples[name]))
+	if len(s) == 0 {
+		return 0
+	}
+	return s[min(int(q*float64(len(s))), len(s)-1)]
+}
+
+func (r *report) p50(name string) float64 { return r.quantile(name, 0.50) }
+func (r *report) p95(name string) float64 { return r.quantile(name, 0.95) }
+
+// ratios fills in rows and ratios, of what was measured.
+func (r *report) ratios() {
+	for _, name := range r.order {
+		r.Rows = append(r.Rows, row{name, len(r.samples[name]), r.p50(name), r.p95(name), r.units[name]})
+	}
+	for _, x := range []ratio{
+		{Name: "start/bare", Value: r.p50("start") / r.p50("bare"), Op: "<=", Bar: 1.2},
+		{Name: "start-jailed/bare", Value: r.p50("start-jailed") / r.p50("bare"), Op: "<=", Bar: 1.6},
+		{Name: "start/go-sdk", Value: r.p50("start") / r.p50("go-sdk"), Op: "<=", Bar: 0.65},
+		{Name: "start-p95/bare", Value: r.p95("start") / r.p95("bare"), Op: "<=", Bar: 1.5},
+		{Name: "loop-rate/bare", Value: r.p50("loop") / r.p50("bare-loop"), Op: ">=", Bar: 0.85},
+		{Name: "memory-per-vm-kib", Value: r.p50("memory-per-vm"), Op: "<=", Bar: 150},
+		{Name: "supervise-rss-mib", Value: r.p50("supervise-rss"), Op: "<=", Bar: 12},
+		{Name: "cli-run-overhead-ms", Value: r.p50("cli-run") - r.p50("bare-run"), Op: "<=", Bar: 40},
+	} {
+		if math.IsNaN(x.Value) || x.Value == 0 {
+			continue
+		}
+		x.OK = x.Op == "<=" && x.Value <= x.Bar || x.Op == ">=" && x.Value >= x.Bar
+		r.Ratios = append(r.Ratios, x)
+	}
+}
+
+func (r *report) ok() bool {
+	return !slices.ContainsFunc(r.Ratios, func(x ratio) bool { return !x.OK })
+}
+
+func (r *report) print(w io.Writer) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(t, "measurement\tn\tp50\tp95\tunit\t")
+	for _, x := range r.Rows {
+		fmt.Fprintf(t, "%s\t%d\t%.2f\t%.2f\t%s\t\n", x.Name, x.N, x.P50, x.P95, x.Unit)
+	}
+	fmt.Fprintln(t, "\t\t\t\t\t\nratio\tvalue\t\tbar\t\t")
+	for _, x := range r.Ratios {
+		verdict := "ok"
+		if !x.OK {
+			verdict = "MISSED"
+		}
+		fmt.Fprintf(t, "%s\t%.2f\t%s\t%g\t%s\t\n", x.Name, x.Value, x.Op, x.Bar, verdict)
+	}
+	_ = t.Flush()
+}
+
+func (r *report) write(path string) error {
+	data, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(path, append(data, '\n'), 0o644)
+}

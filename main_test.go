@@ -1,0 +1,21 @@
+package smartvm_test
+
+import (
+	"os"
+	"testing"
+
+	"push.rocks/smartvm/internal/fakefc"
+)
+
+// children are programs that this test binary can be: SMARTVM_TEST_CHILD names one, which gets the arguments.
+var children = map[string]func(args []string) int{}
+
+func TestMain(m *testing.M) {
+	if fakefc.Called(os.Args) {
+		os.Exit(fakefc.Main(os.Args, os.Stdout, os.Stderr))
+	}
+	if child, ok := children[os.Getenv("SMARTVM_TEST_CHILD")]; ok {
+		os.Exit(child(os.Args[1:]))
+	}
+	os.Exit(m.Run())
+}
