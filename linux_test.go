@@ -106,23 +106,15 @@ func linuxHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
 	return h
 }
 
-// transcript collects a console and can be waited on.
+// transcript collects a console.
 type transcript struct {
 	mu   sync.Mutex
-	cond *sync.Cond
 	text bytes.Buffer
-}
-
-func newTranscript() *transcript {
-	c := &transcript{}
-	c.cond = sync.NewCond(&c.mu)
-	return c
 }
 
 func (c *transcript) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.cond.Broadcast()
 	return c.text.Write(p)
 }
 
@@ -135,26 +127,11 @@ func (c *transcript) String() string {
 // linuxPatience bounds a guest's boot: under emulation it takes seconds.
 const linuxPatience = 2 * time.Minute
 
-func (c *transcript) await(t *testing.T, text string) {
-	t.Helper()
-	timeout := time.AfterFunc(linuxPatience, c.cond.Broadcast)
-	defer timeout.Stop()
-	deadline := time.Now().Add(linuxPatience)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for !strings.Contains(c.text.String(), text) {
-		if time.Now().After(deadline) {
-			t.Fatalf("console lacks %q:\n%s", text, c.text.String())
-		}
-		c.cond.Wait()
-	}
-}
-
 func TestLinux_RunsToItsEnd(t *testing.T) {
 	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
 		t.Run(string(launcher), func(t *testing.T) {
 			h := linuxHost(t, launcher)
-			console := newTranscript()
+			console := new(transcript)
 			exit, err := h.Run(t.Context(), linuxSpec(t, linuxInitrd(t, "echo release $(uname -r) end\nreboot -f\n")),
 				smartvm.RunOptions{Console: console})
 			if err != nil {

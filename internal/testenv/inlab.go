@@ -31,12 +31,7 @@ func RunInLab(t *testing.T, pattern string) {
 		return
 	}
 	c := LabConfig(t)
-	binary := filepath.Join(t.TempDir(), "lab.test")
-	build := exec.CommandContext(t.Context(), "go", "test", "-c", "-o", binary, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("compile the tests: %v\n%s", err, out)
-	}
+	binary := PlainBinary(t)
 	c.Command = []string{binary, "-test.run=" + pattern, "-test.v", "-test.count=1"}
 	if deadline, ok := t.Deadline(); ok {
 		c.Command = append(c.Command, fmt.Sprintf("-test.timeout=%v", time.Until(deadline).Round(time.Second)))
@@ -52,6 +47,19 @@ func RunInLab(t *testing.T, pattern string) {
 	if status != 0 || !strings.Contains(out.String(), "--- PASS: ") {
 		t.Errorf("tests %s in the lab: exit status %d", pattern, status)
 	}
+}
+
+// PlainBinary compiles the calling package's tests without the race detector, for children of a test that are
+// many or slow. It is gone when the test ends.
+func PlainBinary(t *testing.T) string {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "plain.test")
+	build := exec.CommandContext(t.Context(), "go", "test", "-c", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("compile the tests: %v\n%s", err, out)
+	}
+	return binary
 }
 
 // labEnvironment returns the variables that tests in the lab are to see.

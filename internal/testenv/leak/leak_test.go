@@ -2,12 +2,11 @@ package leak_test
 
 import (
 	"context"
-	"io"
+	"errors"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,60 +17,86 @@ import (
 	"push.rocks/smartvm/internal/testenv/leak"
 )
 
-// TestDiff makes a thing of each kind, expects to read of it and, when it has
-// been unmade, of nothing.
+// thing is one that the oracle must see.
+type thing struct {
+	name string
+	make func(t *testing.T, dir string) (unmake func())
+	want string // DIR stands for the root
+}
+
 func TestDiff(t *testing.T) {
-	tests := []struct {
-		name string
-		root bool // needs root
-		make func(t *testing.T, dir string) (unmake func())
-		want string // DIR stands for the root
-	}{
-		{"nothing", false, func(*testing.T, string) func() { return func() {} }, ""},
-		{"File", false, makeFile, "left behind: file DIR/file (regular)"},
-		{"FIFO", false, makeFIFO, "left behind: file DIR/fifo (FIFO)"},
-		{"Lease", false, makeLease, "left behind: file DIR/lease (symbolic link)"},
-		{"Directory", false, makeDirectory, "left behind: file DIR/directory (directory)"},
-		{"FileGone", false, removeFile, "gone: file DIR/there (regular)"},
-		{"Socket", false, makeSocket, "left behind: unix socket DIR/socket"},
-		{"Descriptor", false, makeDescriptor, ": /dev/null"},
-		{"Goroutine", false, makeGoroutine, "leak_test.makeGoroutine"},
-		{"Child", false, makeChild, "left behind: process"},
-		{"Zombie", false, makeZombie, ", state Z, "},
-		{"ForeignArguments", false, foreign(func(dir string) *exec.Cmd {
+	seeEach(t, []thing{
+		{"Nothing", func(*testing.T, string) func() { return func() {} }, ""},
+		{"File", makeFile, "left behind: file DIR/file (regular)"},
+		{"FIFO", makeFIFO, "left behind: file DIR/fifo (FIFO)"},
+		{"Lease", makeLease, "left behind: file DIR/lease (symbolic link)"},
+		{"Directory", makeDirectory, "left behind: file DIR/directory (directory)"},
+		{"FileGone", removeFile, "gone: file DIR/there (regular)"},
+		{"Socket", makeSocket, "left behind: unix socket DIR/socket"},
+		{"Descriptor", makeDescriptor, ": /dev/null"},
+		{"Goroutine", makeGoroutine, "leak_test.makeGoroutine"},
+		{"Child", makeChild, "left behind: process"},
+		{"Zombie", makeZombie, ", state Z, "},
+		{"Foreign/Arguments", foreign(func(dir string) *exec.Cmd {
 			return exec.Command("sh", "-c", "read x", dir+"/argument")
 		}), "DIR/argument"},
-		{"ForeignEnvironment", false, foreign(func(dir string) *exec.Cmd {
+		{"Foreign/Environment", foreign(func(dir string) *exec.Cmd {
 			cmd := exec.Command("cat")
 			cmd.Env = []string{"X=a:" + dir + ":b"}
 			return cmd
 		}), " cat, state"},
-		{"ForeignDirectory", false, foreign(func(dir string) *exec.Cmd {
+		{"Foreign/Directory", foreign(func(dir string) *exec.Cmd {
 			cmd := exec.Command("cat")
 			cmd.Dir = dir
 			return cmd
 		}), " cat, state"},
-		{"OrphanFirecracker", false, foreign(func(dir string) *exec.Cmd {
+		{"Foreign/Firecracker", foreign(func(string) *exec.Cmd {
 			cmd := exec.Command("cat")
 			cmd.Args[0] = "firecracker"
 			return cmd
-		}), ": firecracker"},
-		{"Cgroup", true, makeCgroup, "/smartvm-leak-test/below"},
-		{"Mount", true, makeMount, "left behind: mount DIR/there is: smartvm-test of type tmpfs, root /"},
-		{"Loop", true, makeLoop, "of DIR/image"},
-		{"LinkAndRoute", true, makeLink, "left behind: network link smartvm0"},
-		{"Namespace", true, makeNamespace, "left behind: network namespace /run/netns/smartvm-leak-test"},
+		}), " firecracker, state"},
+	})
+}
+
+// apartVariable is set in a copy of the test binary that has network and mount
+// namespaces of its own: nothing below touches the host's.
+const apartVariable = "SMARTVM_TEST_APART"
+
+func TestDiff_Root(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("we are not root")
 	}
-	for _, tt := range tests {
+	if os.Getenv(apartVariable) == "" {
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+		cmd.Env = append(os.Environ(), apartVariable+"=1")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}
+		out, err := cmd.CombinedOutput()
+		t.Logf("%s", out)
+		if err != nil || !strings.Contains(string(out), "--- PASS: TestDiff_Root/Mount") {
+			t.Errorf("in namespaces of its own: %v", err)
+		}
+		return
+	}
+	if err := errors.Join(os.MkdirAll("/run/netns", 0o755), unix.Mount("tmpfs", "/run/netns", "tmpfs", 0, "size=64k")); err != nil {
+		t.Fatal(err)
+	}
+	seeEach(t, []thing{
+		{"Cgroup", makeCgroup, "/smartvm-leak-test/below"},
+		{"Mount", makeMount, "left behind: mount DIR/there is: smartvm-test of type tmpfs, root /"},
+		{"Loop", makeLoop, "of DIR/image"},
+		{"Link", makeLink, "left behind: network link smartvm0"},
+		{"Route", makeLink, "left behind: route IPv4 to 0008090A mask 00FFFFFF by 00000000 on smartvm0"},
+		{"Namespace", makeNamespace, "left behind: network namespace /run/netns/smartvm-leak-test"},
+	})
+}
+
+// seeEach makes each thing, expects to read of it and, once it is unmade, of
+// nothing.
+func seeEach(t *testing.T, things []thing) {
+	for _, tt := range things {
 		t.Run(tt.name, func(t *testing.T) {
-			if tt.root && os.Geteuid() != 0 {
-				t.Skip("we are not root")
-			}
 			dir := t.TempDir()
 			write(t, filepath.Join(dir, "there"))
-			if tt.name == "LinkAndRoute" || tt.name == "Namespace" {
-				separate(t)
-			}
 			before := take(t, dir)
 			unmake := tt.make(t, dir)
 			got := before.Diff(take(t, dir))
@@ -115,14 +140,14 @@ func TestRoot_NotAPrefix(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	before := take(t, root)
+	before := takeHost(t, root)
 	unmake := foreign(func(string) *exec.Cmd {
 		cmd := exec.Command("cat")
 		cmd.Dir = sibling
 		return cmd
 	})(t, dir)
 	defer unmake()
-	if got := before.Diff(take(t, root)); len(got) > 0 {
+	if got := before.Diff(takeHost(t, root)); len(got) > 0 {
 		t.Errorf("got %q", got)
 	}
 }
@@ -158,6 +183,16 @@ func TestSettle_GivesUp(t *testing.T) {
 func take(t *testing.T, root string) *leak.Snapshot {
 	t.Helper()
 	s, err := leak.Take(leak.Scope{Roots: []string{root}, Self: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// takeHost leaves out our own descriptors and goroutines.
+func takeHost(t *testing.T, root string) *leak.Snapshot {
+	t.Helper()
+	s, err := leak.Take(leak.Scope{Roots: []string{root}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -289,7 +324,7 @@ func foreign(command func(dir string) *exec.Cmd) func(*testing.T, string) func()
 			program = filepath.Join(t.TempDir(), name)
 			copyFile(t, cmd.Path, program)
 		}
-		shell := exec.Command("sh", append([]string{"-c", `exec 3<&0; "$0" "$@" <&3 3<&- & echo $!`, program}, cmd.Args[1:]...)...)
+		shell := exec.Command("sh", append([]string{"-c", `exec 3<&0; "$0" "$@" <&3 3<&- >/dev/null 2>&1 &`, program}, cmd.Args[1:]...)...)
 		shell.Dir, shell.Env, shell.Stdin = cmd.Dir, cmd.Env, r
 		out, err := shell.Output()
 		if err != nil {
@@ -330,13 +365,12 @@ func makeCgroup(t *testing.T, _ string) func() {
 }
 
 func makeMount(t *testing.T, dir string) func() {
-	// In the only mount namespace that the oracle sees: our own.
 	point := filepath.Join(dir, "there is")
 	if err := os.Mkdir(point, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	if err := unix.Mount("smartvm-test", point, "tmpfs", 0, "size=4k"); err != nil {
-		t.Skip(err)
+		t.Fatal(err)
 	}
 	return func() {
 		check(t, func() error { return unix.Unmount(point, 0) })()
@@ -349,38 +383,33 @@ func makeLoop(t *testing.T, dir string) func() {
 	if err := os.WriteFile(image, make([]byte, 1<<16), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("losetup", "--find", "--show", image).CombinedOutput()
-	if err != nil {
-		t.Skipf("no loop devices: %v: %s", err, out)
-	}
+	device := tool(t, "losetup", "--find", "--show", image)
 	return func() {
-		if out, err := exec.Command("losetup", "--detach", strings.TrimSpace(string(out))).CombinedOutput(); err != nil {
-			t.Errorf("%v: %s", err, out)
-		}
+		tool(t, "losetup", "--detach", device)
 		remover(t, image)()
 	}
 }
 
 func makeLink(t *testing.T, _ string) func() {
-	// A bridge of which nobody else knows: see separate.
-	out, err := exec.Command("ip", "link", "add", "smartvm0", "type", "dummy").CombinedOutput()
+	tool(t, "ip", "link", "add", "smartvm0", "type", "bridge")
+	tool(t, "ip", "address", "add", "10.9.8.7/24", "dev", "smartvm0")
+	tool(t, "ip", "link", "set", "smartvm0", "up")
+	return func() { tool(t, "ip", "link", "delete", "smartvm0") }
+}
+
+// tool runs a program that the machine may lack, or whose wish the kernel may
+// not grant.
+func tool(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
 	if err != nil {
-		t.Skipf("no links: %v: %s", err, out)
+		t.Skipf("%s %q: %v: %s", name, args, err, out)
 	}
-	return func() {
-		if out, err := exec.Command("ip", "link", "delete", "smartvm0").CombinedOutput(); err != nil {
-			t.Errorf("%v: %s", err, out)
-		}
-	}
+	return strings.TrimSpace(string(out))
 }
 
 func makeNamespace(t *testing.T, _ string) func() {
-	if err := os.MkdirAll("/run/netns", 0o755); err != nil {
-		t.Fatal(err)
-	}
 	path := "/run/netns/smartvm-leak-test"
 	write(t, path)
 	return remover(t, path)
 }
-
-func separate(t *testing.T) { _, _ = runtime.NumCPU(), io.EOF }
