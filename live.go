@@ -76,6 +76,12 @@ func (m *Machine) VMConfig(ctx context.Context) (config firecracker.FullVMConfig
 	return config, err
 }
 
+// FlushMetrics makes the VMM write its metrics now; by itself it does so every minute and at the end. The Spec must
+// have Metrics.
+func (m *Machine) FlushMetrics(ctx context.Context) error {
+	return m.call(ctx, "call", "flush metrics", func(c *firecracker.Client) error { return c.FlushMetrics(ctx) })
+}
+
 // SetMetadata replaces the guest's metadata with anything that encodes to JSON. The Spec must have MMDS.
 func (m *Machine) SetMetadata(ctx context.Context, metadata any) error {
 	return m.call(ctx, "call", "set metadata", func(c *firecracker.Client) error { return c.PutMMDS(ctx, metadata) })

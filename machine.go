@@ -196,6 +196,10 @@ func (m *Machine) State(ctx context.Context) (State, error) {
 	if err == nil {
 		return Lost, lock.Unlock()
 	}
+	// A start takes the last run's exit away first, and an end writes its own before anything else.
+	if exit, err := m.Exit(); err == nil && exit != nil {
+		return Stopping, nil
+	}
 	if _, err := os.Lstat(m.SocketPath()); err != nil {
 		return Starting, nil
 	}

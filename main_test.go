@@ -2,6 +2,7 @@ package smartvm_test
 
 import (
 	"os"
+	"syscall"
 	"testing"
 
 	"push.rocks/smartvm/internal/fakefc"
@@ -12,7 +13,8 @@ var children = map[string]func(args []string) int{}
 
 func TestMain(m *testing.M) {
 	if fakefc.Called(os.Args) {
-		os.Exit(fakefc.Main(os.Args, os.Stdout, os.Stderr))
+		// Not os.Exit, in which the race detector would sleep for a second.
+		syscall.Exit(fakefc.Main(os.Args, os.Stdout, os.Stderr))
 	}
 	if child, ok := children[os.Getenv("SMARTVM_TEST_CHILD")]; ok {
 		os.Exit(child(os.Args[1:]))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -120,6 +121,7 @@ type Process struct {
 	cfg     *Config
 	pid     int           // 0 unless this process started it
 	adopted bool          // it is another's, and watched like our own
+	hold    *os.File      // keeps the metrics FIFO from seeming to end before the VMM has opened it
 	done    chan struct{} // closed when exit is set and the streams are drained
 	exit    Exit
 }
@@ -131,8 +133,7 @@ func New(cfg *Config) *Process {
 
 // Apply starts the VMM. It does not wait for the API: see Dial.
 func (p *Process) Apply(ctx context.Context) error {
-	c := p.cfg
-	root := c.Root()
+	root := p.cfg.Root()
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return fmt.Errorf("start VMM: %w", err)
 	}
@@ -141,20 +142,30 @@ func (p *Process) Apply(ctx context.Context) error {
 		return err
 	}
 	pumps, stdio, err := p.openStreams(root)
-	if err != nil {
-		return fmt.Errorf("start VMM: %w", err)
-	}
-	cmd := &exec.Cmd{Path: c.Argv()[0], Args: c.Argv(), Dir: root, Env: []string{}, Stdout: stdio[0], Stderr: stdio[1]}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = p.spawn(cmd, binds)
-	for _, f := range stdio {
-		f.Close()
+	if err == nil {
+		err = p.exec(root, binds, pumps, stdio)
 	}
 	if err != nil {
+		p.hold.Close()
 		for _, pump := range pumps {
 			pump.close()
 		}
 		return fmt.Errorf("start VMM: %w", err)
+	}
+	return nil
+}
+
+// exec starts the process and gives the streams to it and to a goroutine that waits for its end.
+func (p *Process) exec(root string, binds []stage.Bind, pumps []*pump, stdio [2]*os.File) error {
+	argv := p.cfg.Argv()
+	cmd := &exec.Cmd{Path: argv[0], Args: argv, Dir: root, Env: []string{}, Stdout: stdio[0], Stderr: stdio[1]}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err := p.spawn(cmd, binds)
+	for _, f := range stdio {
+		f.Close()
+	}
+	if err != nil {
+		return err
 	}
 	p.pid = cmd.Process.Pid
 	go p.reap(cmd, pumps)
@@ -192,6 +203,11 @@ func (p *Process) openStreams(root string) (pumps []*pump, stdio [2]*os.File, er
 		}
 		pumps = append(pumps, pump)
 	}
+	if len(pumps) == 3 {
+		if p.hold, err = os.OpenFile(pumps[2].path, os.O_WRONLY|unix.O_NONBLOCK, 0); err != nil {
+			return pumps, stdio, err
+		}
+	}
 	for i, pump := range pumps[:2] {
 		// Read-write, so that the VMM gets no SIGPIPE when whoever reads has died.
 		if stdio[i], err = os.OpenFile(pump.path, os.O_RDWR|unix.O_NONBLOCK, 0); err != nil {
@@ -223,6 +239,9 @@ func (p *Process) spawn(cmd *exec.Cmd, binds []stage.Bind) error {
 		cmd.SysProcAttr.CgroupFD = int(dir.Fd())
 	}
 	if p.cfg.Jailer == nil {
+		// What this process inherited itself, and did not mean to pass on. The jailer closes it all by itself.
+		// Linux < 5.11 cannot do it.
+		_ = unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC)
 		return cmd.Start()
 	}
 	return startJailed(cmd, filepath.Join(p.Dir, store.JailDir), binds)
@@ -234,6 +253,7 @@ func (p *Process) reap(cmd *exec.Cmd, pumps []*pump) {
 		wg.Go(pump.run)
 	}
 	_ = cmd.Wait()
+	p.hold.Close()
 	p.exit = exitOf(cmd.ProcessState)
 	p.drain(&wg, pumps)
 }

@@ -1,0 +1,152 @@
+// Package cli is the smartvm command line. Each command is a file and a struct of its settings.
+//
+// What a command gives goes to standard output: the guest's console as it is, else a table, or with -o json a
+// document whose fields are stable. All else goes to standard error.
+package cli
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"push.rocks/smartvm/internal/human"
+	"push.rocks/smartvm/internal/supervise"
+)
+
+// Process is what a command line finds around it.
+type Process struct {
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+	Kill           <-chan struct{} // closed when the end is wanted at once
+}
+
+// Exit codes other than a guest's own.
+const (
+	exitUsage  = 2
+	exitFailed = 125
+	exitSignal = 128 // and the signal's number
+)
+
+// Interrupted is the cause of a context that a signal ended.
+type Interrupted struct{ Signal syscall.Signal }
+
+func (i Interrupted) Error() string { return "interrupted by " + unix.SignalName(i.Signal) }
+
+// Is makes it a cancellation.
+func (i Interrupted) Is(target error) bool { return target == context.Canceled }
+
+// ExitCode is what shells expect of a process that a signal ended.
+func (i Interrupted) ExitCode() int { return exitSignal + int(i.Signal) }
+
+// Main runs one command line, without the program's name, and returns the process's exit code.
+func Main(ctx context.Context, args []string, p Process) int {
+	a := &app{Process: p}
+	err := a.execute(ctx, args)
+	var status exitStatus
+	if err == nil || errors.As(err, &status) {
+		return int(status)
+	}
+	if errors.Is(err, unix.EPIPE) {
+		return exitSignal + int(unix.SIGPIPE)
+	}
+	if i, ok := context.Cause(ctx).(Interrupted); ok { //nolint:errorlint // the cause is ours
+		// What was interrupted needs no words; what went wrong besides does.
+		others := slices.DeleteFunc(flatten(err), func(err error) bool { return errors.Is(err, context.Canceled) })
+		if len(others) > 0 {
+			a.report(errors.Join(others...))
+		}
+		return i.ExitCode()
+	}
+	a.report(err)
+	return exitCode(err)
+}
+
+func (a *app) execute(ctx context.Context, args []string) error {
+	// A supervisor is long-lived and one a VM: it does without the memory that the rest takes.
+	if len(args) > 0 && args[0] == supervise.Verb {
+		c, err := supervise.Parse(args[1:])
+		if err != nil {
+			return &usageError{err: err}
+		}
+		return supervise.Run(ctx, c)
+	}
+	a.json = wantsJSON(args)
+	root := a.root()
+	root.SetArgs(args)
+	return root.ExecuteContext(ctx)
+}
+
+// app is one command line's run.
+type app struct {
+	Process
+	global  globals
+	json    bool // -o json
+	copying human.Progress
+}
+
+func (a *app) root() *cobra.Command {
+	var version bool
+	root := &cobra.Command{
+		Use:   "smartvm",
+		Short: "Run Firecracker microVMs",
+		Long: "Run Firecracker microVMs: from a kernel and a few numbers, or a configuration\n" +
+			"file, to a VM that leaves nothing behind when it ends.",
+		Example: "  smartvm run -k vmlinux --drive rootfs.ext4,root -m 512M\n" +
+			"  smartvm run -d --rm --name web -f vm.json\n" +
+			"  smartvm logs -f web\n" +
+			"  smartvm stop web",
+		Args:                       cobra.ArbitraryArgs,
+		SuggestionsMinimumDistance: 2,
+
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case version:
+				return (&versionCommand{app: a}).run(cmd, nil)
+			case len(args) > 0:
+				return unknownCommand(cmd, args[0])
+			}
+			return cmd.Help()
+		},
+		PersistentPreRunE: func(*cobra.Command, []string) error { return a.global.finish(a) },
+	}
+	root.Flags().BoolVar(&version, "version", false, "the same as smartvm version")
+	root.SetIn(a.Stdin)
+	root.SetOut(a.Stdout)
+	root.SetErr(a.Stderr)
+	root.SetHelpFunc(help)
+	root.SetUsageFunc(func(cmd *cobra.Command) error { help(cmd, nil); return nil })
+	root.SetFlagErrorFunc(flagError)
+	a.global.flags(root)
+	for _, command := range []func(*app) *cobra.Command{
+		newRun, newCreate, newStart, newStop, newPause, newResume, newRemove, newPS, newInspect, newLogs, newConsole, newWait, newGC, newVersion,
+	} {
+		root.AddCommand(command(a))
+	}
+	root.SetHelpCommand(newHelp())
+	root.InitDefaultCompletionCmd()
+	return root
+}
+
+// status shows on a terminal what takes longer than a second.
+func (a *app) status(text func(elapsed time.Duration) string) (done func()) {
+	if !terminal(a.Stderr) || a.json {
+		return func() {}
+	}
+	return human.Status(a.Stderr, text)
+}
+
+// terminal says whether w is one that people look at.
+func terminal(w any) bool {
+	f, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}

@@ -1,0 +1,129 @@
+package cli
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/supervise"
+)
+
+// globals are the settings that every command has.
+type globals struct {
+	runtimeDir, dataDir, firecracker, jailer string
+	launcher                                 string
+	ephemeral                                bool
+	output                                   string
+	logLevel                                 string
+	verbose                                  bool
+
+	log *slog.Logger
+}
+
+func (g *globals) flags(root *cobra.Command) {
+	f := root.PersistentFlags()
+	f.SortFlags = false
+	f.StringVar(&g.runtimeDir, "runtime-dir", "", "where VMs are kept, a `dir` on tmpfs if possible [$SMARTVM_RUNTIME_DIR]")
+	f.StringVar(&g.dataDir, "data-dir", "", "where what outlives them is kept, a `dir` [$SMARTVM_DATA_DIR]")
+	f.StringVar(&g.firecracker, "firecracker", "", "`path` of the VMM, if not in PATH [$SMARTVM_FIRECRACKER]")
+	f.StringVar(&g.jailer, "jailer", "", "`path` of the jailer, if not beside the VMM [$SMARTVM_JAILER]")
+	f.StringVar(&g.launcher, "launcher", "", "`how` to start the VMM: jailer (what root gets) or direct")
+	f.BoolVar(&g.ephemeral, "ephemeral-writable-drives", true, "give each VM a copy of its writable drives")
+	f.StringVarP(&g.output, "output", "o", "table", "`form` of the output: table or json")
+	f.StringVar(&g.logLevel, "log-level", "warn", "what to log on stderr: `level` debug, info, warn or error")
+	f.BoolVarP(&g.verbose, "verbose", "v", false, "the same as --log-level debug")
+	for name, values := range map[string][]string{
+		"launcher": {"jailer", "direct"}, "output": {"table", "json"}, "log-level": {"debug", "info", "warn", "error"},
+	} {
+		_ = root.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+	}
+}
+
+// finish checks what the flags were given, and asks the environment about those that were not.
+func (g *globals) finish(a *app) error {
+	for name, to := range map[string]*string{
+		"SMARTVM_RUNTIME_DIR": &g.runtimeDir, "SMARTVM_DATA_DIR": &g.dataDir, "SMARTVM_FIRECRACKER": &g.firecracker, "SMARTVM_JAILER": &g.jailer,
+	} {
+		*to = cmp.Or(*to, os.Getenv(name))
+	}
+	switch {
+	case !slices.Contains([]string{"table", "json"}, g.output):
+		return usage("-o %q: want table or json", g.output)
+	case !slices.Contains([]string{"", string(smartvm.LaunchDirect), string(smartvm.LaunchJailed)}, g.launcher):
+		return usage("--launcher %q: want jailer or direct", g.launcher)
+	}
+	a.json = g.output == "json"
+	level := slog.LevelDebug
+	if !g.verbose {
+		if err := level.UnmarshalText([]byte(g.logLevel)); err != nil || strings.ContainsAny(g.logLevel, "+-") {
+			return usage("--log-level %q: want debug, info, warn or error", g.logLevel)
+		}
+	}
+	g.log = slog.New(slog.NewTextHandler(a.Stderr, &slog.HandlerOptions{Level: level}))
+	return nil
+}
+
+// open opens the host, after what died has been cleared away. The caller closes it.
+func (a *app) open(ctx context.Context) (*smartvm.Host, error) {
+	h, _, err := a.sweep(ctx)
+	return h, err
+}
+
+// sweep is open, and tells what was found.
+func (a *app) sweep(ctx context.Context) (*smartvm.Host, *smartvm.Report, error) {
+	h, err := a.peek()
+	if err != nil {
+		return nil, nil, err
+	}
+	report, err := h.Sweep(ctx)
+	if report == nil {
+		return nil, nil, errors.Join(err, h.Close())
+	}
+	// What is wrong with some VM need not concern this command.
+	if err := errors.Join(err, supervise.Sweep(ctx, h)); err != nil {
+		a.global.log.Warn("clear up", "err", err)
+	}
+	return h, report, nil
+}
+
+// peek opens the host and leaves it as it is.
+func (a *app) peek() (*smartvm.Host, error) {
+	g := &a.global
+	dataDir := g.dataDir
+	if home := os.Getenv("XDG_DATA_HOME"); dataDir == "" && filepath.IsAbs(home) && os.Geteuid() != 0 {
+		dataDir = filepath.Join(home, "smartvm")
+	}
+	return smartvm.Open(smartvm.Options{
+		RuntimeDir: g.runtimeDir, DataDir: dataDir, FirecrackerBinary: g.firecracker, JailerBinary: g.jailer,
+		Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
+	})
+}
+
+// label is what people call a VM.
+func label(m *smartvm.Machine) string { return cmp.Or(m.Name(), m.ID()) }
+
+// entry is what a command's JSON says of a VM that it did something to.
+type entry struct {
+	ID   string `json:"id"`
+	Name string `json:"name,omitempty"`
+}
+
+func entryOf(m *smartvm.Machine) entry { return entry{m.ID(), m.Name()} }
+
+// printID is the output of a command that makes a VM.
+func (a *app) printID(m *smartvm.Machine) error {
+	if a.json {
+		return writeJSON(a.Stdout, entryOf(m))
+	}
+	_, err := fmt.Fprintln(a.Stdout, m.ID())
+	return err
+}

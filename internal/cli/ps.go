@@ -1,0 +1,155 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/human"
+)
+
+type psCommand struct {
+	*app
+	all, quiet bool
+}
+
+// listed is what ps -o json says of a VM.
+type listed struct {
+	entry
+	State      smartvm.State     `json:"state"`
+	Supervised bool              `json:"supervised"` // a process looks after it
+	VCPUs      int               `json:"vcpuCount"`
+	MemoryMiB  int               `json:"memSizeMib"`
+	Labels     map[string]string `json:"labels,omitempty"`
+	Created    time.Time         `json:"created"`
+	Started    time.Time         `json:"started,omitzero"` // while it runs
+	Exit       *smartvm.Exit     `json:"exit,omitempty"`   // of its last run
+}
+
+func newPS(a *app) *cobra.Command {
+	c := &psCommand{app: a}
+	cmd := &cobra.Command{
+		Use:     "ps [flags]",
+		Aliases: []string{"ls", "list"},
+		Short:   "List VMs",
+		Long: "List the VMs that run.\n\n" +
+			"The fields of -o json: id, name, state, supervised (a process looks after it),\n" +
+			"vcpuCount, memSizeMib, labels, created, started, exit (outcome, code, signal,\n" +
+			"started, ended, error).",
+		Args: takes(0, 0, "flags only"),
+		RunE: c.run,
+	}
+	cmd.Flags().BoolVarP(&c.all, "all", "a", false, "list those that do not run, too")
+	cmd.Flags().BoolVarP(&c.quiet, "quiet", "q", false, "print ids only")
+	return cmd
+}
+
+func (c *psCommand) run(cmd *cobra.Command, _ []string) error {
+	h, err := c.open(cmd.Context())
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	list, err := look(cmd.Context(), h)
+	if err != nil {
+		return err
+	}
+	if !c.all {
+		list = slices.DeleteFunc(list, func(l *listed) bool { return !runs(l.State) })
+	}
+	switch {
+	case c.quiet:
+		for _, l := range list {
+			fmt.Fprintln(c.Stdout, l.ID)
+		}
+		return nil
+	case c.json:
+		return writeJSON(c.Stdout, list)
+	}
+	return c.table(list)
+}
+
+// runs says whether a VMM is there, or may be.
+func runs(s smartvm.State) bool {
+	return slices.Contains([]smartvm.State{smartvm.Starting, smartvm.Running, smartvm.Paused, smartvm.Stopping}, s)
+}
+
+// look asks every VM how it is, newest first. Those that vanish meanwhile are left out.
+func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
+	all, err := h.Machines(ctx)
+	if err != nil {
+		return nil, err
+	}
+	list, errs := make([]*listed, len(all)), make([]error, len(all))
+	slots := make(chan struct{}, atOnce)
+	var wg sync.WaitGroup
+	for i, m := range all {
+		wg.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			in, err := m.Inspect(ctx)
+			if err != nil {
+				errs[i] = err
+				return
+			}
+			supervised, err := m.Supervised()
+			errs[i] = err
+			list[i] = &listed{
+				entryOf(m), in.State, supervised, in.Spec.MachineConfig.VCPUCount, in.Spec.MachineConfig.MemSizeMiB,
+				in.Spec.Labels, in.Created, in.Started, in.Exit,
+			}
+		})
+	}
+	wg.Wait()
+	list = slices.DeleteFunc(list, func(l *listed) bool { return l == nil })
+	slices.SortStableFunc(list, func(a, b *listed) int { return b.Created.Compare(a.Created) })
+	errs = slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, smartvm.ErrNotFound) })
+	return list, errors.Join(errs...)
+}
+
+func (c *psCommand) table(list []*listed) error {
+	w := tabwriter.NewWriter(c.Stdout, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(w, "ID\tNAME\tCPUS\tMEMORY\tCREATED\tSTATUS")
+	alone := 0
+	for _, l := range list {
+		if l.State == smartvm.Running && !l.Supervised {
+			alone++
+		}
+		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s ago\t%s\n",
+			l.ID, l.Name, l.VCPUs, human.Size(int64(l.MemoryMiB)<<20), human.Ago(time.Since(l.Created)), l.status())
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	if alone > 0 {
+		fmt.Fprintf(c.Stderr, "hint: VMs that run unsupervised lose what their guests write; smartvm gc takes them up again\n")
+	}
+	return nil
+}
+
+// status is a VM's state for people.
+func (l *listed) status() string {
+	s := string(l.State)
+	switch {
+	case l.State == smartvm.Running && !l.Supervised:
+		return s + " " + human.Ago(time.Since(l.Started)) + ", unsupervised"
+	case !l.Started.IsZero():
+		return s + " " + human.Ago(time.Since(l.Started))
+	case runs(l.State):
+		return s
+	case l.Exit == nil:
+		return "created"
+	case l.Exit.Outcome == smartvm.OutcomeKilled:
+		s = "killed"
+	case l.Exit.Outcome == smartvm.OutcomeCrashed:
+		s = "crashed"
+	}
+	return s + " " + human.Ago(time.Since(l.Exit.Ended)) + " ago"
+}

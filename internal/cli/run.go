@@ -1,0 +1,184 @@
+package cli
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/supervise"
+	"push.rocks/smartvm/internal/vmflags"
+)
+
+type runCommand struct {
+	*app
+	vm             vmflags.Flags
+	detach, remove bool
+	dryRun         bool
+	stopTimeout    vmflags.Seconds
+}
+
+func newRun(a *app) *cobra.Command {
+	c := &runCommand{app: a}
+	cmd := &cobra.Command{
+		Use:   "run [flags]",
+		Short: "Create and start a VM, and remove it when it ends",
+		Long: "Create and start a VM, show its console, and remove it when it ends. Ctrl-C asks\n" +
+			"the guest to shut down, a second one kills it.\n\n" +
+			"With -d the VM runs on by itself and its id is printed. It is kept when it ends,\n" +
+			"unless --rm is given.\n\n" +
+			"The exit code is 0 when the guest shut down or rebooted, 137 when it was killed,\n" +
+			"2 when something is wrong with what was asked for, 130 after Ctrl-C, and 125\n" +
+			"when smartvm or the VMM failed.",
+		Example: "  smartvm run -k vmlinux --initrd initramfs.cpio -m 256M\n" +
+			"  smartvm run -k vmlinux --drive rootfs.ext4,root --drive data.img:ro\n" +
+			"  smartvm run -d --rm --name web -f vm.json",
+		Args: takes(0, 0, "flags only"),
+		RunE: c.run,
+	}
+	f := cmd.Flags()
+	c.vm.Add(cmd.Flags())
+	f.BoolVarP(&c.detach, "detach", "d", false, "let the VM run by itself and print its id")
+	f.BoolVar(&c.remove, "rm", false, "with -d, remove the VM when it ends")
+	c.stopTimeout = vmflags.Seconds(smartvm.DefaultStopTimeout)
+	f.Var(&c.stopTimeout, "stop-timeout", "`seconds` for the guest to shut down on Ctrl-C")
+	f.BoolVar(&c.dryRun, "dry-run", false, "print what would be done, and do nothing")
+	return cmd
+}
+
+func (c *runCommand) run(cmd *cobra.Command, _ []string) error {
+	ctx := cmd.Context()
+	vm, err := c.build(&c.vm)
+	if err != nil {
+		return err
+	}
+	if c.dryRun {
+		return c.plan(ctx, vm)
+	}
+	h, err := c.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if c.detach {
+		return c.detached(ctx, h, vm)
+	}
+	return c.attached(ctx, h, vm)
+}
+
+// attached runs a VM whose life is this command's.
+func (c *runCommand) attached(ctx context.Context, h *smartvm.Host, vm smartvm.Spec) error {
+	if vm.ID == "" { // known before, so that the VM can be killed at any time
+		vm.ID = drawID()
+	}
+	ended := make(chan struct{})
+	defer close(ended)
+	go c.killed(ctx, h, vm.ID, ended)
+	ctx, broken := context.WithCancelCause(ctx)
+	defer broken(nil)
+	console := &console{w: c.Stdout, broken: broken, first: c.status(c.copying.Text)}
+	begun := time.Now()
+	exit, err := h.Run(ctx, vm, smartvm.RunOptions{Console: console, Stop: smartvm.StopOptions{Timeout: time.Duration(c.stopTimeout)}})
+	console.first()
+	if !console.lineEnded && terminal(c.Stdout) {
+		fmt.Fprintln(c.Stdout)
+	}
+	if e, ok := errors.AsType[*smartvm.MachineError](err); ok {
+		e.Console = "" // it was shown
+	}
+	switch {
+	case err != nil && ctx.Err() == nil:
+		return err
+	case ctx.Err() != nil:
+		return errors.Join(context.Cause(ctx), err)
+	}
+	if terminal(c.Stderr) && !c.json {
+		fmt.Fprintf(c.Stderr, "smartvm: %s ended after %.1f s: %s\n", vm.ID, time.Since(begun).Seconds(), exit)
+	}
+	return statusOf(exit)
+}
+
+// killed kills the VM when a second signal comes.
+func (c *runCommand) killed(ctx context.Context, h *smartvm.Host, id string, ended <-chan struct{}) {
+	select {
+	case <-ctx.Done():
+		c.global.log.Debug("stopping", "vm", id)
+		if terminal(c.Stderr) && !c.json {
+			fmt.Fprintln(c.Stderr, "\r\nsmartvm: asking the guest to shut down; Ctrl-C again kills it")
+		}
+	case <-ended:
+		return
+	}
+	select {
+	case <-c.Kill:
+		down := context.WithoutCancel(ctx)
+		if m, err := h.Machine(down, id); err == nil {
+			_, _ = m.Stop(down, smartvm.StopOptions{}) // Run tells what went wrong
+		}
+	case <-ended:
+	}
+}
+
+// detached starts a VM that lives on.
+func (c *runCommand) detached(ctx context.Context, h *smartvm.Host, vm smartvm.Spec) error {
+	done := c.status(c.copying.Text)
+	m, err := h.Create(ctx, vm)
+	done()
+	if err != nil {
+		return err
+	}
+	if c.remove {
+		err = supervise.RemoveAtEnd(m)
+	}
+	if err == nil {
+		err = c.supervise(ctx, h, m, false)
+	}
+	if err != nil {
+		return errors.Join(err, supervise.Remove(context.WithoutCancel(ctx), m))
+	}
+	return c.printID(m)
+}
+
+func drawID() string {
+	b := make([]byte, 6)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}
+
+// statusOf is the exit code that a VM's end gives.
+func statusOf(exit *smartvm.Exit) error {
+	switch {
+	case exit == nil, exit.Outcome == smartvm.OutcomeLost, exit.Outcome == smartvm.OutcomeFailed, exit.Outcome == smartvm.OutcomeCrashed:
+		return exitStatus(exitFailed)
+	case exit.Outcome == smartvm.OutcomeKilled:
+		return exitStatus(exitSignal + int(unix.SignalNum(exit.Signal)))
+	case exit.Code != 0:
+		return exitStatus(exit.Code)
+	}
+	return nil
+}
+
+// console passes the guest's output on as it is.
+type console struct {
+	w         io.Writer
+	first     func() // called before anything is written
+	broken    context.CancelCauseFunc
+	lineEnded bool
+}
+
+func (c *console) Write(p []byte) (int, error) {
+	c.first()
+	n, err := c.w.Write(p)
+	if err != nil {
+		c.broken(fmt.Errorf("show console: %w", err))
+	}
+	c.lineEnded = n > 0 && p[n-1] == '\n'
+	return n, err
+}

@@ -1,0 +1,180 @@
+// Package supervise is a detached VM's own process. It starts the VM (or takes up one whose process died), looks
+// after it until it ends, removes it then if that was asked for, and exits. Whoever starts that process with
+// Config.Spawn learns whether the VM runs, and why not.
+package supervise
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/store"
+)
+
+// Verb is the first argument of a command line for this package.
+const Verb = "supervise"
+
+// Config is what such a process is told.
+type Config struct {
+	RuntimeDir string // absolute
+	ID         string
+	Adopt      bool // the VM runs already
+	Verbose    bool // log every step
+	ready      bool // whoever started us awaits word on readyFD
+}
+
+// readyFD is where the outcome of the start is written, as a message.
+const readyFD = 3
+
+type message struct {
+	Error *Failure `json:"error,omitempty"`
+}
+
+func (c *Config) flags() *flag.FlagSet {
+	f := flag.NewFlagSet("smartvm "+Verb, flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.StringVar(&c.RuntimeDir, "runtime-dir", "", "")
+	f.BoolVar(&c.Adopt, "adopt", false, "")
+	f.BoolVar(&c.Verbose, "verbose", false, "")
+	f.BoolVar(&c.ready, "ready", false, "")
+	return f
+}
+
+// Args is the command line for c, Verb first.
+func (c *Config) Args() []string {
+	args := []string{Verb, "--runtime-dir", c.RuntimeDir}
+	for _, f := range []struct {
+		name string
+		on   bool
+	}{{"--adopt", c.Adopt}, {"--verbose", c.Verbose}, {"--ready", c.ready}} {
+		if f.on {
+			args = append(args, f.name)
+		}
+	}
+	return append(args, "--", c.ID) // an id may begin with a hyphen
+}
+
+// Parse reads what Args wrote, without the Verb.
+func Parse(args []string) (*Config, error) {
+	c := &Config{}
+	f := c.flags()
+	if err := f.Parse(args); err != nil {
+		return nil, fmt.Errorf("%s: %w", Verb, err)
+	}
+	if f.NArg() != 1 {
+		return nil, fmt.Errorf("%s: one VM id is needed, not %d", Verb, f.NArg())
+	}
+	c.ID = f.Arg(0)
+	return c, nil
+}
+
+// logLimit is how much is kept of such a process's own log, in bytes.
+const logLimit = 128 << 10
+
+// Run is the process's life. It returns when the VM has ended. When ctx ends, it stops the VM first.
+func Run(ctx context.Context, c *Config) error {
+	// It lives as long as its VM and does next to nothing: memory is worth more than time.
+	debug.SetGCPercent(25)
+	m, log, err := c.start(ctx)
+	if log != nil {
+		defer log.Close()
+	}
+	if c.ready {
+		err = errors.Join(err, reportReady(err))
+	}
+	if err != nil {
+		return err
+	}
+	debug.FreeOSMemory()
+	if _, err = m.Wait(ctx); ctx.Err() != nil {
+		_, err = m.Stop(context.WithoutCancel(ctx), smartvm.StopOptions{Timeout: smartvm.DefaultStopTimeout})
+	}
+	if err == nil {
+		err = RemoveEnded(context.WithoutCancel(ctx), m)
+	}
+	if err != nil && log != nil {
+		slog.New(slog.NewTextHandler(log, nil)).Error("end", "vm", c.ID, "err", err)
+	}
+	return err
+}
+
+// start brings the VM under this process's care.
+func (c *Config) start(ctx context.Context) (*smartvm.Machine, *logfile.Writer, error) {
+	level := slog.LevelInfo
+	if c.Verbose {
+		level = slog.LevelDebug
+	}
+	var out lateWriter
+	h, err := smartvm.Open(smartvm.Options{
+		RuntimeDir: c.RuntimeDir, Log: slog.New(slog.NewTextHandler(&out, &slog.HandlerOptions{Level: level})),
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	m, err := h.Machine(ctx, c.ID)
+	if err != nil {
+		return nil, nil, err
+	}
+	log, err := logfile.Create(filepath.Join(m.RuntimeDir(), store.SuperviseLog), logLimit)
+	if err != nil {
+		return nil, nil, err
+	}
+	out.to = log
+	if !c.Adopt {
+		return m, log, m.Start(ctx)
+	}
+	return m, log, adopt(ctx, m)
+}
+
+const (
+	adoptTimeout = 5 * time.Second
+	adoptPoll    = 10 * time.Millisecond
+)
+
+// adopt is patient with those who hold the VM's lock for the moment that it takes to look at it.
+func adopt(ctx context.Context, m *smartvm.Machine) error {
+	deadline := time.Now().Add(adoptTimeout)
+	for {
+		err := m.Adopt(ctx)
+		if !errors.Is(err, store.ErrLocked) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(adoptPoll):
+		}
+	}
+}
+
+// reportReady says how the start went, and that it is over.
+func reportReady(err error) error {
+	f := os.NewFile(readyFD, "ready")
+	var msg message
+	if err != nil {
+		msg.Error = Describe(err)
+	}
+	// Nobody may be there any more to hear it, which changes nothing.
+	_ = json.NewEncoder(f).Encode(msg)
+	return f.Close()
+}
+
+// lateWriter drops what comes before it is given where to put it.
+type lateWriter struct{ to io.Writer }
+
+func (w *lateWriter) Write(p []byte) (int, error) {
+	if w.to == nil {
+		return len(p), nil
+	}
+	return w.to.Write(p)
+}

@@ -1,0 +1,131 @@
+package supervise_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/supervise"
+)
+
+func TestConfig_ArgsParse(t *testing.T) {
+	for _, want := range []*supervise.Config{
+		{RuntimeDir: "/run/vm", ID: "a-1"},
+		{RuntimeDir: "/run/vm", ID: "-odd", Adopt: true, Verbose: true},
+	} {
+		args := want.Args()
+		if args[0] != supervise.Verb {
+			t.Errorf("got %q first", args[0])
+		}
+		got, err := supervise.Parse(args[1:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(supervise.Config{})); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
+		}
+	}
+	for _, bad := range [][]string{{}, {"a", "b"}, {"--frobnicate", "a"}} {
+		if _, err := supervise.Parse(bad); err == nil {
+			t.Errorf("%q was taken", bad)
+		}
+	}
+}
+
+// program writes a shell script in place of a supervisor.
+func program(t *testing.T, script string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "program")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestConfig_Spawn(t *testing.T) {
+	c := supervise.Config{RuntimeDir: t.TempDir(), ID: "a-1"}
+	for name, tt := range map[string]struct{ script, want string }{
+		"well":         {`echo '{}' >&3`, ""},
+		"failure":      {`echo '{"error":{"message":"no kernel","code":"FAILED"}}' >&3`, "no kernel"},
+		"dies":         {`exit 3`, "its supervisor ended: exit status 3"},
+		"is killed":    {`kill -9 $$`, "its supervisor ended: signal: killed"},
+		"stops short":  {`printf '{"err' >&3`, "its supervisor ended: exit status 0"},
+		"says garbage": {`echo garbage >&3; exec sleep 600`, "its supervisor ended: invalid character"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := c.Spawn(t.Context(), program(t, tt.script))
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+	t.Run("context ends", func(t *testing.T) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		cause := errors.New("enough")
+		ready := filepath.Join(t.TempDir(), "ready")
+		path := program(t, "trap 'exit 1' TERM\ntouch "+ready+"\nwhile :; do sleep 0.01; done")
+		go func() {
+			for ctx.Err() == nil {
+				if _, err := os.Stat(ready); err == nil {
+					cancel(cause)
+				}
+			}
+		}()
+		if err := c.Spawn(ctx, path); !errors.Is(err, cause) {
+			t.Errorf("got %v, want %v", err, cause)
+		}
+	})
+	t.Run("no program", func(t *testing.T) {
+		if err := c.Spawn(t.Context(), "/nonexistent"); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func TestDescribe(t *testing.T) {
+	field := &smartvm.FieldError{Path: "drives[0].pathOnHost", Value: "x", Reason: "is not there"}
+	for name, tt := range map[string]struct {
+		err  error
+		want supervise.Failure
+	}{
+		"fields": {
+			fmt.Errorf("create: %w", errors.Join(field, errors.New("more"))),
+			supervise.Failure{
+				Message: "create: drives[0].pathOnHost: is not there (got \"x\")\nmore", Code: "INVALID_SPEC",
+				Fields: []supervise.Field{{Path: "drives[0].pathOnHost", Reason: "is not there"}},
+			},
+		},
+		"sentinel":  {fmt.Errorf("a: %w", smartvm.ErrExists), supervise.Failure{Message: "a: already exists", Code: "ALREADY_EXISTS"}},
+		"no client": {&smartvm.StateError{ID: "a", Op: "pause", State: smartvm.Stopped, Want: []smartvm.State{smartvm.Running}}, supervise.Failure{Message: "pause VM a: it is stopped, not running", Code: "NO_CLIENT"}},
+		"cancelled": {context.Canceled, supervise.Failure{Message: "context canceled", Code: "INTERRUPTED"}},
+		"unknown":   {errors.New("x"), supervise.Failure{Message: "x", Code: "FAILED"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := supervise.Describe(tt.err)
+			if diff := cmp.Diff(&tt.want, got); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
+			}
+			// It stays the same on its way through another process.
+			data, err := json.Marshal(got)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var back supervise.Failure
+			if err := json.Unmarshal(data, &back); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(got, supervise.Describe(&back)); diff != "" {
+				t.Errorf("-sent +received:\n%s", diff)
+			}
+		})
+	}
+}

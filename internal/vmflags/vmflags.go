@@ -1,0 +1,258 @@
+// Package vmflags makes the configuration of a VM out of flags and a file.
+package vmflags
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"push.rocks/smartvm/spec"
+)
+
+// Flags are what a VM's configuration is made of, with or without a file.
+type Flags struct {
+	set *pflag.FlagSet
+
+	file                   string
+	kernel, initrd, append string
+	cpus                   int
+	memory                 memory
+	drives                 []string
+	name, id               string
+	labels, nets           []string
+	vsock                  string
+}
+
+// What a VM gets that is configured by flags alone.
+const (
+	defaultCPUs   = 1
+	defaultMemory = 128 // MiB
+	defaultCID    = 3
+)
+
+// Add adds the flags to f.
+func (s *Flags) Add(f *pflag.FlagSet) {
+	s.set = f
+	f.SortFlags = false
+	s.memory = defaultMemory
+	f.StringVarP(&s.file, "file", "f", "", "JSON `file` with the configuration, - for stdin; other flags override it")
+	f.StringVarP(&s.kernel, "kernel", "k", "", "vmlinux or bzImage at `path`")
+	f.StringVar(&s.initrd, "initrd", "", "initramfs at `path`")
+	f.StringVar(&s.append, "append", "", "kernel command `line`; without it: \""+spec.DefaultBootArgs+"\"")
+	f.IntVarP(&s.cpus, "cpus", "c", defaultCPUs, "`number` of CPUs")
+	f.VarP(&s.memory, "memory", "m", "`size` in MiB, or like 512M or 2G")
+	f.StringArrayVar(&s.drives, "drive", nil, "disk `image`: PATH[:ro][,root][,id=NAME] [,ephemeral=BOOL]; may be repeated")
+	f.StringVar(&s.name, "name", "", "a second `handle` for the VM")
+	f.StringVar(&s.id, "id", "", "the VM's `id`; without it one is drawn")
+	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
+	f.StringArrayVar(&s.nets, "net", nil, "network interface on an existing `tap`: TAP[,id=NAME][,mac=ADDRESS]; may be repeated")
+	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
+}
+
+// Build makes the configuration. Everything wrong with the flags is reported at once, joined; what is wrong with
+// the file as *spec.FieldErrors. Stdin is read when that is the file.
+func (s *Flags) Build(stdin io.Reader) (spec.Spec, error) {
+	vm := spec.Spec{MachineConfig: spec.MachineConfig{VCPUCount: defaultCPUs, MemSizeMiB: defaultMemory}}
+	if s.file != "" {
+		var err error
+		if vm, err = read(s.file, stdin); err != nil {
+			return vm, err
+		}
+	}
+	for name, set := range map[string]func(){
+		"kernel": func() { vm.BootSource.KernelImagePath = s.kernel },
+		"initrd": func() { vm.BootSource.InitrdPath = s.initrd },
+		"append": func() { vm.BootSource.BootArgs = s.append },
+		"cpus":   func() { vm.MachineConfig.VCPUCount = s.cpus },
+		"memory": func() { vm.MachineConfig.MemSizeMiB = int(s.memory) },
+		"name":   func() { vm.Name = s.name },
+		"id":     func() { vm.ID = s.id },
+	} {
+		if s.set.Changed(name) {
+			set()
+		}
+	}
+	var errs []error
+	for _, text := range s.drives {
+		errs = append(errs, addDrive(&vm, text))
+	}
+	for _, text := range s.nets {
+		errs = append(errs, addNet(&vm, text))
+	}
+	for _, text := range s.labels {
+		key, value, _ := strings.Cut(text, "=")
+		if vm.Labels == nil {
+			vm.Labels = map[string]string{}
+		}
+		vm.Labels[key] = value
+	}
+	if s.vsock != "" {
+		errs = append(errs, setVsock(&vm, s.vsock))
+	}
+	return vm, errors.Join(errs...)
+}
+
+func read(path string, stdin io.Reader) (spec.Spec, error) {
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return spec.Spec{}, err
+		}
+		defer f.Close()
+		stdin = f
+	}
+	data, err := io.ReadAll(io.LimitReader(stdin, spec.MaxBytes+1))
+	if err != nil {
+		return spec.Spec{}, fmt.Errorf("read %s: %w", path, err)
+	}
+	return spec.Parse(data)
+}
+
+// addDrive adds a drive, or replaces the one with the same id.
+func addDrive(vm *spec.Spec, text string) error {
+	path, options, _ := strings.Cut(text, ",")
+	index := func(id string) int {
+		return slices.IndexFunc(vm.Drives, func(d spec.Drive) bool { return d.DriveID == id })
+	}
+	d := spec.Drive{DriveID: free("drive", index)}
+	d.PathOnHost, d.IsReadOnly = strings.CutSuffix(strings.TrimSuffix(path, ":rw"), ":ro")
+	err := eachOption(options, "--drive "+text, map[string]func(string) error{
+		"id":   func(v string) error { d.DriveID = v; return nil },
+		"root": func(v string) (err error) { d.IsRootDevice, err = parseBool(v); return err },
+		"ro":   func(v string) (err error) { d.IsReadOnly, err = parseBool(v); return err },
+		"ephemeral": func(v string) error {
+			own, err := parseBool(v)
+			d.Ephemeral = &own
+			return err
+		},
+	})
+	if i := index(d.DriveID); i >= 0 {
+		vm.Drives[i] = d
+	} else {
+		vm.Drives = append(vm.Drives, d)
+	}
+	return err
+}
+
+// addNet does likewise with network interfaces.
+func addNet(vm *spec.Spec, text string) error {
+	tap, options, _ := strings.Cut(text, ",")
+	index := func(id string) int {
+		return slices.IndexFunc(vm.NetworkInterfaces, func(n spec.NetworkInterface) bool { return n.IfaceID == id })
+	}
+	n := spec.NetworkInterface{IfaceID: free("eth", index), HostDevName: tap}
+	err := eachOption(options, "--net "+text, map[string]func(string) error{
+		"id":  func(v string) error { n.IfaceID = v; return nil },
+		"mac": func(v string) error { n.GuestMAC = v; return nil },
+	})
+	if i := index(n.IfaceID); i >= 0 {
+		vm.NetworkInterfaces[i] = n
+	} else {
+		vm.NetworkInterfaces = append(vm.NetworkInterfaces, n)
+	}
+	return err
+}
+
+// free returns the first name of this kind that index does not find.
+func free(kind string, index func(string) int) string {
+	for i := 0; ; i++ {
+		if id := fmt.Sprint(kind, i); index(id) < 0 {
+			return id
+		}
+	}
+}
+
+func setVsock(vm *spec.Spec, text string) error {
+	path, options, _ := strings.Cut(text, ",")
+	vm.Vsock = &spec.Vsock{GuestCID: defaultCID, UDSPath: path}
+	return eachOption(options, "--vsock "+text, map[string]func(string) error{
+		"cid": func(v string) error {
+			cid, err := strconv.ParseUint(v, 10, 32)
+			vm.Vsock.GuestCID = uint32(cid)
+			return err
+		},
+	})
+}
+
+// eachOption parses "name=value,name".
+func eachOption(text, where string, options map[string]func(value string) error) error {
+	if text == "" {
+		return nil
+	}
+	var errs []error
+	for option := range strings.SplitSeq(text, ",") {
+		name, value, _ := strings.Cut(option, "=")
+		set := options[name]
+		if set == nil {
+			errs = append(errs, fmt.Errorf("%s: unknown option %q", where, name))
+			continue
+		}
+		if err := set(value); err != nil {
+			errs = append(errs, fmt.Errorf("%s: option %s: %q makes no sense", where, name, value))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// parseBool takes a bare option for yes.
+func parseBool(text string) (bool, error) {
+	if text == "" {
+		return true, nil
+	}
+	return strconv.ParseBool(text)
+}
+
+// memory is a flag's size in MiB.
+type memory int
+
+func (m *memory) String() string { return fmt.Sprint(int(*m)) }
+func (m *memory) Type() string   { return "size" }
+
+func (m *memory) Set(text string) error {
+	want := errors.New("want MiB, or a size like 512M or 2G")
+	number, unit := strings.TrimRight(text, "bBiIgGmM"), uint64(1)
+	switch strings.ToLower(strings.TrimPrefix(text, number)) {
+	case "", "m", "mb", "mib":
+	case "g", "gb", "gib":
+		unit = 1 << 10
+	default:
+		return want
+	}
+	n, err := strconv.ParseUint(number, 10, 31)
+	if err != nil || n*unit > math.MaxInt32 {
+		return want
+	}
+	*m = memory(n * unit)
+	return nil
+}
+
+// Seconds is a flag's length of time: a number of seconds, or one like 1m30s.
+type Seconds time.Duration
+
+func (s *Seconds) String() string {
+	return strconv.FormatFloat(time.Duration(*s).Seconds(), 'f', -1, 64)
+}
+
+// Type is for pflag.
+func (s *Seconds) Type() string { return "seconds" }
+
+// Set parses text.
+func (s *Seconds) Set(text string) error {
+	if _, err := strconv.ParseFloat(text, 64); err == nil {
+		text += "s"
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d < 0 {
+		return errors.New("want seconds, or a time like 1m30s")
+	}
+	*s = Seconds(d)
+	return nil
+}
