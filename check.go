@@ -124,6 +124,9 @@ func (h *Host) proposal(rec *record) (*proposal, error) {
 		binary: rec.Binary, jailer: rec.Jailer, uid: rec.UID, cgroup: rec.Cgroup, ephemeral: rec.Ephemeral, copies: rec.Staged, extract: rec.Extract,
 		reflinks: map[string]bool{}, inodes: map[string]string{}, owners: map[string]*stage.Owner{},
 	}
+	if p.uid == 0 {
+		p.uid = uidFor(h.RuntimeDir(), rec.ID, 0)
+	}
 	for _, d := range devices(&rec.Spec, p) {
 		if d.staged {
 			if rec.Staged == nil {
@@ -143,7 +146,7 @@ func (h *Host) proposal(rec *record) (*proposal, error) {
 		if rec.Jailer == "" || !fi.Mode().IsRegular() {
 			continue // a block device gets a node of its own in the jail
 		}
-		if p.owners[d.path], err = stage.NewOwner(d.path, rec.UID, rec.UID); err != nil {
+		if p.owners[d.path], err = stage.NewOwner(d.path, p.uid, p.uid); err != nil {
 			return nil, fmt.Errorf("look at drive %s: %w", d.id, err)
 		}
 	}

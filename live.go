@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"net"
+	"sync"
+	"time"
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/store"
@@ -34,17 +36,39 @@ func (m *Machine) call(ctx context.Context, op, name string, f func(*firecracker
 	m.mu.Lock()
 	r := m.run
 	m.mu.Unlock()
-	var c *firecracker.Client
+	proc, c := m.attach(), (*firecracker.Client)(nil)
 	if r != nil {
-		c = r.client
+		proc, c = r.proc, r.client
 	} else {
 		c = m.dialClient()
 		defer c.Close()
 	}
+	defer endIfHung(proc)()
 	if err := f(c); err != nil {
 		return &MachineError{ID: m.rec.ID, Stage: name, Err: err}
 	}
 	return nil
+}
+
+// endIfHung kills a VMM that hangs, which would otherwise never answer, until the function it returns is called.
+func endIfHung(p *vmm.Process) (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(askTimeout)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+				if p.Hung() {
+					_ = p.Revert(context.Background()) // has a time limit: the kernel's
+				}
+			}
+		}
+	})
+	return func() { close(done); wg.Wait() }
 }
 
 // Pause stops the guest's CPUs and devices. Firecracker 1.16.0 and 1.16.1 lose vsock traffic towards the guest

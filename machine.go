@@ -87,13 +87,20 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 		return err
 	}
 	defer func() { err = errors.Join(err, j.Close()) }()
+	pl := makePlan(&rec.Spec, p)
 	if rec.Jailer != "" {
-		if rec.UID, err = m.leaseUID(ctx, j); err != nil {
+		err := j.Do(ctx, pl.Create[0])
+		for i := uint32(1); errors.Is(err, fs.ErrExist) && i < uidsPerSlot; i++ {
+			p.uid = uidFor(m.host.RuntimeDir(), rec.ID, i)
+			pl = makePlan(&rec.Spec, p)
+			err = j.Do(ctx, pl.Create[0])
+		}
+		if err != nil {
 			return err
 		}
-		p.uid = rec.UID
+		rec.UID, pl.Create = p.uid, pl.Create[1:]
 	}
-	for _, e := range makePlan(&rec.Spec, p).Create {
+	for _, e := range pl.Create {
 		file, isFile := e.(*stage.File)
 		if isFile && m.host.opts.Progress != nil {
 			file.Progress = func(done, total int64) { m.host.opts.Progress(filepath.Base(file.Target), done, total) }
@@ -126,16 +133,9 @@ const (
 	uidsPerSlot = 65536
 )
 
-func (m *Machine) leaseUID(ctx context.Context, j *journal.Journal) (int, error) {
-	base := uidFirst + int(hash(m.host.RuntimeDir())%uidSlots)*uidsPerSlot
-	for i := range uint32(uidsPerSlot) {
-		uid := base + int((hash(m.rec.ID)+i)%uidsPerSlot)
-		err := j.Do(ctx, m.host.store.Lease("uid", fmt.Sprint(uid), m.rec.ID))
-		if !errors.Is(err, fs.ErrExist) {
-			return uid, err
-		}
-	}
-	return 0, fmt.Errorf("lease a user id: all %d are taken", uidsPerSlot)
+// uidFor is the user id that a VM tries as its n-th.
+func uidFor(runtimeDir, id string, n uint32) int {
+	return uidFirst + int(hash(runtimeDir)%uidSlots)*uidsPerSlot + int((hash(id)+n)%uidsPerSlot)
 }
 
 // erase removes what make made, and all else of the VM. The caller has the lock and gives it up.
@@ -235,7 +235,7 @@ func (m *Machine) rested() (State, error) {
 }
 
 // askTimeout bounds how long State waits for a VMM that does not answer.
-const askTimeout = 2 * time.Second
+const askTimeout = time.Second
 
 func (m *Machine) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process) State {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
@@ -243,6 +243,9 @@ func (m *Machine) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process
 	info, err := c.GetInstanceInfo(ctx)
 	switch {
 	case err != nil:
+		if p.Hung() {
+			_ = p.Revert(context.WithoutCancel(ctx)) // the guest has ended; whoever looks after it sees the end now
+		}
 		if alive, err := p.Alive(); err == nil && !alive {
 			return Stopping
 		}

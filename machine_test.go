@@ -570,3 +570,35 @@ func TestHost_CloseAndAdopt(t *testing.T) {
 		s.stopAndRemove(m)
 	})
 }
+
+// Firecracker 1.12.1 may hang when its guest ends while a request is served. A VM ends all the same.
+func TestMachine_EndsWhileAsked(t *testing.T) {
+	s := newSite(t, smartvm.LaunchDirect)
+	h, other := s.open(), s.open()
+	for range 8 {
+		m, err := h.Create(t.Context(), s.spec("reboot"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		var asking sync.WaitGroup
+		for range 3 {
+			asking.Go(func() {
+				seen, err := other.Machine(ctx, m.ID())
+				for err == nil && ctx.Err() == nil {
+					_, err = seen.State(ctx)
+				}
+			})
+		}
+		if err := m.Start(ctx); err != nil {
+			t.Error(err)
+		}
+		exit, err := m.Wait(ctx)
+		cancel()
+		asking.Wait()
+		if err != nil || exit == nil {
+			t.Errorf("ended %+v, %v", exit, err)
+		}
+		s.stopAndRemove(m)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"path/filepath"
 	"slices"
+	"strconv"
 
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/journal"
@@ -92,6 +93,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 	if p.jailer != "" {
 		uid = p.uid
 		pl.config.Jailer = &vmm.Jailer{Binary: p.jailer, UID: uid}
+		pl.Create = append(pl.Create, p.store.Lease("uid", strconv.Itoa(uid), p.id)) // first: what follows depends on it
 	}
 	if s.Name != "" {
 		pl.Create = append(pl.Create, p.store.Lease("name", s.Name, p.id))

@@ -146,7 +146,9 @@ func (p *Process) Apply(ctx context.Context) error {
 		err = p.exec(root, binds, pumps, stdio)
 	}
 	if err != nil {
-		p.hold.Close()
+		for _, f := range append(stdio[:], p.hold) {
+			f.Close()
+		}
 		for _, pump := range pumps {
 			pump.close()
 		}
@@ -411,6 +413,9 @@ func (p *Process) Stop(ctx context.Context, steps ...Step) (string, error) {
 		cancel()
 		if err == nil {
 			return s.Name, nil
+		}
+		if ctx.Err() != nil { // whoever asked has gone; the VM is none the worse
+			return "", fmt.Errorf("stop VMM: %w", context.Cause(ctx))
 		}
 	}
 	return Killed, p.Revert(context.WithoutCancel(ctx))
