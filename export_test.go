@@ -1,6 +1,11 @@
 package smartvm
 
-import "push.rocks/smartvm/internal/journal"
+import (
+	"maps"
+	"slices"
+
+	"push.rocks/smartvm/internal/journal"
+)
 
 // What tests outside the package need of its inside.
 
@@ -18,3 +23,12 @@ func WithoutCgroups(o Options) Options {
 
 // EffectKinds is the list of effects.go.
 func EffectKinds() journal.Kinds { return effects }
+
+// Allow is the one check of what may be done in which state, Operations what it knows of.
+func Allow(id, op, call string, s State) error { return allow(id, op, call, s) }
+
+// Operations: see Allow.
+func Operations() []string { return slices.Sorted(maps.Keys(transitions)) }
+
+// UsesCgroups says whether a Host makes control groups where it can: see WithoutCgroups.
+func UsesCgroups(o Options) bool { return !o.noCgroup }

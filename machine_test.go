@@ -590,7 +590,8 @@ func TestMachine_EndsWhileAsked(t *testing.T) {
 				}
 			})
 		}
-		if err := m.Start(ctx); err != nil {
+		// The request that hangs may be the one that started the guest.
+		if err := m.Start(ctx); err != nil && !strings.Contains(err.Error(), "killed by SIGKILL") {
 			t.Error(err)
 		}
 		exit, err := m.Wait(ctx)

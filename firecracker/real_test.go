@@ -9,12 +9,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
@@ -25,26 +25,11 @@ type realVMM struct {
 	version firecracker.Version
 }
 
-// startReal starts the Firecracker of SMARTVM_FIRECRACKER or PATH in dir. It skips the test where there is none, or no
-// KVM; where SMARTVM_REQUIRE lists kvm that is a failure.
+// startReal starts a real Firecracker in dir.
 func startReal(t *testing.T, dir, socket string) realVMM {
 	t.Helper()
-	missing := t.Skipf
-	if slices.Contains(strings.Split(os.Getenv("SMARTVM_REQUIRE"), ","), "kvm") {
-		missing = t.Fatalf
-	}
-	program := os.Getenv("SMARTVM_FIRECRACKER")
-	if program == "" {
-		var err error
-		if program, err = exec.LookPath("firecracker"); err != nil {
-			missing("needs firecracker: neither in SMARTVM_FIRECRACKER nor in PATH")
-		}
-	}
-	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		missing("needs kvm: %v", err)
-	}
-	_ = kvm.Close()
+	testenv.Require(t, testenv.KVM)
+	program := testenv.Firecracker(t)
 	output, err := exec.CommandContext(t.Context(), program, "--version").Output()
 	if err != nil {
 		t.Fatal(err)

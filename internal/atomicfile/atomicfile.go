@@ -11,8 +11,12 @@ import (
 )
 
 // Write replaces path with data. It is on disk when Write returns. The temporary file stands beside path,
-// its name ends in TempSuffix; after a crash it may be left there.
+// its name ends in TempSuffix; after a crash it may be left there. A device or FIFO is not replaced but refused: for
+// root, that would take /dev/null from everybody.
 func Write(path string, data []byte, perm fs.FileMode) (err error) {
+	if fi, err := os.Lstat(path); err == nil && fi.Mode()&(fs.ModeDevice|fs.ModeNamedPipe|fs.ModeSocket) != 0 {
+		return fmt.Errorf("write %s: it is not a regular file", path)
+	}
 	f, err := os.OpenFile(path+TempSuffix, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, perm)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)

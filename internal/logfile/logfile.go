@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"time"
 
@@ -25,20 +26,28 @@ type Writer struct {
 	n    int64
 }
 
-// Create opens the log at path for appending and keeps at most limit bytes, in two halves.
+// Create opens the log at path for appending and keeps at most limit bytes, in two halves. What is there already is a
+// file or a character device, as /dev/null, which is never moved aside.
 func Create(path string, limit int64) (*Writer, error) {
 	w := &Writer{path: path, half: limit / 2}
 	return w, w.open()
 }
 
 func (w *Writer) open() error {
-	f, err := os.OpenFile(w.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
+	// O_NONBLOCK: a FIFO would keep us waiting for a reader.
+	f, err := os.OpenFile(w.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
 		return fmt.Errorf("open log: %w", err)
 	}
 	fi, err := f.Stat()
 	if err != nil {
 		return errors.Join(fmt.Errorf("open log: %w", err), f.Close())
+	}
+	switch {
+	case fi.Mode()&fs.ModeCharDevice != 0:
+		w.half = math.MaxInt64
+	case !fi.Mode().IsRegular():
+		return errors.Join(fmt.Errorf("open log: %s is neither a file nor a character device", w.path), f.Close())
 	}
 	w.f, w.n = f, fi.Size()
 	return nil
@@ -86,22 +95,42 @@ func open(path string) (*os.File, error) {
 
 // Reader reads a log from its oldest byte kept, across rotations.
 type Reader struct {
-	path string
-	f    *os.File
-	next bool // f is the older half: path follows
+	path  string
+	older *os.File // the older half, nil once it is read
+	f     *os.File // the newer half, nil while it is not there
 }
 
 // Open returns a reader of the log at path; one that is not there yet is empty. The caller closes it.
 func Open(path string) *Reader {
 	r := &Reader{path: path}
-	if f, err := open(path + Suffix); err == nil {
-		r.f, r.next = f, true
+	// The newer half first: if it becomes the older one meanwhile, it is only there twice.
+	r.f, _ = open(path)
+	r.older, _ = open(path + Suffix)
+	if r.f != nil && r.older != nil && same(r.f, r.older) {
+		r.older.Close()
+		r.older = nil
 	}
 	return r
 }
 
+func same(a, b *os.File) bool {
+	x, err1 := a.Stat()
+	y, err2 := b.Stat()
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
+}
+
 // Read returns io.EOF at the log's present end; later calls see what was written since.
 func (r *Reader) Read(p []byte) (int, error) {
+	if r.older != nil {
+		n, err := r.older.Read(p)
+		if n > 0 || err != io.EOF {
+			return n, err
+		}
+		if err := r.older.Close(); err != nil {
+			return 0, err
+		}
+		r.older = nil
+	}
 	for {
 		if r.f == nil {
 			f, err := open(r.path)
@@ -111,17 +140,18 @@ func (r *Reader) Read(p []byte) (int, error) {
 			if err != nil {
 				return 0, fmt.Errorf("read log: %w", err)
 			}
-			r.f, r.next = f, false
+			r.f = f
 		}
 		// Asked before the read: what is written to this file until it is rotated is then read too.
-		rotated := r.next || r.rotated()
+		rotated := r.rotated()
 		n, err := r.f.Read(p)
 		if n > 0 || err != io.EOF || !rotated {
 			return n, err
 		}
-		if err := r.Close(); err != nil {
+		if err := r.f.Close(); err != nil {
 			return 0, err
 		}
+		r.f = nil
 	}
 }
 
@@ -133,12 +163,14 @@ func (r *Reader) rotated() bool {
 }
 
 func (r *Reader) Close() error {
-	if r.f == nil {
-		return nil
+	var errs []error
+	for _, f := range []**os.File{&r.older, &r.f} {
+		if *f != nil {
+			errs = append(errs, (*f).Close())
+			*f = nil
+		}
 	}
-	f := r.f
-	r.f = nil
-	return f.Close()
+	return errors.Join(errs...)
 }
 
 // followPoll is how often Follow looks for more. A notification descriptor would cost its closing 15-23 ms.

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/atomicfile"
 )
 
 // A Store is a directory with a directory for each VM. Safe for concurrent use.
@@ -129,15 +131,22 @@ func (s *Store) Create(id string) (*Lock, error) {
 	if err := os.Mkdir(s.Dir(id), 0o700); err != nil {
 		return nil, fmt.Errorf("create VM directory: %w", err)
 	}
-	return s.tryLock(id, os.O_CREATE)
+	// Locked before it gets its name: whoever finds it unlocked takes the VM for a dead maker's.
+	path := filepath.Join(s.Dir(id), LockFile)
+	f, err := os.OpenFile(path+atomicfile.TempSuffix, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock VM: %w", err)
+	}
+	if err := errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB), os.Rename(f.Name(), path)); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock VM: %w", err), f.Close())
+	}
+	return &Lock{f}, nil
 }
 
 // TryLock takes a VM's lock, or returns ErrLocked at once. Returns fs.ErrNotExist when the VM is gone.
-func (s *Store) TryLock(id string) (*Lock, error) { return s.tryLock(id, 0) }
-
-func (s *Store) tryLock(id string, flag int) (*Lock, error) {
+func (s *Store) TryLock(id string) (*Lock, error) {
 	path := filepath.Join(s.Dir(id), LockFile)
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|flag, 0o600)
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, fmt.Errorf("lock VM: %w", err)
 	}
@@ -201,6 +210,12 @@ func (s *Store) Remove(id string, l *Lock) error {
 	if err := errors.Join(errs...); err != nil {
 		return errors.Join(fmt.Errorf("remove VM directory: %w", err), l.Unlock())
 	}
+	// Between the lock file's end and the directory's, another could reap that and make a new one.
+	root, err := s.lockRoot(unix.LOCK_EX)
+	if err != nil {
+		return errors.Join(err, l.Unlock())
+	}
+	defer root.Close()
 	return errors.Join(os.RemoveAll(s.Dir(id)), l.Unlock())
 }
 
@@ -212,6 +227,10 @@ func (s *Store) Reap(id string) error {
 		return err
 	}
 	defer root.Close()
+	// Nobody is making a VM now: this is of one who died.
+	if err := os.Remove(filepath.Join(s.Dir(id), LockFile+atomicfile.TempSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove VM directory %s: %w", id, err)
+	}
 	// Fails on any directory that is not empty, which is what we want.
 	if err := unix.Rmdir(s.Dir(id)); err != nil && err != unix.ENOTEMPTY && err != unix.ENOENT {
 		return fmt.Errorf("remove VM directory %s: %w", id, err)

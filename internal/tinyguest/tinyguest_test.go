@@ -20,35 +20,18 @@ import (
 	"testing"
 	"time"
 
+	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
 // Long enough for an emulated host; reached only when something hangs.
 const patience = 60 * time.Second
 
-// firecracker returns the binary's path, or skips the test naming what is
-// missing; where SMARTVM_REQUIRE lists kvm a skip is a failure.
+// firecracker returns the binary's path.
 func firecracker(t *testing.T) string {
 	t.Helper()
-	missing := t.Skipf
-	for _, c := range strings.Split(os.Getenv("SMARTVM_REQUIRE"), ",") {
-		if strings.TrimSpace(c) == "kvm" {
-			missing = t.Fatalf
-		}
-	}
-	bin := os.Getenv("SMARTVM_FIRECRACKER")
-	if bin == "" {
-		var err error
-		if bin, err = exec.LookPath("firecracker"); err != nil {
-			missing("needs firecracker: neither in SMARTVM_FIRECRACKER nor in PATH")
-		}
-	}
-	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		missing("needs kvm: %v", err)
-	}
-	_ = kvm.Close()
-	return bin
+	testenv.Require(t, testenv.KVM)
+	return testenv.Firecracker(t)
 }
 
 // vm is a running Firecracker. Its console is the pipe out.

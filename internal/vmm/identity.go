@@ -41,9 +41,13 @@ func findByDir(dir string) ([]int, error) {
 
 // homesBelow returns the working directories that a run in dir may have.
 func homesBelow(dir string) []fs.FileInfo {
-	jails, _ := filepath.Glob(filepath.Join(dir, store.JailDir, "*", "*", "root")) // the pattern is well-formed
+	jail := filepath.Join(dir, store.JailDir)
+	places, _ := fs.Glob(os.DirFS(jail), "*/*/root") // the pattern is well-formed; one with dir in it might not be
+	for i := range places {
+		places[i] = filepath.Join(jail, places[i])
+	}
 	var homes []fs.FileInfo
-	for _, path := range append(jails, filepath.Join(dir, store.RootDir)) {
+	for _, path := range append(places, filepath.Join(dir, store.RootDir)) {
 		if fi, err := os.Stat(path); err == nil {
 			homes = append(homes, fi)
 		}

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -448,6 +449,33 @@ func TestAttach_WithoutGroup(t *testing.T) {
 	}
 }
 
+// The same of a jail, wherever that is.
+func TestAttach_JailWithoutGroup(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "odd [a-] *?\\ name")
+	testenv.NoLeaks(t)
+	home := vmm.Root(dir, "vm-1", "/usr/bin/firecracker", true)
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	sleeper := exec.Command("sleep", "1000")
+	sleeper.Dir = home
+	if err := sleeper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- sleeper.Wait() }()
+	attached := vmm.Attach(dir, "")
+	pids, err := attached.PIDs()
+	if diff := cmp.Diff([]int{sleeper.Process.Pid}, pids); err != nil || diff != "" {
+		t.Errorf("%v\n-want +got:\n%s", err, diff)
+		_ = sleeper.Process.Kill()
+	}
+	if err := attached.Revert(t.Context()); err != nil {
+		t.Error(err)
+	}
+	<-ended
+}
+
 func TestAttach_Group(t *testing.T) {
 	s := newStand(t, forever)
 	if s.config.Cgroup == "" {
@@ -474,6 +502,9 @@ func TestAdopt_WhatIsNoFIFO(t *testing.T) {
 		"nothing": func(string) error { return nil },
 		"file":    func(path string) error { return os.WriteFile(path, []byte("secret"), 0o600) },
 		"link":    func(path string) error { return os.Symlink("/dev/zero", path) },
+		"link to another FIFO": func(path string) error {
+			return errors.Join(syscall.Mkfifo(path+"-other", 0o600), os.Symlink(path+"-other", path))
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newStand(t, "")

@@ -24,12 +24,14 @@ func TestConfig_Argv(t *testing.T) {
 		root   string
 	}{
 		{
-			"direct", vmm.Config{ID: "vm-1", Binary: "/usr/bin/firecracker", Dir: "/run/vm-1/run", Cgroup: "/cgroup/smartvm/vm-1-ab"},
+			"direct",
+			vmm.Config{ID: "vm-1", Binary: "/usr/bin/firecracker", Dir: "/run/vm-1/run", Cgroup: "/cgroup/smartvm/vm-1-ab"},
 			"/usr/bin/firecracker --id vm-1 --api-sock firecracker.socket --log-path log.fifo --level Warning",
 			"/run/vm-1/run/root",
 		},
 		{
-			"direct, talkative", vmm.Config{
+			"direct, talkative",
+			vmm.Config{
 				ID: "vm-1", Binary: "/usr/bin/firecracker", Dir: "/run/vm-1/run",
 				Log: vmm.LogOptions{Level: "Debug", ShowLevel: true, ShowOrigin: true},
 			},
@@ -37,7 +39,8 @@ func TestConfig_Argv(t *testing.T) {
 			"/run/vm-1/run/root",
 		},
 		{
-			"jailed", vmm.Config{
+			"jailed",
+			vmm.Config{
 				ID: "vm-1", Binary: "/usr/bin/firecracker-v1", Dir: "/run/vm-1/run", Cgroup: "/cgroup/smartvm/vm-1-ab",
 				Jailer: &vmm.Jailer{Binary: "/usr/bin/jailer", UID: 1234},
 			},
@@ -47,7 +50,8 @@ func TestConfig_Argv(t *testing.T) {
 			"/run/vm-1/run/jail/firecracker-v1/vm-1/root",
 		},
 		{
-			"jailed without a group", vmm.Config{
+			"jailed without a group",
+			vmm.Config{
 				ID: "vm-1", Binary: "/usr/bin/firecracker", Dir: "/run/vm-1/run", Jailer: &vmm.Jailer{Binary: "/usr/bin/jailer", UID: 1234},
 				Log: vmm.LogOptions{Level: "Off"},
 			},

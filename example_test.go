@@ -1,0 +1,83 @@
+package smartvm_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"time"
+
+	"push.rocks/smartvm"
+)
+
+// A VM that is one call's: made, started, awaited and removed.
+func ExampleHost_Run() {
+	h, err := smartvm.Open(smartvm.Options{})
+	if err != nil {
+		log.Fatal(err, "; ", smartvm.Hint(err))
+	}
+	defer h.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // and then the VM ends
+	defer cancel()
+	exit, err := h.Run(ctx, smartvm.Spec{
+		BootSource:    smartvm.BootSource{KernelImagePath: "vmlinux", InitrdPath: "initrd"},
+		MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 256},
+		Drives:        []smartvm.Drive{{DriveID: "rootfs", PathOnHost: "rootfs.ext4", IsRootDevice: true}},
+	}, smartvm.RunOptions{Console: os.Stdout, Stop: smartvm.StopOptions{Timeout: smartvm.DefaultStopTimeout}})
+	if err != nil {
+		log.Fatal(err, "; ", smartvm.Hint(err))
+	}
+	fmt.Println("the VM", exit.Outcome)
+}
+
+// A VM of several runs, whose copy of its drive lasts from one to the next.
+func ExampleHost_Create() {
+	ctx := context.Background()
+	h, err := smartvm.Open(smartvm.Options{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer h.Close() // leaves VMs running: see Recover
+	m, err := h.Create(ctx, smartvm.Spec{
+		Name:          "build",
+		BootSource:    smartvm.BootSource{KernelImagePath: "vmlinux"},
+		MachineConfig: smartvm.MachineConfig{VCPUCount: 2, MemSizeMiB: 1024},
+		Drives:        []smartvm.Drive{{DriveID: "rootfs", PathOnHost: "rootfs.ext4", IsRootDevice: true}},
+	})
+	var wrong *smartvm.FieldError
+	switch {
+	case errors.As(err, &wrong):
+		log.Fatalf("%s: %s", wrong.Path, wrong.Reason)
+	case errors.Is(err, smartvm.ErrExists):
+		m, err = h.Machine(ctx, "build")
+	}
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := m.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+	how, err := m.Stop(ctx, smartvm.StopOptions{Timeout: smartvm.DefaultStopTimeout})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("ended by", how)
+	if err := m.Remove(ctx); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// What a service does when it starts: it looks after the VMs that an earlier one has left, and clears up.
+func ExampleHost_Recover() {
+	h, err := smartvm.Open(smartvm.Options{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer h.Close()
+	report, err := h.Recover(context.Background())
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("run on:", report.Adopted, "ended unseen:", report.Recovered, "removed:", report.Removed)
+}
