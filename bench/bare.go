@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -65,9 +64,12 @@ func (b *bench) startBare(name, kernel string, drives ...string) (*bare, error) 
 	return v, nil
 }
 
+// guestTimeout bounds how long a guest's first byte may take.
+const guestTimeout = 10 * time.Second
+
 // await reads until the guest's first byte.
 func await(f *os.File) error {
-	if err := f.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := f.SetReadDeadline(time.Now().Add(guestTimeout)); err != nil {
 		return err
 	}
 	buf := make([]byte, 4096)
@@ -91,7 +93,7 @@ func (v *bare) stop() error {
 }
 
 // runBare runs a guest that reboots at once, as a whole process.
-func (b *bench) runBare(context.Context) (time.Duration, error) {
+func (b *bench) runBare() (time.Duration, error) {
 	begun := time.Now()
 	v, err := b.startBare("bare-run", b.reboot)
 	if err != nil {

@@ -6,10 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -19,20 +20,16 @@ import (
 	"push.rocks/smartvm"
 )
 
-// The loop: so many VMs, so many at a time, in chunks that take turns with bare ones.
+// The loop: so many VMs, so many at a time, in chunks that take turns with bare ones. All of it is done a few times over.
 const (
+	loopTimes       = 3
 	loopVMs         = 200
 	loopChunk       = 20
 	loopConcurrency = 8
 )
 
 func (b *bench) loops(ctx context.Context) error {
-	var watches sync.Map // of *watchMark, by VM id
-	h, err := b.host(smartvm.LaunchDirect, func(id string) io.Writer {
-		watch := &watchMark{make(chan time.Time, 1)}
-		watches.Store(id, watch)
-		return watch
-	})
+	h, err := b.host(smartvm.LaunchDirect)
 	if err != nil {
 		return err
 	}
@@ -42,11 +39,9 @@ func (b *bench) loops(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := m.Start(ctx); err != nil {
-			return errors.Join(err, m.Remove(ctx))
+		if _, err := h.start(ctx, m); err != nil {
+			return err
 		}
-		watch, _ := watches.LoadAndDelete(m.ID())
-		<-watch.(*watchMark).seen
 		_, err = m.Stop(ctx, smartvm.StopOptions{})
 		return errors.Join(err, m.Remove(ctx))
 	}
@@ -57,17 +52,18 @@ func (b *bench) loops(ctx context.Context) error {
 		}
 		return v.stop()
 	}
-	for range loopVMs / loopChunk {
-		for _, way := range []struct {
-			name string
-			once func(int) error
-		}{{"loop", ours}, {"bare-loop", bare}} {
+	for range loopTimes * loopVMs / loopChunk {
+		var rates [2]float64
+		for _, way := range rand.Perm(2) {
 			begun := time.Now()
-			if err := each(ctx, loopChunk, way.once); err != nil {
+			if err := each(ctx, loopChunk, []func(int) error{ours, bare}[way]); err != nil {
 				return err
 			}
-			b.report.add(way.name, "VM/s", loopChunk/time.Since(begun).Seconds())
+			rates[way] = loopChunk / time.Since(begun).Seconds()
 		}
+		b.report.add("loop", "VM/s", rates[0])
+		b.report.add("bare-loop", "VM/s", rates[1])
+		b.report.add("loop/bare-loop", "", rates[0]/rates[1])
 	}
 	return nil
 }
@@ -98,64 +94,79 @@ func (b *bench) memory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, self, "-idle-vms", strconv.Itoa(idleVMs))
-	cmd.Stderr = os.Stderr
+	cmd := exec.CommandContext(ctx, self, "-idle-vms", strconv.Itoa(idleVMs), "-runtime-dir", b.dir)
+	interruptible(cmd)
 	out, err := cmd.Output()
 	if err != nil {
-		return fmt.Errorf("measure memory: %w", err)
+		return fmt.Errorf("run itself: %w", err)
 	}
-	kib, err := strconv.ParseFloat(strings.TrimSpace(string(out)), 64)
-	if err != nil {
-		return fmt.Errorf("measure memory: %w", err)
+	var resident, heap float64
+	if _, err := fmt.Sscan(string(out), &resident, &heap); err != nil {
+		return err
 	}
-	b.report.add("memory-per-vm", "KiB", kib)
+	b.report.add("memory-per-vm", "KiB", resident)
+	b.report.add("heap-per-vm", "KiB", heap)
 	return nil
 }
 
+// interruptible makes a command end in good order when its context does.
+func interruptible(cmd *exec.Cmd) {
+	cmd.Stderr = os.Stderr
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = guestTimeout
+}
+
+// printIdleMemory prints what each of n idle VMs adds to this process, in KiB: resident, and heap and stacks of Go.
 func (b *bench) printIdleMemory(ctx context.Context, n int) error {
-	h, err := b.host(smartvm.LaunchDirect, nil)
+	h, err := b.host(smartvm.LaunchDirect)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	var all []*smartvm.Machine
 	start := func() error {
 		m, err := h.Create(ctx, b.spec())
-		if err != nil {
+		if err == nil {
+			_, err = h.start(ctx, m)
+		}
+		return err
+	}
+	if err := start(); err != nil { // what is needed once is not counted
+		return err
+	}
+	residentBefore, heapBefore, err := ownMemory()
+	if err != nil {
+		return err
+	}
+	for range n {
+		if err := start(); err != nil {
 			return err
 		}
-		all = append(all, m)
-		return m.Start(ctx)
 	}
-	err = start() // what is needed once is not counted
-	before := residentKiB(os.Getpid())
-	for range n {
-		err = errors.Join(err, start())
-	}
-	after := residentKiB(os.Getpid())
-	err = errors.Join(err, h.StopAll(ctx, smartvm.StopOptions{}))
-	for _, m := range all {
-		err = errors.Join(err, m.Remove(ctx))
-	}
-	fmt.Printf("%.1f\n", (after-before)/float64(n))
-	return err
+	resident, heap, err := ownMemory()
+	fmt.Printf("%.1f %.1f\n", (resident-residentBefore)/float64(n), (heap-heapBefore)/float64(n))
+	return errors.Join(err, h.StopAll(ctx, smartvm.StopOptions{}))
 }
 
-func residentKiB(pid int) float64 {
-	if pid == os.Getpid() {
-		debug.FreeOSMemory()
-	}
+// ownMemory is this process's resident memory, and that in Go's heap and stacks, in KiB.
+func ownMemory() (resident, heap float64, err error) {
+	debug.FreeOSMemory() // collects garbage first
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	resident, err = residentKiB(os.Getpid())
+	return resident, float64(stats.HeapInuse+stats.StackInuse) / 1024, err
+}
+
+func residentKiB(pid int) (float64, error) {
 	value, _, _ := strings.Cut(field(fmt.Sprintf("/proc/%d/status", pid), "VmRSS"), " ")
-	kib, _ := strconv.ParseFloat(value, 64)
-	return kib
+	return strconv.ParseFloat(value, 64)
 }
 
 // command is the smartvm program with what it needs to find its way.
 func (b *bench) command(ctx context.Context, args ...string) *exec.Cmd {
-	args = append(args, "--runtime-dir", filepath.Join(b.dir, "cli"), "--data-dir", filepath.Join(b.dir, "data"),
+	args = append(args, "--runtime-dir", b.cliDir(), "--data-dir", b.dataDir(),
 		"--firecracker", b.firecracker, "--jailer", b.jailer, "--launcher", "direct")
 	cmd := exec.CommandContext(ctx, b.smartvm, args...)
-	cmd.Stderr = os.Stderr
+	interruptible(cmd)
 	return cmd
 }
 
@@ -165,14 +176,15 @@ func (b *bench) supervisor(ctx context.Context) (err error) {
 	if out, err := run.Output(); err != nil {
 		return fmt.Errorf("smartvm run -d: %w: %s", err, out)
 	}
-	defer func() { err = errors.Join(err, b.command(ctx, "rm", "-f", "bench").Run()) }()
+	defer func() { err = errors.Join(err, b.command(context.WithoutCancel(ctx), "rm", "-f", "bench").Run()) }()
 	pid, err := b.supervisorPID(ctx)
 	if err != nil {
 		return err
 	}
 	time.Sleep(time.Second)
-	b.report.add("supervise-rss", "MiB", residentKiB(pid)/1024)
-	return nil
+	kib, err := residentKiB(pid)
+	b.report.add("supervise-rss", "MiB", kib/1024)
+	return err
 }
 
 // supervisorPID finds the process whose command line is that of the bench's only supervisor.
@@ -202,19 +214,34 @@ func (b *bench) supervisorPID(ctx context.Context) (int, error) {
 
 // commandLine compares whole processes: `smartvm run` of a guest that reboots at once, and bare Firecracker.
 func (b *bench) commandLine(ctx context.Context) error {
+	ways := []func() error{
+		func() error {
+			took, err := b.runBare()
+			b.report.time("bare-run", took)
+			return err
+		},
+		func() error {
+			cmd := b.command(ctx, "run", "--kernel", b.reboot, "--memory", "128")
+			begun := time.Now()
+			out, err := cmd.Output()
+			b.report.time("cli-run", time.Since(begun))
+			if err != nil {
+				return fmt.Errorf("smartvm run: %w: %s", err, out)
+			}
+			return nil
+		},
+	}
 	for round := range warmup + b.rounds/2 {
 		b.report.counting = round >= warmup
-		took, err := b.runBare(ctx)
-		if err != nil {
-			return err
+		for _, i := range rand.Perm(len(ways)) {
+			align(ctx, moment(round))
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if err := ways[i](); err != nil {
+				return err
+			}
 		}
-		b.report.time("bare-run", took)
-		cmd := b.command(ctx, "run", "--kernel", b.reboot, "--memory", "128")
-		begun := time.Now()
-		if out, err := cmd.Output(); err != nil {
-			return fmt.Errorf("smartvm run: %w: %s", err, out)
-		}
-		b.report.time("cli-run", time.Since(begun))
 	}
 	return nil
 }

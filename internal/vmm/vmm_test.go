@@ -45,7 +45,6 @@ func TestConfig_Argv(t *testing.T) {
 				Jailer: &vmm.Jailer{Binary: "/usr/bin/jailer", UID: 1234},
 			},
 			"/usr/bin/jailer --id vm-1 --exec-file /usr/bin/firecracker-v1 --uid 1234 --gid 1234 --chroot-base-dir /run/vm-1/run/jail" +
-				" --cgroup-version 2 --parent-cgroup smartvm/vm-1-ab/none" +
 				" -- --api-sock firecracker.socket --log-path log.fifo --level Warning",
 			"/run/vm-1/run/jail/firecracker-v1/vm-1/root",
 		},
