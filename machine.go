@@ -176,8 +176,8 @@ func (m *Machine) State(ctx context.Context) (State, error) {
 	case r != nil:
 		return m.ask(ctx, r.client, r.proc), nil
 	}
-	if _, err := os.Stat(m.path(store.MachineFile)); err != nil {
-		return "", fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+	if err := m.exists(); err != nil {
+		return "", err
 	}
 	if _, err := os.Stat(m.path(store.RunJournal)); err != nil {
 		return m.rested()
@@ -204,6 +204,18 @@ func (m *Machine) State(ctx context.Context) (State, error) {
 		return Starting, nil
 	}
 	return Stopping, nil
+}
+
+// exists returns ErrNotFound once the VM is removed, be it that another has got its id.
+func (m *Machine) exists() error {
+	rec, err := readRecord(m.host.store, m.rec.ID)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), err == nil && rec.Nonce != m.rec.Nonce:
+		return fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+	case err != nil:
+		return fmt.Errorf("VM %s: %w", m.rec.ID, err)
+	}
+	return nil
 }
 
 // Supervised says whether a process looks after the VM. One that runs without goes on, but what its guest writes is lost.

@@ -88,7 +88,31 @@ func newSite(t *testing.T, launcher smartvm.Launcher) *site {
 		s.write(name, tinyguest.Image(tinyguest.Guest{Message: name + " is up\n", Then: then}))
 	}
 	testenv.NoLeaks(t, dir)
+	t.Cleanup(func() {
+		if t.Failed() { // no VM outlives its test for that
+			s.clear()
+		}
+	})
 	return s
+}
+
+// clear ends and removes what a test that failed has left.
+func (s *site) clear() {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	h, err := smartvm.Open(s.options)
+	if err != nil {
+		s.t.Error(err)
+		return
+	}
+	all, err := h.Machines(ctx)
+	errs := []error{err, h.StopAll(ctx, smartvm.StopOptions{})}
+	for _, m := range all {
+		errs = append(errs, m.Remove(ctx))
+	}
+	if err := errors.Join(append(errs, h.Close())...); err != nil {
+		s.t.Log(err)
+	}
 }
 
 func (s *site) path(name string) string { return filepath.Join(s.dir, name) }

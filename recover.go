@@ -128,11 +128,11 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 	if r.journal, err = journal.Open(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
 		return err
 	}
-	p, err := m.host.proposal(m.rec)
-	if err != nil {
-		return errors.Join(err, r.journal.Close())
+	// No plan: what that looks at, as the files of drives, need not have a name any more.
+	config := vmm.Config{ID: m.rec.ID, Binary: m.rec.Binary, Dir: m.path(store.RunDir), Cgroup: m.rec.Cgroup}
+	if m.rec.Jailer != "" {
+		config.Jailer = &vmm.Jailer{Binary: m.rec.Jailer, UID: m.rec.UID}
 	}
-	config := makePlan(&m.rec.Spec, p).config
 	if config.Streams, err = m.streams(nil); err != nil {
 		return errors.Join(err, r.journal.Close())
 	}

@@ -15,6 +15,7 @@ import (
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
 )
@@ -102,6 +103,9 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 		return "start", err
 	}
 	for _, e := range pl.Run {
+		if e, err = asOfNow(e); err != nil {
+			return "prepare", err
+		}
 		if err := r.journal.Do(ctx, e); err != nil {
 			return "prepare", err
 		}
@@ -126,6 +130,14 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	}
 	m.trace("InstanceStart")
 	return "boot", r.client.InstanceStart(ctx)
+}
+
+// asOfNow looks again at whose a file is that is to be lent: until its lease was taken it may have been another VM's.
+func asOfNow(e journal.Effect) (journal.Effect, error) {
+	if o, ok := e.(*stage.Owner); ok {
+		return stage.NewOwner(o.Path, o.UID, o.GID)
+	}
+	return e, nil
 }
 
 // trace lets the crash matrix strike between requests too.
@@ -457,8 +469,8 @@ func (m *Machine) acquire(ctx context.Context, op string) (*store.Lock, error) {
 // acquired looks at the VM, now that nobody else can change anything.
 func (m *Machine) acquired(ctx context.Context, op string, lock *store.Lock) (*store.Lock, error) {
 	err := func() error {
-		if _, err := os.Stat(m.path(store.MachineFile)); err != nil {
-			return fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+		if err := m.exists(); err != nil {
+			return err
 		}
 		alive, err := m.attach().Alive()
 		if err == nil && alive {

@@ -413,7 +413,10 @@ func (p *Process) Stop(ctx context.Context, steps ...Step) (string, error) {
 			return "", fmt.Errorf("stop VMM: %w", context.Cause(ctx))
 		}
 	}
-	return Killed, p.Revert(context.WithoutCancel(ctx))
+	if err := p.kill(context.WithoutCancel(ctx)); err != nil {
+		return Killed, fmt.Errorf("kill VMM: %w", err)
+	}
+	return Killed, p.Wait(ctx) // a stream's writer that blocks holds up an end that is seen to already
 }
 
 // Killed is what Stop returns when SIGKILL ended the VMM.
