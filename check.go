@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/configure"
 	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/stage"
 )
@@ -54,14 +55,14 @@ func resolve(s *Spec, v firecracker.Version, ephemeral bool) (extract bool, err 
 	if s.Metrics != nil {
 		s.Metrics = &Metrics{MetricsPath: r.abs(s.Metrics.MetricsPath)}
 	}
-	for _, c := range calls(s) {
+	for _, c := range configure.Calls(s) {
 		r.errs = append(r.errs, versionErrors(c, v)...)
 	}
 	return extract, errors.Join(r.errs...)
 }
 
 // versionErrors says what of a call the VMM is too old for.
-func versionErrors(c call, v firecracker.Version) []error {
+func versionErrors(c configure.Call, v firecracker.Version) []error {
 	err := firecracker.CheckVersion(v, c.Body)
 	if err == nil {
 		return nil

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/configure"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
 )
@@ -128,16 +129,16 @@ func (m *Machine) Metadata(ctx context.Context) (metadata json.RawMessage, err e
 // UpdateDrive changes the limits of a drive; a nil bucket stays, one of zeros is taken away. With reread the VMM
 // looks at the size of the drive's file again and tells the guest.
 func (m *Machine) UpdateDrive(ctx context.Context, driveID string, limit *RateLimiter, reread bool) error {
-	d := firecracker.PartialDrive{DriveID: driveID, RateLimiter: rateLimiter(limit)}
+	d := firecracker.PartialDrive{DriveID: driveID, RateLimiter: configure.RateLimiter(limit)}
 	if reread {
-		d.PathOnHost = devicePath(driveID)
+		d.PathOnHost = configure.DevicePath(driveID)
 	}
 	return m.call(ctx, "call", "update drive", func(c *firecracker.Client) error { return c.PatchDrive(ctx, d) })
 }
 
 // UpdateNetworkInterface changes the limits of an interface; a nil bucket stays, one of zeros is taken away.
 func (m *Machine) UpdateNetworkInterface(ctx context.Context, ifaceID string, rx, tx *RateLimiter) error {
-	n := firecracker.PartialNetworkInterface{IfaceID: ifaceID, RxRateLimiter: rateLimiter(rx), TxRateLimiter: rateLimiter(tx)}
+	n := firecracker.PartialNetworkInterface{IfaceID: ifaceID, RxRateLimiter: configure.RateLimiter(rx), TxRateLimiter: configure.RateLimiter(tx)}
 	return m.call(ctx, "call", "update network interface", func(c *firecracker.Client) error { return c.PatchNetworkInterface(ctx, n) })
 }
 

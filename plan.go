@@ -7,6 +7,7 @@ import (
 	"strconv"
 
 	"push.rocks/smartvm/internal/cgroup"
+	"push.rocks/smartvm/internal/configure"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/stage"
@@ -36,7 +37,7 @@ type proposal struct {
 type plan struct {
 	Create []journal.Effect
 	Run    []journal.Effect
-	Calls  []call
+	Calls  []configure.Call
 	config vmm.Config
 }
 
@@ -118,7 +119,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 		pl.config.Items = append(pl.config.Items, stage.Item{Source: s.BootSource.InitrdPath, Name: store.InitrdFile})
 	}
 	for _, d := range devs {
-		pl.config.Items = append(pl.config.Items, stage.Item{Source: d.source, Name: devicePath(d.id), Writable: !d.readOnly || d.staged})
+		pl.config.Items = append(pl.config.Items, stage.Item{Source: d.source, Name: configure.DevicePath(d.id), Writable: !d.readOnly || d.staged})
 		switch {
 		case d.staged:
 			pl.Create = append(pl.Create, &stage.File{Source: d.path, Target: d.source, UID: uid})
@@ -139,7 +140,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 	if l := s.Logger; l != nil {
 		pl.config.Log = vmm.LogOptions{Level: l.Level, ShowLevel: l.ShowLevel, ShowOrigin: l.ShowLogOrigin}
 	}
-	pl.Calls = calls(s)
+	pl.Calls = configure.Calls(s)
 	return pl
 }
 
@@ -169,9 +170,9 @@ func (pl *plan) MarshalJSON() ([]byte, error) {
 		return nil, err
 	}
 	return json.Marshal(struct {
-		Create []step   `json:"create"`
-		Run    []step   `json:"run"`
-		Argv   []string `json:"argv"`
-		Calls  []call   `json:"calls"`
+		Create []step           `json:"create"`
+		Run    []step           `json:"run"`
+		Argv   []string         `json:"argv"`
+		Calls  []configure.Call `json:"calls"`
 	}{create, run, pl.config.Argv(), pl.Calls})
 }

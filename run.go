@@ -124,7 +124,7 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	r.client = firecracker.New(func(ctx context.Context) (net.Conn, error) { return r.proc.Dial(ctx, store.SocketFile) }, m.version())
 	for _, c := range pl.Calls {
 		m.trace("PUT " + c.Path)
-		if err := c.send(ctx, r.client); err != nil {
+		if err := c.Send(ctx, r.client); err != nil {
 			return "PUT " + c.Path, err
 		}
 	}

@@ -1,4 +1,5 @@
-package smartvm
+// Package configure turns what a VM shall be into requests to the VMM's API.
+package configure
 
 import (
 	"context"
@@ -11,20 +12,21 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// call is one PUT to the VMM's API.
-type call struct {
+// Call is one PUT to the VMM's API.
+type Call struct {
 	Path string `json:"path"`
 	Body any    `json:"body"`
-	send func(context.Context, *firecracker.Client) error
+	// Send makes the request. Errors are those of the client.
+	Send func(context.Context, *firecracker.Client) error `json:"-"`
 }
 
-func put[T any](path string, body T, method func(*firecracker.Client, context.Context, T) error) call {
-	return call{path, body, func(ctx context.Context, c *firecracker.Client) error { return method(c, ctx, body) }}
+func put[T any](path string, body T, method func(*firecracker.Client, context.Context, T) error) Call {
+	return Call{path, body, func(ctx context.Context, c *firecracker.Client) error { return method(c, ctx, body) }}
 }
 
-// calls translates a Spec into requests, in an order in which the VMM takes them. Paths are those in the VMM's
+// Calls translates a Spec into requests, in an order in which the VMM takes them. Paths are those in the VMM's
 // working directory.
-func calls(s *Spec) []call {
+func Calls(s *spec.Spec) []Call {
 	m := s.MachineConfig
 	boot := firecracker.BootSource{KernelImagePath: store.KernelFile, BootArgs: s.BootSource.BootArgs}
 	if boot.BootArgs == "" {
@@ -33,7 +35,7 @@ func calls(s *Spec) []call {
 	if s.BootSource.InitrdPath != "" {
 		boot.InitrdPath = store.InitrdFile
 	}
-	list := []call{
+	list := []Call{
 		put("/machine-config", firecracker.MachineConfiguration{
 			VCPUCount: m.VCPUCount, MemSizeMiB: m.MemSizeMiB, SMT: m.SMT, TrackDirtyPages: m.TrackDirtyPages,
 			HugePages: firecracker.HugePages(m.HugePages), CPUTemplate: firecracker.CPUTemplate(m.CPUTemplate),
@@ -50,33 +52,33 @@ func calls(s *Spec) []call {
 	return append(list, otherCalls(s)...)
 }
 
-func storageCalls(s *Spec) []call {
-	var list []call
+func storageCalls(s *spec.Spec) []Call {
+	var list []Call
 	for _, d := range s.Drives {
 		list = append(list, put("/drives/"+d.DriveID, firecracker.Drive{
-			DriveID: d.DriveID, PathOnHost: devicePath(d.DriveID), IsRootDevice: d.IsRootDevice, IsReadOnly: d.IsReadOnly,
+			DriveID: d.DriveID, PathOnHost: DevicePath(d.DriveID), IsRootDevice: d.IsRootDevice, IsReadOnly: d.IsReadOnly,
 			PartUUID: d.PartUUID, CacheType: firecracker.CacheType(d.CacheType), IOEngine: firecracker.IOEngine(d.IOEngine),
-			RateLimiter: rateLimiter(d.RateLimiter),
+			RateLimiter: RateLimiter(d.RateLimiter),
 		}, (*firecracker.Client).PutDrive))
 	}
 	for _, d := range s.Pmem {
 		list = append(list, put("/pmem/"+d.ID, firecracker.Pmem{
-			ID: d.ID, PathOnHost: devicePath(d.ID), RootDevice: d.IsRootDevice, ReadOnly: d.IsReadOnly,
-			RateLimiter: rateLimiter(d.RateLimiter),
+			ID: d.ID, PathOnHost: DevicePath(d.ID), RootDevice: d.IsRootDevice, ReadOnly: d.IsReadOnly,
+			RateLimiter: RateLimiter(d.RateLimiter),
 		}, (*firecracker.Client).PutPmem))
 	}
 	return list
 }
 
-// devicePath is what a drive or pmem file is called in the VMM's working directory.
-func devicePath(id string) string { return path.Join(store.DevicesDir, id) }
+// DevicePath is what a drive or pmem file is called in the VMM's working directory.
+func DevicePath(id string) string { return path.Join(store.DevicesDir, id) }
 
-func networkCalls(s *Spec) []call {
-	var list []call
+func networkCalls(s *spec.Spec) []Call {
+	var list []Call
 	for _, n := range s.NetworkInterfaces {
 		list = append(list, put("/network-interfaces/"+n.IfaceID, firecracker.NetworkInterface{
 			IfaceID: n.IfaceID, HostDevName: n.HostDevName, GuestMAC: n.GuestMAC, MTU: n.MTU,
-			RxRateLimiter: rateLimiter(n.RxRateLimiter), TxRateLimiter: rateLimiter(n.TxRateLimiter),
+			RxRateLimiter: RateLimiter(n.RxRateLimiter), TxRateLimiter: RateLimiter(n.TxRateLimiter),
 		}, (*firecracker.Client).PutNetworkInterface))
 	}
 	if m := s.MMDS; m != nil {
@@ -93,8 +95,8 @@ func networkCalls(s *Spec) []call {
 	return list
 }
 
-func otherCalls(s *Spec) []call {
-	var list []call
+func otherCalls(s *spec.Spec) []Call {
+	var list []Call
 	if b := s.Balloon; b != nil {
 		list = append(list, put("/balloon", firecracker.Balloon{
 			AmountMiB: b.AmountMiB, DeflateOnOOM: b.DeflateOnOOM, StatsIntervalS: b.StatsPollingIntervalS,
@@ -102,7 +104,7 @@ func otherCalls(s *Spec) []call {
 		}, (*firecracker.Client).PutBalloon))
 	}
 	if e := s.Entropy; e != nil {
-		list = append(list, put("/entropy", firecracker.EntropyDevice{RateLimiter: rateLimiter(e.RateLimiter)},
+		list = append(list, put("/entropy", firecracker.EntropyDevice{RateLimiter: RateLimiter(e.RateLimiter)},
 			(*firecracker.Client).PutEntropy))
 	}
 	if c := s.Serial; c != nil {
@@ -121,14 +123,15 @@ func otherCalls(s *Spec) []call {
 	return list
 }
 
-func rateLimiter(r *RateLimiter) *firecracker.RateLimiter {
+// RateLimiter is r as the VMM has it, nil for nil.
+func RateLimiter(r *spec.RateLimiter) *firecracker.RateLimiter {
 	if r == nil {
 		return nil
 	}
 	return &firecracker.RateLimiter{Bandwidth: tokenBucket(r.Bandwidth), Ops: tokenBucket(r.Ops)}
 }
 
-func tokenBucket(b *TokenBucket) *firecracker.TokenBucket {
+func tokenBucket(b *spec.TokenBucket) *firecracker.TokenBucket {
 	if b == nil {
 		return nil
 	}
