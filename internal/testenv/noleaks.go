@@ -31,10 +31,7 @@ const (
 // to others of its package.
 func NoLeaks(t testing.TB, roots ...string) {
 	t.Helper()
-	if err := turn.take(); err != nil {
-		t.Fatalf("wait for other packages' tests: %v", err)
-	}
-	t.Cleanup(turn.give)
+	Turn(t)
 	before, err := leak.Take(leak.Scope{Roots: roots, Self: true})
 	if err != nil {
 		t.Fatal(err)
@@ -51,6 +48,16 @@ func NoLeaks(t testing.TB, roots ...string) {
 			t.Errorf("the host is not what it was before:\n\t%s", strings.Join(diff, "\n\t"))
 		}
 	})
+}
+
+// Turn waits until no other package's test watches the machine, and keeps them
+// waiting until the test's end.
+func Turn(t testing.TB) {
+	t.Helper()
+	if err := turn.take(); err != nil {
+		t.Fatalf("wait for other packages' tests: %v", err)
+	}
+	t.Cleanup(turn.give)
 }
 
 // turn is this process's hold on the machine: tests are a program, and what

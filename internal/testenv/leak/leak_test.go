@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/leak"
 )
 
@@ -67,6 +68,7 @@ func TestDiff_Root(t *testing.T) {
 		t.Skip("we are not root")
 	}
 	if os.Getenv(apartVariable) == "" {
+		testenv.Turn(t)
 		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
 		cmd.Env = append(os.Environ(), apartVariable+"=1")
 		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}
@@ -182,17 +184,21 @@ func TestSettle_GivesUp(t *testing.T) {
 
 func take(t *testing.T, root string) *leak.Snapshot {
 	t.Helper()
-	s, err := leak.Take(leak.Scope{Roots: []string{root}, Self: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
+	return takeScope(t, leak.Scope{Roots: []string{root}, Self: true})
 }
 
 // takeHost leaves out our own descriptors and goroutines.
 func takeHost(t *testing.T, root string) *leak.Snapshot {
 	t.Helper()
-	s, err := leak.Take(leak.Scope{Roots: []string{root}})
+	return takeScope(t, leak.Scope{Roots: []string{root}})
+}
+
+func takeScope(t *testing.T, scope leak.Scope) *leak.Snapshot {
+	t.Helper()
+	if os.Getenv(apartVariable) == "" { // else it is our parent's turn
+		testenv.Turn(t)
+	}
+	s, err := leak.Take(scope)
 	if err != nil {
 		t.Fatal(err)
 	}
