@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/leak"
 	"push.rocks/smartvm/internal/tinyguest"
@@ -22,10 +23,13 @@ import (
 
 // The crash matrix: a process that makes, starts, stops and removes a VM is killed at each of its steps in turn; then
 // one that recovers is killed at each of its own, again and again, until it gets through. Whatever VM is then
-// legitimately there is removed, and the host must be as it was.
+// legitimately there is removed, and the host must be as it was. So must it be of a start that fails, and of a VM that is
+// one call's.
 
 func init() {
 	children["crash-life"] = func(args []string) int { return crashChild(args, crashLife) }
+	children["crash-failing"] = func(args []string) int { return crashChild(args, crashFailing) }
+	children["crash-run"] = func(args []string) int { return crashChild(args, crashRun) }
 	children["crash-recover"] = func(args []string) int { return crashChild(args, crashRecover) }
 }
 
@@ -103,6 +107,33 @@ func crashLife(ctx context.Context, site *crashSite) error {
 	return errors.Join(m.Remove(ctx), h.Close())
 }
 
+// crashFailing makes a VM whose start fails late and is undone.
+func crashFailing(ctx context.Context, site *crashSite) error {
+	h, err := smartvm.Open(site.options)
+	if err != nil {
+		return err
+	}
+	site.spec.MachineConfig.HugePages = "2M" // of which the host has none
+	m, err := h.Create(ctx, site.spec)
+	if err != nil {
+		return err
+	}
+	if err := m.Start(ctx); err == nil {
+		return errors.New("it has started")
+	}
+	return errors.Join(m.Remove(ctx), h.Close())
+}
+
+// crashRun is a VM that is one call's and ends by itself.
+func crashRun(ctx context.Context, site *crashSite) error {
+	h, err := smartvm.Open(site.options)
+	if err != nil {
+		return err
+	}
+	_, err = h.Run(ctx, site.spec, smartvm.RunOptions{})
+	return errors.Join(err, h.Close())
+}
+
 func crashRecover(ctx context.Context, site *crashSite) error {
 	h, err := smartvm.Open(site.options)
 	if err != nil {
@@ -163,20 +194,51 @@ func (s *crashSite) clean(t *testing.T) {
 func TestCrashMatrix(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	binary := testenv.PlainBinary(t)
-	for _, row := range []struct {
-		launcher smartvm.Launcher
-		stride   int // of the steps at which recovery dies
-	}{{smartvm.LaunchDirect, 1}, {smartvm.LaunchJailed, 1}} {
-		t.Run(string(row.launcher), func(t *testing.T) {
-			if row.launcher == smartvm.LaunchJailed {
-				testenv.Require(t, testenv.Root)
-			}
-			crashMatrix(t, binary, row.launcher, row.stride)
-		})
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		for _, row := range []struct {
+			name, life string
+			then       tinyguest.Then
+			matrix     func(*crashMatrix)
+		}{
+			{"life", "crash-life", tinyguest.Idle, (*crashMatrix).again},
+			{"failing start", "crash-failing", tinyguest.Idle, (*crashMatrix).again},
+			{"run", "crash-run", tinyguest.Reboot, (*crashMatrix).afresh},
+		} {
+			t.Run(string(launcher)+" "+row.name, func(t *testing.T) {
+				if launcher == smartvm.LaunchJailed {
+					testenv.Require(t, testenv.Root)
+				}
+				if row.life == "crash-failing" && hugePages(t) {
+					t.Skip("the host has huge pages")
+				}
+				x := newCrashMatrix(t, binary, launcher, row.life, row.then)
+				row.matrix(x)
+				t.Logf("%d steps of a life, %d recoveries", x.steps, x.recoveries)
+			})
+		}
 	}
 }
 
-func crashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, stride int) {
+func hugePages(t *testing.T) bool {
+	t.Helper()
+	number, err := os.ReadFile("/proc/sys/vm/nr_hugepages")
+	return err == nil && strings.TrimSpace(string(number)) != "0"
+}
+
+// crashMatrix is one kind of life, whose process dies at each of its steps.
+type crashMatrix struct {
+	*crashSite
+	t          *testing.T
+	life       string
+	steps      int // of an undisturbed life
+	recoveries int
+	before     *leak.Snapshot
+}
+
+// precious is what the drives hold.
+func precious() []byte { return bytes.Repeat([]byte("precious"), 1<<15) }
+
+func newCrashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, life string, then tinyguest.Then) *crashMatrix {
 	dir, err := os.MkdirTemp("/dev/shm", "smartvm-crash-")
 	if err != nil {
 		t.Fatal(err)
@@ -186,58 +248,116 @@ func crashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, stride 
 			t.Error(err)
 		}
 	})
-	site := newCrashSite(dir, launcher, testenv.Firecracker(t), testenv.Jailer(t))
-	site.binary = binary
-	content := bytes.Repeat([]byte("precious"), 1<<15)
+	x := &crashMatrix{crashSite: newCrashSite(dir, launcher, testenv.Firecracker(t), testenv.Jailer(t)), t: t, life: life}
+	x.binary = binary
 	for name, data := range map[string][]byte{
-		"kernel": tinyguest.Image(tinyguest.Guest{Message: "up\n", Then: tinyguest.Idle}),
-		"copied": content, "inplace": content,
+		"kernel": tinyguest.Image(tinyguest.Guest{Message: "up\n", Then: then}), "copied": precious(), "inplace": precious(),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
 	// Once to the end: it makes the directories that stay, and counts the steps.
-	steps, survived := site.run(t, "crash-life", -1)
-	if !survived || steps < 20 {
-		t.Fatalf("an undisturbed life has %d steps", steps)
+	var survived bool
+	if x.steps, survived = x.run(t, life, -1); !survived || x.steps < 20 {
+		t.Fatalf("an undisturbed life has %d steps", x.steps)
 	}
 	testenv.NoLeaks(t, dir)
-	before, err := leak.Take(leak.Scope{Roots: []string{dir}})
-	if err != nil {
+	if x.before, err = leak.Take(leak.Scope{Roots: []string{dir}}); err != nil {
 		t.Fatal(err)
 	}
-	recoveries := 0
-	for step := 1; step <= steps; step++ {
-		if _, survived := site.run(t, "crash-life", step); survived {
-			t.Fatalf("step %d of %d did not come", step, steps)
+	return x
+}
+
+// die lives until a step.
+func (x *crashMatrix) die(step int) {
+	x.t.Helper()
+	if _, survived := x.run(x.t, x.life, step); survived {
+		x.t.Fatalf("step %d of %d did not come", step, x.steps)
+	}
+}
+
+// recover recovers until a step, and says whether there was none such.
+func (x *crashMatrix) recover(fatal int) (survived bool) {
+	x.t.Helper()
+	x.recoveries++
+	_, survived = x.run(x.t, "crash-recover", fatal)
+	return survived
+}
+
+// again: after each death recoveries die at one step after the other, each in what the one before has left. Where there is
+// one journal to be undone, that is as if each came first.
+func (x *crashMatrix) again() {
+	for step := 1; step <= x.steps; step++ {
+		x.die(step)
+		for fatal := 1; !x.recover(fatal); fatal++ {
 		}
-		for fatal := 1; ; fatal += stride {
-			recoveries++
-			if _, survived := site.run(t, "crash-recover", fatal); survived {
+		x.clean(x.t)
+		x.wantAsBefore("killed at step %d of %d", step, x.steps)
+	}
+}
+
+// crashStride spreads what would take minutes.
+const crashStride = 12
+
+// afresh: each recovery that dies is the first after a death of its own. Every step of both is hit, one pair in
+// crashStride. Of a VM that is one call's nothing may be left for others to remove.
+func (x *crashMatrix) afresh() {
+	for step := 1; step <= x.steps; step++ {
+		for fatal := 1 + step%crashStride; ; fatal += crashStride {
+			x.die(step)
+			survived := x.recover(fatal)
+			if !survived {
+				x.recover(-1)
+			}
+			x.wantEmpty("killed at step %d of %d, its recovery at %d", step, x.steps, fatal)
+			if survived {
 				break
 			}
 		}
-		site.clean(t)
-		settled, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-		left, err := before.Settle(settled)
-		cancel()
+		x.wantAsBefore("killed at step %d of %d", step, x.steps)
+	}
+}
+
+// wantEmpty is what of wantAsBefore takes no time.
+func (x *crashMatrix) wantEmpty(when string, args ...any) {
+	x.t.Helper()
+	for _, dir := range []string{x.options.RuntimeDir, filepath.Join(x.options.RuntimeDir, store.LeaseDir), filepath.Join(x.options.DataDir, "staging")} {
+		entries, err := os.ReadDir(dir)
 		if err != nil {
-			t.Fatal(err)
+			x.t.Fatal(err)
 		}
-		if len(left) > 0 {
-			t.Fatalf("killed at step %d of %d: left behind:\n%s", step, steps, strings.Join(left, "\n"))
-		}
-		for _, name := range []string{"copied", "inplace"} {
-			got, err := os.ReadFile(filepath.Join(dir, name))
-			fi, statErr := os.Stat(filepath.Join(dir, name))
-			if err != nil || statErr != nil || !bytes.Equal(got, content) {
-				t.Fatalf("killed at step %d: drive %s changed: %v %v", step, name, err, statErr)
-			}
-			if uid := fi.Sys().(*syscall.Stat_t).Uid; int(uid) != os.Getuid() {
-				t.Fatalf("killed at step %d: drive %s belongs to %d", step, name, uid)
+		for _, e := range entries {
+			if e.Name() != store.LeaseDir {
+				x.clean(x.t)
+				x.t.Fatalf("%s: left behind: %s in %s", fmt.Sprintf(when, args...), e.Name(), dir)
 			}
 		}
 	}
-	t.Logf("%d steps of a life, %d recoveries", steps, recoveries)
+}
+
+// wantAsBefore checks the host and the drives. When says what happened to them.
+func (x *crashMatrix) wantAsBefore(when string, args ...any) {
+	t := x.t
+	t.Helper()
+	when = fmt.Sprintf(when, args...)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	left, err := x.before.Settle(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(left) > 0 {
+		x.clean(t)
+		t.Fatalf("%s: left behind:\n%s", when, strings.Join(left, "\n"))
+	}
+	for _, name := range []string{"copied", "inplace"} {
+		got, err := os.ReadFile(filepath.Join(x.dir, name))
+		if err != nil || !bytes.Equal(got, precious()) {
+			t.Fatalf("%s: drive %s changed: %v", when, name, err)
+		}
+		if owner := ownerOf(t, filepath.Join(x.dir, name)); owner != os.Getuid() {
+			t.Fatalf("%s: drive %s belongs to %d", when, name, owner)
+		}
+	}
 }
