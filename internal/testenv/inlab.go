@@ -18,6 +18,8 @@ import (
 // test's -run, in one boot of the lab, and fails when they do. Where they run
 // without the lab, it does nothing: they are part of the same go test then.
 //
+// Only one lab runs at a time, and no test meanwhile that calls NoLeaks.
+//
 // Those tests call Require(t, LinuxGuest). The test binary is compiled anew,
 // without the race detector, which emulation would slow down too much. In the
 // lab, SMARTVM_REQUIRE is "kvm,root,linux".
@@ -30,6 +32,7 @@ func RunInLab(t *testing.T, pattern string) {
 		t.Log("Linux guests boot without the lab")
 		return
 	}
+	Turn(t) // two emulated hosts at once would take more than twice as long
 	c := LabConfig(t)
 	binary := PlainBinary(t)
 	c.Command = []string{binary, "-test.run=" + pattern, "-test.v", "-test.count=1"}

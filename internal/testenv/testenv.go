@@ -120,6 +120,8 @@ func Fixture(t testing.TB, name fixtures.Name) string {
 	owner := map[fixtures.Name]Capability{
 		fixtures.GuestKernel: LinuxGuest, fixtures.GuestModules: LinuxGuest, fixtures.Busybox: LinuxGuest,
 		fixtures.LabKernel: Lab, fixtures.LabModules: Lab, fixtures.QEMU: Lab, fixtures.MkfsBtrfs: Lab,
+		fixtures.Umoci: Lab, fixtures.Skopeo: Lab, fixtures.Mksquashfs: Lab, fixtures.MkfsXFS: Lab, fixtures.MkfsExt4: Lab,
+		fixtures.Minimal: Lab, fixtures.Debian: Lab,
 	}[name]
 	if owner == "" {
 		owner = KVM

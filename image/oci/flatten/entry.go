@@ -1,0 +1,225 @@
+package flatten
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"strings"
+	"time"
+)
+
+// Whiteouts: https://github.com/opencontainers/image-spec/blob/main/layer.md#whiteouts
+const (
+	whiteout = ".wh."
+	reserved = ".wh..wh." // whatever AUFS wanted to remember
+	opaque   = ".wh..wh..opq"
+)
+
+// kind is what an entry asks for.
+type kind uint8
+
+const (
+	kindSkip kind = iota
+	kindDir
+	kindOther // anything else that has a name
+	kindLink  // another name for such
+	kindWhiteout
+	kindOpaque
+)
+
+// entry is what a tar's header comes to.
+type entry struct {
+	kind   kind
+	name   string      // clean, relative; "" is the root. Of a whiteout what it removes, of an opaque mark the directory.
+	target string      // of a link, clean and relative
+	header *tar.Header // for the writer, of kindDir and kindOther
+}
+
+// limits count what an image holds.
+type limits struct {
+	bytes, entries       int64
+	maxBytes, maxEntries int64
+}
+
+func (l *limits) add(size int64) error {
+	if l.entries++; l.entries > l.maxEntries {
+		return &LimitError{"entries", l.maxEntries}
+	}
+	if l.bytes += size; l.bytes > l.maxBytes || size > l.maxBytes {
+		return &LimitError{"bytes of files", l.maxBytes}
+	}
+	return nil
+}
+
+// readTar calls f for each entry. Whiteouts are told from files only in layers.
+func readTar(r io.Reader, layer bool, l *limits, f func(e entry, content io.Reader) error) error {
+	for t := tar.NewReader(r); ; {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read tar: %w", err)
+		}
+		if err := l.add(max(h.Size, 0)); err != nil {
+			return err
+		}
+		e, err := clean(h, layer)
+		if err == nil && e.kind != kindSkip {
+			err = f(e, t)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func clean(h *tar.Header, layer bool) (e entry, err error) {
+	if e.name, err = cleanName(h.Name); err != nil {
+		return entry{}, entryError(h, err.Error())
+	}
+	if layer {
+		if done, err := e.whiteout(); done || err != nil {
+			return e, err
+		}
+	}
+	out := &tar.Header{Typeflag: h.Typeflag, Name: e.name, Mode: h.Mode & 0o7777, Uid: h.Uid, Gid: h.Gid, ModTime: clampTime(h.ModTime)}
+	switch h.Typeflag {
+	case tar.TypeXGlobalHeader:
+		return entry{}, nil
+	case tar.TypeDir:
+		e.kind, out.Name = kindDir, e.name+"/"
+		if e.name == "" {
+			out.Name = "./"
+		}
+	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
+		e.kind, out.Typeflag, out.Size = kindOther, tar.TypeReg, h.Size
+	case tar.TypeSymlink:
+		if h.Linkname == "" || len(h.Linkname) > maxPath {
+			return entry{}, entryError(h, fmt.Sprintf("a symbolic link to a name of %d bytes", len(h.Linkname)))
+		}
+		e.kind, out.Linkname = kindOther, h.Linkname
+	case tar.TypeChar, tar.TypeBlock:
+		if h.Devmajor < 0 || h.Devmajor > 0xfff || h.Devminor < 0 || h.Devminor > 0xfffff {
+			return entry{}, entryError(h, fmt.Sprintf("device %d:%d, which Linux cannot have", h.Devmajor, h.Devminor))
+		}
+		e.kind, out.Devmajor, out.Devminor = kindOther, h.Devmajor, h.Devminor
+	case tar.TypeFifo:
+		e.kind = kindOther
+	case tar.TypeLink:
+		if e.target, err = cleanName(h.Linkname); err != nil {
+			return entry{}, entryError(h, "hard link: "+err.Error())
+		}
+		e.kind = kindLink
+	default:
+		return entry{}, entryError(h, fmt.Sprintf("type %q is unknown", h.Typeflag))
+	}
+	if e.kind != kindDir && (e.name == "" || e.name == "lost+found") {
+		return entry{}, entryError(h, "must be a directory")
+	}
+	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) >= 1<<32-1 || int64(h.Gid) >= 1<<32-1 {
+		return entry{}, entryError(h, fmt.Sprintf("owner %d:%d", h.Uid, h.Gid))
+	}
+	if out.PAXRecords, err = xattrs(h); err != nil {
+		return entry{}, err
+	}
+	if out.ModTime.Nanosecond() != 0 {
+		out.Format = tar.FormatPAX // the others have whole seconds
+	}
+	e.header = out
+	return e, nil
+}
+
+// whiteout makes e what its name says, if it is reserved.
+func (e *entry) whiteout() (done bool, err error) {
+	if !strings.Contains("/"+e.name, "/"+whiteout) {
+		return false, nil
+	}
+	dir, base := path.Split(e.name)
+	dir = strings.TrimSuffix(dir, "/")
+	switch {
+	case base == opaque:
+		e.kind, e.name = kindOpaque, dir
+	case strings.HasPrefix(base, reserved) || strings.Contains("/"+dir, "/"+reserved):
+		e.kind = kindSkip
+	case strings.Contains("/"+dir, "/"+whiteout):
+		return false, &EntryError{Name: short(e.name), Reason: "below a whiteout"}
+	default:
+		removed := strings.TrimPrefix(base, whiteout)
+		if removed == "" || removed == "." || removed == ".." {
+			return false, &EntryError{Name: short(e.name), Reason: "a whiteout of nothing"}
+		}
+		e.kind, e.name = kindWhiteout, path.Join(dir, removed)
+	}
+	return true, nil
+}
+
+// cleanName makes a name relative to the root.
+func cleanName(name string) (string, error) {
+	for part := range strings.SplitSeq(name, "/") {
+		if part == ".." {
+			return "", errors.New(`has ".." in its name`)
+		}
+		if len(part) > maxName {
+			return "", fmt.Errorf("has a part of %d bytes in its name", len(part))
+		}
+	}
+	name = strings.TrimPrefix(path.Clean("/"+name), "/")
+	if len(name) > maxPath {
+		return "", fmt.Errorf("has a name of %d bytes", len(name))
+	}
+	return name, nil
+}
+
+// clampTime keeps to the times that the ext4 writer gets right.
+func clampTime(t time.Time) time.Time {
+	if s := t.Unix(); s < 0 || t.IsZero() {
+		return time.Unix(0, 0)
+	} else if s >= 1<<33 {
+		return time.Unix(1<<33, 0)
+	}
+	return t
+}
+
+const xattrRecord = "SCHILY.xattr."
+
+// xattrs picks the extended attributes that a guest is to see.
+func xattrs(h *tar.Header) (map[string]string, error) {
+	var kept map[string]string
+	room := 4096 - 64
+	for key, value := range h.PAXRecords {
+		name, ok := strings.CutPrefix(key, xattrRecord)
+		if !ok {
+			continue
+		}
+		space, rest, _ := strings.Cut(name, ".")
+		if (space != "user" && space != "trusted" && space != "security") || strings.HasPrefix(rest, "overlay.") {
+			continue
+		}
+		if rest == "" || len(rest) > maxName {
+			return nil, entryError(h, fmt.Sprintf("an extended attribute's name of %d bytes", len(name)))
+		}
+		if room -= 16 + len(rest) + len(value) + 6; room < 0 {
+			return nil, entryError(h, "more extended attributes than ext4 can hold")
+		}
+		if kept == nil {
+			kept = map[string]string{}
+		}
+		kept[key] = value
+	}
+	return kept, nil
+}
+
+func entryError(h *tar.Header, reason string) error {
+	return &EntryError{Name: short(h.Name), Reason: reason}
+}
+
+// short cuts a name to what fits an error's text.
+func short(name string) string {
+	if len(name) > 200 {
+		return name[:200] + "…"
+	}
+	return name
+}

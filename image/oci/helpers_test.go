@@ -1,0 +1,159 @@
+package oci_test
+
+import (
+	"archive/tar"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/oci/ocitest"
+)
+
+// files is a layer of files, their content their name's.
+func files(names ...string) ocitest.Layer {
+	return func(w *tar.Writer) error {
+		for _, n := range names {
+			err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: n, Mode: 0o644, Size: int64(len(n))})
+			if err == nil {
+				_, err = io.WriteString(w, n)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// noise is a layer that does not pack.
+func noise(size int, seed byte) ocitest.Layer {
+	return func(w *tar.Writer) error {
+		b := make([]byte, size)
+		x := uint32(seed) + 1
+		for i := range b {
+			x ^= x << 13
+			x ^= x >> 17
+			x ^= x << 5
+			b[i] = byte(x)
+		}
+		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "noise" + string('a'+rune(seed)), Mode: 0o644, Size: int64(size)})
+		if err == nil {
+			_, err = w.Write(b)
+		}
+		return err
+	}
+}
+
+// add makes an image in a layout and tags it.
+func add(t testing.TB, dir, tag string, layers ...ocitest.Layer) ocitest.Descriptor {
+	t.Helper()
+	d, err := ocitest.Add(dir, "amd64", layers...)
+	if err == nil {
+		err = ocitest.Tag(dir, tag, d)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// server is a registry that notes what it is asked, and may answer otherwise first.
+type server struct {
+	*httptest.Server
+	mu    sync.Mutex
+	asked []string // "GET /v2/a/blobs/sha256:… bytes=5-"
+	// instead answers in the registry's place, if it returns true.
+	instead func(w http.ResponseWriter, r *http.Request) bool
+}
+
+func serve(t testing.TB, dir string, instead func(w http.ResponseWriter, r *http.Request) bool) *server {
+	t.Helper()
+	s := &server{instead: instead}
+	h := ocitest.Registry(dir)
+	s.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.mu.Lock()
+		s.asked = append(s.asked, strings.TrimSpace(r.Method+" "+r.URL.Path+" "+r.Header.Get("Range")))
+		s.mu.Unlock()
+		if s.instead == nil || !s.instead(w, r) {
+			h.ServeHTTP(w, r)
+		}
+	}))
+	t.Cleanup(s.Close)
+	return s
+}
+
+// host is where the server is, as references have it.
+func (s *server) host() string { return strings.TrimPrefix(s.URL, "http://") }
+
+// blobs are the requests for layers and configurations since the last call.
+func (s *server) blobs() (asked []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.asked {
+		if strings.Contains(a, "/blobs/") {
+			asked = append(asked, a)
+		}
+	}
+	s.asked = nil
+	return asked
+}
+
+func resolve(t testing.TB, ref string, o oci.Options) *oci.Image {
+	t.Helper()
+	i, err := oci.Resolve(t.Context(), ref, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := i.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return i
+}
+
+// pull fetches an image into dir and flattens it.
+func pull(t testing.TB, i *oci.Image, dir string) {
+	t.Helper()
+	if err := i.Fetch(t.Context(), dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(t.TempDir(), "root.ext4"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = i.Flatten(t.Context(), dir, f, nil)
+	if err = errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// have are the names of what a directory holds.
+func have(t testing.TB, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// layerFiles are the names that an image's layers have once fetched.
+func layerFiles(i *oci.Image) (names []string) {
+	for _, l := range i.Layers {
+		names = append(names, strings.ReplaceAll(l.Digest, ":", "-"))
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}

@@ -1,0 +1,334 @@
+package oci
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+
+	"push.rocks/smartvm/image/oci/flatten"
+)
+
+// Options say where images come from. The zero value is fit for public registries.
+type Options struct {
+	// Arch is what images are chosen for, as Go spells it: "amd64" (default) or "arm64". The system is Linux.
+	Arch string
+	// Keychain knows the registries' passwords, authn.DefaultKeychain those of docker login and its helpers. Nil: none.
+	Keychain authn.Keychain
+	// Mirrors are hosts, as in "mirror.example:5000", that are asked for Docker Hub's images first, in this order.
+	Mirrors []string
+	// Transport is for HTTP. Nil: a copy of http.DefaultTransport.
+	Transport http.RoundTripper
+	Stdin     io.Reader // of the reference "-"
+	TempDir   string    // for archives that have to be unpacked; empty: os.TempDir
+	Log       *slog.Logger
+}
+
+// Config is what an image wants to be run as.
+type Config struct {
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Cmd        []string `json:"cmd,omitempty"`
+	Env        []string `json:"env,omitempty"` // "NAME=value"
+	User       string   `json:"user,omitempty"`
+	WorkingDir string   `json:"workingDir,omitempty"`
+	StopSignal string   `json:"stopSignal,omitempty"`
+}
+
+// Layer is one of an image's, a tar.
+type Layer struct {
+	Digest string // "sha256:…", of the file as it is fetched
+	DiffID string // "sha256:…", of the tar
+	Size   int64  // bytes, as it is fetched
+}
+
+// Image is one image that was found. It is safe for concurrent use until it is closed.
+type Image struct {
+	// Name is how people call it: Docker Hub's host and "library/" are left out, a tag is added.
+	Name string
+	// Digest is the manifest's, or the configuration's for an archive of docker's that has no manifest.
+	Digest string
+	// Chain names the root file system that the layers make, in 64 hexadecimal digits: the chain ID of the OCI image
+	// specification.
+	Chain  string
+	Config Config
+	Layers []Layer // the lowest first
+	Size   int64   // bytes of all layers, as they are fetched
+
+	from source
+}
+
+// source is where the parts of an image come from. It is safe for concurrent use.
+type source interface {
+	// manifest returns up to maxManifest bytes, which nobody has checked. Errors are ErrNotFound among others.
+	manifest(ctx context.Context, digest string) ([]byte, error)
+	// blob reads from offset on or, where that is not possible, from the start on: it says which.
+	blob(ctx context.Context, digest string, offset int64) (r io.ReadCloser, start int64, err error)
+	Close() error
+}
+
+// Close lets go of connections and temporary files.
+func (i *Image) Close() error { return i.from.Close() }
+
+// Flatten makes one file system of the layers that Fetch left in dir: see flatten.Layers for dst and for errors. Progress, if
+// not nil, is told how many of the layers' bytes are done.
+func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File, progress func(done, total int64)) (flatten.Stats, error) {
+	layers := make([]flatten.Layer, len(i.Layers))
+	for n, l := range i.Layers {
+		layers[n] = flatten.Layer{Path: filepath.Join(dir, fileName(l.Digest)), DiffID: l.DiffID}
+	}
+	var tell func(done int64)
+	if progress != nil {
+		tell = func(done int64) { progress(done, i.Size) }
+	}
+	stats, err := flatten.Layers(ctx, layers, dst, tell)
+	if err != nil {
+		return flatten.Stats{}, fmt.Errorf("flatten %s: %w", i.Name, err)
+	}
+	return stats, nil
+}
+
+// fileName is a blob's in the directory of layers.
+func fileName(digest string) string { return strings.ReplaceAll(digest, ":", "-") }
+
+// Resolve finds an image and reads its manifest and configuration, of a registry's image nothing more. The caller closes it.
+// References are:
+//
+//	debian:12, localhost:5000/a/b@sha256:…   in a registry
+//	oci:DIR, oci:DIR:TAG                     in an OCI layout
+//	docker-archive:FILE[:REF]                in what docker save wrote, or an OCI layout's tar, packed or not
+//	-                                        the same, from Options.Stdin
+//
+// Errors are ErrNotFound, ErrPlainHTTP, *PlatformError, *flatten.DigestError, *flatten.LimitError, *transport.Error of
+// go-containerregistry for what a registry says, and those of files.
+func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
+	if o.Arch == "" {
+		o.Arch = "amd64"
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	var f found
+	var err error
+	switch scheme, rest, _ := strings.Cut(ref, ":"); {
+	case ref == "-" && o.Stdin != nil:
+		f, err = inSpool(ctx, o.Stdin, "", o)
+	case ref == "-":
+		err = errors.New("there is no standard input")
+	case scheme == "oci":
+		f, err = inLayout(rest, o)
+	case scheme == "docker-archive":
+		f, err = inArchive(ctx, rest, o)
+	default:
+		f, err = inRegistry(ctx, ref, o)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("resolve image %.300q: %w", ref, err)
+	}
+	i, err := f.image(ctx, o.Arch)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("resolve image %.300q: %w", ref, err), f.from.Close())
+	}
+	return i, nil
+}
+
+// found is where a reference leads.
+type found struct {
+	from   source
+	name   string
+	text   []byte // of a manifest or an index
+	digest string // that text must have; empty: any
+	id     string // the image's, if text is not its own
+}
+
+// descriptor points to a part of an image.
+type descriptor struct {
+	MediaType   string            `json:"mediaType"`
+	Digest      string            `json:"digest"`
+	Size        int64             `json:"size"`
+	Platform    *platform         `json:"platform"`
+	Annotations map[string]string `json:"annotations"`
+}
+
+type platform struct {
+	OS           string `json:"os"`
+	Architecture string `json:"architecture"`
+}
+
+func (p platform) String() string { return p.OS + "/" + p.Architecture }
+
+// document is a manifest or an index.
+type document struct {
+	Manifests []descriptor `json:"manifests,omitempty"`
+	Config    descriptor   `json:"config"`
+	Layers    []descriptor `json:"layers"`
+}
+
+// maxNesting is how deep an index may hold an index.
+const maxNesting = 3
+
+func (f *found) image(ctx context.Context, arch string) (*Image, error) {
+	want := platform{"linux", arch}
+	for range maxNesting {
+		got := digestOf(f.text)
+		if f.digest != "" && got != f.digest {
+			return nil, &flatten.DigestError{What: "manifest", Want: f.digest, Got: got}
+		}
+		var d document
+		if err := json.Unmarshal(f.text, &d); err != nil {
+			return nil, fmt.Errorf("read manifest: %w", err)
+		}
+		if d.Manifests == nil {
+			return f.manifest(ctx, want, got, d)
+		}
+		next, err := pick(d.Manifests, want)
+		if err != nil {
+			return nil, err
+		}
+		if f.text, err = f.from.manifest(ctx, next.Digest); err != nil {
+			return nil, err
+		}
+		f.digest = next.Digest
+	}
+	return nil, errors.New("read manifest: indexes within indexes")
+}
+
+// pick chooses an image of an index. An only one may be of any platform, as far as the index goes.
+func pick(all []descriptor, want platform) (descriptor, error) {
+	e := &PlatformError{Want: want.String()}
+	for _, d := range all {
+		if err := validDigest(d.Digest); err != nil {
+			return descriptor{}, err
+		}
+		if d.Platform == nil && len(all) == 1 || d.Platform != nil && *d.Platform == want {
+			return d, nil
+		}
+		// Attestations are not for any machine.
+		if d.Platform != nil && d.Platform.OS != "unknown" {
+			e.Have = append(e.Have, d.Platform.String())
+		}
+	}
+	return descriptor{}, e
+}
+
+func (f *found) manifest(ctx context.Context, want platform, digest string, d document) (*Image, error) {
+	i := &Image{Name: f.name, Digest: cmp.Or(f.id, digest), from: f.from}
+	if err := validDigest(d.Config.Digest); err != nil {
+		return nil, err
+	}
+	if len(d.Layers) > maxLayers {
+		return nil, &flatten.LimitError{What: "layers", Limit: maxLayers}
+	}
+	text, err := readBlob(ctx, f.from, d.Config.Digest)
+	if err != nil {
+		return nil, err
+	}
+	diffIDs, err := i.configure(text, want)
+	if err != nil {
+		return nil, err
+	}
+	if len(diffIDs) != len(d.Layers) {
+		return nil, fmt.Errorf("read manifest: %d layers, %d in the configuration", len(d.Layers), len(diffIDs))
+	}
+	for n, l := range d.Layers {
+		if err := errors.Join(validDigest(l.Digest), validDigest(diffIDs[n])); err != nil {
+			return nil, err
+		}
+		if l.Size < 0 || l.Size > flatten.MaxBytes-i.Size {
+			return nil, &flatten.LimitError{What: "bytes of layers", Limit: flatten.MaxBytes}
+		}
+		i.Size += l.Size
+		i.Layers = append(i.Layers, Layer{Digest: l.Digest, DiffID: diffIDs[n], Size: l.Size})
+	}
+	i.Chain = chain(diffIDs)
+	return i, nil
+}
+
+// configure reads an image's configuration.
+func (i *Image) configure(text []byte, want platform) (diffIDs []string, err error) {
+	var c struct {
+		platform
+		RootFS struct {
+			DiffIDs []string `json:"diff_ids"`
+		} `json:"rootfs"`
+		Config struct {
+			Entrypoint, Cmd, Env         []string
+			User, WorkingDir, StopSignal string
+		} `json:"config"`
+	}
+	if err := json.Unmarshal(text, &c); err != nil {
+		return nil, fmt.Errorf("read image configuration: %w", err)
+	}
+	// Old images, and those built without, say nothing.
+	if c.OS != "" && c.OS != want.OS || c.Architecture != "" && c.Architecture != want.Architecture {
+		return nil, &PlatformError{want.String(), []string{c.platform.String()}}
+	}
+	i.Config = Config(c.Config)
+	return c.RootFS.DiffIDs, nil
+}
+
+// chain is the chain ID of layers: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
+func chain(diffIDs []string) string {
+	var id string
+	for n, d := range diffIDs {
+		if n == 0 {
+			id = d
+		} else {
+			id = digestOf([]byte(id + " " + d))
+		}
+	}
+	if id == "" {
+		id = digestOf(nil)
+	}
+	return strings.TrimPrefix(id, algorithm)
+}
+
+// readBlob reads a small one.
+func readBlob(ctx context.Context, from source, digest string) (text []byte, err error) {
+	r, start, err := from.blob(ctx, digest, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	if text, err = readSmall(r); err != nil {
+		return nil, err
+	}
+	if got := digestOf(text); got != digest || start != 0 {
+		return nil, &flatten.DigestError{What: "configuration", Want: digest, Got: got}
+	}
+	return text, nil
+}
+
+func readSmall(r io.Reader) ([]byte, error) {
+	text, err := io.ReadAll(io.LimitReader(r, maxManifest+1))
+	if err == nil && len(text) > maxManifest {
+		err = &flatten.LimitError{What: "bytes of a manifest or configuration", Limit: maxManifest}
+	}
+	return text, err
+}
+
+const algorithm = "sha256:"
+
+func digestOf(text []byte) string {
+	sum := sha256.Sum256(text)
+	return algorithm + hex.EncodeToString(sum[:])
+}
+
+// validDigest makes sure that a digest can be part of a file's name.
+func validDigest(d string) error {
+	digits, ok := strings.CutPrefix(d, algorithm)
+	if !ok || len(digits) != 2*sha256.Size || strings.Trim(digits, "0123456789abcdef") != "" {
+		return fmt.Errorf("digest %.100q is not a SHA-256", d)
+	}
+	return nil
+}

@@ -1,0 +1,344 @@
+package oci_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/ocitest"
+)
+
+var wantConfig = oci.Config{
+	Entrypoint: []string{"/bin/init"}, Cmd: []string{"--quiet"}, Env: []string{"PATH=/bin"},
+	User: "1:2", WorkingDir: "/srv", StopSignal: "SIGINT",
+}
+
+func TestResolve_Registry(t *testing.T) {
+	dir := t.TempDir()
+	d := add(t, dir, "1", files("a"), files("b"))
+	s := serve(t, dir, nil)
+	i := resolve(t, s.host()+"/x/y:1", oci.Options{})
+	if i.Name != s.host()+"/x/y:1" || i.Digest != d.Digest || len(i.Layers) != 2 || i.Size != i.Layers[0].Size+i.Layers[1].Size {
+		t.Errorf("%+v", i)
+	}
+	if diff := cmp.Diff(wantConfig, i.Config); diff != "" {
+		t.Error(diff)
+	}
+	if got := s.blobs(); len(got) != 1 {
+		t.Errorf("it asked for more than the configuration: %q", got)
+	}
+	again := resolve(t, s.host()+"/x/y@"+d.Digest, oci.Options{})
+	if again.Chain != i.Chain || len(i.Chain) != 64 {
+		t.Errorf("chain %s, want %s", again.Chain, i.Chain)
+	}
+	for ref, want := range map[string]error{
+		s.host() + "/x/y:2": oci.ErrNotFound,
+		s.host() + "/x/y@sha256:" + strings.Repeat("0", 64): oci.ErrNotFound,
+		"192.168.255.254/x": oci.ErrPlainHTTP,
+	} {
+		o := oci.Options{}
+		if errors.Is(want, oci.ErrPlainHTTP) {
+			o.Transport = refuse{} // TLS is refused: what is left is plain HTTP
+		}
+		if _, err := oci.Resolve(t.Context(), ref, o); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", ref, err, want)
+		}
+	}
+}
+
+// refuse is a network that nobody answers in.
+type refuse struct{}
+
+func (refuse) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.URL.Scheme != "https" {
+		return nil, errors.New("plain HTTP was let through")
+	}
+	return nil, errors.New("refused")
+}
+
+// Docker Hub's images have short names, and are looked for in mirrors first.
+func TestResolve_Mirrors(t *testing.T) {
+	dir := t.TempDir()
+	add(t, dir, "12", files("a"))
+	s := serve(t, dir, nil)
+	empty := serve(t, t.TempDir(), nil)
+	hub := &hub{s: s}
+	i := resolve(t, "debian:12", oci.Options{Transport: hub, Mirrors: []string{empty.host(), s.host()}})
+	if i.Name != "debian:12" {
+		t.Errorf("name %q", i.Name)
+	}
+	pull(t, i, t.TempDir())
+	if hub.asked {
+		t.Error("Docker Hub was asked, though the mirror has it")
+	}
+	if got := s.blobs(); len(got) != 2 || !strings.Contains(got[0], "/v2/library/debian/blobs/") {
+		t.Errorf("the mirror was asked %q", got)
+	}
+	i = resolve(t, name.DefaultRegistry+"/library/debian:12", oci.Options{Transport: hub, Mirrors: []string{empty.host(), "bad host"}})
+	if i.Name != "debian:12" || !hub.asked {
+		t.Errorf("%q, and Docker Hub asked: %v", i.Name, hub.asked)
+	}
+}
+
+// hub sends what is meant for Docker Hub to a server.
+type hub struct {
+	s     *server
+	asked bool
+}
+
+func (h *hub) RoundTrip(r *http.Request) (*http.Response, error) {
+	to := r
+	if r.URL.Host == name.DefaultRegistry {
+		h.asked = true
+		to = r.Clone(r.Context())
+		to.URL.Scheme, to.URL.Host = "http", h.s.host()
+	}
+	resp, err := http.DefaultTransport.RoundTrip(to)
+	if resp != nil {
+		resp.Request = r
+	}
+	return resp, err
+}
+
+func TestResolve_Platforms(t *testing.T) {
+	dir := t.TempDir()
+	var images []ocitest.Descriptor
+	for _, arch := range []string{"arm64", "amd64"} {
+		d, err := ocitest.Add(dir, arch, files(arch))
+		if err != nil {
+			t.Fatal(err)
+		}
+		images = append(images, d)
+	}
+	attestation := images[0]
+	attestation.Platform = map[string]string{"os": "unknown", "architecture": "unknown"}
+	index, err := ocitest.AddIndex(dir, append([]ocitest.Descriptor{attestation}, images...)...)
+	if err == nil {
+		err = errors.Join(ocitest.Tag(dir, "all", index), ocitest.Tag(dir, "arm", images[0]))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := serve(t, dir, nil)
+	for n, arch := range []string{"arm64", "amd64"} {
+		for _, ref := range []string{s.host() + "/a:all", "oci:" + dir + ":all"} {
+			if i := resolve(t, ref, oci.Options{Arch: arch}); i.Digest != images[n].Digest {
+				t.Errorf("%s for %s: %s, want %s", ref, arch, i.Digest, images[n].Digest)
+			}
+		}
+	}
+	for ref, want := range map[string]*oci.PlatformError{
+		s.host() + "/a:all": {Want: "linux/riscv64", Have: []string{"linux/arm64", "linux/amd64"}},
+		s.host() + "/a:arm": {Want: "linux/riscv64", Have: []string{"linux/arm64"}},
+	} {
+		_, err := oci.Resolve(t.Context(), ref, oci.Options{Arch: "riscv64"})
+		var got *oci.PlatformError
+		if !errors.As(err, &got) || !cmp.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", ref, err, want)
+		}
+	}
+}
+
+// A registry that wants a token, for which it wants a password.
+func TestResolve_Auth(t *testing.T) {
+	dir := t.TempDir()
+	add(t, dir, "1", files("a"))
+	var s *server
+	s = serve(t, dir, func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == "/token" {
+			if user, password, _ := r.BasicAuth(); user != "me" || password != "secret" {
+				w.WriteHeader(http.StatusUnauthorized)
+			}
+			fmt.Fprint(w, `{"token":"t0"}`)
+			return true
+		}
+		if r.Header.Get("Authorization") == "Bearer t0" {
+			return false
+		}
+		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="s"`, s.URL))
+		w.WriteHeader(http.StatusUnauthorized)
+		return true
+	})
+	pull(t, resolve(t, s.host()+"/a:1", oci.Options{Keychain: keychain{}}), t.TempDir())
+	var status *transport.Error
+	if _, err := oci.Resolve(t.Context(), s.host()+"/a:1", oci.Options{}); !errors.As(err, &status) || status.StatusCode != http.StatusUnauthorized {
+		t.Errorf("%v, want status 401", err)
+	}
+}
+
+type keychain struct{}
+
+func (keychain) Resolve(authn.Resource) (authn.Authenticator, error) {
+	return &authn.Basic{Username: "me", Password: "secret"}, nil
+}
+
+func TestResolve_BadAnswers(t *testing.T) {
+	zeros := "sha256:" + strings.Repeat("0", 64)
+	answer := func(text string) func(w http.ResponseWriter, r *http.Request) bool {
+		return func(w http.ResponseWriter, r *http.Request) bool {
+			if strings.Contains(r.URL.Path, "/manifests/") {
+				fmt.Fprint(w, text)
+			}
+			return strings.Contains(r.URL.Path, "/manifests/")
+		}
+	}
+	for name, text := range map[string]string{
+		"nothing":                 "",
+		"no JSON":                 "<html>",
+		"too much":                strings.Repeat(" ", 5<<20) + "{}",
+		"no configuration":        `{"layers":[]}`,
+		"a digest with a path":    `{"config":{"digest":"sha256:../../../etc/passwd"}}`,
+		"another algorithm":       `{"config":{"digest":"md5:00000000000000000000000000000000"}}`,
+		"an index of nothing":     `{"manifests":[]}`,
+		"an index of bad ones":    `{"manifests":[{"digest":"x"}]}`,
+		"an index of itself":      `{"manifests":[{"digest":"` + zeros + `"}]}`,
+		"a size below 0":          `{"config":{"digest":"` + zeros + `"},"layers":[{"digest":"` + zeros + `","size":-1}]}`,
+		"a thousand layers":       `{"config":{"digest":"` + zeros + `"},"layers":[{}` + strings.Repeat(",{}", 999) + `]}`,
+		"a configuration of none": `{"config":{"digest":"` + zeros + `"}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := serve(t, t.TempDir(), answer(text))
+			if i, err := oci.Resolve(t.Context(), s.host()+"/a", oci.Options{}); err == nil {
+				t.Errorf("%+v", i)
+			}
+		})
+	}
+	t.Run("another manifest than was asked for", func(t *testing.T) {
+		s := serve(t, t.TempDir(), answer("{}"))
+		var wrong *flatten.DigestError
+		if _, err := oci.Resolve(t.Context(), s.host()+"/a@"+zeros, oci.Options{}); !errors.As(err, &wrong) {
+			t.Errorf("%v, want a DigestError", err)
+		}
+	})
+	t.Run("redirects without end", func(t *testing.T) {
+		s := serve(t, t.TempDir(), func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Path != "/v2/" {
+				http.Redirect(w, r, r.URL.Path, http.StatusFound)
+			}
+			return r.URL.Path != "/v2/"
+		})
+		if _, err := oci.Resolve(t.Context(), s.host()+"/a", oci.Options{}); err == nil || len(s.asked) > 20 {
+			t.Errorf("%v after %d requests", err, len(s.asked))
+		}
+	})
+}
+
+// What other tools write is read, and what we write is read by others.
+func TestResolve_Archives(t *testing.T) {
+	dir := t.TempDir()
+	d := add(t, dir, "1", files("a"), files("b"))
+	want := resolve(t, "oci:"+dir, oci.Options{})
+	if want.Digest != d.Digest || want.Name != filepath.Base(dir)+":1" {
+		t.Errorf("%+v", want)
+	}
+	tmp := t.TempDir()
+	at := func(n string) string { return filepath.Join(tmp, n) }
+	run(t, "tar", "-C", dir, "-cf", at("oci.tar"), ".")
+	run(t, "gzip", "-k", at("oci.tar"))
+	check := func(ref string, o oci.Options) {
+		t.Helper()
+		i := resolve(t, ref, o)
+		if i.Chain != want.Chain || !cmp.Equal(i.Config, want.Config) {
+			t.Errorf("%s: %+v", ref, i)
+		}
+		layers := t.TempDir()
+		pull(t, i, layers)
+		if diff := cmp.Diff(layerFiles(i), have(t, layers)); diff != "" {
+			t.Error(diff)
+		}
+	}
+	check("oci:"+dir+":1", oci.Options{})
+	check("docker-archive:"+at("oci.tar"), oci.Options{})
+	check("docker-archive:"+at("oci.tar.gz")+":1", oci.Options{TempDir: tmp})
+	for _, n := range []string{"oci.tar", "oci.tar.gz"} {
+		text, err := os.ReadFile(at(n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		check("-", oci.Options{Stdin: bytes.NewReader(text), TempDir: tmp})
+	}
+	if diff := cmp.Diff([]string{"oci.tar", "oci.tar.gz"}, have(t, tmp)); diff != "" {
+		t.Errorf("left behind: %s", diff)
+	}
+	if _, err := exec.LookPath("skopeo"); err != nil {
+		t.Skip("needs: skopeo")
+	}
+	run(t, "skopeo", "copy", "oci:"+dir+":1", "docker-archive:"+at("docker.tar")+":some/name:2")
+	check("docker-archive:"+at("docker.tar"), oci.Options{})
+	check("docker-archive:"+at("docker.tar")+":some/name:2", oci.Options{})
+	if i := resolve(t, "docker-archive:"+at("docker.tar"), oci.Options{}); i.Name != "some/name:2" {
+		t.Errorf("name %q", i.Name)
+	}
+	run(t, "skopeo", "copy", "docker-archive:"+at("docker.tar"), "oci:"+at("layout")+":3")
+	check("oci:"+at("layout"), oci.Options{})
+}
+
+func run(t testing.TB, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", name, err, out)
+	}
+}
+
+func TestResolve_NoSuchArchive(t *testing.T) {
+	dir := t.TempDir()
+	add(t, dir, "1", files("a"))
+	add(t, dir, "2", files("b"))
+	none := filepath.Join(t.TempDir(), "none.tar")
+	if err := os.WriteFile(none, make([]byte, 1024), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, ref := range []string{"oci:" + dir + ":3", "oci:/nonexistent", "docker-archive:/nonexistent:x", "docker-archive:" + none} {
+		if _, err := oci.Resolve(t.Context(), ref, oci.Options{}); !errors.Is(err, oci.ErrNotFound) {
+			t.Errorf("%s: %v, want ErrNotFound", ref, err)
+		}
+	}
+	if _, err := oci.Resolve(t.Context(), "oci:"+dir, oci.Options{}); err == nil || !strings.Contains(err.Error(), ":1, ") {
+		t.Errorf("%v, want a list of names", err)
+	}
+	for _, ref := range []string{"", ":", "-", "oci:", "docker-archive:", "UPPER", "a b", "a@sha256:0", "a:b:c"} {
+		if _, err := oci.Resolve(t.Context(), ref, oci.Options{Transport: refuse{}}); err == nil {
+			t.Errorf("%q is a reference", ref)
+		}
+	}
+}
+
+func FuzzResolve_Reference(f *testing.F) {
+	for _, ref := range []string{"debian:12", "localhost:5000/a/b@sha256:" + strings.Repeat("0", 64), "oci:x:y", "docker-archive:x:y:z", "-", "[::1]:5/a"} {
+		f.Add(ref)
+	}
+	f.Fuzz(func(t *testing.T, ref string) {
+		if rest, ok := strings.CutPrefix(ref, "oci:"); ok {
+			ref = "oci:/nonexistent/" + rest
+		}
+		if rest, ok := strings.CutPrefix(ref, "docker-archive:"); ok {
+			ref = "docker-archive:/nonexistent/" + rest
+		}
+		if i, err := oci.Resolve(t.Context(), ref, oci.Options{Transport: refuse{}}); err == nil {
+			t.Errorf("%q leads to %+v", ref, i)
+		}
+	})
+}
+
+func FuzzResolve_Archive(f *testing.F) {
+	f.Add([]byte("\x1f\x8b"))
+	f.Add(make([]byte, 1024))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if i, err := oci.Resolve(t.Context(), "-", oci.Options{Stdin: bytes.NewReader(data), TempDir: t.TempDir()}); err == nil {
+			_ = i.Close()
+		}
+	})
+}

@@ -1,0 +1,4 @@
+package download
+
+// CheckRedirect is the default client's rule.
+var CheckRedirect = checkRedirect
