@@ -1,5 +1,6 @@
 # make demo   boots a Linux guest and shows it
 # make test   runs every test
+# make minimal  makes an image to try things with
 # Both get what they need by themselves, on Debian and Ubuntu with apt-get, and say what they install.
 
 SHELL := /bin/bash
@@ -10,10 +11,15 @@ TEST_FLAGS ?=
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test check bench soak fixtures clean
+.PHONY: build agent minimal demo test check bench soak fixtures clean
 
-build:
+build: agent
 	$(GO) build $(GOFLAGS_BUILD) -o bin/ ./cmd/smartvm
+
+# The guest's first program, which the others carry.
+AGENT := internal/agentbin/bin/smartvm-agent
+agent:
+	$(GO) build $(GOFLAGS_BUILD) -ldflags='-s -w' -o $(AGENT) ./cmd/smartvm-agent
 
 demo: build
 	$(GO) build $(GOFLAGS_BUILD) -o bin/ ./internal/tools/demo ./internal/tools/lab
@@ -22,12 +28,17 @@ demo: build
 fixtures:
 	@$(GO) run ./internal/tools/fixtures >/dev/null
 
+# An image of a distribution's kernel and busybox, to try things with: smartvm run minimal
+minimal: build
+	@paths=$$($(GO) run ./internal/tools/fixtures guest-kernel guest-modules minimal | cut -d' ' -f2-); set -- $$paths; \
+	  bin/smartvm image import --kernel "$$1" --modules "$$2" --rootfs "$$3" minimal
+
 # The race detector needs cgo.
-test: fixtures
+test: agent fixtures
 	CGO_ENABLED=1 $(GO) test -race -shuffle=on -timeout 30m $(TEST_FLAGS) ./...
 
 # 500 cycles of start, kill and remove.
-soak: fixtures
+soak: agent fixtures
 	SMARTVM_SOAK=500 $(GO) test -run Soak -v .
 
 check:
@@ -44,4 +55,4 @@ bench: build fixtures
 	cd bench && $(GO) run . -out results.json
 
 clean:
-	rm -rf bin bench/results.json
+	rm -rf bin bench/results.json $(AGENT)

@@ -27,7 +27,12 @@ const (
 )
 
 // releasePattern is what uname -r can be; the file is not trusted with more.
-var releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}$`)
+var releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]*$`)
+
+// maxRelease is what the kernel has room for, in bytes. A bound in the pattern would cost every process memory.
+const maxRelease = 64
+
+func validRelease(s string) bool { return len(s) <= maxRelease && releasePattern.MatchString(s) }
 
 func isBzImage(head []byte) bool {
 	return len(head) == setupHeaderEnd &&
@@ -94,7 +99,7 @@ func release(r io.ReaderAt, off int64) string {
 	n, _ := r.ReadAt(buf, off)
 	text, _, _ := strings.Cut(string(buf[:n]), "\x00")
 	word, _, _ := strings.Cut(text, " ")
-	if !releasePattern.MatchString(word) {
+	if !validRelease(word) {
 		return ""
 	}
 	return word

@@ -37,7 +37,7 @@ const (
 // Errors match ErrNoModule, ErrCorrupt, ErrTooLarge or *CompressionError, or
 // are those of tree.
 func (a *Archive) AddModules(tree fs.FS, release string, names ...string) ([]string, error) {
-	if !releasePattern.MatchString(release) {
+	if !validRelease(release) {
 		return nil, fmt.Errorf("add modules of kernel %q: %w release", release, fs.ErrInvalid)
 	}
 	m, err := readModuleTree(tree, release)

@@ -1,0 +1,163 @@
+// Package agentproto is what the host tells the guest's first program: a block on a small read-only drive, which the
+// guest knows by how it begins, whatever the drive's place.
+package agentproto
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+// version is that of the format. Host and guest are built together, so there are no others to read.
+const version = "1"
+
+// magic begins a block. Behind it stand the version and the length of the JSON in bytes, then the JSON on a line of its own.
+const magic = "smartvm-boot "
+
+const (
+	// MaxSize bounds an encoded Boot, in bytes.
+	MaxSize = 256 << 10
+	// blockSize divides an encoded Boot: what is left over is zeros.
+	blockSize = 4096
+)
+
+// ModuleList is the file in an initramfs that lists its kernel modules: their paths, one a line, in the order of insertion.
+const ModuleList = "/modules"
+
+// Types of a root file system.
+const (
+	Ext4     = "ext4"
+	Squashfs = "squashfs"
+	Erofs    = "erofs"
+)
+
+// Errors of this package.
+var (
+	// ErrNoBoot means that the data is something else.
+	ErrNoBoot = errors.New("no boot configuration")
+	// ErrInvalid means that a Boot makes no sense, or that its encoding is damaged.
+	ErrInvalid = errors.New("invalid boot configuration")
+	// ErrTooLarge means more than MaxSize.
+	ErrTooLarge = errors.New("boot configuration too large")
+)
+
+// Boot says how a guest boots. Text is UTF-8 without NUL.
+type Boot struct {
+	RootDevice string `json:"rootDevice"` // of the image: /dev/vda
+	RootType   string `json:"rootType"`   // Ext4, Squashfs or Erofs
+	// ScratchDevice is an ext4 file system that takes what is written over the root. Empty: the root is used as it is,
+	// written to where its drive and its type allow.
+	ScratchDevice string `json:"scratchDevice,omitempty"`
+	Hostname      string `json:"hostname,omitempty"`
+	// Command is run as the image's only program. Empty: the image's own init, which none of the fields below but Env
+	// is for.
+	Command []string `json:"command,omitempty"`
+	Env     []string `json:"env,omitempty"` // NAME=VALUE; of two of a name the later one counts
+	// User is "name", "uid", "name:group", "uid:gid" or a mix; names are the image's. Empty: root.
+	User       string `json:"user,omitempty"`
+	WorkingDir string `json:"workingDir,omitempty"` // absolute; made if it is not there. Empty: /
+	StopSignal string `json:"stopSignal,omitempty"` // for ParseSignal. Empty: SIGTERM
+}
+
+// Encode returns the block for the drive: a multiple of 4096 bytes, at most MaxSize. Returns ErrInvalid, ErrTooLarge.
+func (b *Boot) Encode() ([]byte, error) {
+	if err := b.validate(); err != nil {
+		return nil, err
+	}
+	var doc bytes.Buffer
+	e := json.NewEncoder(&doc)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(b); err != nil {
+		return nil, fmt.Errorf("encode boot configuration: %w", err)
+	}
+	data := append([]byte(magic+version+" "+strconv.Itoa(doc.Len())+"\n"), doc.Bytes()...)
+	if len(data) > MaxSize {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, len(data), MaxSize)
+	}
+	return append(data, make([]byte, -len(data)&(blockSize-1))...), nil
+}
+
+// Decode reads a block, no further than MaxSize. Returns ErrNoBoot, ErrInvalid and the errors of r.
+func Decode(r io.Reader) (*Boot, error) {
+	data, err := io.ReadAll(io.LimitReader(r, MaxSize))
+	if err != nil {
+		return nil, fmt.Errorf("read boot configuration: %w", err)
+	}
+	data, ok := bytes.CutPrefix(data, []byte(magic))
+	if !ok {
+		return nil, ErrNoBoot
+	}
+	line, data, _ := bytes.Cut(data, []byte("\n"))
+	got, length, _ := strings.Cut(string(line[:min(len(line), 64)]), " ")
+	if got != version {
+		return nil, fmt.Errorf("%w: version %q, not %s", ErrInvalid, got, version)
+	}
+	n, err := strconv.ParseUint(length, 10, 31)
+	if err != nil || n > uint64(len(data)) {
+		return nil, fmt.Errorf("%w: length %q, with %d bytes there", ErrInvalid, length, len(data))
+	}
+	d := json.NewDecoder(bytes.NewReader(data[:n]))
+	d.DisallowUnknownFields()
+	b := new(Boot)
+	if err := d.Decode(b); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	if d.More() {
+		return nil, fmt.Errorf("%w: more than one value", ErrInvalid)
+	}
+	return b, b.validate()
+}
+
+func (b *Boot) validate() error {
+	invalid := func(format string, args ...any) error {
+		return fmt.Errorf("%w: %s", ErrInvalid, fmt.Sprintf(format, args...))
+	}
+	for _, list := range [][]string{b.Command, b.Env, {b.Hostname, b.User, b.WorkingDir}} {
+		for _, s := range list {
+			if !utf8.ValidString(s) || strings.Contains(s, "\x00") {
+				return invalid("%q is not text", s)
+			}
+		}
+	}
+	for _, e := range b.Env {
+		if strings.Index(e, "=") < 1 {
+			return invalid("environment %q is not NAME=VALUE", e)
+		}
+	}
+	_, signalErr := ParseSignal(b.StopSignal)
+	switch {
+	case !isDevice(b.RootDevice):
+		return invalid("root device %q", b.RootDevice)
+	case b.RootType != Ext4 && b.RootType != Squashfs && b.RootType != Erofs:
+		return invalid("root type %q", b.RootType)
+	case b.ScratchDevice != "" && !isDevice(b.ScratchDevice):
+		return invalid("scratch device %q", b.ScratchDevice)
+	case b.ScratchDevice == b.RootDevice:
+		return invalid("root and scratch are both %s", b.RootDevice)
+	case len(b.Hostname) > 64 || strings.Trim(b.Hostname, letters+digits+"-._") != "":
+		return invalid("host name %q", b.Hostname)
+	case len(b.Command) > 0 && b.Command[0] == "":
+		return invalid("command without a name")
+	case b.WorkingDir != "" && b.WorkingDir[0] != '/':
+		return invalid("working directory %q is not absolute", b.WorkingDir)
+	case b.StopSignal != "" && signalErr != nil:
+		return invalid("stop signal: %v", signalErr)
+	}
+	return nil
+}
+
+const (
+	lower   = "abcdefghijklmnopqrstuvwxyz"
+	letters = lower + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	digits  = "0123456789"
+)
+
+func isDevice(path string) bool {
+	name, ok := strings.CutPrefix(path, "/dev/")
+	return ok && name != "" && strings.Trim(name, lower+digits) == ""
+}

@@ -1,0 +1,179 @@
+package agentproto_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/iotest"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"push.rocks/smartvm/internal/agentproto"
+)
+
+func full() *agentproto.Boot {
+	return &agentproto.Boot{
+		RootDevice: "/dev/vda", RootType: agentproto.Squashfs, ScratchDevice: "/dev/vdb", Hostname: "web-1.example",
+		Command: []string{"/bin/sh", "-c", "echo '<&>' ü\n"}, Env: []string{"A=1", "B="},
+		User: "web:1000", WorkingDir: "/srv", StopSignal: "SIGRTMIN+3",
+	}
+}
+
+func encode(t testing.TB, b *agentproto.Boot) []byte {
+	t.Helper()
+	data, err := b.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestEncode(t *testing.T) {
+	for name, want := range map[string]*agentproto.Boot{
+		"full":  full(),
+		"least": {RootDevice: "/dev/vda", RootType: agentproto.Ext4},
+		"long":  {RootDevice: "/dev/vda", RootType: agentproto.Erofs, Command: []string{strings.Repeat("x", 200<<10)}},
+	} {
+		data := encode(t, want)
+		if len(data)%4096 != 0 || len(data) > agentproto.MaxSize {
+			t.Errorf("%s: %d bytes", name, len(data))
+		}
+		// What follows on a drive does not matter.
+		got, err := agentproto.Decode(io.MultiReader(bytes.NewReader(data), strings.NewReader("rest")))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: %s", name, diff)
+		}
+	}
+}
+
+func TestEncode_Invalid(t *testing.T) {
+	for name, change := range map[string]func(*agentproto.Boot){
+		"NoRoot":          func(b *agentproto.Boot) { b.RootDevice = "" },
+		"RootElsewhere":   func(b *agentproto.Boot) { b.RootDevice = "/dev/../etc/passwd" },
+		"RootType":        func(b *agentproto.Boot) { b.RootType = "overlay" },
+		"Scratch":         func(b *agentproto.Boot) { b.ScratchDevice = "vdb" },
+		"ScratchIsRoot":   func(b *agentproto.Boot) { b.ScratchDevice = b.RootDevice },
+		"HostnameLong":    func(b *agentproto.Boot) { b.Hostname = strings.Repeat("h", 65) },
+		"HostnameLines":   func(b *agentproto.Boot) { b.Hostname = "a\nb" },
+		"CommandUnnamed":  func(b *agentproto.Boot) { b.Command = []string{"", "x"} },
+		"CommandNUL":      func(b *agentproto.Boot) { b.Command = []string{"a\x00b"} },
+		"CommandNotUTF8":  func(b *agentproto.Boot) { b.Command = []string{"a\xff"} },
+		"EnvWithoutValue": func(b *agentproto.Boot) { b.Env = []string{"A"} },
+		"EnvWithoutName":  func(b *agentproto.Boot) { b.Env = []string{"=A"} },
+		"UserNUL":         func(b *agentproto.Boot) { b.User = "\x00" },
+		"WorkingDir":      func(b *agentproto.Boot) { b.WorkingDir = "srv" },
+		"StopSignal":      func(b *agentproto.Boot) { b.StopSignal = "SIGSTOPPED" },
+	} {
+		b := full()
+		change(b)
+		if _, err := b.Encode(); !errors.Is(err, agentproto.ErrInvalid) {
+			t.Errorf("%s: got error %v, want %v", name, err, agentproto.ErrInvalid)
+		}
+	}
+	b := full()
+	b.Env = []string{"A=" + strings.Repeat("x", agentproto.MaxSize)}
+	if _, err := b.Encode(); !errors.Is(err, agentproto.ErrTooLarge) {
+		t.Errorf("got error %v, want %v", err, agentproto.ErrTooLarge)
+	}
+}
+
+func TestDecode_Invalid(t *testing.T) {
+	block := func(doc string) string { return fmt.Sprintf("smartvm-boot 1 %d\n%s", len(doc), doc) }
+	const least = `{"rootDevice":"/dev/vda","rootType":"ext4"}`
+	if _, err := agentproto.Decode(strings.NewReader(block(least))); err != nil {
+		t.Fatal(err)
+	}
+	for text, want := range map[string]error{
+		"":                                      agentproto.ErrNoBoot,
+		"smartvm-boo":                           agentproto.ErrNoBoot,
+		" " + block(least):                      agentproto.ErrNoBoot,
+		strings.Repeat("\x00", 8192):            agentproto.ErrNoBoot,
+		"smartvm-boot ":                         agentproto.ErrInvalid,
+		"smartvm-boot 1":                        agentproto.ErrInvalid,
+		"smartvm-boot 1 \n":                     agentproto.ErrInvalid,
+		"smartvm-boot 1 -1\n" + least:           agentproto.ErrInvalid,
+		"smartvm-boot 1 99999999999999999999\n": agentproto.ErrInvalid,
+		strings.Replace(block(least), " 1 ", " 2 ", 1): agentproto.ErrInvalid,
+		block(least)[:40]:    agentproto.ErrInvalid,
+		block(least + least): agentproto.ErrInvalid,
+		block(`{}`):          agentproto.ErrInvalid,
+		block(`null`):        agentproto.ErrInvalid,
+		block(`{"rootDevice":"/dev/vda","rootType":"ext4","init":"/x"}`): agentproto.ErrInvalid,
+		block(`{"rootDevice":"/dev/vda","rootType":1}`):                  agentproto.ErrInvalid,
+		block(strings.Repeat("[", 200<<10)):                              agentproto.ErrInvalid,
+	} {
+		if _, err := agentproto.Decode(strings.NewReader(text)); !errors.Is(err, want) {
+			t.Errorf("%.60q: got error %v, want %v", text, err, want)
+		}
+	}
+	if _, err := agentproto.Decode(iotest.ErrReader(io.ErrClosedPipe)); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("got error %v, want that of the reader", err)
+	}
+}
+
+// endless is a drive without an end.
+type endless struct{ read int }
+
+func (e *endless) Read(p []byte) (int, error) {
+	e.read += len(p)
+	return len(p), nil
+}
+
+func TestDecode_Bounded(t *testing.T) {
+	var e endless
+	_, err := agentproto.Decode(io.MultiReader(strings.NewReader("smartvm-boot 1 2147483647\n"), &e))
+	if !errors.Is(err, agentproto.ErrInvalid) || e.read > agentproto.MaxSize {
+		t.Errorf("read %d bytes: %v", e.read, err)
+	}
+}
+
+func TestParseSignal(t *testing.T) {
+	for text, want := range map[string]syscall.Signal{
+		"SIGTERM": syscall.SIGTERM, "term": syscall.SIGTERM, "sigquit": syscall.SIGQUIT, "9": syscall.SIGKILL, "64": 64,
+		"SIGRTMIN": 34, "RTMIN+3": 37, "SIGRTMAX-1": 63, "SIGRTMAX": 64,
+		"": 0, "0": 0, "65": 0, "-1": 0, "+15": 0, "SIG": 0, "SIG15": 0, "SIGRTMIN-1": 0, "SIGRTMIN+31": 0, "SIGRTMAX+1": 0, "RTMIN3": 0,
+		"RTMAX-99": 0, "RTMIN+999999999999": 0, "TERMINATE": 0,
+	} {
+		got, err := agentproto.ParseSignal(text)
+		if got != want || (err == nil) != (want != 0) {
+			t.Errorf("%q: got %d, %v, want %d", text, got, err, want)
+		}
+	}
+}
+
+// FuzzDecode: what is accepted comes back the same when it is encoded again.
+func FuzzDecode(f *testing.F) {
+	data := encode(f, full())
+	f.Add(data)
+	f.Add(data[:30])
+	f.Add([]byte("smartvm-boot 1 2\n{}"))
+	f.Add([]byte("smartvm-boot 1 0\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		want, err := agentproto.Decode(bytes.NewReader(data))
+		if err != nil {
+			return
+		}
+		data, err = want.Encode()
+		if errors.Is(err, agentproto.ErrTooLarge) {
+			return // escapes may be longer than what they stand for
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := agentproto.Decode(bytes.NewReader(data))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
+			t.Error(diff)
+		}
+	})
+}

@@ -1,0 +1,325 @@
+package guestagent
+
+import (
+	"bufio"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/agentproto"
+)
+
+const (
+	maxModuleList = 64 << 10 // bytes
+	sectorSize    = 512
+)
+
+// insertModules inserts the initramfs's kernel modules. Whether one that cannot be inserted is needed will show.
+func insertModules() error {
+	f, err := os.Open(agentproto.ModuleList)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the kernel has all built in
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	paths, err := readModuleList(f)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", agentproto.ModuleList, err)
+	}
+	for _, p := range paths {
+		if err := insertModule(p); err != nil && !errors.Is(err, unix.EEXIST) {
+			say("insert module %s: %v", p, err)
+		}
+	}
+	return nil
+}
+
+func insertModule(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.FinitModule(int(f.Fd()), "", 0)
+}
+
+// readModuleList reads absolute paths, one a line.
+func readModuleList(r io.Reader) ([]string, error) {
+	var paths []string
+	s := bufio.NewScanner(io.LimitReader(r, maxModuleList+1))
+	size := 0
+	for s.Scan() {
+		size += len(s.Bytes()) + 1
+		switch p := s.Text(); {
+		case size > maxModuleList:
+			return nil, fmt.Errorf("more than %d bytes", maxModuleList)
+		case p == "":
+		case p[0] != '/' || path.Clean(p) != p || strings.Contains(p, "\x00"):
+			return nil, fmt.Errorf("%q is no path of a module", p)
+		default:
+			paths = append(paths, p)
+		}
+	}
+	return paths, s.Err()
+}
+
+// findBoot looks at all drives that are small enough. A drive of the image that pretends to be ours does not make it
+// past this: then there are two.
+func findBoot(sys, dev string) (*agentproto.Boot, error) {
+	drives, err := filepath.Glob(filepath.Join(sys, "vd*"))
+	if err != nil {
+		return nil, err
+	}
+	var found *agentproto.Boot
+	var at string
+	for _, drive := range drives {
+		name := filepath.Base(drive)
+		text, err := os.ReadFile(filepath.Join(drive, "size"))
+		if err != nil {
+			return nil, err
+		}
+		sectors, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+		if err != nil || sectors > agentproto.MaxSize/sectorSize {
+			continue
+		}
+		b, err := readBoot(filepath.Join(dev, name))
+		switch {
+		case errors.Is(err, agentproto.ErrNoBoot) || errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return nil, fmt.Errorf("drive %s: %w", name, err)
+		case found != nil:
+			return nil, fmt.Errorf("drives %s and %s both have one", at, name)
+		default:
+			found, at = b, name
+		}
+	}
+	if found == nil {
+		return nil, fmt.Errorf("%w on any drive of at most %d bytes: %w", agentproto.ErrNoBoot, agentproto.MaxSize, errNotYet)
+	}
+	return found, nil
+}
+
+func readBoot(device string) (*agentproto.Boot, error) {
+	f, err := os.Open(device)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return agentproto.Decode(f)
+}
+
+// filesystem is a mount to make. The source defaults to the kind.
+type filesystem struct {
+	kind, source, target string
+	flags                uintptr
+	data                 string
+}
+
+// mount mounts f, on a directory that it makes where there is none.
+func mount(f filesystem) error {
+	err := os.MkdirAll(f.target, 0o755)
+	if err == nil {
+		err = unix.Mount(cmp.Or(f.source, f.kind), f.target, f.kind, f.flags, f.data)
+	}
+	if err != nil {
+		return fmt.Errorf("mount %s on %s: %w", strings.TrimSpace(f.kind+" "+f.source), f.target, err)
+	}
+	return nil
+}
+
+// Where the layers are put together, in the initramfs.
+const (
+	newRoot    = "/root"
+	lowerDir   = "/lower"
+	scratchDir = "/scratch"
+)
+
+// mountRoot mounts on newRoot what will be the guest's root directory.
+func (g *guest) mountRoot(b *agentproto.Boot) error {
+	if err := awaitDevice(b.RootDevice); err != nil {
+		return err
+	}
+	if b.ScratchDevice != "" {
+		return g.joinScratch(b)
+	}
+	readOnly, err := os.ReadFile(filepath.Join("/sys/class/block", filepath.Base(b.RootDevice), "ro"))
+	if err != nil {
+		return fmt.Errorf("look at drive %s: %w", b.RootDevice, err)
+	}
+	if b.RootType != agentproto.Ext4 || strings.TrimSpace(string(readOnly)) != "0" {
+		return mountReadOnly(b, newRoot)
+	}
+	if err := mount(filesystem{kind: b.RootType, source: b.RootDevice, target: newRoot}); err != nil {
+		return err
+	}
+	return g.keepWritable(newRoot)
+}
+
+func mountReadOnly(b *agentproto.Boot, target string) error {
+	f := filesystem{kind: b.RootType, source: b.RootDevice, target: target, flags: unix.MS_RDONLY}
+	if b.RootType == agentproto.Ext4 {
+		// Without this a journal that was left unfinished would have to be played back, which needs a writable drive.
+		f.data = "noload"
+		if mount(f) == nil {
+			return nil
+		}
+		f.data = ""
+	}
+	return mount(f)
+}
+
+// joinScratch lays the scratch over the root. Their own mounts are detached then: the overlay holds the layers, and the
+// image sees neither.
+func (g *guest) joinScratch(b *agentproto.Boot) error {
+	if err := awaitDevice(b.ScratchDevice); err != nil {
+		return err
+	}
+	if err := mountReadOnly(b, lowerDir); err != nil {
+		return err
+	}
+	if err := mount(filesystem{kind: agentproto.Ext4, source: b.ScratchDevice, target: scratchDir}); err != nil {
+		return err
+	}
+	upper, work := filepath.Join(scratchDir, "upper"), filepath.Join(scratchDir, "work")
+	for _, dir := range []string{upper, work} {
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	err := mount(filesystem{kind: "overlay", target: newRoot, data: "lowerdir=" + lowerDir + ",upperdir=" + upper + ",workdir=" + work})
+	switch {
+	case err == nil:
+		err = g.keepWritable(scratchDir)
+	case errors.Is(err, unix.ENODEV):
+		say("%v: the kernel has no overlayfs, the root stays read-only", err)
+		err = mount(filesystem{source: lowerDir, target: newRoot, flags: unix.MS_BIND})
+	}
+	return errors.Join(err, detach(lowerDir), detach(scratchDir))
+}
+
+func detach(target string) error {
+	if err := unix.Unmount(target, unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("unmount %s: %w", target, err)
+	}
+	return nil
+}
+
+// keepWritable remembers the file system that is mounted at target for makeReadOnly.
+func (g *guest) keepWritable(target string) (err error) {
+	g.writable, err = unix.Open(target, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", target, err)
+	}
+	return nil
+}
+
+// makeReadOnly finishes a file system's journal. Unlike mount(2), fspick(2) does not mind that it is mounted nowhere.
+func makeReadOnly(fd int) error {
+	context, err := unix.Fspick(fd, "", unix.FSPICK_EMPTY_PATH|unix.FSPICK_CLOEXEC)
+	if err == nil {
+		err = unix.FsconfigSetFlag(context, "ro")
+	}
+	if err == nil {
+		err = unix.FsconfigReconfigure(context)
+	}
+	if err != nil {
+		return fmt.Errorf("make the writable drive read-only: %w", err)
+	}
+	return nil
+}
+
+// switchRoot makes newRoot the root directory, and frees the memory of the initramfs. Our own program stays, like any that
+// is running.
+func switchRoot() error {
+	var st unix.Statfs_t
+	if err := unix.Statfs("/", &st); err != nil {
+		return fmt.Errorf("look at the initramfs: %w", err)
+	}
+	if st.Type != unix.RAMFS_MAGIC && st.Type != unix.TMPFS_MAGIC {
+		return errors.New("switch root: / is no initramfs")
+	}
+	if err := errors.Join(detach("/sys"), detach("/dev")); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir("/")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if p := "/" + e.Name(); p != newRoot {
+			_ = os.RemoveAll(p) // what stays takes memory and nothing else
+		}
+	}
+	for _, step := range []func() error{
+		func() error { return unix.Chdir(newRoot) },
+		func() error { return unix.Mount(".", "/", "", unix.MS_MOVE, "") },
+		func() error { return unix.Chroot(".") },
+		func() error { return unix.Chdir("/") },
+	} {
+		if err := step(); err != nil {
+			return fmt.Errorf("switch root: %w", err)
+		}
+	}
+	return nil
+}
+
+// furnish mounts in the image what every system has, and names the guest.
+func furnish(b *agentproto.Boot) error {
+	const safe = unix.MS_NOSUID | unix.MS_NODEV
+	needed := []filesystem{
+		{kind: "proc", target: "/proc", flags: safe | unix.MS_NOEXEC},
+		{kind: "sysfs", target: "/sys", flags: safe | unix.MS_NOEXEC},
+		{kind: "devtmpfs", target: "/dev", flags: unix.MS_NOSUID, data: "mode=755"},
+	}
+	for _, f := range needed {
+		if err := mount(f); err != nil {
+			return err
+		}
+	}
+	usual := []filesystem{
+		{kind: "tmpfs", target: "/run", flags: safe, data: "mode=755"},
+		{kind: "tmpfs", target: "/dev/shm", flags: safe, data: "mode=1777"},
+		{kind: "devpts", target: "/dev/pts", flags: unix.MS_NOSUID | unix.MS_NOEXEC, data: "mode=620,gid=5,ptmxmode=666"},
+	}
+	if len(b.Command) > 0 {
+		usual = append(usual, filesystem{kind: "cgroup2", target: "/sys/fs/cgroup", flags: safe | unix.MS_NOEXEC})
+	}
+	for _, f := range usual {
+		if err := mount(f); err != nil {
+			say("%v", err)
+		}
+	}
+	for name, target := range map[string]string{"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"} {
+		_ = os.Symlink("/proc/self/fd"+target, "/dev/"+name)
+	}
+	if b.Hostname == "" {
+		return nil
+	}
+	if err := unix.Sethostname([]byte(b.Hostname)); err != nil {
+		return fmt.Errorf("set host name: %w", err)
+	}
+	// Images carry the name of the machine that they were made on, and their init sets it. What is written over an image
+	// is the VM's own; a root without that stays as it is.
+	if b.ScratchDevice != "" {
+		f, err := os.OpenFile("/etc/hostname", os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644) // an image's FIFO does not hold us up
+		if err == nil {
+			_, err = f.WriteString(b.Hostname + "\n")
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			say("%v", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,90 @@
+// Package initramfs puts the guest's first program and the kernel modules that it needs into an initramfs.
+package initramfs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strings"
+
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/kernel"
+)
+
+// Options are what goes into an initramfs. Each half may be made alone: the kernel takes one archive behind the other.
+type Options struct {
+	Agent []byte // smartvm-agent, a static program for the guest's architecture; nil: no program
+	// Modules is an unpacked /lib/modules/<Release>, of which the modules that a guest may need are taken; nil: the
+	// kernel has them built in. If it is foreign, pass an os.Root's FS.
+	Modules fs.FS
+	Release string
+}
+
+// MissingError says that a kernel lacks a module without which no image boots. It matches kernel.ErrNoModule.
+type MissingError struct{ Module, Release string }
+
+func (e *MissingError) Error() string {
+	return fmt.Sprintf("kernel %s has no %s, neither built in nor as a module", e.Release, e.Module)
+}
+
+// Unwrap returns kernel.ErrNoModule.
+func (e *MissingError) Unwrap() error { return kernel.ErrNoModule }
+
+// modules returns what a guest may need, in the order of insertion, and which of it must be there. crc32c_generic is what
+// ext4 asks for by an alias, where it is not part of the kernel's library.
+func modules() (names []string, essential map[string]bool) {
+	return []string{
+		"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "failover", "net_failover", "virtio_net",
+		"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport", "virtio-rng",
+		"squashfs", "erofs", "overlay", "crc32c_generic", "ext4",
+	}, map[string]bool{
+		"virtio_mmio": true, "virtio_blk": true, "overlay": true,
+	}
+}
+
+// Build writes an initramfs, uncompressed. The same options give the same bytes. Returns *MissingError, the errors of
+// kernel.Archive's AddModules, and those of w.
+func Build(w io.Writer, o Options) error {
+	var a kernel.Archive
+	var entries []kernel.Entry
+	if o.Agent != nil {
+		device := fs.ModeDevice | fs.ModeCharDevice
+		entries = append(entries,
+			kernel.Entry{Path: "init", Mode: 0o755, Content: o.Agent},
+			kernel.Entry{Path: "dev/console", Mode: device | 0o600, Major: 5, Minor: 1},
+			// What Go's runtime opens in place of a console that there is not.
+			kernel.Entry{Path: "dev/null", Mode: device | 0o666, Major: 1, Minor: 3})
+	}
+	if o.Modules != nil {
+		paths, err := addModules(&a, o)
+		if err != nil {
+			return fmt.Errorf("build initramfs: %w", err)
+		}
+		entries = append(entries, kernel.Entry{Path: agentproto.ModuleList, Mode: 0o644, Content: []byte(strings.Join(paths, "\n"))})
+	}
+	for _, e := range entries {
+		if err := a.Add(e); err != nil {
+			return fmt.Errorf("build initramfs: %w", err)
+		}
+	}
+	return a.Write(w)
+}
+
+func addModules(a *kernel.Archive, o Options) ([]string, error) {
+	all, essential := modules()
+	var there []string
+	for _, name := range all {
+		var trial kernel.Archive // adding them one by one would add dependencies twice
+		_, err := trial.AddModules(o.Modules, o.Release, name)
+		switch {
+		case err == nil:
+			there = append(there, name)
+		case !errors.Is(err, kernel.ErrNoModule):
+			return nil, err
+		case essential[name]:
+			return nil, &MissingError{Module: name, Release: o.Release}
+		}
+	}
+	return a.AddModules(o.Modules, o.Release, there...)
+}
