@@ -12,6 +12,7 @@ import (
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/configure"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/stage"
 )
@@ -67,7 +68,7 @@ func versionErrors(c configure.Call, v firecracker.Version) []error {
 	if err == nil {
 		return nil
 	}
-	return []error{withHint(fmt.Errorf("%w: %w", ErrNotSupported, err), "use a newer Firecracker, or leave the field out")}
+	return []error{hint.Add(fmt.Errorf("%w: %w", ErrNotSupported, err), "use a newer Firecracker, or leave the field out")}
 }
 
 func access(ephemeral, readOnly bool, own *bool) uint32 {
@@ -122,7 +123,7 @@ func (r *resolver) file(field, path string, mode uint32) string {
 func (h *Host) proposal(rec *record) (*proposal, error) {
 	p := &proposal{
 		id: rec.ID, nonce: rec.Nonce, store: h.store, stageDir: h.stageDir(),
-		binary: rec.Binary, jailer: rec.Jailer, uid: rec.UID, cgroup: rec.Cgroup, ephemeral: rec.Ephemeral, copies: rec.Staged, extract: rec.Extract,
+		binary: rec.Binary, jailer: rec.Jailer, uid: rec.UID, cgroup: rec.Cgroup, ephemeral: rec.Ephemeral, copies: rec.Staged, extract: rec.Extract, boot: rec.Boot,
 		reflinks: map[string]bool{}, inodes: map[string]string{}, owners: map[string]*stage.Owner{},
 	}
 	if p.uid == 0 {
@@ -161,19 +162,10 @@ func checkKVM() error {
 	case err == nil:
 		return f.Close()
 	case errors.Is(err, fs.ErrPermission):
-		return withHint(fmt.Errorf("use KVM: %w", err), "add yourself to the group of /dev/kvm (usermod -aG kvm USER) and log in again")
+		return hint.Add(fmt.Errorf("use KVM: %w", err), "add yourself to the group of /dev/kvm (usermod -aG kvm USER) and log in again")
 	case errors.Is(err, fs.ErrNotExist):
-		return withHint(fmt.Errorf("use KVM: %w", err),
+		return hint.Add(fmt.Errorf("use KVM: %w", err),
 			"switch on virtualization in the firmware (nested virtualization in a VM) and load kvm_intel or kvm_amd")
 	}
 	return fmt.Errorf("use KVM: %w", err)
-}
-
-// fileID changes when the file at path does.
-func fileID(path string) string {
-	fi, err := os.Stat(path)
-	if err != nil {
-		return ""
-	}
-	return fmt.Sprint(fi.Sys().(*syscall.Stat_t).Ino, fi.Size(), fi.ModTime().UnixNano())
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/leak"
@@ -28,6 +29,7 @@ import (
 
 func init() {
 	children["crash-life"] = func(args []string) int { return crashChild(args, crashLife) }
+	children["crash-image"] = func(args []string) int { return crashChild(args, crashImage) }
 	children["crash-failing"] = func(args []string) int { return crashChild(args, crashFailing) }
 	children["crash-run"] = func(args []string) int { return crashChild(args, crashRun) }
 	children["crash-recover"] = func(args []string) int { return crashChild(args, crashRecover) }
@@ -47,7 +49,7 @@ func newCrashSite(dir string, launcher smartvm.Launcher, firecracker, jailer str
 		dir: dir, launcher: launcher,
 		options: smartvm.Options{
 			RuntimeDir: filepath.Join(dir, "runtime"), DataDir: filepath.Join(dir, "data"), Launcher: launcher,
-			FirecrackerBinary: firecracker, JailerBinary: jailer,
+			FirecrackerBinary: firecracker, JailerBinary: jailer, Images: image.Options{Agent: []byte("no guest runs it")},
 		},
 		spec: smartvm.Spec{
 			ID: "victim", Name: "victim-name",
@@ -105,6 +107,32 @@ func crashLife(ctx context.Context, site *crashSite) error {
 		return err
 	}
 	return errors.Join(m.Remove(ctx), h.Close())
+}
+
+// crashImage is the life of a VM whose kernel and root come from an image.
+func crashImage(ctx context.Context, site *crashSite) error {
+	site.spec.Image, site.spec.BootSource.KernelImagePath = "tiny", ""
+	return crashLife(ctx, site)
+}
+
+// makeImage makes that image.
+func (s *crashSite) makeImage(t *testing.T) {
+	t.Helper()
+	h, err := smartvm.Open(s.options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	images, err := h.Images()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := image.ImportOptions{Name: "tiny", Kernel: s.spec.BootSource.KernelImagePath, Rootfs: t.TempDir()}
+	if _, err := images.Import(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // crashFailing makes a VM whose start fails late and is undone.
@@ -201,9 +229,13 @@ func TestCrashMatrix(t *testing.T) {
 			matrix     func(*crashMatrix)
 		}{
 			{"life", "crash-life", tinyguest.Idle, (*crashMatrix).again},
+			{"life of an image", "crash-image", tinyguest.Idle, (*crashMatrix).again},
 			{"failing start", "crash-failing", tinyguest.Idle, (*crashMatrix).again},
 			{"run", "crash-run", tinyguest.Reboot, (*crashMatrix).afresh},
 		} {
+			if row.life == "crash-image" && launcher == smartvm.LaunchJailed {
+				continue // what an image adds knows nothing of jails
+			}
 			t.Run(string(launcher)+" "+row.name, func(t *testing.T) {
 				if launcher == smartvm.LaunchJailed {
 					testenv.Require(t, testenv.Root)
@@ -256,6 +288,9 @@ func newCrashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, life
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if life == "crash-image" {
+		x.makeImage(t)
 	}
 	// Once to the end: it makes the directories that stay, and counts the steps.
 	var survived bool

@@ -15,6 +15,7 @@ var effects = journal.Kinds{
 	"lease":   func() journal.Effect { return new(store.Lease) },
 	"tree":    func() journal.Effect { return new(stage.Tree) },
 	"file":    func() journal.Effect { return new(stage.File) },
+	"content": func() journal.Effect { return new(stage.Content) },
 	"kernel":  func() journal.Effect { return new(kernel.Extracted) },
 	"owner":   func() journal.Effect { return new(stage.Owner) },
 	"link":    func() journal.Effect { return new(stage.Link) },

@@ -101,6 +101,13 @@ var effectCases = map[string]effectCase{
 		there:    func(e journal.Effect) bool { return exists(e.(*stage.Tree).Path) },
 		foreign:  func(t *testing.T, e journal.Effect) func() bool { return foreignFile(t, e.(*stage.Tree).Path) },
 	},
+	"content": {
+		describe: func(_ *testing.T, dir string) journal.Effect {
+			return &stage.Content{Path: filepath.Join(dir, "content"), Text: "text", Size: 4096}
+		},
+		there:   func(e journal.Effect) bool { return exists(e.(*stage.Content).Path) },
+		foreign: func(t *testing.T, e journal.Effect) func() bool { return foreignFile(t, e.(*stage.Content).Path) },
+	},
 	"file": {
 		describe: func(t *testing.T, dir string) journal.Effect {
 			source := filepath.Join(dir, "source")

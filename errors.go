@@ -87,19 +87,6 @@ func (e *Exit) String() string {
 	}
 }
 
-// hinted is an error with advice, which is not part of its message.
-type hinted struct {
-	error
-	hint string
-}
-
-func (e *hinted) Unwrap() error { return e.error }
-func (e *hinted) Hint() string  { return e.hint }
-
-func withHint(err error, format string, args ...any) error {
-	return &hinted{err, fmt.Sprintf(format, args...)}
-}
-
 // Hint returns advice on what to do about err, "" if there is none.
 func Hint(err error) string {
 	var h interface{ Hint() string }

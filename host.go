@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -18,11 +17,14 @@ import (
 	"sync"
 	"time"
 
-	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/release"
 	"push.rocks/smartvm/internal/cgroup"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/locate"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/vmm"
 )
 
 // Options configure a Host. The zero value serves.
@@ -32,8 +34,10 @@ type Options struct {
 	// DataDir holds what outlives them. Default: /var/lib/smartvm for root, else .local/share/smartvm in
 	// the user's home.
 	DataDir string `json:"dataDir,omitempty"`
-	// FirecrackerBinary is the VMM. Default: "firecracker" in PATH.
-	FirecrackerBinary string `json:"firecrackerBinaryPath,omitempty"`
+	// FirecrackerBinary is the VMM. Default: of FirecrackerVersion if that is given, else "firecracker" in PATH, else the
+	// newest that is installed: see Binaries.
+	FirecrackerBinary  string `json:"firecrackerBinaryPath,omitempty"`
+	FirecrackerVersion string `json:"firecrackerVersion,omitempty"` // of those installed: "v1.12.1"
 	// JailerBinary is the jailer. Default: "jailer" beside the VMM, else in PATH.
 	JailerBinary string `json:"jailerBinaryPath,omitempty"`
 	// Launcher says how VMMs are started. Default: LaunchJailed for root, else LaunchDirect.
@@ -41,6 +45,11 @@ type Options struct {
 	// EphemeralWritableDrives gives each VM its own copy of the writable drives that do not say whether they
 	// want one. Nil means true.
 	EphemeralWritableDrives *bool `json:"ephemeralWritableDrives,omitempty"`
+	// Images, BaseImages and Binaries say how images and Firecracker are found and fetched. Their directories and Log are the
+	// host's (but for one of BaseImages' own); Offline, Progress and Waiting of Images are for all.
+	Images     image.Options   `json:"-"`
+	BaseImages base.Options    `json:"-"`
+	Binaries   release.Options `json:"-"`
 	// StartTimeout bounds the time from the VMM's start until it has taken its configuration. Default:
 	// DefaultStartTimeout.
 	StartTimeout time.Duration `json:"-"`
@@ -91,15 +100,14 @@ type Host struct {
 
 	dataOnce sync.Once // makes the data directory
 
+	imagesOnce sync.Once
+	images     *image.Store
+	imagesErr  error
+
+	vmms locate.Finder
+
 	mu       sync.Mutex
 	machines map[string]*Machine // those that this process looks after
-	binaries map[string]binary   // VMMs whose version is known, by path
-}
-
-type binary struct {
-	path    string // absolute, no symbolic links: the jailer names the jail after it
-	version firecracker.Version
-	id      string // inode, size and time: what the version was asked of
 }
 
 // Open opens a runtime directory, which it makes if need be. It refuses one that another user could have
@@ -132,12 +140,13 @@ func Open(opts Options) (*Host, error) {
 	}
 	st, err := store.Open(opts.RuntimeDir)
 	if errors.Is(err, store.ErrUnsafe) {
-		err = withHint(err, "remove it, or name another with --runtime-dir: it must be yours alone (mode 0700)")
+		err = hint.Add(err, "remove it, or name another with --runtime-dir: it must be yours alone (mode 0700)")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open runtime directory: %w", err)
 	}
-	h := &Host{opts: opts, store: st, log: opts.Log, machines: map[string]*Machine{}, binaries: map[string]binary{}}
+	h := &Host{opts: opts, store: st, log: opts.Log, machines: map[string]*Machine{}}
+	h.vmms.Binary, h.vmms.Version, h.vmms.Installed = opts.FirecrackerBinary, opts.FirecrackerVersion, h.installed
 	if opts.noCgroup {
 		return h, nil
 	}
@@ -151,7 +160,7 @@ func Open(opts Options) (*Host, error) {
 func (h *Host) RuntimeDir() string { return h.opts.RuntimeDir }
 
 // stageDir is where drives are staged that can be reflinked there. It need not exist.
-func (h *Host) stageDir() string { return filepath.Join(h.opts.DataDir, "staging") }
+func (h *Host) stageDir() string { return filepath.Join(h.opts.DataDir, store.StageDir) }
 
 // Close lets go of the VMs that this process looks after and leaves them running. Recover, in any process, takes them up.
 func (h *Host) Close() error {
@@ -168,7 +177,7 @@ func (h *Host) Close() error {
 
 // Create makes a VM that is ready to be started. The spec is checked against itself and the host, everything wrong
 // is reported at once as joined *FieldErrors, and nothing is left behind then. Returns ErrExists where id
-// or name are taken.
+// or name are taken, image.ErrNotFound where the image is not here.
 func (h *Host) Create(ctx context.Context, spec Spec) (*Machine, error) {
 	m, lock, err := h.create(ctx, spec, false)
 	if err != nil {
@@ -178,7 +187,7 @@ func (h *Host) Create(ctx context.Context, spec Spec) (*Machine, error) {
 }
 
 // create returns the new VM's lock as well, which the caller gives up.
-func (h *Host) create(ctx context.Context, spec Spec, attached bool) (*Machine, *store.Lock, error) {
+func (h *Host) create(ctx context.Context, spec Spec, attached bool) (_ *Machine, _ *store.Lock, err error) {
 	h.dataOnce.Do(func() {
 		if err := errors.Join(store.Secure(h.opts.DataDir), store.Secure(h.stageDir())); err != nil {
 			h.log.Debug("no place for reflinks", "err", err)
@@ -188,6 +197,7 @@ func (h *Host) create(ctx context.Context, spec Spec, attached bool) (*Machine, 
 	if err != nil {
 		return nil, nil, err
 	}
+	defer func() { err = errors.Join(err, rec.Boot.done()) }()
 	rec.Attached = attached
 	m := h.machine(rec)
 	lock, err := h.store.Create(rec.ID)
@@ -207,31 +217,43 @@ func (h *Host) create(ctx context.Context, spec Spec, attached bool) (*Machine, 
 	return m, lock, nil
 }
 
-// Plan says, as JSON, what creating and starting a VM would do to the host, and does none of it.
+// Plan says, as JSON, what creating and starting a VM would do to the host, and does none of it. Of an image, what all
+// its VMs share may be made ready in the data directory.
 func (h *Host) Plan(ctx context.Context, spec Spec) ([]byte, error) {
 	rec, p, err := h.prepare(ctx, spec)
 	if err != nil {
 		return nil, err
 	}
-	return makePlan(&rec.Spec, p).MarshalJSON()
+	data, err := makePlan(&rec.Spec, p).MarshalJSON()
+	return data, errors.Join(err, rec.Boot.done())
 }
 
-// prepare checks spec and gathers what a plan needs, without any effect.
-func (h *Host) prepare(ctx context.Context, spec Spec) (*record, *proposal, error) {
+// prepare checks spec and gathers what a plan needs, without any effect. The caller is done with the record's image some
+// time.
+func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal, err error) {
 	if spec.ID == "" {
 		spec.ID = randomHex(6)
 	}
 	if err := spec.Validate(); err != nil {
 		return nil, nil, err
 	}
-	bin, err := h.firecracker(ctx)
+	bin, err := h.vmms.VMM(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	rec := &record{Version: recordVersion, Nonce: randomHex(4), Created: time.Now().UTC(), ID: spec.ID, Spec: spec}
-	rec.Binary, rec.BinaryVersion = bin.path, bin.version.String()
+	rec = &record{Version: recordVersion, Nonce: randomHex(4), Created: time.Now().UTC(), ID: spec.ID, Spec: spec}
+	if rec.Boot, err = h.bootImage(ctx, &rec.Spec); err != nil {
+		return nil, nil, err
+	}
+	image := rec.Boot
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, image.done())
+		}
+	}()
+	rec.Binary, rec.BinaryVersion = bin.Path, bin.Version.String()
 	if h.opts.Launcher == LaunchJailed {
-		if rec.Jailer, err = h.jailer(bin); err != nil {
+		if rec.Jailer, err = locate.Jailer(bin, h.opts.JailerBinary); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -239,10 +261,15 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (*record, *proposal, erro
 		rec.Cgroup = filepath.Join(h.cgroup, rec.ID+"-"+rec.Nonce)
 	}
 	rec.Ephemeral = h.opts.EphemeralWritableDrives == nil || *h.opts.EphemeralWritableDrives
-	if rec.Extract, err = resolve(&rec.Spec, bin.version, rec.Ephemeral); err != nil {
+	if rec.Extract, err = resolve(&rec.Spec, bin.Version, rec.Ephemeral); err != nil {
 		return nil, nil, err
 	}
-	p, err := h.proposal(rec)
+	if rec.Boot != nil && rec.Boot.Guest != nil { // a file that is made with the VM
+		rec.Spec.Drives = append(rec.Spec.Drives, Drive{
+			DriveID: guestDrive, PathOnHost: filepath.Join(h.store.Dir(rec.ID), store.GuestFile), IsReadOnly: true,
+		})
+	}
+	p, err = h.proposal(rec)
 	return rec, p, err
 }
 
@@ -263,7 +290,7 @@ func (h *Host) Machine(_ context.Context, ref string) (*Machine, error) {
 		return nil, fmt.Errorf("VM %q: %w: %s begin so", ref, ErrNotFound, strings.Join(ids, ", "))
 	}
 	if len(ids) == 0 || ref == "" {
-		return nil, withHint(fmt.Errorf("VM %q: %w", ref, ErrNotFound), "smartvm ps lists the VMs there are")
+		return nil, hint.Add(fmt.Errorf("VM %q: %w", ref, ErrNotFound), "smartvm ps lists the VMs there are")
 	}
 	return h.byID(ids[0])
 }
@@ -299,70 +326,6 @@ func (h *Host) Machines(context.Context) ([]*Machine, error) {
 		}
 	}
 	return all, nil
-}
-
-// firecracker finds the VMM and its version, which it asks once for each file.
-func (h *Host) firecracker(ctx context.Context) (binary, error) {
-	name := h.opts.FirecrackerBinary
-	if name == "" {
-		name = "firecracker"
-	}
-	hint := "install Firecracker " + firecracker.MinVersion.String() + " or newer, or name it with --firecracker"
-	path, err := findBinary(name)
-	if err != nil {
-		return binary{}, withHint(fmt.Errorf("find Firecracker: %w", err), "%s", hint)
-	}
-	b := binary{path: path, id: fileID(path)}
-	h.mu.Lock()
-	known, ok := h.binaries[path]
-	h.mu.Unlock()
-	if ok && known.id == b.id {
-		return known, nil
-	}
-	if b.version, err = vmm.Version(ctx, path); err != nil {
-		return binary{}, withHint(err, "is it Firecracker? %s", hint)
-	}
-	if !b.version.AtLeast(firecracker.MinVersion) {
-		return binary{}, withHint(fmt.Errorf("%s is Firecracker %s: %w", path, b.version, ErrNotSupported), "%s", hint)
-	}
-	h.mu.Lock()
-	h.binaries[path] = b
-	h.mu.Unlock()
-	return b, nil
-}
-
-func (h *Host) jailer(vmm binary) (string, error) {
-	if os.Geteuid() != 0 {
-		return "", withHint(fmt.Errorf("jail VMM: %w", fs.ErrPermission), "the jailer needs root; --launcher direct does not")
-	}
-	if !strings.Contains(filepath.Base(vmm.path), "firecracker") {
-		return "", withHint(fmt.Errorf("jail VMM: the jailer takes no file named %q", filepath.Base(vmm.path)),
-			"its name must contain \"firecracker\"")
-	}
-	name := h.opts.JailerBinary
-	if name == "" {
-		name = filepath.Join(filepath.Dir(vmm.path), "jailer")
-		if _, err := os.Stat(name); err != nil {
-			name = "jailer"
-		}
-	}
-	path, err := findBinary(name)
-	if err != nil {
-		return "", withHint(fmt.Errorf("find jailer: %w", err), "it comes with Firecracker; name it with --jailer, or do without: --launcher direct")
-	}
-	return path, nil
-}
-
-// findBinary returns the program that name leads to, free of symbolic links.
-func findBinary(name string) (string, error) {
-	path, err := exec.LookPath(name)
-	if err != nil {
-		return "", err
-	}
-	if path, err = filepath.Abs(path); err != nil {
-		return "", err
-	}
-	return filepath.EvalSymlinks(path)
 }
 
 func randomHex(n int) string {

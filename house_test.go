@@ -96,7 +96,7 @@ func ring(dir string) int {
 	switch {
 	case dir == ".":
 		return 1
-	case dir == "internal/cli", dir == "internal/supervise", strings.HasPrefix(dir, "cmd/"), strings.HasPrefix(dir, "internal/tools/"):
+	case dir == "internal/cli", strings.HasPrefix(dir, "internal/cli/"), dir == "internal/supervise", strings.HasPrefix(dir, "cmd/"), strings.HasPrefix(dir, "internal/tools/"):
 		return 2
 	}
 	return 0

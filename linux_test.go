@@ -21,6 +21,7 @@ import (
 // Tests of real Linux guests. Where this machine's KVM boots none, they run in the lab.
 func TestInLab(t *testing.T) {
 	testenv.Require(t, testenv.Lab)
+	t.Setenv(dataVariable, makeImages(t))
 	testenv.RunInLab(t, "^TestLinux")
 }
 

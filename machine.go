@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/logfile"
 	"push.rocks/smartvm/internal/stage"
@@ -54,6 +55,9 @@ func (m *Machine) Name() string { return m.rec.Spec.Name }
 
 // Spec is what was asked for, with absolute paths. It must not be changed.
 func (m *Machine) Spec() Spec { return m.rec.Spec }
+
+// Firecracker is the path of the VMM that the VM was made with.
+func (m *Machine) Firecracker() string { return m.rec.Binary }
 
 // RuntimeDir is the VM's own directory.
 func (m *Machine) RuntimeDir() string { return m.host.store.Dir(m.rec.ID) }
@@ -106,7 +110,7 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 			file.Progress = func(done, total int64) { m.host.opts.Progress(filepath.Base(file.Target), done, total) }
 		}
 		if err := j.Do(ctx, e); errors.Is(err, unix.ENOSPC) {
-			return withHint(err, "free space there, name another --runtime-dir, keep the image and --data-dir on one XFS or btrfs, or write in place with \"ephemeral\": false")
+			return hint.Add(err, "free space there, name another --runtime-dir, keep the image and --data-dir on one XFS or btrfs, or write in place with \"ephemeral\": false")
 		} else if err != nil {
 			return err
 		}

@@ -1,6 +1,7 @@
 package smartvm
 
 import (
+	"bytes"
 	"encoding/json"
 	"path/filepath"
 	"slices"
@@ -30,6 +31,7 @@ type proposal struct {
 	reflinks  map[string]bool         // by path: a copy can be a reflink
 	inodes    map[string]string       // of files that are written in place, by path: their lease
 	owners    map[string]*stage.Owner // of those, by path, who must be lent to the jail's user
+	boot      *boot                   // of a VM with an image
 }
 
 // plan is what making and starting a VM does to the host, in order, and what the VMM is told. Making one has
@@ -99,6 +101,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 	if s.Name != "" {
 		pl.Create = append(pl.Create, p.store.Lease("name", s.Name, p.id))
 	}
+	pl.Create = append(pl.Create, p.boot.effects(dir, p.id+"-"+p.nonce)...)
 	devs := devices(s, p)
 	for _, t := range []struct {
 		path    string
@@ -142,6 +145,22 @@ func makePlan(s *Spec, p *proposal) *plan {
 	}
 	pl.Calls = configure.Calls(s)
 	return pl
+}
+
+// effects say that a VM uses its image, and write down what its guest is told.
+func (b *boot) effects(dir, vm string) []journal.Effect {
+	if b == nil {
+		return nil
+	}
+	var all []journal.Effect
+	for _, users := range b.Users {
+		all = append(all, &stage.Link{Path: filepath.Join(users, vm), Target: dir})
+	}
+	if b.Guest != nil {
+		block, _ := b.Guest.Encode() // was done before
+		all = append(all, &stage.Content{Path: filepath.Join(dir, store.GuestFile), Text: string(bytes.TrimRight(block, "\x00")), Size: int64(len(block))})
+	}
+	return all
 }
 
 // MarshalJSON is what --dry-run prints.

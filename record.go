@@ -29,6 +29,7 @@ type record struct {
 	Cgroup        string    `json:"cgroup,omitempty"`
 	Ephemeral     bool      `json:"ephemeralWritableDrives"`
 	Extract       bool      `json:"extract,omitempty"` // the kernel is a bzImage
+	Boot          *boot     `json:"boot,omitempty"`    // of a VM with an image
 	// Staged tells by device id how its copy was made.
 	Staged map[string]StagedDrive `json:"staged,omitempty"`
 	// Attached: the VM is one call's, it must not outlive who made it.

@@ -20,5 +20,6 @@ type (
 	Serial           = spec.Serial
 	Pmem             = spec.Pmem
 	MemoryHotplug    = spec.MemoryHotplug
+	Scratch          = spec.Scratch
 	FieldError       = spec.FieldError
 )

@@ -63,8 +63,14 @@ const oursSpec = `{
   "cpuConfig": {"kvm_capabilities": ["!121"]}
 }`
 
+const imageSpec = `{
+  "bootSource": {}, "machineConfig": {"vcpuCount": 1, "memSizeMib": 512},
+  "image": "debian:12", "kernel": "host", "scratch": {"sizeMib": 512, "keep": "db"}, "hostname": "web",
+  "entrypoint": ["/bin/sh", "-c"], "command": ["id"], "env": ["A=b"], "user": "nobody", "workingDir": "/tmp"
+}`
+
 func TestParseSpec_RoundTrip(t *testing.T) {
-	for name, in := range map[string]string{"original": originalSpec, "ours": oursSpec} {
+	for name, in := range map[string]string{"original": originalSpec, "ours": oursSpec, "image": imageSpec} {
 		t.Run(name, func(t *testing.T) {
 			spec, err := vmspec.Parse([]byte(in))
 			if err != nil {
@@ -96,7 +102,7 @@ func TestParseSpec_SamplesAreWhole(t *testing.T) {
 	}
 	for _, tag := range tags {
 		name, _, _ := strings.Cut(tag[:strings.IndexByte(tag, '"')], ",")
-		if !strings.Contains(originalSpec+oursSpec, `"`+name+`":`) {
+		if !strings.Contains(originalSpec+oursSpec+imageSpec, `"`+name+`":`) {
 			t.Errorf("no sample has the field %q", name)
 		}
 	}

@@ -26,6 +26,25 @@ type Spec struct {
 	Metrics           *Metrics           `json:"metrics,omitempty"`
 
 	// The rest is ours.
+
+	// Image is what the VM boots, in place of a kernel and a root drive of its own: the name of an image on this host, which
+	// is pulled before. Its file system is shared by all its VMs and stays as it is; what the guest writes goes to Scratch.
+	Image string `json:"image,omitempty"`
+	// Kernel is the image whose kernel Image boots with, or "host" for this machine's. Empty: Image's own, else the one
+	// of the image "kernel", else this machine's. BootSource.KernelImagePath goes before all.
+	Kernel string `json:"kernel,omitempty"`
+	// Scratch takes what the guest of an image writes.
+	Scratch *Scratch `json:"scratch,omitempty"`
+	// Command, Entrypoint, Env, User and WorkingDir say what runs in an image, in place of what the image says, or, of
+	// Env (NAME=VALUE), in addition. Entrypoint goes before Command. An image that says nothing runs its own init.
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Command    []string `json:"command,omitempty"`
+	Env        []string `json:"env,omitempty"`
+	User       string   `json:"user,omitempty"`       // name or uid, and optionally :group or :gid
+	WorkingDir string   `json:"workingDir,omitempty"` // absolute
+	// Hostname is the guest's. Empty: Name, else ID.
+	Hostname string `json:"hostname,omitempty"`
+
 	Entropy       *Entropy        `json:"entropy,omitempty"`
 	Serial        *Serial         `json:"serial,omitempty"`        // Firecracker ≥ 1.16
 	Pmem          []Pmem          `json:"pmem,omitempty"`          // Firecracker ≥ 1.14
@@ -33,11 +52,23 @@ type Spec struct {
 	CPUConfig     json.RawMessage `json:"cpuConfig,omitempty"`     // a CPU template in the VMM's own form, an object
 }
 
+// Scratch is a sparse disk. The zero value is one of DefaultScratchMiB that goes with the VM.
+type Scratch struct {
+	SizeMiB int `json:"sizeMib,omitempty"` // MiB, ≥ 16; of one that is kept, only when it is made
+	// Keep is the name under which the disk outlives the VM, and by which a later VM gets it: 1-64 of [A-Za-z0-9_.-],
+	// beginning with a letter or digit. One VM at a time can have it.
+	Keep string `json:"keep,omitempty"`
+}
+
+// DefaultScratchMiB is the size of a scratch disk, of which only what is written takes space.
+const DefaultScratchMiB = 4096
+
 // BootSource is what the guest boots.
 type BootSource struct {
 	// KernelImagePath is an ELF vmlinux or a bzImage, from which the vmlinux is extracted when the VM is made
 	// (x86_64), or a PE Image (aarch64).
-	KernelImagePath string `json:"kernelImagePath"`
+	// Required, but with an Image.
+	KernelImagePath string `json:"kernelImagePath,omitempty"`
 	InitrdPath      string `json:"initrdPath,omitempty"`
 	// BootArgs replaces the VMM's default kernel command line. Under 2048 bytes with what the VMM adds.
 	// Empty: DefaultBootArgs.

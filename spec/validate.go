@@ -28,6 +28,7 @@ const (
 func (s Spec) Validate() error {
 	var p problems
 	s.checkIdentity(&p)
+	s.checkImage(&p)
 	s.checkMachine(&p)
 	s.checkStorage(&p)
 	s.checkNetwork(&p)
@@ -128,7 +129,9 @@ func (s Spec) checkIdentity(p *problems) {
 
 func (s Spec) checkMachine(p *problems) {
 	b, m := s.BootSource, s.MachineConfig
-	p.hostPath("bootSource.kernelImagePath", b.KernelImagePath, maxPathBytes)
+	if s.Image == "" || b.KernelImagePath != "" {
+		p.hostPath("bootSource.kernelImagePath", b.KernelImagePath, maxPathBytes)
+	}
 	if b.InitrdPath != "" {
 		p.hostPath("bootSource.initrdPath", b.InitrdPath, maxPathBytes)
 	}
@@ -153,6 +156,9 @@ func (s Spec) checkMachine(p *problems) {
 
 func (s Spec) checkStorage(p *problems) {
 	seen, root := map[string]string{}, ""
+	if s.Image != "" {
+		seen[RootDrive], seen[ScratchDrive], seen[GuestDrive], root = "image's", "image's", "image's", "image's"
+	}
 	oneRoot := func(path string, isRoot bool) {
 		p.require(!isRoot || root == "", path, nil, "cannot be a root device too: "+root+" is one")
 		if isRoot {

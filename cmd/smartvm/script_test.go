@@ -97,10 +97,13 @@ func leave(t testing.TB, dir string) {
 			t.Error(err)
 		}
 	}
-	for _, empty := range []string{filepath.Join(dir, ".leases"), dir, filepath.Join(dir+".data", "staging"), dir + ".data"} {
+	for _, empty := range []string{filepath.Join(dir, ".leases"), dir, filepath.Join(dir+".data", "staging")} {
 		if err := os.Remove(empty); err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Error(err)
 		}
+	}
+	if err := os.RemoveAll(dir + ".data"); err != nil {
+		t.Error(err)
 	}
 }
 

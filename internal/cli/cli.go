@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/supervise"
 )
@@ -90,6 +91,7 @@ type app struct {
 	global  globals
 	json    bool // -o json
 	copying human.Progress
+	images  *images.Shell
 }
 
 func (a *app) root() *cobra.Command {
@@ -127,14 +129,27 @@ func (a *app) root() *cobra.Command {
 	root.SetUsageFunc(func(cmd *cobra.Command) error { help(cmd, nil); return nil })
 	root.SetFlagErrorFunc(flagError)
 	a.global.flags(root)
+	a.images = a.imageShell()
 	for _, command := range []func(*app) *cobra.Command{
 		newRun, newCreate, newStart, newStop, newPause, newResume, newRemove, newPS, newInspect, newLogs, newConsole, newWait, newGC, newVersion,
 	} {
 		root.AddCommand(command(a))
 	}
+	root.AddCommand(a.images.Commands()...)
 	root.SetHelpCommand(newHelp())
 	root.InitDefaultCompletionCmd()
 	return root
+}
+
+// imageShell is what the commands about images need of this one.
+func (a *app) imageShell() *images.Shell {
+	return &images.Shell{
+		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr,
+		JSON: func() bool { return a.json }, Terminal: func() bool { return terminal(a.Stderr) },
+		Status: a.status, Host: a.peek, Takes: takes,
+		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
+		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },
+	}
 }
 
 // status shows on a terminal what takes longer than a second.

@@ -1,44 +1,47 @@
 package cli
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/cli/dryrun"
+	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/vmflags"
 )
 
 type createCommand struct {
 	*app
 	vm     vmflags.Flags
+	pull   images.PullPolicy
 	dryRun bool
 }
 
 func newCreate(a *app) *cobra.Command {
 	c := &createCommand{app: a}
 	cmd := &cobra.Command{
-		Use:   "create [flags]",
+		Use:   "create [flags] [IMAGE [COMMAND...]]",
 		Short: "Create a VM without starting it",
-		Long:  "Create a VM without starting it, and print its id.",
-		Example: "  smartvm create -f vm.json\n" +
+		Long:  "Create a VM without starting it, and print its id. See smartvm run for IMAGE.",
+		Example: "  smartvm create --name web debian:12\n" +
+			"  smartvm create -f vm.json\n" +
 			"  smartvm create --name db -k vmlinux --drive rootfs.ext4,root -c 2 -m 1G",
-		Args: takes(0, 0, "flags only"),
+		Args: cobra.ArbitraryArgs,
 		RunE: c.run,
 	}
+	cmd.Flags().SetInterspersed(false)
 	c.vm.Add(cmd.Flags())
+	c.pull.Flag(cmd)
 	cmd.Flags().BoolVar(&c.dryRun, "dry-run", false, "print what would be done, and do nothing")
 	return cmd
 }
 
-func (c *createCommand) run(cmd *cobra.Command, _ []string) error {
+func (c *createCommand) run(cmd *cobra.Command, args []string) error {
 	ctx := cmd.Context()
-	vm, err := c.build(&c.vm)
+	vm, err := c.build(ctx, &c.vm, args, &c.pull)
 	if err != nil {
 		return err
 	}
@@ -60,15 +63,22 @@ func (c *createCommand) run(cmd *cobra.Command, _ []string) error {
 }
 
 // build makes a VM's configuration. That it makes no sense is a usage error.
-func (a *app) build(flags *vmflags.Flags) (smartvm.Spec, error) {
-	vm, err := flags.Build(a.Stdin)
+func (a *app) build(ctx context.Context, flags *vmflags.Flags, args []string, pull *images.PullPolicy) (smartvm.Spec, error) {
+	vm, err := flags.Build(a.Stdin, args)
 	errs := flatten(err)
 	for i, err := range errs {
 		if _, ok := err.(*smartvm.FieldError); !ok { //nolint:errorlint // wrapped, it would be another's
 			errs[i] = &usageError{err: err}
 		}
 	}
-	return vm, errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil || vm.Image == "" {
+		return vm, err
+	}
+	// What makes no sense is said before anything is fetched.
+	if err := vm.Validate(); err != nil {
+		return vm, err
+	}
+	return vm, a.images.Ensure(ctx, &vm, pull)
 }
 
 // plan shows what making and starting a VM would do.
@@ -85,49 +95,5 @@ func (a *app) plan(ctx context.Context, vm smartvm.Spec) error {
 	if a.json {
 		return writeJSON(a.Stdout, json.RawMessage(data))
 	}
-	type step struct {
-		Kind   string          `json:"kind"`
-		Effect json.RawMessage `json:"effect"`
-	}
-	var plan struct {
-		Create, Run []step
-		Argv        []string
-		Calls       []struct {
-			Path string          `json:"path"`
-			Body json.RawMessage `json:"body"`
-		}
-	}
-	if err := json.Unmarshal(data, &plan); err != nil {
-		return fmt.Errorf("read plan: %w", err)
-	}
-	for _, part := range []struct {
-		title string
-		steps []step
-	}{{"To create it, until it is removed:", plan.Create}, {"To start it, until it has stopped:", plan.Run}} {
-		fmt.Fprintln(a.Stdout, part.title)
-		for _, s := range part.steps {
-			fmt.Fprintf(a.Stdout, "  %-8s %s\n", s.Kind, members(s.Effect))
-		}
-	}
-	fmt.Fprintf(a.Stdout, "The VMM's command line:\n  %s\nWhat it is told:\n", strings.Join(plan.Argv, " "))
-	for _, c := range plan.Calls {
-		fmt.Fprintf(a.Stdout, "  %-18s %s\n", c.Path, members(c.Body))
-	}
-	return nil
-}
-
-// members shows an object's members in their order, one level deep.
-func members(object json.RawMessage) string {
-	var parts []string
-	dec := json.NewDecoder(bytes.NewReader(object))
-	_, _ = dec.Token()
-	for dec.More() {
-		key, err := dec.Token()
-		var value json.RawMessage
-		if err != nil || dec.Decode(&value) != nil {
-			return string(object)
-		}
-		parts = append(parts, fmt.Sprintf("%s=%s", key, bytes.Trim(value, `"`)))
-	}
-	return strings.Join(parts, " ")
+	return dryrun.Print(a.Stdout, data)
 }

@@ -11,17 +11,22 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/internal/supervise"
 )
 
 // globals are the settings that every command has.
 type globals struct {
 	runtimeDir, dataDir, firecracker, jailer string
-	launcher                                 string
-	ephemeral                                bool
+	launcher, version                        string
+	ephemeral, offline                       bool
+	mirrors                                  []string
+	manifest                                 string
 	output                                   string
 	logLevel                                 string
 	verbose                                  bool
@@ -35,9 +40,13 @@ func (g *globals) flags(root *cobra.Command) {
 	f.StringVar(&g.runtimeDir, "runtime-dir", "", "where VMs are kept, a `dir` on tmpfs if possible [$SMARTVM_RUNTIME_DIR]")
 	f.StringVar(&g.dataDir, "data-dir", "", "where what outlives them is kept, a `dir` [$SMARTVM_DATA_DIR]")
 	f.StringVar(&g.firecracker, "firecracker", "", "`path` of the VMM, if not in PATH [$SMARTVM_FIRECRACKER]")
+	f.StringVar(&g.version, "firecracker-version", "", "`version` of the VMM, of those installed")
 	f.StringVar(&g.jailer, "jailer", "", "`path` of the jailer, if not beside the VMM [$SMARTVM_JAILER]")
 	f.StringVar(&g.launcher, "launcher", "", "`how` to start the VMM: jailer (what root gets) or direct")
 	f.BoolVar(&g.ephemeral, "ephemeral-writable-drives", true, "give each VM a copy of its writable drives")
+	f.BoolVar(&g.offline, "offline", false, "fetch nothing")
+	f.StringSliceVar(&g.mirrors, "registry-mirror", nil, "registry `host` to ask first; may be repeated [$SMARTVM_REGISTRY_MIRROR]")
+	f.StringVar(&g.manifest, "base-manifest", "", "manifest of base:hosted, a `path` or URL [$SMARTVM_BASE_MANIFEST]")
 	f.StringVarP(&g.output, "output", "o", "table", "`form` of the output: table or json")
 	f.StringVar(&g.logLevel, "log-level", "warn", "what to log on stderr: `level` debug, info, warn or error")
 	f.BoolVarP(&g.verbose, "verbose", "v", false, "the same as --log-level debug")
@@ -52,8 +61,12 @@ func (g *globals) flags(root *cobra.Command) {
 func (g *globals) finish(a *app) error {
 	for name, to := range map[string]*string{
 		"SMARTVM_RUNTIME_DIR": &g.runtimeDir, "SMARTVM_DATA_DIR": &g.dataDir, "SMARTVM_FIRECRACKER": &g.firecracker, "SMARTVM_JAILER": &g.jailer,
+		"SMARTVM_BASE_MANIFEST": &g.manifest,
 	} {
 		*to = cmp.Or(*to, os.Getenv(name))
+	}
+	if mirrors := os.Getenv("SMARTVM_REGISTRY_MIRROR"); len(g.mirrors) == 0 && mirrors != "" {
+		g.mirrors = strings.Split(mirrors, ",")
 	}
 	switch {
 	case !slices.Contains([]string{"table", "json"}, g.output):
@@ -102,10 +115,18 @@ func (a *app) peek() (*smartvm.Host, error) {
 	if home := os.Getenv("XDG_DATA_HOME"); dataDir == "" && filepath.IsAbs(home) && os.Geteuid() != 0 {
 		dataDir = filepath.Join(home, "smartvm")
 	}
-	return smartvm.Open(smartvm.Options{
-		RuntimeDir: g.runtimeDir, DataDir: dataDir, FirecrackerBinary: g.firecracker, JailerBinary: g.jailer,
+	o := smartvm.Options{
+		RuntimeDir: g.runtimeDir, DataDir: dataDir, FirecrackerBinary: g.firecracker, FirecrackerVersion: g.version, JailerBinary: g.jailer,
 		Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
-	})
+	}
+	o.Images = image.Options{Offline: g.offline, Progress: a.images.Progress, Waiting: a.images.Waiting}
+	o.Images.OCI = oci.Options{Keychain: authn.DefaultKeychain, Mirrors: g.mirrors, Stdin: a.Stdin}
+	if strings.Contains(g.manifest, "://") {
+		o.BaseImages.ManifestURL = g.manifest
+	} else {
+		o.BaseImages.ManifestPath = g.manifest
+	}
+	return smartvm.Open(o)
 }
 
 // label is what people call a VM.

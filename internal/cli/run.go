@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/supervise"
 	"push.rocks/smartvm/internal/vmflags"
 )
@@ -20,6 +21,7 @@ import (
 type runCommand struct {
 	*app
 	vm             vmflags.Flags
+	pull           images.PullPolicy
 	detach, remove bool
 	dryRun         bool
 	stopTimeout    vmflags.Seconds
@@ -28,23 +30,29 @@ type runCommand struct {
 func newRun(a *app) *cobra.Command {
 	c := &runCommand{app: a}
 	cmd := &cobra.Command{
-		Use:   "run [flags]",
+		Use:   "run [flags] [IMAGE [COMMAND...]]",
 		Short: "Create and start a VM, and remove it when it ends",
 		Long: "Create and start a VM, show its console, and remove it when it ends. Ctrl-C asks\n" +
 			"the guest to shut down, a second one kills it.\n\n" +
+			"IMAGE is what smartvm image pull or import takes or has made; it is pulled if it\n" +
+			"is not here. COMMAND runs in it in place of its own. What the guest writes goes\n" +
+			"away with the VM, unless --keep is given.\n\n" +
 			"With -d the VM runs on by itself and its id is printed. It is kept when it ends,\n" +
 			"unless --rm is given.\n\n" +
 			"The exit code is 0 when the guest shut down or rebooted, 137 when it was killed,\n" +
 			"2 when something is wrong with what was asked for, 130 after Ctrl-C, and 125\n" +
 			"when smartvm or the VMM failed.",
-		Example: "  smartvm run -k vmlinux --initrd initramfs.cpio -m 256M\n" +
+		Example: "  smartvm run debian:12 -- uname -a\n" +
+			"  smartvm run -k vmlinux --initrd initramfs.cpio -m 256M\n" +
 			"  smartvm run -k vmlinux --drive rootfs.ext4,root --drive data.img:ro\n" +
 			"  smartvm run -d --rm --name web -f vm.json",
-		Args: takes(0, 0, "flags only"),
+		Args: cobra.ArbitraryArgs,
 		RunE: c.run,
 	}
 	f := cmd.Flags()
+	f.SetInterspersed(false) // what follows the image is the command's
 	c.vm.Add(cmd.Flags())
+	c.pull.Flag(cmd)
 	f.BoolVarP(&c.detach, "detach", "d", false, "let the VM run by itself and print its id")
 	f.BoolVar(&c.remove, "rm", false, "with -d, remove the VM when it ends")
 	c.stopTimeout = vmflags.Seconds(smartvm.DefaultStopTimeout)
@@ -53,9 +61,9 @@ func newRun(a *app) *cobra.Command {
 	return cmd
 }
 
-func (c *runCommand) run(cmd *cobra.Command, _ []string) error {
+func (c *runCommand) run(cmd *cobra.Command, args []string) error {
 	ctx := cmd.Context()
-	vm, err := c.build(&c.vm)
+	vm, err := c.build(ctx, &c.vm, args, &c.pull)
 	if err != nil {
 		return err
 	}

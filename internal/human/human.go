@@ -77,7 +77,10 @@ func (p *Progress) Text(time.Duration) string {
 
 // Size is a number of bytes for people.
 func Size(n int64) string {
-	if n < 1<<30 {
+	switch {
+	case n < 1<<20:
+		return fmt.Sprintf("%d KiB", n>>10)
+	case n < 1<<30:
 		return fmt.Sprintf("%d MiB", n>>20)
 	}
 	return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))

@@ -28,6 +28,32 @@ func (t *Tree) Revert(context.Context) error {
 	return nil
 }
 
+// Content is a small file. Its directory must be ours alone.
+type Content struct {
+	Path string `json:"path"`
+	Text string `json:"text"`
+	Size int64  `json:"size"` // bytes, zeros after the text
+}
+
+func (c *Content) Apply(context.Context) error {
+	f, err := os.OpenFile(c.Path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644) // a VMM in a jail is another user
+	if err != nil {
+		return fmt.Errorf("write file: %w", err)
+	}
+	_, err = f.WriteString(c.Text)
+	if err = errors.Join(err, f.Truncate(c.Size), f.Chmod(0o644), f.Close()); err != nil {
+		return fmt.Errorf("write file: %w", err)
+	}
+	return nil
+}
+
+func (c *Content) Revert(context.Context) error {
+	if err := os.Remove(c.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove file: %w", err)
+	}
+	return nil
+}
+
 // Link is a symbolic link at a place that others may write too.
 type Link struct {
 	Path   string `json:"path"`

@@ -17,6 +17,7 @@ const (
 	SuperviseLog  = "supervise.log"   // what a detached VM's own process did, the newest part
 	AutoRemove    = "autoremove"      // there: the VM is removed when it ends
 	RotatedSuffix = ".1"              // added to a log's name: its older half
+	GuestFile     = "guest"           // what the first program of an image's guest is told
 	DriveDir      = "drives"          // staged copies, by device id
 	RunDir        = "run"             // what one run makes
 
@@ -35,4 +36,12 @@ const (
 	InitrdFile  = "initrd"
 	VsockFile   = "vsock.socket"
 	DevicesDir  = "drives" // drives and pmem files, by device id
+
+	// In a data directory:
+
+	ImageDir  = "images"
+	VolumeDir = "volumes"
+	BinaryDir = "bin"         // Firecracker, a directory a version
+	BaseDir   = "base-images" // Firecracker's own images, a directory a bundle
+	StageDir  = "staging"     // a VM's own copies of drives whose source shares a reflink file system with it
 )

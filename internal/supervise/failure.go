@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/image"
 )
 
 // Failure is an error that goes from one process to another, or to a program that reads JSON.
@@ -30,6 +31,8 @@ const (
 	CodeState        = "INVALID_STATE"
 	CodeNotSupported = "NOT_SUPPORTED"
 	CodeInterrupted  = "INTERRUPTED"
+	CodeInUse        = "IN_USE"
+	CodeOffline      = "OFFLINE"
 	CodeFailed       = "FAILED"
 )
 
@@ -59,8 +62,12 @@ func code(err error, fields bool) string {
 		return CodeInvalid
 	case errors.Is(err, context.Canceled):
 		return CodeInterrupted
-	case errors.Is(err, smartvm.ErrNotFound):
+	case errors.Is(err, smartvm.ErrNotFound), errors.Is(err, image.ErrNotFound):
 		return CodeNotFound
+	case errors.As(err, new(*image.InUseError)):
+		return CodeInUse
+	case errors.Is(err, image.ErrOffline):
+		return CodeOffline
 	case errors.Is(err, smartvm.ErrExists):
 		return CodeExists
 	case errors.Is(err, smartvm.ErrState):

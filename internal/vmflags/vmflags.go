@@ -24,17 +24,22 @@ type Flags struct {
 	file                   string
 	kernel, initrd, append string
 	cpus                   int
-	memory                 memory
+	memory                 Memory
 	drives                 []string
 	name, id               string
 	labels, nets           []string
 	vsock                  string
+
+	entrypoint, user, workdir, hostname, keep string
+	env                                       []string
+	scratch                                   Memory
 }
 
 // What a VM gets that is configured by flags alone.
 const (
 	defaultCPUs   = 1
 	defaultMemory = 128 // MiB
+	imageMemory   = 512 // MiB, of one that boots an image
 	defaultCID    = 3
 )
 
@@ -44,7 +49,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.SortFlags = false
 	s.memory = defaultMemory
 	f.StringVarP(&s.file, "file", "f", "", "JSON `file` with the configuration, - for stdin; other flags override it")
-	f.StringVarP(&s.kernel, "kernel", "k", "", "vmlinux or bzImage at `path`")
+	f.StringVarP(&s.kernel, "kernel", "k", "", "vmlinux or bzImage at `path`; of an image, also the name of one with a kernel, or host")
 	f.StringVar(&s.initrd, "initrd", "", "initramfs at `path`")
 	f.StringVar(&s.append, "append", "", "kernel command `line`; without it: \""+spec.DefaultBootArgs+"\"")
 	f.IntVarP(&s.cpus, "cpus", "c", defaultCPUs, "`number` of CPUs")
@@ -55,11 +60,19 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
 	f.StringArrayVar(&s.nets, "net", nil, "network interface on an existing `tap`: TAP[,id=NAME][,mac=ADDRESS]; may be repeated")
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
+	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it; may be repeated")
+	f.StringVar(&s.entrypoint, "entrypoint", "", "of an image: `program` to run in place of its own")
+	f.StringVarP(&s.user, "user", "u", "", "of an image: `user` that runs it, NAME or UID, and optionally :GROUP")
+	f.StringVarP(&s.workdir, "workdir", "w", "", "of an image: `dir` to run it in")
+	f.StringVar(&s.hostname, "hostname", "", "of an image: the guest's `name`, if not the VM's")
+	f.Var(&s.scratch, "scratch", "of an image: `size` of the disk that takes what is written")
+	f.StringVar(&s.keep, "keep", "", "of an image: keep that disk under a `name`, for the next VM that names it")
 }
 
 // Build makes the configuration. Everything wrong with the flags is reported at once, joined; what is wrong with
-// the file as *spec.FieldErrors. Stdin is read when that is the file.
-func (s *Flags) Build(stdin io.Reader) (spec.Spec, error) {
+// the file as *spec.FieldErrors. Stdin is read when that is the file. The arguments are an image and a command for
+// it, or none.
+func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 	vm := spec.Spec{MachineConfig: spec.MachineConfig{VCPUCount: defaultCPUs, MemSizeMiB: defaultMemory}}
 	if s.file != "" {
 		var err error
@@ -67,8 +80,9 @@ func (s *Flags) Build(stdin io.Reader) (spec.Spec, error) {
 			return vm, err
 		}
 	}
+	s.image(&vm, args)
 	for name, set := range map[string]func(){
-		"kernel": func() { vm.BootSource.KernelImagePath = s.kernel },
+		"kernel": func() { s.setKernel(&vm) },
 		"initrd": func() { vm.BootSource.InitrdPath = s.initrd },
 		"append": func() { vm.BootSource.BootArgs = s.append },
 		"cpus":   func() { vm.MachineConfig.VCPUCount = s.cpus },
@@ -98,6 +112,42 @@ func (s *Flags) Build(stdin io.Reader) (spec.Spec, error) {
 		errs = append(errs, setVsock(&vm, s.vsock))
 	}
 	return vm, errors.Join(errs...)
+}
+
+// image sets what is about an image.
+func (s *Flags) image(vm *spec.Spec, args []string) {
+	if len(args) > 0 {
+		vm.Image = args[0]
+		if rest := args[1:]; len(rest) > 0 {
+			if rest[0] == "--" {
+				rest = rest[1:]
+			}
+			vm.Command = rest
+		}
+		if s.file == "" {
+			vm.MachineConfig.MemSizeMiB = imageMemory
+		}
+	}
+	vm.Env = append(vm.Env, s.env...)
+	if s.entrypoint != "" {
+		vm.Entrypoint = []string{s.entrypoint}
+	}
+	for to, from := range map[*string]string{&vm.User: s.user, &vm.WorkingDir: s.workdir, &vm.Hostname: s.hostname} {
+		if from != "" {
+			*to = from
+		}
+	}
+	if s.scratch > 0 || s.keep != "" {
+		vm.Scratch = &spec.Scratch{SizeMiB: int(s.scratch), Keep: s.keep}
+	}
+}
+
+// setKernel takes a file's path for that, and of an image anything else for another image's name.
+func (s *Flags) setKernel(vm *spec.Spec) {
+	vm.Kernel, vm.BootSource.KernelImagePath = "", s.kernel
+	if _, err := os.Stat(s.kernel); vm.Image != "" && err != nil && !strings.Contains(s.kernel, "/") {
+		vm.Kernel, vm.BootSource.KernelImagePath = s.kernel, ""
+	}
 }
 
 func read(path string, stdin io.Reader) (spec.Spec, error) {
@@ -210,13 +260,16 @@ func parseBool(text string) (bool, error) {
 	return strconv.ParseBool(text)
 }
 
-// memory is a flag's size in MiB.
-type memory int
+// Memory is a flag's size in MiB.
+type Memory int
 
-func (m *memory) String() string { return fmt.Sprint(int(*m)) }
-func (m *memory) Type() string   { return "size" }
+func (m *Memory) String() string { return fmt.Sprint(int(*m)) }
 
-func (m *memory) Set(text string) error {
+// Type is for pflag.
+func (m *Memory) Type() string { return "size" }
+
+// Set parses MiB, or a size like 512M or 2G.
+func (m *Memory) Set(text string) error {
 	want := errors.New("want MiB, or a size like 512M or 2G")
 	number, unit := strings.TrimRight(text, "bBiIgGmM"), uint64(1)
 	switch strings.ToLower(strings.TrimPrefix(text, number)) {
@@ -230,7 +283,7 @@ func (m *memory) Set(text string) error {
 	if err != nil || n*unit > math.MaxInt32 {
 		return want
 	}
-	*m = memory(n * unit)
+	*m = Memory(n * unit)
 	return nil
 }
 

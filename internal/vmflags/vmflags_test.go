@@ -23,7 +23,7 @@ func build(t testing.TB, stdin string, args ...string) (spec.Spec, error) {
 	if err := set.Parse(args); err != nil {
 		return spec.Spec{}, err
 	}
-	return f.Build(strings.NewReader(stdin))
+	return f.Build(strings.NewReader(stdin), nil)
 }
 
 func TestBuild(t *testing.T) {

@@ -1,0 +1,219 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/oci/ocitest"
+	"push.rocks/smartvm/image/volume"
+)
+
+const (
+	imageSize  = 1 << 30   // of the image that is staged, as its guest sees it
+	imageData  = 900 << 20 // of it
+	imageVMs   = 20
+	layers     = 10
+	layerSize  = 30 << 20 // unpacked
+	pullRounds = 5
+)
+
+// disk makes a directory on a disk: what images are about does not fit onto a tmpfs.
+func disk() (string, error) { return os.MkdirTemp("", "smartvm-bench-") }
+
+// staging measures what a VM of an image costs before it starts, and what a copy of the image would.
+func (b *bench) staging(ctx context.Context) (err error) {
+	dir, err := disk()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	root := filepath.Join(dir, "root.ext4")
+	if err := makeRoot(ctx, root); err != nil {
+		return err
+	}
+	o := smartvm.Options{RuntimeDir: b.runtimeDir(), DataDir: filepath.Join(dir, "data"), FirecrackerBinary: b.firecracker, JailerBinary: b.jailer}
+	o.Images.Agent = []byte("not started here")
+	h, err := smartvm.Open(o)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	images, err := h.Images()
+	if err != nil {
+		return err
+	}
+	if _, err := images.Import(ctx, image.ImportOptions{Name: "large", Kernel: b.idle, Rootfs: root}); err != nil {
+		return err
+	}
+	before, err := used(b.runtimeDir(), o.DataDir)
+	if err != nil {
+		return err
+	}
+	spec := smartvm.Spec{Image: "large", MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}}
+	var all []*smartvm.Machine
+	for round := range warmup + b.rounds {
+		b.report.counting = round >= warmup
+		begun := time.Now()
+		m, err := h.Create(ctx, spec)
+		if err != nil {
+			return err
+		}
+		b.report.time("stage", time.Since(begun))
+		in, err := m.Inspect(ctx)
+		if err != nil {
+			return err
+		}
+		copied := 0.0
+		if _, ok := in.Staged["rootfs"]; ok {
+			copied = imageData
+		}
+		b.report.add("stage-copied", "bytes", copied)
+		all = append(all, m)
+		if len(all) == imageVMs {
+			after, err := used(b.runtimeDir(), o.DataDir)
+			if err != nil {
+				return err
+			}
+			b.report.add("20-vms-of-image", "%", 100*float64(after-before)/imageSize)
+		}
+		if len(all) > imageVMs {
+			if err := m.Remove(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	b.report.counting = true
+	for _, m := range all[:imageVMs] {
+		if err := m.Remove(ctx); err != nil {
+			return err
+		}
+	}
+	for range 3 {
+		begun := time.Now()
+		if err := exec.CommandContext(ctx, "cp", "--reflink=never", root, root+".copy").Run(); err != nil {
+			return fmt.Errorf("cp: %w", err)
+		}
+		b.report.time("cp", time.Since(begun))
+		if err := os.Remove(root + ".copy"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// makeRoot makes an image that looks like a file system and is full of what does not pack.
+func makeRoot(ctx context.Context, path string) error {
+	if err := volume.Blank(ctx, path, "ext4", imageSize); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	chunk, r := make([]byte, 1<<20), rand.NewChaCha8([32]byte{})
+	for off := int64(imageSize - imageData); off < imageSize && err == nil; off += int64(len(chunk)) {
+		_, _ = r.Read(chunk) // never fails
+		_, err = f.WriteAt(chunk, off)
+	}
+	return errors.Join(err, f.Close())
+}
+
+// used is how many bytes directories take.
+func used(dirs ...string) (sum int64, err error) {
+	for _, dir := range dirs {
+		err = errors.Join(err, filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			fi, err := d.Info()
+			if err == nil {
+				sum += fi.Sys().(*syscall.Stat_t).Blocks * 512
+			}
+			return err
+		}))
+	}
+	return sum, err
+}
+
+// pulls measures smartvm image pull from a registry in this process, and tar with the same layers.
+func (b *bench) pulls(ctx context.Context) (err error) {
+	dir, err := disk()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	layout := filepath.Join(dir, "layout")
+	var list []ocitest.Layer
+	for i := range layers {
+		list = append(list, ocitest.Mixed(layerSize, uint64(i)))
+	}
+	made, err := ocitest.Add(layout, "amd64", list...)
+	if err != nil {
+		return err
+	}
+	if err := ocitest.Tag(layout, "latest", made); err != nil {
+		return err
+	}
+	server := httptest.NewServer(ocitest.Registry(layout))
+	defer server.Close()
+	ref := strings.TrimPrefix(server.URL, "http://") + "/bench:latest"
+	blobs, err := layerBlobs(layout)
+	if err != nil {
+		return err
+	}
+	for round := range pullRounds + 1 {
+		b.report.counting = round > 0 // the first brings all into the page cache
+		data, unpacked := filepath.Join(dir, "data"), filepath.Join(dir, "unpacked")
+		begun := time.Now()
+		cmd := exec.CommandContext(ctx, b.smartvm, "image", "pull", "--data-dir", data, "--runtime-dir", b.cliDir(), ref)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%v: %w\n%s", cmd.Args, err, out)
+		}
+		pull := time.Since(begun)
+		b.report.time("pull", pull)
+		b.report.add("pull-memory", "MiB", float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
+		if err := os.Mkdir(unpacked, 0o755); err != nil {
+			return err
+		}
+		begun = time.Now()
+		for _, blob := range blobs {
+			if out, err := exec.CommandContext(ctx, "tar", "-xzf", blob, "-C", unpacked).CombinedOutput(); err != nil {
+				return fmt.Errorf("tar: %w\n%s", err, out)
+			}
+		}
+		tar := time.Since(begun)
+		b.report.time("tar", tar)
+		b.report.add("pull/tar", "", float64(tar)/float64(pull))
+		if err := errors.Join(os.RemoveAll(data), os.RemoveAll(unpacked)); err != nil {
+			return err
+		}
+	}
+	b.report.counting = true
+	return nil
+}
+
+// layerBlobs are a layout's layers: what is large.
+func layerBlobs(layout string) (paths []string, err error) {
+	all, err := filepath.Glob(filepath.Join(layout, "blobs/sha256/*"))
+	for _, path := range all {
+		if fi, statErr := os.Stat(path); statErr == nil && fi.Size() > 1<<20 {
+			paths = append(paths, path)
+		}
+	}
+	if err == nil && len(paths) != layers {
+		err = fmt.Errorf("%s has %d layers, want %d", layout, len(paths), layers)
+	}
+	return paths, err
+}

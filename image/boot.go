@@ -1,0 +1,229 @@
+package image
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/initramfs"
+	"push.rocks/smartvm/spec"
+)
+
+// BootOptions say how an image is to boot, in place of what it says itself. The zero value changes nothing.
+type BootOptions struct {
+	// Kernel is the name of the image whose kernel is used, or HostKernel. Empty: the image's own, else DefaultKernel's.
+	Kernel string
+	// NoKernel says that the caller brings a kernel.
+	NoKernel   bool
+	Command    []string // replaces the image's Cmd, as with docker run
+	Entrypoint []string // replaces the image's Entrypoint, and its Cmd
+	Env        []string // NAME=VALUE, added
+	User       string
+	WorkingDir string
+	Hostname   string
+}
+
+// Boot is what a VM needs for an image. All paths are files that must not be written.
+type Boot struct {
+	Image          *Image
+	Kernel, Initrd string // paths
+	BootArgs       string
+	Root, RootType string // path of the root file system; "": the initramfs is all there is
+	CopyRoot       bool   // the guest writes its root: it needs a copy
+	// Guest is what the initramfs reads from a drive of its own; nil: the initramfs is not ours, and there is no overlay.
+	Guest *agentproto.Boot
+	// Users are directories in which the VM says that it uses what is here, by a symbolic link to its own directory.
+	Users []string
+	// Release lets others remove what the VM has not yet said that it uses. It is called once, and never nil.
+	Release func() error
+}
+
+// QuietBootArgs is the kernel command line of an image that has none and whose command's output is what counts.
+const QuietBootArgs = spec.DefaultBootArgs + " quiet"
+
+// Devices of a guest that our initramfs boots: the order of its drives.
+const (
+	rootDevice    = "/dev/vda"
+	scratchDevice = "/dev/vdb"
+)
+
+// Boot finds all that a VM of an image needs, checks it, and makes what is missing. Nothing of it is removed until the
+// caller releases it. Returns ErrNotFound, ErrCorrupt, ErrNoKernel.
+func (s *Store) Boot(ctx context.Context, name string, o BootOptions) (b *Boot, err error) {
+	release, err := s.Hold(ctx)
+	if err != nil {
+		return nil, err
+	}
+	b = &Boot{Release: release}
+	defer func() {
+		if err != nil {
+			b, err = nil, errors.Join(err, b.Release())
+		}
+	}()
+	i, err := s.Find(name)
+	if err != nil {
+		return b, err
+	}
+	b.Image, b.BootArgs = i, i.BootArgs
+	modules, err := s.bootKernel(ctx, b, o)
+	if err == nil {
+		err = s.bootRoot(ctx, b)
+	}
+	if err == nil && !i.Itself && b.Root != "" {
+		b.Guest = guestConfig(b, o)
+		b.BootArgs = cmp.Or(b.BootArgs, QuietBootArgs)
+		_, encodeErr := b.Guest.Encode() // it may be too long
+		err = errors.Join(encodeErr, s.bootInitramfs(ctx, b, modules))
+	}
+	if err != nil {
+		err = fmt.Errorf("boot image %s: %w", i.Name, err)
+	}
+	return b, err
+}
+
+// bootKernel returns the kernel's object if it has modules.
+func (s *Store) bootKernel(ctx context.Context, b *Boot, o BootOptions) (*Object, error) {
+	i := b.Image
+	switch {
+	case o.NoKernel:
+		return nil, nil
+	case o.Kernel != "" || i.Kernel == "" && i.Bundle == "":
+		with, err := s.kernelImage(ctx, o.Kernel)
+		if err != nil {
+			return nil, err
+		}
+		i = with
+	case i.Bundle != "":
+		return nil, nil // bootRoot has it
+	}
+	k, err := s.use(ctx, i.Kernel, false)
+	if err != nil {
+		return nil, err
+	}
+	b.Kernel = s.file(k)
+	s.keep(b, k)
+	if !k.Modules {
+		return nil, nil
+	}
+	return k, nil
+}
+
+func (s *Store) bootRoot(ctx context.Context, b *Boot) error {
+	i := b.Image
+	if i.Bundle != "" {
+		bundle, err := s.bundle(ctx, b)
+		if err != nil {
+			return err
+		}
+		b.Kernel, b.Root, b.RootType = cmp.Or(b.Kernel, bundle.KernelPath), bundle.RootfsPath, bundle.RootfsType
+		b.CopyRoot = i.Itself
+		users := filepath.Join(bundle.Dir, usersDir)
+		b.Users = append(b.Users, users)
+		return os.MkdirAll(users, 0o700)
+	}
+	if i.Initrd != "" {
+		o, err := s.use(ctx, i.Initrd, false)
+		if err != nil {
+			return err
+		}
+		b.Initrd = s.file(o)
+		s.keep(b, o)
+	}
+	if i.Root == "" {
+		return nil
+	}
+	o, err := s.use(ctx, i.Root, false)
+	if err != nil {
+		return err
+	}
+	b.Root, b.RootType = s.file(o), o.Type
+	s.keep(b, o)
+	return nil
+}
+
+// bundle returns b's bundle and holds it.
+func (s *Store) bundle(ctx context.Context, b *Boot) (*base.Bundle, error) {
+	release, err := s.opts.Base.Hold(ctx, b.Image.Bundle)
+	if isNotExist(err) {
+		return nil, fmt.Errorf("%w: its bundle has made room for others", ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	store := b.Release
+	b.Release = func() error { return errors.Join(release(), store()) }
+	return s.opts.Base.Open(ctx, b.Image.Bundle)
+}
+
+// keep has the VM keep an object.
+func (s *Store) keep(b *Boot, o *Object) {
+	b.Users = append(b.Users, filepath.Join(s.objectDir(o.ID), usersDir))
+}
+
+// bootInitramfs stores an initramfs of the agent and a kernel's modules, if it is not there.
+func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *Object) error {
+	if len(s.opts.Agent) == 0 {
+		return hint.Add(errors.New("this smartvm was built without its guest agent"), "build it with make, or in a program of your own set Options.Images.Agent")
+	}
+	h := sha256.New()
+	h.Write(s.opts.Agent)
+	if modules != nil {
+		fmt.Fprint(h, modules.ID)
+	}
+	id := kindInitrd + "-" + hex.EncodeToString(h.Sum(nil))
+	o, err := s.use(ctx, id, false)
+	if isNotExist(err) {
+		o, err = s.build(ctx, func(dir string) (*Object, error) {
+			return &Object{ID: id, Files: []File{{Name: initrdFile}}}, create(filepath.Join(dir, initrdFile), func(w io.Writer) error {
+				if err := initramfs.Build(w, initramfs.Options{Agent: s.opts.Agent}); err != nil || modules == nil {
+					return err
+				}
+				// The kernel takes one archive after the other.
+				f, err := os.Open(filepath.Join(s.objectDir(modules.ID), modulesFile))
+				if err != nil {
+					return err
+				}
+				_, err = io.Copy(w, f)
+				return errors.Join(err, f.Close())
+			})
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("make initramfs: %w", err)
+	}
+	b.Initrd = s.file(o)
+	s.keep(b, o)
+	return nil
+}
+
+// guestConfig is what the agent is told.
+func guestConfig(b *Boot, o BootOptions) *agentproto.Boot {
+	c := b.Image.Config
+	return &agentproto.Boot{
+		RootDevice: rootDevice, RootType: b.RootType, ScratchDevice: scratchDevice,
+		Hostname: o.Hostname, Command: command(c, o), Env: slices.Concat(c.Env, o.Env),
+		User: cmp.Or(o.User, c.User), WorkingDir: cmp.Or(o.WorkingDir, c.WorkingDir), StopSignal: c.StopSignal,
+	}
+}
+
+// command is what docker run would run.
+func command(c oci.Config, o BootOptions) []string {
+	if len(o.Entrypoint) > 0 {
+		return slices.Concat(o.Entrypoint, o.Command)
+	}
+	if len(o.Command) > 0 {
+		return slices.Concat(c.Entrypoint, o.Command)
+	}
+	return slices.Concat(c.Entrypoint, c.Cmd)
+}

@@ -1,0 +1,165 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/volume"
+	"push.rocks/smartvm/internal/stage"
+)
+
+// ImportOptions say what an image is made of. Name and one of Kernel and Rootfs are required.
+type ImportOptions struct {
+	Name string
+	// Kernel is the path of a vmlinux or bzImage, or HostKernel. An image with a kernel and nothing else lends it to others.
+	Kernel string
+	// Modules is the kernel's unpacked /lib/modules/RELEASE, or the directory above. Empty: what a guest needs is built
+	// in; for HostKernel the host's.
+	Modules string
+	// Rootfs is the path of a directory, a tar (plain, gzip, xz or zstd), or an ext4, squashfs or erofs image; "-" for a tar
+	// that is read from Stdin.
+	Rootfs string
+	Stdin  io.Reader
+	// Initrd is the path of an initramfs that boots by itself, in place of ours. It needs Kernel.
+	Initrd   string
+	BootArgs string
+}
+
+func (o *ImportOptions) check() error {
+	errs := []error{ValidName(o.Name)}
+	if o.Name == HostKernel {
+		errs = append(errs, invalid("image name %q: it stands for this machine's kernel", o.Name))
+	}
+	if o.Kernel == "" && o.Rootfs == "" {
+		errs = append(errs, invalid("an image needs a kernel or a root file system"))
+	}
+	if o.Kernel == "" && o.Initrd != "" {
+		errs = append(errs, invalid("an initramfs needs a kernel"))
+	}
+	if o.Kernel == "" && o.Modules != "" {
+		errs = append(errs, invalid("modules need their kernel"))
+	}
+	return errors.Join(errs...)
+}
+
+// Import makes an image of files of this machine, which are only read, and gives it a name, in place of what had it.
+// Errors that are fs.ErrInvalid are the caller's; ErrNoKernel says that this machine's kernel was not found.
+func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
+	if err := o.check(); err != nil {
+		return nil, err
+	}
+	release, err := s.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	i := &Image{Name: o.Name, Source: "import", Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != ""}
+	err = s.importParts(ctx, i, o)
+	if err == nil {
+		err = s.name(ctx, i)
+	}
+	if err = errors.Join(err, release()); err != nil {
+		return nil, fmt.Errorf("import image %s: %w", o.Name, err)
+	}
+	return i, nil
+}
+
+func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) error {
+	if o.Kernel == HostKernel {
+		path, modules, err := hostKernel()
+		if err != nil {
+			return err
+		}
+		o.Kernel = path
+		if o.Modules == "" {
+			o.Modules = modules
+		}
+	}
+	if o.Kernel != "" {
+		k, err := s.storeKernel(ctx, o.Kernel, o.Modules)
+		if err != nil {
+			return err
+		}
+		i.Kernel = k.ID
+	}
+	if o.Initrd != "" {
+		r, err := s.storeCopy(ctx, o.Initrd, &Object{ID: kindInitrd + "-", Files: []File{{Name: initrdFile}}})
+		if err != nil {
+			return err
+		}
+		i.Initrd = r.ID
+	}
+	if o.Rootfs != "" {
+		r, err := s.storeRootfs(ctx, o)
+		if err != nil {
+			return err
+		}
+		i.Root = r.ID
+	}
+	return nil
+}
+
+// storeCopy stores a file as it is.
+func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*Object, error) {
+	return s.build(ctx, func(dir string) (*Object, error) {
+		f := &stage.File{
+			Source: path, Target: filepath.Join(dir, o.Files[0].Name), UID: -1,
+			Progress: func(done, total int64) { s.opts.Progress("copy "+filepath.Base(path), done, total) },
+		}
+		return o, f.Apply(ctx)
+	})
+}
+
+func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*Object, error) {
+	path := o.Rootfs
+	if path == "-" {
+		return s.storeUnpacked(ctx, func(dst *os.File) error {
+			return flatten.TarToExt4(ctx, s.watch(ctx, o.Stdin, "unpack", 0), dst)
+		})
+	}
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if fi.IsDir() {
+		return s.storeUnpacked(ctx, func(dst *os.File) error {
+			root, err := os.OpenRoot(path)
+			if err != nil {
+				return err
+			}
+			return errors.Join(flatten.DirToExt4(ctx, root, dst), root.Close())
+		})
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, invalid("root file system %s: neither a file nor a directory", path)
+	}
+	kind, err := volume.Detect(path)
+	if err != nil {
+		return nil, err
+	}
+	switch kind {
+	case "ext4", "squashfs", "erofs":
+		return s.storeCopy(ctx, path, &Object{ID: kindRoot + "-", Type: kind, Files: []File{{Name: "root." + kind}}})
+	case "":
+		return s.storeUnpacked(ctx, func(dst *os.File) error {
+			f, err := os.Open(path)
+			if err != nil {
+				return err
+			}
+			err = flatten.TarToExt4(ctx, watchedFile{s.watch(ctx, f, "unpack "+filepath.Base(path), fi.Size()), f}, dst)
+			return errors.Join(err, f.Close())
+		})
+	}
+	return nil, invalid("root file system %s: a guest cannot have %s for its root; make it ext4, squashfs or erofs", path, kind)
+}
+
+func (s *Store) storeUnpacked(ctx context.Context, unpack func(dst *os.File) error) (*Object, error) {
+	return s.build(ctx, func(dir string) (*Object, error) {
+		o := &Object{ID: kindRoot + "-", Type: "ext4", Files: []File{{Name: "root.ext4"}}}
+		return o, create(filepath.Join(dir, "root.ext4"), func(w io.Writer) error { return unpack(w.(*os.File)) })
+	})
+}

@@ -1,0 +1,295 @@
+package image
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/strictjson"
+)
+
+// Kinds of objects; an object's id is its kind, a dash and 64 hexadecimal digits.
+const (
+	kindRoot   = "root"
+	kindKernel = "kernel"
+	kindInitrd = "initrd"
+)
+
+// File is a stored file and what it holds.
+type File struct {
+	Name   string `json:"name"`
+	Size   int64  `json:"size"` // bytes
+	SHA256 string `json:"sha256"`
+	// Seen is the file's inode, size and time when its digest was last found right. While they stay, it is.
+	Seen string `json:"seen"`
+}
+
+// Object is an immutable directory.
+type Object struct {
+	ID      string `json:"id"`
+	Type    string `json:"type,omitempty"`    // of a root: "ext4", "squashfs" or "erofs"
+	Release string `json:"release,omitempty"` // of a kernel, as uname -r says it; empty if unknown
+	Modules bool   `json:"modules,omitempty"` // of a kernel: modules.cpio is there
+	Files   []File `json:"files"`             // the first is the object's own
+}
+
+// Names of files in objects.
+const (
+	objectFile  = "object.json"
+	kernelFile  = "vmlinux"
+	modulesFile = "modules.cpio" // the modules that a guest needs to find its root
+	initrdFile  = "initrd"
+)
+
+const maxObject = 1 << 20 // bytes of its description
+
+func (s *Store) objectDir(id string) string { return s.path(objectsDir, id) }
+
+// file is the path of an object's own file.
+func (s *Store) file(o *Object) string { return filepath.Join(s.objectDir(o.ID), o.Files[0].Name) }
+
+// object reads an object's description, with fs.ErrNotExist where there is none.
+func (s *Store) object(id string) (*Object, error) {
+	if !validObjectID(id) {
+		return nil, fmt.Errorf("object %q: %w", id, fs.ErrInvalid)
+	}
+	o, err := readJSON[Object](filepath.Join(s.objectDir(id), objectFile), maxObject)
+	if err != nil {
+		return nil, err
+	}
+	if o.ID != id || len(o.Files) == 0 || slices.ContainsFunc(o.Files, func(f File) bool { return f.Name != filepath.Base(f.Name) }) {
+		return nil, fmt.Errorf("object %s: its description: %w", id, ErrCorrupt)
+	}
+	return &o, nil
+}
+
+func validObjectID(id string) bool {
+	kind, digest, ok := strings.Cut(id, "-")
+	return ok && slices.Contains([]string{kindRoot, kindKernel, kindInitrd}, kind) && len(digest) == 2*sha256.Size &&
+		strings.Trim(digest, "0123456789abcdef") == ""
+}
+
+// use checks that an object's files are what was stored: by digest where they have changed since they last were looked
+// at, or where full says so.
+func (s *Store) use(ctx context.Context, id string, full bool) (*Object, error) {
+	o, err := s.object(id)
+	if err != nil {
+		return nil, err
+	}
+	changed := false
+	for i := range o.Files {
+		f := &o.Files[i]
+		path := filepath.Join(s.objectDir(id), f.Name)
+		seen, err := stamp(path)
+		if err != nil {
+			return nil, fmt.Errorf("object %s: %w: %w", id, ErrCorrupt, err)
+		}
+		if seen == f.Seen && !full {
+			continue
+		}
+		digest, size, err := s.digest(ctx, path, "verify "+f.Name)
+		if err != nil {
+			return nil, fmt.Errorf("object %s: %w", id, err)
+		}
+		if digest != f.SHA256 || size != f.Size {
+			return nil, fmt.Errorf("object %s: %s has digest %s, not %s: %w", id, f.Name, digest, f.SHA256, ErrCorrupt)
+		}
+		changed = changed || seen != f.Seen
+		f.Seen = seen
+	}
+	if !changed {
+		return o, nil
+	}
+	release, err := s.one(ctx, id, "another smartvm that verifies the same image")
+	if err != nil {
+		return nil, err
+	}
+	return o, errors.Join(writeJSON(filepath.Join(s.objectDir(id), objectFile), o), release())
+}
+
+// stamp changes when the file at path does. That is for noticing accidents: who can write here can do as he likes.
+func stamp(path string) (string, error) {
+	fi, err := os.Lstat(path)
+	if err != nil {
+		return "", err
+	}
+	if !fi.Mode().IsRegular() {
+		return "", fmt.Errorf("%s: %w: no regular file", path, fs.ErrInvalid)
+	}
+	return fmt.Sprint(fi.Sys().(*syscall.Stat_t).Ino, " ", fi.Size(), " ", fi.ModTime().UnixNano()), nil
+}
+
+func (s *Store) digest(ctx context.Context, path, step string) (string, int64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", 0, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return "", 0, err
+	}
+	h := sha256.New()
+	n, err := io.Copy(h, s.watch(ctx, f, step, fi.Size()))
+	return hex.EncodeToString(h.Sum(nil)), n, err
+}
+
+// watch is a reader that tells how far it is and ends with its context.
+func (s *Store) watch(ctx context.Context, r io.Reader, step string, total int64) io.Reader {
+	return &watched{ctx: ctx, r: r, tell: func(done int64) { s.opts.Progress(step, done, total) }}
+}
+
+type watched struct {
+	ctx  context.Context
+	r    io.Reader
+	done int64
+	tell func(done int64)
+}
+
+// watchedFile can be read from the start again.
+type watchedFile struct {
+	io.Reader
+	io.Seeker
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	if w.ctx.Err() != nil {
+		return 0, context.Cause(w.ctx)
+	}
+	n, err := w.r.Read(p)
+	w.done += int64(n)
+	w.tell(w.done)
+	return n, err
+}
+
+// commit moves a finished directory into place under o's id, or finds that it is there. It describes o's files, of
+// which only the names are known, makes them read-only, and has all on disk before. Those that know a file's digest
+// give it; with an id that ends in a dash, the first file's digest completes it.
+func (s *Store) commit(ctx context.Context, dir string, o *Object) error {
+	for i := range o.Files {
+		f := &o.Files[i]
+		path := filepath.Join(dir, f.Name)
+		var err error
+		if f.SHA256 == "" {
+			if f.SHA256, f.Size, err = s.digest(ctx, path, "digest "+f.Name); err != nil {
+				return fmt.Errorf("store %s: %w", f.Name, err)
+			}
+		}
+		// Readable to all, since a VMM in a jail is another user; the directory above is nobody's but ours.
+		if err := errors.Join(syncFile(path), os.Chmod(path, 0o444)); err != nil {
+			return fmt.Errorf("store %s: %w", f.Name, err)
+		}
+		if f.Seen, err = stamp(path); err != nil {
+			return fmt.Errorf("store %s: %w", f.Name, err)
+		}
+	}
+	if strings.HasSuffix(o.ID, "-") {
+		o.ID += addressOf(o)
+	}
+	err := errors.Join(writeJSON(filepath.Join(dir, objectFile), o), os.Mkdir(filepath.Join(dir, usersDir), 0o700),
+		os.Chmod(dir, 0o700), atomicfile.SyncDir(dir))
+	if err != nil {
+		return fmt.Errorf("store image: %w", err)
+	}
+	err = os.Rename(dir, s.objectDir(o.ID))
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) {
+		return os.RemoveAll(dir) // another has stored the same meanwhile
+	}
+	if err != nil {
+		return fmt.Errorf("store image: %w", err)
+	}
+	return atomicfile.SyncDir(s.path(objectsDir))
+}
+
+// addressOf is an object's content address: its file's digest, or one of all their digests.
+func addressOf(o *Object) string {
+	if len(o.Files) == 1 {
+		return o.Files[0].SHA256
+	}
+	h := sha256.New()
+	for _, f := range o.Files {
+		fmt.Fprintf(h, "%s %s\n", f.SHA256, f.Name)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// InUse says whether VMs use what is in a directory that Boot has named as one of those that they do. When in doubt they do.
+func InUse(dir string) bool {
+	all, err := users(false, dir)
+	return err != nil || len(all) > 0
+}
+
+// users returns the directories of the VMs that use what is in dirs, each once. Links of VMs that are gone are taken
+// away, if alone says that nobody is making a VM now.
+func users(alone bool, dirs ...string) ([]string, error) {
+	var all []string
+	for _, dir := range dirs {
+		entries, err := os.ReadDir(filepath.Join(dir, usersDir))
+		if err != nil && !isNotExist(err) && !errors.Is(err, syscall.ENOTDIR) {
+			return nil, fmt.Errorf("look for VMs: %w", err)
+		}
+		for _, e := range entries {
+			link := filepath.Join(dir, usersDir, e.Name())
+			target, err := os.Readlink(link)
+			if isNotExist(err) {
+				continue // the VM has gone meanwhile
+			}
+			if err != nil {
+				return nil, fmt.Errorf("look for VMs: %w", err)
+			}
+			switch _, err := os.Lstat(target); {
+			case err == nil:
+				all = append(all, target)
+			case alone && isNotExist(err):
+				if err := os.Remove(link); err != nil {
+					return nil, fmt.Errorf("look for VMs: %w", err)
+				}
+			}
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all), nil
+}
+
+func readJSON[T any](path string, limit int) (v T, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return v, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
+	if err != nil {
+		return v, err
+	}
+	if v, err = strictjson.Unmarshal[T](data, limit); err != nil {
+		return v, fmt.Errorf("read %s: %w: %w", path, ErrCorrupt, err)
+	}
+	return v, nil
+}
+
+func writeJSON(path string, v any) error {
+	data, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return atomicfile.Write(path, append(data, '\n'), 0o600)
+}

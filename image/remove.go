@@ -1,0 +1,244 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/internal/atomicfile"
+)
+
+// Removed is what Remove or Prune took away.
+type Removed struct {
+	Images []string `json:"images"` // names
+	Bytes  int64    `json:"bytes"`  // that are free now
+}
+
+// Remove takes an image's name away, and all that no other image needs. While VMs use it, it is an *InUseError; with
+// force the name goes, and what the VMs use stays for as long as they do.
+func (s *Store) Remove(ctx context.Context, name string, force bool) (*Removed, error) {
+	release, err := s.alone(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r, err := s.remove(ctx, name, force)
+	return r, errors.Join(err, release())
+}
+
+func (s *Store) remove(ctx context.Context, name string, force bool) (*Removed, error) {
+	i, err := s.Find(name)
+	if err != nil {
+		return nil, err
+	}
+	all, err := s.List()
+	if err != nil {
+		return nil, err
+	}
+	by, err := s.lastUsers(i, all)
+	if err != nil {
+		return nil, err
+	}
+	if len(by) > 0 && !force {
+		return nil, &InUseError{Name: i.Name, By: by}
+	}
+	if err := s.unname(ctx, i, all); err != nil {
+		return nil, err
+	}
+	freed, err := s.sweep()
+	return &Removed{Images: []string{i.Name}, Bytes: freed}, err
+}
+
+// lastUsers are the VMs that use what an image has, but for what another image has too.
+func (s *Store) lastUsers(i *Image, all []*Image) ([]string, error) {
+	shared := func(dir string) bool {
+		return slices.ContainsFunc(all, func(other *Image) bool { return other.Name != i.Name && slices.Contains(s.dirs(other), dir) })
+	}
+	return users(true, slices.DeleteFunc(s.dirs(i), shared)...)
+}
+
+// unname takes an image's name away, and its bundle where it is the last of all to have it and no VM does.
+func (s *Store) unname(ctx context.Context, i *Image, all []*Image) error {
+	err := errors.Join(os.Remove(s.nameFile(i.Name)), atomicfile.SyncDir(s.path(namesDir)))
+	if i.Bundle != "" && !slices.ContainsFunc(all, func(other *Image) bool { return other.Name != i.Name && other.Bundle == i.Bundle }) {
+		bundleErr := s.opts.Base.Remove(ctx, i.Bundle)
+		if !isNotExist(bundleErr) && !errors.Is(bundleErr, base.ErrInUse) {
+			err = errors.Join(err, bundleErr)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove image %s: %w", i.Name, err)
+	}
+	return nil
+}
+
+// Prune removes what no image needs and, with all, the images that no VM uses.
+func (s *Store) Prune(ctx context.Context, all bool) (*Removed, error) {
+	release, err := s.alone(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r, err := s.prune(ctx, all)
+	return r, errors.Join(err, release())
+}
+
+func (s *Store) prune(ctx context.Context, all bool) (*Removed, error) {
+	r := &Removed{Images: []string{}}
+	images, err := s.List()
+	if err != nil {
+		return r, err
+	}
+	for _, i := range images {
+		by, err := users(true, s.dirs(i)...)
+		if err != nil {
+			return r, err
+		}
+		if !all || len(by) > 0 {
+			continue
+		}
+		if err := s.unname(ctx, i, images); err != nil {
+			return r, err
+		}
+		r.Images = append(r.Images, i.Name)
+	}
+	r.Bytes, err = s.sweep()
+	return r, err
+}
+
+// sweep removes objects that neither an image nor a VM has, and layers whose images are gone, and says how many bytes
+// that frees. The caller has the store alone.
+func (s *Store) sweep() (int64, error) {
+	images, err := s.List()
+	if err != nil {
+		return 0, err // an image that cannot be read may need anything
+	}
+	needed, layers := map[string]bool{}, map[string]bool{}
+	for _, i := range images {
+		for _, id := range i.objects() {
+			needed[id] = true
+		}
+		for _, l := range i.Layers {
+			layers[l] = true
+		}
+	}
+	var freed int64
+	take := func(dir, name string) error {
+		path := s.path(dir, name)
+		size, err := usage(path)
+		if err != nil {
+			return err
+		}
+		// Out of sight first: nothing is ever half there.
+		gone := s.path(tempDir, "gone-"+name)
+		if err := errors.Join(os.Rename(path, gone), os.RemoveAll(gone)); err != nil {
+			return err
+		}
+		freed += size
+		return nil
+	}
+	objects, err := os.ReadDir(s.path(objectsDir))
+	if err != nil {
+		return 0, fmt.Errorf("remove images: %w", err)
+	}
+	for _, e := range objects {
+		by, err := users(true, s.objectDir(e.Name()))
+		if err != nil {
+			return freed, err
+		}
+		if !needed[e.Name()] && len(by) == 0 {
+			if err := take(objectsDir, e.Name()); err != nil {
+				return freed, fmt.Errorf("remove images: %w", err)
+			}
+		}
+	}
+	blobs, err := os.ReadDir(s.path(layersDir))
+	if err != nil {
+		return freed, fmt.Errorf("remove layers: %w", err)
+	}
+	for _, e := range blobs {
+		if !layers[strings.Replace(e.Name(), "sha256-", "sha256:", 1)] {
+			if err := take(layersDir, e.Name()); err != nil {
+				return freed, fmt.Errorf("remove layers: %w", err)
+			}
+		}
+	}
+	return freed, nil
+}
+
+// Usage is what a store takes of its disk, in bytes.
+type Usage struct {
+	Images  int   `json:"images"`
+	Objects int64 `json:"objects"`
+	Layers  int64 `json:"layers"`
+	Unused  int64 `json:"unused"` // of those, what Prune would free without all
+}
+
+// Usage measures the store.
+func (s *Store) Usage(ctx context.Context) (*Usage, error) {
+	release, err := s.Hold(ctx)
+	if err != nil {
+		return nil, err
+	}
+	u, err := s.usage()
+	return u, errors.Join(err, release())
+}
+
+func (s *Store) usage() (*Usage, error) {
+	images, err := s.List()
+	if err != nil {
+		return nil, err
+	}
+	u := &Usage{Images: len(images)}
+	needed := map[string]bool{}
+	for _, i := range images {
+		for _, id := range i.objects() {
+			needed[id] = true
+		}
+		for _, l := range i.Layers {
+			needed[strings.Replace(l, ":", "-", 1)] = true
+		}
+	}
+	for _, part := range []struct {
+		dir string
+		sum *int64
+	}{{objectsDir, &u.Objects}, {layersDir, &u.Layers}} {
+		entries, err := os.ReadDir(s.path(part.dir))
+		if err != nil {
+			return nil, fmt.Errorf("measure images: %w", err)
+		}
+		for _, e := range entries {
+			size, err := usage(s.path(part.dir, e.Name()))
+			if err != nil {
+				return nil, fmt.Errorf("measure images: %w", err)
+			}
+			*part.sum += size
+			if !needed[e.Name()] && !InUse(s.path(part.dir, e.Name())) {
+				u.Unused += size
+			}
+		}
+	}
+	return u, nil
+}
+
+// usage is how many bytes a file or directory takes, holes not counted.
+func usage(path string) (int64, error) {
+	var sum int64
+	err := filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil {
+			return err
+		}
+		sum += fi.Sys().(*syscall.Stat_t).Blocks * 512
+		return nil
+	})
+	return sum, err
+}

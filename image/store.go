@@ -1,0 +1,182 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/store"
+)
+
+// Errors of this package. Those of a file system, a registry or a base image's source come as they are.
+var (
+	// ErrNotFound says that there is no such image here.
+	ErrNotFound = errors.New("no such image")
+	// ErrOffline says that something would have to be fetched, and must not.
+	ErrOffline = download.ErrOffline
+	// ErrNoKernel says that an image without a kernel found none to boot with.
+	ErrNoKernel = errors.New("no kernel")
+	// ErrCorrupt says that a stored file is not what was stored.
+	ErrCorrupt = errors.New("corrupt image")
+)
+
+// InUseError says that VMs use what was to be removed.
+type InUseError struct {
+	Name string
+	By   []string // directories of VMs
+}
+
+func (e *InUseError) Error() string {
+	return fmt.Sprintf("image %s is in use by %d VMs, one in %s", e.Name, len(e.By), e.By[0])
+}
+
+// Hint is what to do about it.
+func (e *InUseError) Hint() string { return "remove the VM first: smartvm rm" }
+
+// Options configure a Store. Dir is required.
+type Options struct {
+	Dir     string // a directory of ours alone, made if it is missing
+	Offline bool   // fetch nothing
+	// OCI is how registries are spoken to. Arch, TempDir and Log are filled in.
+	OCI oci.Options
+	// Base finds base images; nil: there are none.
+	Base *base.Store
+	// Agent is the guest's first program, smartvm-agent. Without it only images that boot by themselves do.
+	Agent []byte
+	// Arch is what images are chosen for, as Go spells it: "amd64" or "arm64". Default: this machine's.
+	Arch string
+	Log  *slog.Logger
+	// Progress is told how far a step is, in bytes; total 0 is unknown. It may be nil, and is called from any goroutine,
+	// one at a time for each step.
+	Progress func(step string, done, total int64)
+	// Waiting is told for what another process is waited for. It may be nil.
+	Waiting func(what string)
+}
+
+// Store is a directory of images. It is safe for concurrent use, by many processes too.
+type Store struct {
+	opts Options
+	log  *slog.Logger
+}
+
+// Names in a store's directory: docs/layout.md.
+const (
+	namesDir   = "names"   // a file an image
+	objectsDir = "objects" // a directory an object
+	layersDir  = "layers"  // compressed layers of OCI images, by digest
+	tempDir    = "tmp"     // what is being made; whatever is there while nobody holds the store is rubbish
+	usersDir   = "users"   // in an object: links to VMs' directories
+)
+
+// Open makes the store's directory if need be. It fetches nothing.
+func Open(opts Options) (*Store, error) {
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	if opts.Arch == "" {
+		opts.Arch = runtime.GOARCH
+	}
+	if opts.Progress == nil {
+		opts.Progress = func(string, int64, int64) {}
+	}
+	if opts.Waiting == nil {
+		opts.Waiting = func(string) {}
+	}
+	if err := store.Secure(opts.Dir); err != nil {
+		return nil, fmt.Errorf("open images: %w", err)
+	}
+	s := &Store{opts: opts, log: opts.Log}
+	for _, d := range []string{namesDir, objectsDir, layersDir, tempDir} {
+		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
+			return nil, fmt.Errorf("open images: %w", err)
+		}
+	}
+	return s, nil
+}
+
+func (s *Store) path(elem ...string) string {
+	return filepath.Join(append([]string{s.opts.Dir}, elem...)...)
+}
+
+// Hold keeps others from removing anything until it is let go of. Those that hold a store do not exclude each other.
+func (s *Store) Hold(ctx context.Context) (release func() error, err error) {
+	return s.lock(ctx, s.opts.Dir, unix.LOCK_SH, "another smartvm to finish removing images")
+}
+
+// alone waits until nobody holds the store, and clears away what those that died were making.
+func (s *Store) alone(ctx context.Context) (release func() error, err error) {
+	release, err = s.lock(ctx, s.opts.Dir, unix.LOCK_EX, "another smartvm to finish with its images")
+	if err != nil {
+		return nil, err
+	}
+	if err := s.tidy(); err != nil {
+		return nil, errors.Join(err, release())
+	}
+	return release, nil
+}
+
+// tidy removes what was half made. The caller has the store alone.
+func (s *Store) tidy() error {
+	entries, err := os.ReadDir(s.path(tempDir))
+	if err != nil {
+		return fmt.Errorf("clear away unfinished images: %w", err)
+	}
+	for _, e := range entries {
+		if err := os.RemoveAll(s.path(tempDir, e.Name())); err != nil {
+			return fmt.Errorf("clear away unfinished images: %w", err)
+		}
+	}
+	return nil
+}
+
+// begin holds the store for making something. If nobody else does, it tidies first.
+func (s *Store) begin(ctx context.Context) (release func() error, err error) {
+	if f, err := os.Open(s.opts.Dir); err == nil {
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			err = s.tidy()
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
+			return nil, err
+		}
+	}
+	return s.Hold(ctx)
+}
+
+// lock takes a lock on a file or directory, which must be there. The lock dies with the process.
+func (s *Store) lock(ctx context.Context, path string, how int, what string) (release func() error, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("lock images: %w", err)
+	}
+	if err := download.Lock(ctx, f, how, func() { s.opts.Waiting(what) }); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock images: %w", err), f.Close())
+	}
+	return f.Close, nil
+}
+
+// one makes the making of one thing exclusive: one process does, others wait. The lock's file stays until the store is
+// tidied.
+func (s *Store) one(ctx context.Context, key, what string) (release func() error, err error) {
+	path := s.path(tempDir, "lock-"+key)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock images: %w", err)
+	}
+	if err := f.Close(); err != nil {
+		return nil, err
+	}
+	return s.lock(ctx, path, unix.LOCK_EX, what)
+}
+
+// isNotExist is for what may be missing.
+func isNotExist(err error) bool { return errors.Is(err, fs.ErrNotExist) }

@@ -1,0 +1,577 @@
+package image_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/internal/tinyguest"
+)
+
+func open(t testing.TB, dir string, change ...func(*image.Options)) *image.Store {
+	t.Helper()
+	o := image.Options{Dir: dir, Agent: []byte("#!agent")}
+	for _, c := range change {
+		c(&o)
+	}
+	s, err := image.Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// storeDir is a directory that a store takes: ours alone.
+func storeDir(t testing.TB) string { return filepath.Join(t.TempDir(), "images") }
+
+// sources makes a kernel and a root file system, and returns their paths.
+func sources(t testing.TB) (kernel, rootfs string) {
+	t.Helper()
+	dir := t.TempDir()
+	kernel, rootfs = filepath.Join(dir, "vmlinux"), filepath.Join(dir, "root")
+	if err := errors.Join(
+		os.WriteFile(kernel, tinyguest.Image(tinyguest.Guest{Then: tinyguest.Idle}), 0o644),
+		os.MkdirAll(filepath.Join(rootfs, "etc"), 0o755),
+		os.WriteFile(filepath.Join(rootfs, "etc/issue"), bytes.Repeat([]byte("tiny\n"), 1000), 0o644),
+	); err != nil {
+		t.Fatal(err)
+	}
+	return kernel, rootfs
+}
+
+func importTiny(t testing.TB, s *image.Store, name string) *image.Image {
+	t.Helper()
+	kernel, rootfs := sources(t)
+	i, err := s.Import(t.Context(), image.ImportOptions{Name: name, Kernel: kernel, Rootfs: rootfs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+// tree lists what is below a directory, by name.
+func tree(t testing.TB, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// wantSound fails the test where an image is not whole, or anything unfinished is there.
+func wantSound(t testing.TB, s *image.Store, dir string) {
+	t.Helper()
+	all, err := s.List()
+	if err != nil {
+		t.Errorf("list: %v", err)
+	}
+	for _, i := range all {
+		if err := s.Verify(context.Background(), i.Name); err != nil {
+			t.Errorf("verify: %v", err)
+		}
+	}
+	if _, err := s.Prune(context.Background(), false); err != nil {
+		t.Errorf("prune: %v", err)
+	}
+	if left := tree(t, filepath.Join(dir, "tmp")); len(left) > 0 {
+		t.Errorf("left unfinished: %v", left)
+	}
+}
+
+func TestImport(t *testing.T) {
+	dir := storeDir(t)
+	s := open(t, dir)
+	kernel, rootfs := sources(t)
+	var got []*image.Image
+	for _, name := range []string{"one", "two:1.0"} {
+		i, err := s.Import(t.Context(), image.ImportOptions{Name: name, Kernel: kernel, Rootfs: rootfs})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, i)
+	}
+	if got[0].Kernel != got[1].Kernel {
+		t.Errorf("one kernel is stored as %s and %s", got[0].Kernel, got[1].Kernel)
+	}
+	all, err := s.List()
+	if err != nil || len(all) != 2 || all[0].Name != "one" || all[1].Name != "two:1.0" {
+		t.Fatalf("%v, %v", all, err)
+	}
+	in, err := s.Inspect("one")
+	if err != nil || len(in.Objects) != 2 || in.Size == 0 {
+		t.Errorf("%+v, %v", in, err)
+	}
+	wantSound(t, s, dir)
+	// A VMM in a jail is another user.
+	files, err := filepath.Glob(filepath.Join(dir, "objects/*/*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		fi, err := os.Stat(f)
+		base := filepath.Base(f)
+		if err != nil || (base == "vmlinux" || base == "root.ext4") && fi.Mode().Perm() != 0o444 {
+			t.Errorf("%s: %v, %v", f, fi.Mode(), err)
+		}
+	}
+}
+
+func TestImport_Refused(t *testing.T) {
+	dir := storeDir(t)
+	s := open(t, dir)
+	kernel, rootfs := sources(t)
+	text := filepath.Join(rootfs, "etc/issue")
+	for name, o := range map[string]image.ImportOptions{
+		"no name":          {Kernel: kernel},
+		"capitals":         {Name: "Name", Kernel: kernel},
+		"path":             {Name: "../x", Kernel: kernel},
+		"the host's":       {Name: image.HostKernel, Kernel: kernel},
+		"nothing":          {Name: "x"},
+		"no kernel":        {Name: "x", Initrd: text},
+		"modules alone":    {Name: "x", Rootfs: rootfs, Modules: rootfs},
+		"kernel is text":   {Name: "x", Kernel: text},
+		"kernel missing":   {Name: "x", Kernel: kernel + "x"},
+		"kernel directory": {Name: "x", Kernel: rootfs},
+		"rootfs is text":   {Name: "x", Rootfs: text},
+		"rootfs is device": {Name: "x", Rootfs: "/dev/null"},
+		"rootfs missing":   {Name: "x", Rootfs: rootfs + "x"},
+		"modules missing":  {Name: "x", Kernel: kernel, Modules: rootfs + "x"},
+		"no modules":       {Name: "x", Kernel: kernel, Modules: rootfs},
+	} {
+		if i, err := s.Import(t.Context(), o); err == nil {
+			t.Errorf("%s: %+v", name, i)
+		}
+	}
+	if left := append(tree(t, filepath.Join(dir, "names")), tree(t, filepath.Join(dir, "objects"))...); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	wantSound(t, s, dir)
+}
+
+func TestOpen_Unsafe(t *testing.T) {
+	dir := storeDir(t)
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.Chmod(dir, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := image.Open(image.Options{Dir: dir}); err == nil {
+		t.Error("a directory that others can read was taken")
+	}
+}
+
+// A file that has changed is noticed before a VM gets it; one that was changed with its time put back, by Verify.
+func TestUse_Corrupt(t *testing.T) {
+	dir := storeDir(t)
+	s := open(t, dir)
+	i := importTiny(t, s, "tiny")
+	path := filepath.Join(dir, "objects", i.Root, "root.ext4")
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[len(data)/2] ^= 1
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Write(data)
+	if err := errors.Join(err, f.Close(), os.Chtimes(path, fi.ModTime(), fi.ModTime())); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Verify(t.Context(), "tiny"); !errors.Is(err, image.ErrCorrupt) {
+		t.Errorf("verify: %v, want ErrCorrupt", err)
+	}
+	if err := os.Chtimes(path, fi.ModTime(), fi.ModTime().Add(1)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Boot(t.Context(), "tiny", image.BootOptions{}); !errors.Is(err, image.ErrCorrupt) {
+		t.Errorf("boot: %v, want ErrCorrupt", err)
+	}
+	if err := os.Truncate(path, 10); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Boot(t.Context(), "tiny", image.BootOptions{}); !errors.Is(err, image.ErrCorrupt) {
+		t.Errorf("boot of a shorter file: %v, want ErrCorrupt", err)
+	}
+}
+
+func TestRemove(t *testing.T) {
+	dir := storeDir(t)
+	s := open(t, dir)
+	importTiny(t, s, "one")
+	two, err := s.Find("one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel, _ := sources(t)
+	if _, err := s.Import(t.Context(), image.ImportOptions{Name: "two", Kernel: kernel}); err != nil {
+		t.Fatal(err)
+	}
+	// A VM says so by a link to its directory.
+	vm := t.TempDir()
+	users := filepath.Join(dir, "objects", two.Root, "users")
+	if err := os.Symlink(vm, filepath.Join(users, "vm")); err != nil {
+		t.Fatal(err)
+	}
+	var inUse *image.InUseError
+	if _, err := s.Remove(t.Context(), "one", false); !errors.As(err, &inUse) || cmp.Diff([]string{vm}, inUse.By) != "" {
+		t.Errorf("in use: %v", err)
+	}
+	if r, err := s.Prune(t.Context(), true); err != nil || cmp.Diff([]string{"two"}, r.Images) != "" {
+		t.Errorf("prune: %+v, %v", r, err)
+	}
+	if _, err := s.Remove(t.Context(), "one", true); err != nil {
+		t.Errorf("with force: %v", err)
+	}
+	if _, err := s.Find("one"); !errors.Is(err, image.ErrNotFound) {
+		t.Errorf("it is still there: %v", err)
+	}
+	if got := tree(t, filepath.Join(dir, "objects")); cmp.Diff([]string{two.Root}, got) != "" {
+		t.Errorf("there are %v, want what the VM uses", got)
+	}
+	if err := os.Remove(vm); err != nil {
+		t.Fatal(err)
+	}
+	// The VM is gone, however that happened: so is its claim.
+	if r, err := s.Prune(t.Context(), false); err != nil || r.Bytes == 0 {
+		t.Errorf("prune: %+v, %v", r, err)
+	}
+	if got := tree(t, filepath.Join(dir, "objects")); len(got) > 0 {
+		t.Errorf("there are %v", got)
+	}
+	if _, err := s.Remove(t.Context(), "one", false); !errors.Is(err, image.ErrNotFound) {
+		t.Errorf("removed twice: %v", err)
+	}
+}
+
+func TestBoot(t *testing.T) {
+	dir := storeDir(t)
+	s := open(t, dir)
+	kernel, rootfs := sources(t)
+	for _, o := range []image.ImportOptions{
+		{Name: "whole", Kernel: kernel, Rootfs: rootfs},
+		{Name: "root", Rootfs: rootfs},
+		{Name: "lender", Kernel: kernel},
+		{Name: "initrd", Kernel: kernel, Initrd: filepath.Join(rootfs, "etc/issue"), BootArgs: "quiet"},
+	} {
+		if _, err := s.Import(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := s.Boot(t.Context(), "whole", image.BootOptions{Command: []string{"id"}, Env: []string{"A=b"}, Hostname: "box"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.Guest == nil || cmp.Diff([]string{"id"}, b.Guest.Command) != "" || b.Guest.Hostname != "box" || b.RootType != "ext4" || b.CopyRoot || len(b.Users) != 3 {
+		t.Errorf("%+v, guest %+v", b, b.Guest)
+	}
+	for _, path := range append([]string{b.Kernel, b.Initrd, b.Root}, b.Users...) {
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
+	}
+	again, err := s.Boot(t.Context(), "whole", image.BootOptions{})
+	if err != nil || again.Initrd != b.Initrd || again.Guest.Command != nil {
+		t.Errorf("again: %+v, %v, want the same initramfs and the image's own init", again, err)
+	}
+	if with, err := s.Boot(t.Context(), "root", image.BootOptions{Kernel: "lender"}); err != nil || with.Kernel != b.Kernel {
+		t.Errorf("with another's kernel: %+v, %v", with, err)
+	}
+	if own, err := s.Boot(t.Context(), "initrd", image.BootOptions{}); err != nil || own.Guest != nil || own.BootArgs != "quiet" || own.Initrd == "" {
+		t.Errorf("with its own initramfs: %+v, %v", own, err)
+	}
+	if _, err := s.Boot(t.Context(), "root", image.BootOptions{Kernel: "root"}); !errors.Is(err, image.ErrNoKernel) {
+		t.Errorf("with the kernel of one without: %v", err)
+	}
+	if _, err := s.Boot(t.Context(), "none", image.BootOptions{}); !errors.Is(err, image.ErrNotFound) {
+		t.Errorf("no image: %v", err)
+	}
+	if _, err := s.Boot(t.Context(), "whole", image.BootOptions{Command: []string{strings.Repeat("a", 1<<20)}}); err == nil {
+		t.Error("a command of 1 MiB was taken")
+	}
+	without := open(t, dir, func(o *image.Options) { o.Agent = nil })
+	if _, err := without.Boot(t.Context(), "whole", image.BootOptions{}); err == nil || !strings.Contains(err.Error(), "without its guest agent") {
+		t.Errorf("without an agent: %v", err)
+	}
+	kernelImage, err := s.Import(t.Context(), image.ImportOptions{Name: image.DefaultKernel, Kernel: kernel})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if with, err := s.Boot(t.Context(), "root", image.BootOptions{}); err != nil || !strings.Contains(with.Kernel, kernelImage.Kernel) {
+		t.Errorf("with the default kernel: %+v, %v", with, err)
+	}
+}
+
+// testRegistry is a registry in this process that counts what is asked of it.
+type testRegistry struct {
+	host  string
+	blobs atomic.Int64
+}
+
+func newRegistry(t *testing.T) *testRegistry {
+	t.Helper()
+	r := new(testRegistry)
+	h := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if req.Method == http.MethodGet && strings.Contains(req.URL.Path, "/blobs/") {
+			r.blobs.Add(1)
+		}
+		h.ServeHTTP(w, req)
+	}))
+	t.Cleanup(server.Close)
+	r.host = strings.TrimPrefix(server.URL, "http://")
+	return r
+}
+
+func (r *testRegistry) push(t *testing.T, ref string, img v1.Image) string {
+	t.Helper()
+	tag, err := name.NewTag(r.host + "/" + ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(tag, img); err != nil {
+		t.Fatal(err)
+	}
+	return tag.String()
+}
+
+func randomImage(t testing.TB, layers int64) v1.Image {
+	t.Helper()
+	img, err := random.Image(32<<10, layers)
+	if err == nil {
+		img, err = mutate.ConfigFile(img, func() *v1.ConfigFile {
+			c, err := img.ConfigFile()
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.OS, c.Architecture = "linux", "amd64"
+			c.Config.Entrypoint, c.Config.Cmd, c.Config.Env = []string{"/init"}, []string{"--help"}, []string{"A=a"}
+			return c
+		}())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// A second name of the same layers costs nothing; one that shares all but one costs that one.
+func TestPull_Shared(t *testing.T) {
+	r := newRegistry(t)
+	dir := storeDir(t)
+	s := open(t, dir)
+	base := randomImage(t, 9)
+	more, err := random.Layer(32<<10, "application/vnd.oci.image.layer.v1.tar+gzip")
+	if err != nil {
+		t.Fatal(err)
+	}
+	larger, err := mutate.AppendLayers(base, more)
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two, three := r.push(t, "app:1", base), r.push(t, "other:latest", base), r.push(t, "app:2", larger)
+	first, err := s.Pull(t.Context(), one, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blobs := r.blobs.Load()
+	second, err := s.Pull(t.Context(), two, "mine")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if second.Root != first.Root || second.Name != "mine" {
+		t.Errorf("%+v, %+v", first, second)
+	}
+	if n := r.blobs.Load() - blobs; n > 1 { // its configuration
+		t.Errorf("a second name took %d blobs", n)
+	}
+	blobs = r.blobs.Load()
+	if _, err := s.Pull(t.Context(), three, ""); err != nil {
+		t.Fatal(err)
+	}
+	if n := r.blobs.Load() - blobs; n > 2 { // and one layer
+		t.Errorf("one more layer took %d blobs", n)
+	}
+	if got := len(tree(t, filepath.Join(dir, "objects"))); got != 2 {
+		t.Errorf("%d objects, want 2", got)
+	}
+	in, err := s.Inspect("mine")
+	if err != nil || cmp.Diff([]string{"/init"}, in.Config.Entrypoint) != "" || len(in.Layers) != 9 {
+		t.Errorf("%+v, %v", in, err)
+	}
+	wantSound(t, s, dir)
+	if _, err := s.Remove(t.Context(), three, false); err != nil {
+		t.Error(err)
+	}
+	if got := len(tree(t, filepath.Join(dir, "layers"))); got != 9 {
+		t.Errorf("%d layers are kept, want 9", got)
+	}
+	offline := open(t, dir, func(o *image.Options) { o.Offline = true })
+	if _, err := offline.Pull(t.Context(), one, ""); !errors.Is(err, image.ErrOffline) {
+		t.Errorf("offline: %v", err)
+	}
+}
+
+// Whoever pulls, prunes and verifies at once, what is listed is whole.
+func TestPull_AtOnce(t *testing.T) {
+	r := newRegistry(t)
+	dir := storeDir(t)
+	refs := []string{r.push(t, "a:1", randomImage(t, 2)), r.push(t, "b:1", randomImage(t, 2))}
+	var wg sync.WaitGroup
+	for i := range 6 {
+		wg.Go(func() {
+			s := open(t, dir) // as another process would
+			for range 5 {
+				var err error
+				if ref := refs[i%2]; i < 4 {
+					_, err = s.Pull(t.Context(), ref, "")
+				} else if i == 4 {
+					_, err = s.Prune(t.Context(), true)
+				} else if _, err = s.Find(ref); err == nil {
+					err = s.Verify(t.Context(), ref)
+				}
+				if err != nil && !errors.Is(err, image.ErrNotFound) {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	wantSound(t, open(t, dir), dir)
+}
+
+func TestPull_Cancelled(t *testing.T) {
+	dir := storeDir(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	s := open(t, dir, func(o *image.Options) { o.Progress = func(string, int64, int64) { cancel() } })
+	r := newRegistry(t)
+	if _, err := s.Pull(ctx, r.push(t, "a:1", randomImage(t, 3)), ""); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	wantSound(t, s, dir)
+}
+
+// killVariable has a copy of this test binary make an image and die at a step of it.
+const killVariable = "SMARTVM_TEST_DIE_AT"
+
+// TestKilled kills whoever makes an image at each step: what is listed then is whole, and the next try gets through.
+func TestKilled(t *testing.T) {
+	if at := os.Getenv(killVariable); at != "" {
+		dieAt(t, at)
+		return
+	}
+	work := t.TempDir()
+	p, err := layout.Write(filepath.Join(work, "layout"), empty.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.AppendImage(randomImage(t, 3)); err != nil {
+		t.Fatal(err)
+	}
+	kernel, rootfs := sources(t)
+	dir := filepath.Join(work, "images")
+	killed := 0
+	for step := 1; ; step++ {
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestKilled$")
+		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d,%s,%s,%s", killVariable, step, work, kernel, rootfs))
+		out, err := cmd.CombinedOutput()
+		s := open(t, dir)
+		wantSound(t, s, dir)
+		if err == nil {
+			break
+		}
+		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+			t.Fatalf("step %d: %v\n%s", step, err, out)
+		}
+		killed++
+		if all, err := s.List(); err != nil || len(all) > 2 {
+			t.Errorf("step %d: %v, %v", step, all, err)
+		}
+		// The next death is in a store that knows nothing.
+		if step%2 == 0 {
+			if err := os.RemoveAll(dir); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if killed < 10 {
+		t.Errorf("there were %d steps only", killed)
+	}
+	all, err := open(t, dir).List()
+	if err != nil || len(all) != 2 {
+		t.Errorf("in the end there are %v, %v", all, err)
+	}
+}
+
+func dieAt(t *testing.T, config string) {
+	parts := strings.Split(config, ",")
+	fatal, err := strconv.Atoi(parts[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	step := 0
+	var mu sync.Mutex
+	s := open(t, filepath.Join(parts[1], "images"), func(o *image.Options) {
+		o.Progress = func(string, int64, int64) {
+			mu.Lock()
+			defer mu.Unlock()
+			if step++; step == fatal {
+				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			}
+		}
+	})
+	if _, err := s.Import(t.Context(), image.ImportOptions{Name: "imported", Kernel: parts[2], Rootfs: parts[3]}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Pull(t.Context(), "oci:"+filepath.Join(parts[1], "layout"), "pulled"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func FuzzValidName(f *testing.F) {
+	for _, s := range []string{"debian:12", "host/a@sha256:0", "A", "..", "a//b", "a/../b", "-"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		err := image.ValidName(s)
+		if err == nil && (strings.Contains(s, "..") || strings.ContainsAny(s, " \x00\n") || strings.HasPrefix(s, "/")) {
+			t.Errorf("%q is taken", s)
+		}
+		if err != nil && !errors.Is(err, fs.ErrInvalid) {
+			t.Errorf("%q: %v", s, err)
+		}
+	})
+}

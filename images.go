@@ -1,0 +1,157 @@
+package smartvm
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/release"
+	"push.rocks/smartvm/image/volume"
+	"push.rocks/smartvm/internal/agentbin"
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/spec"
+)
+
+// Images is where the images are that VMs of this host boot.
+func (h *Host) Images() (*image.Store, error) {
+	h.imagesOnce.Do(func() { h.images, h.imagesErr = h.openImages() })
+	return h.images, h.imagesErr
+}
+
+func (h *Host) openImages() (*image.Store, error) {
+	if err := store.Secure(h.opts.DataDir); err != nil {
+		return nil, fmt.Errorf("open data directory: %w", err)
+	}
+	o := h.opts.Images
+	o.Dir, o.Log = filepath.Join(h.opts.DataDir, store.ImageDir), h.log
+	if o.Agent == nil {
+		o.Agent = agentbin.Agent()
+	}
+	if o.Base == nil {
+		b := h.opts.BaseImages
+		b.Dir, b.Log, b.Offline, b.Progress = cmp.Or(b.Dir, filepath.Join(h.opts.DataDir, store.BaseDir)), h.log, o.Offline, o.Progress
+		b.Waiting, b.InUse = o.Waiting, image.InUse
+		var err error
+		if o.Base, err = base.Open(b); err != nil {
+			return nil, err
+		}
+	}
+	return image.Open(o)
+}
+
+// Binaries is where the versions of Firecracker are that were installed.
+func (h *Host) Binaries() (*release.Store, error) {
+	if err := store.Secure(h.opts.DataDir); err != nil {
+		return nil, fmt.Errorf("open data directory: %w", err)
+	}
+	o := h.opts.Binaries
+	o.Dir, o.Log, o.Offline = filepath.Join(h.opts.DataDir, store.BinaryDir), h.log, h.opts.Images.Offline
+	o.Progress, o.Waiting = h.opts.Images.Progress, h.opts.Images.Waiting
+	return release.Open(o)
+}
+
+// installed is for locate.Finder.
+func (h *Host) installed(version string) (string, error) {
+	installed, err := h.Binaries()
+	if err != nil {
+		return "", err
+	}
+	b, err := installed.Find(version)
+	if err != nil {
+		return "", err
+	}
+	return b.Firecracker, nil
+}
+
+// Volumes is where the disks are that outlive VMs.
+func (h *Host) Volumes() (*volume.Store, error) {
+	return volume.Open(filepath.Join(h.opts.DataDir, store.VolumeDir))
+}
+
+// boot is what a VM gets of its image, in its record.
+type boot struct {
+	Users []string         `json:"users"`           // where it says that it uses the image
+	Guest *agentproto.Boot `json:"guest,omitempty"` // what its guest's first program is told
+
+	release func() error // of the image: see image.Boot
+}
+
+const guestDrive = spec.GuestDrive
+
+// done lets others remove the image, unless the VM has said that it uses it.
+func (b *boot) done() error {
+	if b == nil {
+		return nil
+	}
+	return b.release()
+}
+
+// bootImage puts into s what its image gives: a kernel, an initramfs, a root drive and what goes over it.
+func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
+	if s.Image == "" {
+		return nil, nil
+	}
+	images, err := h.Images()
+	if err != nil {
+		return nil, err
+	}
+	b, err := images.Boot(ctx, s.Image, image.BootOptions{
+		Kernel: s.Kernel, NoKernel: s.BootSource.KernelImagePath != "", Entrypoint: s.Entrypoint, Command: s.Command, Env: s.Env,
+		User: s.User, WorkingDir: s.WorkingDir, Hostname: cmp.Or(s.Hostname, s.Name, s.ID),
+	})
+	switch {
+	case errors.Is(err, image.ErrNotFound):
+		return nil, hint.Add(err, "smartvm image ls lists the images here; smartvm image pull %s fetches it", s.Image)
+	case err != nil:
+		return nil, err
+	}
+	boot := &boot{Users: b.Users, Guest: b.Guest, release: b.Release}
+	s.BootSource.KernelImagePath = cmp.Or(s.BootSource.KernelImagePath, b.Kernel)
+	s.BootSource.InitrdPath = cmp.Or(s.BootSource.InitrdPath, b.Initrd)
+	s.BootSource.BootArgs = cmp.Or(s.BootSource.BootArgs, b.BootArgs)
+	drives, yes := []Drive(nil), true
+	if b.Root != "" {
+		drives = append(drives, Drive{DriveID: spec.RootDrive, PathOnHost: b.Root, IsRootDevice: true, IsReadOnly: !b.CopyRoot})
+	}
+	if b.Guest != nil {
+		scratch, err := h.scratch(ctx, s.Scratch)
+		if err != nil {
+			return nil, errors.Join(err, boot.release())
+		}
+		scratch.Ephemeral = &yes
+		if s.Scratch != nil && s.Scratch.Keep != "" {
+			scratch.Ephemeral = new(bool)
+		}
+		drives = append(drives, scratch)
+	}
+	if b.CopyRoot {
+		drives[0].Ephemeral = &yes
+	}
+	s.Drives = append(drives, s.Drives...)
+	return boot, nil
+}
+
+// scratch is the drive that an image's guest writes.
+func (h *Host) scratch(ctx context.Context, s *spec.Scratch) (Drive, error) {
+	d := Drive{DriveID: spec.ScratchDrive}
+	volumes, err := h.Volumes()
+	if err != nil {
+		return d, err
+	}
+	if s == nil {
+		s = &spec.Scratch{}
+	}
+	size := int64(cmp.Or(s.SizeMiB, spec.DefaultScratchMiB)) << 20
+	if s.Keep != "" {
+		d.PathOnHost, err = volumes.Named(ctx, s.Keep, size)
+	} else {
+		d.PathOnHost, err = volumes.Blank(ctx, size)
+	}
+	return d, err
+}

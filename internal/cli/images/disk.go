@@ -1,0 +1,146 @@
+package images
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"push.rocks/smartvm/image/volume"
+	"push.rocks/smartvm/internal/human"
+	"push.rocks/smartvm/internal/vmflags"
+)
+
+func (s *Shell) disk() *cobra.Command {
+	return s.group("disk", "Make and remove disks",
+		"Make disks for --drive, and manage those that run --keep NAME has made.",
+		s.createDisk(), s.cloneDisk(), s.resizeDisk(), s.listDisks(), s.removeDisks())
+}
+
+func (s *Shell) createDisk() *cobra.Command {
+	var size vmflags.Memory
+	var kind string
+	cmd := &cobra.Command{
+		Use:     "create --size SIZE [flags] PATH",
+		Short:   "Make an empty disk",
+		Long:    "Make a sparse file with an empty file system in it. It needs mkfs.ext4 or mkfs.xfs.",
+		Example: "  smartvm disk create --size 10G data.ext4",
+		Args:    s.Takes(1, 1, "a path"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if size == 0 {
+				return s.Usage(errors.New("--size is needed"), "")
+			}
+			if err := volume.Blank(cmd.Context(), args[0], kind, int64(size)<<20); err != nil {
+				return s.invalid(err)
+			}
+			return s.path(args[0])
+		},
+	}
+	cmd.Flags().Var(&size, "size", "how large the guest sees it: `size` in MiB, or like 512M or 10G")
+	cmd.Flags().StringVar(&kind, "type", "ext4", "file `system`: ext4 or xfs")
+	return cmd
+}
+
+// path tells where a disk is.
+func (s *Shell) path(path string) error {
+	if s.JSON() {
+		return s.WriteJSON(map[string]string{"path": path})
+	}
+	_, err := fmt.Fprintln(s.Stdout, path)
+	return err
+}
+
+func (s *Shell) cloneDisk() *cobra.Command {
+	return &cobra.Command{
+		Use:   "clone SOURCE PATH",
+		Short: "Copy a disk",
+		Long:  "Copy a disk: at once where the file system can share blocks (XFS, btrfs), else\nwithout its holes.",
+		Args:  s.Takes(2, 2, "a source and a path"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			done := s.Status(s.transfer.Text)
+			err := volume.Clone(cmd.Context(), args[0], args[1], func(done, total int64) { s.Progress("copy", done, total) })
+			done()
+			if err != nil {
+				return s.invalid(err)
+			}
+			return s.path(args[1])
+		},
+	}
+}
+
+func (s *Shell) resizeDisk() *cobra.Command {
+	return &cobra.Command{
+		Use:     "resize PATH SIZE",
+		Short:   "Change the size of a disk",
+		Long:    "Change the size of a disk with an ext4 that no VM has. It needs e2fsck and\nresize2fs, and refuses to make it smaller than what is in it.",
+		Example: "  smartvm disk resize data.ext4 20G",
+		Args:    s.Takes(2, 2, "a path and a size"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var size vmflags.Memory
+			if err := size.Set(args[1]); err != nil {
+				return s.Usage(fmt.Errorf("size %q: %w", args[1], err), "")
+			}
+			if err := volume.Resize(cmd.Context(), args[0], int64(size)<<20); err != nil {
+				return s.invalid(err)
+			}
+			return s.path(args[0])
+		},
+	}
+}
+
+// volumes opens the disks that have names.
+func (s *Shell) volumes() (*volume.Store, error) {
+	h, err := s.Host()
+	if err != nil {
+		return nil, err
+	}
+	volumes, err := h.Volumes()
+	return volumes, errors.Join(err, h.Close())
+}
+
+func (s *Shell) listDisks() *cobra.Command {
+	return &cobra.Command{
+		Use:     "ls",
+		Aliases: []string{"list"},
+		Short:   "List the disks that have names",
+		Long:    "List the disks that run --keep NAME has made.\n\nThe fields of -o json: name, path, size, used (bytes).",
+		Args:    s.Takes(0, 0, "no arguments"),
+		RunE: func(*cobra.Command, []string) error {
+			volumes, err := s.volumes()
+			if err != nil {
+				return err
+			}
+			all, err := volumes.List()
+			if err != nil {
+				return err
+			}
+			if s.JSON() {
+				return s.WriteJSON(append([]volume.Disk{}, all...))
+			}
+			var rows []string
+			for _, d := range all {
+				rows = append(rows, fmt.Sprintf("%s\t%s\t%s", d.Name, human.Size(d.Size), human.Size(d.Used)))
+			}
+			return s.table("NAME\tSIZE\tUSED", rows)
+		},
+	}
+}
+
+func (s *Shell) removeDisks() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rm NAME...",
+		Short: "Remove disks that have names",
+		Long:  "Remove disks that run --keep NAME has made, with all that is on them.",
+		Args:  s.Takes(1, -1, "a name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			volumes, err := s.volumes()
+			if err != nil {
+				return err
+			}
+			return s.each(cmd.Context(), args, func(_ context.Context, name string) (any, error) {
+				return map[string]string{"name": name}, s.invalid(volumes.Remove(name))
+			})
+		},
+	}
+}

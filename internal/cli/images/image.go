@@ -1,0 +1,293 @@
+package images
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/internal/human"
+)
+
+func (s *Shell) image() *cobra.Command {
+	return s.group("image", "Fetch, make and remove images",
+		"Fetch, make and remove images: what smartvm run IMAGE boots. An image is stored\n"+
+			"once, however many names it has and VMs use it, and no VM ever writes it.",
+		s.pull(), s.importImage(), s.list(), s.inspect(), s.remove(), s.prune(), s.verify())
+}
+
+// store opens the images.
+func (s *Shell) store() (*image.Store, error) {
+	h, err := s.Host()
+	if err != nil {
+		return nil, err
+	}
+	images, err := h.Images()
+	return images, errors.Join(err, h.Close())
+}
+
+func (s *Shell) pull() *cobra.Command {
+	var name string
+	cmd := &cobra.Command{
+		Use:   "pull [flags] IMAGE",
+		Short: "Fetch an image",
+		Long: "Fetch an image and print its name. IMAGE is one of\n" +
+			"  debian:12, HOST/NAME:TAG, NAME@sha256:...   a registry's, as with docker\n" +
+			"  oci:DIR[:TAG]                               an OCI layout\n" +
+			"  docker-archive:FILE[:NAME]                  what docker save writes\n" +
+			"  -                                           either, as a tar on standard input\n" +
+			"  base:latest, base:lts, base:hosted          Firecracker's own images, or yours\n\n" +
+			"What is here already is not fetched again. After an interruption, do the same\n" +
+			"again: it goes on where it was.",
+		Example: "  smartvm image pull debian:12\n" +
+			"  docker save app | smartvm image pull --name app -",
+		Args: s.Takes(1, 1, "one image"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			images, err := s.store()
+			if err != nil {
+				return err
+			}
+			i, err := s.Pull(cmd.Context(), images, args[0], name)
+			if err != nil {
+				return err
+			}
+			return s.made(i)
+		},
+	}
+	cmd.Flags().StringVar(&name, "name", "", "what it is `called` here, if not as there")
+	return cmd
+}
+
+// Pull fetches an image and shows how far that is.
+func (s *Shell) Pull(ctx context.Context, images *image.Store, ref, name string) (*image.Image, error) {
+	done := s.Status(s.transfer.Text)
+	defer done()
+	i, err := images.Pull(ctx, ref, name)
+	return i, s.invalid(err)
+}
+
+// invalid makes a usage error of one that is the caller's.
+func (s *Shell) invalid(err error) error {
+	if err != nil && errors.Is(err, fs.ErrInvalid) {
+		return s.Usage(err, smartvm.Hint(err))
+	}
+	return err
+}
+
+// made tells the name of an image.
+func (s *Shell) made(i *image.Image) error {
+	if s.JSON() {
+		return s.WriteJSON(i)
+	}
+	_, err := fmt.Fprintln(s.Stdout, i.Name)
+	return err
+}
+
+func (s *Shell) importImage() *cobra.Command {
+	var o image.ImportOptions
+	cmd := &cobra.Command{
+		Use:   "import [flags] NAME",
+		Short: "Make an image of files",
+		Long: "Make an image of files of this machine: a kernel, a root file system, or both.\n\n" +
+			"The kernel is a vmlinux or bzImage of any distribution, with its modules; \"host\"\n" +
+			"is the one that this machine runs. An image of a kernel alone lends it to\n" +
+			"images without: run --kernel NAME, or to all of them if it is called \"kernel\".\n\n" +
+			"The root file system is a directory, a tar, or an ext4, squashfs or erofs image.",
+		Example: "  smartvm image import --kernel host kernel\n" +
+			"  smartvm image import --kernel vmlinuz --modules lib/modules/6.1.0-40-cloud-amd64 kernel\n" +
+			"  mmdebstrap bookworm - | smartvm image import --rootfs - debian",
+		Args: s.Takes(1, 1, "the image's name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			images, err := s.store()
+			if err != nil {
+				return err
+			}
+			o.Name, o.Stdin = args[0], s.Stdin
+			done := s.Status(s.transfer.Text)
+			i, err := images.Import(cmd.Context(), o)
+			done()
+			if err != nil {
+				return s.invalid(err)
+			}
+			return s.made(i)
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.StringVarP(&o.Kernel, "kernel", "k", "", "vmlinux or bzImage at `path`, or host")
+	f.StringVar(&o.Modules, "modules", "", "the kernel's /lib/modules/RELEASE, a `dir`; without it what guests need is built in")
+	f.StringVar(&o.Rootfs, "rootfs", "", "root file system at `path`, - for a tar on standard input")
+	f.StringVar(&o.Initrd, "initrd", "", "initramfs at `path` that boots by itself")
+	f.StringVar(&o.BootArgs, "append", "", "kernel command `line`")
+	return cmd
+}
+
+func (s *Shell) list() *cobra.Command {
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:     "ls [flags]",
+		Aliases: []string{"list"},
+		Short:   "List images",
+		Long: "List the images that are here. SIZE is what an image takes on disk, also of\n" +
+			"what it shares with others.\n\n" +
+			"The fields of -o json are those of smartvm image inspect.",
+		Args: s.Takes(0, 0, "flags only"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			images, err := s.store()
+			if err != nil {
+				return err
+			}
+			all, err := images.List()
+			if err != nil {
+				return err
+			}
+			list, rows := []*image.Inspection{}, []string(nil)
+			for _, i := range all {
+				in, err := images.Inspect(i.Name)
+				if errors.Is(err, image.ErrNotFound) {
+					continue // meanwhile
+				}
+				if err != nil {
+					return err
+				}
+				if quiet {
+					fmt.Fprintln(s.Stdout, i.Name)
+				}
+				list = append(list, in)
+				rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s ago\t%d", i.Name, contents(in), human.Size(in.Size), human.Ago(time.Since(i.Created)), len(in.UsedBy)))
+			}
+			switch {
+			case quiet:
+				return nil
+			case s.JSON():
+				return s.WriteJSON(list)
+			}
+			return s.table("NAME\tCONTENT\tSIZE\tCREATED\tVMS", rows)
+		},
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print names only")
+	return cmd
+}
+
+// contents says what an image has.
+func contents(in *image.Inspection) string {
+	text := ""
+	for _, o := range in.Objects {
+		if text != "" {
+			text += ", "
+		}
+		text += cmp.Or(o.Type, o.ID[:6])
+		if o.Release != "" {
+			text += " " + o.Release
+		}
+	}
+	return cmp.Or(text, "bundle "+in.Bundle)
+}
+
+func (s *Shell) inspect() *cobra.Command {
+	return &cobra.Command{
+		Use:   "inspect IMAGE...",
+		Short: "Show all about images",
+		Long:  "Show all that is known about images, as a JSON array.",
+		Args:  s.Takes(1, -1, "an image"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			images, err := s.store()
+			if err != nil {
+				return err
+			}
+			list := []*image.Inspection{}
+			var errs []error
+			for _, name := range args {
+				in, err := images.Inspect(name)
+				if err != nil {
+					errs = append(errs, err)
+					continue
+				}
+				list = append(list, in)
+			}
+			return errors.Join(append(errs, s.WriteJSON(list))...)
+		},
+	}
+}
+
+func (s *Shell) remove() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "rm [flags] IMAGE...",
+		Short: "Remove images",
+		Long:  "Remove images, and what only they need. One that VMs use is not removed.",
+		Args:  s.Takes(1, -1, "an image"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			images, err := s.store()
+			if err != nil {
+				return err
+			}
+			return s.each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return images.Remove(ctx, name, force) })
+		},
+	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "take the name away even if VMs use it; they keep what they have")
+	return cmd
+}
+
+func (s *Shell) prune() *cobra.Command {
+	var all bool
+	cmd := &cobra.Command{
+		Use:   "prune [flags]",
+		Short: "Remove what no image needs",
+		Long:  "Remove what no image needs any more, and with -a the images that no VM uses.",
+		Args:  s.Takes(0, 0, "flags only"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			images, err := s.store()
+			if err != nil {
+				return err
+			}
+			r, err := images.Prune(cmd.Context(), all)
+			if err != nil {
+				return err
+			}
+			if s.JSON() {
+				return s.WriteJSON(r)
+			}
+			for _, name := range r.Images {
+				fmt.Fprintln(s.Stdout, name)
+			}
+			_, err = fmt.Fprintf(s.Stderr, "freed %s\n", human.Size(r.Bytes))
+			return err
+		},
+	}
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "remove images that no VM uses, too")
+	return cmd
+}
+
+func (s *Shell) verify() *cobra.Command {
+	return &cobra.Command{
+		Use:   "verify [IMAGE...]",
+		Short: "Read images and compare them with what was stored",
+		Long:  "Read images, all without a name, and compare each file with what was stored.",
+		Args:  s.Takes(0, -1, "images"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			images, err := s.store()
+			if err != nil {
+				return err
+			}
+			if len(args) == 0 {
+				all, err := images.List()
+				if err != nil {
+					return err
+				}
+				for _, i := range all {
+					args = append(args, i.Name)
+				}
+			}
+			done := s.Status(s.transfer.Text)
+			defer done()
+			return s.each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) })
+		},
+	}
+}

@@ -1,0 +1,314 @@
+package smartvm_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/internal/fixtures"
+	"push.rocks/smartvm/internal/testenv"
+)
+
+// dataVariable names a data directory with images that were made before the lab was started, where that is quicker.
+const dataVariable = "SMARTVM_TEST_DATA"
+
+// makeImages makes images of what other tools made, in a data directory.
+func makeImages(t *testing.T) (dir string) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "data")
+	h, err := smartvm.Open(smartvm.Options{RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	images, err := h.Images()
+	if err != nil {
+		t.Fatal(err)
+	}
+	work := t.TempDir()
+	minimal := testenv.Fixture(t, fixtures.Minimal)
+	unpacked, layout := filepath.Join(work, "unpacked"), filepath.Join(work, "layout")
+	if err := os.Mkdir(unpacked, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	umoci := testenv.Fixture(t, fixtures.Umoci)
+	image1 := layout + ":v1"
+	for _, command := range [][]string{
+		{"tar", "-xf", minimal, "-C", unpacked},
+		{umoci, "init", "--layout", layout},
+		{umoci, "new", "--image", image1},
+		{umoci, "insert", "--image", image1, unpacked, "/"},
+		{umoci, "insert", "--image", image1, "--whiteout", "/mnt"},
+		{
+			umoci, "config", "--image", image1, "--config.entrypoint", "/bin/sh", "--config.entrypoint", "-c",
+			"--config.cmd", "echo ran as $(id -un) in $PWD with $COLOUR", "--config.env", "COLOUR=blue", "--config.user", "nobody",
+			"--config.workingdir", "/tmp",
+		},
+		{testenv.Fixture(t, fixtures.Skopeo), "copy", "-q", "--insecure-policy", "oci:" + image1, "docker-archive:" + work + "/v1.tar:app:v1"},
+		{testenv.Fixture(t, fixtures.Mksquashfs), unpacked, work + "/minimal.squashfs", "-quiet", "-no-progress"},
+	} {
+		if out, err := exec.CommandContext(t.Context(), command[0], command[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", command, err, out)
+		}
+	}
+	for name, o := range map[string]image.ImportOptions{
+		image.DefaultKernel: {Kernel: testenv.Fixture(t, fixtures.GuestKernel), Modules: testenv.Fixture(t, fixtures.GuestModules)},
+		"minimal":           {Rootfs: minimal},
+		"squashed":          {Rootfs: work + "/minimal.squashfs"},
+		"debian":            {Rootfs: testenv.Fixture(t, fixtures.Debian), BootArgs: "console=ttyS0 quiet reboot=k panic=1 systemd.show_status=1"},
+	} {
+		o.Name = name
+		if _, err := images.Import(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	umociImage, err := images.Pull(t.Context(), "oci:"+image1, "app")
+	if err != nil {
+		t.Fatal(err)
+	}
+	skopeoImage, err := images.Pull(t.Context(), "docker-archive:"+work+"/v1.tar", "app-archive")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if umociImage.Root != skopeoImage.Root || umociImage.Root == "" {
+		t.Errorf("the same layers from a layout and an archive are %q and %q", umociImage.Root, skopeoImage.Root)
+	}
+	return dir
+}
+
+// imageHost is a host with those images.
+func imageHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
+	t.Helper()
+	testenv.Require(t, testenv.KVM, testenv.LinuxGuest)
+	opts := smartvm.Options{
+		RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: os.Getenv(dataVariable), FirecrackerBinary: testenv.Firecracker(t), Launcher: launcher,
+	}
+	if opts.DataDir == "" {
+		opts.DataDir = makeImages(t)
+	}
+	if launcher == smartvm.LaunchJailed {
+		testenv.Require(t, testenv.Root)
+		opts.JailerBinary = testenv.Jailer(t)
+	}
+	testenv.NoLeaks(t, opts.RuntimeDir)
+	h, err := smartvm.Open(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		// Of a test that failed.
+		all, err := h.Machines(context.Background())
+		for _, m := range all {
+			_, stopErr := m.Stop(context.Background(), smartvm.StopOptions{})
+			t.Logf("removing VM %s: %v, %v, %v", m.ID(), err, stopErr, m.Remove(context.Background()))
+		}
+		claims, err := filepath.Glob(filepath.Join(opts.DataDir, "images/objects/*/users/*"))
+		if err != nil || len(claims) > 0 {
+			t.Errorf("images are still claimed: %v, %v", claims, err)
+		}
+		if err := errors.Join(h.Close(), os.RemoveAll(filepath.Dir(opts.RuntimeDir))); err != nil {
+			t.Error(err)
+		}
+	})
+	return h
+}
+
+// runImage runs a VM to its end and returns its console.
+func runImage(t *testing.T, h *smartvm.Host, spec smartvm.Spec) string {
+	t.Helper()
+	spec.MachineConfig = smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 256}
+	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
+	defer cancel()
+	console := new(transcript)
+	exit, err := h.Run(ctx, spec, smartvm.RunOptions{Console: console})
+	for range 3 {
+		// The emulator now and then corrupts a guest's registers in an interrupt: the kernel dies before any program runs.
+		if !testenv.InLab() || !strings.Contains(console.String(), "Kernel panic - not syncing: Attempted to kill the idle task") {
+			break
+		}
+		t.Logf("the guest's kernel died under emulation; once more")
+		console = new(transcript)
+		exit, err = h.Run(ctx, spec, smartvm.RunOptions{Console: console})
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s", err, console)
+	}
+	if exit.Outcome != smartvm.OutcomeExited || exit.Code != 0 {
+		t.Errorf("ended %+v, want exited with 0\n%s", exit, console)
+	}
+	return console.String()
+}
+
+func wantText(t *testing.T, console string, texts ...string) {
+	t.Helper()
+	for _, text := range texts {
+		if !strings.Contains(console, text) {
+			t.Errorf("console lacks %q:\n%s", text, console)
+		}
+	}
+}
+
+// An image that other tools made runs what it says, or what it is told, as whom it says.
+func TestLinuxImage_OCI(t *testing.T) {
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		t.Run(string(launcher), func(t *testing.T) {
+			h := imageHost(t, launcher)
+			wantText(t, runImage(t, h, smartvm.Spec{Image: "app"}), "ran as nobody in /tmp with blue")
+			wantText(t, runImage(t, h, smartvm.Spec{
+				Image: "app-archive", Name: "box", Command: []string{"echo I am $(id -un) on $(hostname), $COLOUR and $SIZE; ls -d /mnt; exit 3"},
+				User: "root", Env: []string{"SIZE=large", "COLOUR=red"},
+			}), "I am root on box, red and large", "/mnt: No such file", "exit code 3")
+		})
+	}
+}
+
+// What a guest writes is its own, and gone with it; with Keep it is there for the next. The image never changes.
+func TestLinuxImage_Writes(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchJailed)
+	images, err := h.Images()
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := imageRoot(t, h, "minimal")
+	before := digestFile(t, root)
+	script := func(scratch *smartvm.Scratch) smartvm.Spec {
+		return smartvm.Spec{Image: "minimal", Scratch: scratch, Command: []string{
+			"/bin/sh", "-c", "cat /note || echo none; echo mine > /note; rm /etc/profile; sync",
+		}}
+	}
+	for _, tt := range []struct {
+		scratch *smartvm.Scratch
+		want    string
+	}{{nil, "none"}, {nil, "none"}, {&smartvm.Scratch{SizeMiB: 64, Keep: "kept"}, "none"}, {&smartvm.Scratch{Keep: "kept"}, "mine"}} {
+		wantText(t, runImage(t, h, script(tt.scratch)), tt.want)
+	}
+	if digestFile(t, root) != before {
+		t.Error("the image has changed")
+	}
+	if err := images.Verify(t.Context(), "minimal"); err != nil {
+		t.Error(err)
+	}
+	volumes, err := h.Volumes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := volumes.Remove("kept"); err != nil {
+		t.Error(err)
+	}
+}
+
+func imageRoot(t *testing.T, h *smartvm.Host, name string) string {
+	t.Helper()
+	images, err := h.Images()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := images.Boot(t.Context(), name, image.BootOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.Root
+}
+
+func digestFile(t *testing.T, path string) [sha256.Size]byte {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sha256.Sum256(data)
+}
+
+func TestLinuxImage_Squashfs(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	wantText(t, runImage(t, h, smartvm.Spec{Image: "squashed", Command: []string{
+		"/bin/sh", "-c", "grep ' / ' /proc/mounts; echo new > /etc/new && echo it can be written",
+	}}), "overlay / overlay", "it can be written")
+}
+
+// A distribution boots as on a machine of its own, and shuts down when asked.
+func TestLinuxImage_Systemd(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchJailed)
+	m, err := h.Create(t.Context(), smartvm.Spec{Image: "debian", Name: "deb", MachineConfig: smartvm.MachineConfig{VCPUCount: 2, MemSizeMiB: 512}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	awaitLog(t, m, "Multi-User")
+	awaitLog(t, m, "deb login:")
+	log, err := os.ReadFile(m.ConsoleLog())
+	if err != nil || bytes.Contains(log, []byte("FAILED")) {
+		t.Errorf("a unit failed: %v\n%s", err, log)
+	}
+	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
+	if err != nil || how != smartvm.CtrlAltDel {
+		t.Errorf("stopped by %q, %v", how, err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// While a VM uses an image, it cannot be removed; once it is gone, it can.
+func TestLinuxImage_InUse(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	images, err := h.Images()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := h.Create(t.Context(), smartvm.Spec{Image: "squashed", MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var inUse *image.InUseError
+	if _, err := images.Remove(t.Context(), "squashed", false); !errors.As(err, &inUse) || inUse.By[0] != m.RuntimeDir() {
+		t.Errorf("remove: %v, want that %s uses it", err, m.RuntimeDir())
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	in, err := images.Inspect("squashed")
+	if err != nil || len(in.UsedBy) > 0 {
+		t.Errorf("%+v, %v", in, err)
+	}
+}
+
+// This machine's own kernel boots guests, as the package has it. In the lab that is the distribution's generic one.
+func TestLinuxImage_HostKernel(t *testing.T) {
+	if !testenv.InLab() {
+		t.Skip("needs: the lab, whose kernel is known")
+	}
+	h := imageHost(t, smartvm.LaunchDirect)
+	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := strings.TrimSpace(string(release))
+	src, err := os.Open(testenv.Fixture(t, fixtures.LabKernel))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	dst, err := os.Create("/boot/vmlinux-" + name) // of the lab: nobody else sees it
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(dst, src); err != nil {
+		t.Fatal(err)
+	}
+	if err := dst.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantText(t, runImage(t, h, smartvm.Spec{Image: "minimal", Kernel: image.HostKernel, Command: []string{"uname", "-r"}}), name)
+}
