@@ -130,15 +130,6 @@ func runImage(t *testing.T, h *smartvm.Host, spec smartvm.Spec) string {
 	defer cancel()
 	console := new(transcript)
 	exit, err := h.Run(ctx, spec, smartvm.RunOptions{Console: console})
-	for range 3 {
-		// The emulator now and then corrupts a guest's registers in an interrupt: the kernel dies before any program runs.
-		if !testenv.InLab() || !strings.Contains(console.String(), "Kernel panic - not syncing: Attempted to kill the idle task") {
-			break
-		}
-		t.Logf("the guest's kernel died under emulation; once more")
-		console = new(transcript)
-		exit, err = h.Run(ctx, spec, smartvm.RunOptions{Console: console})
-	}
 	if err != nil {
 		t.Fatalf("%v\n%s", err, console)
 	}
@@ -214,6 +205,9 @@ func imageRoot(t *testing.T, h *smartvm.Host, name string) string {
 	}
 	b, err := images.Boot(t.Context(), name, image.BootOptions{})
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Release(); err != nil {
 		t.Fatal(err)
 	}
 	return b.Root
