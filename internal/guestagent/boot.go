@@ -303,6 +303,9 @@ func furnish(b *agentproto.Boot) error {
 	for name, target := range map[string]string{"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"} {
 		_ = os.Symlink("/proc/self/fd"+target, "/dev/"+name)
 	}
+	if err := loopback(); err != nil {
+		say("%v", err)
+	}
 	if b.Hostname == "" {
 		return nil
 	}
@@ -320,6 +323,23 @@ func furnish(b *agentproto.Boot) error {
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			say("%v", err)
 		}
+	}
+	return nil
+}
+
+// loopback lets the guest speak to itself: localhost is there without any other network.
+func loopback() (err error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		defer unix.Close(fd)
+		var lo *unix.Ifreq
+		if lo, err = unix.NewIfreq("lo"); err == nil {
+			lo.SetUint16(unix.IFF_UP)
+			err = unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, lo)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("bring lo up: %w", err)
 	}
 	return nil
 }

@@ -39,6 +39,7 @@ echo "kept $(cat kept 2>/dev/null)"
 echo "mounts" $(grep -c . /proc/mounts) $(grep -E '^/dev/vd|^[^ ]+ /(lower|scratch)' /proc/mounts)
 echo "root" $(ls /)
 echo "parent $PPID"
+echo "lo $(cat /sys/class/net/lo/flags)"
 echo "cgroup $(grep -c ' /sys/fs/cgroup cgroup2 ' /proc/mounts)"
 [ -e /dev/fd/0 ] && echo "descriptors"
 [ $(id -u) = 0 ] && echo second >kept
@@ -68,7 +69,7 @@ func TestGuest_Command(t *testing.T) {
 				b.User = []string{"", "web"}[i]
 				console := start(t, drive{path: root}, drive{upper, true}, drive{path: config(t, b)}).wait(t)
 				has(t, console, who, "env 1 "+[]string{"/root", "/home/web"}[i]+" vt100 /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-					"cwd /srv/new", "host web-1 web-1", "tty /dev/console", "kept "+[]string{"", "second"}[i], "parent 1", "cgroup 1", "descriptors",
+					"cwd /srv/new", "host web-1 web-1", "tty /dev/console", "kept "+[]string{"", "second"}[i], "parent 1", "lo 0x9", "cgroup 1", "descriptors",
 					"root "+listing, "smartvm: command ended with exit code 7")
 				if !regexp.MustCompile(`(?m)^mounts \d+$`).MatchString(console) {
 					t.Errorf("the image sees its layers:\n%s", console)
