@@ -100,9 +100,7 @@ type Host struct {
 
 	dataOnce sync.Once // makes the data directory
 
-	imagesOnce sync.Once
-	images     *image.Store
-	imagesErr  error
+	images func() (*image.Store, error) // opens them once
 
 	vmms locate.Finder
 
@@ -146,6 +144,7 @@ func Open(opts Options) (*Host, error) {
 		return nil, fmt.Errorf("open runtime directory: %w", err)
 	}
 	h := &Host{opts: opts, store: st, log: opts.Log, machines: map[string]*Machine{}}
+	h.images = sync.OnceValues(h.openImages)
 	h.vmms.Binary, h.vmms.Version, h.vmms.Installed = opts.FirecrackerBinary, opts.FirecrackerVersion, h.installed
 	if opts.noCgroup {
 		return h, nil

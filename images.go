@@ -19,10 +19,7 @@ import (
 )
 
 // Images is where the images are that VMs of this host boot.
-func (h *Host) Images() (*image.Store, error) {
-	h.imagesOnce.Do(func() { h.images, h.imagesErr = h.openImages() })
-	return h.images, h.imagesErr
-}
+func (h *Host) Images() (*image.Store, error) { return h.images() }
 
 func (h *Host) openImages() (*image.Store, error) {
 	if err := store.Secure(h.opts.DataDir); err != nil {
@@ -83,6 +80,14 @@ type boot struct {
 }
 
 const guestDrive = spec.GuestDrive
+
+// staged tells of the root that the VM has a layer over, and has room for what is copied.
+func (b *boot) staged(s *Spec) map[string]StagedDrive {
+	if b == nil || b.Guest == nil {
+		return map[string]StagedDrive{}
+	}
+	return map[string]StagedDrive{spec.RootDrive: {s.Drives[0].PathOnHost, "overlay"}}
+}
 
 // done lets others remove the image, unless the VM has said that it uses it.
 func (b *boot) done() error {

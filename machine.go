@@ -104,6 +104,7 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 		}
 		rec.UID, pl.Create = p.uid, pl.Create[1:]
 	}
+	rec.Staged = rec.Boot.staged(&rec.Spec)
 	for _, e := range pl.Create {
 		file, isFile := e.(*stage.File)
 		if isFile && m.host.opts.Progress != nil {
@@ -115,9 +116,6 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 			return err
 		}
 		if isFile {
-			if rec.Staged == nil {
-				rec.Staged = map[string]StagedDrive{}
-			}
 			rec.Staged[filepath.Base(file.Target)] = StagedDrive{file.Target, file.Method}
 			m.host.log.Debug("staged", "vm", rec.ID, "file", file.Target, "method", file.Method)
 		}

@@ -38,10 +38,10 @@ type record struct {
 
 const recordVersion = 1
 
-// StagedDrive is a VM's own copy of a drive.
+// StagedDrive is a VM's own copy of a drive, or what its layer lies over.
 type StagedDrive struct {
 	Path   string `json:"path"`
-	Method string `json:"method"` // "reflink" or "sparse-copy"
+	Method string `json:"method"` // "overlay", "reflink" or "sparse-copy"
 }
 
 // maxRecord bounds a record in bytes. A Spec has at most maxSpec.

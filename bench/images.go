@@ -76,7 +76,7 @@ func (b *bench) staging(ctx context.Context) (err error) {
 			return err
 		}
 		copied := 0.0
-		if _, ok := in.Staged["rootfs"]; ok {
+		if in.Staged["rootfs"].Method != "overlay" {
 			copied = imageData
 		}
 		b.report.add("stage-copied", "bytes", copied)

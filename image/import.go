@@ -1,6 +1,7 @@
 package image
 
 import (
+	"archive/tar"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/volume"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/stage"
 )
 
@@ -151,6 +153,9 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*Object, erro
 				return err
 			}
 			err = flatten.TarToExt4(ctx, watchedFile{s.watch(ctx, f, "unpack "+filepath.Base(path), fi.Size()), f}, dst)
+			if errors.Is(err, tar.ErrHeader) {
+				err = hint.Add(err, "%s is neither a tar nor an ext4, squashfs or erofs image", path)
+			}
 			return errors.Join(err, f.Close())
 		})
 	}

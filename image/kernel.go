@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -29,15 +30,17 @@ func hostKernel() (image, modules string, err error) {
 	if _, err := os.Stat(modules); err != nil {
 		modules = ""
 	}
-	var errs []error
-	for _, path := range []string{"/boot/vmlinuz-" + release, filepath.Join("/lib/modules", release, "vmlinuz"), "/boot/vmlinux-" + release} {
+	paths := []string{"/boot/vmlinuz-" + release, filepath.Join("/lib/modules", release, "vmlinuz"), "/boot/vmlinux-" + release}
+	for _, path := range paths {
 		f, err := os.Open(path)
 		if err == nil {
 			return path, modules, f.Close()
 		}
-		errs = append(errs, err)
+		if !isNotExist(err) {
+			return "", "", fmt.Errorf("read this machine's kernel: %w: %w", ErrNoKernel, err)
+		}
 	}
-	return "", "", hint.Add(fmt.Errorf("find this machine's kernel %s: %w: %w", release, ErrNoKernel, errors.Join(errs...)),
+	return "", "", hint.Add(fmt.Errorf("find this machine's kernel: %w in %s", ErrNoKernel, strings.Join(paths, ", ")),
 		"import one of a distribution: smartvm image import --kernel VMLINUZ --modules DIR kernel")
 }
 

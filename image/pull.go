@@ -11,7 +11,10 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/internal/hint"
 )
 
 // BaseScheme begins the reference of a base image: "base:latest", "base:lts" or "base:hosted".
@@ -107,6 +110,9 @@ func (s *Store) build(ctx context.Context, fill func(dir string) (*Object, error
 	o, err := fill(dir)
 	if err == nil {
 		err = s.commit(ctx, dir, o)
+	}
+	if errors.Is(err, unix.ENOSPC) {
+		err = hint.Add(err, "free space there (smartvm image prune), or name another --data-dir")
 	}
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))

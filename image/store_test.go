@@ -31,6 +31,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
@@ -291,7 +292,14 @@ func TestBoot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	b, err := s.Boot(t.Context(), "whole", image.BootOptions{Command: []string{"id"}, Env: []string{"A=b"}, Hostname: "box"})
+	boot := func(s *image.Store, name string, o image.BootOptions) (*image.Boot, error) {
+		b, err := s.Boot(t.Context(), name, o)
+		if err == nil {
+			err = b.Release()
+		}
+		return b, err
+	}
+	b, err := boot(s, "whole", image.BootOptions{Command: []string{"id"}, Env: []string{"A=b"}, Hostname: "box"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -303,35 +311,106 @@ func TestBoot(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	again, err := s.Boot(t.Context(), "whole", image.BootOptions{})
+	again, err := boot(s, "whole", image.BootOptions{})
 	if err != nil || again.Initrd != b.Initrd || again.Guest.Command != nil {
 		t.Errorf("again: %+v, %v, want the same initramfs and the image's own init", again, err)
 	}
-	if with, err := s.Boot(t.Context(), "root", image.BootOptions{Kernel: "lender"}); err != nil || with.Kernel != b.Kernel {
+	if with, err := boot(s, "root", image.BootOptions{Kernel: "lender"}); err != nil || with.Kernel != b.Kernel {
 		t.Errorf("with another's kernel: %+v, %v", with, err)
 	}
-	if own, err := s.Boot(t.Context(), "initrd", image.BootOptions{}); err != nil || own.Guest != nil || own.BootArgs != "quiet" || own.Initrd == "" {
+	if own, err := boot(s, "initrd", image.BootOptions{}); err != nil || own.Guest != nil || own.BootArgs != "quiet" || own.Initrd == "" {
 		t.Errorf("with its own initramfs: %+v, %v", own, err)
 	}
-	if _, err := s.Boot(t.Context(), "root", image.BootOptions{Kernel: "root"}); !errors.Is(err, image.ErrNoKernel) {
+	if _, err := boot(s, "root", image.BootOptions{Kernel: "root"}); !errors.Is(err, image.ErrNoKernel) {
 		t.Errorf("with the kernel of one without: %v", err)
 	}
-	if _, err := s.Boot(t.Context(), "none", image.BootOptions{}); !errors.Is(err, image.ErrNotFound) {
+	if _, err := boot(s, "none", image.BootOptions{}); !errors.Is(err, image.ErrNotFound) {
 		t.Errorf("no image: %v", err)
 	}
-	if _, err := s.Boot(t.Context(), "whole", image.BootOptions{Command: []string{strings.Repeat("a", 1<<20)}}); err == nil {
+	if _, err := boot(s, "whole", image.BootOptions{Command: []string{strings.Repeat("a", 1<<20)}}); err == nil {
 		t.Error("a command of 1 MiB was taken")
 	}
 	without := open(t, dir, func(o *image.Options) { o.Agent = nil })
-	if _, err := without.Boot(t.Context(), "whole", image.BootOptions{}); err == nil || !strings.Contains(err.Error(), "without its guest agent") {
+	if _, err := boot(without, "whole", image.BootOptions{}); err == nil || !strings.Contains(err.Error(), "without its guest agent") {
 		t.Errorf("without an agent: %v", err)
 	}
 	kernelImage, err := s.Import(t.Context(), image.ImportOptions{Name: image.DefaultKernel, Kernel: kernel})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if with, err := s.Boot(t.Context(), "root", image.BootOptions{}); err != nil || !strings.Contains(with.Kernel, kernelImage.Kernel) {
+	if with, err := boot(s, "root", image.BootOptions{}); err != nil || !strings.Contains(with.Kernel, kernelImage.Kernel) {
 		t.Errorf("with the default kernel: %+v, %v", with, err)
+	}
+}
+
+// A base image of a manifest boots by itself from a copy, or where it cannot be written, like any other.
+func TestBase(t *testing.T) {
+	kernel, _ := sources(t)
+	for kind, readOnly := range map[string]bool{"ext4": false, "squashfs": true} {
+		t.Run(kind, func(t *testing.T) {
+			dir := storeDir(t)
+			work := t.TempDir()
+			rootfs := filepath.Join(work, "rootfs")
+			content := make([]byte, 4096)
+			copy(content[map[string]int{"ext4": 1024 + 0x38}[kind]:], map[string]string{"ext4": "\x53\xef", "squashfs": "hsqs"}[kind])
+			if err := os.WriteFile(rootfs, content, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			manifest := filepath.Join(work, "manifest.json")
+			text := fmt.Sprintf(`{"schemaVersion": 1, "bundleId": "mine-1", "name": "mine", "arch": "x86_64", "firecrackerVersion": "v1.12.1",
+				"rootfsType": %q, "rootfsIsReadOnly": %v, "bootArgs": "console=ttyS0 mine", "kernel": {"path": %q}, "rootfs": {"path": "rootfs"}}`, kind, readOnly, kernel)
+			if err := os.WriteFile(manifest, []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			bundles, err := base.Open(base.Options{Dir: filepath.Join(work, "bundles"), ManifestPath: manifest, Arch: "x86_64", InUse: image.InUse})
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := open(t, dir, func(o *image.Options) { o.Base = bundles })
+			i, err := s.Pull(t.Context(), "base:hosted", "")
+			if err != nil || i.Name != "base:hosted" {
+				t.Fatalf("%+v, %v", i, err)
+			}
+			b, err := s.Boot(t.Context(), "base:hosted", image.BootOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b.CopyRoot == readOnly || (b.Guest != nil) != readOnly || b.RootType != kind || b.BootArgs != "console=ttyS0 mine" || b.Kernel == "" || b.Root == "" {
+				t.Errorf("%+v", b)
+			}
+			if err := os.Symlink(work, filepath.Join(b.Users[0], "vm")); err != nil { // a VM
+				t.Fatal(err)
+			}
+			if err := b.Release(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Remove(t.Context(), "base:hosted", false); !errors.As(err, new(*image.InUseError)) {
+				t.Errorf("in use: %v", err)
+			}
+			if err := os.Remove(filepath.Join(b.Users[0], "vm")); err != nil {
+				t.Fatal(err)
+			}
+			if in, err := s.Inspect("base:hosted"); err != nil || in.Size == 0 || in.Bundle != "mine-1" {
+				t.Errorf("%+v, %v", in, err)
+			}
+			wantSound(t, s, dir)
+			if _, err := s.Remove(t.Context(), "base:hosted", false); err != nil {
+				t.Error(err)
+			}
+			if all, err := bundles.List(); err != nil || len(all) > 0 {
+				t.Errorf("its bundle is still there: %v, %v", all, err)
+			}
+			// Whose bundle has made room is as good as gone.
+			if _, err := s.Pull(t.Context(), "base:hosted", "again"); err != nil {
+				t.Fatal(err)
+			}
+			if err := bundles.Remove(t.Context(), "mine-1"); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Boot(t.Context(), "again", image.BootOptions{}); !errors.Is(err, image.ErrNotFound) {
+				t.Errorf("boot without its bundle: %v", err)
+			}
+		})
 	}
 }
 

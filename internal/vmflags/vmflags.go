@@ -53,7 +53,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringVar(&s.initrd, "initrd", "", "initramfs at `path`")
 	f.StringVar(&s.append, "append", "", "kernel command `line`; without it: \""+spec.DefaultBootArgs+"\"")
 	f.IntVarP(&s.cpus, "cpus", "c", defaultCPUs, "`number` of CPUs")
-	f.VarP(&s.memory, "memory", "m", "`size` in MiB, or like 512M or 2G")
+	f.VarP(&s.memory, "memory", "m", fmt.Sprintf("`size` in MiB, or like 512M or 2G; of an image %d without it", imageMemory))
 	f.StringArrayVar(&s.drives, "drive", nil, "disk `image`: PATH[:ro][,root][,id=NAME] [,ephemeral=BOOL]; may be repeated")
 	f.StringVar(&s.name, "name", "", "a second `handle` for the VM")
 	f.StringVar(&s.id, "id", "", "the VM's `id`; without it one is drawn")
@@ -65,7 +65,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringVarP(&s.user, "user", "u", "", "of an image: `user` that runs it, NAME or UID, and optionally :GROUP")
 	f.StringVarP(&s.workdir, "workdir", "w", "", "of an image: `dir` to run it in")
 	f.StringVar(&s.hostname, "hostname", "", "of an image: the guest's `name`, if not the VM's")
-	f.Var(&s.scratch, "scratch", "of an image: `size` of the disk that takes what is written")
+	f.Var(&s.scratch, "scratch", fmt.Sprintf("of an image: `size` of the disk that takes what is written, in MiB or like 10G (default %dG)", spec.DefaultScratchMiB>>10))
 	f.StringVar(&s.keep, "keep", "", "of an image: keep that disk under a `name`, for the next VM that names it")
 }
 
