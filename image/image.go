@@ -63,12 +63,12 @@ func (s *Store) dirs(i *Image) []string {
 }
 
 // namePattern is what people may call an image: it looks like a reference without being a path or one of the schemes.
-var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._/:@-]*$`)
+var namePattern = regexp.MustCompile(`^[a-z0-9][A-Za-z0-9._/:@-]*$`)
 
 // ValidName says whether an image can be imported under a name.
 func ValidName(name string) error {
 	if !namePattern.MatchString(name) || len(name) > maxName || strings.Contains(name, "..") || strings.Contains(name, "//") {
-		return invalid("image name %q: want lower-case letters, digits and ._-/:@, beginning with a letter or digit", name)
+		return invalid("image name %q: want letters, digits and ._-/:@, beginning with a small letter or digit", name)
 	}
 	return nil
 }

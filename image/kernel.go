@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -49,15 +50,9 @@ const DefaultKernel = "kernel"
 
 // kernelImage returns the image that has the kernel to boot with: of a name, or the default.
 func (s *Store) kernelImage(ctx context.Context, name string) (*Image, error) {
-	if name == "" {
-		i, err := s.Find(DefaultKernel)
-		if !errors.Is(err, ErrNotFound) {
-			return i, err
-		}
-		name = HostKernel
-	}
-	i, err := s.Find(name)
-	if name == HostKernel {
+	i, err := s.Find(cmp.Or(name, DefaultKernel))
+	if name == HostKernel || name == "" && errors.Is(err, ErrNotFound) {
+		i, _ = s.Find(HostKernel)
 		return s.currentHostKernel(ctx, i)
 	}
 	if err == nil && i.Kernel == "" {

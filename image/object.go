@@ -16,6 +16,7 @@ import (
 	"syscall"
 
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/strictjson"
 )
 
@@ -103,7 +104,8 @@ func (s *Store) use(ctx context.Context, id string, full bool) (*Object, error) 
 			return nil, fmt.Errorf("object %s: %w", id, err)
 		}
 		if digest != f.SHA256 || size != f.Size {
-			return nil, fmt.Errorf("object %s: %s has digest %s, not %s: %w", id, f.Name, digest, f.SHA256, ErrCorrupt)
+			return nil, hint.Add(fmt.Errorf("object %s: %s has digest %s, not %s: %w", id, f.Name, digest, f.SHA256, ErrCorrupt),
+				"remove the image (smartvm image rm) and make or fetch it again")
 		}
 		changed = changed || seen != f.Seen
 		f.Seen = seen

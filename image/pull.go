@@ -25,7 +25,7 @@ const BaseScheme = "base:"
 // fetched before an interruption is not fetched again. Errors are ErrOffline and those of packages oci
 // and base.
 func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
-	if name != "" {
+	if name != "" { // before anything is fetched
 		if err := ValidName(name); err != nil {
 			return nil, err
 		}
@@ -48,7 +48,9 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	}
 	if err == nil {
 		i.Name, i.Source, i.Arch = cmp.Or(name, i.Name), ref, s.opts.Arch
-		err = s.name(ctx, i)
+		if err = ValidName(i.Name); err == nil { // an archive says itself what it is called
+			err = s.name(ctx, i)
+		}
 	}
 	if err = errors.Join(err, one(), release()); err != nil {
 		return nil, fmt.Errorf("pull %s: %w", ref, err)
