@@ -64,7 +64,7 @@ func makeImages(t *testing.T) (dir string) {
 		image.DefaultKernel: {Kernel: testenv.Fixture(t, fixtures.GuestKernel), Modules: testenv.Fixture(t, fixtures.GuestModules)},
 		"minimal":           {Rootfs: minimal},
 		"squashed":          {Rootfs: work + "/minimal.squashfs"},
-		"debian":            {Rootfs: testenv.Fixture(t, fixtures.Debian), BootArgs: "console=ttyS0 quiet reboot=k panic=1 systemd.show_status=1"},
+		"debian":            {Rootfs: testenv.Fixture(t, fixtures.Debian), BootArgs: image.QuietBootArgs + " systemd.show_status=1"},
 	} {
 		o.Name = name
 		if _, err := images.Import(t.Context(), o); err != nil {
@@ -125,7 +125,7 @@ func imageHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
 // runImage runs a VM to its end and returns its console.
 func runImage(t *testing.T, h *smartvm.Host, spec smartvm.Spec) string {
 	t.Helper()
-	spec.MachineConfig = smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 256}
+	spec.MachineConfig = linuxMachine(256)
 	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
 	defer cancel()
 	console := new(transcript)
@@ -232,7 +232,7 @@ func TestLinuxImage_Squashfs(t *testing.T) {
 // A distribution boots as on a machine of its own, and shuts down when asked.
 func TestLinuxImage_Systemd(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
-	m, err := h.Create(t.Context(), smartvm.Spec{Image: "debian", Name: "deb", MachineConfig: smartvm.MachineConfig{VCPUCount: 2, MemSizeMiB: 512}})
+	m, err := h.Create(t.Context(), smartvm.Spec{Image: "debian", Name: "deb", MachineConfig: linuxMachine(512)})
 	if err != nil {
 		t.Fatal(err)
 	}

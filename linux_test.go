@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/kernel"
+	"push.rocks/smartvm/internal/lab"
 	"push.rocks/smartvm/internal/testenv"
 )
 
@@ -67,13 +69,22 @@ func linuxInitrd(t *testing.T, script string, modules ...string) string {
 	return path
 }
 
+// linuxMachine is one with memory in MiB that a guest can rely on where it is emulated.
+func linuxMachine(memory int) smartvm.MachineConfig {
+	m := smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: memory}
+	if testenv.InLab() {
+		m.HugePages = lab.LargePages
+	}
+	return m
+}
+
 func linuxSpec(t *testing.T, initrd string) smartvm.Spec {
 	return smartvm.Spec{
 		BootSource: smartvm.BootSource{
 			KernelImagePath: testenv.Fixture(t, fixtures.GuestKernel), InitrdPath: initrd,
-			BootArgs: "console=ttyS0 quiet reboot=k panic=1",
+			BootArgs: image.QuietBootArgs,
 		},
-		MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 256},
+		MachineConfig: linuxMachine(256),
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/initramfs"
+	"push.rocks/smartvm/internal/lab"
 	"push.rocks/smartvm/internal/testenv"
 )
 
@@ -233,6 +234,9 @@ func start(t *testing.T, drives ...drive) *vm {
 			"boot_args": "console=ttyS0 quiet reboot=k panic=1",
 		},
 		"machine-config": object{"vcpu_count": 1, "mem_size_mib": 256},
+	}
+	if testenv.InLab() {
+		doc["machine-config"].(object)["huge_pages"] = lab.LargePages
 	}
 	var list []object
 	for i, d := range drives {
