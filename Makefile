@@ -35,7 +35,7 @@ minimal: build
 
 # The race detector needs cgo.
 test: agent fixtures
-	CGO_ENABLED=1 $(GO) test -race -shuffle=on -timeout 30m $(TEST_FLAGS) ./...
+	CGO_ENABLED=1 $(GO) test -race -shuffle=on -timeout 60m $(TEST_FLAGS) ./...
 
 # 500 cycles of start, kill and remove.
 soak: agent fixtures

@@ -79,8 +79,8 @@ func listTests(t *testing.T, binary, pattern string) []string {
 
 const (
 	// labSilence is longer than any test in the lab says nothing.
-	labSilence = 4 * time.Minute
-	labTries   = 3
+	labSilence = 3 * time.Minute
+	labTries   = 5
 )
 
 var errSilent = fmt.Errorf("the lab has said nothing for %v", labSilence)

@@ -18,7 +18,7 @@ const (
 	// settleTime is how long what a test did may take to be gone after it.
 	settleTime = 5 * time.Second
 	// turnTime is how long other packages' tests may keep us waiting.
-	turnTime = 15 * time.Minute
+	turnTime = 45 * time.Minute
 )
 
 // NoLeaks fails the test if the host is not, at its end, what it was at the
