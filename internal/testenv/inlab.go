@@ -50,7 +50,7 @@ func RunInLab(t *testing.T, pattern string) {
 			c.Command = append(c.Command, fmt.Sprintf("-test.timeout=%v", time.Until(deadline).Round(time.Second)))
 		}
 		status, out, err := runWatched(t, c)
-		if err != nil && !errors.Is(err, errSilent) {
+		if err != nil && !errors.Is(err, errSilent) && !errors.Is(err, lab.ErrDied) {
 			t.Fatalf("run tests in the lab: %v", err)
 		}
 		left = slices.DeleteFunc(left, func(name string) bool {
