@@ -80,7 +80,7 @@ func listTests(t *testing.T, binary, pattern string) []string {
 const (
 	// labSilence is longer than any test in the lab says nothing.
 	labSilence = 3 * time.Minute
-	labTries   = 5
+	labTries   = 8
 )
 
 var errSilent = fmt.Errorf("the lab has said nothing for %v", labSilence)
