@@ -1,7 +1,6 @@
 package smartvm
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -59,7 +58,7 @@ func readRecord(st *store.Store, id string) (*record, error) {
 }
 
 func (r *record) write(st *store.Store) error {
-	return writeJSON(filepath.Join(st.Dir(r.ID), store.MachineFile), r)
+	return atomicfile.WriteJSON(filepath.Join(st.Dir(r.ID), store.MachineFile), r)
 }
 
 func readExit(st *store.Store, id string) (*Exit, error) {
@@ -79,12 +78,4 @@ func readJSON[T any](path string) (v T, err error) {
 		err = fmt.Errorf("read %s: %w", path, err)
 	}
 	return v, err
-}
-
-func writeJSON(path string, v any) error {
-	data, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return atomicfile.Write(path, append(data, '\n'), 0o600)
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/logfile"
 	"push.rocks/smartvm/internal/stage"
@@ -59,7 +60,7 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	if r.proc != nil {
 		ended = m.linger(r.proc)
 	}
-	errs := []error{m.fail(stage, err, ended), writeJSON(m.path(store.ExitFile), exit)}
+	errs := []error{m.fail(stage, err, ended), atomicfile.WriteJSON(m.path(store.ExitFile), exit)}
 	if r.journal != nil {
 		errs = append(errs, r.journal.Revert(ctx))
 	}
@@ -210,7 +211,7 @@ func (m *Machine) watch(r *run) {
 	exit.Started = r.started
 	r.exit = exit
 	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)
-	r.err = errors.Join(r.client.Close(), writeJSON(m.path(store.ExitFile), exit), r.journal.Revert(context.Background()))
+	r.err = errors.Join(r.client.Close(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), r.journal.Revert(context.Background()))
 	if r.err != nil {
 		m.host.log.Warn("undo", "vm", m.rec.ID, "err", r.err)
 	}
@@ -355,7 +356,7 @@ func (m *Machine) mourn(ctx context.Context) error {
 	}
 	if exit, err := m.Exit(); err != nil || exit == nil {
 		lost := &Exit{Outcome: OutcomeLost, Code: -1, Started: fi.ModTime().UTC(), Ended: time.Now().UTC()}
-		if err := writeJSON(m.path(store.ExitFile), lost); err != nil {
+		if err := atomicfile.WriteJSON(m.path(store.ExitFile), lost); err != nil {
 			return err
 		}
 	}

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"push.rocks/smartvm/image/oci"
+
+	"push.rocks/smartvm/internal/atomicfile"
 )
 
 // Image is a name and what it stands for. Its JSON form is stable, and what is kept on disk.
@@ -142,7 +144,7 @@ func (s *Store) name(ctx context.Context, i *Image) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(writeJSON(path, i), release())
+	return errors.Join(atomicfile.WriteJSON(path, i), release())
 }
 
 // Inspection is an image with its objects.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -117,7 +116,7 @@ func (s *Store) use(ctx context.Context, id string, full bool) (*Object, error) 
 	if err != nil {
 		return nil, err
 	}
-	return o, errors.Join(writeJSON(filepath.Join(s.objectDir(id), objectFile), o), release())
+	return o, errors.Join(atomicfile.WriteJSON(filepath.Join(s.objectDir(id), objectFile), o), release())
 }
 
 // stamp changes when the file at path does. That is for noticing accidents: who can write here can do as he likes.
@@ -199,7 +198,7 @@ func (s *Store) commit(ctx context.Context, dir string, o *Object) error {
 	if strings.HasSuffix(o.ID, "-") {
 		o.ID += addressOf(o)
 	}
-	err := errors.Join(writeJSON(filepath.Join(dir, objectFile), o), os.Mkdir(filepath.Join(dir, usersDir), 0o700),
+	err := errors.Join(atomicfile.WriteJSON(filepath.Join(dir, objectFile), o), os.Mkdir(filepath.Join(dir, usersDir), 0o700),
 		os.Chmod(dir, 0o700), atomicfile.SyncDir(dir))
 	if err != nil {
 		return fmt.Errorf("store image: %w", err)
@@ -286,12 +285,4 @@ func readJSON[T any](path string, limit int) (v T, err error) {
 		return v, fmt.Errorf("read %s: %w: %w", path, ErrCorrupt, err)
 	}
 	return v, nil
-}
-
-func writeJSON(path string, v any) error {
-	data, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return atomicfile.Write(path, append(data, '\n'), 0o600)
 }

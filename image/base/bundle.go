@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -156,7 +155,7 @@ func (s *Store) use(ctx context.Context, id string, full bool) (b *Bundle, err e
 	if err != nil {
 		return nil, err
 	}
-	err = writeJSON(s.path(id, descFile), b)
+	err = atomicfile.WriteJSON(s.path(id, descFile), b)
 	return b, errors.Join(err, release())
 }
 
@@ -257,12 +256,4 @@ func readJSON[T any](path string, limit int) (v T, err error) {
 		return v, fmt.Errorf("read %s: %w: %w", path, ErrCorrupt, err)
 	}
 	return v, nil
-}
-
-func writeJSON(path string, v any) error {
-	data, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return atomicfile.Write(path, append(data, '\n'), 0o600)
 }

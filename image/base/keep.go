@@ -55,7 +55,7 @@ func (s *Store) change(ctx context.Context, update func(i *index)) error {
 	i, err := s.readIndex()
 	if err == nil {
 		update(i)
-		err = writeJSON(s.path(indexFile), i)
+		err = atomicfile.WriteJSON(s.path(indexFile), i)
 	}
 	return errors.Join(err, release())
 }

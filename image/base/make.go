@@ -81,7 +81,7 @@ func (s *Store) make(ctx context.Context, p *plan) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(writeJSON(filepath.Join(work, descFile), b), atomicfile.SyncDir(work)); err != nil {
+	if err := errors.Join(atomicfile.WriteJSON(filepath.Join(work, descFile), b), atomicfile.SyncDir(work)); err != nil {
 		return err
 	}
 	if err := os.Rename(work, s.path(p.id)); err != nil {
