@@ -7,6 +7,7 @@ import (
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
+	"push.rocks/smartvm/network"
 )
 
 // effects lists every kind of side effect that a VM can have on a host. docs/effects.md explains them and is
@@ -20,5 +21,8 @@ var effects = journal.Kinds{
 	"owner":   func() journal.Effect { return new(stage.Owner) },
 	"link":    func() journal.Effect { return new(stage.Link) },
 	"cgroup":  func() journal.Effect { return new(cgroup.Group) },
+	"use":     func() journal.Effect { return new(network.Use) },
+	"tap":     func() journal.Effect { return new(network.Tap) },
+	"guest":   func() journal.Effect { return new(network.Guest) },
 	"process": func() journal.Effect { return new(vmm.Process) },
 }

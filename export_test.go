@@ -3,6 +3,7 @@ package smartvm
 import (
 	"maps"
 	"slices"
+	"time"
 
 	"push.rocks/smartvm/internal/journal"
 )
@@ -21,8 +22,14 @@ func WithoutCgroups(o Options) Options {
 	return o
 }
 
+// WithHealInterval makes a Host look so often whether its networks are whole.
+func WithHealInterval(o Options, d time.Duration) Options {
+	o.healInterval = d
+	return o
+}
+
 // EffectKinds is the list of effects.go.
-func EffectKinds() journal.Kinds { return effects }
+func EffectKinds() journal.Kinds { return maps.Clone(effects) }
 
 // Allow is the one check of what may be done in which state, Operations what it knows of.
 func Allow(id, op, call string, s State) error { return allow(id, op, call, s) }

@@ -20,11 +20,14 @@ import (
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/image/release"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/locate"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/policy"
 )
 
 // Options configure a Host. The zero value serves.
@@ -45,6 +48,11 @@ type Options struct {
 	// EphemeralWritableDrives gives each VM its own copy of the writable drives that do not say whether they
 	// want one. Nil means true.
 	EphemeralWritableDrives *bool `json:"ephemeralWritableDrives,omitempty"`
+	// BridgeName and Subnet are the default network's. Default: network.DefaultBridge, network.DefaultSubnet. Firewall is
+	// what its guests may reach at most. Nil: anything but the host and each other.
+	BridgeName string         `json:"bridgeName,omitempty"`
+	Subnet     string         `json:"subnet,omitempty"`
+	Firewall   *policy.Policy `json:"firewall,omitempty"`
 	// Images, BaseImages and Binaries say how images and Firecracker are found and fetched. Their directories and Log are the
 	// host's (but for one of BaseImages' own); Offline, Progress and Waiting of Images are for all.
 	Images     image.Options   `json:"-"`
@@ -63,6 +71,8 @@ type Options struct {
 
 	trace    journal.Trace // the crash matrix's way in
 	noCgroup bool          // as on a host where none can be made
+
+	healInterval time.Duration // how often somebody's flush of the rules is looked for
 }
 
 // Launcher is a way to start a VMM.
@@ -103,6 +113,8 @@ type Host struct {
 	images func() (*image.Store, error) // opens them once
 
 	vmms locate.Finder
+
+	reaper network.Reaper
 
 	mu       sync.Mutex
 	machines map[string]*Machine // those that this process looks after
@@ -241,6 +253,13 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal
 		return nil, nil, err
 	}
 	rec = &record{Version: recordVersion, Nonce: randomHex(4), Created: time.Now().UTC(), ID: spec.ID, Spec: spec}
+	networks, err := h.Networks()
+	if err != nil {
+		return nil, nil, err
+	}
+	if rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce}, &rec.Spec, networks); err != nil {
+		return nil, nil, err
+	}
 	if rec.Boot, err = h.bootImage(ctx, &rec.Spec); err != nil {
 		return nil, nil, err
 	}

@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/logfile"
@@ -34,15 +36,16 @@ type Machine struct {
 
 // run is a VM's life from start to stop, in the process that looks after it.
 type run struct {
-	lock    *store.Lock
-	journal *journal.Journal
-	proc    *vmm.Process
-	client  *firecracker.Client
-	started time.Time
-	let     chan struct{} // closed to let go of the VM and leave it running
-	done    chan struct{} // closed when all is undone, or let go of
-	exit    *Exit         // set before done is closed, nil if let go of
-	err     error         // of undoing, likewise
+	lock     *store.Lock
+	journal  *journal.Journal
+	proc     *vmm.Process
+	client   *firecracker.Client
+	started  time.Time
+	let      chan struct{}  // closed to let go of the VM and leave it running
+	done     chan struct{}  // closed when all is undone, or let go of
+	restored map[string]int // for attach.Heal
+	exit     *Exit          // set before done is closed, nil if let go of
+	err      error          // of undoing, likewise
 }
 
 func (h *Host) machine(rec *record) *Machine { return &Machine{host: h, rec: rec} }
@@ -104,6 +107,20 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 		}
 		rec.UID, pl.Create = p.uid, pl.Create[1:]
 	}
+	if len(rec.Interfaces) > 0 {
+		if err := attach.Address(ctx, attach.VM{ID: rec.ID, Store: m.host.store}, rec.Interfaces, j.Do); err != nil {
+			return err
+		}
+		var told *agentproto.Boot
+		if rec.Boot != nil {
+			told = rec.Boot.Guest
+		}
+		if err := attach.Tell(&rec.Spec, told, rec.Interfaces); err != nil {
+			return err
+		}
+		pl = makePlan(&rec.Spec, p)
+		pl.Create = pl.Create[min(1, rec.UID):] // without the lease that is taken
+	}
 	rec.Staged = rec.Boot.staged(&rec.Spec)
 	for _, e := range pl.Create {
 		file, isFile := e.(*stage.File)
@@ -164,7 +181,7 @@ func (m *Machine) replay(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(j.Revert(ctx), j.Close())
+	return errors.Join(j.Revert(m.host.networks(ctx)), j.Close())
 }
 
 // State derives where the VM is. Returns ErrNotFound once it is removed.
@@ -297,7 +314,8 @@ type Inspection struct {
 	Vsock              string                 `json:"vsock,omitempty"`  // where the guest's own connections arrive, with "_PORT" added
 	ConsoleLog         string                 `json:"consoleLog"`
 	VMMLog             string                 `json:"vmmLog"`
-	Staged             map[string]StagedDrive `json:"staged,omitempty"` // by drive id
+	Staged             map[string]StagedDrive `json:"staged,omitempty"`     // by drive id
+	Interfaces         []attach.Interface     `json:"interfaces,omitempty"` // those on networks of ours
 	Spec               Spec                   `json:"spec"`
 }
 
@@ -311,7 +329,7 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 	i := &Inspection{
 		ID: r.ID, Name: r.Spec.Name, State: state, Created: r.Created, Launcher: LaunchDirect, UID: r.UID,
 		Firecracker: r.Binary, FirecrackerVersion: r.BinaryVersion, RuntimeDir: m.RuntimeDir(), Cgroup: r.Cgroup,
-		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Spec: r.Spec,
+		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Interfaces: r.Interfaces, Spec: r.Spec,
 	}
 	if r.Jailer != "" {
 		i.Launcher = LaunchJailed

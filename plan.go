@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/configure"
 	"push.rocks/smartvm/internal/journal"
@@ -32,6 +33,8 @@ type proposal struct {
 	inodes    map[string]string       // of files that are written in place, by path: their lease
 	owners    map[string]*stage.Owner // of those, by path, who must be lent to the jail's user
 	boot      *boot                   // of a VM with an image
+
+	interfaces []attach.Interface
 }
 
 // plan is what making and starting a VM does to the host, in order, and what the VMM is told. Making one has
@@ -136,6 +139,8 @@ func makePlan(s *Spec, p *proposal) *plan {
 	if s.Vsock != nil {
 		pl.Run = append(pl.Run, &stage.Link{Path: s.Vsock.UDSPath, Target: filepath.Join(pl.config.Root(), store.VsockFile)})
 	}
+	vm := attach.VM{ID: p.id, Nonce: p.nonce, Store: p.store, UID: max(uid, 0)}
+	pl.Run = append(pl.Run, attach.Effects(vm, p.interfaces, s)...)
 	if p.cgroup != "" {
 		pl.Run = append(pl.Run, &cgroup.Group{Path: p.cgroup})
 	}

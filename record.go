@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/strictjson"
 )
@@ -29,6 +30,8 @@ type record struct {
 	Ephemeral     bool      `json:"ephemeralWritableDrives"`
 	Extract       bool      `json:"extract,omitempty"` // the kernel is a bzImage
 	Boot          *boot     `json:"boot,omitempty"`    // of a VM with an image
+	// Interfaces are those that a network of ours is behind, in the spec's order.
+	Interfaces []attach.Interface `json:"interfaces,omitempty"`
 	// Staged tells by device id how its copy was made.
 	Staged map[string]StagedDrive `json:"staged,omitempty"`
 	// Attached: the VM is one call's, it must not outlive who made it.

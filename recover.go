@@ -7,12 +7,14 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
+	"push.rocks/smartvm/network"
 )
 
 // Report is what Recover did, by VM id.
@@ -50,7 +52,7 @@ func (h *Host) recover(ctx context.Context, adopt bool) (*Report, error) {
 			errs = append(errs, fmt.Errorf("recover VM %s: %w", id, err))
 		}
 	}
-	return report, errors.Join(errs...)
+	return report, errors.Join(append(errs, network.Sweep(h.networks(ctx), filepath.Join(h.RuntimeDir(), store.NetworkDir)))...)
 }
 
 func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Report) error {

@@ -1,6 +1,7 @@
 package smartvm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,18 +15,11 @@ import (
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
-	"push.rocks/smartvm/internal/logfile"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
-)
-
-// What is kept of the streams of a VM, in bytes.
-const (
-	consoleLimit = 2 << 20
-	logLimit     = 1 << 20
-	metricsLimit = 16 << 20
 )
 
 // Start starts the VM and returns when its guest runs; the guest's own boot takes longer. This process looks
@@ -42,6 +36,7 @@ func (m *Machine) Start(ctx context.Context) error {
 
 // start takes over the lock. Console, if not nil, gets what the guest writes as it comes.
 func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer) (*run, error) {
+	ctx = m.host.networks(ctx)
 	m.set(Starting, nil)
 	begun := time.Now()
 	r := &run{lock: lock, started: begun.UTC(), let: make(chan struct{}), done: make(chan struct{})}
@@ -99,6 +94,9 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 			return "start", err
 		}
 	}
+	if err := attach.InUse(&m.rec.Spec); err != nil {
+		return "start", err
+	}
 	pl := makePlan(&m.rec.Spec, p)
 	if r.journal, err = journal.Create(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
 		return "start", err
@@ -148,62 +146,29 @@ func (m *Machine) trace(step string) {
 	}
 }
 
-// streams opens the files that take what the VMM writes. Console, if not nil, gets the guest's part as it comes.
-func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
-	if console == nil && m.host.opts.Console != nil {
-		console = m.host.opts.Console(m.rec.ID)
-	}
-	files := make([]*logfile.Writer, 3)
-	for i, f := range []struct {
-		path  string
-		limit int64
-	}{{m.ConsoleLog(), consoleLimit}, {m.VMMLog(), logLimit}, {m.metricsPath(), metricsLimit}} {
-		if f.path == "" {
-			continue
-		}
-		if files[i], err = logfile.Create(f.path, f.limit); err != nil {
-			for _, opened := range files[:i] {
-				err = errors.Join(err, opened.Close())
-			}
-			return s, err
-		}
-	}
-	s.Console, s.Log = tee{files[0], console}, files[1]
-	if files[2] != nil {
-		s.Metrics = files[2]
-	}
-	return s, nil
-}
-
-func (m *Machine) metricsPath() string {
-	if m.rec.Spec.Metrics == nil {
-		return ""
-	}
-	return m.rec.Spec.Metrics.MetricsPath
-}
-
-// tee passes on to live, if there is one, what it writes to the log.
-type tee struct {
-	*logfile.Writer
-	live io.Writer
-}
-
-func (t tee) Write(p []byte) (int, error) {
-	if t.live != nil {
-		_, _ = t.live.Write(p)
-	}
-	return t.Writer.Write(p)
-}
-
 // watch waits for the VM's end, or until it is let go, and undoes the run.
 func (m *Machine) watch(r *run) {
 	defer close(r.done)
-	select {
-	case <-r.let:
-		m.set("", nil)
-		r.err = errors.Join(r.client.Close(), r.journal.Close(), r.lock.Unlock())
-		return
-	case <-r.proc.Done():
+	ctx := m.host.networks(context.Background())
+	var look <-chan time.Time
+	if len(m.rec.Interfaces) > 0 {
+		ticker := time.NewTicker(cmp.Or(m.host.opts.healInterval, defaultHealInterval))
+		defer ticker.Stop()
+		look, r.restored = ticker.C, map[string]int{}
+	}
+	for ended := false; !ended; {
+		select {
+		case <-r.let:
+			m.set("", nil)
+			r.err = errors.Join(r.client.Close(), r.journal.Close(), r.lock.Unlock())
+			return
+		case <-look:
+			if err := attach.Heal(ctx, r.journal.Effects(), r.restored); err != nil {
+				m.host.log.Warn("restore network", "vm", m.rec.ID, "err", err)
+			}
+		case <-r.proc.Done():
+			ended = true
+		}
 	}
 	m.set(Stopping, r)
 	m.trace("end")
@@ -211,7 +176,7 @@ func (m *Machine) watch(r *run) {
 	exit.Started = r.started
 	r.exit = exit
 	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)
-	r.err = errors.Join(r.client.Close(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), r.journal.Revert(context.Background()))
+	r.err = errors.Join(r.client.Close(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), r.journal.Revert(ctx))
 	if r.err != nil {
 		m.host.log.Warn("undo", "vm", m.rec.ID, "err", r.err)
 	}

@@ -8,6 +8,7 @@ type (
 	BootSource       = spec.BootSource
 	MachineConfig    = spec.MachineConfig
 	Drive            = spec.Drive
+	Port             = spec.Port
 	NetworkInterface = spec.NetworkInterface
 	RateLimiter      = spec.RateLimiter
 	TokenBucket      = spec.TokenBucket

@@ -1,6 +1,11 @@
 package spec
 
-import "encoding/json"
+import (
+	"encoding/json"
+	"net/netip"
+
+	"push.rocks/smartvm/network/policy"
+)
 
 // Spec describes one microVM. It is inert: nothing in this package changes a Spec it was given. Its JSON form
 // is the original package's machine configuration, with the fields that are marked "ours" added.
@@ -45,11 +50,26 @@ type Spec struct {
 	// Hostname is the guest's. Empty: Name, else ID.
 	Hostname string `json:"hostname,omitempty"`
 
+	// Ports are published on the host. Policy says what the guest may reach, on all its networks.
+	Ports  []Port         `json:"ports,omitempty"`
+	Policy *policy.Policy `json:"policy,omitempty"`
+
 	Entropy       *Entropy        `json:"entropy,omitempty"`
 	Serial        *Serial         `json:"serial,omitempty"`        // Firecracker ≥ 1.16
 	Pmem          []Pmem          `json:"pmem,omitempty"`          // Firecracker ≥ 1.14
 	MemoryHotplug *MemoryHotplug  `json:"memoryHotplug,omitempty"` // Firecracker ≥ 1.14
 	CPUConfig     json.RawMessage `json:"cpuConfig,omitempty"`     // a CPU template in the VMM's own form, an object
+}
+
+// DefaultNetwork is the network of interfaces that name no other.
+const DefaultNetwork = "default"
+
+// Port is a port of the host that leads to one of the guest's, on the VM's first interface.
+type Port struct {
+	HostIP    netip.Addr `json:"hostIp,omitzero"` // zero: all of the host's addresses
+	HostPort  uint16     `json:"hostPort"`
+	GuestPort uint16     `json:"guestPort"`
+	Protocol  string     `json:"protocol,omitempty"` // "tcp", which it is if empty, or "udp"
 }
 
 // Scratch is a sparse disk. The zero value is one of DefaultScratchMiB that goes with the VM.
@@ -106,8 +126,10 @@ type Drive struct {
 
 // NetworkInterface is a guest NIC attached to a TAP of the host.
 type NetworkInterface struct {
-	IfaceID       string       `json:"ifaceId"`               // [A-Za-z0-9_]
-	HostDevName   string       `json:"hostDevName,omitempty"` // an existing TAP, at most 15 bytes
+	IfaceID string `json:"ifaceId"` // [A-Za-z0-9_]
+	// HostDevName is an existing TAP, at most 15 bytes. Empty: one is made, and the interface gets an address of Network.
+	HostDevName   string       `json:"hostDevName,omitempty"`
+	Network       string       `json:"network,omitempty"` // empty: DefaultNetwork. Ours
 	GuestMAC      string       `json:"guestMac,omitempty"`
 	MTU           int          `json:"mtu,omitempty"` // 68-65535, Firecracker ≥ 1.16. Ours
 	RxRateLimiter *RateLimiter `json:"rxRateLimiter,omitempty"`

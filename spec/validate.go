@@ -23,8 +23,7 @@ const (
 )
 
 // Validate reports everything that is wrong with s and can be known without looking at the host or at the version
-// of Firecracker: nil, or an errors.Join of *FieldError in an order that does not change. What will be supported
-// some day is refused with an error that is ErrNotSupported.
+// of Firecracker: nil, or an errors.Join of *FieldError in an order that does not change.
 func (s Spec) Validate() error {
 	var p problems
 	s.checkIdentity(&p)
@@ -32,6 +31,7 @@ func (s Spec) Validate() error {
 	s.checkMachine(&p)
 	s.checkStorage(&p)
 	s.checkNetwork(&p)
+	s.checkPorts(&p)
 	s.checkMMDS(&p)
 	s.checkOther(&p)
 	s.checkHotplug(&p)
@@ -190,12 +190,8 @@ func (s Spec) checkNetwork(p *problems) {
 	for i, n := range s.NetworkInterfaces {
 		at := fmt.Sprintf("networkInterfaces[%d].", i)
 		p.deviceID(at+"ifaceId", n.IfaceID, ids)
-		if n.HostDevName == "" {
-			p.add(FieldError{
-				Path: at + "hostDevName", Reason: "making TAPs is not yet supported: name an existing TAP",
-				Err: ErrNotSupported,
-			})
-		} else {
+		p.require(n.HostDevName == "" || n.Network == "", at+"network", n.Network, "must not be there beside hostDevName")
+		if n.HostDevName != "" {
 			// The kernel would take "%d" in a name for a template.
 			p.require(len(n.HostDevName) <= 15 && printable(n.HostDevName, "!") && !strings.ContainsAny(n.HostDevName, "/:%") &&
 				n.HostDevName != "." && n.HostDevName != "..", at+"hostDevName", n.HostDevName,
@@ -210,6 +206,31 @@ func (s Spec) checkNetwork(p *problems) {
 		p.rateLimiter(at+"txRateLimiter", n.TxRateLimiter)
 	}
 }
+
+// checkPorts checks what is about the network as a whole.
+func (s Spec) checkPorts(p *problems) {
+	ours := slices.ContainsFunc(s.NetworkInterfaces, func(n NetworkInterface) bool { return n.HostDevName == "" })
+	p.require(len(s.Ports) == 0 || ours, "ports", nil, "must not be there without an interface on one of our networks")
+	p.require(s.Policy == nil || ours, "policy", nil, "must not be there without an interface on one of our networks")
+	p.require(len(s.Ports) <= maxPorts, "ports", len(s.Ports), fmt.Sprintf("must be at most %d", maxPorts))
+	seen := map[string]string{}
+	for i, port := range s.Ports {
+		at := fmt.Sprintf("ports[%d].", i)
+		p.require(port.HostPort > 0, at+"hostPort", port.HostPort, "must be from 1 to 65535")
+		p.require(port.GuestPort > 0, at+"guestPort", port.GuestPort, "must be from 1 to 65535")
+		if port.Protocol != "" {
+			p.oneOf(at+"protocol", port.Protocol, "tcp", "udp")
+		}
+		p.unique(at+"hostPort", fmt.Sprint(cmp.Or(port.Protocol, "tcp"), port.HostIP, port.HostPort), seen)
+	}
+	if s.Policy != nil {
+		for _, e := range s.Policy.Validate() {
+			p.add(FieldError{Path: "policy." + e.Path, Value: e.Value, Reason: e.Reason})
+		}
+	}
+}
+
+const maxPorts = 256
 
 func (p *problems) mac(path, value string, seen map[string]string) {
 	mac, err := net.ParseMAC(value)

@@ -2,7 +2,6 @@ package spec_test
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math"
 	"strings"
@@ -149,6 +148,9 @@ func storageRules() []breakage {
 }
 
 func networkRules() []breakage {
+	ports := func(all ...vmspec.Port) func(*vmspec.Spec) {
+		return func(s *vmspec.Spec) { s.NetworkInterfaces[1].HostDevName, s.Ports = "", all }
+	}
 	iface := func(edit func(*vmspec.NetworkInterface)) func(*vmspec.Spec) {
 		return func(s *vmspec.Spec) { edit(&s.NetworkInterfaces[1]) }
 	}
@@ -162,7 +164,12 @@ func networkRules() []breakage {
 		{"networkInterfaces[1].ifaceId", "is required", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "" })},
 		{"networkInterfaces[1].ifaceId", "letters, digits or underscores", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "eth-1" })},
 		{"networkInterfaces[1].ifaceId", "is the same as networkInterfaces[0].ifaceId", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "eth0" })},
-		{"networkInterfaces[1].hostDevName", "not yet supported: name an existing TAP", tap("")},
+		{"networkInterfaces[1].network", "must not be there beside hostDevName", iface(func(n *vmspec.NetworkInterface) { n.HostDevName, n.Network = "tap7", "lan" })},
+		{"ports", "without an interface on one of our networks", func(s *vmspec.Spec) { s.Ports = []vmspec.Port{{HostPort: 1, GuestPort: 1}} }},
+		{"ports[0].hostPort", "from 1 to 65535", ports(vmspec.Port{GuestPort: 1})},
+		{"ports[0].guestPort", "from 1 to 65535", ports(vmspec.Port{HostPort: 1})},
+		{"ports[0].protocol", "tcp", ports(vmspec.Port{HostPort: 1, GuestPort: 1, Protocol: "sctp"})},
+		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2, Protocol: "tcp"})},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("sixteen_bytes_ab")},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("a/b")},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("a:1")},
@@ -256,19 +263,6 @@ func TestSpec_Validate_Accepts(t *testing.T) {
 	}
 }
 
-func TestSpec_Validate_NotSupported(t *testing.T) {
-	spec := validSpec(t)
-	spec.NetworkInterfaces[0].HostDevName = ""
-	if err := spec.Validate(); !errors.Is(err, vmspec.ErrNotSupported) {
-		t.Errorf("got %v, want ErrNotSupported", err)
-	}
-	spec = validSpec(t)
-	spec.ID = "a_b"
-	if err := spec.Validate(); errors.Is(err, vmspec.ErrNotSupported) {
-		t.Errorf("a plain mistake is ErrNotSupported: %v", err)
-	}
-}
-
 func TestSpec_Validate_AllAtOnceInOrder(t *testing.T) {
 	spec := vmspec.Spec{
 		ID: "a_b", Labels: map[string]string{}, Drives: []vmspec.Drive{{}}, NetworkInterfaces: []vmspec.NetworkInterface{{}},
@@ -278,7 +272,7 @@ func TestSpec_Validate_AllAtOnceInOrder(t *testing.T) {
 	want := []string{
 		"id", "bootSource.kernelImagePath", "machineConfig.vcpuCount", "machineConfig.memSizeMib",
 		"drives[0].driveId", "drives[0].pathOnHost", "pmem[0].id", "pmem[0].pathOnHost",
-		"networkInterfaces[0].ifaceId", "networkInterfaces[0].hostDevName", "mmds.networkInterfaces",
+		"networkInterfaces[0].ifaceId", "mmds.networkInterfaces",
 		"vsock.guestCid", "vsock.udsPath", "metrics.metricsPath", "serial.rateLimiter", "memoryHotplug.totalSizeMib",
 	}
 	var got []string

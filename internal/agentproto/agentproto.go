@@ -8,6 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -62,7 +65,28 @@ type Boot struct {
 	User       string `json:"user,omitempty"`
 	WorkingDir string `json:"workingDir,omitempty"` // absolute; made if it is not there. Empty: /
 	StopSignal string `json:"stopSignal,omitempty"` // for ParseSignal. Empty: SIGTERM
+
+	Interfaces []Interface  `json:"interfaces,omitempty"`
+	DNS        []netip.Addr `json:"dns,omitempty"` // servers, for resolv.conf. Empty: the image's own stay
+	Search     []string     `json:"search,omitempty"`
 }
+
+// Interface is one of the guest's, which knows it by its MAC.
+type Interface struct {
+	MAC       string         `json:"mac"`            // lower-case, with colons
+	Name      string         `json:"name,omitempty"` // what it shall be called. Empty: what the kernel calls it
+	Addresses []netip.Prefix `json:"addresses,omitempty"`
+	Gateways  []netip.Addr   `json:"gateways,omitempty"` // of default routes, one of each IP version at most
+	MTU       int            `json:"mtu,omitempty"`      // bytes; 0: the device's
+}
+
+// Bounds of what a guest is told of its network.
+const (
+	maxInterfaces = 16
+	maxAddresses  = 16 // of one interface
+	maxDNS        = 3  // what resolvers read
+	maxSearch     = 6
+)
 
 // Encode returns the block for the drive: a multiple of 4096 bytes, at most MaxSize. Returns ErrInvalid, ErrTooLarge.
 func (b *Boot) Encode() ([]byte, error) {
@@ -147,6 +171,44 @@ func (b *Boot) validate() error {
 		return invalid("working directory %q is not absolute", b.WorkingDir)
 	case b.StopSignal != "" && signalErr != nil:
 		return invalid("stop signal: %v", signalErr)
+	}
+	return b.validateNetwork(invalid)
+}
+
+func (b *Boot) validateNetwork(invalid func(string, ...any) error) error {
+	if len(b.Interfaces) > maxInterfaces || len(b.DNS) > maxDNS || len(b.Search) > maxSearch {
+		return invalid("%d interfaces, %d DNS servers, %d search domains", len(b.Interfaces), len(b.DNS), len(b.Search))
+	}
+	for _, i := range b.Interfaces {
+		mac, err := net.ParseMAC(i.MAC)
+		gateways := map[bool]int{}
+		for _, g := range i.Gateways {
+			gateways[g.Is4()]++
+		}
+		switch {
+		case err != nil || len(mac) != 6 || mac.String() != i.MAC:
+			return invalid("MAC %q", i.MAC)
+		case len(i.Name) > 15 || strings.Trim(i.Name, letters+digits+"-_") != "":
+			return invalid("interface name %q", i.Name)
+		case len(i.Addresses) > maxAddresses || gateways[true] > 1 || gateways[false] > 1:
+			return invalid("interface %s has %d addresses and %d gateways", i.MAC, len(i.Addresses), len(i.Gateways))
+		case i.MTU != 0 && (i.MTU < 68 || i.MTU > 65535):
+			return invalid("MTU %d", i.MTU)
+		case slices.ContainsFunc(i.Addresses, func(p netip.Prefix) bool { return !p.IsValid() || p.Addr().Is4In6() }):
+			return invalid("addresses %v", i.Addresses)
+		case slices.ContainsFunc(i.Gateways, func(a netip.Addr) bool { return !a.IsValid() || a.Is4In6() || a.Zone() != "" }):
+			return invalid("gateways %v", i.Gateways)
+		}
+	}
+	for _, a := range b.DNS {
+		if !a.IsValid() || a.Zone() != "" {
+			return invalid("DNS server %q", a)
+		}
+	}
+	for _, s := range b.Search {
+		if s == "" || len(s) > 253 || strings.Trim(s, letters+digits+"-_.") != "" {
+			return invalid("search domain %q", s)
+		}
 	}
 	return nil
 }

@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/internal/supervise"
+	"push.rocks/smartvm/network"
 )
 
 // globals are the settings that every command has.
@@ -27,6 +28,7 @@ type globals struct {
 	ephemeral, offline                       bool
 	mirrors                                  []string
 	manifest                                 string
+	bridge, subnet                           string
 	output                                   string
 	logLevel                                 string
 	verbose                                  bool
@@ -47,6 +49,8 @@ func (g *globals) flags(root *cobra.Command) {
 	f.BoolVar(&g.offline, "offline", false, "fetch nothing")
 	f.StringSliceVar(&g.mirrors, "registry-mirror", nil, "registry `host` to ask first; may be repeated [$SMARTVM_REGISTRY_MIRROR]")
 	f.StringVar(&g.manifest, "base-manifest", "", "manifest of base:hosted, a `path` or URL [$SMARTVM_BASE_MANIFEST]")
+	f.StringVar(&g.bridge, "bridge", "", "`name` of the default network's bridge, "+network.DefaultBridge+" without it [$SMARTVM_BRIDGE]")
+	f.StringVar(&g.subnet, "subnet", "", "the default network's IPv4 `subnet`, "+network.DefaultSubnet+" without it [$SMARTVM_SUBNET]")
 	f.StringVarP(&g.output, "output", "o", "table", "`form` of the output: table or json")
 	f.StringVar(&g.logLevel, "log-level", "warn", "what to log on stderr: `level` debug, info, warn or error")
 	f.BoolVarP(&g.verbose, "verbose", "v", false, "the same as --log-level debug")
@@ -61,6 +65,7 @@ func (g *globals) flags(root *cobra.Command) {
 func (g *globals) finish(a *app) error {
 	for name, to := range map[string]*string{
 		"SMARTVM_RUNTIME_DIR": &g.runtimeDir, "SMARTVM_DATA_DIR": &g.dataDir, "SMARTVM_FIRECRACKER": &g.firecracker, "SMARTVM_JAILER": &g.jailer,
+		"SMARTVM_BRIDGE": &g.bridge, "SMARTVM_SUBNET": &g.subnet,
 		"SMARTVM_BASE_MANIFEST": &g.manifest,
 	} {
 		*to = cmp.Or(*to, os.Getenv(name))
@@ -117,7 +122,7 @@ func (a *app) peek() (*smartvm.Host, error) {
 	}
 	o := smartvm.Options{
 		RuntimeDir: g.runtimeDir, DataDir: dataDir, FirecrackerBinary: g.firecracker, FirecrackerVersion: g.version, JailerBinary: g.jailer,
-		Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
+		BridgeName: g.bridge, Subnet: g.subnet, Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
 	}
 	o.Images = image.Options{Offline: g.offline, Progress: a.images.Progress, Waiting: a.images.Waiting}
 	o.Images.OCI = oci.Options{Keychain: authn.DefaultKeychain, Mirrors: g.mirrors, Stdin: a.Stdin}

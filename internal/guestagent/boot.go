@@ -306,6 +306,7 @@ func furnish(b *agentproto.Boot) error {
 	if err := loopback(); err != nil {
 		say("%v", err)
 	}
+	setNetwork(b)
 	if b.Hostname == "" {
 		return nil
 	}

@@ -35,7 +35,7 @@ func (e *MissingError) Unwrap() error { return kernel.ErrNoModule }
 // ext4 asks for by an alias, where it is not part of the kernel's library.
 func modules() (names []string, essential map[string]bool) {
 	return []string{
-		"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "failover", "net_failover", "virtio_net",
+		"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "ipv6", "failover", "net_failover", "virtio_net",
 		"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport", "virtio-rng",
 		"squashfs", "erofs", "overlay", "crc32c_generic", "ext4",
 	}, map[string]bool{

@@ -5,6 +5,9 @@ const (
 	// LeaseDir holds a symbolic link for each name that is taken, "kind.name" -> id of its VM.
 	LeaseDir = ".leases"
 
+	// NetworkDir holds the networks that are up: see package network.
+	NetworkDir = ".networks"
+
 	// In a VM's directory, <runtime>/<id>/:
 
 	LockFile      = "lock"            // flock: held by the process that looks after the VM
@@ -39,9 +42,10 @@ const (
 
 	// In a data directory:
 
-	ImageDir  = "images"
-	VolumeDir = "volumes"
-	BinaryDir = "bin"         // Firecracker, a directory a version
-	BaseDir   = "base-images" // Firecracker's own images, a directory a bundle
-	StageDir  = "staging"     // a VM's own copies of drives whose source shares a reflink file system with it
+	ImageDir    = "images"
+	VolumeDir   = "volumes"
+	BinaryDir   = "bin"         // Firecracker, a directory a version
+	BaseDir     = "base-images" // Firecracker's own images, a directory a bundle
+	NetworksDir = "networks"    // networks that somebody has made, a file each
+	StageDir    = "staging"     // a VM's own copies of drives whose source shares a reflink file system with it
 )

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -27,7 +28,7 @@ type Flags struct {
 	memory                 Memory
 	drives                 []string
 	name, id               string
-	labels, nets           []string
+	labels, nets, publish  []string
 	vsock                  string
 
 	entrypoint, user, workdir, hostname, keep string
@@ -58,7 +59,8 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringVar(&s.name, "name", "", "a second `handle` for the VM")
 	f.StringVar(&s.id, "id", "", "the VM's `id`; without it one is drawn")
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
-	f.StringArrayVar(&s.nets, "net", nil, "network interface on an existing `tap`: TAP[,id=NAME][,mac=ADDRESS]; may be repeated")
+	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, tap:DEV or none, [,id=NAME][,mac=ADDRESS]; may be repeated")
+	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`; may be repeated")
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it; may be repeated")
 	f.StringVar(&s.entrypoint, "entrypoint", "", "of an image: `program` to run in place of its own")
@@ -98,9 +100,7 @@ func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 	for _, text := range s.drives {
 		errs = append(errs, addDrive(&vm, text))
 	}
-	for _, text := range s.nets {
-		errs = append(errs, addNet(&vm, text))
-	}
+	errs = append(errs, s.networks(&vm))
 	for _, text := range s.labels {
 		key, value, _ := strings.Cut(text, "=")
 		if vm.Labels == nil {
@@ -192,13 +192,45 @@ func addDrive(vm *spec.Spec, text string) error {
 	return err
 }
 
-// addNet does likewise with network interfaces.
+// networks sets the interfaces. A guest of an image gets one unless it is told otherwise, where one can be made.
+func (s *Flags) networks(vm *spec.Spec) error {
+	nets := s.nets
+	if nets == nil && vm.Image != "" && vm.NetworkInterfaces == nil && os.Geteuid() == 0 {
+		nets = []string{"bridge"}
+	}
+	var errs []error
+	for _, text := range nets {
+		errs = append(errs, addNet(vm, text))
+	}
+	for _, text := range s.publish {
+		port, err := parsePort(text)
+		errs = append(errs, err)
+		vm.Ports = append(vm.Ports, port)
+	}
+	return errors.Join(errs...)
+}
+
+// addNet adds an interface, in place of one of its id.
 func addNet(vm *spec.Spec, text string) error {
-	tap, options, _ := strings.Cut(text, ",")
+	what, options, _ := strings.Cut(text, ",")
 	index := func(id string) int {
 		return slices.IndexFunc(vm.NetworkInterfaces, func(n spec.NetworkInterface) bool { return n.IfaceID == id })
 	}
-	n := spec.NetworkInterface{IfaceID: free("eth", index), HostDevName: tap}
+	n := spec.NetworkInterface{IfaceID: free("eth", index)}
+	tap, isTap := strings.CutPrefix(what, "tap:")
+	switch {
+	case text == "none":
+		vm.NetworkInterfaces = nil
+		return nil
+	case what == "", isTap && tap == "":
+		return fmt.Errorf("--net %q: want bridge, the name of a network, tap:DEV or none", text)
+	case isTap:
+		n.HostDevName = tap
+	case what == "bridge":
+		n.Network = spec.DefaultNetwork
+	default:
+		n.Network = what
+	}
 	err := eachOption(options, "--net "+text, map[string]func(string) error{
 		"id":  func(v string) error { n.IfaceID = v; return nil },
 		"mac": func(v string) error { n.GuestMAC = v; return nil },
@@ -209,6 +241,35 @@ func addNet(vm *spec.Spec, text string) error {
 		vm.NetworkInterfaces = append(vm.NetworkInterfaces, n)
 	}
 	return err
+}
+
+// parsePort takes [IP:]HOST:GUEST[/udp], with an IPv6 address in brackets.
+func parsePort(text string) (p spec.Port, err error) {
+	rest, protocol, _ := strings.Cut(text, "/")
+	p.Protocol = protocol
+	host, guest, found := cutLast(rest, ":")
+	if ip, port, has := cutLast(host, ":"); has {
+		host = port
+		if p.HostIP, err = netip.ParseAddr(strings.Trim(ip, "[]")); err != nil {
+			return p, fmt.Errorf("-p %s: %q is no IP address", text, ip)
+		}
+	}
+	for to, from := range map[*uint16]string{&p.HostPort: host, &p.GuestPort: guest} {
+		n, err := strconv.ParseUint(from, 10, 16)
+		if err != nil || n == 0 || !found {
+			return p, fmt.Errorf("-p %s: want [IP:]HOST:GUEST[/udp], ports from 1 to 65535", text)
+		}
+		*to = uint16(n)
+	}
+	return p, nil
+}
+
+func cutLast(s, sep string) (before, after string, found bool) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+len(sep):], true
 }
 
 // free returns the first name of this kind that index does not find.

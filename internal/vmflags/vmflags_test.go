@@ -37,7 +37,7 @@ func TestBuild(t *testing.T) {
 		"everything": {
 			args: []string{
 				"-k", "vmlinux", "--initrd", "i.cpio", "--append", "quiet", "-c", "4", "-m", "2G", "--name", "web", "--id", "x",
-				"-l", "a=b=c", "-l", "empty", "--drive", "a,b", "--vsock", "v.sock,cid=7", "--net", "tap0", "--net", "tap1,id=lan,mac=06:00:00:00:00:01",
+				"-l", "a=b=c", "-l", "empty", "--drive", "a,b", "--vsock", "v.sock,cid=7", "--net", "tap:tap0", "--net", "tap:tap1,id=lan,mac=06:00:00:00:00:01",
 			},
 			want: spec.Spec{
 				ID: "x", Name: "web", Labels: map[string]string{"a": "b=c", "empty": ""},

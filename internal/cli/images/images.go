@@ -1,4 +1,4 @@
-// Package images is the part of the command line that is about images, disks and Firecracker itself: a group of
+// Package images is the part of the command line that is about images, disks, networks and Firecracker itself: a group of
 // commands each.
 package images
 
@@ -44,7 +44,7 @@ type Shell struct {
 
 // Commands are the groups.
 func (s *Shell) Commands() []*cobra.Command {
-	return []*cobra.Command{s.image(), s.disk(), s.firecracker(), s.df()}
+	return []*cobra.Command{s.image(), s.disk(), s.network(), s.firecracker(), s.df()}
 }
 
 // group is a command that only has others below it.

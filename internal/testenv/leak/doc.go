@@ -52,6 +52,7 @@ const (
 	link
 	netns
 	route
+	table
 	mount
 	loop
 	socket
@@ -62,7 +63,7 @@ const (
 
 func (k kind) String() string {
 	return [...]string{
-		process: "process", cgroup: "cgroup", link: "network link", netns: "network namespace", route: "route",
+		process: "process", cgroup: "cgroup", link: "network link", netns: "network namespace", route: "route", table: "nftables table",
 		mount: "mount", loop: "loop device", socket: "unix socket", file: "file", descriptor: "file descriptor", goroutine: "goroutine",
 	}[k]
 }
@@ -70,7 +71,7 @@ func (k kind) String() string {
 // missed says whether things of a kind may not vanish either: ours to make and
 // unmake are all others.
 func (k kind) missed() bool {
-	return k == link || k == netns || k == route || k == mount || k == loop || k == file
+	return k == link || k == netns || k == route || k == table || k == mount || k == loop || k == file
 }
 
 // Take looks at the host. What comes or goes while it does may or may not be
@@ -84,7 +85,7 @@ func Take(scope Scope) (*Snapshot, error) {
 		s.scope.Roots = append(s.scope.Roots, filepath.Clean(root))
 	}
 	looks := []func() error{
-		s.addProcesses, s.addMounts, s.addLinks, s.addNamespaces, s.addRoutes, s.addLoops, s.addSockets, s.addFiles,
+		s.addProcesses, s.addMounts, s.addLinks, s.addNamespaces, s.addRoutes, s.addTables, s.addLoops, s.addSockets, s.addFiles,
 	}
 	if scope.Self {
 		looks = append(looks, s.addDescriptors, s.addGoroutines)

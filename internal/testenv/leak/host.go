@@ -10,6 +10,8 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+
+	"github.com/google/nftables"
 )
 
 // addMounts adds mounts and, where cgroups are mounted, cgroups.
@@ -54,6 +56,22 @@ func (s *Snapshot) addNamespaces() error {
 	}
 	for _, e := range entries {
 		s.add(netns, filepath.Join(dir, e.Name()))
+	}
+	return nil
+}
+
+// addTables adds nftables, where we may look at them.
+func (s *Snapshot) addTables() error {
+	conn, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	tables, err := conn.ListTables()
+	if err != nil {
+		return nil //nolint:nilerr // without the right to look there is none to make any
+	}
+	for _, t := range tables {
+		s.add(table, fmt.Sprintf("%s of family %d", t.Name, t.Family))
 	}
 	return nil
 }

@@ -1,0 +1,272 @@
+// Package attach gives a VM its interfaces: which network, which addresses, which ports of the host, and what that does to
+// the host, as effects for its journals.
+package attach
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/spec"
+)
+
+// VM is what attaching needs to know of one.
+type VM struct {
+	ID, Nonce string
+	Store     *store.Store
+	UID       int // who may open the taps
+}
+
+// Interface is one of a VM's that a network of ours is behind.
+type Interface struct {
+	ID      string         `json:"id"`
+	Network network.Config `json:"network"`
+	Tap     string         `json:"tap"`
+	MAC     string         `json:"mac"`
+	MTU     int            `json:"mtu,omitempty"`
+	IP4     netip.Addr     `json:"ip4,omitzero"` // zero: not chosen yet
+	IP6     netip.Addr     `json:"ip6,omitzero"`
+}
+
+// Resolve decides what is behind the interfaces of s that name no tap, and says so there. They have no addresses yet. Returns
+// network.ErrNotFound.
+func Resolve(vm VM, s *spec.Spec, networks *network.Store) (all []Interface, err error) {
+	s.NetworkInterfaces = slices.Clone(s.NetworkInterfaces) // the caller's own stay as they are
+	var errs []error
+	for i := range s.NetworkInterfaces {
+		n := &s.NetworkInterfaces[i]
+		if n.HostDevName != "" {
+			continue
+		}
+		n.Network = cmp.Or(n.Network, network.DefaultName)
+		config, err := networks.Get(n.Network)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("networkInterfaces[%d].network: %w", i, err))
+			continue
+		}
+		n.HostDevName = network.TapName(config.Bridge, vm.ID, vm.Nonce, n.IfaceID)
+		n.GuestMAC = strings.ToLower(cmp.Or(n.GuestMAC, network.MAC(vm.ID, n.IfaceID).String()))
+		all = append(all, Interface{ID: n.IfaceID, Network: config, Tap: n.HostDevName, MAC: n.GuestMAC, MTU: config.MTU})
+	}
+	return all, errors.Join(errs...)
+}
+
+// leaseKind is that of addresses.
+const leaseKind = "address"
+
+// Do carries out an effect, in the journal that lasts as long as the VM.
+type Do func(context.Context, journal.Effect) error
+
+// Address leases addresses for interfaces. Returns network.ErrExhausted.
+func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
+	for i := range all {
+		// Two of a MAC on one bridge would get each other's frames.
+		if err := do(ctx, vm.Store.Lease("mac", all[i].Network.Name+"/"+all[i].MAC, vm.ID)); err != nil {
+			return err
+		}
+		if err := all[i].address(ctx, vm, do); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// address leases the first addresses that no VM of the store has.
+func (i *Interface) address(ctx context.Context, vm VM, do Do) error {
+	for n := range i.Network.Guests() {
+		ip4, ip6 := i.Network.Guest(n)
+		lease := vm.Store.Lease(leaseKind, i.Network.Name+"/"+ip4.String(), vm.ID)
+		if vm.Store.Holder(leaseKind, lease.Name) != "" {
+			continue
+		}
+		err := do(ctx, lease)
+		if errors.Is(err, fs.ErrExist) {
+			continue
+		}
+		if err == nil {
+			i.IP4, i.IP6 = ip4, ip6
+		}
+		return err
+	}
+	return hint.Add(fmt.Errorf("attach %s to network %s: %w: its %s has room for %d", i.ID, i.Network.Name, network.ErrExhausted, i.Network.Subnet, i.Network.Guests()),
+		"remove VMs, or make a network with a larger --subnet")
+}
+
+// Tell tells the guest of its interfaces: its first program, nil if it has none of ours, or else its kernel.
+func Tell(s *spec.Spec, guest *agentproto.Boot, all []Interface) error {
+	if guest != nil {
+		guest.Interfaces, guest.DNS = guestInterfaces(all), resolvers(all[0], s.Policy)
+		_, err := guest.Encode()
+		return err
+	}
+	if args := &s.BootSource.BootArgs; !strings.Contains(" "+*args, " ip=") {
+		*args = cmp.Or(*args, spec.DefaultBootArgs) + " " + bootArgs(all[0], cmp.Or(s.Hostname, s.Name, s.ID))
+	}
+	return nil
+}
+
+// Ports are those of a spec, as the tables have them.
+func Ports(s *spec.Spec) (all []filter.Port) {
+	for _, p := range s.Ports {
+		all = append(all, filter.Port{Address: p.HostIP, Host: p.HostPort, Guest: p.GuestPort, Protocol: cmp.Or(p.Protocol, "tcp")})
+	}
+	return all
+}
+
+// Effects are what running the VM with its interfaces does to the host. The ports are those of the first.
+func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
+	ports := Ports(s)
+	for n, i := range all {
+		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Policy: s.Policy}}
+		if n == 0 {
+			for _, port := range ports {
+				effects = append(effects, vm.Store.Lease("port", port.String(), vm.ID))
+			}
+			g.Ports = ports
+		}
+		effects = append(effects,
+			&network.Use{Dir: filepath.Join(vm.Store.Path(), store.NetworkDir), Network: i.Network, VM: vm.ID + "-" + vm.Nonce + "-" + i.ID, VMDir: vm.Store.Dir(vm.ID)},
+			&network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU, Mutual: i.Network.Mutual},
+			g)
+	}
+	return effects
+}
+
+// bootArgs configure an interface for a kernel that does so itself (CONFIG_IP_PNP).
+func bootArgs(i Interface, hostname string) string {
+	gateway, _ := i.Network.Gateway()
+	mask := net.IP(net.CIDRMask(i.Network.Subnet.Bits(), 32))
+	return fmt.Sprintf("ip=%s::%s:%s:%s:eth0:off", i.IP4, gateway, mask, hostname)
+}
+
+func guestInterfaces(all []Interface) (interfaces []agentproto.Interface) {
+	for n, i := range all {
+		g := agentproto.Interface{MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU}
+		g.Addresses = append(g.Addresses, netip.PrefixFrom(i.IP4, i.Network.Subnet.Bits()))
+		gateway4, gateway6 := i.Network.Gateway()
+		if i.IP6.IsValid() {
+			g.Addresses = append(g.Addresses, netip.PrefixFrom(i.IP6, 64))
+		}
+		if n == 0 && !i.Network.Inside {
+			g.Gateways = append(g.Gateways, gateway4)
+			if gateway6.IsValid() {
+				g.Gateways = append(g.Gateways, gateway6)
+			}
+		}
+		interfaces = append(interfaces, g)
+	}
+	return interfaces
+}
+
+// InUse says whether something on the host listens on one of the ports of a spec. The answer holds for the moment alone.
+func InUse(s *spec.Spec) error {
+	var errs []error
+	for _, p := range Ports(s) {
+		host := ""
+		if p.Address.IsValid() {
+			host = p.Address.String()
+		}
+		at := net.JoinHostPort(host, strconv.Itoa(int(p.Host)))
+		var err error
+		if p.Protocol == "udp" {
+			var c net.PacketConn
+			if c, err = net.ListenPacket("udp", at); err == nil {
+				err = c.Close()
+			}
+		} else {
+			var l net.Listener
+			if l, err = net.Listen("tcp", at); err == nil {
+				err = l.Close()
+			}
+		}
+		if err != nil {
+			errs = append(errs, hint.Add(fmt.Errorf("publish port %s: %w", p, err), "stop what listens there (ss -ltnup), or publish another port: -p HOST:%d", p.Guest))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// resolvers are the DNS servers that a guest is told of: the network's own proxy where names are part of its policy, else the
+// host's, but for those that only the host itself reaches.
+func resolvers(i Interface, p *policy.Policy) []netip.Addr {
+	gateway4, gateway6 := i.Network.Gateway()
+	if NeedsProxy(p) {
+		return []netip.Addr{gateway4}
+	}
+	if i.Network.Inside {
+		return nil
+	}
+	var all []netip.Addr
+	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(data)) {
+			f := strings.Fields(line)
+			if len(f) < 2 || f[0] != "nameserver" {
+				continue
+			}
+			a, err := netip.ParseAddr(f[1])
+			if err != nil || a.IsLoopback() || a.IsLinkLocalUnicast() || a.Is6() && !gateway6.IsValid() || len(all) == maxResolvers {
+				continue
+			}
+			all = append(all, a)
+		}
+		if all != nil {
+			break
+		}
+	}
+	return all
+}
+
+const maxResolvers = 3
+
+// NeedsProxy says whether a policy allows names, so that their addresses must be known.
+func NeedsProxy(p *policy.Policy) bool {
+	return p != nil && slices.ContainsFunc(p.Rules, func(r policy.Rule) bool { return r.Domain != "" })
+}
+
+// Heal restores a VM's part in its networks when those had to be restored themselves. Effects are those of its run, restored
+// is for Heal alone: how often the network of each tap was.
+func Heal(ctx context.Context, effects []journal.Effect, restored map[string]int) error {
+	now := 0
+	for _, e := range effects {
+		var err error
+		switch e := e.(type) {
+		case *network.Use:
+			now, err = e.Check(ctx)
+		case *network.Tap:
+			if now > restored[e.Name] {
+				err = e.Join()
+			}
+		case *network.Guest:
+			if now > restored[e.Tap] {
+				err = e.Apply(ctx)
+			}
+			if err == nil {
+				restored[e.Tap] = now
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,218 @@
+package images
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/policy"
+)
+
+func (s *Shell) network() *cobra.Command {
+	return s.group("network", "Make and remove networks",
+		"Manage the networks that run --net NAME joins. The network default is always there.\n"+
+			"A network takes no room on the host while no VM runs on it.",
+		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.removeNetworks(), s.pruneNetworks())
+}
+
+// networkState is a network as the commands show it.
+type networkState struct {
+	network.Config
+	Up  bool     `json:"up"`
+	VMs []string `json:"vms"`
+}
+
+// networks gives f the networks of the host.
+func (s *Shell) networks(f func(*smartvm.Host, *network.Store) error) error {
+	h, err := s.Host()
+	if err != nil {
+		return err
+	}
+	all, err := h.Networks()
+	if err == nil {
+		err = f(h, all)
+	}
+	return errors.Join(err, h.Close())
+}
+
+func stateOf(h *smartvm.Host, c network.Config) networkState {
+	vms := []string{}
+	for _, dir := range network.Users(filepath.Join(h.RuntimeDir(), store.NetworkDir), c.Name) {
+		vms = append(vms, filepath.Base(dir))
+	}
+	return networkState{Config: c, Up: len(vms) > 0, VMs: vms}
+}
+
+func (s *Shell) listNetworks() *cobra.Command {
+	return &cobra.Command{
+		Use:   "ls",
+		Short: "List networks",
+		Args:  s.Takes(0, 0, "no arguments"),
+		RunE: func(*cobra.Command, []string) error {
+			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+				list, err := all.List()
+				if err != nil {
+					return err
+				}
+				states := []networkState{}
+				rows := []string{}
+				for _, c := range list {
+					state := stateOf(h, c)
+					states = append(states, state)
+					rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%d", c.Name, c.Bridge, c.Subnet, c.Subnet6, len(state.VMs)))
+				}
+				if s.JSON() {
+					return s.WriteJSON(states)
+				}
+				return s.table("NAME\tBRIDGE\tSUBNET\tIPV6\tVMS", rows)
+			})
+		},
+	}
+}
+
+func (s *Shell) inspectNetworks() *cobra.Command {
+	return &cobra.Command{
+		Use:   "inspect NAME...",
+		Short: "Show all there is to know about networks, as JSON",
+		Args:  s.Takes(1, -1, "a network's name"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+				var states []networkState
+				for _, name := range args {
+					c, err := all.Get(name)
+					if err != nil {
+						return err
+					}
+					states = append(states, stateOf(h, c))
+				}
+				return s.WriteJSON(states)
+			})
+		},
+	}
+}
+
+func (s *Shell) createNetwork() *cobra.Command {
+	var c network.Config
+	var subnet, subnet6, policyFile string
+	var isolate bool
+	cmd := &cobra.Command{
+		Use:   "create [flags] NAME",
+		Short: "Make a network",
+		Long: "Make a network. VMs on it reach each other, unless --isolate is given, and the\n" +
+			"outside, unless --internal is.",
+		Example: "  smartvm network create lab\n" +
+			"  smartvm network create --subnet 10.77.0.0/16 --internal back",
+		Args: s.Takes(1, 1, "a name"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			c.Name, c.Mutual = args[0], !isolate
+			for text, to := range map[string]*netip.Prefix{subnet: &c.Subnet, subnet6: &c.Subnet6} {
+				if text == "" {
+					continue
+				}
+				var err error
+				if *to, err = netip.ParsePrefix(text); err != nil {
+					return s.Usage(&network.SubnetError{Subnet: text, Reason: "must be like 172.31.5.0/24 or fd00:5::/64"}, "")
+				}
+			}
+			if policyFile != "" {
+				f, err := os.Open(policyFile)
+				if err != nil {
+					return s.Usage(err, "")
+				}
+				c.Policy, err = policy.Load(f)
+				if err := errors.Join(err, f.Close()); err != nil {
+					return s.Usage(fmt.Errorf("%s: %w", policyFile, err), "")
+				}
+			}
+			return s.networks(func(_ *smartvm.Host, all *network.Store) error {
+				made, err := all.Create(c)
+				switch {
+				case errors.Is(err, fs.ErrExist):
+					return err
+				case err != nil:
+					return s.Usage(err, "")
+				case s.JSON():
+					return s.WriteJSON(made)
+				}
+				_, err = fmt.Fprintln(s.Stdout, made.Name)
+				return err
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&subnet, "subnet", "", "IPv4 `subnet`, /8 to /30; without it one that is free is chosen")
+	f.StringVar(&subnet6, "subnet6", "", "IPv6 `subnet`, a /64; without it one is made up")
+	f.StringVar(&c.Bridge, "interface", "", "`name` of its bridge on the host")
+	f.IntVar(&c.MTU, "mtu", 0, "largest packet in `bytes` (1500)")
+	f.BoolVar(&isolate, "isolate", false, "keep its VMs from each other")
+	f.BoolVar(&c.Inside, "internal", false, "let nothing leave the network")
+	f.StringVar(&policyFile, "policy", "", "JSON `file` with what its VMs may reach at most")
+	return cmd
+}
+
+func (s *Shell) removeNetworks() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rm NAME...",
+		Short: "Remove networks",
+		Args:  s.Takes(1, -1, "a network's name"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+				var errs []error
+				for _, name := range args {
+					errs = append(errs, removeNetwork(h, all, name))
+				}
+				return errors.Join(errs...)
+			})
+		},
+	}
+}
+
+// removeNetwork leaves one alone that VMs are on.
+func removeNetwork(h *smartvm.Host, all *network.Store, name string) error {
+	if vms := stateOf(h, network.Config{Name: name}).VMs; len(vms) > 0 {
+		return hint.Add(fmt.Errorf("remove network %s: %d VMs use it, one is %s", name, len(vms), vms[0]), "smartvm stop ends them")
+	}
+	return all.Remove(name)
+}
+
+func (s *Shell) pruneNetworks() *cobra.Command {
+	return &cobra.Command{
+		Use:   "prune",
+		Short: "Remove the networks that no VM is on",
+		Args:  s.Takes(0, 0, "no arguments"),
+		RunE: func(*cobra.Command, []string) error {
+			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+				list, err := all.List()
+				if err != nil {
+					return err
+				}
+				removed := []string{}
+				for _, c := range list {
+					if c.Name == all.Default.Name || stateOf(h, c).Up {
+						continue
+					}
+					if err := all.Remove(c.Name); err != nil {
+						return err
+					}
+					removed = append(removed, c.Name)
+				}
+				if s.JSON() {
+					return s.WriteJSON(map[string][]string{"removed": removed})
+				}
+				for _, name := range removed {
+					fmt.Fprintln(s.Stdout, name)
+				}
+				return nil
+			})
+		},
+	}
+}

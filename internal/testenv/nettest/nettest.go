@@ -1,0 +1,254 @@
+// Package nettest gives tests networks of their own: a namespace for the test, and others for guests and for what stands
+// for the world outside.
+package nettest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/testenv"
+)
+
+// variable is set in a process that is alone in its namespaces.
+const variable = "SMARTVM_TEST_NETNS"
+
+// Alone says whether this process has a network of its own. If not it runs the calling test, which must be no subtest, in one
+// that has, reports how that went, and returns false: the test is done.
+//
+// Mounts are its own too, and /sys shows the network.
+func Alone(t *testing.T) bool {
+	t.Helper()
+	testenv.Require(t, testenv.Root)
+	if os.Getenv(variable) != "" {
+		link, err := netlink.LinkByName("lo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(netlink.LinkSetUp(link), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount("sysfs", "/sys", "sysfs", 0, "")); err != nil {
+			t.Fatal(err)
+		}
+		return true
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
+	cmd.Env = append(os.Environ(), variable+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
+	// Pdeathsig means the thread that starts the child.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := cmd.Run(); err != nil {
+		t.Errorf("in a network of its own: %v", err)
+	}
+	return false
+}
+
+// Namespace is a network beside the test's. It is gone when the test is.
+type Namespace struct {
+	t    *testing.T
+	file *os.File
+}
+
+// New makes a network with nothing but its loopback.
+func New(t *testing.T) *Namespace {
+	t.Helper()
+	n := &Namespace{t: t}
+	err := thread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		var err error
+		if n.file, err = os.Open("/proc/thread-self/ns/net"); err != nil {
+			return err
+		}
+		link, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetUp(link)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { n.file.Close() })
+	return n
+}
+
+// thread runs f on a thread that is thrown away.
+func thread(f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		if unix.Gettid() == unix.Getpid() {
+			// But for the first thread, which would stay, and be what /proc/self shows.
+			defer runtime.UnlockOSThread()
+			done <- thread(f)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}
+
+// Do runs f in the network. Sockets that it opens stay there.
+func (n *Namespace) Do(f func() error) error {
+	return thread(func() error {
+		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		return f()
+	})
+}
+
+// Must is Do that ends the test on an error.
+func (n *Namespace) Must(f func() error) {
+	n.t.Helper()
+	if err := n.Do(f); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// Link is one end of a cable.
+type Link struct {
+	Name      string
+	MAC       net.HardwareAddr
+	Addresses []netip.Prefix
+	Gateways  []netip.Addr
+}
+
+// Connect lays a cable: near stays in the test's network, far is in n. Both are up.
+func (n *Namespace) Connect(near, far Link) {
+	n.t.Helper()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.HardwareAddr = near.Name, near.MAC
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: far.Name, PeerHardwareAddr: far.MAC, PeerNamespace: netlink.NsFd(n.file.Fd())}
+	if err := netlink.LinkAdd(veth); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := near.Configure(); err != nil {
+		n.t.Fatal(err)
+	}
+	n.Must(far.Configure)
+}
+
+// Configure gives the link, in the network of the thread, its addresses and routes.
+func (l Link) Configure() error {
+	link, err := netlink.LinkByName(l.Name)
+	if err != nil {
+		return err
+	}
+	for _, p := range l.Addresses {
+		a := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
+		if p.Addr().Is6() {
+			a.Flags = unix.IFA_F_NODAD
+		}
+		if err := netlink.AddrAdd(link, a); err != nil {
+			return fmt.Errorf("address %s: %w", p, err)
+		}
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return err
+	}
+	for _, g := range l.Gateways {
+		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: g.AsSlice()}); err != nil {
+			return fmt.Errorf("route by %s: %w", g, err)
+		}
+	}
+	return nil
+}
+
+// patience is for what must arrive, impatience for what must not.
+const (
+	patience   = 5 * time.Second
+	impatience = 300 * time.Millisecond
+)
+
+// Serve answers on an address, "ip:port" or "[ip]:port", by TCP and UDP with "WORD from PEER\n", PEER being the address
+// that asks.
+func (n *Namespace) Serve(address, word string) {
+	n.t.Helper()
+	n.Must(func() error { return Serve(n.t, address, word) })
+}
+
+// Serve is Namespace.Serve in the thread's network.
+func Serve(t *testing.T, address, word string) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	p, err := net.ListenPacket("udp", address)
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	t.Cleanup(func() { l.Close(); p.Close() })
+	answer := func(peer net.Addr) []byte {
+		host, _, _ := net.SplitHostPort(peer.String())
+		return []byte(word + " from " + host + "\n")
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = c.Write(answer(c.RemoteAddr()))
+			_ = c.Close()
+		}
+	}()
+	go func() {
+		buf := make([]byte, 64)
+		for {
+			_, peer, err := p.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = p.WriteTo(answer(peer), peer)
+		}
+	}()
+	return nil
+}
+
+// Ask returns what a server says by "tcp" or "udp", "" if nothing comes.
+func (n *Namespace) Ask(network, address string) (answer string) {
+	n.t.Helper()
+	n.Must(func() error { answer = Ask(network, address, patience); return nil })
+	return answer
+}
+
+// Silent says whether nothing comes from a server.
+func (n *Namespace) Silent(network, address string) (silent bool) {
+	n.t.Helper()
+	n.Must(func() error { silent = Ask(network, address, impatience) == ""; return nil })
+	return silent
+}
+
+// Ask is Namespace.Ask in the thread's network, for at most wait.
+func Ask(network, address string, wait time.Duration) string {
+	c, err := net.DialTimeout(network, address, wait)
+	if err != nil {
+		return ""
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(wait))
+	if network == "udp" {
+		if _, err := c.Write([]byte("?")); err != nil {
+			return ""
+		}
+		buf := make([]byte, 256)
+		k, _ := c.Read(buf)
+		return string(buf[:k])
+	}
+	data, _ := io.ReadAll(c)
+	return string(data)
+}

@@ -1,0 +1,295 @@
+package smartvm_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/testenv"
+	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/internal/tinyguest"
+	"push.rocks/smartvm/network"
+)
+
+func init() {
+	children["crash-net"] = func(args []string) int { return crashChild(args, crashNet) }
+	children["many-addresses"] = manyAddresses
+}
+
+func netSpec(s smartvm.Spec, n int) smartvm.Spec {
+	s.NetworkInterfaces = nil
+	for i := range n {
+		s.NetworkInterfaces = append(s.NetworkInterfaces, smartvm.NetworkInterface{IfaceID: fmt.Sprint("eth", i)})
+	}
+	return s
+}
+
+// crashNet is the life of a VM on the default network.
+func crashNet(ctx context.Context, site *crashSite) error {
+	site.spec = netSpec(site.spec, 1)
+	site.spec.Ports = []smartvm.Port{{HostPort: 8080, GuestPort: 80}}
+	return crashLife(ctx, site)
+}
+
+// The crash matrix of a VM on a network, in one of the test's own.
+func TestCrashMatrix_Network(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	x := newCrashMatrix(t, testenv.PlainBinary(t), smartvm.LaunchJailed, "crash-net", tinyguest.Idle)
+	x.again()
+	t.Logf("%d steps of a life, %d recoveries", x.steps, x.recoveries)
+}
+
+// A VM's interface comes with its start and goes with its end; its address stays the VM's.
+func TestNetwork(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		t.Run(string(launcher), func(t *testing.T) {
+			s := newSite(t, launcher)
+			h := s.open()
+			m, err := h.Create(t.Context(), netSpec(s.spec("idle"), 2))
+			if err != nil {
+				t.Fatal(err)
+			}
+			first := m.Spec().NetworkInterfaces[0]
+			for range 2 {
+				if err := m.Start(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				tap, err := netlink.LinkByName(first.HostDevName)
+				if err != nil {
+					t.Fatal(err)
+				}
+				in, err := m.Inspect(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if owner := tap.(*netlink.Tuntap).Owner; int(owner) != in.UID {
+					t.Errorf("the tap belongs to %d, want %d", owner, in.UID)
+				}
+				if bridge, err := netlink.LinkByIndex(tap.Attrs().MasterIndex); err != nil || bridge.Attrs().Name != network.DefaultBridge {
+					t.Errorf("the tap's bridge: %v, %v", bridge, err)
+				}
+				if got, want := in.Interfaces[0].IP4, netip.MustParseAddr("172.30.0.2"); got != want {
+					t.Errorf("got address %s, want %s", got, want)
+				}
+				if !strings.Contains(in.Spec.BootSource.BootArgs, " ip=172.30.0.2::172.30.0.1:255.255.255.0:") {
+					t.Errorf("boot arguments %q", in.Spec.BootSource.BootArgs)
+				}
+				if _, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
+					t.Fatal(err)
+				}
+				wantNoNetwork(t)
+			}
+			if err := m.Remove(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+func wantNoNetwork(t *testing.T) {
+	t.Helper()
+	links, err := netlink.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if l.Attrs().Name != "lo" {
+			t.Errorf("left behind: interface %s", l.Attrs().Name)
+		}
+	}
+	if forward, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err != nil || string(forward) != "0\n" {
+		t.Errorf("the host forwards: %q, %v", forward, err)
+	}
+}
+
+// manyAddresses makes VMs and prints their addresses: the directory, the kernel, the VMM.
+func manyAddresses(args []string) int {
+	h, err := smartvm.Open(smartvm.Options{RuntimeDir: filepath.Join(args[0], "runtime"), DataDir: filepath.Join(args[0], "data"), FirecrackerBinary: args[2], Launcher: smartvm.LaunchDirect})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	addresses := []string{}
+	for range 10 {
+		wg.Go(func() {
+			for range 10 {
+				m, err := h.Create(context.Background(), netSpec(smartvm.Spec{
+					BootSource: smartvm.BootSource{KernelImagePath: args[1]}, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+				}, 1))
+				if err != nil {
+					fmt.Fprintln(os.Stderr, err)
+					return
+				}
+				in, err := m.Inspect(context.Background())
+				if err != nil {
+					fmt.Fprintln(os.Stderr, err)
+					return
+				}
+				mu.Lock()
+				addresses = append(addresses, in.Interfaces[0].IP4.String())
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	if err := json.NewEncoder(os.Stdout).Encode(addresses); err != nil {
+		return 1
+	}
+	return 0
+}
+
+// Two processes that make a hundred VMs each give no address twice; then there is room for 53 more.
+func TestNetwork_ManyProcesses(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	s := newSite(t, smartvm.LaunchDirect)
+	seen := map[string]int{}
+	outputs := make([][]byte, 2)
+	var wg sync.WaitGroup
+	for i := range outputs {
+		wg.Go(func() {
+			cmd := exec.CommandContext(t.Context(), os.Args[0], s.dir, s.spec("idle").BootSource.KernelImagePath, s.options.FirecrackerBinary)
+			cmd.Env = append(os.Environ(), "SMARTVM_TEST_CHILD=many-addresses")
+			cmd.Stderr = t.Output()
+			outputs[i], _ = cmd.Output()
+		})
+	}
+	wg.Wait()
+	for _, out := range outputs {
+		var addresses []string
+		if err := json.Unmarshal(out, &addresses); err != nil || len(addresses) != 100 {
+			t.Fatalf("%d addresses, %v", len(addresses), err)
+		}
+		for _, a := range addresses {
+			seen[a]++
+		}
+	}
+	for a, n := range seen {
+		if n > 1 {
+			t.Errorf("%s was given %d times", a, n)
+		}
+	}
+	h := s.open()
+	made := 0
+	for ; made < 300; made++ {
+		if _, err := h.Create(t.Context(), netSpec(smartvm.Spec{BootSource: s.spec("idle").BootSource, MachineConfig: s.spec("idle").MachineConfig}, 1)); err != nil {
+			if !errors.Is(err, network.ErrExhausted) {
+				t.Fatal(err)
+			}
+			break
+		}
+	}
+	if made != 53 {
+		t.Errorf("%d more, want 53", made)
+	}
+	all, err := h.Machines(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range all {
+		if err := m.Remove(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Somebody flushes all rules: they are restored, with the VM's part.
+func TestNetwork_Flushed(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchDirect)
+	s.options = smartvm.WithHealInterval(s.options, 20*time.Millisecond)
+	m, err := s.open().Create(t.Context(), netSpec(s.spec("idle"), 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	before := ruleset(t)
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.FlushRuleset()
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for !slices.Equal(ruleset(t), before) {
+		if t.Context().Err() != nil {
+			t.Fatal("the rules are not restored")
+		}
+	}
+	if _, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left := ruleset(t); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+}
+
+// ruleset is what tables there are and what is in them.
+func ruleset(t *testing.T) (all []string) {
+	t.Helper()
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables, err := conn.ListTables()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range tables {
+		chains, err := conn.ListChainsOfTableFamily(table.Family)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range chains {
+			rules, err := conn.GetRules(table, c)
+			if err != nil {
+				return nil // it is being changed
+			}
+			all = append(all, fmt.Sprint(table.Name, table.Family, c.Name, len(rules)))
+		}
+		sets, err := conn.GetSets(table)
+		if err != nil {
+			return nil
+		}
+		for _, s := range sets {
+			elements, err := conn.GetSetElements(s)
+			if err != nil {
+				return nil
+			}
+			all = append(all, fmt.Sprint(table.Name, table.Family, s.Name, len(elements)))
+		}
+	}
+	slices.Sort(all)
+	return all
+}

@@ -1,0 +1,364 @@
+package filter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/network/policy"
+)
+
+// Guest is one interface of a guest in its network's tables, as an effect on the host.
+type Guest struct {
+	Table  string         `json:"table"`
+	Tap    string         `json:"tap"`
+	MAC    string         `json:"mac"` // as net.ParseMAC takes it
+	IP4    netip.Addr     `json:"ip4"`
+	IP6    netip.Addr     `json:"ip6,omitzero"`
+	Ports  []Port         `json:"ports,omitempty"`
+	Policy *policy.Policy `json:"policy,omitempty"`
+	DNS    uint16         `json:"dns,omitempty"` // the port of its proxy on the bridge; 0: it has none
+}
+
+// Port is a port of the host that leads to one of a guest's.
+type Port struct {
+	Address  netip.Addr `json:"address,omitzero"` // of the host; zero: all
+	Host     uint16     `json:"host"`
+	Guest    uint16     `json:"guest"`
+	Protocol string     `json:"protocol"` // "tcp" or "udp"
+}
+
+// String is the port as -p takes it.
+func (p Port) String() string {
+	text := fmt.Sprintf("%d:%d", p.Host, p.Guest)
+	if p.Address.IsValid() {
+		text = netip.AddrPortFrom(p.Address, p.Host).String() + ":" + strconv.Itoa(int(p.Guest))
+	}
+	if p.Protocol == "udp" {
+		text += "/udp"
+	}
+	return text
+}
+
+// member is elements of one set.
+type member struct {
+	set      *nftables.Set
+	elements []nftables.SetElement
+}
+
+// Apply adds the guest's elements and chain, all or none. Returns an error that is fs.ErrNotExist where the tables are
+// gone.
+func (g *Guest) Apply(context.Context) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	if err := g.add(conn, newLayout(g.Table)); err != nil {
+		return fmt.Errorf("add guest %s to table %s: %w", g.Tap, g.Table, err)
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("add guest %s to table %s: %w", g.Tap, g.Table, err)
+	}
+	return nil
+}
+
+func (g *Guest) add(conn *nftables.Conn, l *layout) error {
+	if g.Policy != nil {
+		compiled, err := g.Policy.Compile()
+		if err != nil {
+			return err
+		}
+		for _, s := range g.domains(l, compiled) {
+			if err := conn.AddSet(s, nil); err != nil {
+				return err
+			}
+		}
+		chain := ruled{chain: nftables.Chain{Table: l.inet, Name: g.chain()}}
+		chain.rules = policyRules{l.inet, g.Policy.DefaultAction != policy.Deny, expr.VerdictAccept, g.domain}.of(compiled)
+		conn.AddChain(&chain.chain)
+		conn.FlushChain(&chain.chain) // it may be half of an earlier life
+		if err := addRules(conn, []ruled{chain}); err != nil {
+			return err
+		}
+	}
+	members, err := g.members(l)
+	if err != nil {
+		return err
+	}
+	for _, m := range members {
+		if err := conn.SetAddElements(m.set, m.elements); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Revert removes what Apply added, as far as it is there.
+func (g *Guest) Revert(context.Context) error { return Remove([]*Guest{g}) }
+
+// Remove removes guests at once: the kernel takes as long for one as for many.
+func Remove(guests []*Guest) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	there := map[string]bool{}
+	for _, g := range guests {
+		if _, asked := there[g.Table]; !asked {
+			if there[g.Table], err = complete(conn, newLayout(g.Table)); err != nil {
+				return err
+			}
+		}
+		if !there[g.Table] {
+			continue
+		}
+		if err := g.remove(conn, newLayout(g.Table)); err != nil {
+			return fmt.Errorf("remove guest %s from table %s: %w", g.Tap, g.Table, err)
+		}
+	}
+	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("remove guests: %w", err)
+	}
+	return nil
+}
+
+// complete says whether both tables are there.
+func complete(conn *nftables.Conn, l *layout) (bool, error) {
+	for _, t := range []*nftables.Table{l.inet, l.bridge} {
+		_, err := conn.ListTableOfFamily(t.Name, t.Family)
+		if errors.Is(err, unix.ENOENT) {
+			return false, nil
+		}
+		if err != nil {
+			return false, fmt.Errorf("look at table %s: %w", t.Name, err)
+		}
+	}
+	return true, nil
+}
+
+// remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch.
+func (g *Guest) remove(conn *nftables.Conn, l *layout) error {
+	if err := g.add(conn, l); err != nil {
+		return err
+	}
+	members, err := g.members(l)
+	if err != nil {
+		return err
+	}
+	for _, m := range members {
+		if err := conn.SetDeleteElements(m.set, m.elements); err != nil {
+			return err
+		}
+	}
+	if g.Policy == nil {
+		return nil
+	}
+	compiled, err := g.Policy.Compile()
+	if err != nil {
+		return err
+	}
+	chain := &nftables.Chain{Table: l.inet, Name: g.chain()}
+	conn.FlushChain(chain)
+	conn.DelChain(chain)
+	for _, s := range g.domains(l, compiled) {
+		conn.DelSet(s)
+	}
+	return nil
+}
+
+func (g *Guest) chain() string { return "guest-" + g.Tap }
+
+// domain returns the names of the sets that hold the addresses of a policy's i-th rule's domain.
+func (g *Guest) domain(i int) (ip4, ip6 string) {
+	name := "names-" + g.Tap + "-" + strconv.Itoa(i)
+	return name + "-4", name + "-6"
+}
+
+func (g *Guest) domains(l *layout, compiled []policy.Compiled) (all []*nftables.Set) {
+	for i, c := range compiled {
+		if c.Domain == "" {
+			continue
+		}
+		ip4, ip6 := g.domain(i)
+		all = append(all, l.names(ip4, nftables.TypeIPAddr), l.names(ip6, nftables.TypeIP6Addr))
+	}
+	return all
+}
+
+// maxNames bounds the addresses of one domain rule.
+const maxNames = 1024
+
+func (l *layout) names(name string, kind nftables.SetDatatype) *nftables.Set {
+	return &nftables.Set{Table: l.inet, Name: name, KeyType: kind, HasTimeout: true, Size: maxNames}
+}
+
+// Name lets the guest reach addresses of its policy's i-th rule, a domain's, for a time.
+func (g *Guest) Name(i int, addresses []netip.Addr, ttl time.Duration) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	l := newLayout(g.Table)
+	ip4, ip6 := g.domain(i)
+	for _, a := range addresses {
+		set := l.names(ip4, nftables.TypeIPAddr)
+		if a = a.Unmap(); a.Is6() {
+			set = l.names(ip6, nftables.TypeIP6Addr)
+		}
+		element := []nftables.SetElement{{Key: a.AsSlice(), Timeout: ttl}}
+		// An element that is there keeps its old end unless it is made anew.
+		for _, do := range []func(*nftables.Set, []nftables.SetElement) error{conn.SetAddElements, conn.SetDeleteElements, conn.SetAddElements} {
+			if err := do(set, element); err != nil {
+				return fmt.Errorf("allow %s: %w", a, err)
+			}
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("allow addresses of a name: %w", err)
+	}
+	return nil
+}
+
+func (g *Guest) members(l *layout) ([]member, error) {
+	mac, err := net.ParseMAC(g.MAC)
+	if err != nil {
+		return nil, err
+	}
+	sender := append(ifname(g.Tap), mac...)
+	sender = append(sender, 0, 0) // to whole registers
+	element := func(key []byte) []nftables.SetElement { return []nftables.SetElement{{Key: key}} }
+	from := func(a netip.Addr) []nftables.SetElement {
+		return element(append(sender[:len(sender):len(sender)], a.AsSlice()...))
+	}
+	all := []member{{l.macs, element(sender)}, {l.ip4, from(g.IP4)}, {l.ip6, from(LinkLocal(mac))}}
+	addresses := []netip.Addr{g.IP4}
+	if g.IP6.IsValid() {
+		all = append(all, member{l.ip6, from(g.IP6)})
+		addresses = append(addresses, g.IP6)
+	}
+	for _, a := range addresses {
+		policies, hosts, metadata, dns := l.policy4, l.host4, l.metadata4, l.dns4
+		if a.Is6() {
+			policies, hosts, metadata, dns = l.policy6, l.host6, l.metadata6, l.dns6
+		}
+		if g.DNS != 0 {
+			all = append(all, member{dns, []nftables.SetElement{{Key: a.AsSlice(), Val: port(g.DNS)}}})
+		}
+		if g.Policy == nil {
+			continue
+		}
+		all = append(all, member{policies, []nftables.SetElement{{Key: a.AsSlice(), VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain()}}}})
+		if g.Policy.AllowHost {
+			all = append(all, member{hosts, element(a.AsSlice())})
+		}
+		if g.Policy.AllowMetadata {
+			all = append(all, member{metadata, element(a.AsSlice())})
+		}
+	}
+	for _, p := range g.Ports {
+		for _, a := range addresses {
+			if p.Address.IsValid() && p.Address.Is4() != a.Is4() {
+				continue
+			}
+			all = append(all, p.member(l, a))
+		}
+	}
+	return all, nil
+}
+
+// member leads a port to a guest's address of the same family.
+func (p Port) member(l *layout, to netip.Addr) member {
+	proto := map[string]byte{"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP}[p.Protocol]
+	padded := func(b ...byte) []byte { return append(b, make([]byte, -len(b)&3)...) }
+	e := nftables.SetElement{Val: append(to.AsSlice(), padded(port(p.Guest)...)...)}
+	e.Key = append(padded(proto), padded(port(p.Host)...)...)
+	set := l.ports4
+	switch {
+	case p.Address.IsValid() && to.Is4():
+		set = l.portsAt4
+	case p.Address.IsValid():
+		set = l.portsAt6
+	case to.Is6():
+		set = l.ports6
+	}
+	if p.Address.IsValid() {
+		e.Key = append(p.Address.AsSlice(), e.Key...)
+	}
+	return member{set, []nftables.SetElement{e}}
+}
+
+// LinkLocal is the address that a guest's kernel makes from a MAC (RFC 4291, appendix A).
+func LinkLocal(mac net.HardwareAddr) netip.Addr {
+	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: mac[0] ^ 2, 9: mac[1], 10: mac[2], 11: 0xff, 12: 0xfe, 13: mac[3], 14: mac[4], 15: mac[5]})
+}
+
+// policyRules make rules of a policy: the first that matches decides.
+type policyRules struct {
+	table   *nftables.Table
+	allowed bool             // what no rule is about
+	allow   expr.VerdictKind // what "allow" means
+	domain  func(int) (ip4, ip6 string)
+}
+
+func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
+	end := func(yes bool) exprs {
+		if yes {
+			return exprs{&expr.Counter{}, &expr.Verdict{Kind: p.allow}}
+		}
+		return drop()
+	}
+	for i, c := range compiled {
+		where := []exprs{nil}
+		switch {
+		case c.Domain != "":
+			ip4, ip6 := p.domain(i)
+			where = []exprs{
+				join(nfproto(unix.NFPROTO_IPV4), exprs{load(dest4, reg), &expr.Lookup{SourceRegister: reg, SetName: ip4}}),
+				join(nfproto(unix.NFPROTO_IPV6), exprs{load(dest6, reg), &expr.Lookup{SourceRegister: reg, SetName: ip6}}),
+			}
+		case c.Prefix.IsValid():
+			where = []exprs{toPrefix(c.Prefix)}
+		}
+		what := []rule{{}}
+		if len(c.Protocols) > 0 {
+			what = nil
+		}
+		for _, proto := range c.Protocols {
+			r := rule{exprs: l4(proto)}
+			if len(c.Ports) > 0 {
+				r.ports = portSet(p.table, c.Ports)
+				r.exprs = join(r.exprs, exprs{load(destPort, reg)}, exprs{inSet(r.ports.set)})
+			}
+			what = append(what, r)
+		}
+		for _, w := range where {
+			for _, r := range what {
+				all = append(all, rule{exprs: join(w, r.exprs, end(c.Allow)), text: c.Text, ports: r.ports})
+			}
+		}
+	}
+	text := "default deny"
+	if p.allowed {
+		text = "default allow"
+	}
+	return append(all, rule{exprs: end(p.allowed), text: text})
+}
+
+func portSet(table *nftables.Table, ranges []policy.PortRange) *member {
+	m := &member{set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeInetService}}
+	for _, r := range ranges {
+		m.elements = append(m.elements, nftables.SetElement{Key: port(r.First)})
+		if r.Last < 65535 { // the last interval may be open
+			m.elements = append(m.elements, nftables.SetElement{Key: port(r.Last + 1), IntervalEnd: true})
+		}
+	}
+	return m
+}

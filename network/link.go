@@ -1,0 +1,229 @@
+package network
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base32"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/hint"
+)
+
+// Bridge is a network's bridge, as an effect on the host. Its MAC tells it from another of its name.
+type Bridge struct {
+	Name      string         `json:"name"`
+	MAC       string         `json:"mac"`
+	MTU       int            `json:"mtu,omitempty"`
+	Addresses []netip.Prefix `json:"addresses"`
+}
+
+// bridgeMAC draws a bridge's MAC from a random word.
+func bridgeMAC(owner string) string { return MAC("bridge", owner).String() }
+
+// Apply makes the bridge, and has done nothing where an interface of its name is there: then the error is fs.ErrExist
+// and ErrTaken.
+func (b *Bridge) Apply(context.Context) error {
+	mac, err := net.ParseMAC(b.MAC)
+	if err != nil {
+		return err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.HardwareAddr, attrs.MTU = b.Name, mac, b.MTU
+	off := false
+	link := &netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &off}
+	switch err := netlink.LinkAdd(link); {
+	case errors.Is(err, unix.EEXIST):
+		return hint.Add(fmt.Errorf("make bridge %s: %w: %w", b.Name, ErrTaken, fs.ErrExist),
+			"remove it (ip link delete %s), or name another bridge with --bridge", b.Name)
+	case errors.Is(err, unix.EPERM):
+		return hint.Add(fmt.Errorf("make bridge %s: %w", b.Name, err), "run smartvm as root (CAP_NET_ADMIN), or the VM with --net none")
+	case err != nil:
+		return fmt.Errorf("make bridge %s: %w", b.Name, err)
+	}
+	// A router that a guest claims to be is not for the host.
+	if err := writeInterface(b.Name, "ipv6", "accept_ra", "0"); err != nil {
+		return err
+	}
+	// So that ports which are published on 127.0.0.1 can be reached from there. What comes from a guest for such an address
+	// is dropped by the tables.
+	if err := writeInterface(b.Name, "ipv4", "route_localnet", "1"); err != nil {
+		return err
+	}
+	for _, p := range b.Addresses {
+		a := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
+		if p.Addr().Is6() {
+			a.Flags = unix.IFA_F_NODAD
+		}
+		err := netlink.AddrAdd(link, a)
+		if err != nil && p.Addr().Is6() && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES)) {
+			continue // IPv6 is switched off: guests have it among themselves alone
+		}
+		if err != nil {
+			return fmt.Errorf("give bridge %s its address %s: %w", b.Name, p, err)
+		}
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set bridge %s up: %w", b.Name, err)
+	}
+	return nil
+}
+
+// Revert removes the bridge.
+func (b *Bridge) Revert(context.Context) error {
+	return remove(b.Name, func(l netlink.Link) bool {
+		return l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == b.MAC
+	})
+}
+
+// There says whether the bridge is, and is this one.
+func (b *Bridge) There(context.Context) (bool, error) {
+	l, err := netlink.LinkByName(b.Name)
+	var missing netlink.LinkNotFoundError
+	if errors.As(err, &missing) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("find bridge %s: %w", b.Name, err)
+	}
+	return l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == b.MAC && l.Attrs().Flags&net.FlagUp != 0, nil
+}
+
+// writeInterface sets a variable of an interface, where the kernel has its protocol.
+func writeInterface(name, protocol, variable, value string) error {
+	err := os.WriteFile("/proc/sys/net/"+protocol+"/conf/"+name+"/"+variable, []byte(value), 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+func remove(name string, ours func(netlink.Link) bool) error {
+	l, err := netlink.LinkByName(name)
+	var missing netlink.LinkNotFoundError
+	if errors.As(err, &missing) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("find interface %s: %w", name, err)
+	}
+	if !ours(l) {
+		return nil
+	}
+	if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove interface %s: %w", name, err)
+	}
+	return nil
+}
+
+// Tap is a guest's interface on the host, a port of a bridge, as an effect on the host.
+type Tap struct {
+	Name   string `json:"name"` // of TapName, so that nobody else has it
+	Bridge string `json:"bridge"`
+	UID    int    `json:"uid"`              // who may open it
+	MTU    int    `json:"mtu,omitempty"`    // 0: 1500
+	Mutual bool   `json:"mutual,omitempty"` // it reaches the bridge's other ports, not the host alone
+}
+
+// TapName draws a name from a VM's id, a word that tells the VM from another of its id, and the interface's id. It begins as
+// those of all taps of its bridge do, and no others.
+func TapName(bridge, vm, nonce, iface string) string {
+	return tapPrefix(bridge) + word(9, vm, nonce, iface)
+}
+
+func tapPrefix(bridge string) string { return "sv" + word(4, bridge) }
+
+// word makes n characters of strings.
+func word(n int, of ...string) string {
+	sum := sha256.Sum256([]byte(strings.Join(of, "\x00")))
+	return strings.ToLower(base32.StdEncoding.EncodeToString(sum[:])[:n])
+}
+
+// Apply makes the tap. Returns an error that is fs.ErrExist where an interface of its name is there.
+func (t *Tap) Apply(context.Context) error {
+	if err := t.create(); err != nil {
+		return fmt.Errorf("make tap %s: %w", t.Name, err)
+	}
+	return t.Join()
+}
+
+// Join makes the tap a port of its bridge, and sets it up.
+func (t *Tap) Join() error {
+	link, err := netlink.LinkByName(t.Name)
+	if err != nil {
+		return fmt.Errorf("find tap %s: %w", t.Name, err)
+	}
+	bridge, err := netlink.LinkByName(t.Bridge)
+	if err != nil {
+		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
+	}
+	// The host speaks to the guest by the bridge alone.
+	if err := writeInterface(t.Name, "ipv6", "disable_ipv6", "1"); err != nil {
+		return err
+	}
+	if t.MTU != 0 {
+		if err := netlink.LinkSetMTU(link, t.MTU); err != nil {
+			return fmt.Errorf("set MTU of tap %s: %w", t.Name, err)
+		}
+	}
+	if err := netlink.LinkSetMaster(link, bridge); err != nil {
+		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
+	}
+	if !t.Mutual {
+		if err := netlink.LinkSetIsolated(link, true); err != nil {
+			return fmt.Errorf("isolate tap %s: %w", t.Name, err)
+		}
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set tap %s up: %w", t.Name, err)
+	}
+	return nil
+}
+
+// create makes a tap that outlives the descriptor, and belongs to a user before it does: one without an owner is
+// everybody's.
+func (t *Tap) create() error {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return hint.Add(fmt.Errorf("open /dev/net/tun: %w", err), "load the kernel module tun, or run the VM with --net none")
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq(t.Name)
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR | unix.IFF_TUN_EXCL)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EINVAL) {
+		if _, there := netlink.LinkByName(t.Name); there == nil {
+			return fs.ErrExist
+		}
+		return err
+	} else if err != nil {
+		return err
+	}
+	for _, set := range []struct {
+		request uint
+		value   int
+	}{{unix.TUNSETOWNER, t.UID}, {unix.TUNSETGROUP, t.UID}, {unix.TUNSETPERSIST, 1}} {
+		if err := unix.IoctlSetInt(fd, set.request, set.value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Revert removes the tap.
+func (t *Tap) Revert(ctx context.Context) error {
+	if r := sharedOf(ctx).Reaper; r != nil {
+		return r.taps.do(t.Name, removeTaps)
+	}
+	return remove(t.Name, isTap)
+}

@@ -1,0 +1,159 @@
+package network
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+
+	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/policy"
+)
+
+// What the default network is, unless told otherwise.
+const (
+	DefaultName   = "default"
+	DefaultBridge = "svbr0"
+	DefaultSubnet = "172.30.0.0/24"
+)
+
+// Config is a network of VMs. Its JSON is the file that keeps it.
+type Config struct {
+	Name    string         `json:"name"`             // [a-z0-9-], at most 32 bytes
+	Bridge  string         `json:"bridge"`           // the interface, at most 15 bytes
+	Subnet  netip.Prefix   `json:"subnet"`           // IPv4, /8 to /30; the host has its first address
+	Subnet6 netip.Prefix   `json:"subnet6,omitzero"` // a /64; zero: no IPv6
+	MTU     int            `json:"mtu,omitempty"`    // 0: 1500
+	Mutual  bool           `json:"mutual,omitempty"` // guests reach each other
+	Inside  bool           `json:"internal,omitempty"`
+	Policy  *policy.Policy `json:"policy,omitempty"` // what all its guests may reach at most
+	// WireGuard is the interface by which alone guests leave. "": any.
+	WireGuard string `json:"wireguard,omitempty"`
+}
+
+// Errors of this package.
+var (
+	ErrExhausted = errors.New("no address is free")
+	ErrTaken     = errors.New("interface is somebody else's")
+)
+
+// SubnetError says what is wrong with a subnet. Its Code is INVALID_SUBNET.
+type SubnetError struct {
+	Subnet string
+	Reason string
+}
+
+func (e *SubnetError) Error() string { return fmt.Sprintf("subnet %s: %s", e.Subnet, e.Reason) }
+
+// Code is the original's word for it.
+func (*SubnetError) Code() string { return "INVALID_SUBNET" }
+
+// New returns a network with the rest of its settings as they are by default. An invalid subnet is a matter of Validate.
+func New(name, bridge string, subnet netip.Prefix) Config {
+	return Config{Name: name, Bridge: bridge, Subnet: subnet.Masked(), Subnet6: LocalSubnet(bridge)}
+}
+
+// LocalSubnet is the unique local IPv6 subnet (RFC 4193) of a bridge: always the same for one name.
+func LocalSubnet(bridge string) netip.Prefix {
+	sum := sha256.Sum256([]byte("smartvm network " + bridge))
+	a := [16]byte{0: 0xfd}
+	copy(a[1:8], sum[:])
+	return netip.PrefixFrom(netip.AddrFrom16(a), 64)
+}
+
+// Validate returns all that is wrong, joined. Subnets give *SubnetErrors.
+func (c *Config) Validate() error {
+	var errs []error
+	if !regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`).MatchString(c.Name) {
+		errs = append(errs, fmt.Errorf("network name %q: must be 1 to 32 of a-z, 0-9 and -", c.Name))
+	}
+	if err := ValidInterface(c.Bridge); err != nil {
+		errs = append(errs, err)
+	}
+	if err := ValidSubnet(c.Subnet); err != nil {
+		errs = append(errs, err)
+	}
+	if p := c.Subnet6; p.IsValid() && (!p.Addr().Is6() || p.Bits() != 64 || p != p.Masked() || !p.Addr().IsGlobalUnicast()) {
+		errs = append(errs, &SubnetError{p.String(), "must be an IPv6 /64 without host bits, such as " + LocalSubnet(c.Bridge).String()})
+	}
+	if c.MTU != 0 && (c.MTU < 1280 || c.MTU > 65535) {
+		errs = append(errs, fmt.Errorf("mtu %d: must be from 1280 to 65535", c.MTU))
+	}
+	if c.Policy != nil {
+		for _, e := range c.Policy.Validate() {
+			errs = append(errs, fmt.Errorf("policy.%w", e))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// ValidSubnet returns a *SubnetError if guests cannot have addresses of p.
+func ValidSubnet(p netip.Prefix) error {
+	reason := ""
+	a := p.Addr()
+	switch {
+	case !p.IsValid() || !a.Is4():
+		reason = "must be an IPv4 network such as " + DefaultSubnet
+	case p != p.Masked():
+		reason = fmt.Sprintf("has host bits: %s is meant?", p.Masked())
+	case p.Bits() < 8 || p.Bits() > 30:
+		reason = "must be from /8 to /30"
+	case a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.As4()[0] == 0 || a.As4()[0] >= 224:
+		reason = "is not for ordinary hosts"
+	}
+	if reason == "" {
+		return nil
+	}
+	return &SubnetError{p.String(), reason}
+}
+
+// ValidInterface says whether an interface may be called so.
+func ValidInterface(name string) error {
+	if !regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$`).MatchString(name) {
+		return fmt.Errorf("interface name %q: must be 1 to 15 of A-Z, a-z, 0-9, _, . and -", name)
+	}
+	return nil
+}
+
+// Gateway returns the host's addresses in the network, the IPv6 one invalid where there is none.
+func (c *Config) Gateway() (ip4, ip6 netip.Addr) {
+	ip4 = c.Subnet.Addr().Next()
+	if c.Subnet6.IsValid() {
+		ip6 = c.Subnet6.Addr().Next()
+	}
+	return ip4, ip6
+}
+
+// Guests is how many addresses guests can have.
+func (c *Config) Guests() int { return 1<<(32-c.Subnet.Bits()) - 3 }
+
+// Guest returns the addresses of the n-th guest, counted from 0.
+func (c *Config) Guest(n int) (ip4, ip6 netip.Addr) {
+	a := c.Subnet.Addr().As4()
+	ip4 = netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(a[:])+uint32(n)+2)))
+	if c.Subnet6.IsValid() {
+		b := c.Subnet6.Addr().As16()
+		binary.BigEndian.PutUint64(b[8:], uint64(n)+2)
+		ip6 = netip.AddrFrom16(b)
+	}
+	return ip4, ip6
+}
+
+// MAC is an interface's address: locally administered, and always the same for one VM and interface.
+func MAC(vm, iface string) net.HardwareAddr {
+	sum := sha256.Sum256([]byte(vm + "\x00" + iface))
+	return net.HardwareAddr{sum[0]&0xfc | 2, sum[1], sum[2], sum[3], sum[4], sum[5]}
+}
+
+// Table is the name of the network's nftables tables.
+func (c *Config) Table() string { return "smartvm-" + c.Bridge }
+
+func (c *Config) tables(owner string) *filter.Tables {
+	return &filter.Tables{
+		Name: c.Table(), Owner: owner, Bridge: c.Bridge, Taps: tapPrefix(c.Bridge), Subnet: c.Subnet, Subnet6: c.Subnet6,
+		Mutual: c.Mutual, Inside: c.Inside, Via: c.WireGuard, Egress: c.Policy,
+	}
+}

@@ -1,0 +1,362 @@
+package network_test
+
+import (
+	"errors"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+
+	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/policy"
+)
+
+// site is a network with an outside world.
+type site struct {
+	t       *testing.T
+	dir     string
+	config  network.Config
+	outside *nettest.Namespace
+}
+
+// The host's and the world's addresses between them.
+const (
+	uplink4, world4 = "198.51.100.1", "198.51.100.2"
+	uplink6, world6 = "2001:db8::1", "2001:db8::2"
+)
+
+func prefixes(all ...string) (p []netip.Prefix) {
+	for _, s := range all {
+		p = append(p, netip.MustParsePrefix(s))
+	}
+	return p
+}
+
+func newSite(t *testing.T, change func(*network.Config)) *site {
+	t.Helper()
+	s := &site{t: t, dir: filepath.Join(t.TempDir(), "networks"), outside: nettest.New(t)}
+	var err error
+	if s.config, err = network.NewDefault("", ""); err != nil {
+		t.Fatal(err)
+	}
+	if change != nil {
+		change(&s.config)
+	}
+	s.outside.Connect(
+		nettest.Link{Name: "uplink", Addresses: prefixes(uplink4+"/24", uplink6+"/64")},
+		nettest.Link{Name: "eth0", Addresses: prefixes(world4+"/24", world6+"/64", "203.0.113.9/32")})
+	route(t, "203.0.113.9/32", world4)
+	return s
+}
+
+func route(t *testing.T, to, via string) {
+	t.Helper()
+	_, dst, err := net.ParseCIDR(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(via)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// guest is a namespace that stands for a VM, and a cable for its tap.
+type guest struct {
+	*nettest.Namespace
+	use    *network.Use
+	filter network.Guest
+}
+
+func (s *site) use(vm string) *network.Use {
+	s.t.Helper()
+	dir := filepath.Join(s.t.TempDir(), vm)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	return &network.Use{Dir: s.dir, Network: s.config, VM: vm, VMDir: dir}
+}
+
+// guest connects the n-th.
+func (s *site) guest(n int, change func(*filter.Guest)) *guest {
+	s.t.Helper()
+	name := string(rune('a' + n))
+	ip4, ip6 := s.config.Guest(n)
+	g := &guest{Namespace: nettest.New(s.t), use: s.use(name)}
+	mac := network.MAC(name, "eth0")
+	g.filter.Guest = filter.Guest{Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, name, "", "eth0"), MAC: mac.String(), IP4: ip4, IP6: ip6}
+	if change != nil {
+		change(&g.filter.Guest)
+	}
+	if err := g.use.Apply(s.t.Context()); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := g.filter.Apply(s.t.Context()); err != nil {
+		s.t.Fatal(err)
+	}
+	gateway4, gateway6 := s.config.Gateway()
+	far := nettest.Link{
+		Name: "eth0", MAC: mac, Gateways: []netip.Addr{gateway4, gateway6},
+		Addresses: []netip.Prefix{netip.PrefixFrom(ip4, s.config.Subnet.Bits()), netip.PrefixFrom(ip6, 64)},
+	}
+	near := nettest.Link{Name: g.filter.Tap}
+	g.plug(s, near, far)
+	return g
+}
+
+// plug makes the cable a port of the bridge before it is up.
+func (g *guest) plug(s *site, near, far nettest.Link) {
+	s.t.Helper()
+	g.Connect(near, nettest.Link{Name: far.Name, MAC: far.MAC})
+	port, err := netlink.LinkByName(near.Name)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	bridge, err := netlink.LinkByName(s.config.Bridge)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := errors.Join(netlink.LinkSetMaster(port, bridge), netlink.LinkSetIsolated(port, !s.config.Mutual)); err != nil {
+		s.t.Fatal(err)
+	}
+	g.Must(far.Configure)
+}
+
+func (s *site) remove(g *guest) {
+	s.t.Helper()
+	if err := errors.Join(g.filter.Revert(s.t.Context()), g.use.Revert(s.t.Context())); err != nil {
+		s.t.Error(err)
+	}
+}
+
+// hosts is what a network may change.
+func hosts(t *testing.T) (all []string) {
+	t.Helper()
+	links, err := netlink.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if l.Type() != "veth" {
+			all = append(all, "link "+l.Attrs().Name)
+		}
+	}
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables, err := conn.ListTables()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range tables {
+		all = append(all, "table "+table.Name)
+	}
+	for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv6/conf/uplink/accept_ra"} {
+		value, err := os.ReadFile("/proc/sys/net/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, name+" "+string(value))
+	}
+	return all
+}
+
+func (g *guest) reaches(t *testing.T, network, address, want string) {
+	t.Helper()
+	if got := g.Ask(network, address); got != want {
+		t.Errorf("%s %s: got %q, want %q", network, address, got, want)
+	}
+}
+
+func (g *guest) misses(t *testing.T, network, address string) {
+	t.Helper()
+	if !g.Silent(network, address) {
+		t.Errorf("%s %s: got an answer", network, address)
+	}
+}
+
+// Guests reach the outside under the host's address, and neither each other nor the host. Nothing is left in the end.
+func TestNetwork(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	before := hosts(t)
+	s.outside.Serve(":80", "world")
+	s.outside.Serve(":443", "secure")
+	if err := nettest.Serve(t, ":22", "host"); err != nil {
+		t.Fatal(err)
+	}
+	a, b := s.guest(0, nil), s.guest(1, nil)
+	a.Serve(":8080", "a")
+	for _, proto := range []string{"tcp", "udp"} {
+		b.reaches(t, proto, world4+":80", "world from "+uplink4+"\n")
+		b.reaches(t, proto, "["+world6+"]:80", "world from "+uplink6+"\n")
+		for _, address := range []string{"172.30.0.2:8080", "[" + a.filter.IP6.String() + "]:8080", "172.30.0.1:22", uplink4 + ":22", "[" + uplink6 + "]:22"} {
+			b.misses(t, proto, address)
+		}
+	}
+	// The host reaches its guests.
+	if got := nettest.Ask("tcp", "172.30.0.2:8080", 5e9); got != "a from 172.30.0.1\n" {
+		t.Errorf("got %q", got)
+	}
+	// The world does not, though it knows the way.
+	s.outside.Must(func() error {
+		_, dst, _ := net.ParseCIDR("172.30.0.0/24")
+		return netlink.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(uplink4)})
+	})
+	if !s.outside.Silent("tcp", "172.30.0.2:8080") {
+		t.Error("the world reaches a guest")
+	}
+	s.remove(a)
+	b.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
+	s.remove(b)
+	s.remove(b)
+	if after := hosts(t); !slices.Equal(before, after) {
+		t.Errorf("before %q, after %q", before, after)
+	}
+	if left, err := os.ReadDir(s.dir); err != nil || len(left) > 0 {
+		t.Errorf("left in the networks' directory: %v, %v", left, err)
+	}
+}
+
+// Guests of a mutual network reach each other.
+func TestNetwork_Mutual(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, func(c *network.Config) { c.Mutual = true })
+	a, b := s.guest(0, nil), s.guest(1, nil)
+	a.Serve(":8080", "a")
+	b.reaches(t, "tcp", "172.30.0.2:8080", "a from 172.30.0.3\n")
+	b.reaches(t, "udp", "["+a.filter.IP6.String()+"]:8080", "a from "+b.filter.IP6.String()+"\n")
+}
+
+// A published port leads to the guest, from the outside and from the host, by its loopback too.
+func TestNetwork_Ports(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	a := s.guest(0, func(g *filter.Guest) {
+		g.Ports = []filter.Port{
+			{Host: 8000, Guest: 80, Protocol: "tcp"},
+			{Host: 5353, Guest: 53, Protocol: "udp"},
+			{Address: netip.MustParseAddr(uplink4), Host: 9000, Guest: 80, Protocol: "tcp"},
+			{Address: netip.MustParseAddr("127.0.0.1"), Host: 9001, Guest: 80, Protocol: "tcp"},
+		}
+	})
+	a.Serve(":80", "web")
+	a.Serve(":53", "names")
+	for address, want := range map[string]string{
+		uplink4 + ":8000": "web from " + world4 + "\n", "[" + uplink6 + "]:8000": "web from " + world6 + "\n",
+		uplink4 + ":9000": "web from " + world4 + "\n", uplink4 + ":9001": "", uplink4 + ":5353": "", "[" + uplink6 + "]:9000": "",
+	} {
+		if got := s.outside.Ask("tcp", address); got != want {
+			t.Errorf("%s from outside: got %q, want %q", address, got, want)
+		}
+	}
+	if got := s.outside.Ask("udp", uplink4+":5353"); got != "names from "+world4+"\n" {
+		t.Errorf("by UDP from outside: %q", got)
+	}
+	for address, want := range map[string]string{
+		uplink4 + ":8000": "web from " + uplink4 + "\n", "127.0.0.1:8000": "web from 172.30.0.1\n",
+		"127.0.0.1:9001": "web from 172.30.0.1\n", "127.0.0.1:9000": "",
+	} {
+		if got := nettest.Ask("tcp", address, 5e9); got != want {
+			t.Errorf("%s from the host: got %q, want %q", address, got, want)
+		}
+	}
+	s.remove(a)
+	if !s.outside.Silent("tcp", uplink4+":8000") {
+		t.Error("a port is published still")
+	}
+}
+
+// The first rule that matches decides.
+func TestNetwork_Policy(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, func(c *network.Config) {
+		c.Policy = &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "203.0.113.0/24"}}}
+	})
+	for _, port := range []string{":80", ":81", ":443"} {
+		s.outside.Serve(port, "world")
+	}
+	a := s.guest(0, func(g *filter.Guest) {
+		g.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{
+			{Action: policy.Deny, Protocol: "tcp", Destination: world4, Ports: policy.Ports{{First: 81, Last: 81}}},
+			{Action: policy.Allow, Protocol: "tcp", Destination: "198.51.100.0/24", Ports: policy.Ports{{First: 80, Last: 82}, {First: 85, Last: 85}}},
+			{Action: policy.Allow, Destination: "203.0.113.9"},
+		}}
+	})
+	b := s.guest(1, nil)
+	a.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
+	a.misses(t, "tcp", world4+":81")
+	a.misses(t, "tcp", world4+":443")
+	a.misses(t, "udp", world4+":80")
+	a.misses(t, "tcp", "["+world6+"]:80")
+	a.misses(t, "tcp", "203.0.113.9:80") // the network's policy wins
+	b.reaches(t, "tcp", world4+":443", "world from "+uplink4+"\n")
+	b.misses(t, "tcp", "203.0.113.9:80")
+	s.remove(a)
+	s.remove(a)
+}
+
+// A bridge or tables that somebody else has made are neither taken over nor removed.
+func TestUse_Foreign(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = s.config.Bridge
+	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+		t.Fatal(err)
+	}
+	before := hosts(t)
+	u := s.use("a")
+	if err := u.Apply(t.Context()); !errors.Is(err, network.ErrTaken) {
+		t.Errorf("got %v, want %v", err, network.ErrTaken)
+	}
+	if err := u.Revert(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if after := hosts(t); !slices.Equal(before, after) {
+		t.Errorf("before %q, after %q", before, after)
+	}
+	link, err := netlink.LinkByName(s.config.Bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.LinkDel(link); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.AddTable(&nftables.Table{Name: s.config.Table(), Family: nftables.TableFamilyBridge})
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	before = hosts(t)
+	if err := u.Apply(t.Context()); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("got %v, want %v", err, fs.ErrExist)
+	}
+	if err := u.Revert(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if after := hosts(t); !slices.Equal(before, after) {
+		t.Errorf("before %q, after %q", before, after)
+	}
+}

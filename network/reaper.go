@@ -1,0 +1,138 @@
+package network
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/network/filter"
+)
+
+// Reaper removes taps and guests, those together that are asked for at the same time: the kernel waits as long for one as for
+// a hundred. The zero value serves. It is safe for concurrent use.
+type Reaper struct {
+	taps   batch[string]
+	guests batch[*filter.Guest]
+}
+
+// batch does to many at once what several ask for: while one call is under way, the others gather.
+type batch[T any] struct {
+	mu      sync.Mutex
+	busy    bool
+	waiting []request[T]
+}
+
+type request[T any] struct {
+	what T
+	done chan error
+}
+
+func (b *batch[T]) do(what T, all func([]T) error) error {
+	mine := request[T]{what, make(chan error, 1)}
+	b.mu.Lock()
+	b.waiting = append(b.waiting, mine)
+	if b.busy {
+		b.mu.Unlock()
+		return <-mine.done
+	}
+	b.busy = true
+	for len(b.waiting) > 0 {
+		now := b.waiting
+		b.waiting = nil
+		b.mu.Unlock()
+		things := make([]T, len(now))
+		for i, r := range now {
+			things[i] = r.what
+		}
+		err := all(things)
+		for _, r := range now {
+			r.done <- err
+		}
+		b.mu.Lock()
+	}
+	b.busy = false
+	b.mu.Unlock()
+	return <-mine.done
+}
+
+// removeTaps puts taps into a group of interfaces and removes that.
+func removeTaps(names []string) error {
+	if len(names) == 1 {
+		return remove(names[0], isTap)
+	}
+	var random [4]byte
+	_, _ = rand.Read(random[:]) // never fails
+	group := int(binary.NativeEndian.Uint32(random[:])>>2 | 1<<29)
+	grouped := false
+	for _, name := range names {
+		l, err := netlink.LinkByName(name)
+		var missing netlink.LinkNotFoundError
+		if errors.As(err, &missing) {
+			continue
+		}
+		if err == nil && isTap(l) {
+			err = netlink.LinkSetGroup(l, group)
+			grouped = true
+		}
+		if err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("remove tap %s: %w", name, err)
+		}
+	}
+	if !grouped {
+		return nil
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(uint32(group))))
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove %d taps: %w", len(names), err)
+	}
+	return nil
+}
+
+func isTap(l netlink.Link) bool { return l.Type() == "tuntap" || l.Type() == "tun" }
+
+// free says whether the host has other routes into the network's subnets.
+func (c *Config) free() error {
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("look at routes: %w", err)
+	}
+	for _, r := range routes {
+		if r.Dst == nil {
+			continue
+		}
+		a, ok := netip.AddrFromSlice(r.Dst.IP)
+		bits, _ := r.Dst.Mask.Size()
+		to := netip.PrefixFrom(a.Unmap(), bits)
+		if !ok || bits == 0 {
+			continue
+		}
+		for _, subnet := range []netip.Prefix{c.Subnet, c.Subnet6} {
+			if !subnet.IsValid() || !subnet.Overlaps(to) {
+				continue
+			}
+			by := "another interface"
+			if l, err := netlink.LinkByIndex(r.LinkIndex); err == nil {
+				if by = l.Attrs().Name; by == c.Bridge {
+					continue // that it is there already is said better elsewhere
+				}
+			}
+			return hint.Add(&OverlapError{subnet.String(), to.String(), by},
+				"name another subnet with --subnet, such as 172.31.77.0/24, or use a network of your own: smartvm network create")
+		}
+	}
+	return nil
+}
+
+func prefixOf(a netip.Addr, of netip.Prefix) netip.Prefix { return netip.PrefixFrom(a, of.Bits()) }
+
+func randomWord() string { return rand.Text()[:12] }

@@ -1,0 +1,157 @@
+package network
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/strictjson"
+)
+
+// Store keeps the networks that somebody has made, a file each, and knows the default one, which is always there.
+type Store struct {
+	Dir     string // made when it is needed
+	Default Config
+}
+
+// ErrNotFound means that no network has the name.
+var ErrNotFound = errors.New("no such network")
+
+// maxConfig bounds a network's file in bytes.
+const maxConfig = 1 << 20
+
+func (s *Store) path(name string) string { return filepath.Join(s.Dir, name+".json") }
+
+// Get returns a network. Returns ErrNotFound.
+func (s *Store) Get(name string) (Config, error) {
+	if name == s.Default.Name {
+		return s.Default, s.Default.Validate()
+	}
+	data, err := os.ReadFile(s.path(name))
+	if strings.Contains(name, "/") || errors.Is(err, fs.ErrNotExist) {
+		return Config{}, hint.Add(fmt.Errorf("network %q: %w", name, ErrNotFound), "smartvm network ls lists them; smartvm network create %s makes it", name)
+	}
+	if err != nil {
+		return Config{}, fmt.Errorf("network %q: %w", name, err)
+	}
+	if len(data) > maxConfig {
+		return Config{}, fmt.Errorf("network %q: file is over %d bytes", name, maxConfig)
+	}
+	c, err := strictjson.Unmarshal[Config](data, maxConfig)
+	if err == nil && c.Name != name {
+		err = fmt.Errorf("file is of network %q", c.Name)
+	}
+	if err != nil {
+		return Config{}, fmt.Errorf("network %q: %w", name, err)
+	}
+	return c, c.Validate()
+}
+
+// List returns all networks by name, the default one first.
+func (s *Store) List() ([]Config, error) {
+	all := []Config{s.Default}
+	files, err := filepath.Glob(s.path("*"))
+	if err != nil {
+		return nil, fmt.Errorf("list networks: %w", err)
+	}
+	slices.Sort(files)
+	for _, f := range files {
+		c, err := s.Get(strings.TrimSuffix(filepath.Base(f), ".json"))
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			return nil, err
+		}
+		if err == nil {
+			all = append(all, c)
+		}
+	}
+	return all, nil
+}
+
+// Create keeps a new network. What c leaves open is chosen: a bridge of its name, a subnet that no other has. Returns an
+// error that is fs.ErrExist where its name, bridge or subnet are another network's.
+func (s *Store) Create(c Config) (Config, error) {
+	others, err := s.List()
+	if err != nil {
+		return c, err
+	}
+	if c.Bridge == "" {
+		c.Bridge = "sv-" + c.Name[:min(len(c.Name), 12)]
+	}
+	if !c.Subnet.IsValid() {
+		if c.Subnet, err = unused(others); err != nil {
+			return c, err
+		}
+	}
+	if !c.Subnet6.IsValid() {
+		c.Subnet6 = LocalSubnet(c.Bridge)
+	}
+	if err := c.Validate(); err != nil {
+		return c, err
+	}
+	for _, o := range others {
+		taken := ""
+		switch {
+		case o.Name == c.Name:
+			taken = "name"
+		case o.Bridge == c.Bridge:
+			taken = "bridge " + c.Bridge
+		case o.Subnet.Overlaps(c.Subnet):
+			taken = "subnet " + o.Subnet.String()
+		case o.Subnet6.IsValid() && o.Subnet6.Overlaps(c.Subnet6):
+			taken = "subnet " + o.Subnet6.String()
+		}
+		if taken != "" {
+			return c, fmt.Errorf("create network %s: %s is that of network %s: %w", c.Name, taken, o.Name, fs.ErrExist)
+		}
+	}
+	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
+		return c, fmt.Errorf("create network %s: %w", c.Name, err)
+	}
+	return c, atomicfile.WriteJSON(s.path(c.Name), c)
+}
+
+// unused finds a /24 that no network has, beside the default one.
+func unused(others []Config) (netip.Prefix, error) {
+	for n := range 256 {
+		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 31, byte(n), 0}), 24)
+		if !slices.ContainsFunc(others, func(o Config) bool { return o.Subnet.Overlaps(p) }) && (&Config{Subnet: p}).free() == nil {
+			return p, nil
+		}
+	}
+	return netip.Prefix{}, hint.Add(fmt.Errorf("choose a subnet: %w", ErrExhausted), "name one with --subnet")
+}
+
+// Remove forgets a network. Returns ErrNotFound; whether VMs use it is for the caller to know.
+func (s *Store) Remove(name string) error {
+	if name == s.Default.Name {
+		return hint.Add(fmt.Errorf("remove network %s: it is always there", name), "it takes no room while no VM uses it")
+	}
+	if _, err := s.Get(name); errors.Is(err, ErrNotFound) {
+		return err
+	}
+	if err := os.Remove(s.path(name)); err != nil {
+		return fmt.Errorf("remove network %s: %w", name, err)
+	}
+	return nil
+}
+
+// NewDefault returns the default network. Empty values stand for DefaultBridge and DefaultSubnet; a subnet that does not
+// read is a *SubnetError.
+func NewDefault(bridge, subnet string) (Config, error) {
+	p, err := netip.ParsePrefix(cmp.Or(subnet, DefaultSubnet))
+	if err != nil {
+		return Config{}, &SubnetError{subnet, "must be an IPv4 network such as " + DefaultSubnet}
+	}
+	if err := ValidSubnet(p); err != nil {
+		return Config{}, err
+	}
+	return New(DefaultName, cmp.Or(bridge, DefaultBridge), p), nil
+}

@@ -1,0 +1,392 @@
+package network
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/network/filter"
+)
+
+// Names in the directory in which hosts keep what their networks did: a directory a network, with
+const (
+	forwardingFile = "forwarding.journal" // what all networks need
+	journalFile    = "journal"            // what one did
+	upFile         = "up.json"            // it is up, and as this says
+	usersDir       = "users"              // a symbolic link a VM, to the VM's directory
+)
+
+// Kinds are the effects in those journals.
+func Kinds() journal.Kinds {
+	return journal.Kinds{
+		"sysctl": func() journal.Effect { return new(Sysctl) },
+		"bridge": func() journal.Effect { return new(Bridge) },
+		"tables": func() journal.Effect { return new(filter.Tables) },
+	}
+}
+
+// Use is a VM's part in a network, as an effect on the host: the network is up while anybody has one.
+type Use struct {
+	Dir     string `json:"dir"` // where the networks' journals are, made if need be
+	Network Config `json:"network"`
+	VM      string `json:"vm"`    // a file name that no other VM has
+	VMDir   string `json:"vmDir"` // the VM is gone when this is
+}
+
+// up is upFile.
+type up struct {
+	Owner    string `json:"owner"`
+	Network  Config `json:"network"`
+	Restored int    `json:"restored,omitempty"` // how often it had to be
+}
+
+const maxUp = 1 << 20
+
+// OverlapError says that an address of a network leads elsewhere.
+type OverlapError struct {
+	Subnet, Route, Interface string
+}
+
+func (e *OverlapError) Error() string {
+	return fmt.Sprintf("subnet %s overlaps the host's route to %s by %s", e.Subnet, e.Route, e.Interface)
+}
+
+// Code is the original's word for it.
+func (*OverlapError) Code() string { return "INVALID_SUBNET" }
+
+func (u *Use) path(names ...string) string {
+	return filepath.Join(append([]string{u.Dir, u.Network.Name}, names...)...)
+}
+
+// Apply brings the network up, if it is not, and says that the VM uses it. Returns ErrTaken where a bridge or tables of its
+// name are somebody else's, *OverlapError, filter.ErrTooOld.
+func (u *Use) Apply(ctx context.Context) error {
+	unlock, err := lock(u.Dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := u.bringUp(ctx); err != nil {
+		return fmt.Errorf("bring up network %s: %w", u.Network.Name, err)
+	}
+	if err := os.Symlink(u.VMDir, u.path(usersDir, u.VM)); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("use network %s: %w", u.Network.Name, err)
+	}
+	return nil
+}
+
+func (u *Use) bringUp(ctx context.Context) error {
+	was, err := u.state()
+	if err != nil {
+		return err
+	}
+	if was != nil && !same(was.Network, u.Network) {
+		if users := u.users(); len(users) > 0 {
+			return hint.Add(fmt.Errorf("it is up with other settings, and %d VMs use it", len(users)), "stop them first, or use another network")
+		}
+		was = nil
+	}
+	if was != nil {
+		return u.repair(ctx, was)
+	}
+	if err := u.takeDown(ctx); err != nil { // what a crash left
+		return err
+	}
+	if err := u.Network.free(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(u.path(usersDir), 0o700); err != nil {
+		return err
+	}
+	if err := u.forward(ctx); err != nil {
+		return err
+	}
+	now := up{Owner: randomWord(), Network: u.Network}
+	j, err := journal.Create(u.path(journalFile), Kinds(), sharedOf(ctx).Trace)
+	if err != nil {
+		return err
+	}
+	for _, e := range now.effects() {
+		if err := j.Do(ctx, e); err != nil {
+			return errors.Join(err, j.Close(), u.takeDown(ctx))
+		}
+	}
+	if err := j.Close(); err != nil {
+		return err
+	}
+	sharedOf(ctx).log().Info("network is up", "network", u.Network.Name, "bridge", u.Network.Bridge)
+	return atomicfile.WriteJSON(u.path(upFile), now)
+}
+
+// effects are what a network is on its host.
+func (n *up) effects() []journal.Effect {
+	c := n.Network
+	b := &Bridge{Name: c.Bridge, MAC: bridgeMAC(n.Owner), MTU: c.MTU}
+	ip4, ip6 := c.Gateway()
+	b.Addresses = append(b.Addresses, prefixOf(ip4, c.Subnet))
+	if ip6.IsValid() {
+		b.Addresses = append(b.Addresses, prefixOf(ip6, c.Subnet6))
+	}
+	// The tables first: no guest is there before its rules.
+	return []journal.Effect{c.tables(n.Owner), b}
+}
+
+// forward lets the host forward, once for all networks.
+func (u *Use) forward(ctx context.Context) error {
+	path := filepath.Join(u.Dir, forwardingFile)
+	if others, err := filepath.Glob(filepath.Join(u.Dir, "*", upFile)); err != nil || len(others) > 0 {
+		return err
+	}
+	if err := undo(ctx, path); err != nil { // what a crash left
+		return err
+	}
+	needed, err := forwarding(u.Network.Subnet6.IsValid())
+	if err != nil {
+		return err
+	}
+	j, err := journal.Create(path, Kinds(), sharedOf(ctx).Trace)
+	if err != nil {
+		return err
+	}
+	for _, s := range needed {
+		if err := j.Do(ctx, s); err != nil {
+			return errors.Join(err, j.Close(), undo(ctx, path))
+		}
+	}
+	return j.Close()
+}
+
+// Revert takes the VM out, and the network down when it was the last.
+func (u *Use) Revert(ctx context.Context) error {
+	if _, err := os.Lstat(u.Dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	unlock, err := lock(u.Dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := os.Remove(u.path(usersDir, u.VM)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("leave network %s: %w", u.Network.Name, err)
+	}
+	if len(u.users()) > 0 {
+		return nil
+	}
+	return u.takeDown(ctx)
+}
+
+// takeDown undoes what the network did, as far as it did.
+func (u *Use) takeDown(ctx context.Context) error {
+	if err := os.Remove(u.path(upFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("take down network %s: %w", u.Network.Name, err)
+	}
+	if err := undo(ctx, u.path(journalFile)); err != nil {
+		return fmt.Errorf("take down network %s: %w", u.Network.Name, err)
+	}
+	if err := os.RemoveAll(u.path()); err != nil {
+		return fmt.Errorf("take down network %s: %w", u.Network.Name, err)
+	}
+	return unforward(ctx, u.Dir)
+}
+
+// unforward undoes what all networks needed, when there is none.
+func unforward(ctx context.Context, dir string) error {
+	if others, err := filepath.Glob(filepath.Join(dir, "*", upFile)); err != nil || len(others) > 0 {
+		return err
+	}
+	if err := undo(ctx, filepath.Join(dir, forwardingFile)); err != nil {
+		return fmt.Errorf("undo forwarding: %w", err)
+	}
+	return nil
+}
+
+func undo(ctx context.Context, path string) error {
+	j, err := journal.Open(path, Kinds(), sharedOf(ctx).Trace)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := j.Revert(ctx); err != nil {
+		return errors.Join(err, j.Close())
+	}
+	return nil
+}
+
+// state returns how the network is up, nil if it is not.
+func (u *Use) state() (*up, error) {
+	data, err := os.ReadFile(u.path(upFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	was, err := strictjson.Unmarshal[up](data, maxUp)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", u.path(upFile), err)
+	}
+	return &was, nil
+}
+
+// users lists the VMs that are there and use the network, and forgets those that are gone.
+func (u *Use) users() (vms []string) {
+	entries, _ := os.ReadDir(u.path(usersDir))
+	for _, e := range entries {
+		link := u.path(usersDir, e.Name())
+		if _, err := os.Stat(link); errors.Is(err, fs.ErrNotExist) {
+			_ = os.Remove(link) // if it stays it is gone through next time
+			continue
+		}
+		vms = append(vms, e.Name())
+	}
+	return vms
+}
+
+// Check makes the network whole again where somebody has flushed its rules or removed its bridge, and returns how often that
+// was done: when it is more than before, guests add their part again.
+func (u *Use) Check(ctx context.Context) (restored int, err error) {
+	unlock, err := lock(u.Dir)
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
+	was, err := u.state()
+	if was == nil || err != nil {
+		return 0, err
+	}
+	err = u.repair(ctx, was)
+	return was.Restored, err
+}
+
+// repair counts first: if it does not come to its end, the guests look all the same.
+func (u *Use) repair(ctx context.Context, n *up) error {
+	var broken []journal.Effect
+	for _, e := range n.effects() {
+		there, err := e.(interface {
+			There(context.Context) (bool, error)
+		}).There(ctx)
+		if err != nil {
+			return err
+		}
+		if !there {
+			broken = append(broken, e)
+		}
+	}
+	if broken == nil {
+		return nil
+	}
+	n.Restored++
+	if err := atomicfile.WriteJSON(u.path(upFile), n); err != nil {
+		return err
+	}
+	for _, e := range broken {
+		if err := errors.Join(e.Revert(ctx), e.Apply(ctx)); err != nil {
+			return fmt.Errorf("restore network %s: %w", n.Network.Name, err)
+		}
+	}
+	sharedOf(ctx).log().Warn("restored what somebody had removed", "network", n.Network.Name)
+	return nil
+}
+
+// Sweep takes down the networks of a directory that no VM uses.
+func Sweep(ctx context.Context, dir string) error {
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	unlock, err := lock(dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("look for networks: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		u := Use{Dir: dir, Network: Config{Name: e.Name()}}
+		if e.IsDir() && len(u.users()) == 0 {
+			errs = append(errs, u.takeDown(ctx))
+		}
+	}
+	return errors.Join(append(errs, unforward(ctx, dir))...)
+}
+
+// Users lists the directories of the VMs that use a network.
+func Users(dir, network string) (vmDirs []string) {
+	u := Use{Dir: dir, Network: Config{Name: network}}
+	entries, _ := os.ReadDir(u.path(usersDir))
+	for _, e := range entries {
+		if vm, err := os.Readlink(u.path(usersDir, e.Name())); err == nil && !slices.Contains(vmDirs, vm) {
+			vmDirs = append(vmDirs, vm)
+		}
+	}
+	return vmDirs
+}
+
+// lock keeps other processes and goroutines from the networks of a directory, until unlock.
+func lock(dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("lock networks: %w", err)
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("lock networks: %w", err)
+	}
+	for err = unix.EINTR; errors.Is(err, unix.EINTR); {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock networks: %w", err), f.Close())
+	}
+	return func() { _ = f.Close() }, nil
+}
+
+func same(a, b Config) bool {
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && bytes.Equal(x, y)
+}
+
+// Shared is what the effects of one process share. Put it into their context by NewContext.
+type Shared struct {
+	Reaper *Reaper       // removes many taps at once; nil: each by itself
+	Trace  journal.Trace // of the networks' journals
+	Log    *slog.Logger
+}
+
+type sharedKey struct{}
+
+// NewContext returns a context whose effects share s.
+func NewContext(ctx context.Context, s *Shared) context.Context {
+	return context.WithValue(ctx, sharedKey{}, s)
+}
+
+func sharedOf(ctx context.Context) *Shared {
+	if s, ok := ctx.Value(sharedKey{}).(*Shared); ok {
+		return s
+	}
+	return &Shared{}
+}
+
+func (s *Shared) log() *slog.Logger {
+	if s.Log == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return s.Log
+}

@@ -1,0 +1,63 @@
+package smartvm
+
+import (
+	"errors"
+	"io"
+
+	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// What is kept of the streams of a VM, in bytes.
+const (
+	consoleLimit = 2 << 20
+	logLimit     = 1 << 20
+	metricsLimit = 16 << 20
+)
+
+// streams opens the files that take what the VMM writes. Console, if not nil, gets the guest's part as it comes.
+func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
+	if console == nil && m.host.opts.Console != nil {
+		console = m.host.opts.Console(m.rec.ID)
+	}
+	files := make([]*logfile.Writer, 3)
+	for i, f := range []struct {
+		path  string
+		limit int64
+	}{{m.ConsoleLog(), consoleLimit}, {m.VMMLog(), logLimit}, {m.metricsPath(), metricsLimit}} {
+		if f.path == "" {
+			continue
+		}
+		if files[i], err = logfile.Create(f.path, f.limit); err != nil {
+			for _, opened := range files[:i] {
+				err = errors.Join(err, opened.Close())
+			}
+			return s, err
+		}
+	}
+	s.Console, s.Log = tee{files[0], console}, files[1]
+	if files[2] != nil {
+		s.Metrics = files[2]
+	}
+	return s, nil
+}
+
+func (m *Machine) metricsPath() string {
+	if m.rec.Spec.Metrics == nil {
+		return ""
+	}
+	return m.rec.Spec.Metrics.MetricsPath
+}
+
+// tee passes on to live, if there is one, what it writes to the log.
+type tee struct {
+	*logfile.Writer
+	live io.Writer
+}
+
+func (t tee) Write(p []byte) (int, error) {
+	if t.live != nil {
+		_, _ = t.live.Write(p)
+	}
+	return t.Writer.Write(p)
+}
