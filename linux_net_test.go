@@ -99,10 +99,9 @@ func TestLinuxNetwork(t *testing.T) {
 		"the host": func() string { return nettest.Ask("tcp", "127.0.0.1:8080", 10*time.Second) },
 	} {
 		var got string
-		for range 20 { // between two askers the guest's server is not there for a moment
-			if got = ask(); got != "" {
-				break
-			}
+		// Between two askers the guest's server is not there for a moment.
+		for end := time.Now().Add(linuxPatience); got == "" && time.Now().Before(end); {
+			got = ask()
 		}
 		if got != "a\n" {
 			t.Errorf("a's published port from %s: got %q", what, got)
