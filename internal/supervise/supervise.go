@@ -95,7 +95,9 @@ func Run(ctx context.Context, c *Config) error {
 	if err != nil {
 		return err
 	}
-	debug.FreeOSMemory()
+	if err := forget(); err != nil && log != nil {
+		slog.New(slog.NewTextHandler(log, nil)).Warn("give memory back", "err", err)
+	}
 	if _, err = m.Wait(ctx); ctx.Err() != nil {
 		_, err = m.Stop(context.WithoutCancel(ctx), smartvm.StopOptions{Timeout: smartvm.DefaultStopTimeout})
 	}
