@@ -14,7 +14,7 @@ import (
 
 // connectPoll is how often a socket that is not there yet is tried. A notification descriptor would cost
 // more to close than Firecracker takes to listen.
-const connectPoll = 200 * time.Microsecond
+const connectPoll = 50 * time.Microsecond
 
 // Dial connects to the socket name in the VMM's working directory, which it waits for. An end of the VMM
 // meanwhile is an error at once. Connect to a VMM of another process with DialSocket.
