@@ -42,8 +42,9 @@ type run struct {
 	proc     *vmm.Process
 	client   *firecracker.Client
 	started  time.Time
-	let      chan struct{}  // closed to let go of the VM and leave it running
-	done     chan struct{}  // closed when all is undone, or let go of
+	let      chan struct{} // closed to let go of the VM and leave it running
+	done     chan struct{} // closed when all is undone, or let go of
+	proxies  attach.Proxies
 	restored map[string]int // for attach.Heal
 	exit     *Exit          // set before done is closed, nil if let go of
 	err      error          // of undoing, likewise

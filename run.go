@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
+	"push.rocks/smartvm/network"
 )
 
 // Start starts the VM and returns when its guest runs; the guest's own boot takes longer. This process looks
@@ -59,6 +60,7 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	if r.journal != nil {
 		errs = append(errs, r.journal.Revert(ctx))
 	}
+	r.proxies.Close()
 	if r.client != nil {
 		errs = append(errs, r.client.Close()) // now that no answer can be under way, for which it would wait
 	}
@@ -80,7 +82,7 @@ const lingerTime = 100 * time.Millisecond
 
 // launch brings the VM up and says at which stage it failed. What it did is in r for the caller to undo.
 func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage string, err error) {
-	if err := checkKVM(); err != nil {
+	if err := errors.Join(checkKVM(), attach.InUse(&m.rec.Spec)); err != nil {
 		return "start", err
 	}
 	p, err := m.host.proposal(m.rec)
@@ -94,15 +96,12 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 			return "start", err
 		}
 	}
-	if err := attach.InUse(&m.rec.Spec); err != nil {
-		return "start", err
-	}
 	pl := makePlan(&m.rec.Spec, p)
 	if r.journal, err = journal.Create(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
 		return "start", err
 	}
 	for _, e := range pl.Run {
-		if e, err = asOfNow(e); err != nil {
+		if e, err = m.asOfNow(r, e); err != nil {
 			return "prepare", err
 		}
 		if err := r.journal.Do(ctx, e); err != nil {
@@ -131,10 +130,14 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	return "boot", r.client.InstanceStart(ctx)
 }
 
-// asOfNow looks again at whose a file is that is to be lent: until its lease was taken it may have been another VM's.
-func asOfNow(e journal.Effect) (journal.Effect, error) {
-	if o, ok := e.(*stage.Owner); ok {
-		return stage.NewOwner(o.Path, o.UID, o.GID)
+// asOfNow completes an effect: whose a file is that is to be lent, until its lease was taken it may have been another VM's;
+// where a guest's DNS proxy is.
+func (m *Machine) asOfNow(r *run, e journal.Effect) (journal.Effect, error) {
+	switch e := e.(type) {
+	case *stage.Owner:
+		return stage.NewOwner(e.Path, e.UID, e.GID)
+	case *network.Guest:
+		return e, r.proxies.Add(e, m.rec.Interfaces, m.host.log)
 	}
 	return e, nil
 }
@@ -149,6 +152,7 @@ func (m *Machine) trace(step string) {
 // watch waits for the VM's end, or until it is let go, and undoes the run.
 func (m *Machine) watch(r *run) {
 	defer close(r.done)
+	defer r.proxies.Close()
 	ctx := m.host.networks(context.Background())
 	var look <-chan time.Time
 	if len(m.rec.Interfaces) > 0 {

@@ -87,6 +87,12 @@ func (s *site) use(vm string) *network.Use {
 // guest connects the n-th.
 func (s *site) guest(n int, change func(*filter.Guest)) *guest {
 	s.t.Helper()
+	return s.guestWith(n, change, func(*guest) error { return nil })
+}
+
+// guestWith does something more when its network is up.
+func (s *site) guestWith(n int, change func(*filter.Guest), more func(*guest) error) *guest {
+	s.t.Helper()
 	name := string(rune('a' + n))
 	ip4, ip6 := s.config.Guest(n)
 	g := &guest{Namespace: nettest.New(s.t), use: s.use(name)}
@@ -96,6 +102,9 @@ func (s *site) guest(n int, change func(*filter.Guest)) *guest {
 		change(&g.filter.Guest)
 	}
 	if err := g.use.Apply(s.t.Context()); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := more(g); err != nil {
 		s.t.Fatal(err)
 	}
 	if err := g.filter.Apply(s.t.Context()); err != nil {

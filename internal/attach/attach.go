@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -22,7 +21,6 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
-	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/spec"
 )
 
@@ -57,7 +55,7 @@ func Resolve(vm VM, s *spec.Spec, networks *network.Store) (all []Interface, err
 		n.Network = cmp.Or(n.Network, network.DefaultName)
 		config, err := networks.Get(n.Network)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("networkInterfaces[%d].network: %w", i, err))
+			errs = append(errs, &spec.FieldError{Path: fmt.Sprintf("networkInterfaces[%d].network", i), Value: n.Network, Reason: err.Error(), Err: err})
 			continue
 		}
 		n.HostDevName = network.TapName(config.Bridge, vm.ID, vm.Nonce, n.IfaceID)
@@ -200,47 +198,6 @@ func InUse(s *spec.Spec) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// resolvers are the DNS servers that a guest is told of: the network's own proxy where names are part of its policy, else the
-// host's, but for those that only the host itself reaches.
-func resolvers(i Interface, p *policy.Policy) []netip.Addr {
-	gateway4, gateway6 := i.Network.Gateway()
-	if NeedsProxy(p) {
-		return []netip.Addr{gateway4}
-	}
-	if i.Network.Inside {
-		return nil
-	}
-	var all []netip.Addr
-	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
-		data, err := os.ReadFile(path)
-		if err != nil {
-			continue
-		}
-		for line := range strings.Lines(string(data)) {
-			f := strings.Fields(line)
-			if len(f) < 2 || f[0] != "nameserver" {
-				continue
-			}
-			a, err := netip.ParseAddr(f[1])
-			if err != nil || a.IsLoopback() || a.IsLinkLocalUnicast() || a.Is6() && !gateway6.IsValid() || len(all) == maxResolvers {
-				continue
-			}
-			all = append(all, a)
-		}
-		if all != nil {
-			break
-		}
-	}
-	return all
-}
-
-const maxResolvers = 3
-
-// NeedsProxy says whether a policy allows names, so that their addresses must be known.
-func NeedsProxy(p *policy.Policy) bool {
-	return p != nil && slices.ContainsFunc(p.Rules, func(r policy.Rule) bool { return r.Domain != "" })
 }
 
 // Heal restores a VM's part in its networks when those had to be restored themselves. Effects are those of its run, restored

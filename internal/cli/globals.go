@@ -79,6 +79,9 @@ func (g *globals) finish(a *app) error {
 	case !slices.Contains([]string{"", string(smartvm.LaunchDirect), string(smartvm.LaunchJailed)}, g.launcher):
 		return usage("--launcher %q: want jailer or direct", g.launcher)
 	}
+	if _, err := network.NewDefault(g.bridge, g.subnet); err != nil {
+		return usage("--subnet: %w", err)
+	}
 	a.json = g.output == "json"
 	level := slog.LevelDebug
 	if !g.verbose {

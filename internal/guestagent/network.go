@@ -116,9 +116,10 @@ func setInterface(link net.Interface, i agentproto.Interface) error {
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
 		return err
 	}
+	r := rtnetlink(fd)
 	name := link.Name
 	if i.Name != "" && i.Name != name {
-		if err := request(fd, unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0), attribute(unix.IFLA_IFNAME, append([]byte(i.Name), 0))); err != nil {
+		if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0), attribute(unix.IFLA_IFNAME, append([]byte(i.Name), 0))); err != nil {
 			say("call %s %s: %v", name, i.Name, err) // by its other name it does as well
 		} else {
 			name = i.Name
@@ -130,20 +131,20 @@ func setInterface(link net.Interface, i agentproto.Interface) error {
 	if i.MTU != 0 {
 		set = append(set, attribute(unix.IFLA_MTU, binary.NativeEndian.AppendUint32(nil, uint32(i.MTU))))
 	}
-	if err := request(fd, unix.RTM_NEWLINK, 0, linkMessage(link.Index, unix.IFF_UP), set...); err != nil {
+	if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, unix.IFF_UP), set...); err != nil {
 		return fmt.Errorf("set %s up: %w", name, err)
 	}
 	var errs []error
 	for _, p := range i.Addresses {
 		if p.Addr().Is4() || ipv6 {
-			if err := addAddress(fd, link.Index, p); err != nil && !errors.Is(err, unix.EEXIST) {
+			if err := r.addAddress(link.Index, p); err != nil && !errors.Is(err, unix.EEXIST) {
 				errs = append(errs, fmt.Errorf("address %s: %w", p, err))
 			}
 		}
 	}
 	for _, g := range i.Gateways {
 		if g.Is4() || ipv6 {
-			if err := addDefault(fd, link.Index, g); err != nil && !errors.Is(err, unix.EEXIST) {
+			if err := r.addDefault(link.Index, g); err != nil && !errors.Is(err, unix.EEXIST) {
 				errs = append(errs, fmt.Errorf("route by %s: %w", g, err))
 			}
 		}
@@ -151,7 +152,7 @@ func setInterface(link net.Interface, i agentproto.Interface) error {
 	return errors.Join(errs...)
 }
 
-func addAddress(fd, index int, p netip.Prefix) error {
+func (r rtnetlink) addAddress(index int, p netip.Prefix) error {
 	// struct ifaddrmsg
 	body := []byte{family(p.Addr()), byte(p.Bits()), 0, unix.RT_SCOPE_UNIVERSE}
 	body = binary.NativeEndian.AppendUint32(body, uint32(index))
@@ -166,13 +167,13 @@ func addAddress(fd, index int, p netip.Prefix) error {
 		}
 		attributes = append(attributes, attribute(unix.IFA_BROADCAST, broadcast[:]))
 	}
-	return request(fd, unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body, attributes...)
+	return r.request(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body, attributes...)
 }
 
-func addDefault(fd, index int, gateway netip.Addr) error {
+func (r rtnetlink) addDefault(index int, gateway netip.Addr) error {
 	// struct rtmsg
 	body := []byte{family(gateway), 0, 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0}
-	return request(fd, unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body,
+	return r.request(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body,
 		attribute(unix.RTA_GATEWAY, gateway.AsSlice()), attribute(unix.RTA_OIF, binary.NativeEndian.AppendUint32(nil, uint32(index))))
 }
 
@@ -199,18 +200,21 @@ func attribute(kind uint16, data []byte) []byte {
 	return append(b, make([]byte, -len(b)&3)...)
 }
 
+// rtnetlink is a socket.
+type rtnetlink int
+
 // request sends one message and waits for its acknowledgement.
-func request(fd int, kind, flags uint16, body []byte, attributes ...[]byte) error {
+func (r rtnetlink) request(kind, flags uint16, body []byte, attributes ...[]byte) error {
 	payload := append(slices.Clip(body), bytes.Join(attributes, nil)...)
 	message := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(payload)))
 	message = binary.NativeEndian.AppendUint16(message, kind)
 	message = binary.NativeEndian.AppendUint16(message, unix.NLM_F_REQUEST|unix.NLM_F_ACK|flags)
 	message = append(message, make([]byte, 8)...) // sequence and port: there is one request at a time, on a socket of its own
-	if err := unix.Sendto(fd, append(message, payload...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := unix.Sendto(int(r), append(message, payload...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
 	answer := make([]byte, os.Getpagesize())
-	n, _, err := unix.Recvfrom(fd, answer, 0)
+	n, _, err := unix.Recvfrom(int(r), answer, 0)
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/spec"
 )
 
@@ -29,6 +30,8 @@ type Flags struct {
 	drives                 []string
 	name, id               string
 	labels, nets, publish  []string
+	rules                  []policy.Rule
+	fallback, policyFile   string
 	vsock                  string
 
 	entrypoint, user, workdir, hostname, keep string
@@ -61,6 +64,10 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
 	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, tap:DEV or none, [,id=NAME][,mac=ADDRESS]; may be repeated")
 	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`; may be repeated")
+	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [tcp:|udp:|icmp:]ADDRESS|CIDR|NAME|*[:PORTS]; may be repeated, and the first rule that matches decides")
+	f.Var(&ruleFlag{&s.rules, policy.Deny}, "deny", "keep the guest from a `destination`, likewise")
+	f.StringVar(&s.fallback, "default", "", "what is done where no rule matches: `action` allow (without this) or deny")
+	f.StringVar(&s.policyFile, "policy", "", "JSON `file` with the rules; those of --allow and --deny go before them")
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it; may be repeated")
 	f.StringVar(&s.entrypoint, "entrypoint", "", "of an image: `program` to run in place of its own")
@@ -100,7 +107,7 @@ func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 	for _, text := range s.drives {
 		errs = append(errs, addDrive(&vm, text))
 	}
-	errs = append(errs, s.networks(&vm))
+	errs = append(errs, s.networks(&vm), s.policy(&vm))
 	for _, text := range s.labels {
 		key, value, _ := strings.Cut(text, "=")
 		if vm.Labels == nil {

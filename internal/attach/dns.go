@@ -1,0 +1,171 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/dnsproxy"
+	"push.rocks/smartvm/network/policy"
+)
+
+// Proxies are the DNS proxies of one VM, in the process that looks after it. Without them the names that its policy allows
+// have no addresses.
+type Proxies struct {
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+}
+
+// Add starts the proxy of a guest whose policy needs one, on the port that the guest has, or one that it then has.
+func (p *Proxies) Add(g *network.Guest, all []Interface, log *slog.Logger) error {
+	n := slices.IndexFunc(all, func(i Interface) bool { return i.Tap == g.Tap })
+	if n < 0 || !needsProxy(g.Policy) {
+		return nil
+	}
+	rules, err := g.Policy.Compile()
+	if err != nil {
+		return err
+	}
+	c := dnsproxy.Config{Closed: g.Policy.DefaultAction == policy.Deny, Log: log.With("vm", g.Tap)}
+	var ruleOf []int // by domain
+	for i, r := range rules {
+		if r.Domain != "" {
+			c.Domains, ruleOf = append(c.Domains, r.Domain), append(ruleOf, i)
+		}
+	}
+	// Addresses that the policy names itself are no surprise.
+	c.Local = func(a netip.Addr) bool {
+		return slices.ContainsFunc(rules, func(r policy.Compiled) bool { return r.Allow && r.Prefix.Bits() > 0 && r.Prefix.Contains(a) })
+	}
+	guest := g.Guest
+	c.Allow = func(_ context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
+		for _, d := range domains {
+			if err := guest.Name(ruleOf[d], addresses, ttl); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for _, a := range nameservers("/etc/resolv.conf") {
+		c.Upstreams = append(c.Upstreams, netip.AddrPortFrom(a, 53))
+	}
+	if c.TCP, c.UDP, err = listenDNS(all[n].Network.Bridge, g.DNS); err != nil {
+		return fmt.Errorf("listen for DNS queries: %w", err)
+	}
+	g.DNS = c.TCP.Addr().(*net.TCPAddr).AddrPort().Port()
+	ctx, cancel := context.WithCancel(context.Background())
+	if before := p.cancel; before != nil {
+		p.cancel = func() { before(); cancel() }
+	} else {
+		p.cancel = cancel
+	}
+	p.work.Go(func() {
+		if err := dnsproxy.Serve(ctx, c); err != nil {
+			log.Warn("DNS proxy", "tap", g.Tap, "err", err)
+		}
+	})
+	return nil
+}
+
+// Adopt starts the proxies of the guests among the effects of a VM's run, where they were.
+func (p *Proxies) Adopt(effects []journal.Effect, all []Interface, log *slog.Logger) {
+	for _, e := range effects {
+		if g, ok := e.(*network.Guest); ok {
+			if err := p.Add(g, all, log); err != nil {
+				log.Warn("names of the policy have no addresses", "tap", g.Tap, "err", err)
+			}
+		}
+	}
+}
+
+// Close ends them. Names have no addresses then until somebody else looks after the VM.
+func (p *Proxies) Close() {
+	if p.cancel != nil {
+		p.cancel()
+	}
+	p.work.Wait()
+}
+
+// listenDNS listens on all addresses of an interface and no other's. Port 0: one that is free.
+func listenDNS(device string, port uint16) (net.Listener, net.PacketConn, error) {
+	bound := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+		var bindErr error
+		err := raw.Control(func(fd uintptr) { bindErr = unix.BindToDevice(int(fd), device) })
+		return errors.Join(err, bindErr)
+	}}
+	var errs []error
+	for range 16 { // a port may be free for the one and not for the other
+		tcp, err := bound.Listen(context.Background(), "tcp", ":"+strconv.Itoa(int(port)))
+		if err != nil {
+			return nil, nil, err
+		}
+		udp, err := bound.ListenPacket(context.Background(), "udp", ":"+strconv.Itoa(tcp.Addr().(*net.TCPAddr).Port))
+		if err == nil {
+			return tcp, udp, nil
+		}
+		if errs = append(errs, err, tcp.Close()); port != 0 {
+			break
+		}
+	}
+	return nil, nil, errors.Join(errs...)
+}
+
+// resolvers are the DNS servers that a guest is told of: the network's own proxy where names are part of its policy, else the
+// host's, but for those that only the host itself reaches.
+func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
+	gateway4, gateway6 := i.Network.Gateway()
+	if needsProxy(p) {
+		return []netip.Addr{gateway4}
+	}
+	if i.Network.Inside {
+		return nil
+	}
+	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
+		all = slices.DeleteFunc(nameservers(path), func(a netip.Addr) bool {
+			return a.IsLoopback() || a.IsLinkLocalUnicast() || a.Is6() && !gateway6.IsValid()
+		})
+		if len(all) > 0 {
+			break
+		}
+	}
+	return all
+}
+
+const maxNameservers = 3 // what resolvers read
+
+// nameservers are those of a resolv.conf, none where it does not read.
+func nameservers(path string) (all []netip.Addr) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(data)) {
+		f := strings.Fields(line)
+		if len(f) < 2 || f[0] != "nameserver" || len(all) == maxNameservers {
+			continue
+		}
+		if a, err := netip.ParseAddr(f[1]); err == nil {
+			all = append(all, a)
+		}
+	}
+	return all
+}
+
+// needsProxy says whether a policy allows names, so that their addresses must be known.
+func needsProxy(p *policy.Policy) bool {
+	return p != nil && slices.ContainsFunc(p.Rules, func(r policy.Rule) bool { return r.Domain != "" })
+}

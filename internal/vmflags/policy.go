@@ -1,0 +1,63 @@
+package vmflags
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/spec"
+)
+
+// ruleFlag adds rules of one action to a list, in the order of the command line.
+type ruleFlag struct {
+	rules  *[]policy.Rule
+	action policy.Action
+}
+
+// String is nothing: there is no default.
+func (*ruleFlag) String() string { return "" }
+
+// Type is for the help.
+func (*ruleFlag) Type() string { return "destination" }
+
+// Set adds a rule.
+func (r *ruleFlag) Set(text string) error {
+	rule, err := policy.ParseRule(r.action, text)
+	if err == nil {
+		*r.rules = append(*r.rules, rule)
+	}
+	return err
+}
+
+// policy sets what the guest may reach.
+func (s *Flags) policy(vm *spec.Spec) error {
+	if s.policyFile != "" {
+		f, err := os.Open(s.policyFile)
+		if err != nil {
+			return err
+		}
+		vm.Policy, err = policy.Load(f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return fmt.Errorf("--policy %s: %w", s.policyFile, err)
+		}
+	}
+	if s.rules == nil && s.fallback == "" {
+		return nil
+	}
+	own := policy.Policy{}
+	if vm.Policy != nil {
+		own = *vm.Policy
+	}
+	own.Rules = slices.Concat(s.rules, own.Rules)
+	switch action := policy.Action(s.fallback); action {
+	case policy.Allow, policy.Deny:
+		own.DefaultAction = action
+	case "":
+	default:
+		return fmt.Errorf("--default %q: want allow or deny", s.fallback)
+	}
+	vm.Policy = &own
+	return nil
+}

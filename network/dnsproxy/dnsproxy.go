@@ -1,0 +1,332 @@
+// Package dnsproxy answers one guest's DNS queries, so that rules about names can be kept: the addresses in an answer are let
+// through before the guest has it, and a name that no rule is about is not asked for where all else is denied.
+//
+// Both sides are foreign: what comes in is parsed, and what goes out is made anew from what was understood.
+package dnsproxy
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+
+	"push.rocks/smartvm/network/policy"
+)
+
+// Config is what a proxy needs.
+type Config struct {
+	UDP net.PacketConn // both are closed by Serve
+	TCP net.Listener
+	// Upstreams are asked one after the other.
+	Upstreams []netip.AddrPort
+	// Domains are those of rules, as policy.Compiled has them. Closed: other names are not there (NXDOMAIN: a resolver gives up at
+	// once, where it would ask again after a refusal), and nobody is asked for them, so that questions tell nobody anything.
+	Domains []string
+	Closed  bool
+	// Local says that an address may be in the answer for a domain of Domains though it is no public one. Nil: none. Other such
+	// addresses are left out: whoever has the name must not choose who of the host's neighbours is let through (DNS rebinding).
+	Local func(netip.Addr) bool
+	// Allow lets addresses through for a time, because of domains, which are indices into Domains. It is called before the guest
+	// has the answer, and if it errs the guest has none.
+	Allow func(ctx context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error
+	Log   *slog.Logger // nil: nobody
+}
+
+// Bounds.
+const (
+	maxQueries  = 64 // at once; what comes beside them by UDP is dropped, by TCP waits
+	maxConns    = 16 // by TCP
+	idleTimeout = 10 * time.Second
+	askTimeout  = 2 * time.Second // of one upstream
+	maxUDP      = 1232            // bytes of an answer by UDP (DNS flag day 2020)
+	leastUDP    = 512
+	maxChain    = 16 // CNAMEs
+	maxAnswers  = 64
+	minTTL      = 5 * time.Second
+	maxTTL      = time.Hour
+	// grace is how much longer than its TTL an address is let through: the guest's own caches count from later.
+	grace = time.Minute
+)
+
+// Serve answers queries until ctx ends, when all it began has ended too.
+func Serve(ctx context.Context, c Config) error {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	p := &proxy{Config: c, slots: make(chan struct{}, maxQueries), conns: make(chan struct{}, maxConns)}
+	ctx, cancel := context.WithCancel(ctx)
+	defer p.work.Wait()
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { _ = errors.Join(c.UDP.Close(), c.TCP.Close()) })
+	defer stop()
+	errs := make(chan error, 2)
+	p.work.Go(func() { errs <- p.serveUDP(ctx) })
+	p.work.Go(func() { errs <- p.serveTCP(ctx) })
+	err := <-errs
+	cancel()
+	if err := errors.Join(err, <-errs); !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("serve DNS: %w", err)
+	}
+	return nil
+}
+
+type proxy struct {
+	Config
+	work         sync.WaitGroup
+	slots, conns chan struct{}
+}
+
+func (p *proxy) serveUDP(ctx context.Context) error {
+	buf := make([]byte, 64<<10)
+	for {
+		n, peer, err := p.UDP.ReadFrom(buf)
+		if err != nil {
+			return err
+		}
+		select {
+		case p.slots <- struct{}{}:
+		default:
+			continue // a resolver asks again
+		}
+		query := append([]byte(nil), buf[:n]...)
+		p.work.Go(func() {
+			defer func() { <-p.slots }()
+			if answer := p.answer(ctx, query, false); answer != nil {
+				_, _ = p.UDP.WriteTo(answer, peer)
+			}
+		})
+	}
+}
+
+func (p *proxy) serveTCP(ctx context.Context) error {
+	for {
+		conn, err := p.TCP.Accept()
+		if err != nil {
+			return err
+		}
+		select {
+		case p.conns <- struct{}{}:
+		default:
+			_ = conn.Close()
+			continue
+		}
+		p.work.Go(func() {
+			defer func() { <-p.conns }()
+			p.serveConn(ctx, conn)
+		})
+	}
+}
+
+func (p *proxy) serveConn(ctx context.Context, conn net.Conn) {
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	for {
+		_ = conn.SetDeadline(time.Now().Add(idleTimeout))
+		query, err := readMessage(conn)
+		if err != nil {
+			return
+		}
+		select {
+		case p.slots <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+		answer := p.answer(ctx, query, true)
+		<-p.slots
+		if answer == nil || writeMessage(conn, answer) != nil {
+			return
+		}
+	}
+}
+
+// readMessage reads a message of a stream (RFC 1035, 4.2.2).
+func readMessage(r io.Reader) ([]byte, error) {
+	var length [2]byte
+	if _, err := io.ReadFull(r, length[:]); err != nil {
+		return nil, err
+	}
+	message := make([]byte, binary.BigEndian.Uint16(length[:]))
+	_, err := io.ReadFull(r, message)
+	return message, err
+}
+
+func writeMessage(w io.Writer, message []byte) error {
+	if len(message) > 0xffff {
+		return errors.New("message too long")
+	}
+	_, err := w.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(message))), message...))
+	return err
+}
+
+// query is what a guest asks.
+type query struct {
+	id       uint16
+	desired  bool // recursion
+	question dnsmessage.Question
+	size     int // of the largest answer
+}
+
+// errForeign is what is no query at all.
+var errForeign = errors.New("no query")
+
+// parseQuery returns a query, or why there is none, with as much of it as an answer needs.
+func parseQuery(message []byte) (q query, code dnsmessage.RCode, err error) {
+	var parser dnsmessage.Parser
+	h, err := parser.Start(message)
+	if err != nil || h.Response {
+		return q, 0, errForeign
+	}
+	q = query{id: h.ID, desired: h.RecursionDesired, size: leastUDP}
+	if h.OpCode != 0 {
+		return q, dnsmessage.RCodeNotImplemented, nil
+	}
+	all, err := parser.AllQuestions()
+	if err != nil || len(all) != 1 || all[0].Class != dnsmessage.ClassINET {
+		return q, dnsmessage.RCodeFormatError, nil
+	}
+	q.question = all[0]
+	if parser.SkipAllAnswers() != nil || parser.SkipAllAuthorities() != nil {
+		return q, dnsmessage.RCodeFormatError, nil
+	}
+	for range maxAnswers {
+		h, err := parser.AdditionalHeader()
+		if err != nil {
+			break
+		}
+		if h.Type == dnsmessage.TypeOPT { // its class is a size
+			q.size = min(max(int(h.Class), leastUDP), maxUDP)
+		}
+		if parser.SkipAdditional() != nil {
+			break
+		}
+	}
+	return q, dnsmessage.RCodeSuccess, nil
+}
+
+// answer returns the answer to a message, nil for none.
+func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte {
+	q, code, err := parseQuery(message)
+	if err != nil {
+		return nil
+	}
+	if stream {
+		q.size = 0xffff
+	}
+	if code != dnsmessage.RCodeSuccess {
+		return q.reply(code, nil)
+	}
+	name := strings.ToLower(q.question.Name.String())
+	var domains []int
+	for i, d := range p.Domains {
+		if policy.MatchDomain(d, name) {
+			domains = append(domains, i)
+		}
+	}
+	if domains == nil && p.Closed {
+		return q.reply(dnsmessage.RCodeNameError, nil)
+	}
+	if !known(q.question.Type) {
+		// Among them HTTPS and SVCB, whose hints are addresses too. A name without them is usual.
+		return q.reply(dnsmessage.RCodeSuccess, nil)
+	}
+	code, records, err := p.ask(ctx, q.question)
+	if err != nil {
+		p.Log.Debug("ask for name", "err", err)
+		return q.reply(dnsmessage.RCodeServerFailure, nil)
+	}
+	records, addresses, ttl := p.choose(q.question, records, domains != nil)
+	if len(addresses) > 0 && domains != nil {
+		if err := p.Allow(ctx, domains, addresses, ttl+grace); err != nil {
+			p.Log.Warn("let a name's addresses through", "err", err)
+			return q.reply(dnsmessage.RCodeServerFailure, nil)
+		}
+	}
+	return q.reply(code, records)
+}
+
+// known are the types whose records are understood.
+func known(t dnsmessage.Type) bool {
+	switch t {
+	case dnsmessage.TypeA, dnsmessage.TypeAAAA, dnsmessage.TypeCNAME, dnsmessage.TypeMX, dnsmessage.TypeNS, dnsmessage.TypePTR,
+		dnsmessage.TypeSOA, dnsmessage.TypeSRV, dnsmessage.TypeTXT:
+		return true
+	}
+	return false
+}
+
+// choose returns the records that answer the question: what its name has, and what the names have that it stands for. Of those
+// the addresses, and for how long they hold. Guarded: addresses that are no public ones are left out.
+func (p *proxy) choose(q dnsmessage.Question, all []dnsmessage.Resource, guarded bool) (records []dnsmessage.Resource, addresses []netip.Addr, ttl time.Duration) {
+	ttl = maxTTL
+	name := q.Name.String()
+	for range maxChain {
+		next := ""
+		for _, r := range all {
+			if !strings.EqualFold(r.Header.Name.String(), name) || r.Header.Type != q.Type && r.Header.Type != dnsmessage.TypeCNAME {
+				continue
+			}
+			switch body := r.Body.(type) {
+			case *dnsmessage.AResource:
+				a := netip.AddrFrom4(body.A)
+				if guarded && !p.reachable(a) {
+					continue
+				}
+				addresses = append(addresses, a)
+			case *dnsmessage.AAAAResource:
+				a := netip.AddrFrom16(body.AAAA)
+				if a.Is4In6() || guarded && !p.reachable(a) {
+					continue
+				}
+				addresses = append(addresses, a)
+			case *dnsmessage.CNAMEResource:
+				next = body.CNAME.String()
+			}
+			of := min(max(time.Duration(r.Header.TTL)*time.Second, minTTL), maxTTL)
+			ttl = min(ttl, of)
+			r.Header.TTL = uint32(of / time.Second)
+			records = append(records, r)
+		}
+		if next == "" || q.Type == dnsmessage.TypeCNAME || strings.EqualFold(next, name) || len(records) >= maxAnswers {
+			break
+		}
+		name = next
+	}
+	return records, addresses, ttl
+}
+
+// shared is the address space of carriers' NATs (RFC 6598).
+var shared = netip.MustParsePrefix("100.64.0.0/10")
+
+func (p *proxy) reachable(a netip.Addr) bool {
+	public := a.IsGlobalUnicast() && !a.IsPrivate() && !shared.Contains(a)
+	return public || p.Local != nil && p.Local(a)
+}
+
+// reply packs an answer. One that is too long says so in place of its records: the guest asks again by TCP.
+func (q query) reply(code dnsmessage.RCode, records []dnsmessage.Resource) []byte {
+	m := dnsmessage.Message{
+		Header:  dnsmessage.Header{ID: q.id, Response: true, RecursionDesired: q.desired, RecursionAvailable: true, RCode: code},
+		Answers: records,
+	}
+	if q.question.Name.Length > 0 {
+		m.Questions = []dnsmessage.Question{q.question}
+	}
+	packed, err := m.Pack()
+	if err == nil && len(packed) <= q.size {
+		return packed
+	}
+	m.Answers, m.Truncated = nil, true
+	if packed, err = m.Pack(); err != nil {
+		return nil
+	}
+	return packed
+}
