@@ -323,7 +323,7 @@ type Inspection struct {
 	ConsoleLog         string                 `json:"consoleLog"`
 	VMMLog             string                 `json:"vmmLog"`
 	Staged             map[string]StagedDrive `json:"staged,omitempty"`     // by drive id
-	Interfaces         []attach.Interface     `json:"interfaces,omitempty"` // those on networks of ours
+	Interfaces         []attach.State         `json:"interfaces,omitempty"` // those on networks of ours
 	Spec               Spec                   `json:"spec"`
 }
 
@@ -337,7 +337,7 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 	i := &Inspection{
 		ID: r.ID, Name: r.Spec.Name, State: state, Created: r.Created, Launcher: LaunchDirect, UID: r.UID,
 		Firecracker: r.Binary, FirecrackerVersion: r.BinaryVersion, RuntimeDir: m.RuntimeDir(), Cgroup: r.Cgroup,
-		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Interfaces: r.Interfaces, Spec: r.Spec,
+		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Interfaces: attach.States(r.Interfaces), Spec: r.Spec,
 	}
 	if r.Jailer != "" {
 		i.Launcher = LaunchJailed

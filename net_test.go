@@ -89,6 +89,9 @@ func TestNetwork(t *testing.T) {
 				if bridge, err := netlink.LinkByIndex(tap.Attrs().MasterIndex); err != nil || bridge.Attrs().Name != network.DefaultBridge {
 					t.Errorf("the tap's bridge: %v, %v", bridge, err)
 				}
+				if in.Interfaces[1].Rules != nil || in.Interfaces[0].SentBytes > 0 {
+					t.Errorf("an idle guest without a policy has %+v", in.Interfaces)
+				}
 				if got, want := in.Interfaces[0].IP4, netip.MustParseAddr("172.30.0.2"); got != want {
 					t.Errorf("got address %s, want %s", got, want)
 				}

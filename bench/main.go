@@ -43,6 +43,13 @@ import (
 )
 
 func main() {
+	if len(os.Args) == 4 && os.Args[1] == networkVerb {
+		if err := measureNetworks(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(2)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	ok, err := run(ctx)
 	stop()
@@ -72,7 +79,7 @@ func run(ctx context.Context) (ok bool, err error) {
 	out := flag.String("out", "results.json", "`file` for the results")
 	rounds := flag.Int("n", 150, "rounds of every start measurement")
 	cli := flag.String("smartvm", "../bin/smartvm", "the smartvm `program`")
-	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,supervisor,command-line,staging,pulls")
+	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,supervisor,command-line,staging,pulls,networks")
 	base := flag.String("runtime-dir", "/dev/shm", "existing `directory` to work below, on a tmpfs")
 	profile := flag.String("cpuprofile", "", "`file` for a CPU profile of this process")
 	idleVMs := flag.Int("idle-vms", 0, "measure this process's memory with so many idle VMs, print it and exit")
@@ -128,6 +135,7 @@ func (b *bench) measure(ctx context.Context, list string) error {
 		{"command-line", b.commandLine},
 		{"staging", b.staging},
 		{"pulls", b.pulls},
+		{"networks", b.networks},
 	}
 	wanted := strings.Split(list, ",")
 	for _, m := range all {

@@ -44,8 +44,6 @@ func (b *Bridge) Apply(context.Context) error {
 	case errors.Is(err, unix.EEXIST):
 		return hint.Add(fmt.Errorf("make bridge %s: %w: %w", b.Name, ErrTaken, fs.ErrExist),
 			"remove it (ip link delete %s), or name another bridge with --bridge", b.Name)
-	case errors.Is(err, unix.EPERM):
-		return hint.Add(fmt.Errorf("make bridge %s: %w", b.Name, err), "run smartvm as root (CAP_NET_ADMIN), or the VM with --net none")
 	case err != nil:
 		return fmt.Errorf("make bridge %s: %w", b.Name, err)
 	}

@@ -149,7 +149,7 @@ func MAC(vm, iface string) net.HardwareAddr {
 }
 
 // Table is the name of the network's nftables tables.
-func (c *Config) Table() string { return "smartvm-" + c.Bridge }
+func (c *Config) Table() string { return filter.TableName(c.Bridge) }
 
 func (c *Config) tables(owner string) *filter.Tables {
 	return &filter.Tables{

@@ -2,6 +2,7 @@ package network_test
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
@@ -315,6 +316,22 @@ func TestNetwork_Policy(t *testing.T) {
 	a.misses(t, "udp", world4+":80")
 	a.misses(t, "tcp", "["+world6+"]:80")
 	a.misses(t, "tcp", "203.0.113.9:80") // the network's policy wins
+	for tap, want := range map[string][]string{
+		a.filter.Tap: {"deny tcp:198.51.100.2:81 true", "allow tcp:198.51.100.0/24:80-82,85 true", "allow 203.0.113.9 false", "default deny true"},
+		"":           {"deny 203.0.113.0/24 true", "default allow true"},
+	} {
+		counts, err := filter.Counts(s.config.Table(), tap)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, c := range counts {
+			got = append(got, fmt.Sprint(c.Rule, " ", c.Packets > 0 && c.Bytes > 0))
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("counters of %q: got %q, want %q", tap, got, want)
+		}
+	}
 	b.reaches(t, "tcp", world4+":443", "world from "+uplink4+"\n")
 	b.misses(t, "tcp", "203.0.113.9:80")
 	s.remove(a)

@@ -80,7 +80,11 @@ func (u *Use) Apply(ctx context.Context) error {
 	}
 	defer unlock()
 	if err := u.bringUp(ctx); err != nil {
-		return fmt.Errorf("bring up network %s: %w", u.Network.Name, err)
+		err = fmt.Errorf("bring up network %s: %w", u.Network.Name, err)
+		if errors.Is(err, fs.ErrPermission) {
+			err = hint.Add(err, "run smartvm as root (CAP_NET_ADMIN), or the VM with --net none")
+		}
+		return err
 	}
 	if err := os.Symlink(u.VMDir, u.path(usersDir, u.VM)); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("use network %s: %w", u.Network.Name, err)
@@ -128,6 +132,10 @@ func (u *Use) bringUp(ctx context.Context) error {
 		return err
 	}
 	sharedOf(ctx).log().Info("network is up", "network", u.Network.Name, "bridge", u.Network.Bridge)
+	if blockers, err := filter.Blockers(); err == nil && len(blockers) > 0 {
+		sharedOf(ctx).log().Warn("another firewall drops what it does not know: if VMs do not reach the outside, let what comes from and goes to the bridge through there",
+			"network", u.Network.Name, "bridge", u.Network.Bridge, "chains", blockers)
+	}
 	return atomicfile.WriteJSON(u.path(upFile), now)
 }
 

@@ -168,7 +168,7 @@ type Balloon struct {
 
 // MMDS serves metadata to the guest.
 type MMDS struct {
-	Version           string   `json:"version,omitempty"` // V1 (default) or V2
+	Version           string   `json:"version,omitempty"` // V2 (default), which asks for a token, or V1
 	NetworkInterfaces []string `json:"networkInterfaces"` // len ≥ 1, IfaceIDs
 	IPv4Address       string   `json:"ipv4Address,omitempty"`
 	IMDSCompat        bool     `json:"imdsCompat,omitempty"` // Firecracker ≥ 1.13. Ours

@@ -2,6 +2,7 @@
 package configure
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"net/netip"
@@ -84,7 +85,7 @@ func networkCalls(s *spec.Spec) []Call {
 	if m := s.MMDS; m != nil {
 		addr, _ := netip.ParseAddr(m.IPv4Address) // validated, or absent
 		list = append(list, put("/mmds/config", firecracker.MMDSConfig{
-			NetworkInterfaces: m.NetworkInterfaces, Version: firecracker.MMDSVersion(m.Version),
+			NetworkInterfaces: m.NetworkInterfaces, Version: firecracker.MMDSVersion(cmp.Or(m.Version, "V2")),
 			IPv4Address: addr, IMDSCompat: m.IMDSCompat,
 		}, (*firecracker.Client).PutMMDSConfig))
 	}

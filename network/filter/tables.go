@@ -206,6 +206,9 @@ func plain(all ...exprs) (rules []rule) {
 	return rules
 }
 
+// maxComment is what nft shows of one, in bytes.
+const maxComment = 128
+
 func addRules(conn *nftables.Conn, chains []ruled) error {
 	for i := range chains {
 		conn.AddChain(&chains[i].chain)
@@ -223,7 +226,11 @@ func addRules(conn *nftables.Conn, chains []ruled) error {
 					}
 				}
 			}
-			conn.AddRule(&nftables.Rule{Table: c.Table, Chain: c, Exprs: r.exprs, UserData: userdata.AppendString(nil, userdata.TypeComment, r.text)})
+			var comment []byte
+			if r.text != "" {
+				comment = userdata.AppendString(nil, userdata.TypeComment, r.text[:min(len(r.text), maxComment)])
+			}
+			conn.AddRule(&nftables.Rule{Table: c.Table, Chain: c, Exprs: r.exprs, UserData: comment})
 		}
 	}
 	return nil

@@ -14,6 +14,7 @@ import (
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -27,8 +28,9 @@ func (s *Shell) network() *cobra.Command {
 // networkState is a network as the commands show it.
 type networkState struct {
 	network.Config
-	Up  bool     `json:"up"`
-	VMs []string `json:"vms"`
+	Up    bool           `json:"up"`
+	VMs   []string       `json:"vms"`
+	Rules []filter.Count `json:"rules,omitempty"` // what its policy has matched
 }
 
 // networks gives f the networks of the host.
@@ -49,7 +51,11 @@ func stateOf(h *smartvm.Host, c network.Config) networkState {
 	for _, dir := range network.Users(filepath.Join(h.RuntimeDir(), store.NetworkDir), c.Name) {
 		vms = append(vms, filepath.Base(dir))
 	}
-	return networkState{Config: c, Up: len(vms) > 0, VMs: vms}
+	state := networkState{Config: c, Up: len(vms) > 0, VMs: vms}
+	if state.Up {
+		state.Rules, _ = filter.Counts(c.Table(), "") // who may not look at tables sees the rest
+	}
+	return state
 }
 
 func (s *Shell) listNetworks() *cobra.Command {

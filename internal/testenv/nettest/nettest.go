@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv"
+	"push.rocks/smartvm/network/netns"
 )
 
 // variable is set in a process that is alone in its namespaces.
@@ -56,59 +57,19 @@ func Alone(t *testing.T) bool {
 
 // Namespace is a network beside the test's. It is gone when the test is.
 type Namespace struct {
-	t    *testing.T
-	file *os.File
+	*netns.Namespace
+	t *testing.T
 }
 
 // New makes a network with nothing but its loopback.
 func New(t *testing.T) *Namespace {
 	t.Helper()
-	n := &Namespace{t: t}
-	err := thread(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return err
-		}
-		var err error
-		if n.file, err = os.Open("/proc/thread-self/ns/net"); err != nil {
-			return err
-		}
-		link, err := netlink.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkSetUp(link)
-	})
+	n, err := netns.New()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { n.file.Close() })
-	return n
-}
-
-// thread runs f on a thread that is thrown away.
-func thread(f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
-		if unix.Gettid() == unix.Getpid() {
-			// But for the first thread, which would stay, and be what /proc/self shows.
-			defer runtime.UnlockOSThread()
-			done <- thread(f)
-			return
-		}
-		done <- f()
-	}()
-	return <-done
-}
-
-// Do runs f in the network. Sockets that it opens stay there.
-func (n *Namespace) Do(f func() error) error {
-	return thread(func() error {
-		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
-			return err
-		}
-		return f()
-	})
+	t.Cleanup(func() { n.Close() })
+	return &Namespace{n, t}
 }
 
 // Must is Do that ends the test on an error.
@@ -132,7 +93,7 @@ func (n *Namespace) Connect(near, far Link) {
 	n.t.Helper()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.HardwareAddr = near.Name, near.MAC
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: far.Name, PeerHardwareAddr: far.MAC, PeerNamespace: netlink.NsFd(n.file.Fd())}
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: far.Name, PeerHardwareAddr: far.MAC, PeerNamespace: netlink.NsFd(n.Fd())}
 	if err := netlink.LinkAdd(veth); err != nil {
 		n.t.Fatal(err)
 	}

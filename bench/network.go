@@ -1,0 +1,401 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/netns"
+)
+
+// networkVerb runs the measurements of networks, in a network of the process's own.
+const networkVerb = "measure-networks"
+
+// sample is a line of what that process prints.
+type sample struct {
+	Name, Unit string
+	Value      float64
+}
+
+// networks measures networks in a process that has one of its own.
+func (b *bench) networks(ctx context.Context) error {
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "bench: networks need root: skipped")
+		return nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, self, networkVerb, filepath.Join(b.dir, "networks"), strconv.Itoa(b.rounds))
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	runtime.LockOSThread() // Pdeathsig means the thread
+	defer runtime.UnlockOSThread()
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		var s sample
+		if err := json.Unmarshal(lines.Bytes(), &s); err != nil {
+			return err
+		}
+		b.report.add(s.Name, s.Unit, s.Value)
+	}
+	return cmd.Wait()
+}
+
+// networkSite is a network with a guest and a world outside, which are namespaces.
+type networkSite struct {
+	ctx          context.Context
+	dir          string
+	config       network.Config
+	guest, world *netns.Namespace
+	cable        network.Guest // the guest's part
+	use          *network.Use
+}
+
+// Addresses between the host and the world.
+const (
+	benchUplink = "198.51.100.1"
+	benchWorld  = "198.51.100.2"
+)
+
+func measureNetworks(args []string) error {
+	rounds, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	s := &networkSite{dir: args[0], ctx: network.NewContext(context.Background(), &network.Shared{Reaper: new(network.Reaper)})}
+	if err := s.open(); err != nil {
+		return err
+	}
+	if err := s.guests(rounds); err != nil {
+		return err
+	}
+	if err := s.teardown(); err != nil {
+		return err
+	}
+	return s.throughput()
+}
+
+func tell(name, unit string, value float64) error {
+	return json.NewEncoder(os.Stdout).Encode(sample{name, unit, value})
+}
+
+func tellTime(name string, d time.Duration) error {
+	return tell(name, "ms", float64(d.Microseconds())/1000)
+}
+
+// end is one end of a cable.
+type end struct {
+	name, address, gateway string
+	mac                    net.HardwareAddr
+}
+
+func (e end) configure() error {
+	link, err := netlink.LinkByName(e.name)
+	if err != nil {
+		return err
+	}
+	if e.address != "" {
+		a, err := netlink.ParseAddr(e.address)
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(link, a); err != nil {
+			return err
+		}
+	}
+	if err := netlink.LinkSetUp(link); err != nil || e.gateway == "" {
+		return err
+	}
+	return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.ParseIP(e.gateway)})
+}
+
+func connect(to *netns.Namespace, near, far end) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = near.name
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: far.name, PeerHardwareAddr: far.mac, PeerNamespace: netlink.NsFd(to.Fd())}
+	if err := netlink.LinkAdd(veth); err != nil {
+		return err
+	}
+	return errors.Join(near.configure(), to.Do(far.configure))
+}
+
+func (s *networkSite) open() (err error) {
+	if s.config, err = network.NewDefault("", ""); err != nil {
+		return err
+	}
+	if s.guest, err = netns.New(); err != nil {
+		return err
+	}
+	if s.world, err = netns.New(); err != nil {
+		return err
+	}
+	if err := connect(s.world, end{name: "uplink", address: benchUplink + "/24"}, end{name: "eth0", address: benchWorld + "/24", gateway: benchUplink}); err != nil {
+		return err
+	}
+	s.use = &network.Use{Dir: s.dir, Network: s.config, VM: "bench", VMDir: "/"}
+	if err := s.use.Apply(s.ctx); err != nil {
+		return err
+	}
+	s.cable = s.part(0)
+	if err := s.cable.Apply(s.ctx); err != nil {
+		return err
+	}
+	mac, err := net.ParseMAC(s.cable.MAC)
+	if err != nil {
+		return err
+	}
+	if err := connect(s.guest, end{name: s.cable.Tap}, end{name: "eth0", mac: mac, address: netip.PrefixFrom(s.cable.IP4, 24).String()}); err != nil {
+		return err
+	}
+	port, err := netlink.LinkByName(s.cable.Tap)
+	if err != nil {
+		return err
+	}
+	bridge, err := netlink.LinkByName(s.config.Bridge)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(netlink.LinkSetMaster(port, bridge), netlink.LinkSetIsolated(port, true)); err != nil {
+		return err
+	}
+	gateway, _ := s.config.Gateway()
+	return s.guest.Do(func() error { return netlink.RouteAdd(&netlink.Route{Gw: gateway.AsSlice()}) })
+}
+
+// part is the n-th guest's.
+func (s *networkSite) part(n int) network.Guest {
+	vm := strconv.Itoa(n)
+	c := s.config
+	c.Subnet = netip.MustParsePrefix("172.16.0.0/12") // with room for all: the tables do not mind
+	ip4, ip6 := c.Guest(n)
+	if n == 0 {
+		ip4, ip6 = s.config.Guest(0)
+	}
+	return network.Guest{Guest: filter.Guest{
+		Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, vm, "", "eth0"), MAC: network.MAC(vm, "eth0").String(), IP4: ip4, IP6: ip6,
+	}}
+}
+
+func (s *networkSite) tap(n int) *network.Tap {
+	return &network.Tap{Name: s.part(n).Tap, Bridge: s.config.Bridge}
+}
+
+// add makes the n-th guest's tap and rules.
+func (s *networkSite) add(n int) error {
+	part := s.part(n)
+	return errors.Join(s.tap(n).Apply(s.ctx), part.Apply(s.ctx))
+}
+
+func (s *networkSite) remove(n int) error {
+	part := s.part(n)
+	return errors.Join(part.Revert(s.ctx), s.tap(n).Revert(s.ctx))
+}
+
+// many is how many guests there are when there are many.
+const many = 500
+
+// guests measures making a tap and rules, and a packet's way there and back, beside one guest and beside many.
+func (s *networkSite) guests(rounds int) error {
+	for _, beside := range []struct {
+		name  string
+		count int
+	}{{"-1", 1}, {"-500", many}} {
+		for n := 1; n < beside.count; n++ {
+			if err := s.add(n); err != nil {
+				return err
+			}
+		}
+		for range rounds / 3 {
+			begun := time.Now()
+			if err := s.add(many); err != nil {
+				return err
+			}
+			if err := tellTime("cold-tap"+beside.name, time.Since(begun)); err != nil {
+				return err
+			}
+			if err := s.remove(many); err != nil {
+				return err
+			}
+		}
+		if err := s.roundTrips("round-trip" + beside.name); err != nil {
+			return err
+		}
+	}
+	return s.each(1, many, s.remove)
+}
+
+// each does something to guests at once.
+func (s *networkSite) each(first, last int, do func(int) error) error {
+	errs := make([]error, last)
+	var all sync.WaitGroup
+	for n := first; n < last; n++ {
+		all.Go(func() { errs[n] = do(n) })
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// roundTrips sends packets from the guest to the world and back, a new connection's each, and tells the mean of a hundred.
+func (s *networkSite) roundTrips(name string) error {
+	var echo net.PacketConn
+	err := s.world.Do(func() (err error) { echo, err = net.ListenPacket("udp", benchWorld+":7"); return err })
+	if err != nil {
+		return err
+	}
+	defer echo.Close()
+	go func() {
+		buf := make([]byte, 64)
+		for {
+			n, peer, err := echo.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = echo.WriteTo(buf[:n], peer)
+		}
+	}()
+	for range 40 {
+		var took time.Duration
+		for range 100 {
+			var c net.Conn
+			if err := s.guest.Do(func() (err error) { c, err = net.Dial("udp", benchWorld+":7"); return err }); err != nil {
+				return err
+			}
+			begun := time.Now()
+			_, err := c.Write([]byte("?"))
+			if err == nil {
+				_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+				_, err = c.Read(make([]byte, 1))
+			}
+			took += time.Since(begun)
+			if err := errors.Join(err, c.Close()); err != nil {
+				return err
+			}
+		}
+		if err := tellTime(name, took/100); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// teardown removes one guest, and a hundred at once.
+func (s *networkSite) teardown() error {
+	for range 10 {
+		for _, count := range []int{1, 100} {
+			for n := 1; n <= count; n++ {
+				if err := s.add(n); err != nil {
+					return err
+				}
+			}
+			begun := time.Now()
+			if err := s.each(1, count+1, s.remove); err != nil {
+				return err
+			}
+			if err := tellTime("teardown-"+strconv.Itoa(count), time.Since(begun)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// throughput is of one connection from the guest to the world, with our rules and without, in turns.
+func (s *networkSite) throughput() error {
+	for range 6 {
+		ours, err := s.rate()
+		if err != nil {
+			return err
+		}
+		if err := tell("throughput", "MB/s", ours); err != nil {
+			return err
+		}
+		data, err := os.ReadFile(filepath.Join(s.dir, s.config.Name, "up.json"))
+		if err != nil {
+			return err
+		}
+		var up struct{ Owner string }
+		if err := json.Unmarshal(data, &up); err != nil {
+			return err
+		}
+		tables := &filter.Tables{Name: s.config.Table(), Owner: up.Owner}
+		if err := tables.Revert(s.ctx); err != nil {
+			return err
+		}
+		bare, err := s.rate()
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(tell("throughput-no-rules", "MB/s", bare), tell("throughput/no-rules", "", ours/bare)); err != nil {
+			return err
+		}
+		if _, err := s.use.Check(s.ctx); err != nil {
+			return err
+		}
+		if err := s.cable.Apply(s.ctx); err != nil {
+			return err
+		}
+	}
+	return s.use.Revert(s.ctx)
+}
+
+// rate is that of one TCP connection, in MB/s.
+func (s *networkSite) rate() (float64, error) {
+	var l net.Listener
+	if err := s.world.Do(func() (err error) { l, err = net.Listen("tcp", benchWorld+":9"); return err }); err != nil {
+		return 0, err
+	}
+	defer l.Close()
+	received := make(chan int64, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			received <- 0
+			return
+		}
+		n, _ := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 256<<10))
+		received <- n
+		_ = c.Close()
+	}()
+	var c net.Conn
+	if err := s.guest.Do(func() (err error) { c, err = net.Dial("tcp", benchWorld+":9"); return err }); err != nil {
+		return 0, err
+	}
+	buf := make([]byte, 256<<10)
+	begun := time.Now()
+	for time.Since(begun) < time.Second {
+		if _, err := c.Write(buf); err != nil {
+			return 0, err
+		}
+	}
+	if err := c.Close(); err != nil {
+		return 0, err
+	}
+	n := <-received
+	return float64(n) / 1e6 / time.Since(begun).Seconds(), nil
+}

@@ -1,0 +1,91 @@
+package filter
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+)
+
+// tablePrefix is how the names of all our tables begin.
+const tablePrefix = "smartvm-"
+
+// TableName is that of a bridge's tables.
+func TableName(bridge string) string { return tablePrefix + bridge }
+
+// Blockers lists chains of others that drop what is forwarded unless a rule of theirs accepts it, as Docker's and many firewalls'
+// do: "FAMILY TABLE CHAIN".
+func Blockers() ([]string, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	chains, err := conn.ListChains()
+	if err != nil {
+		return nil, fmt.Errorf("list chains: %w", err)
+	}
+	families := map[nftables.TableFamily]string{nftables.TableFamilyINet: "inet", nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6"}
+	var all []string
+	for _, c := range chains {
+		family := families[c.Table.Family]
+		if family != "" && !strings.HasPrefix(c.Table.Name, tablePrefix) && c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookForward &&
+			c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop {
+			all = append(all, family+" "+c.Table.Name+" "+c.Name)
+		}
+	}
+	slices.Sort(all)
+	return all, nil
+}
+
+// Count is what a rule of a policy has matched.
+type Count struct {
+	Rule    string `json:"rule"`
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+// Counts returns what the rules of a policy have matched, in their order: a guest's, by its tap, or with an empty one the
+// network's own. It is empty where there is no policy.
+func Counts(table, tap string) ([]Count, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	inet := newLayout(table).inet
+	name := egress
+	if tap != "" {
+		name = (&Guest{Tap: tap}).chain()
+	}
+	chains, err := conn.ListChainsOfTableFamily(inet.Family)
+	if err != nil {
+		return nil, fmt.Errorf("list chains: %w", err)
+	}
+	n := slices.IndexFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == table && c.Name == name })
+	if n < 0 {
+		return nil, nil
+	}
+	rules, err := conn.GetRules(inet, chains[n])
+	if err != nil {
+		return nil, fmt.Errorf("list rules of %s: %w", table, err)
+	}
+	var all []Count
+	for _, r := range rules {
+		text, ok := userdata.GetString(r.UserData, userdata.TypeComment)
+		if !ok {
+			continue
+		}
+		if len(all) == 0 || all[len(all)-1].Rule != text { // one of a policy's may be several of the kernel's
+			all = append(all, Count{Rule: text})
+		}
+		for _, e := range r.Exprs {
+			if c, ok := e.(*expr.Counter); ok {
+				all[len(all)-1].Packets += c.Packets
+				all[len(all)-1].Bytes += c.Bytes
+			}
+		}
+	}
+	return all, nil
+}
