@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 
@@ -104,28 +105,89 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 // Revert removes what Apply added, as far as it is there.
 func (g *Guest) Revert(context.Context) error { return Remove([]*Guest{g}) }
 
+// maxBatch is how many guests go into one message: a socket takes some 200 KiB.
+const maxBatch = 64
+
 // Remove removes guests at once: the kernel takes as long for one as for many.
 func Remove(guests []*Guest) error {
+	var errs []error
+	for some := range slices.Chunk(guests, maxBatch) {
+		errs = append(errs, removeAll(some))
+	}
+	return errors.Join(errs...)
+}
+
+func removeAll(guests []*Guest) error {
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	there := map[string]bool{}
+	layouts := map[string]*layout{}
 	for _, g := range guests {
-		if _, asked := there[g.Table]; !asked {
-			if there[g.Table], err = complete(conn, newLayout(g.Table)); err != nil {
-				return err
-			}
-		}
-		if !there[g.Table] {
+		if _, asked := layouts[g.Table]; asked {
 			continue
 		}
-		if err := g.remove(conn, newLayout(g.Table)); err != nil {
-			return fmt.Errorf("remove guest %s from table %s: %w", g.Tap, g.Table, err)
+		l := newLayout(g.Table)
+		there, err := complete(conn, l)
+		if err != nil {
+			return err
 		}
+		if !there {
+			l = nil
+		}
+		layouts[g.Table] = l
+	}
+	guests = slices.DeleteFunc(slices.Clone(guests), func(g *Guest) bool { return layouts[g.Table] == nil })
+	if err := remove(conn, layouts, guests); err != nil {
+		return fmt.Errorf("remove guests: %w", err)
 	}
 	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove guests: %w", err)
+	}
+	return nil
+}
+
+// remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch. The elements of
+// all guests go together, as the kernel acknowledges each message, and a socket takes only so many of those.
+func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest) error {
+	elements := map[*nftables.Set][]nftables.SetElement{}
+	var chains []*nftables.Chain
+	var sets []*nftables.Set
+	for _, g := range guests {
+		l := layouts[g.Table]
+		members, err := g.members(l)
+		if err != nil {
+			return err
+		}
+		for _, m := range members {
+			elements[m.set] = append(elements[m.set], m.elements...)
+		}
+		if g.Policy == nil {
+			continue
+		}
+		compiled, err := g.Policy.Compile()
+		if err != nil {
+			return err
+		}
+		chains = append(chains, conn.AddChain(&nftables.Chain{Table: l.inet, Name: g.chain()}))
+		for _, s := range g.domains(l, compiled) {
+			if err := conn.AddSet(s, nil); err != nil {
+				return err
+			}
+			sets = append(sets, s)
+		}
+	}
+	for set, all := range elements {
+		if err := errors.Join(conn.SetAddElements(set, all), conn.SetDeleteElements(set, all)); err != nil {
+			return err
+		}
+	}
+	for _, c := range chains {
+		conn.FlushChain(c)
+		conn.DelChain(c)
+	}
+	for _, s := range sets {
+		conn.DelSet(s)
 	}
 	return nil
 }
@@ -142,36 +204,6 @@ func complete(conn *nftables.Conn, l *layout) (bool, error) {
 		}
 	}
 	return true, nil
-}
-
-// remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch.
-func (g *Guest) remove(conn *nftables.Conn, l *layout) error {
-	if err := g.add(conn, l); err != nil {
-		return err
-	}
-	members, err := g.members(l)
-	if err != nil {
-		return err
-	}
-	for _, m := range members {
-		if err := conn.SetDeleteElements(m.set, m.elements); err != nil {
-			return err
-		}
-	}
-	if g.Policy == nil {
-		return nil
-	}
-	compiled, err := g.Policy.Compile()
-	if err != nil {
-		return err
-	}
-	chain := &nftables.Chain{Table: l.inet, Name: g.chain()}
-	conn.FlushChain(chain)
-	conn.DelChain(chain)
-	for _, s := range g.domains(l, compiled) {
-		conn.DelSet(s)
-	}
-	return nil
 }
 
 func (g *Guest) chain() string { return "guest-" + g.Tap }

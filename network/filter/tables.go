@@ -323,18 +323,18 @@ func (t *Tables) masqueraded() []exprs {
 
 // leaving is what a guest may send through the host.
 func (t *Tables) leaving(l *layout) (all []exprs) {
+	if t.Via != "" { // known connections too: the way may have changed
+		all = append(all, join(oifNot(t.Via), drop()))
+	}
+	all = append(all, join(known(), accept()))
 	if t.Mutual { // bridged frames come this way where br_netfilter is loaded
 		all = append(all, join(oif(t.Bridge), accept()))
 	} else {
 		all = append(all, join(oif(t.Bridge), drop()))
 	}
-	if t.Via != "" {
-		all = append(all, join(oifNot(t.Via), drop()))
-	}
 	all = append(all,
 		join(toPrefix(netip.MustParsePrefix("169.254.0.0/16")), exprs{load(source4, reg), notInSet(l.metadata4)}, drop()),
-		join(toPrefix(netip.MustParsePrefix("fd00:ec2::254/128")), exprs{load(source6, reg), notInSet(l.metadata6)}, drop()),
-		join(known(), accept()))
+		join(toPrefix(netip.MustParsePrefix("fd00:ec2::254/128")), exprs{load(source6, reg), notInSet(l.metadata6)}, drop()))
 	if t.Inside {
 		return append(all, drop())
 	}
@@ -373,6 +373,8 @@ func (t *Tables) genuine(l *layout) []exprs {
 	unspecified := is(source6, make([]byte, 16))
 	v6 := ether(unix.ETH_P_IPV6)
 	return []exprs{
+		// What is most of all traffic goes first: a rule costs each packet that it does not match.
+		join(metaIs(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}), ether(unix.ETH_P_IP), from(etherSource, source4), exprs{inSet(l.ip4)}, accept()),
 		join(tap, exprs{load(etherSource, atMAC), notInSet(l.macs)}, drop()),
 
 		join(ether(unix.ETH_P_ARP), is(arpFormat, []byte{0, 1, 8, 0, 6, 4}), from(arpMAC, arpIP), exprs{inSet(l.ip4)}, accept()),
