@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/testenv"
@@ -108,6 +110,52 @@ func TestNetwork(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A port of the host is one VM's, whatever it leads to.
+func TestNetwork_PortTaken(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchDirect)
+	h := s.open()
+	start := func(ports ...smartvm.Port) (*smartvm.Machine, error) {
+		t.Helper()
+		spec := netSpec(s.spec("idle"), 1)
+		spec.Ports = ports
+		m, err := h.Create(t.Context(), spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m, m.Start(t.Context())
+	}
+	first, err := start(smartvm.Port{HostPort: 8080, GuestPort: 80}, smartvm.Port{HostPort: 8080, GuestPort: 53, Protocol: "udp"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := start(smartvm.Port{HostPort: 8080, GuestPort: 81})
+	if err == nil || !strings.Contains(err.Error(), "is taken by VM "+first.ID()) {
+		t.Errorf("got %v", err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:7070")
+	if err != nil {
+		t.Fatal(err)
+	}
+	third, err := start(smartvm.Port{HostPort: 7070, GuestPort: 80})
+	if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "7070:80") {
+		t.Errorf("got %v", err)
+	}
+	if err := errors.Join(l.Close(), third.Start(t.Context())); err != nil {
+		t.Error(err)
+	}
+	if err := h.StopAll(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(first.Remove(t.Context()), second.Remove(t.Context()), third.Remove(t.Context())); err != nil {
+		t.Error(err)
+	}
+	wantNoNetwork(t)
 }
 
 func wantNoNetwork(t *testing.T) {

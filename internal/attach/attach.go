@@ -134,7 +134,11 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Policy: s.Policy}}
 		if n == 0 {
 			for _, port := range ports {
-				effects = append(effects, vm.Store.Lease("port", port.String(), vm.ID))
+				name := strconv.Itoa(int(port.Host)) + "/" + port.Protocol
+				if port.Address.IsValid() {
+					name = port.Address.String() + " " + name
+				}
+				effects = append(effects, vm.Store.Lease("port", name, vm.ID))
 			}
 			g.Ports = ports
 		}
