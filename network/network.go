@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"regexp"
 
 	"push.rocks/smartvm/network/filter"
@@ -30,8 +31,10 @@ type Config struct {
 	Mutual  bool           `json:"mutual,omitempty"` // guests reach each other
 	Inside  bool           `json:"internal,omitempty"`
 	Policy  *policy.Policy `json:"policy,omitempty"` // what all its guests may reach at most
-	// WireGuard is the interface by which alone guests leave. "": any.
-	WireGuard string `json:"wireguard,omitempty"`
+	// WireGuard is the interface by which alone guests leave. "": any. WireGuardConfig is a file as wg-quick has it, absolute, of
+	// which such an interface is made.
+	WireGuard       string `json:"wireguard,omitempty"`
+	WireGuardConfig string `json:"wireguardConfig,omitempty"`
 }
 
 // Errors of this package.
@@ -81,6 +84,15 @@ func (c *Config) Validate() error {
 	}
 	if c.MTU != 0 && (c.MTU < 1280 || c.MTU > 65535) {
 		errs = append(errs, fmt.Errorf("mtu %d: must be from 1280 to 65535", c.MTU))
+	}
+	if c.WireGuard != "" {
+		errs = append(errs, ValidInterface(c.WireGuard))
+		if c.WireGuardConfig != "" {
+			errs = append(errs, errors.New("wireguard: an interface that is there, or the configuration of another, not both"))
+		}
+	}
+	if c.WireGuardConfig != "" && !filepath.IsAbs(c.WireGuardConfig) {
+		errs = append(errs, fmt.Errorf("wireguard configuration %q: must be an absolute path", c.WireGuardConfig))
 	}
 	if c.Policy != nil {
 		for _, e := range c.Policy.Validate() {
@@ -151,9 +163,17 @@ func MAC(vm, iface string) net.HardwareAddr {
 // Table is the name of the network's nftables tables.
 func (c *Config) Table() string { return filter.TableName(c.Bridge) }
 
+// via is the one interface by which guests leave, "" if they leave by any.
+func (c *Config) via(owner string) string {
+	if c.WireGuardConfig != "" {
+		return "svw" + word(12, c.Bridge, owner)
+	}
+	return c.WireGuard
+}
+
 func (c *Config) tables(owner string) *filter.Tables {
 	return &filter.Tables{
 		Name: c.Table(), Owner: owner, Bridge: c.Bridge, Taps: tapPrefix(c.Bridge), Subnet: c.Subnet, Subnet6: c.Subnet6,
-		Mutual: c.Mutual, Inside: c.Inside, Via: c.WireGuard, Egress: c.Policy,
+		Mutual: c.Mutual, Inside: c.Inside, Via: c.via(owner), Egress: c.Policy,
 	}
 }

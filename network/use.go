@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/wireguard"
 )
 
 // Names in the directory in which hosts keep what their networks did: a directory a network, with
@@ -32,9 +34,11 @@ const (
 // Kinds are the effects in those journals.
 func Kinds() journal.Kinds {
 	return journal.Kinds{
-		"sysctl": func() journal.Effect { return new(Sysctl) },
-		"bridge": func() journal.Effect { return new(Bridge) },
-		"tables": func() journal.Effect { return new(filter.Tables) },
+		"sysctl":    func() journal.Effect { return new(Sysctl) },
+		"bridge":    func() journal.Effect { return new(Bridge) },
+		"tables":    func() journal.Effect { return new(filter.Tables) },
+		"wireguard": func() journal.Effect { return new(wireguard.Link) },
+		"egress":    func() journal.Effect { return new(wireguard.Egress) },
 	}
 }
 
@@ -149,7 +153,22 @@ func (n *up) effects() []journal.Effect {
 		b.Addresses = append(b.Addresses, prefixOf(ip6, c.Subnet6))
 	}
 	// The tables first: no guest is there before its rules.
-	return []journal.Effect{c.tables(n.Owner), b}
+	all := []journal.Effect{c.tables(n.Owner)}
+	via := c.via(n.Owner)
+	if c.WireGuardConfig != "" {
+		all = append(all, &wireguard.Link{Name: via, File: c.WireGuardConfig})
+	}
+	if via != "" {
+		all = append(all, &wireguard.Egress{Bridge: c.Bridge, Interface: via, Table: routeTable(n.Owner)})
+	}
+	return append(all, b)
+}
+
+// routeTable draws a table of routes from a random word, far from those that people number.
+func routeTable(owner string) int {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(owner)) // never fails
+	return 1<<30 | int(h.Sum32()>>3)
 }
 
 // forward lets the host forward, once for all networks.
@@ -333,6 +352,16 @@ func Sweep(ctx context.Context, dir string) error {
 		}
 	}
 	return errors.Join(append(errs, unforward(ctx, dir))...)
+}
+
+// Via returns the interface by which alone the guests of a network that is up leave, "" if it is any.
+func Via(dir, network string) string {
+	u := Use{Dir: dir, Network: Config{Name: network}}
+	now, err := u.state()
+	if now == nil || err != nil {
+		return ""
+	}
+	return now.Network.via(now.Owner)
 }
 
 // Users lists the directories of the VMs that use a network.

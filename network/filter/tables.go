@@ -323,15 +323,13 @@ func (t *Tables) masqueraded() []exprs {
 
 // leaving is what a guest may send through the host.
 func (t *Tables) leaving(l *layout) (all []exprs) {
+	if t.Mutual { // bridged frames come this way where br_netfilter is loaded
+		all = append(all, join(oif(t.Bridge), accept()))
+	}
 	if t.Via != "" { // known connections too: the way may have changed
 		all = append(all, join(oifNot(t.Via), drop()))
 	}
-	all = append(all, join(known(), accept()))
-	if t.Mutual { // bridged frames come this way where br_netfilter is loaded
-		all = append(all, join(oif(t.Bridge), accept()))
-	} else {
-		all = append(all, join(oif(t.Bridge), drop()))
-	}
+	all = append(all, join(known(), accept()), join(oif(t.Bridge), drop()))
 	all = append(all,
 		join(toPrefix(netip.MustParsePrefix("169.254.0.0/16")), exprs{load(source4, reg), notInSet(l.metadata4)}, drop()),
 		join(toPrefix(netip.MustParsePrefix("fd00:ec2::254/128")), exprs{load(source6, reg), notInSet(l.metadata6)}, drop()))

@@ -16,6 +16,7 @@ import (
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/network/wireguard"
 )
 
 func (s *Shell) network() *cobra.Command {
@@ -31,6 +32,8 @@ type networkState struct {
 	Up    bool           `json:"up"`
 	VMs   []string       `json:"vms"`
 	Rules []filter.Count `json:"rules,omitempty"` // what its policy has matched
+
+	WireGuard *wireguard.State `json:"wireguardState,omitempty"`
 }
 
 // networks gives f the networks of the host.
@@ -52,6 +55,9 @@ func stateOf(h *smartvm.Host, c network.Config) networkState {
 		vms = append(vms, filepath.Base(dir))
 	}
 	state := networkState{Config: c, Up: len(vms) > 0, VMs: vms}
+	if via := network.Via(filepath.Join(h.RuntimeDir(), store.NetworkDir), c.Name); via != "" {
+		state.WireGuard, _ = wireguard.Status(via) // likewise
+	}
 	if state.Up {
 		state.Rules, _ = filter.Counts(c.Table(), "") // who may not look at tables sees the rest
 	}
@@ -129,6 +135,11 @@ func (s *Shell) createNetwork() *cobra.Command {
 					return s.Usage(&network.SubnetError{Subnet: text, Reason: "must be like 172.31.5.0/24 or fd00:5::/64"}, "")
 				}
 			}
+			if c.WireGuardConfig != "" {
+				if err := absolute(&c.WireGuardConfig); err != nil {
+					return s.Usage(err, "")
+				}
+			}
 			if policyFile != "" {
 				f, err := os.Open(policyFile)
 				if err != nil {
@@ -161,8 +172,24 @@ func (s *Shell) createNetwork() *cobra.Command {
 	f.IntVar(&c.MTU, "mtu", 0, "largest packet in `bytes` (1500)")
 	f.BoolVar(&isolate, "isolate", false, "keep its VMs from each other")
 	f.BoolVar(&c.Inside, "internal", false, "let nothing leave the network")
+	f.StringVar(&c.WireGuard, "wireguard", "", "`interface` of WireGuard's by which alone its VMs reach the outside")
+	f.StringVar(&c.WireGuardConfig, "wireguard-config", "", "the same, made of a `file` as wg-quick has it")
 	f.StringVar(&policyFile, "policy", "", "JSON `file` with what its VMs may reach at most")
 	return cmd
+}
+
+// absolute makes a configuration's path one that any process finds, and says what is wrong with it now rather than later.
+func absolute(path *string) (err error) {
+	f, err := os.Open(*path)
+	if err != nil {
+		return err
+	}
+	_, err = wireguard.Parse(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("%s: %w", *path, err)
+	}
+	*path, err = filepath.Abs(*path)
+	return err
 }
 
 func (s *Shell) removeNetworks() *cobra.Command {

@@ -1,0 +1,156 @@
+package network_test
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"push.rocks/smartvm/internal/testenv"
+	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/network"
+)
+
+// routing is what rules and routes there are.
+func routing(t *testing.T) (all []string) {
+	t.Helper()
+	rules, err := netlink.RuleList(netlink.FAMILY_ALL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range rules {
+		all = append(all, r.String())
+	}
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: 0x53}, netlink.RT_FILTER_PROTOCOL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range routes {
+		all = append(all, r.String())
+	}
+	return all
+}
+
+// Guests leave by the one interface, and when it is down or gone by none. A cable stands for the tunnel.
+func TestNetwork_Via(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
+	beyond := nettest.New(t)
+	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
+	beyond.Serve(":80", "beyond")
+	s.outside.Serve(":80", "world")
+	before := routing(t)
+	g := s.guest(0, nil)
+	// The tunnel knows no addresses of the link's own kind: its other end is asked for all.
+	tunnel, err := netlink.LinkByName("tunnel")
+	if err != nil {
+		t.Fatal(err)
+	}
+	beyond.Must(func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/proxy_arp", []byte("1"), 0) })
+	g.reaches(t, "tcp", world4+":80", "beyond from 10.7.0.1\n")
+	g.misses(t, "tcp", "["+world6+"]:80")
+	if got := nettest.Ask("tcp", world4+":80", 5e9); got != "world from "+uplink4+"\n" {
+		t.Errorf("the host's own way: got %q", got)
+	}
+	if err := netlink.LinkSetDown(tunnel); err != nil {
+		t.Fatal(err)
+	}
+	g.misses(t, "tcp", world4+":80")
+	if err := netlink.LinkSetUp(tunnel); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.use.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.filter.Apply(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	g.reaches(t, "tcp", world4+":80", "beyond from 10.7.0.1\n")
+	if err := netlink.LinkDel(tunnel); err != nil {
+		t.Fatal(err)
+	}
+	g.misses(t, "tcp", world4+":80")
+	s.remove(g)
+	s.remove(g)
+	if after := routing(t); !slices.Equal(before, after) {
+		t.Errorf("before %q, after %q", before, after)
+	}
+}
+
+// A real tunnel to a real peer.
+func TestLinuxWireGuard(t *testing.T) {
+	testenv.Require(t, testenv.LinuxGuest) // in the lab: this machine's own kernel may have none
+	if !nettest.Alone(t) {
+		return
+	}
+	keys := make([]wgtypes.Key, 2)
+	for i := range keys {
+		var err error
+		if keys[i], err = wgtypes.GeneratePrivateKey(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "wg.conf")
+	text := fmt.Sprintf("[Interface]\nPrivateKey = %s\nAddress = 10.7.0.2/24, fd07::2/64\n[Peer]\nPublicKey = %s\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = %s:51820\n",
+		keys[0], keys[1].PublicKey(), world4)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := newSite(t, func(c *network.Config) { c.WireGuardConfig = file })
+	s.outside.Serve(":80", "world")
+	s.outside.Must(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "wg0"
+		if err := netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: attrs}); err != nil {
+			return err
+		}
+		client, err := wgctrl.New()
+		if err != nil {
+			return err
+		}
+		port := 51820
+		all := []net.IPNet{{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, {IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}}
+		err = client.ConfigureDevice("wg0", wgtypes.Config{PrivateKey: &keys[1], ListenPort: &port, Peers: []wgtypes.PeerConfig{{PublicKey: keys[0].PublicKey(), AllowedIPs: all}}})
+		return errors.Join(err, client.Close(), nettest.Link{Name: "wg0", Addresses: prefixes("10.7.0.1/24", "fd07::1/64", "203.0.113.77/32")}.Configure())
+	})
+	before := routing(t)
+	g := s.guest(0, nil)
+	g.reaches(t, "tcp", "203.0.113.77:80", "world from 10.7.0.2\n")
+	g.reaches(t, "udp", "[fd07::1]:80", "world from fd07::2\n")
+	via := network.Via(s.dir, s.config.Name)
+	tunnel, err := netlink.LinkByName(via)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.LinkDel(tunnel); err != nil {
+		t.Fatal(err)
+	}
+	g.misses(t, "tcp", "203.0.113.9:80")
+	g.misses(t, "tcp", world4+":80")
+	if _, err := g.use.Check(t.Context()); err != nil { // made anew
+		t.Fatal(err)
+	}
+	if err := g.filter.Apply(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	g.reaches(t, "tcp", "203.0.113.77:80", "world from 10.7.0.2\n")
+	s.remove(g)
+	if after := routing(t); !slices.Equal(before, after) {
+		t.Errorf("before %q, after %q", before, after)
+	}
+}
+
+// The lab's kernel has WireGuard.
+func TestInLab(t *testing.T) {
+	testenv.Require(t, testenv.Lab)
+	testenv.RunInLab(t, "^TestLinux")
+}
