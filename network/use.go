@@ -302,31 +302,31 @@ func (u *Use) Check(ctx context.Context) (restored int, err error) {
 
 // repair counts first: if it does not come to its end, the guests look all the same.
 func (u *Use) repair(ctx context.Context, n *up) error {
-	var broken []journal.Effect
-	for _, e := range n.effects() {
+	counted := false
+	for _, e := range n.effects() { // one may be whole again only after those before it
 		there, err := e.(interface {
 			There(context.Context) (bool, error)
 		}).There(ctx)
 		if err != nil {
 			return err
 		}
-		if !there {
-			broken = append(broken, e)
+		if there {
+			continue
 		}
-	}
-	if broken == nil {
-		return nil
-	}
-	n.Restored++
-	if err := atomicfile.WriteJSON(u.path(upFile), n); err != nil {
-		return err
-	}
-	for _, e := range broken {
+		if !counted {
+			counted = true
+			n.Restored++
+			if err := atomicfile.WriteJSON(u.path(upFile), n); err != nil {
+				return err
+			}
+		}
 		if err := errors.Join(e.Revert(ctx), e.Apply(ctx)); err != nil {
 			return fmt.Errorf("restore network %s: %w", n.Network.Name, err)
 		}
 	}
-	sharedOf(ctx).log().Warn("restored what somebody had removed", "network", n.Network.Name)
+	if counted {
+		sharedOf(ctx).log().Warn("restored what somebody had removed", "network", n.Network.Name)
+	}
 	return nil
 }
 
