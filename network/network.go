@@ -98,6 +98,11 @@ func (c *Config) Validate() error {
 		for _, e := range c.Policy.Validate() {
 			errs = append(errs, fmt.Errorf("policy.%w", e))
 		}
+		for i, r := range c.Policy.Rules {
+			if r.Domain != "" {
+				errs = append(errs, fmt.Errorf("policy.rules[%d].domain: names are for the policies of VMs", i))
+			}
+		}
 	}
 	return errors.Join(errs...)
 }
