@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/leak"
 	"push.rocks/smartvm/internal/tinyguest"
+	"push.rocks/smartvm/network"
 )
 
 // The crash matrix: a process that makes, starts, stops and removes a VM is killed at each of its steps in turn; then
@@ -217,6 +218,9 @@ func (s *crashSite) clean(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	if _, err := h.Warm(t.Context(), network.DefaultName, 0); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestCrashMatrix(t *testing.T) {
@@ -363,7 +367,7 @@ func (x *crashMatrix) wantEmpty(when string, args ...any) {
 			x.t.Fatal(err)
 		}
 		for _, e := range entries {
-			if e.Name() != store.LeaseDir && e.Name() != store.NetworkDir {
+			if e.Name() != store.LeaseDir && e.Name() != store.NetworkDir && e.Name() != store.SlotDir {
 				x.clean(x.t)
 				x.t.Fatalf("%s: left behind: %s in %s", fmt.Sprintf(when, args...), e.Name(), dir)
 			}

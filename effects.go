@@ -23,6 +23,7 @@ var effects = journal.Kinds{
 	"cgroup":  func() journal.Effect { return new(cgroup.Group) },
 	"use":     func() journal.Effect { return new(network.Use) },
 	"tap":     func() journal.Effect { return new(network.Tap) },
+	"slot":    func() journal.Effect { return new(network.Slot) },
 	"guest":   func() journal.Effect { return new(network.Guest) },
 	"process": func() journal.Effect { return new(vmm.Process) },
 }

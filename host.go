@@ -257,7 +257,7 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal
 	if err != nil {
 		return nil, nil, err
 	}
-	if rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce}, &rec.Spec, networks); err != nil {
+	if rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: h.store}, &rec.Spec, networks); err != nil {
 		return nil, nil, err
 	}
 	if rec.Boot, err = h.bootImage(ctx, &rec.Spec); err != nil {

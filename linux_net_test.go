@@ -80,37 +80,51 @@ func TestLinuxNetwork(t *testing.T) {
 			s.Policy = &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "198.51.100.3"}}}
 		})
 	d := guest("d", "lan", ask+fmt.Sprintf("ask %s 80; ask %s 80; echo over", address(b), address(a)), nil)
+	// In a namespace of its own.
+	e := guest("e", "default", ask+"ip addr; ask 198.51.100.2 80; ask 198.51.100.3 80; ask 2001:db8::2 80; "+server, func(s *smartvm.Spec) {
+		s.NetworkInterfaces[0].Namespace = true
+		s.Ports = []smartvm.Port{{HostPort: 8081, GuestPort: 80}}
+		s.Policy = &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "198.51.100.3"}}}
+	})
+	awaitLog(t, e, "serving")
 	for m, want := range map[*smartvm.Machine][]string{
+		e: {"10.255.255.2/30", "198.51.100.2 80: world from 198.51.100.1", "198.51.100.3 80: \n", "2001:db8::2 80: world from 2001:db8::1"},
 		c: {
 			"198.51.100.2 80: world from 198.51.100.1", "198.51.100.3 80: \n", "2001:db8::2 80: world from 2001:db8::1",
 			address(a).String() + " 80: \n", address(b).String() + " 80: \n", address(c).String() + " c\n",
 		},
 		d: {address(b).String() + " 80: b\n", address(a).String() + " 80: \n"},
 	} {
-		awaitLog(t, m, "over")
+		if m != e {
+			awaitLog(t, m, "over")
+		}
 		log, err := os.ReadFile(m.ConsoleLog())
 		if err != nil {
 			t.Fatal(err)
 		}
 		wantText(t, strings.ReplaceAll(string(log), "\r", ""), want...)
 	}
-	for what, ask := range map[string]func() string{
-		"outside":  func() string { return world.Ask("tcp", "198.51.100.1:8080") },
-		"the host": func() string { return nettest.Ask("tcp", "127.0.0.1:8080", 10*time.Second) },
+	for what, published := range map[string]struct {
+		want string
+		ask  func() string
+	}{
+		"outside":               {"a\n", func() string { return world.Ask("tcp", "198.51.100.1:8080") }},
+		"the host":              {"a\n", func() string { return nettest.Ask("tcp", "127.0.0.1:8080", 10*time.Second) }},
+		"outside, in namespace": {"e\n", func() string { return world.Ask("tcp", "198.51.100.1:8081") }},
 	} {
 		var got string
 		// Between two askers the guest's server is not there for a moment.
 		for end := time.Now().Add(linuxPatience); got == "" && time.Now().Before(end); {
-			got = ask()
+			got = published.ask()
 		}
-		if got != "a\n" {
-			t.Errorf("a's published port from %s: got %q", what, got)
+		if got != published.want {
+			t.Errorf("a published port from %s: got %q, want %q", what, got, published.want)
 		}
 	}
 	if err := h.StopAll(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
 		t.Error(err)
 	}
-	if err := errors.Join(a.Remove(t.Context()), b.Remove(t.Context()), c.Remove(t.Context()), d.Remove(t.Context())); err != nil {
+	if err := errors.Join(a.Remove(t.Context()), b.Remove(t.Context()), c.Remove(t.Context()), d.Remove(t.Context()), e.Remove(t.Context())); err != nil {
 		t.Error(err)
 	}
 }

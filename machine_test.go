@@ -76,7 +76,7 @@ func newSite(t *testing.T, launcher smartvm.Launcher) *site {
 	if launcher == smartvm.LaunchJailed {
 		s.options.JailerBinary = testenv.Jailer(t)
 	}
-	for _, d := range []string{"runtime", "runtime/.leases", "runtime/.networks", "data", "data/staging"} {
+	for _, d := range []string{"runtime", "runtime/.leases", "runtime/.networks", "runtime/.slots", "data", "data/staging"} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
 			t.Fatal(err)
 		}

@@ -593,12 +593,12 @@ func TestProcesses_RunnerDiesAtRandom(t *testing.T) {
 				if all, err := h.Machines(t.Context()); err != nil || len(all) > 0 {
 					t.Fatalf("after %d: %d VMs are left, %v", i, len(all), err)
 				}
-				for _, dir := range []string{"runtime", "runtime/.leases", "runtime/.networks", "data/staging"} {
+				for _, dir := range []string{"runtime", "runtime/.leases", "runtime/.networks", "runtime/.slots", "data/staging"} {
 					entries, err := os.ReadDir(s.path(dir))
 					if err != nil {
 						t.Fatal(err)
 					}
-					if entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return e.Name() == ".leases" || e.Name() == ".networks" }); len(entries) > 0 {
+					if entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return slices.Contains([]string{".leases", ".networks", ".slots"}, e.Name()) }); len(entries) > 0 {
 						t.Fatalf("after %d: left in %s: %v", i, dir, entries)
 					}
 				}

@@ -2,9 +2,11 @@ package smartvm
 
 import (
 	"context"
+	"fmt"
 	"path/filepath"
 	"time"
 
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 )
@@ -17,6 +19,40 @@ func (h *Host) Networks() (*network.Store, error) {
 	}
 	d.Policy = h.opts.Firewall
 	return &network.Store{Dir: filepath.Join(h.opts.DataDir, store.NetworksDir), Default: d}, nil
+}
+
+// Warm makes or removes warm slots of a network, until it has n of them: namespaces that VMs of NetworkInterface.Namespace need
+// not wait for. Slots that VMs have stay. Returns network.ErrNotFound, network.ErrExhausted.
+func (h *Host) Warm(ctx context.Context, network string, n int) (Slots, error) {
+	p, err := h.pool(network)
+	if err != nil {
+		return Slots{}, err
+	}
+	if n < 0 || n > attach.MaxSlots {
+		return Slots{}, fmt.Errorf("warm network %s: %d slots: must be from 0 to %d", network, n, attach.MaxSlots)
+	}
+	return p.Resize(h.networks(ctx), n)
+}
+
+// Slots counts the warm slots of a network. Returns network.ErrNotFound.
+func (h *Host) Slots(network string) (Slots, error) {
+	p, err := h.pool(network)
+	if err != nil {
+		return Slots{}, err
+	}
+	return p.Count(), nil
+}
+
+// Slots says how many warm slots there are, and how many no VM has.
+type Slots = attach.Slots
+
+func (h *Host) pool(name string) (*attach.Pool, error) {
+	all, err := h.Networks()
+	if err != nil {
+		return nil, err
+	}
+	config, err := all.Get(name)
+	return &attach.Pool{Store: h.store, Network: config, Trace: h.opts.trace}, err
 }
 
 // networks is the context of effects: what they share in this process.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -21,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/internal/tinyguest"
@@ -29,6 +31,7 @@ import (
 
 func init() {
 	children["crash-net"] = func(args []string) int { return crashChild(args, crashNet) }
+	children["crash-netns"] = func(args []string) int { return crashChild(args, crashNamespace) }
 	children["many-addresses"] = manyAddresses
 }
 
@@ -47,15 +50,171 @@ func crashNet(ctx context.Context, site *crashSite) error {
 	return crashLife(ctx, site)
 }
 
-// The crash matrix of a VM on a network, in one of the test's own.
-func TestCrashMatrix_Network(t *testing.T) {
+// crashNamespace is the life of a VM in a namespace, and of the pool that it has it from.
+func crashNamespace(ctx context.Context, site *crashSite) error {
+	warm := func(n int) error {
+		h, err := smartvm.Open(site.options)
+		if err != nil {
+			return err
+		}
+		_, err = h.Warm(ctx, network.DefaultName, n)
+		return errors.Join(err, h.Close())
+	}
+	site.spec = netSpec(site.spec, 1)
+	site.spec.NetworkInterfaces[0].Namespace = true
+	if err := warm(1); err != nil {
+		return err
+	}
+	return errors.Join(crashLife(ctx, site), warm(0))
+}
+
+// The crash matrix of VMs on a network, in one of the test's own.
+func TestCrashMatrix_Network(t *testing.T)   { crashNetwork(t, "crash-net") }
+func TestCrashMatrix_Namespace(t *testing.T) { crashNetwork(t, "crash-netns") }
+
+func crashNetwork(t *testing.T, life string) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
 		return
 	}
-	x := newCrashMatrix(t, testenv.PlainBinary(t), smartvm.LaunchJailed, "crash-net", tinyguest.Idle)
+	x := newCrashMatrix(t, testenv.PlainBinary(t), smartvm.LaunchJailed, life, tinyguest.Idle)
 	x.again()
 	t.Logf("%d steps of a life, %d recoveries", x.steps, x.recoveries)
+}
+
+// A VM in a namespace takes a warm slot, or gets one of its own, and has the same address in it.
+func TestNetwork_Namespace(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		t.Run(string(launcher), func(t *testing.T) {
+			s := newSite(t, launcher)
+			h := s.open()
+			if slots, err := h.Warm(t.Context(), "default", 1); err != nil || slots != (smartvm.Slots{All: 1, Free: 1}) {
+				t.Fatalf("%+v, %v", slots, err)
+			}
+			var all []*smartvm.Machine
+			for i, want := range []string{"172.30.0.2", "172.30.0.3"} {
+				spec := netSpec(s.spec("idle"), 1)
+				spec.NetworkInterfaces[0].Namespace = true
+				m, err := h.Create(t.Context(), spec)
+				if err != nil {
+					t.Fatal(err)
+				}
+				all = append(all, m)
+				if err := m.Start(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				in, err := m.Inspect(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if n := in.Interfaces[0]; n.IP4.String() != want || n.Warm != (i == 0) {
+					t.Errorf("VM %d has %+v, want %s", i, n, want)
+				}
+				if !strings.Contains(in.Spec.BootSource.BootArgs, " ip=10.255.255.2::10.255.255.1:255.255.255.252:") {
+					t.Errorf("boot arguments %q", in.Spec.BootSource.BootArgs)
+				}
+				own, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", in.PIDs[0]))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if ours, err := os.Readlink("/proc/self/ns/net"); err != nil || own == ours {
+					t.Errorf("the VMM is in the network %s, as this test: %v", own, err)
+				}
+			}
+			if slots, err := h.Warm(t.Context(), "default", 0); err != nil || slots != (smartvm.Slots{All: 1}) {
+				t.Errorf("one is in use: %+v, %v", slots, err)
+			}
+			if err := h.StopAll(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
+				t.Error(err)
+			}
+			if err := errors.Join(all[0].Remove(t.Context()), all[1].Remove(t.Context())); err != nil {
+				t.Error(err)
+			}
+			if slots, err := h.Slots("default"); err != nil || slots != (smartvm.Slots{All: 1, Free: 1}) {
+				t.Errorf("after the VM: %+v, %v", slots, err)
+			}
+			if slots, err := h.Warm(t.Context(), "default", 0); err != nil || slots != (smartvm.Slots{}) {
+				t.Errorf("%+v, %v", slots, err)
+			}
+			wantNoNetwork(t)
+		})
+	}
+}
+
+// VMs that come and go in any order leave nothing.
+func TestNetwork_RandomLives(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchJailed)
+	h := s.open()
+	if _, err := h.Warm(t.Context(), "default", 2); err != nil {
+		t.Fatal(err)
+	}
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	var all []*smartvm.Machine
+	forget := func(i int) {
+		if err := all[i].Remove(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		all = slices.Delete(all, i, i+1)
+	}
+	for range 200 {
+		if len(all) < 2 || random.IntN(3) == 0 && len(all) < 12 {
+			spec := netSpec(s.spec("idle"), 1)
+			spec.NetworkInterfaces[0].Namespace = random.IntN(2) == 0
+			m, err := h.Create(t.Context(), spec)
+			if err == nil {
+				err = m.Start(t.Context())
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, m)
+			continue
+		}
+		i := random.IntN(len(all))
+		in, err := all[i].Inspect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case in.State != smartvm.Running:
+			forget(i)
+		case random.IntN(2) == 0:
+			if err := unix.Kill(in.PIDs[0], unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := all[i].Wait(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		default:
+			if _, err := all[i].Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			forget(i)
+		}
+	}
+	if err := h.StopAll(t.Context(), smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	for len(all) > 0 {
+		forget(0)
+	}
+	if slots, err := h.Warm(t.Context(), "default", 0); err != nil || slots.All > 0 {
+		t.Errorf("%+v, %v", slots, err)
+	}
+	wantNoNetwork(t)
+	if left, err := os.ReadDir(filepath.Join(h.RuntimeDir(), store.LeaseDir)); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
 }
 
 // A VM's interface comes with its start and goes with its end; its address stays the VM's.

@@ -144,6 +144,9 @@ func makePlan(s *Spec, p *proposal) *plan {
 	if p.cgroup != "" {
 		pl.Run = append(pl.Run, &cgroup.Group{Path: p.cgroup})
 	}
+	if len(p.interfaces) > 0 {
+		pl.config.NetNS = p.interfaces[0].File
+	}
 	pl.config.Log = vmm.LogOptions{}
 	if l := s.Logger; l != nil {
 		pl.config.Log = vmm.LogOptions{Level: l.Level, ShowLevel: l.ShowLevel, ShowOrigin: l.ShowLogOrigin}

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
@@ -52,6 +53,7 @@ func (h *Host) recover(ctx context.Context, adopt bool) (*Report, error) {
 			errs = append(errs, fmt.Errorf("recover VM %s: %w", id, err))
 		}
 	}
+	errs = append(errs, attach.SweepPools(h.networks(ctx), h.store, h.opts.trace))
 	return report, errors.Join(append(errs, network.Sweep(h.networks(ctx), filepath.Join(h.RuntimeDir(), store.NetworkDir)))...)
 }
 

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
@@ -23,9 +24,14 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
+	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/spec"
 )
 
 // networkVerb runs the measurements of networks, in a network of the process's own.
@@ -98,6 +104,9 @@ func measureNetworks(args []string) error {
 		return err
 	}
 	if err := s.teardown(); err != nil {
+		return err
+	}
+	if err := s.warm(rounds / 3); err != nil {
 		return err
 	}
 	return s.throughput()
@@ -304,6 +313,53 @@ func (s *networkSite) roundTrips(name string) error {
 		}
 	}
 	return nil
+}
+
+// warm measures what a VM waits for that takes a warm slot: its lease, its part in the network, the slot, its rules.
+func (s *networkSite) warm(rounds int) error {
+	st, err := store.Open(filepath.Join(s.dir, "runtime"))
+	if err != nil {
+		return err
+	}
+	c := s.config
+	c.Name, c.Bridge, c.Subnet = "warm", "svwarm", netip.MustParsePrefix("172.30.1.0/24")
+	c.Subnet6 = network.LocalSubnet(c.Bridge)
+	pool := &attach.Pool{Store: st, Network: c}
+	if _, err := pool.Resize(s.ctx, 8); err != nil {
+		return err
+	}
+	do := func(ctx context.Context, e journal.Effect) error { return e.Apply(ctx) }
+	for n := range rounds {
+		vm := attach.VM{ID: "vm" + strconv.Itoa(n), Nonce: "n", Store: st}
+		spec := &spec.Spec{Policy: &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "10.0.0.0/8"}}}}
+		all := []attach.Interface{{ID: "eth0", Network: c, File: "none yet"}}
+		begun := time.Now()
+		if err := attach.Address(s.ctx, vm, all, do); err != nil {
+			return err
+		}
+		effects := attach.Effects(vm, all, spec)
+		for _, e := range effects {
+			if err := e.Apply(s.ctx); err != nil {
+				return err
+			}
+		}
+		if err := tellTime("warm-slot", time.Since(begun)); err != nil {
+			return err
+		}
+		if !all[0].Warm {
+			return errors.New("no slot was warm")
+		}
+		for _, e := range slices.Backward(effects) {
+			if err := e.Revert(s.ctx); err != nil {
+				return err
+			}
+		}
+		if err := st.Lease("slot", c.Name+"/"+filepath.Base(filepath.Dir(all[0].File)), vm.ID).Revert(s.ctx); err != nil {
+			return err
+		}
+	}
+	_, err = pool.Resize(s.ctx, 0)
+	return err
 }
 
 // teardown removes one guest, and a hundred at once.

@@ -139,6 +139,7 @@ func (r *report) ratios() {
 		{Name: "20-vms-of-image-percent", Value: r.p50("20-vms-of-image"), Op: "<=", Bar: 1},
 		{Name: "oci-rate/tar", Value: r.p50("pull/tar"), Op: ">=", Bar: 1},
 		{Name: "oci-memory-mib", Value: r.p95("pull-memory"), Op: "<=", Bar: 100},
+		{Name: "warm-slot-ms", Value: r.p50("warm-slot"), Op: "<=", Bar: 1},
 		{Name: "cold-tap-ms", Value: r.p50("cold-tap-1"), Op: "<=", Bar: 2},
 		{Name: "cold-tap-500/1", Value: r.p50("cold-tap-500") / r.p50("cold-tap-1"), Op: "<=", Bar: 1.2},
 		{Name: "rules-500/1", Value: r.p50("round-trip-500") / r.p50("round-trip-1"), Op: "<=", Bar: 1.2},

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/nftables"
@@ -28,6 +30,7 @@ func kinds() journal.Kinds {
 	all := network.Kinds()
 	all["use"] = func() journal.Effect { return new(network.Use) }
 	all["tap"] = func() journal.Effect { return new(network.Tap) }
+	all["slot"] = func() journal.Effect { return new(network.Slot) }
 	all["guest"] = func() journal.Effect { return new(network.Guest) }
 	return all
 }
@@ -83,6 +86,17 @@ var effectCases = map[string]effectCase{
 		prepare:  func(t *testing.T) { addBridge(t, "br") },
 		foreign:  func(t *testing.T) { addBridge(t, "svtap") },
 	},
+	"slot": {
+		describe: func(dir string) journal.Effect {
+			return &network.Slot{
+				Name: "svslot", File: filepath.Join(dir, "netns"), Bridge: "br", MAC: "02:00:00:00:00:02", MTU: 1400,
+				IP4: netip.MustParsePrefix("172.30.0.2/24"), IP6: netip.MustParsePrefix("fd00::2/64"),
+				Gateway: []netip.Addr{netip.MustParseAddr("172.30.0.1"), netip.MustParseAddr("fd00::1")},
+			}
+		},
+		prepare: func(t *testing.T) { addBridge(t, "br") },
+		foreign: func(t *testing.T) { addBridge(t, "svslot") },
+	},
 	"guest": {
 		describe: func(string) journal.Effect {
 			c, _ := network.NewDefault("", "")
@@ -133,7 +147,7 @@ func world(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := append(hosts(t), routing(t)...)
+	all := append(append(hosts(t), routing(t)...), cables(t)...)
 	families, err := conn.ListTables()
 	if err != nil {
 		t.Fatal(err)
@@ -159,6 +173,30 @@ func world(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return string(text)
+}
+
+// cables are the ends of cables, and the files of namespaces.
+func cables(t *testing.T) (all []string) {
+	t.Helper()
+	links, err := netlink.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if l.Type() == "veth" {
+			all = append(all, "cable "+l.Attrs().Name)
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if f := strings.Fields(line); strings.Contains(line, " - nsfs ") {
+			all = append(all, "namespace "+f[4])
+		}
+	}
+	return all
 }
 
 func reread(t *testing.T, kind string, e journal.Effect) journal.Effect {

@@ -56,18 +56,8 @@ func (b *Bridge) Apply(context.Context) error {
 	if err := writeInterface(b.Name, "ipv4", "route_localnet", "1"); err != nil {
 		return err
 	}
-	for _, p := range b.Addresses {
-		a := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
-		if p.Addr().Is6() {
-			a.Flags = unix.IFA_F_NODAD
-		}
-		err := netlink.AddrAdd(link, a)
-		if err != nil && p.Addr().Is6() && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES)) {
-			continue // IPv6 is switched off: guests have it among themselves alone
-		}
-		if err != nil {
-			return fmt.Errorf("give bridge %s its address %s: %w", b.Name, p, err)
-		}
+	if err := addAddresses(link, b.Addresses); err != nil {
+		return fmt.Errorf("give bridge %s its %w", b.Name, err)
 	}
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("set bridge %s up: %w", b.Name, err)
@@ -207,16 +197,23 @@ func (t *Tap) create() error {
 	} else if err != nil {
 		return err
 	}
-	for _, set := range []struct {
+	set := []struct {
 		request uint
 		value   int
-	}{{unix.TUNSETOWNER, t.UID}, {unix.TUNSETGROUP, t.UID}, {unix.TUNSETPERSIST, 1}} {
-		if err := unix.IoctlSetInt(fd, set.request, set.value); err != nil {
+	}{{unix.TUNSETOWNER, t.UID}, {unix.TUNSETGROUP, t.UID}, {unix.TUNSETPERSIST, 1}}
+	if t.UID == anybody {
+		set = set[2:]
+	}
+	for _, s := range set {
+		if err := unix.IoctlSetInt(fd, s.request, s.value); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// anybody who is in its namespace may open a tap.
+const anybody = -1
 
 // Revert removes the tap.
 func (t *Tap) Revert(ctx context.Context) error {

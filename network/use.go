@@ -78,7 +78,7 @@ func (u *Use) path(names ...string) string {
 // Apply brings the network up, if it is not, and says that the VM uses it. Returns ErrTaken where a bridge or tables of its
 // name are somebody else's, *OverlapError, filter.ErrTooOld.
 func (u *Use) Apply(ctx context.Context) error {
-	unlock, err := lock(u.Dir)
+	unlock, err := Lock(u.Dir)
 	if err != nil {
 		return err
 	}
@@ -103,7 +103,7 @@ func (u *Use) bringUp(ctx context.Context) error {
 	}
 	if was != nil && !same(was.Network, u.Network) {
 		if users := u.users(); len(users) > 0 {
-			return hint.Add(fmt.Errorf("it is up with other settings, and %d VMs use it", len(users)), "stop them first, or use another network")
+			return hint.Add(fmt.Errorf("it is up with other settings, and %d VMs or warm slots use it", len(users)), "stop them first, or use another network")
 		}
 		was = nil
 	}
@@ -201,7 +201,7 @@ func (u *Use) Revert(ctx context.Context) error {
 	if _, err := os.Lstat(u.Dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	unlock, err := lock(u.Dir)
+	unlock, err := Lock(u.Dir)
 	if err != nil {
 		return err
 	}
@@ -287,7 +287,7 @@ func (u *Use) users() (vms []string) {
 // Check makes the network whole again where somebody has flushed its rules or removed its bridge, and returns how often that
 // was done: when it is more than before, guests add their part again.
 func (u *Use) Check(ctx context.Context) (restored int, err error) {
-	unlock, err := lock(u.Dir)
+	unlock, err := Lock(u.Dir)
 	if err != nil {
 		return 0, err
 	}
@@ -335,7 +335,7 @@ func Sweep(ctx context.Context, dir string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	unlock, err := lock(dir)
+	unlock, err := Lock(dir)
 	if err != nil {
 		return err
 	}
@@ -364,20 +364,20 @@ func Via(dir, network string) string {
 	return now.Network.via(now.Owner)
 }
 
-// Users lists the directories of the VMs that use a network.
+// Users lists the directories of the VMs that use a network. Users whose names begin with a dot are none.
 func Users(dir, network string) (vmDirs []string) {
 	u := Use{Dir: dir, Network: Config{Name: network}}
 	entries, _ := os.ReadDir(u.path(usersDir))
 	for _, e := range entries {
-		if vm, err := os.Readlink(u.path(usersDir, e.Name())); err == nil && !slices.Contains(vmDirs, vm) {
+		if vm, err := os.Readlink(u.path(usersDir, e.Name())); err == nil && e.Name()[0] != '.' && !slices.Contains(vmDirs, vm) {
 			vmDirs = append(vmDirs, vm)
 		}
 	}
 	return vmDirs
 }
 
-// lock keeps other processes and goroutines from the networks of a directory, until unlock.
-func lock(dir string) (unlock func(), err error) {
+// Lock keeps other processes and goroutines from the networks of a directory, made if need be, until unlock.
+func Lock(dir string) (unlock func(), err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("lock networks: %w", err)
 	}

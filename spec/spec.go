@@ -128,8 +128,11 @@ type Drive struct {
 type NetworkInterface struct {
 	IfaceID string `json:"ifaceId"` // [A-Za-z0-9_]
 	// HostDevName is an existing TAP, at most 15 bytes. Empty: one is made, and the interface gets an address of Network.
-	HostDevName   string       `json:"hostDevName,omitempty"`
-	Network       string       `json:"network,omitempty"` // empty: DefaultNetwork. Ours
+	HostDevName string `json:"hostDevName,omitempty"`
+	Network     string `json:"network,omitempty"` // empty: DefaultNetwork. Ours
+	// Namespace says that the VM has a network namespace of its own, joined to Network: in it the guest has always the same
+	// addresses. Such an interface is a VM's only one. Ours
+	Namespace     bool         `json:"namespace,omitempty"`
 	GuestMAC      string       `json:"guestMac,omitempty"`
 	MTU           int          `json:"mtu,omitempty"` // 68-65535, Firecracker ≥ 1.16. Ours
 	RxRateLimiter *RateLimiter `json:"rxRateLimiter,omitempty"`

@@ -191,6 +191,10 @@ func (s Spec) checkNetwork(p *problems) {
 		at := fmt.Sprintf("networkInterfaces[%d].", i)
 		p.deviceID(at+"ifaceId", n.IfaceID, ids)
 		p.require(n.HostDevName == "" || n.Network == "", at+"network", n.Network, "must not be there beside hostDevName")
+		if n.Namespace {
+			p.require(n.HostDevName == "" && n.GuestMAC == "" && len(s.NetworkInterfaces) == 1, at+"namespace", true,
+				"must not be there beside hostDevName, guestMac or another interface")
+		}
 		if n.HostDevName != "" {
 			// The kernel would take "%d" in a name for a template.
 			p.require(len(n.HostDevName) <= 15 && printable(n.HostDevName, "!") && !strings.ContainsAny(n.HostDevName, "/:%") &&

@@ -40,6 +40,10 @@ type Interface struct {
 	MTU     int            `json:"mtu,omitempty"`
 	IP4     netip.Addr     `json:"ip4,omitzero"` // zero: not chosen yet
 	IP6     netip.Addr     `json:"ip6,omitzero"`
+	// File is that of the VM's own namespace. Then Tap, MAC, IP4 and IP6 are those of the namespace, as the network sees it; the
+	// guest's are network.InnerMAC and InnerGuest.
+	File string `json:"namespace,omitempty"`
+	Warm bool   `json:"warm,omitempty"` // the namespace is a pool's
 }
 
 // Resolve decides what is behind the interfaces of s that name no tap, and says so there. They have no addresses yet. Returns
@@ -60,7 +64,12 @@ func Resolve(vm VM, s *spec.Spec, networks *network.Store) (all []Interface, err
 		}
 		n.HostDevName = network.TapName(config.Bridge, vm.ID, vm.Nonce, n.IfaceID)
 		n.GuestMAC = strings.ToLower(cmp.Or(n.GuestMAC, network.MAC(vm.ID, n.IfaceID).String()))
-		all = append(all, Interface{ID: n.IfaceID, Network: config, Tap: n.HostDevName, MAC: n.GuestMAC, MTU: config.MTU})
+		i := Interface{ID: n.IfaceID, Network: config, Tap: n.HostDevName, MAC: n.GuestMAC, MTU: config.MTU}
+		if n.Namespace {
+			i.File = filepath.Join(vm.Store.Dir(vm.ID), store.NetNSFile)
+			n.HostDevName, n.GuestMAC = network.InnerTap, network.InnerMAC
+		}
+		all = append(all, i)
 	}
 	return all, errors.Join(errs...)
 }
@@ -74,6 +83,17 @@ type Do func(context.Context, journal.Effect) error
 // Address leases addresses for interfaces. Returns network.ErrExhausted.
 func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 	for i := range all {
+		if all[i].File != "" {
+			slot, err := (&Pool{Store: vm.Store, Network: all[i].Network}).take(ctx, vm.ID, do)
+			if err != nil {
+				return err
+			}
+			if slot != nil {
+				all[i].Tap, all[i].MAC, all[i].IP4, all[i].IP6 = slot.Name, slot.MAC, slot.IP4.Addr(), slot.IP6.Addr()
+				all[i].File, all[i].Warm = slot.File, true
+				continue
+			}
+		}
 		// Two of a MAC on one bridge would get each other's frames.
 		if err := do(ctx, vm.Store.Lease("mac", all[i].Network.Name+"/"+all[i].MAC, vm.ID)); err != nil {
 			return err
@@ -142,34 +162,50 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 			}
 			g.Ports = ports
 		}
+		var link journal.Effect = &network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU, Mutual: i.Network.Mutual}
+		if i.File != "" {
+			link = i.slot()
+		}
 		effects = append(effects,
 			&network.Use{Dir: filepath.Join(vm.Store.Path(), store.NetworkDir), Network: i.Network, VM: vm.ID + "-" + vm.Nonce + "-" + i.ID, VMDir: vm.Store.Dir(vm.ID)},
-			&network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU, Mutual: i.Network.Mutual},
-			g)
+			link, g)
 	}
 	return effects
 }
 
 // bootArgs configure an interface for a kernel that does so itself (CONFIG_IP_PNP).
 func bootArgs(i Interface, hostname string) string {
-	gateway, _ := i.Network.Gateway()
-	mask := net.IP(net.CIDRMask(i.Network.Subnet.Bits(), 32))
-	return fmt.Sprintf("ip=%s::%s:%s:%s:eth0:off", i.IP4, gateway, mask, hostname)
+	at, gateways := i.inside()
+	mask := net.IP(net.CIDRMask(at[0].Bits(), 32))
+	return fmt.Sprintf("ip=%s::%s:%s:%s:eth0:off", at[0].Addr(), gateways[0], mask, hostname)
+}
+
+// inside returns the addresses that the guest itself has, and its gateways.
+func (i *Interface) inside() (at []netip.Prefix, gateways []netip.Addr) {
+	gateway4, gateway6 := i.Network.Gateway()
+	at, gateways = []netip.Prefix{netip.PrefixFrom(i.IP4, i.Network.Subnet.Bits())}, []netip.Addr{gateway4}
+	if i.File != "" {
+		at, gateways = network.InnerGuest[:1], network.InnerGateways[:1]
+	}
+	if i.IP6.IsValid() {
+		inner := netip.PrefixFrom(i.IP6, 64)
+		if i.File != "" {
+			inner, gateway6 = network.InnerGuest[1], network.InnerGateways[1]
+		}
+		at, gateways = append(slices.Clip(at), inner), append(slices.Clip(gateways), gateway6)
+	}
+	return at, gateways
 }
 
 func guestInterfaces(all []Interface) (interfaces []agentproto.Interface) {
 	for n, i := range all {
-		g := agentproto.Interface{MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU}
-		g.Addresses = append(g.Addresses, netip.PrefixFrom(i.IP4, i.Network.Subnet.Bits()))
-		gateway4, gateway6 := i.Network.Gateway()
-		if i.IP6.IsValid() {
-			g.Addresses = append(g.Addresses, netip.PrefixFrom(i.IP6, 64))
+		at, gateways := i.inside()
+		g := agentproto.Interface{MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU, Addresses: at}
+		if i.File != "" {
+			g.MAC = network.InnerMAC
 		}
 		if n == 0 && !i.Network.Inside {
-			g.Gateways = append(g.Gateways, gateway4)
-			if gateway6.IsValid() {
-				g.Gateways = append(g.Gateways, gateway6)
-			}
+			g.Gateways = gateways
 		}
 		interfaces = append(interfaces, g)
 	}
@@ -214,6 +250,10 @@ func Heal(ctx context.Context, effects []journal.Effect, restored map[string]int
 		case *network.Use:
 			now, err = e.Check(ctx)
 		case *network.Tap:
+			if now > restored[e.Name] {
+				err = e.Join()
+			}
+		case *network.Slot:
 			if now > restored[e.Name] {
 				err = e.Join()
 			}

@@ -1,8 +1,7 @@
 package attach
 
 import (
-	"github.com/vishvananda/netlink"
-
+	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 )
 
@@ -18,8 +17,12 @@ type State struct {
 func States(all []Interface) (states []State) {
 	for _, i := range all {
 		s := State{Interface: i}
-		if link, err := netlink.LinkByName(i.Tap); err == nil && link.Attrs().Statistics != nil {
-			s.SentBytes, s.ReceivedBytes = link.Attrs().Statistics.RxBytes, link.Attrs().Statistics.TxBytes
+		warm := ""
+		if i.Warm {
+			warm = i.File
+		}
+		if sent, received, err := network.Traffic(i.Tap, warm); err == nil {
+			s.SentBytes, s.ReceivedBytes = sent, received
 			// Who may not look at tables sees the rest.
 			s.Rules, _ = filter.Counts(i.Network.Table(), i.Tap)
 		}

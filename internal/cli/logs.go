@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -74,7 +73,7 @@ func (a *app) show(ctx context.Context, m *smartvm.Machine, path string, lines i
 	if err != nil {
 		return err
 	}
-	if _, err := a.Stdout.Write(lastLines(backlog, lines)); err != nil {
+	if _, err := a.Stdout.Write(logfile.LastLines(backlog, lines)); err != nil {
 		return fmt.Errorf("show log: %w", err)
 	}
 	if !follow {
@@ -84,22 +83,4 @@ func (a *app) show(ctx context.Context, m *smartvm.Machine, path string, lines i
 		return fmt.Errorf("show log: %w", err)
 	}
 	return waitErr
-}
-
-// lastLines cuts text to its last n lines; a negative n leaves it whole.
-func lastLines(text []byte, n int) []byte {
-	if n < 0 {
-		return text
-	}
-	end := len(bytes.TrimSuffix(text, []byte("\n")))
-	for range n {
-		end = bytes.LastIndexByte(text[:end], '\n')
-		if end < 0 {
-			return text
-		}
-	}
-	if n == 0 {
-		return nil
-	}
-	return text[end+1:]
 }

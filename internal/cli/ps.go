@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"text/tabwriter"
@@ -30,7 +31,10 @@ type listed struct {
 	Labels     map[string]string `json:"labels,omitempty"`
 	Created    time.Time         `json:"created"`
 	Started    time.Time         `json:"started,omitzero"` // while it runs
-	Exit       *smartvm.Exit     `json:"exit,omitempty"`   // of its last run
+	Addresses  []netip.Addr      `json:"addresses,omitempty"`
+	Received   uint64            `json:"receivedBytes"` // by the guest, since its start
+	Sent       uint64            `json:"sentBytes"`
+	Exit       *smartvm.Exit     `json:"exit,omitempty"` // of its last run
 }
 
 func newPS(a *app) *cobra.Command {
@@ -41,8 +45,8 @@ func newPS(a *app) *cobra.Command {
 		Short:   "List VMs",
 		Long: "List the VMs that run.\n\n" +
 			"The fields of -o json: id, name, state, supervised (a process looks after it),\n" +
-			"vcpuCount, memSizeMib, labels, created, started, exit (outcome, code, signal,\n" +
-			"started, ended, error).",
+			"vcpuCount, memSizeMib, labels, created, started, addresses, receivedBytes and\n" +
+			"sentBytes (by the guest), exit (outcome, code, signal, started, ended, error).",
 		Args: takes(0, 0, "flags only"),
 		RunE: c.run,
 	}
@@ -101,10 +105,17 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 			}
 			supervised, err := m.Supervised()
 			errs[i] = err
-			list[i] = &listed{
-				entryOf(m), in.State, supervised, in.Spec.MachineConfig.VCPUCount, in.Spec.MachineConfig.MemSizeMiB,
-				in.Spec.Labels, in.Created, in.Started, in.Exit,
+			l := &listed{
+				entry: entryOf(m), State: in.State, Supervised: supervised, VCPUs: in.Spec.MachineConfig.VCPUCount,
+				MemoryMiB: in.Spec.MachineConfig.MemSizeMiB, Labels: in.Spec.Labels, Created: in.Created, Started: in.Started, Exit: in.Exit,
 			}
+			for _, i := range in.Interfaces {
+				if i.IP4.IsValid() {
+					l.Addresses = append(l.Addresses, i.IP4)
+				}
+				l.Received, l.Sent = l.Received+i.ReceivedBytes, l.Sent+i.SentBytes
+			}
+			list[i] = l
 		})
 	}
 	wg.Wait()
@@ -115,15 +126,20 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 }
 
 func (c *psCommand) table(list []*listed) error {
-	w := tabwriter.NewWriter(c.Stdout, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(w, "ID\tNAME\tCPUS\tMEMORY\tCREATED\tSTATUS")
+	w := tabwriter.NewWriter(c.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "ID\tNAME\tCPUS\tMEMORY\tADDRESS\tNET IN/OUT\tSTATUS")
 	alone := 0
 	for _, l := range list {
 		if l.State == smartvm.Running && !l.Supervised {
 			alone++
 		}
-		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s ago\t%s\n",
-			l.ID, l.Name, l.VCPUs, human.Size(int64(l.MemoryMiB)<<20), human.Ago(time.Since(l.Created)), l.status())
+		address, traffic := "", ""
+		if len(l.Addresses) > 0 {
+			address = l.Addresses[0].String()
+			traffic = human.Size(int64(l.Received)) + "/" + human.Size(int64(l.Sent))
+		}
+		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%s\n",
+			l.ID, l.Name, l.VCPUs, human.Size(int64(l.MemoryMiB)<<20), address, traffic, l.status())
 	}
 	if err := w.Flush(); err != nil {
 		return err

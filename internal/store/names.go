@@ -8,6 +8,9 @@ const (
 	// NetworkDir holds the networks that are up: see package network.
 	NetworkDir = ".networks"
 
+	// SlotDir holds warm slots, a directory a network, in it one a slot.
+	SlotDir = ".slots"
+
 	// In a VM's directory, <runtime>/<id>/:
 
 	LockFile      = "lock"            // flock: held by the process that looks after the VM
@@ -22,6 +25,7 @@ const (
 	RotatedSuffix = ".1"              // added to a log's name: its older half
 	GuestFile     = "guest"           // what the first program of an image's guest is told
 	DriveDir      = "drives"          // staged copies, by device id
+	NetNSFile     = "netns"           // the network namespace of a VM that has one, or of a slot
 	RunDir        = "run"             // what one run makes
 
 	// In RunDir:

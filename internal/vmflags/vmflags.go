@@ -2,6 +2,7 @@
 package vmflags
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -62,7 +63,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringVar(&s.name, "name", "", "a second `handle` for the VM")
 	f.StringVar(&s.id, "id", "", "the VM's `id`; without it one is drawn")
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
-	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, tap:DEV or none, [,id=NAME][,mac=ADDRESS]; may be repeated")
+	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, netns[:NAME] for a namespace of its own, tap:DEV or none, [,id=NAME][,mac=ADDRESS][,rx=RATE][,tx=RATE]; may be repeated")
 	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`; may be repeated")
 	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [tcp:|udp:|icmp:]ADDRESS|CIDR|NAME|*[:PORTS]; may be repeated, and the first rule that matches decides")
 	f.Var(&ruleFlag{&s.rules, policy.Deny}, "deny", "keep the guest from a `destination`, likewise")
@@ -230,9 +231,11 @@ func addNet(vm *spec.Spec, text string) error {
 		vm.NetworkInterfaces = nil
 		return nil
 	case what == "", isTap && tap == "":
-		return fmt.Errorf("--net %q: want bridge, the name of a network, tap:DEV or none", text)
+		return fmt.Errorf("--net %q: want bridge, the name of a network, netns[:NAME], tap:DEV or none", text)
 	case isTap:
 		n.HostDevName = tap
+	case what == "netns", strings.HasPrefix(what, "netns:"):
+		n.Namespace, n.Network = true, cmp.Or(strings.TrimPrefix(strings.TrimPrefix(what, "netns"), ":"), spec.DefaultNetwork)
 	case what == "bridge":
 		n.Network = spec.DefaultNetwork
 	default:
@@ -241,6 +244,8 @@ func addNet(vm *spec.Spec, text string) error {
 	err := eachOption(options, "--net "+text, map[string]func(string) error{
 		"id":  func(v string) error { n.IfaceID = v; return nil },
 		"mac": func(v string) error { n.GuestMAC = v; return nil },
+		"rx":  func(v string) (err error) { n.RxRateLimiter, err = ParseRate(v); return err },
+		"tx":  func(v string) (err error) { n.TxRateLimiter, err = ParseRate(v); return err },
 	})
 	if i := index(n.IfaceID); i >= 0 {
 		vm.NetworkInterfaces[i] = n

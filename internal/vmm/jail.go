@@ -2,12 +2,11 @@ package vmm
 
 import (
 	"fmt"
-	"os"
 	"os/exec"
-	"runtime"
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/internal/osthread"
 	"push.rocks/smartvm/internal/stage"
 )
 
@@ -24,7 +23,7 @@ func startJailed(cmd *exec.Cmd, jail string, binds []stage.Bind) error {
 	if !remount && len(binds) == 0 {
 		return cmd.Start()
 	}
-	return onSpareThread(func() error {
+	return osthread.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("make mount namespace: %w", err)
 		}
@@ -56,20 +55,4 @@ func bind(b stage.Bind) error {
 		return nil
 	}
 	return unix.Mount("", b.Target, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NOEXEC, "")
-}
-
-// onSpareThread runs fn on an OS thread that ends with it, never the process's first one: what
-// /proc/self shows is that thread's.
-func onSpareThread(fn func() error) error {
-	result := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == os.Getpid() {
-			result <- onSpareThread(fn)
-			runtime.UnlockOSThread()
-			return
-		}
-		result <- fn() // and the goroutine ends locked, which ends the thread
-	}()
-	return <-result
 }

@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/network/netns"
 )
 
 // Config is what it takes to start a VMM.
@@ -29,6 +30,7 @@ type Config struct {
 	Jailer *Jailer // nil: started directly
 	Dir    string  // absolute, exists, empty; everything the run makes is below it
 	Cgroup string  // an existing group for this process alone; "": there is none
+	NetNS  string  // the file of the network namespace that it runs in; "": this process's
 
 	Items   []stage.Item // what the VMM is given under its working directory
 	Log     LogOptions
@@ -101,6 +103,9 @@ func (c *Config) Argv() []string {
 	jail := []string{
 		c.Jailer.Binary, "--id", c.ID, "--exec-file", c.Binary, "--uid", uid, "--gid", uid,
 		"--chroot-base-dir", filepath.Join(c.Dir, store.JailDir),
+	}
+	if c.NetNS != "" {
+		jail = append(jail, "--netns", c.NetNS)
 	}
 	// Nothing about cgroups: the VMM is spawned into its own, and asked for version 2 the jailer takes 1 ms to read
 	// the mount table, and moves its process if there is a group of the program's name, which takes 10.
@@ -239,9 +244,22 @@ func (p *Process) spawn(cmd *exec.Cmd, binds []stage.Bind) error {
 		// What this process inherited itself, and did not mean to pass on. The jailer closes it all by itself.
 		// Linux < 5.11 cannot do it.
 		_ = unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC)
-		return cmd.Start()
+		return startIn(p.cfg.NetNS, cmd)
 	}
 	return startJailed(cmd, filepath.Join(p.Dir, store.JailDir), binds)
+}
+
+// startIn starts cmd in a network namespace.
+func startIn(path string, cmd *exec.Cmd) error {
+	if path == "" {
+		return cmd.Start()
+	}
+	ns, err := netns.Open(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return ns.Do(cmd.Start)
 }
 
 func (p *Process) reap(cmd *exec.Cmd, pumps []*pump) {

@@ -86,7 +86,7 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 		chain.rules = policyRules{l.inet, g.Policy.DefaultAction != policy.Deny, expr.VerdictAccept, g.domain}.of(compiled)
 		conn.AddChain(&chain.chain)
 		conn.FlushChain(&chain.chain) // it may be half of an earlier life
-		if err := addRules(conn, []ruled{chain}); err != nil {
+		if err := chain.addRules(conn); err != nil {
 			return err
 		}
 	}

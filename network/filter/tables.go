@@ -118,7 +118,7 @@ func (t *Tables) Apply(context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := addRules(conn, rules); err != nil {
+	if err := addChains(conn, rules); err != nil {
 		return fmt.Errorf("make table %s: %w", t.Name, err)
 	}
 	switch err := conn.Flush(); {
@@ -166,25 +166,35 @@ func (t *Tables) owns(conn *nftables.Conn, table *nftables.Table) (bool, error) 
 
 // There says whether both tables are, and are this network's.
 func (t *Tables) There(context.Context) (bool, error) {
-	conn, err := nftables.New()
+	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return false, fmt.Errorf("open nftables: %w", err)
 	}
+	defer conn.CloseLasting()
 	l := newLayout(t.Name)
 	for _, table := range []*nftables.Table{l.inet, l.bridge} {
-		// A flush leaves tables and chains: a table without rules lets everything through.
-		if ours, err := t.owns(conn, table); !ours || err != nil {
-			return false, err
-		}
-		rules, err := conn.GetRules(table, &nftables.Chain{Table: table, Name: fromGuest})
+		// A flush leaves tables and chains: a table without rules lets everything through. That the first rule names the owner is
+		// quick to see: other chains are many, or long.
+		rules, err := conn.GetRules(table, &nftables.Chain{Table: table, Name: entry(table)})
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return false, fmt.Errorf("look at table %s: %w", t.Name, err)
 		}
 		if len(rules) == 0 {
 			return false, nil
 		}
+		if owner, _ := userdata.GetString(rules[0].UserData, userdata.TypeComment); owner != ownerPrefix+t.Owner {
+			return false, nil
+		}
 	}
 	return true, nil
+}
+
+// entry is the chain by which a guest's packets come in.
+func entry(t *nftables.Table) string {
+	if t.Family == nftables.TableFamilyBridge {
+		return "prerouting"
+	}
+	return "forward"
 }
 
 // ruled is a chain with its rules. Hook nil: one that others jump to.
@@ -209,29 +219,36 @@ func plain(all ...exprs) (rules []rule) {
 // maxComment is what nft shows of one, in bytes.
 const maxComment = 128
 
-func addRules(conn *nftables.Conn, chains []ruled) error {
+func addChains(conn *nftables.Conn, chains []ruled) error {
 	for i := range chains {
 		conn.AddChain(&chains[i].chain)
 	}
 	for i := range chains {
-		c := &chains[i].chain
-		for _, r := range chains[i].rules {
-			if r.ports != nil {
-				if err := conn.AddSet(r.ports.set, r.ports.elements); err != nil {
-					return err
-				}
-				for _, e := range r.exprs {
-					if lookup, ok := e.(*expr.Lookup); ok && lookup.SetName == "" {
-						lookup.SetName, lookup.SetID = r.ports.set.Name, r.ports.set.ID
-					}
-				}
-			}
-			var comment []byte
-			if r.text != "" {
-				comment = userdata.AppendString(nil, userdata.TypeComment, r.text[:min(len(r.text), maxComment)])
-			}
-			conn.AddRule(&nftables.Rule{Table: c.Table, Chain: c, Exprs: r.exprs, UserData: comment})
+		if err := chains[i].addRules(conn); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// addRules adds the rules of a chain that is there. To add the chain twice would make the kernel wait for 10 ms.
+func (c *ruled) addRules(conn *nftables.Conn) error {
+	for _, rule := range c.rules {
+		if rule.ports != nil {
+			if err := conn.AddSet(rule.ports.set, rule.ports.elements); err != nil {
+				return err
+			}
+			for _, e := range rule.exprs {
+				if lookup, ok := e.(*expr.Lookup); ok && lookup.SetName == "" {
+					lookup.SetName, lookup.SetID = rule.ports.set.Name, rule.ports.set.ID
+				}
+			}
+		}
+		var comment []byte
+		if rule.text != "" {
+			comment = userdata.AppendString(nil, userdata.TypeComment, rule.text[:min(len(rule.text), maxComment)])
+		}
+		conn.AddRule(&nftables.Rule{Table: c.chain.Table, Chain: &c.chain, Exprs: rule.exprs, UserData: comment})
 	}
 	return nil
 }
@@ -264,6 +281,11 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 		{base(l.bridge, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(-300)), plain(
 			join(tapOf(t.Taps), jump(fromGuest)))},
 		{nftables.Chain{Table: l.bridge, Name: fromGuest}, plain(t.genuine(l)...)},
+	}
+	for _, c := range all {
+		if c.chain.Name == entry(c.chain.Table) {
+			c.rules[0].text = ownerPrefix + t.Owner // for There
+		}
 	}
 	chain := ruled{chain: nftables.Chain{Table: l.inet, Name: egress}}
 	if t.Egress != nil {

@@ -1,18 +1,22 @@
 package images
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmflags"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
@@ -23,7 +27,7 @@ func (s *Shell) network() *cobra.Command {
 	return s.group("network", "Make and remove networks",
 		"Manage the networks that run --net NAME joins. The network default is always there.\n"+
 			"A network takes no room on the host while no VM runs on it.",
-		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.removeNetworks(), s.pruneNetworks())
+		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork(), s.limit())
 }
 
 // networkState is a network as the commands show it.
@@ -31,6 +35,7 @@ type networkState struct {
 	network.Config
 	Up    bool           `json:"up"`
 	VMs   []string       `json:"vms"`
+	Slots smartvm.Slots  `json:"slots"`           // warm ones
 	Rules []filter.Count `json:"rules,omitempty"` // what its policy has matched
 
 	WireGuard *wireguard.State `json:"wireguardState,omitempty"`
@@ -54,7 +59,8 @@ func stateOf(h *smartvm.Host, c network.Config) networkState {
 	for _, dir := range network.Users(filepath.Join(h.RuntimeDir(), store.NetworkDir), c.Name) {
 		vms = append(vms, filepath.Base(dir))
 	}
-	state := networkState{Config: c, Up: len(vms) > 0, VMs: vms}
+	slots, _ := h.Slots(c.Name) // that is there: none otherwise
+	state := networkState{Config: c, Up: len(vms) > 0 || slots.All > 0, VMs: vms, Slots: slots}
 	if via := network.Via(filepath.Join(h.RuntimeDir(), store.NetworkDir), c.Name); via != "" {
 		state.WireGuard, _ = wireguard.Status(via) // likewise
 	}
@@ -80,12 +86,12 @@ func (s *Shell) listNetworks() *cobra.Command {
 				for _, c := range list {
 					state := stateOf(h, c)
 					states = append(states, state)
-					rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%d", c.Name, c.Bridge, c.Subnet, c.Subnet6, len(state.VMs)))
+					rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%d\t%d", c.Name, c.Bridge, c.Subnet, c.Subnet6, len(state.VMs), state.Slots.All))
 				}
 				if s.JSON() {
 					return s.WriteJSON(states)
 				}
-				return s.table("NAME\tBRIDGE\tSUBNET\tIPV6\tVMS", rows)
+				return s.table("NAME\tBRIDGE\tSUBNET\tIPV6\tVMS\tSLOTS", rows)
 			})
 		},
 	}
@@ -197,11 +203,11 @@ func (s *Shell) removeNetworks() *cobra.Command {
 		Use:   "rm NAME...",
 		Short: "Remove networks",
 		Args:  s.Takes(1, -1, "a network's name"),
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			return s.networks(func(h *smartvm.Host, all *network.Store) error {
 				var errs []error
 				for _, name := range args {
-					errs = append(errs, removeNetwork(h, all, name))
+					errs = append(errs, removeNetwork(cmd.Context(), h, all, name))
 				}
 				return errors.Join(errs...)
 			})
@@ -210,11 +216,84 @@ func (s *Shell) removeNetworks() *cobra.Command {
 }
 
 // removeNetwork leaves one alone that VMs are on.
-func removeNetwork(h *smartvm.Host, all *network.Store, name string) error {
+func removeNetwork(ctx context.Context, h *smartvm.Host, all *network.Store, name string) error {
 	if vms := stateOf(h, network.Config{Name: name}).VMs; len(vms) > 0 {
 		return hint.Add(fmt.Errorf("remove network %s: %d VMs use it, one is %s", name, len(vms), vms[0]), "smartvm stop ends them")
 	}
+	if slots, err := h.Slots(name); err == nil && slots.All > 0 {
+		if slots, err = h.Warm(ctx, name, 0); err != nil {
+			return err
+		}
+		if slots.All > 0 {
+			return hint.Add(fmt.Errorf("remove network %s: VMs have %d of its slots", name, slots.All), "smartvm rm removes them")
+		}
+	}
 	return all.Remove(name)
+}
+
+func (s *Shell) warmNetwork() *cobra.Command {
+	return &cobra.Command{
+		Use:   "warm NAME SLOTS",
+		Short: "Keep namespaces ready for VMs with --net netns",
+		Long: "Make namespaces for VMs with --net netns:NAME before they are wanted, or remove\n" +
+			"those that no VM has, until there are SLOTS of them. A VM takes one that is free,\n" +
+			"and gives it back when it is removed; with none free one is made for it alone.",
+		Example: "  smartvm network warm default 20\n  smartvm network warm default 0",
+		Args:    s.Takes(2, 2, "a network's name and a number"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n, err := strconv.Atoi(args[1])
+			if err != nil || n < 0 || n > attach.MaxSlots {
+				return s.Usage(fmt.Errorf("%q is no number of slots: want 0 to %d", args[1], attach.MaxSlots), "")
+			}
+			return s.networks(func(h *smartvm.Host, _ *network.Store) error {
+				slots, err := h.Warm(cmd.Context(), args[0], n)
+				switch {
+				case err != nil:
+					return err
+				case s.JSON():
+					return s.WriteJSON(slots)
+				}
+				_, err = fmt.Fprintf(s.Stdout, "%d slots, %d free\n", slots.All, slots.Free)
+				return err
+			})
+		},
+	}
+}
+
+func (s *Shell) limit() *cobra.Command {
+	var rx, tx, id string
+	cmd := &cobra.Command{
+		Use:     "limit [flags] VM",
+		Short:   "Change how much a running VM may receive and send",
+		Example: "  smartvm network limit --rx 10M --tx 80mbit web\n  smartvm network limit --tx 0 web",
+		Args:    s.Takes(1, 1, "a VM"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var limits [2]*smartvm.RateLimiter
+			for i, text := range []string{rx, tx} {
+				if text == "" {
+					continue
+				}
+				var err error
+				if limits[i], err = vmflags.ParseRate(text); err != nil {
+					return s.Usage(fmt.Errorf("%q is no rate: %w", text, err), "")
+				}
+			}
+			if limits[0] == nil && limits[1] == nil {
+				return s.Usage(errors.New("nothing to change"), "give --rx RATE, --tx RATE or both")
+			}
+			return s.networks(func(h *smartvm.Host, _ *network.Store) error {
+				m, err := h.Machine(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				return m.UpdateNetworkInterface(cmd.Context(), id, limits[0], limits[1])
+			})
+		},
+	}
+	cmd.Flags().StringVar(&rx, "rx", "", "what it may receive: `rate` in bytes a second, such as 10M, or bits, such as 80mbit; 0: all")
+	cmd.Flags().StringVar(&tx, "tx", "", "what it may send: `rate`, likewise")
+	cmd.Flags().StringVar(&id, "interface", "eth0", "`id` of its interface")
+	return cmd
 }
 
 func (s *Shell) pruneNetworks() *cobra.Command {
