@@ -45,7 +45,9 @@ func resolve(s *Spec, v firecracker.Version, ephemeral bool) (extract bool, err 
 	}
 	if s.Vsock != nil {
 		vsock := *s.Vsock
-		vsock.UDSPath = r.abs(vsock.UDSPath)
+		if vsock.UDSPath != "" {
+			vsock.UDSPath = r.abs(vsock.UDSPath)
+		}
 		s.Vsock = &vsock
 	}
 	if s.Logger != nil && s.Logger.LogPath != "" {

@@ -61,7 +61,8 @@ type Exit struct {
 	Signal  string    `json:"signal,omitempty"` // "SIGKILL"
 	Started time.Time `json:"started,omitzero"`
 	Ended   time.Time `json:"ended"`
-	Error   string    `json:"error,omitempty"` // why, when the outcome is Failed
+	Error   string    `json:"error,omitempty"`   // why, when the outcome is Failed
+	Command *CmdExit  `json:"command,omitempty"` // how the image's command ended, if its guest could say so
 }
 
 // Outcome sorts ends.
@@ -82,6 +83,8 @@ func (e *Exit) String() string {
 		return "killed by " + e.Signal
 	case e.Outcome == OutcomeLost:
 		return "exit status unknown"
+	case e.Command != nil:
+		return fmt.Sprintf("exit code %d", e.Command.Code)
 	default:
 		return fmt.Sprintf("exit status %d", e.Code)
 	}

@@ -190,15 +190,15 @@ func (h *Host) Close() error {
 // is reported at once as joined *FieldErrors, and nothing is left behind then. Returns ErrExists where id
 // or name are taken, image.ErrNotFound where the image is not here.
 func (h *Host) Create(ctx context.Context, spec Spec) (*Machine, error) {
-	m, lock, err := h.create(ctx, spec, false)
+	m, lock, err := h.create(ctx, spec, nil)
 	if err != nil {
 		return nil, err
 	}
 	return m, lock.Unlock()
 }
 
-// create returns the new VM's lock as well, which the caller gives up.
-func (h *Host) create(ctx context.Context, spec Spec, attached bool) (_ *Machine, _ *store.Lock, err error) {
+// create returns the new VM's lock as well, which the caller gives up. Attached, if not nil, says that the VM is one call's.
+func (h *Host) create(ctx context.Context, spec Spec, attached *RunOptions) (_ *Machine, _ *store.Lock, err error) {
 	h.dataOnce.Do(func() {
 		if err := errors.Join(store.Secure(h.opts.DataDir), store.Secure(h.stageDir())); err != nil {
 			h.log.Debug("no place for reflinks", "err", err)
@@ -209,7 +209,10 @@ func (h *Host) create(ctx context.Context, spec Spec, attached bool) (_ *Machine
 		return nil, nil, err
 	}
 	defer func() { err = errors.Join(err, rec.Boot.done()) }()
-	rec.Attached = attached
+	rec.Attached = attached != nil
+	if b := rec.Boot; attached != nil && attached.Command != nil && b != nil && b.Guest != nil {
+		b.Guest.Attach = len(b.Guest.Command) > 0
+	}
 	m := h.machine(rec)
 	lock, err := h.store.Create(rec.ID)
 	if errors.Is(err, fs.ErrExist) {

@@ -81,6 +81,9 @@ type boot struct {
 
 const guestDrive = spec.GuestDrive
 
+// agentCID is the guest's context id, where nobody asks for another: the VMM keeps those of different VMs apart.
+const agentCID = 3
+
 // staged tells of the root that the VM has a layer over, and has room for what is copied.
 func (b *boot) staged(s *Spec) map[string]StagedDrive {
 	if b == nil || b.Guest == nil {
@@ -117,6 +120,12 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 		return nil, err
 	}
 	boot := &boot{Users: b.Users, Guest: b.Guest, release: b.Release}
+	if b.Guest != nil {
+		b.Guest.MachineID = randomHex(16)
+		if s.Vsock == nil { // for the agent
+			s.Vsock = &Vsock{GuestCID: agentCID}
+		}
+	}
 	s.BootSource.KernelImagePath = cmp.Or(s.BootSource.KernelImagePath, b.Kernel)
 	s.BootSource.InitrdPath = cmp.Or(s.BootSource.InitrdPath, b.Initrd)
 	s.BootSource.BootArgs = cmp.Or(s.BootSource.BootArgs, b.BootArgs)

@@ -48,6 +48,9 @@ type run struct {
 	restored map[string]int // for attach.Heal
 	exit     *Exit          // set before done is closed, nil if let go of
 	err      error          // of undoing, likewise
+	booted   time.Time      // when the guest was made to run
+	attended chan struct{}  // closed when the guest has nothing more to say
+	command  *CmdExit       // of the image's command, set before attended is closed; nil: nobody knows
 }
 
 func (h *Host) machine(rec *record) *Machine { return &Machine{host: h, rec: rec} }
@@ -323,6 +326,7 @@ type Inspection struct {
 	ConsoleLog         string                 `json:"consoleLog"`
 	VMMLog             string                 `json:"vmmLog"`
 	Staged             map[string]StagedDrive `json:"staged,omitempty"`     // by drive id
+	Guest              *GuestState            `json:"guest,omitempty"`      // of the last run, where an agent is in the guest
 	Interfaces         []attach.State         `json:"interfaces,omitempty"` // those on networks of ours
 	Spec               Spec                   `json:"spec"`
 }
@@ -338,6 +342,9 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 		ID: r.ID, Name: r.Spec.Name, State: state, Created: r.Created, Launcher: LaunchDirect, UID: r.UID,
 		Firecracker: r.Binary, FirecrackerVersion: r.BinaryVersion, RuntimeDir: m.RuntimeDir(), Cgroup: r.Cgroup,
 		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Interfaces: attach.States(r.Interfaces), Spec: r.Spec,
+	}
+	if i.Guest, err = m.Guest(); err != nil {
+		return nil, err
 	}
 	if r.Jailer != "" {
 		i.Launcher = LaunchJailed

@@ -136,7 +136,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 			}
 		}
 	}
-	if s.Vsock != nil {
+	if s.Vsock != nil && s.Vsock.UDSPath != "" {
 		pl.Run = append(pl.Run, &stage.Link{Path: s.Vsock.UDSPath, Target: filepath.Join(pl.config.Root(), store.VsockFile)})
 	}
 	vm := attach.VM{ID: p.id, Nonce: p.nonce, Store: p.store, UID: max(uid, 0)}

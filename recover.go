@@ -120,7 +120,7 @@ func (m *Machine) Adopt(ctx context.Context) error {
 
 // adopt takes over the lock.
 func (m *Machine) adopt(lock *store.Lock) (err error) {
-	r := &run{lock: lock, started: time.Now().UTC(), let: make(chan struct{}), done: make(chan struct{})}
+	r := &run{lock: lock, started: time.Now().UTC(), let: make(chan struct{}), done: make(chan struct{}), attended: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("adopt VM %s: %w", m.rec.ID, err), lock.Unlock())
@@ -129,6 +129,7 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 	if fi, err := os.Stat(m.path(store.RunJournal)); err == nil {
 		r.started = fi.ModTime().UTC()
 	}
+	r.booted = r.started
 	if r.journal, err = journal.Open(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
 		return err
 	}
@@ -156,7 +157,10 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 
 // RunOptions are what Run needs besides a Spec.
 type RunOptions struct {
-	Console io.Writer   // gets what the guest writes, as it comes; may be nil
+	Console io.Writer // gets what the guest writes, as it comes; may be nil
+	// Command, if not nil, has the streams of the image's command, and its terminal and signals; the command waits until the
+	// guest is ready for that. Otherwise the command's streams are the console. Of an image with an init of its own it is ignored.
+	Command *Cmd
 	Stop    StopOptions // how to end the VM when the context ends
 }
 
@@ -164,14 +168,27 @@ type RunOptions struct {
 // the VM, and if this process dies, the next Recover ends it. An error of the context is not returned once the VM has run. A
 // VMM that gives up is a *MachineError, and the Exit comes with it.
 func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, error) {
-	m, lock, err := h.create(ctx, spec, true)
+	m, lock, err := h.create(ctx, spec, &opts)
 	if err != nil {
 		return nil, err
 	}
 	down := context.WithoutCancel(ctx)
+	if m.hasAgent() && m.rec.Boot.Guest.Attach {
+		opts.Console = nil // the command's streams are what counts
+	}
 	r, err := m.start(ctx, lock, opts.Console)
 	if err != nil {
 		return nil, errors.Join(err, m.vanish(down))
+	}
+	var commandErr error
+	if m.hasAgent() && m.rec.Boot.Guest.Attach {
+		_, commandErr = m.command(ctx, r, *opts.Command)
+		if commandErr != nil && ctx.Err() == nil {
+			// Nobody takes what it puts out: it is not to go on.
+			if _, err := m.Stop(down, opts.Stop); err != nil {
+				commandErr = errors.Join(commandErr, err)
+			}
+		}
 	}
 	select {
 	case <-r.done:
@@ -181,6 +198,9 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 			return nil, errors.Join(err, m.vanish(down))
 		}
 		<-r.done
+	}
+	if commandErr != nil && ctx.Err() == nil {
+		err = errors.Join(err, m.fail("run", commandErr, nil))
 	}
 	if r.exit != nil && r.exit.Outcome == OutcomeCrashed { // its log goes with the VM
 		err = errors.Join(err, m.fail("run", errors.New("the VMM gave up"), r.exit))

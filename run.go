@@ -40,12 +40,13 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	ctx = m.host.networks(ctx)
 	m.set(Starting, nil)
 	begun := time.Now()
-	r := &run{lock: lock, started: begun.UTC(), let: make(chan struct{}), done: make(chan struct{})}
+	r := &run{lock: lock, started: begun.UTC(), let: make(chan struct{}), done: make(chan struct{}), attended: make(chan struct{})}
 	stage, err := m.launch(ctx, r, console)
 	if err == nil {
 		m.host.mu.Lock()
 		m.host.machines[m.rec.ID] = m
 		m.host.mu.Unlock()
+		r.booted = time.Now()
 		m.set("", r)
 		go m.watch(r)
 		m.host.log.Info("started", "vm", m.rec.ID, "dur", time.Since(begun))
@@ -90,7 +91,7 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 		return "start", err
 	}
 	for _, stale := range []string{
-		store.ExitFile, store.ConsoleLog, store.ConsoleLog + store.RotatedSuffix, store.VMMLog, store.VMMLog + store.RotatedSuffix,
+		store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.ConsoleLog + store.RotatedSuffix, store.VMMLog, store.VMMLog + store.RotatedSuffix,
 	} {
 		if err := os.Remove(m.path(stale)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "start", err
@@ -160,10 +161,15 @@ func (m *Machine) watch(r *run) {
 		defer ticker.Stop()
 		look, r.restored = ticker.C, map[string]int{}
 	}
+	listening, stopListening := context.WithCancel(ctx)
+	defer stopListening()
+	go m.attend(listening, r)
 	for ended := false; !ended; {
 		select {
 		case <-r.let:
 			m.set("", nil)
+			stopListening()
+			<-r.attended
 			r.err = errors.Join(r.client.Close(), r.journal.Close(), r.lock.Unlock())
 			return
 		case <-look:
@@ -178,6 +184,11 @@ func (m *Machine) watch(r *run) {
 	m.trace("end")
 	exit := exitOf(r.proc.Exit())
 	exit.Started = r.started
+	// What the guest said last has come, and is heard.
+	hurry := time.AfterFunc(lingerTime, stopListening)
+	<-r.attended
+	hurry.Stop()
+	exit.Command = r.command
 	r.exit = exit
 	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)
 	r.err = errors.Join(r.client.Close(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), r.journal.Revert(ctx))

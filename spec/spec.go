@@ -155,7 +155,7 @@ type TokenBucket struct {
 // Vsock gives the guest a vsock device.
 type Vsock struct {
 	GuestCID uint32 `json:"guestCid"` // ≥ 3
-	// UDSPath is where the host finds the socket: made as a symbolic link to the VM's own socket while the
+	// UDSPath is where the host finds the socket, empty for nowhere but in the VM's directory: made as a symbolic link to the VM's own socket while the
 	// VM runs. A listener for connections the guest opens goes beside the link's target, with "_PORT" added.
 	UDSPath string `json:"udsPath"`
 }

@@ -272,7 +272,9 @@ func (s Spec) checkOther(p *problems) {
 	if v := s.Vsock; v != nil {
 		p.require(v.GuestCID >= 3 && v.GuestCID < math.MaxUint32, "vsock.guestCid", v.GuestCID,
 			fmt.Sprintf("must be from 3 to %d", uint32(math.MaxUint32-1)))
-		p.hostPath("vsock.udsPath", v.UDSPath, maxSocketBytes)
+		if v.UDSPath != "" {
+			p.hostPath("vsock.udsPath", v.UDSPath, maxSocketBytes)
+		}
 	}
 	if l := s.Logger; l != nil {
 		levels := []string{"Off", "Error", "Warn", "Warning", "Info", "Debug", "Trace"}

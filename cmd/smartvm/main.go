@@ -17,7 +17,22 @@ func main() {
 	// Whatever our parent left open is no business of the VMs'. Kernels before 5.11 cannot do it.
 	_ = unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC)
 	ctx, kill := interrupts()
-	os.Exit(cli.Main(ctx, os.Args[1:], cli.Process{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Kill: kill}))
+	os.Exit(cli.Main(ctx, os.Args[1:], cli.Process{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Kill: kill, Resized: resizes()}))
+}
+
+// resizes tells of the terminal's new sizes.
+func resizes() <-chan struct{} {
+	c, resized := make(chan os.Signal, 1), make(chan struct{}, 1)
+	signal.Notify(c, syscall.SIGWINCH)
+	go func() {
+		for range c {
+			select {
+			case resized <- struct{}{}:
+			default: // one is to be seen yet
+			}
+		}
+	}()
+	return resized
 }
 
 // interrupts turns the first signal into the context's end, the second into kill's, and lets the third end the process.

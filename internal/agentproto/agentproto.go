@@ -65,6 +65,9 @@ type Boot struct {
 	User       string `json:"user,omitempty"`
 	WorkingDir string `json:"workingDir,omitempty"` // absolute; made if it is not there. Empty: /
 	StopSignal string `json:"stopSignal,omitempty"` // for ParseSignal. Empty: SIGTERM
+	// Attach has Command wait for the host, whose streams it gets, see OpMain. Otherwise it has the console at once.
+	Attach    bool   `json:"attach,omitempty"`
+	MachineID string `json:"machineId,omitempty"` // 32 hexadecimal digits, for /etc/machine-id. Empty: the image's own stays
 
 	Interfaces []Interface  `json:"interfaces,omitempty"`
 	DNS        []netip.Addr `json:"dns,omitempty"` // servers, for resolv.conf. Empty: the image's own stay
@@ -169,6 +172,8 @@ func (b *Boot) validate() error {
 		return invalid("command without a name")
 	case b.WorkingDir != "" && b.WorkingDir[0] != '/':
 		return invalid("working directory %q is not absolute", b.WorkingDir)
+	case b.MachineID != "" && (len(b.MachineID) != 32 || strings.Trim(b.MachineID, digits+"abcdef") != ""):
+		return invalid("machine id %q", b.MachineID)
 	case b.StopSignal != "" && signalErr != nil:
 		return invalid("stop signal: %v", signalErr)
 	}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"push.rocks/smartvm/internal/cli/guest"
 	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/supervise"
@@ -27,6 +28,7 @@ type Process struct {
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 	Kill           <-chan struct{} // closed when the end is wanted at once
+	Resized        <-chan struct{} // the terminal has another size
 }
 
 // Exit codes other than a guest's own.
@@ -92,6 +94,7 @@ type app struct {
 	json    bool // -o json
 	copying human.Progress
 	images  *images.Shell
+	guest   *guest.Shell
 }
 
 func (a *app) root() *cobra.Command {
@@ -129,13 +132,14 @@ func (a *app) root() *cobra.Command {
 	root.SetUsageFunc(func(cmd *cobra.Command) error { help(cmd, nil); return nil })
 	root.SetFlagErrorFunc(flagError)
 	a.global.flags(root)
-	a.images = a.imageShell()
+	a.images, a.guest = a.imageShell(), a.guestShell()
 	for _, command := range []func(*app) *cobra.Command{
-		newRun, newCreate, newStart, newStop, newPause, newResume, newRemove, newPS, newInspect, newLogs, newConsole, newWait, newGC, newVersion,
+		newRun, newCreate, newStart, newStop, newPause, newResume, newRemove, newPS, newInspect, newWait, newGC, newVersion,
 	} {
 		root.AddCommand(command(a))
 	}
 	root.AddCommand(a.images.Commands()...)
+	root.AddCommand(a.guest.Commands()...)
 	root.SetHelpCommand(newHelp())
 	root.InitDefaultCompletionCmd()
 	return root
@@ -149,6 +153,26 @@ func (a *app) imageShell() *images.Shell {
 		Status: a.status, Host: a.peek, Takes: takes,
 		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
 		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },
+	}
+}
+
+// guestShell is the same for those about what goes on in a VM.
+func (a *app) guestShell() *guest.Shell {
+	return &guest.Shell{
+		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr, Kill: a.Kill, Resized: a.Resized, Term: os.Getenv("TERM"),
+		JSON: func() bool { return a.json }, Status: a.status, One: a.one, VMs: a.completeVMs, Takes: takes,
+		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
+		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },
+		Exit: func(code int) error {
+			if code == 0 {
+				return nil
+			}
+			return exitStatus(code)
+		},
+		Signal: func(ctx context.Context) syscall.Signal {
+			i, _ := context.Cause(ctx).(Interrupted) //nolint:errorlint // the cause is ours
+			return i.Signal
+		},
 	}
 }
 

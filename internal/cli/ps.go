@@ -24,17 +24,18 @@ type psCommand struct {
 // listed is what ps -o json says of a VM.
 type listed struct {
 	entry
-	State      smartvm.State     `json:"state"`
-	Supervised bool              `json:"supervised"` // a process looks after it
-	VCPUs      int               `json:"vcpuCount"`
-	MemoryMiB  int               `json:"memSizeMib"`
-	Labels     map[string]string `json:"labels,omitempty"`
-	Created    time.Time         `json:"created"`
-	Started    time.Time         `json:"started,omitzero"` // while it runs
-	Addresses  []netip.Addr      `json:"addresses,omitempty"`
-	Received   uint64            `json:"receivedBytes"` // by the guest, since its start
-	Sent       uint64            `json:"sentBytes"`
-	Exit       *smartvm.Exit     `json:"exit,omitempty"` // of its last run
+	State      smartvm.State       `json:"state"`
+	Supervised bool                `json:"supervised"` // a process looks after it
+	VCPUs      int                 `json:"vcpuCount"`
+	MemoryMiB  int                 `json:"memSizeMib"`
+	Labels     map[string]string   `json:"labels,omitempty"`
+	Created    time.Time           `json:"created"`
+	Started    time.Time           `json:"started,omitzero"` // while it runs
+	Addresses  []netip.Addr        `json:"addresses,omitempty"`
+	Received   uint64              `json:"receivedBytes"` // by the guest, since its start
+	Sent       uint64              `json:"sentBytes"`
+	Exit       *smartvm.Exit       `json:"exit,omitempty"`  // of its last run
+	Guest      *smartvm.GuestState `json:"guest,omitempty"` // as its agent says
 }
 
 func newPS(a *app) *cobra.Command {
@@ -46,7 +47,7 @@ func newPS(a *app) *cobra.Command {
 		Long: "List the VMs that run.\n\n" +
 			"The fields of -o json: id, name, state, supervised (a process looks after it),\n" +
 			"vcpuCount, memSizeMib, labels, created, started, addresses, receivedBytes and\n" +
-			"sentBytes (by the guest), exit (outcome, code, signal, started, ended, error).",
+			"sentBytes (by the guest), guest (how far it has come), exit (outcome, code, signal, started, ended, error).",
 		Args: takes(0, 0, "flags only"),
 		RunE: c.run,
 	}
@@ -107,7 +108,7 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 			errs[i] = err
 			l := &listed{
 				entry: entryOf(m), State: in.State, Supervised: supervised, VCPUs: in.Spec.MachineConfig.VCPUCount,
-				MemoryMiB: in.Spec.MachineConfig.MemSizeMiB, Labels: in.Spec.Labels, Created: in.Created, Started: in.Started, Exit: in.Exit,
+				MemoryMiB: in.Spec.MachineConfig.MemSizeMiB, Labels: in.Spec.Labels, Created: in.Created, Started: in.Started, Exit: in.Exit, Guest: in.Guest,
 			}
 			for _, i := range in.Interfaces {
 				if i.IP4.IsValid() {
@@ -150,6 +151,19 @@ func (c *psCommand) table(list []*listed) error {
 	return nil
 }
 
+// health is what a guest says of itself, where it can.
+func (l *listed) health() string {
+	switch {
+	case l.Guest == nil:
+		return ""
+	case l.Guest.Degraded != "":
+		return " (degraded)"
+	case !l.Guest.Ready():
+		return " (booting)"
+	}
+	return " (ready)"
+}
+
 // status is a VM's state for people.
 func (l *listed) status() string {
 	s := string(l.State)
@@ -157,7 +171,7 @@ func (l *listed) status() string {
 	case l.State == smartvm.Running && !l.Supervised:
 		return s + " " + human.Ago(time.Since(l.Started)) + ", unsupervised"
 	case !l.Started.IsZero():
-		return s + " " + human.Ago(time.Since(l.Started))
+		return s + " " + human.Ago(time.Since(l.Started)) + l.health()
 	case runs(l.State):
 		return s
 	case l.Exit == nil:

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/cli/guest"
 	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/supervise"
 	"push.rocks/smartvm/internal/vmflags"
@@ -22,6 +24,7 @@ type runCommand struct {
 	*app
 	vm             vmflags.Flags
 	pull           images.PullPolicy
+	streams        guest.Streams
 	detach, remove bool
 	dryRun         bool
 	stopTimeout    vmflags.Seconds
@@ -32,11 +35,13 @@ func newRun(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run [flags] [IMAGE [COMMAND...]]",
 		Short: "Create and start a VM, and remove it when it ends",
-		Long: "Create and start a VM, show its console, and remove it when it ends. Ctrl-C asks\n" +
-			"the guest to shut down, a second one kills it.\n\n" +
+		Long: "Create and start a VM, and remove it when it ends.\n\n" +
 			"IMAGE is what smartvm image pull or import takes or has made; it is pulled if it\n" +
-			"is not here. COMMAND runs in it in place of its own. What the guest writes goes\n" +
-			"away with the VM, unless --keep is given.\n\n" +
+			"is not here. COMMAND runs in it in place of its own; its output and exit code are\n" +
+			"those of this command. The first Ctrl-C is the command's, a second one kills the\n" +
+			"VM. What the guest writes goes away with the VM, unless --keep is given.\n\n" +
+			"Of an image with an init of its own, and without an image, the console is shown.\n" +
+			"Ctrl-C asks the guest to shut down then, a second one kills it.\n\n" +
 			"With -d the VM runs on by itself and its id is printed. It is kept when it ends,\n" +
 			"unless --rm is given.\n\n" +
 			"The exit code is 0 when the guest shut down or rebooted, 137 when it was killed,\n" +
@@ -53,6 +58,7 @@ func newRun(a *app) *cobra.Command {
 	f.SetInterspersed(false) // what follows the image is the command's
 	c.vm.Add(cmd.Flags())
 	c.pull.Flag(cmd)
+	c.streams.Flags(cmd)
 	f.BoolVarP(&c.detach, "detach", "d", false, "let the VM run by itself and print its id")
 	f.BoolVar(&c.remove, "rm", false, "with -d, remove the VM when it ends")
 	c.stopTimeout = vmflags.Seconds(smartvm.DefaultStopTimeout)
@@ -92,8 +98,13 @@ func (c *runCommand) attached(ctx context.Context, h *smartvm.Host, vm smartvm.S
 	ctx, broken := context.WithCancelCause(ctx)
 	defer broken(nil)
 	console := &console{w: c.Stdout, broken: broken, first: c.status(c.copying.Text)}
+	o := smartvm.RunOptions{Console: console, Stop: smartvm.StopOptions{Timeout: time.Duration(c.stopTimeout)}}
 	begun := time.Now()
-	exit, err := h.Run(ctx, vm, smartvm.RunOptions{Console: console, Stop: smartvm.StopOptions{Timeout: time.Duration(c.stopTimeout)}})
+	if vm.Image != "" {
+		return c.streamed(ctx, h, vm, o)
+	}
+	defer context.AfterFunc(ctx, func() { c.stopping(vm.ID) })()
+	exit, err := h.Run(ctx, vm, o)
 	console.first()
 	if !console.lineEnded && terminal(c.Stdout) {
 		fmt.Fprintln(c.Stdout)
@@ -113,14 +124,52 @@ func (c *runCommand) attached(ctx context.Context, h *smartvm.Host, vm smartvm.S
 	return statusOf(exit)
 }
 
+// streamed runs a VM whose command has this command's streams, if its image has one.
+func (c *runCommand) streamed(ctx context.Context, h *smartvm.Host, vm smartvm.Spec, o smartvm.RunOptions) error {
+	shown := o.Console.(*console) //nolint:errorlint,forcetypeassert // it is ours
+	running, cmd, done, err := c.guest.Connect(ctx, c.streams)
+	if err != nil {
+		shown.first()
+		return err
+	}
+	defer context.AfterFunc(ctx, func() { // an init of the image's own takes no signals
+		if shown.used.Load() {
+			c.stopping(vm.ID)
+			done()
+		}
+	})()
+	out := &console{w: c.Stdout, broken: shown.broken, first: shown.first}
+	cmd.Stdout, cmd.Stderr = out, &console{w: c.Stderr, broken: shown.broken, first: shown.first}
+	o.Command = &cmd
+	exit, err := h.Run(running, vm, o)
+	stopped := running.Err() != nil
+	done()
+	shown.first()
+	if e, ok := errors.AsType[*smartvm.MachineError](err); ok && shown.used.Load() {
+		e.Console = ""
+	}
+	switch {
+	case stopped:
+		return context.Cause(ctx)
+	case err != nil:
+		return err
+	case exit != nil && exit.Command != nil && exit.Command.Reason != "":
+		fmt.Fprintf(c.Stderr, "smartvm: in VM %s: %s\n", vm.ID, exit.Command.Reason)
+	}
+	return statusOf(exit)
+}
+
+func (c *runCommand) stopping(id string) {
+	c.global.log.Debug("stopping", "vm", id)
+	if terminal(c.Stderr) && !c.json {
+		fmt.Fprintln(c.Stderr, "\r\nsmartvm: asking the guest to shut down; Ctrl-C again kills it")
+	}
+}
+
 // killed kills the VM when a second signal comes.
 func (c *runCommand) killed(ctx context.Context, h *smartvm.Host, id string, ended <-chan struct{}) {
 	select {
 	case <-ctx.Done():
-		c.global.log.Debug("stopping", "vm", id)
-		if terminal(c.Stderr) && !c.json {
-			fmt.Fprintln(c.Stderr, "\r\nsmartvm: asking the guest to shut down; Ctrl-C again kills it")
-		}
 	case <-ended:
 		return
 	}
@@ -167,6 +216,8 @@ func statusOf(exit *smartvm.Exit) error {
 		return exitStatus(exitFailed)
 	case exit.Outcome == smartvm.OutcomeKilled:
 		return exitStatus(exitSignal + int(unix.SignalNum(exit.Signal)))
+	case exit.Command != nil && exit.Command.Code != 0:
+		return exitStatus(exit.Command.Code)
 	case exit.Code != 0:
 		return exitStatus(exit.Code)
 	}
@@ -179,10 +230,12 @@ type console struct {
 	first     func() // called before anything is written
 	broken    context.CancelCauseFunc
 	lineEnded bool
+	used      atomic.Bool
 }
 
 func (c *console) Write(p []byte) (int, error) {
 	c.first()
+	c.used.Store(true)
 	n, err := c.w.Write(p)
 	if err != nil {
 		c.broken(fmt.Errorf("show console: %w", err))

@@ -20,17 +20,27 @@ type waited struct {
 }
 
 func newWait(a *app) *cobra.Command {
-	return &cobra.Command{
-		Use:   "wait VM...",
+	var until string
+	cmd := &cobra.Command{
+		Use:   "wait [flags] VM...",
 		Short: "Wait until VMs have ended, and print their exit codes",
 		Long: "Wait until VMs have ended, print the exit code of each, and exit with the first\n" +
-			"that is not 0. It is 0 when the guest shut down or rebooted, 137 when it was\n" +
-			"killed, and 125 when the VMM failed or nobody was watching. Of a VM that does\n" +
-			"not run it is the last run's.",
+			"that is not 0. It is that of the image's command, else 0 when the guest shut down\n" +
+			"or rebooted, 137 when it was killed, and 125 when the VMM failed or nobody was\n" +
+			"watching. Of a VM that does not run it is the last run's.\n\n" +
+			"With --for, wait until the guests say that they are ready, that somebody listens\n" +
+			"on a TCP port of theirs, or that a file is there.",
 		Args:              takes(1, -1, "the VMs to wait for"),
 		ValidArgsFunction: a.completeVMs(-1),
-		RunE:              a.wait,
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			if until != "exit" {
+				return a.guest.WaitFor(cmd.Context(), refs, until)
+			}
+			return a.wait(cmd, refs)
+		},
 	}
+	cmd.Flags().StringVar(&until, "for", "exit", "`what` to wait for: exit, ready, port:N or file:/PATH")
+	return cmd
 }
 
 func (a *app) wait(cmd *cobra.Command, refs []string) error {

@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/process"
+	"push.rocks/smartvm/internal/guestagent/server"
 )
 
 const (
@@ -39,6 +41,8 @@ type guest struct {
 	signals  Signals
 	writable int    // descriptor of the file system on a drive that is written to; -1: none
 	farewell string // the last line on the console
+	begun    time.Duration
+	reaper   process.Reaper
 }
 
 // Main is the life of the guest. It returns only where it is not process 1.
@@ -46,7 +50,7 @@ func Main(s Signals) error {
 	if os.Getpid() != 1 {
 		return errors.New("this is the first program of a guest, for its kernel to run")
 	}
-	g := &guest{signals: s, writable: -1}
+	g := &guest{signals: s, writable: -1, begun: uptime()}
 	defer g.end()
 	defer func() {
 		if r := recover(); r != nil {
@@ -88,12 +92,26 @@ func (g *guest) run() error {
 		return err
 	}
 	if len(b.Command) == 0 {
+		if err := keepServer(b); err != nil {
+			say("%v", err) // the host does without
+		}
 		return execInit(b.Env)
 	}
-	code, err := g.runCommand(b)
-	if err == nil && code != 0 {
-		g.farewell = fmt.Sprintf("smartvm: command ended with exit code %d\n", code)
+	go g.reaper.Run(g.signals.Child)
+	srv := server.New(&g.reaper, b)
+	srv.Reached(agentproto.PhaseAgent, g.begun)
+	if err := listen(srv); err != nil {
+		say("%v", err)
+		b.Attach = false // the host cannot ask for the command
 	}
+	exit, err := g.runCommand(b, srv)
+	if err != nil {
+		exit = agentproto.Exit{Code: process.ExitNotExecutable, Error: err.Error()}
+	}
+	if err == nil && exit.Code != 0 {
+		g.farewell = fmt.Sprintf("smartvm: command ended with exit code %d\n", exit.Code)
+	}
+	srv.Ended(exit)
 	return err
 }
 
@@ -101,7 +119,7 @@ func (g *guest) run() error {
 func (g *guest) end() {
 	_ = unix.Kill(-1, unix.SIGKILL)
 	for deadline := time.Now().Add(killPatience); time.Now().Before(deadline); {
-		pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)
+		pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil) // beside the reaper, if there is one
 		if errors.Is(err, unix.ECHILD) {
 			break
 		}

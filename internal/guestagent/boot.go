@@ -307,25 +307,33 @@ func furnish(b *agentproto.Boot) error {
 		say("%v", err)
 	}
 	setNetwork(b)
-	if b.Hostname == "" {
-		return nil
+	if b.Hostname != "" {
+		if err := unix.Sethostname([]byte(b.Hostname)); err != nil {
+			return fmt.Errorf("set host name: %w", err)
+		}
 	}
-	if err := unix.Sethostname([]byte(b.Hostname)); err != nil {
-		return fmt.Errorf("set host name: %w", err)
-	}
-	// Images carry the name of the machine that they were made on, and their init sets it. What is written over an image
+	// Images carry the names of the machine that they were made on, and their init sets them. What is written over an image
 	// is the VM's own; a root without that stays as it is.
 	if b.ScratchDevice != "" {
-		f, err := os.OpenFile("/etc/hostname", os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644) // an image's FIFO does not hold us up
-		if err == nil {
-			_, err = f.WriteString(b.Hostname + "\n")
-			err = errors.Join(err, f.Close())
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			say("%v", err)
+		for path, text := range map[string]string{"/etc/hostname": b.Hostname, "/etc/machine-id": b.MachineID} {
+			if text == "" {
+				continue
+			}
+			if err := rewrite(path, text+"\n"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				say("%v", err)
+			}
 		}
 	}
 	return nil
+}
+
+func rewrite(path, text string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644) // an image's FIFO does not hold us up
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Close())
 }
 
 // loopback lets the guest speak to itself: localhost is there without any other network.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -15,32 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/process"
+	"push.rocks/smartvm/internal/guestagent/server"
 )
-
-const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-// Exit codes of a command that could not be run, as shells have them. A signal's number is added to exitSignal.
-const (
-	exitNotExecutable = 126
-	exitNotFound      = 127
-	exitSignal        = 128
-)
-
-// environment lays env over the defaults. Of two of a name the later one counts.
-func environment(env []string, home string) []string {
-	all := []string{"PATH=" + defaultPath, "HOME=" + home, "TERM=linux"}
-	at := map[string]int{"PATH": 0, "HOME": 1, "TERM": 2}
-	for _, e := range env {
-		name, _, _ := strings.Cut(e, "=")
-		if i, ok := at[name]; ok {
-			all[i] = e
-			continue
-		}
-		at[name] = len(all)
-		all = append(all, e)
-	}
-	return all
-}
 
 // openConsole opens what a program of the image has as its standard streams, and says whether that is a terminal.
 func openConsole() (console *os.File, terminal bool, err error) {
@@ -73,49 +49,85 @@ func execInit(env []string) error {
 			return fmt.Errorf("run the image's init: %w", err)
 		}
 	}
-	return fmt.Errorf("run %s: %w", inits[i], syscall.Exec(inits[i], inits[i:i+1], environment(env, "/")))
+	return fmt.Errorf("run %s: %w", inits[i], syscall.Exec(inits[i], inits[i:i+1], process.Environment(env, "/")))
 }
 
-// runCommand returns the command's exit code when it has ended, or could not be started.
-func (g *guest) runCommand(b *agentproto.Boot) (int, error) {
-	passwd, err := readAccounts("/etc/passwd")
-	if err != nil {
-		return 0, err
-	}
-	group, err := readAccounts("/etc/group")
-	if err != nil {
-		return 0, err
-	}
-	u, err := resolve(b.User, passwd, group)
-	if err != nil {
-		return 0, err
-	}
+// runCommand returns the command's exit when it has ended, or could not be started.
+func (g *guest) runCommand(b *agentproto.Boot, srv *server.Server) (agentproto.Exit, error) {
 	stop, err := agentproto.ParseSignal(cmp.Or(b.StopSignal, "SIGTERM"))
 	if err != nil {
-		return 0, err
+		return agentproto.Exit{}, err
 	}
 	dir := cmp.Or(b.WorkingDir, "/")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return 0, fmt.Errorf("make working directory: %w", err)
+		return agentproto.Exit{}, fmt.Errorf("make working directory: %w", err)
 	}
 	// From now on Ctrl-Alt-Del is a SIGINT for us.
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF); err != nil {
-		return 0, fmt.Errorf("take over Ctrl-Alt-Del: %w", err)
+		return agentproto.Exit{}, fmt.Errorf("take over Ctrl-Alt-Del: %w", err)
 	}
-	pid, err := start(b.Command, dir, environment(b.Env, u.home), u)
+	if b.Attach {
+		asked, running := make(chan os.Signal, 1), make(chan int, 1)
+		ended := make(chan struct{})
+		defer close(ended)
+		go g.stopCommand(asked, running, ended, stop)
+		exit, _ := srv.Main(asked, func(pid int) { running <- pid; srv.Reached(agentproto.PhaseCommand, uptime()) })
+		return exit, nil
+	}
+	u, err := process.Find(b.User)
 	if err != nil {
-		say("run %q: %v", b.Command[0], err)
-		if errors.Is(err, fs.ErrNotExist) {
-			return exitNotFound, nil
-		}
-		return exitNotExecutable, nil
+		return agentproto.Exit{}, err
 	}
-	return g.wait(pid, stop), nil
+	var pid int
+	var done <-chan unix.WaitStatus
+	pid, done, err = g.reaper.Start(func() (int, error) { return start(b.Command, dir, process.Environment(b.Env, u.Home), u) })
+	if err != nil {
+		err = fmt.Errorf("run %q: %w", b.Command[0], err)
+		say("%v", err)
+		code := process.ExitNotExecutable
+		if errors.Is(err, fs.ErrNotExist) {
+			code = process.ExitNotFound
+		}
+		return agentproto.Exit{Code: code, Error: err.Error()}, nil
+	}
+	srv.Reached(agentproto.PhaseCommand, uptime())
+	running, ended := make(chan int, 1), make(chan struct{})
+	running <- pid
+	defer close(ended)
+	go g.stopCommand(nil, running, ended, stop)
+	status := <-done
+	exit := agentproto.Exit{Code: process.ExitCode(status)}
+	if status.Signaled() {
+		exit.Signal = int(status.Signal())
+	}
+	return exit, nil
+}
+
+// stopCommand waits for somebody to ask for the end. Then it asks the command that runs and, stopPatience later, kills
+// everything; where none runs yet it says so to asked.
+func (g *guest) stopCommand(asked chan<- os.Signal, running <-chan int, ended <-chan struct{}, stop syscall.Signal) {
+	select {
+	case s := <-g.signals.Stop:
+		select {
+		case pid := <-running:
+			g.reaper.Signal(pid, stop)
+		default:
+			asked <- s
+			return
+		}
+	case <-ended:
+		return
+	}
+	select {
+	case <-time.After(stopPatience):
+		_ = unix.Kill(-1, unix.SIGKILL)
+	case <-ended:
+	}
 }
 
 // start starts a command with the console as its terminal.
-func start(command []string, dir string, env []string, u user) (pid int, err error) {
-	path, err := lookPath(command[0], dir, env)
+func start(command []string, dir string, env []string, u process.User) (pid int, err error) {
+	path, err := process.LookPath(command[0], dir, env)
 	if err != nil {
 		return 0, err
 	}
@@ -130,7 +142,7 @@ func start(command []string, dir string, env []string, u user) (pid int, err err
 		_, err = unix.Setsid()
 		err = errors.Join(err, unix.IoctlSetInt(fd, unix.TIOCSCTTY, 0))
 		// /dev/stdout leads there, and opening it asks for permission again.
-		if err := errors.Join(err, console.Chown(int(u.uid), -1)); err != nil {
+		if err := errors.Join(err, console.Chown(int(u.UID), -1)); err != nil {
 			return 0, fmt.Errorf("prepare %s: %w", console.Name(), err)
 		}
 	}
@@ -138,7 +150,7 @@ func start(command []string, dir string, env []string, u user) (pid int, err err
 		Dir: dir, Env: env, Files: []uintptr{uintptr(fd), uintptr(fd), uintptr(fd)},
 		Sys: &syscall.SysProcAttr{
 			Setpgid:    true, // without us, what is typed is for it
-			Credential: &syscall.Credential{Uid: u.uid, Gid: u.gid, Groups: u.groups},
+			Credential: &syscall.Credential{Uid: u.UID, Gid: u.GID, Groups: u.Groups},
 		},
 	})
 	if err == nil && terminal {
@@ -146,62 +158,4 @@ func start(command []string, dir string, env []string, u user) (pid int, err err
 		err = errors.Join(unix.IoctlSetPointerInt(fd, unix.TIOCSPGRP, pid), unix.Kill(-pid, unix.SIGCONT))
 	}
 	return pid, err
-}
-
-// lookPath finds a program as a shell would. Whether it may be run shows when it is.
-func lookPath(name, dir string, env []string) (string, error) {
-	if strings.Contains(name, "/") {
-		if filepath.IsAbs(name) {
-			return name, nil
-		}
-		return filepath.Join(dir, name), nil
-	}
-	i := slices.IndexFunc(env, func(e string) bool { return strings.HasPrefix(e, "PATH=") })
-	for _, in := range filepath.SplitList(strings.TrimPrefix(env[i], "PATH=")) {
-		if !filepath.IsAbs(in) {
-			in = filepath.Join(dir, in)
-		}
-		path := filepath.Join(in, name)
-		if fi, err := os.Stat(path); err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
-			return path, nil
-		}
-	}
-	return "", fmt.Errorf("%w in PATH", fs.ErrNotExist)
-}
-
-// wait reaps processes until the command has ended, and returns its exit code. When asked to stop it asks the command
-// and, stopPatience later, kills everything.
-func (g *guest) wait(command int, stop syscall.Signal) int {
-	asked := g.signals.Stop
-	var late <-chan time.Time
-	for {
-		select {
-		case <-g.signals.Child:
-			if code, ended := reap(command); ended {
-				return code
-			}
-		case <-asked:
-			_ = unix.Kill(command, stop)
-			asked, late = nil, time.After(stopPatience)
-		case <-late:
-			_ = unix.Kill(-1, unix.SIGKILL)
-		}
-	}
-}
-
-// reap waits for all processes that have ended, and tells how the command did if it is among them.
-func reap(command int) (code int, ended bool) {
-	for {
-		var status unix.WaitStatus
-		pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case err != nil || pid == 0:
-			return code, ended
-		case pid == command && status.Signaled():
-			code, ended = exitSignal+int(status.Signal()), true
-		case pid == command:
-			code, ended = status.ExitStatus(), true
-		}
-	}
 }

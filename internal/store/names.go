@@ -13,20 +13,21 @@ const (
 
 	// In a VM's directory, <runtime>/<id>/:
 
-	LockFile      = "lock"            // flock: held by the process that looks after the VM
-	MachineFile   = "machine.json"    // what was asked for; the VM exists while this file does
-	ExitFile      = "exit.json"       // how the last run ended
-	CreateJournal = "create.journal"  // effects that end with Remove
-	RunJournal    = "run.journal"     // effects that end with Stop
-	ConsoleLog    = "console.log"     // what the guest wrote to its serial port, the newest part
-	VMMLog        = "firecracker.log" // what the VMM logged, the newest part
-	SuperviseLog  = "supervise.log"   // what a detached VM's own process did, the newest part
-	AutoRemove    = "autoremove"      // there: the VM is removed when it ends
-	RotatedSuffix = ".1"              // added to a log's name: its older half
-	GuestFile     = "guest"           // what the first program of an image's guest is told
-	DriveDir      = "drives"          // staged copies, by device id
-	NetNSFile     = "netns"           // the network namespace of a VM that has one, or of a slot
-	RunDir        = "run"             // what one run makes
+	LockFile       = "lock"            // flock: held by the process that looks after the VM
+	MachineFile    = "machine.json"    // what was asked for; the VM exists while this file does
+	ExitFile       = "exit.json"       // how the last run ended
+	CreateJournal  = "create.journal"  // effects that end with Remove
+	RunJournal     = "run.journal"     // effects that end with Stop
+	ConsoleLog     = "console.log"     // what the guest wrote to its serial port, the newest part
+	VMMLog         = "firecracker.log" // what the VMM logged, the newest part
+	SuperviseLog   = "supervise.log"   // what a detached VM's own process did, the newest part
+	AutoRemove     = "autoremove"      // there: the VM is removed when it ends
+	RotatedSuffix  = ".1"              // added to a log's name: its older half
+	GuestStateFile = "guest.json"      // how far the last run's guest has come
+	GuestFile      = "guest"           // what the first program of an image's guest is told
+	DriveDir       = "drives"          // staged copies, by device id
+	NetNSFile      = "netns"           // the network namespace of a VM that has one, or of a slot
+	RunDir         = "run"             // what one run makes
 
 	// In RunDir:
 

@@ -1,4 +1,4 @@
-package guestagent
+package process
 
 import (
 	"bytes"
@@ -19,11 +19,11 @@ const (
 	maxID       = 1<<31 - 1 // what container runtimes allow
 )
 
-// user is whom a command runs as.
-type user struct {
-	uid, gid uint32
-	groups   []uint32 // supplementary
-	home     string
+// User is whom a command runs as.
+type User struct {
+	UID, GID uint32
+	Groups   []uint32 // supplementary
+	Home     string
 }
 
 // readAccounts returns the lines of passwd or group, split at colons. There need not be such a file.
@@ -92,33 +92,46 @@ func parseID(s string) (uint32, error) {
 	return uint32(id), nil
 }
 
-// resolve finds a user as Boot has it. Without a group it is in all that the image has it in, like after a login.
-func resolve(spec string, passwd, group [][]string) (user, error) {
+// Find finds a user of the image: "name", "uid", "name:group", "uid:gid" or a mix; "" is root.
+func Find(spec string) (User, error) {
+	passwd, err := readAccounts("/etc/passwd")
+	if err != nil {
+		return User{}, err
+	}
+	group, err := readAccounts("/etc/group")
+	if err != nil {
+		return User{}, err
+	}
+	return resolve(spec, passwd, group)
+}
+
+// resolve finds a user as Find does. Without a group it is in all that the image has it in, like after a login.
+func resolve(spec string, passwd, group [][]string) (User, error) {
 	name, groupName, explicit := strings.Cut(spec, ":")
 	entry, uid, err := lookUp(passwd, cmp.Or(name, "0"))
 	if err != nil {
-		return user{}, fmt.Errorf("find user %q: %w", spec, err)
+		return User{}, fmt.Errorf("find user %q: %w", spec, err)
 	}
-	u := user{uid: uid, home: "/"}
+	u := User{UID: uid, Home: "/"}
 	if len(entry) > fieldHome && strings.HasPrefix(entry[fieldHome], "/") {
-		u.home = entry[fieldHome]
+		u.Home = entry[fieldHome]
 	}
 	if explicit {
-		if _, u.gid, err = lookUp(group, groupName); err != nil {
-			return user{}, fmt.Errorf("find group of user %q: %w", spec, err)
+		if _, u.GID, err = lookUp(group, groupName); err != nil {
+			return User{}, fmt.Errorf("find group of user %q: %w", spec, err)
 		}
 		return u, nil
 	}
 	if len(entry) <= fieldGroup {
 		return u, nil
 	}
-	if u.gid, err = parseID(entry[fieldGroup]); err != nil {
-		return user{}, fmt.Errorf("find group of user %q: %w", spec, err)
+	if u.GID, err = parseID(entry[fieldGroup]); err != nil {
+		return User{}, fmt.Errorf("find group of user %q: %w", spec, err)
 	}
 	for _, e := range group {
 		id, err := parseID(e[fieldNumber])
 		if err == nil && len(e) > fieldMembers && slices.Contains(strings.Split(e[fieldMembers], ","), entry[fieldName]) {
-			u.groups = append(u.groups, id)
+			u.Groups = append(u.Groups, id)
 		}
 	}
 	return u, nil

@@ -1,0 +1,226 @@
+package smartvm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/agent"
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// What goes on in a guest is asked of its agent, which VMs of images have (and others that run it as a service).
+type (
+	Cmd         = agent.Cmd         // a program to be run in a guest
+	CmdExit     = agent.Exit        // how it ended
+	TermSize    = agent.Size        // of a terminal
+	CopyOptions = agent.CopyOptions // how files are copied
+	GuestStats  = agentproto.Stats  // how a guest is
+)
+
+// ErrNoAgent means that nobody in the guest answers: it is still booting, has no agent, or is about to end.
+var ErrNoAgent = agent.ErrNoAgent
+
+// GuestState is how far a guest has come, as its agent says. Times are since the VM's start.
+type GuestState struct {
+	VMM     time.Duration `json:"vmm"`               // until the VMM ran the guest; nanoseconds, as all
+	Agent   time.Duration `json:"agent,omitempty"`   // until the kernel had booted and the agent ran; 0: not yet
+	Command time.Duration `json:"command,omitempty"` // until the image's command or init ran; 0: not yet
+	Skew    time.Duration `json:"skew,omitempty"`    // by which the guest's clock was wrong, and was set right
+	// Degraded says why an agent that answered no longer does. "": it does, or never has.
+	Degraded string   `json:"degraded,omitempty"`
+	Exit     *CmdExit `json:"exit,omitempty"` // of the image's command
+}
+
+// Ready says whether the guest has come so far that its command runs.
+func (g *GuestState) Ready() bool { return g != nil && g.Command > 0 && g.Degraded == "" }
+
+// guest asks the VM's agent, from any process.
+func (m *Machine) guest() *agent.Client {
+	return &agent.Client{Dial: func(ctx context.Context) (net.Conn, error) { return vmm.DialSocket(ctx, m.root(), store.VsockFile) }}
+}
+
+// hasAgent says whether an agent of ours is in the guest.
+func (m *Machine) hasAgent() bool { return m.rec.Boot != nil && m.rec.Boot.Guest != nil }
+
+// inGuest has op done by the agent of a VM that runs.
+func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client) error) error {
+	state, err := m.State(ctx)
+	if err != nil {
+		return err
+	}
+	if state != Running {
+		return &StateError{ID: m.rec.ID, Op: op, State: state, Want: []State{Running}}
+	}
+	if m.rec.Spec.Vsock == nil {
+		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, m.rec.ID, ErrNoAgent), "VMs of images have one; others get it by --vsock")
+	}
+	err = do(m.guest())
+	if errors.Is(err, ErrNoAgent) {
+		err = hint.Add(err, "it may still boot: smartvm wait --for ready %s waits for that; smartvm logs %s shows its console", m.rec.ID, m.rec.ID)
+	}
+	if err != nil {
+		return fmt.Errorf("%s VM %s: %w", op, m.rec.ID, err)
+	}
+	return nil
+}
+
+// Exec runs a program in the guest and returns when it has ended. When ctx ends before, the program gets SIGHUP. Returns
+// ErrNoAgent, *StateError, agent errors; that the program ended with another code than 0 is no error.
+func (m *Machine) Exec(ctx context.Context, cmd Cmd) (exit CmdExit, err error) {
+	err = m.inGuest(ctx, "exec in", func(c *agent.Client) error {
+		exit, err = c.Exec(ctx, cmd)
+		return err
+	})
+	return exit, err
+}
+
+// CopyTo copies a file or a tree of the host into the guest. A directory at to takes it under its name, "/." at the end of from
+// means what is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in the directory to.
+func (m *Machine) CopyTo(ctx context.Context, from, to string, in io.Reader, o CopyOptions) error {
+	return m.inGuest(ctx, "copy to", func(c *agent.Client) error { return c.CopyTo(ctx, from, to, in, o) })
+}
+
+// CopyFrom copies a file or a tree of the guest to the host, by the same rules. To "-" writes a tar archive to out. Nothing is
+// written outside to, whatever the guest sends.
+func (m *Machine) CopyFrom(ctx context.Context, from, to string, out io.Writer, o CopyOptions) error {
+	return m.inGuest(ctx, "copy from", func(c *agent.Client) error { return c.CopyFrom(ctx, from, to, out, o) })
+}
+
+// DialTCP connects to a TCP port on the guest's localhost, without any network.
+func (m *Machine) DialTCP(ctx context.Context, port uint16) (conn net.Conn, err error) {
+	err = m.inGuest(ctx, "dial", func(c *agent.Client) error { conn, err = c.DialTCP(ctx, port); return err })
+	return conn, err
+}
+
+// DialVsock connects to a vsock port on which a program in the guest listens.
+func (m *Machine) DialVsock(ctx context.Context, port uint32) (conn net.Conn, err error) {
+	err = m.inGuest(ctx, "dial", func(c *agent.Client) error { conn, err = c.Connect(ctx, port); return err })
+	return conn, err
+}
+
+// GuestStats asks how the guest is.
+func (m *Machine) GuestStats(ctx context.Context) (st *GuestStats, err error) {
+	err = m.inGuest(ctx, "ask", func(c *agent.Client) error { st, err = c.Stats(ctx); return err })
+	return st, err
+}
+
+// Guest tells how far the guest of the VM's last run has come, nil where nobody knows.
+func (m *Machine) Guest() (*GuestState, error) {
+	g, err := readJSON[GuestState](m.path(store.GuestStateFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return &g, err
+}
+
+// readyPoll is how often AwaitReady looks.
+const readyPoll = 10 * time.Millisecond
+
+// AwaitReady returns when the guest says that its command runs. A VM that ends before is a *MachineError with the last of its
+// console; so is the context's end.
+func (m *Machine) AwaitReady(ctx context.Context) (*GuestState, error) {
+	if !m.hasAgent() {
+		return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, ErrNoAgent)
+	}
+	tick := time.NewTicker(readyPoll)
+	defer tick.Stop()
+	for {
+		g, err := m.Guest()
+		if g.Ready() || err != nil {
+			return g, err
+		}
+		if _, err := os.Stat(m.path(store.RunJournal)); err != nil {
+			if g, err = m.Guest(); g.Ready() {
+				return g, err // and has ended since
+			}
+			exit, _ := m.Exit()
+			return g, m.fail("boot", errors.New("it does not run"), exit)
+		}
+		select {
+		case <-ctx.Done():
+			return g, m.fail("boot", fmt.Errorf("the guest is not ready: %w", context.Cause(ctx)), nil)
+		case <-tick.C:
+		}
+	}
+}
+
+// How often an agent that does not answer is asked again: a guest that boots, and one that has.
+const (
+	bootingPause = 20 * time.Millisecond
+	lostPause    = time.Second
+)
+
+// attend hears what the guest says of itself, writes it down for all processes, and returns when its command has ended, or ctx.
+func (m *Machine) attend(ctx context.Context, r *run) {
+	defer close(r.attended)
+	if !m.hasAgent() {
+		return
+	}
+	before := r.booted.Sub(r.started)
+	g := GuestState{VMM: before}
+	note := func() {
+		if err := atomicfile.WriteJSON(m.path(store.GuestStateFile), g); err != nil {
+			m.host.log.Warn("note what the guest says", "vm", m.rec.ID, "err", err)
+		}
+	}
+	note()
+	for ctx.Err() == nil && g.Exit == nil {
+		err := m.guest().Watch(ctx, func(e agentproto.Event) {
+			for phase, to := range map[agentproto.Phase]*time.Duration{agentproto.PhaseAgent: &g.Agent, agentproto.PhaseCommand: &g.Command} {
+				if at := e.Phases[phase]; at > 0 && *to == 0 {
+					*to = before + at
+				}
+			}
+			g.Degraded = ""
+			if e.Skew != 0 {
+				g.Skew = e.Skew
+			}
+			if e.Exit != nil {
+				exit := agent.ExitOf(*e.Exit)
+				g.Exit, r.command = &exit, &exit
+			}
+			note()
+		})
+		pause := bootingPause
+		if g.Agent > 0 {
+			pause = lostPause
+			if g.Exit == nil && ctx.Err() == nil && g.Degraded == "" {
+				g.Degraded = fmt.Sprint(err)
+				note()
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+	}
+}
+
+// command runs the image's command, which waits for that, as soon as the guest has come so far.
+func (m *Machine) command(ctx context.Context, r *run, cmd Cmd) (exit CmdExit, err error) {
+	for {
+		exit, err = m.guest().Main(ctx, cmd)
+		if !errors.Is(err, ErrNoAgent) && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ECONNREFUSED) {
+			return exit, err
+		}
+		select {
+		case <-r.done:
+			return exit, errors.New("the guest ended before it was asked for the command")
+		case <-ctx.Done():
+			return exit, context.Cause(ctx)
+		case <-time.After(bootingPause):
+		}
+	}
+}

@@ -1,0 +1,351 @@
+// Package agent is the host's side of what goes on in a guest: it asks the guest's agent to run programs, copy files, tell
+// how it is. The guest is not trusted: what it sends is bounded, and what it says is checked.
+package agent
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"push.rocks/smartvm/internal/agentproto"
+)
+
+// Dialer connects to the socket behind which the VMM has the guest's vsock.
+type Dialer func(context.Context) (net.Conn, error)
+
+// Client asks one guest's agent. It holds nothing: each request is a connection of its own.
+type Client struct{ Dial Dialer }
+
+// Errors of this package.
+var (
+	// ErrNoAgent means that nobody in the guest answers: it is still booting, has no agent, or is about to end.
+	ErrNoAgent = errors.New("no agent answers in the guest")
+	// ErrLost means that the guest, or its agent, went away meanwhile.
+	ErrLost = errors.New("the connection to the guest's agent was lost")
+)
+
+// GuestError is what the agent says went wrong in the guest.
+type GuestError struct{ Text string }
+
+func (e *GuestError) Error() string { return "guest: " + e.Text }
+
+// connectTimeout bounds how long the VMM may take to pass a connection on.
+const connectTimeout = 5 * time.Second
+
+// maxGreeting is "OK ", a port and a line feed.
+const maxGreeting = 32
+
+// Connect connects to a vsock port of the guest. Returns ErrNoAgent where nobody listens.
+func (c *Client) Connect(ctx context.Context, port uint32) (net.Conn, error) {
+	conn, err := c.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	deadline := time.Now().Add(connectTimeout)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	_ = conn.SetDeadline(deadline)
+	_, err = fmt.Fprintf(conn, "CONNECT %d\n", port)
+	if err == nil {
+		err = greeting(conn)
+	}
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%w (vsock port %d): %w", ErrNoAgent, port, err), conn.Close())
+	}
+	return conn, conn.SetDeadline(time.Time{})
+}
+
+// greeting reads the VMM's line, and nothing behind it.
+func greeting(conn net.Conn) error {
+	line := make([]byte, 0, maxGreeting)
+	for len(line) < maxGreeting {
+		b := line[len(line) : len(line)+1]
+		if _, err := io.ReadFull(conn, b); err != nil {
+			return err
+		}
+		if line = line[:len(line)+1]; b[0] == '\n' {
+			if strings.HasPrefix(string(line), "OK ") {
+				return nil
+			}
+			break
+		}
+	}
+	return fmt.Errorf("the VMM said %q", line)
+}
+
+// open sends a request.
+func (c *Client) open(ctx context.Context, req agentproto.Request) (*agentproto.Conn, net.Conn, error) {
+	raw, err := c.Connect(ctx, agentproto.Port)
+	if err != nil {
+		return nil, nil, err
+	}
+	req.Version = agentproto.Version
+	conn := agentproto.NewConn(raw)
+	if err := conn.SendJSON(agentproto.KindRequest, req); err != nil {
+		return nil, nil, errors.Join(lost(err), conn.Close())
+	}
+	return conn, raw, nil
+}
+
+func lost(err error) error { return fmt.Errorf("%w: %w", ErrLost, err) }
+
+// answer receives a reply.
+func answer(conn *agentproto.Conn) (agentproto.Reply, error) {
+	k, payload, err := conn.Receive()
+	if err != nil {
+		return agentproto.Reply{}, lost(err)
+	}
+	if k != agentproto.KindReply {
+		return agentproto.Reply{}, fmt.Errorf("%w: frame of kind %d for an answer", agentproto.ErrProtocol, k)
+	}
+	r, err := agentproto.ParseJSON[agentproto.Reply](payload)
+	if err == nil && r.Error != "" {
+		err = &GuestError{clean(r.Error)}
+	}
+	return r, err
+}
+
+// maxText bounds what a guest says of itself.
+const maxText = 4 << 10
+
+// clean keeps a guest from writing to somebody's terminal by an error.
+func clean(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' && r != '\n' || r == 0x7f || r >= 0x80 && r < 0xa0 {
+			return '?'
+		}
+		return r
+	}, text[:min(len(text), maxText)])
+}
+
+// Size is that of a terminal.
+type Size struct{ Rows, Cols uint16 }
+
+// Cmd is a program to be run in the guest.
+type Cmd struct {
+	Args []string // the program and its arguments; found in the guest's PATH
+	Env  []string // NAME=VALUE, over the image's own
+	Dir  string   // absolute. "": the image's own
+	User string   // "name", "uid", "name:group" or "uid:gid" of the guest's. "": the image's own
+
+	// Stdin is read until its end, or nil; what is read last may be lost with the program. Stdout and Stderr get what it
+	// puts out, nil discards it. With a TTY all of it is in Stdout.
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+	// TTY gives it a terminal, of Size and of the kind Term (like $TERM).
+	TTY  bool
+	Size Size
+	Term string
+
+	Signals <-chan syscall.Signal // are passed on to it, and to its process group
+	Resize  <-chan Size           // of the terminal
+}
+
+// Exit is how a program in the guest ended.
+type Exit struct {
+	Code   int            `json:"code"`             // 128 and the signal's number if a signal ended it, 127 and 126 if it could not be run
+	Signal syscall.Signal `json:"signal,omitempty"` // that ended it
+	Reason string         `json:"reason,omitempty"` // why it could not be run
+}
+
+// Exec runs a program and returns when it has ended. When ctx ends before, the program gets SIGHUP. Returns ErrNoAgent, ErrLost,
+// and what writing to Stdout and Stderr returns.
+func (c *Client) Exec(ctx context.Context, cmd Cmd) (Exit, error) {
+	if len(cmd.Args) == 0 {
+		return Exit{}, errors.New("nothing to run")
+	}
+	return c.run(ctx, agentproto.OpExec, cmd)
+}
+
+// Main runs the image's own command, which waits for that. Of cmd the streams, the terminal, signals and sizes count.
+func (c *Client) Main(ctx context.Context, cmd Cmd) (Exit, error) {
+	return c.run(ctx, agentproto.OpMain, cmd)
+}
+
+func (c *Client) run(ctx context.Context, op agentproto.Op, cmd Cmd) (Exit, error) {
+	conn, _, err := c.open(ctx, agentproto.Request{
+		Op: op, Args: cmd.Args, Env: cmd.Env, Dir: cmd.Dir, User: cmd.User, TTY: cmd.TTY,
+		Rows: cmd.Size.Rows, Cols: cmd.Size.Cols, Term: cmd.Term, NoStdin: cmd.Stdin == nil,
+	})
+	if err != nil {
+		return Exit{}, err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	outputs := make(chan error, 2)
+	for k, to := range map[agentproto.Kind]io.Writer{agentproto.KindStdout: cmd.Stdout, agentproto.KindStderr: cmd.Stderr} {
+		in := conn.Inbox(k)
+		if to == nil {
+			to = io.Discard
+		}
+		go func() {
+			_, err := io.Copy(struct{ io.Writer }{to}, struct{ io.Reader }{in})
+			if isWrite(err) {
+				_ = conn.Close() // nobody wants to know any more
+			} else {
+				err = nil
+			}
+			outputs <- err
+		}()
+	}
+	if cmd.Stdin != nil {
+		go func() {
+			w := conn.Writer(agentproto.KindStdin)
+			if _, err := io.Copy(struct{ io.Writer }{w}, cmd.Stdin); err == nil {
+				_ = w.Close()
+			}
+		}()
+	}
+	ended := make(chan struct{})
+	defer close(ended)
+	go control(conn, cmd, ended)
+	exit, err := awaitExit(conn)
+	_ = conn.Close() // what has come is in the inboxes
+	outErr := errors.Join(<-outputs, <-outputs)
+	switch {
+	case outErr != nil:
+		return exit, fmt.Errorf("pass on what the guest put out: %w", outErr)
+	case ctx.Err() != nil:
+		return exit, context.Cause(ctx)
+	}
+	return exit, err
+}
+
+// isWrite says whether copying out of a connection has failed for where it went to.
+func isWrite(err error) bool {
+	return err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, agentproto.ErrProtocol) && !errors.Is(err, io.EOF) &&
+		!errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET)
+}
+
+// control passes signals and sizes on.
+func control(conn *agentproto.Conn, cmd Cmd, ended <-chan struct{}) {
+	for {
+		select {
+		case <-ended:
+			return
+		case s := <-cmd.Signals:
+			_ = conn.Send(agentproto.KindSignal, []byte{byte(s)})
+		case s := <-cmd.Resize:
+			_ = conn.Send(agentproto.KindResize, binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, s.Rows), s.Cols))
+		}
+	}
+}
+
+// ExitOf is what the agent says of a program's end.
+func ExitOf(e agentproto.Exit) Exit {
+	return Exit{Code: e.Code & 0xff, Signal: syscall.Signal(e.Signal), Reason: clean(e.Error)}
+}
+
+func awaitExit(conn *agentproto.Conn) (Exit, error) {
+	k, payload, err := conn.Receive()
+	if err != nil {
+		return Exit{}, lost(err)
+	}
+	switch k {
+	case agentproto.KindReply:
+		r, err := agentproto.ParseJSON[agentproto.Reply](payload)
+		if err == nil {
+			err = &GuestError{clean(r.Error)}
+		}
+		return Exit{}, err
+	case agentproto.KindExit:
+		e, err := agentproto.ParseJSON[agentproto.Exit](payload)
+		return ExitOf(e), err
+	}
+	return Exit{}, fmt.Errorf("%w: frame of kind %d for an exit", agentproto.ErrProtocol, k)
+}
+
+// Watch gives the guest the time and random numbers, and tells event what happens in it until its command has ended, the
+// guest goes away or ctx ends.
+func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error {
+	seed := make([]byte, 64)
+	_, _ = rand.Read(seed) // never fails
+	conn, _, err := c.open(ctx, agentproto.Request{Op: agentproto.OpWatch, Now: time.Now(), Entropy: seed})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	if _, err := answer(conn); err != nil {
+		return err
+	}
+	for {
+		k, payload, err := conn.Receive()
+		if err != nil {
+			return lost(err)
+		}
+		if k != agentproto.KindEvent || len(payload) > maxText {
+			return fmt.Errorf("%w: frame of kind %d for an event", agentproto.ErrProtocol, k)
+		}
+		e, err := agentproto.ParseJSON[agentproto.Event](payload)
+		if err != nil {
+			return err
+		}
+		event(e)
+		if e.Exit != nil {
+			return nil
+		}
+	}
+}
+
+// Stats asks how the guest is.
+func (c *Client) Stats(ctx context.Context) (*agentproto.Stats, error) {
+	conn, _, err := c.open(ctx, agentproto.Request{Op: agentproto.OpStats})
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	r, err := answer(conn)
+	if err == nil && r.Stats == nil {
+		err = agentproto.ErrProtocol
+	}
+	return r.Stats, err
+}
+
+// DialTCP connects to a TCP port in the guest, on its localhost.
+func (c *Client) DialTCP(ctx context.Context, port uint16) (net.Conn, error) {
+	return c.dial(ctx, "tcp:"+strconv.Itoa(int(port)))
+}
+
+// DialUnix connects to a Unix socket in the guest.
+func (c *Client) DialUnix(ctx context.Context, path string) (net.Conn, error) {
+	return c.dial(ctx, "unix:"+path)
+}
+
+func (c *Client) dial(ctx context.Context, address string) (net.Conn, error) {
+	conn, raw, err := c.open(ctx, agentproto.Request{Op: agentproto.OpDial, Address: address})
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	if _, err := answer(conn); err != nil {
+		return nil, errors.Join(fmt.Errorf("connect to %s in the guest: %w", address, err), conn.Close())
+	}
+	if !stop() {
+		return nil, context.Cause(ctx)
+	}
+	return raw, nil
+}
+
+// bufferSize is that of copies of files.
+const bufferSize = 64 << 10
+
+// reading makes reads of an inbox larger.
+func reading(in *agentproto.Inbox) io.Reader {
+	return bufio.NewReaderSize(struct{ io.Reader }{in}, bufferSize)
+}

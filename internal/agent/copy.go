@@ -1,0 +1,205 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/treetar"
+)
+
+// CopyOptions say how files are copied.
+type CopyOptions struct {
+	// Owners keeps the numbers of users and groups, and set-user-id bits. Otherwise copies belong to who makes them: root in
+	// the guest, the caller on the host.
+	Owners bool
+	// Progress is told how many bytes were copied.
+	Progress func(int64)
+}
+
+// CopyTo copies a file or a tree into the guest. A directory at to takes it under its name, "/." at the end of from means what
+// is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in a directory.
+func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o CopyOptions) error {
+	if from != "-" {
+		if _, err := os.Lstat(from); err != nil {
+			return err
+		}
+	}
+	conn, _, err := c.open(ctx, agentproto.Request{Op: agentproto.OpWrite, Path: to, Archive: o.Owners})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	r, err := answer(conn)
+	if err != nil {
+		return fmt.Errorf("copy to %s: %w", to, err)
+	}
+	if from == "-" && !r.IsDir {
+		return fmt.Errorf("copy to %s: it is no directory of the guest", to)
+	}
+	sent := make(chan error, 1)
+	go func() {
+		out := conn.Writer(agentproto.KindStdin)
+		w := &counter{to: bufio.NewWriterSize(out, bufferSize), told: o.Progress}
+		var err error
+		if from == "-" {
+			_, err = io.Copy(struct{ io.Writer }{w}, in)
+		} else {
+			err = treetar.Pack(w, filepath.Clean(from), topOf(from, r.IsDir))
+		}
+		err = errors.Join(err, w.to.Flush())
+		if err == nil {
+			err = out.Close()
+		} else {
+			_ = conn.Close() // half an archive is none
+		}
+		sent <- err
+	}()
+	exit, err := awaitExit(conn)
+	_ = conn.Close()
+	sendErr := <-sent
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err == nil && exit.Code != 0:
+		return fmt.Errorf("copy to %s: %w", to, &GuestError{exit.Reason})
+	case err != nil && sendErr != nil && !errors.Is(sendErr, os.ErrClosed):
+		err = sendErr
+	}
+	if err != nil {
+		return fmt.Errorf("copy to %s: %w", to, err)
+	}
+	return nil
+}
+
+// topOf is what the first part of an archive's names is: where a directory takes it its own, else one that is replaced.
+func topOf(from string, intoDir bool) string {
+	if !intoDir {
+		return "top"
+	}
+	if contents(from) {
+		return "."
+	}
+	if full, err := filepath.Abs(from); err == nil {
+		from = full
+	}
+	return strings.TrimPrefix(filepath.Base(from), "/")
+}
+
+// contents says whether a path means what is in the directory.
+func contents(p string) bool { return p == "." || strings.HasSuffix(p, "/.") }
+
+type counter struct {
+	to   *bufio.Writer
+	n    int64
+	told func(int64)
+}
+
+func (w *counter) Write(p []byte) (int, error) {
+	n, err := w.to.Write(p)
+	if w.n += int64(n); w.told != nil {
+		w.told(w.n)
+	}
+	return n, err
+}
+
+// CopyFrom copies a file or a tree out of the guest, by the same rules. To "-" writes a tar archive to out.
+func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o CopyOptions) error {
+	conn, _, err := c.open(ctx, agentproto.Request{Op: agentproto.OpRead, Path: from, Contents: contents(from)})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	in := conn.Inbox(agentproto.KindStdout)
+	if _, err = answer(conn); err != nil {
+		return fmt.Errorf("copy from %s: %w", from, err)
+	}
+	taken := make(chan error, 1)
+	go func() {
+		err := destination{from, to, out, o}.take(reading(in))
+		if err != nil {
+			_ = conn.Close()
+		}
+		in.Discard()
+		taken <- err
+	}()
+	exit, err := awaitExit(conn)
+	if err != nil {
+		_ = conn.Close()
+	}
+	takeErr := <-taken
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err == nil && exit.Code != 0:
+		err = &GuestError{exit.Reason}
+	case takeErr != nil && (err == nil || !errors.Is(takeErr, io.ErrUnexpectedEOF)):
+		err = takeErr
+	}
+	if err != nil {
+		return fmt.Errorf("copy from %s: %w", from, err)
+	}
+	return nil
+}
+
+// destination is where a copy goes.
+type destination struct {
+	from, to string
+	out      io.Writer
+	o        CopyOptions
+}
+
+// take unpacks what comes from the guest.
+func (d destination) take(in io.Reader) error {
+	from, to := d.from, d.to
+	if to == "-" {
+		_, err := io.Copy(struct{ io.Writer }{d.out}, in)
+		return err
+	}
+	u := treetar.Options{Owners: d.o.Owners, Progress: d.o.Progress}
+	dir := to
+	fi, err := os.Stat(to)
+	switch {
+	case err == nil && fi.IsDir():
+	case err == nil || !strings.HasSuffix(to, "/"):
+		dir, u.Top = filepath.Dir(to), filepath.Base(to)
+		if contents(from) { // into a new directory of that name
+			if err := os.Mkdir(to, 0o755); err != nil {
+				return err
+			}
+			dir, u.Top = to, ""
+		}
+	default:
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return treetar.Unpack(in, root, u)
+}
+
+// Split parses "VM:PATH", as in cp; found says whether there is a VM. A path that begins with "/" or "." has none.
+func Split(arg string) (vm, file string, found bool) {
+	if strings.HasPrefix(arg, "/") || strings.HasPrefix(arg, ".") {
+		return "", arg, false
+	}
+	vm, file, found = strings.Cut(arg, ":")
+	if !found || vm == "" {
+		return "", arg, false
+	}
+	if !path.IsAbs(file) {
+		file = "/" + file // what docker makes of it
+	}
+	return vm, file, true
+}

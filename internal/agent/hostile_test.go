@@ -1,0 +1,128 @@
+package agent_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"push.rocks/smartvm/internal/agent"
+	"push.rocks/smartvm/internal/agentproto"
+)
+
+// hostile is a guest that answers whatever it is asked with data, and then closes or waits.
+func hostile(t *testing.T, data []byte, wait bool) *agent.Client {
+	t.Helper()
+	l, c := listen(t)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				go func() { _, _ = io.Copy(io.Discard, conn) }()
+				_, _ = conn.Write(data)
+				if !wait {
+					_ = conn.Close()
+				}
+			}()
+		}
+	}()
+	return c
+}
+
+func frame(k agentproto.Kind, payload []byte) []byte {
+	return append(append([]byte{byte(k)}, binary.BigEndian.AppendUint32(nil, uint32(len(payload)))[1:]...), payload...)
+}
+
+// A guest that lies makes errors, not waits or memory.
+func TestClient_Hostile(t *testing.T) {
+	flood := bytes.Repeat(frame(agentproto.KindStdout, make([]byte, 32<<10)), 64)
+	for name, data := range map[string][]byte{
+		"nothing":               nil,
+		"half a frame":          {byte(agentproto.KindExit), 0, 0},
+		"half a payload":        frame(agentproto.KindExit, []byte("{}"))[:5],
+		"unknown kind":          frame(99, nil),
+		"kind 0":                make([]byte, 4),
+		"too long":              {byte(agentproto.KindReply), 0xff, 0xff, 0xff},
+		"too much of a stream":  flood,
+		"a stream of the host":  frame(agentproto.KindStdin, []byte("x")),
+		"no JSON":               frame(agentproto.KindExit, []byte("}")),
+		"window of too much":    frame(agentproto.KindWindow, []byte{byte(agentproto.KindStdin), 0xff, 0xff, 0xff, 0xff}),
+		"window of nothing":     frame(agentproto.KindWindow, nil),
+		"an event for an exit":  frame(agentproto.KindEvent, []byte("{}")),
+		"a request":             frame(agentproto.KindRequest, []byte("{}")),
+		"an error with escapes": frame(agentproto.KindReply, []byte(`{"error":"\u001b[2Jx"}`)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := hostile(t, data, false)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			slow, w := io.Pipe()
+			defer slow.Close()
+			go func() { // takes what comes, but slowly
+				_, _ = io.Copy(io.Discard, io.LimitReader(slow, 1000))
+				time.Sleep(time.Millisecond)
+				_ = slow.Close()
+			}()
+			for what, do := range map[string]func() error{
+				"exec":  func() error { _, err := c.Exec(ctx, agent.Cmd{Args: []string{"x"}, Stdout: w}); return err },
+				"stats": func() error { _, err := c.Stats(ctx); return err },
+				"watch": func() error { return c.Watch(ctx, func(agentproto.Event) {}) },
+				"from":  func() error { return c.CopyFrom(ctx, "/x", "-", io.Discard, agent.CopyOptions{}) },
+				"to":    func() error { return c.CopyTo(ctx, "-", "/x", bytes.NewReader(nil), agent.CopyOptions{}) },
+				"dial":  func() error { _, err := c.DialTCP(ctx, 1); return err },
+			} {
+				err := do()
+				if err == nil || ctx.Err() != nil {
+					t.Errorf("%s: %v, %v", what, err, ctx.Err())
+				}
+				if err != nil && bytes.ContainsRune([]byte(err.Error()), 0x1b) {
+					t.Errorf("%s: the guest writes to the terminal: %q", what, err)
+				}
+			}
+		})
+	}
+	// One that says nothing is waited for as long as the caller likes.
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := hostile(t, nil, true).Stats(ctx); err == nil {
+		t.Error("an answer of nobody")
+	}
+}
+
+// A program that ends without an end of its streams, or before all has been read, is no wait either.
+func TestClient_ExitEarly(t *testing.T) {
+	c := hostile(t, append(frame(agentproto.KindStdout, []byte("some")), frame(agentproto.KindExit, []byte(`{"code":300}`))...), true)
+	var out bytes.Buffer
+	exit, err := c.Exec(t.Context(), agent.Cmd{Args: []string{"x"}, Stdout: &out})
+	if err != nil || exit.Code != 300&0xff || out.String() != "some" {
+		t.Errorf("%+v, %v, %q", exit, err, &out)
+	}
+}
+
+// Frames that anybody may send are read, or are an error.
+func FuzzReceive(f *testing.F) {
+	f.Add(frame(agentproto.KindRequest, []byte(`{"version":1,"op":"stats"}`)))
+	f.Add(frame(agentproto.KindRequest, []byte(`{"version":1,"op":"exec","args":["true"]}`)))
+	f.Add(append(frame(agentproto.KindRequest, []byte(`{"version":1,"op":"write","path":"/no"}`)), frame(agentproto.KindStdin, []byte("x"))...))
+	f.Add(frame(agentproto.KindRequest, []byte(`{"version":2,"op":"new"}`)))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		p, q := net.Pipe()
+		conn := agentproto.NewConn(q)
+		go func() {
+			_, _ = p.Write(data)
+			_ = p.Close()
+		}()
+		for {
+			if _, _, err := conn.Receive(); err != nil {
+				break
+			}
+		}
+		_ = conn.Close()
+	})
+}

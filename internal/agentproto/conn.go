@@ -1,0 +1,320 @@
+package agentproto
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+)
+
+// Port is the vsock port on which the agent listens. Below 1024, so that no program without privileges can be there before it.
+const Port = 1023
+
+// Version is that of the protocol. An agent answers requests of its own version alone.
+const Version = 1
+
+// Kind says what a frame is.
+type Kind byte
+
+// The kinds of frames. A frame is its kind, the length of what follows in three bytes (big-endian), and that.
+const (
+	KindRequest Kind = 1 + iota // to the guest, first: a Request
+	KindReply                   // to the host: a Reply, the answer to the request
+	KindEvent                   // to the host: an Event
+	KindExit                    // to the host, last: an Exit
+	KindWindow                  // both ways: a stream's kind, and four bytes: how many more of its bytes may come
+	KindSignal                  // to the guest: a byte, the signal's number
+	KindResize                  // to the guest: rows and columns, two bytes each
+	KindStdin                   // to the guest: bytes of a stream; none: it has ended
+	KindStdout                  // to the host, likewise
+	KindStderr                  // to the host, likewise
+	kinds
+)
+
+const (
+	maxData    = 32 << 10 // of a stream, in one frame
+	maxControl = 4 << 20  // of anything else: arguments and environment
+	// Window is how many bytes of a stream may be on their way, or wait for who takes them.
+	Window = 256 << 10
+)
+
+// ErrProtocol means that the other side does not keep to the protocol.
+var ErrProtocol = errors.New("protocol violation")
+
+// Conn carries frames both ways over a connection. Sending is safe for concurrent use, receiving is for one goroutine.
+type Conn struct {
+	conn net.Conn
+
+	sending sync.Mutex
+	out     []byte
+
+	mu      sync.Mutex
+	changed *sync.Cond
+	credit  [kinds]int
+	closed  error
+
+	header  [4]byte
+	control []byte
+	inboxes [kinds]*Inbox
+}
+
+// NewConn takes over a connection.
+func NewConn(c net.Conn) *Conn {
+	p := &Conn{conn: c}
+	p.changed = sync.NewCond(&p.mu)
+	for k := KindStdin; k < kinds; k++ {
+		p.credit[k] = Window
+	}
+	return p
+}
+
+// Close ends the connection, and whatever waits on it.
+func (c *Conn) Close() error {
+	c.fail(net.ErrClosed)
+	return c.conn.Close()
+}
+
+func (c *Conn) fail(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed == nil {
+		c.closed = err
+	}
+	c.changed.Broadcast()
+	for _, i := range c.inboxes {
+		if i != nil {
+			i.end(c.closed)
+		}
+	}
+}
+
+// Send sends a frame that belongs to no stream.
+func (c *Conn) Send(k Kind, payload []byte) error {
+	if len(payload) > maxControl {
+		return fmt.Errorf("send to agent: %d bytes, at most %d", len(payload), maxControl)
+	}
+	c.sending.Lock()
+	defer c.sending.Unlock()
+	c.out = append(append(c.out[:0], byte(k), byte(len(payload)>>16), byte(len(payload)>>8), byte(len(payload))), payload...)
+	_, err := c.conn.Write(c.out)
+	if cap(c.out) > 2*maxData {
+		c.out = nil // the one large request
+	}
+	return err
+}
+
+// SendJSON sends v as a frame.
+func (c *Conn) SendJSON(k Kind, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return c.Send(k, data)
+}
+
+// Receive returns the next frame that belongs to no stream; those that do go to their inboxes. The payload is good until the
+// next call. Returns io.EOF at the end, ErrProtocol.
+func (c *Conn) Receive() (Kind, []byte, error) {
+	k, payload, err := c.receive()
+	if err != nil {
+		c.fail(err)
+	}
+	return k, payload, err
+}
+
+func (c *Conn) receive() (Kind, []byte, error) {
+	for {
+		if _, err := io.ReadFull(c.conn, c.header[:]); err != nil {
+			return 0, nil, err
+		}
+		k, n := Kind(c.header[0]), int(c.header[1])<<16|int(c.header[2])<<8|int(c.header[3])
+		if k == 0 || k >= kinds || k >= KindStdin && n > maxData || n > maxControl {
+			return 0, nil, fmt.Errorf("%w: frame of kind %d with %d bytes", ErrProtocol, k, n)
+		}
+		if k >= KindStdin {
+			if err := c.fill(k, n); err != nil {
+				return 0, nil, err
+			}
+			continue
+		}
+		if cap(c.control) < n || cap(c.control) > maxData {
+			c.control = make([]byte, n)
+		}
+		c.control = c.control[:n]
+		if _, err := io.ReadFull(c.conn, c.control); err != nil {
+			return 0, nil, unexpected(err)
+		}
+		if k == KindWindow {
+			if err := c.grant(c.control); err != nil {
+				return 0, nil, err
+			}
+			continue
+		}
+		return k, c.control, nil
+	}
+}
+
+func unexpected(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// fill puts n bytes into a stream's inbox.
+func (c *Conn) fill(k Kind, n int) error {
+	i := c.inboxes[k]
+	if i == nil {
+		return fmt.Errorf("%w: a stream of kind %d that nobody has asked for", ErrProtocol, k)
+	}
+	if n == 0 {
+		i.end(io.EOF)
+		return nil
+	}
+	return i.fill(c.conn, n)
+}
+
+// grant takes a window's frame.
+func (c *Conn) grant(payload []byte) error {
+	if len(payload) != 5 || Kind(payload[0]) < KindStdin || Kind(payload[0]) >= kinds {
+		return fmt.Errorf("%w: window", ErrProtocol)
+	}
+	n := binary.BigEndian.Uint32(payload[1:])
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if k := payload[0]; n > Window || c.credit[k]+int(n) > Window {
+		return fmt.Errorf("%w: window of %d bytes", ErrProtocol, n)
+	}
+	c.credit[payload[0]] += int(n)
+	c.changed.Broadcast()
+	return nil
+}
+
+// take waits until some of n bytes of a stream may be sent, and says how many.
+func (c *Conn) take(k Kind, n int) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.credit[k] == 0 && c.closed == nil {
+		c.changed.Wait()
+	}
+	if c.closed != nil {
+		return 0, c.closed
+	}
+	n = min(n, c.credit[k], maxData)
+	c.credit[k] -= n
+	return n, nil
+}
+
+// Writer sends a stream. Write waits while the other side takes nothing; Close ends the stream.
+func (c *Conn) Writer(k Kind) io.WriteCloser { return &writer{c, k} }
+
+type writer struct {
+	c *Conn
+	k Kind
+}
+
+func (w *writer) Write(p []byte) (written int, err error) {
+	for len(p) > 0 {
+		n, err := w.c.take(w.k, len(p))
+		if err == nil {
+			err = w.c.Send(w.k, p[:n])
+		}
+		if err != nil {
+			return written, err
+		}
+		p, written = p[n:], written+n
+	}
+	return written, nil
+}
+
+func (w *writer) Close() error { return w.c.Send(w.k, nil) }
+
+// Inbox takes a stream in: it holds what has come until somebody reads it.
+type Inbox struct {
+	c *Conn
+	k Kind
+
+	mu    sync.Mutex
+	some  *sync.Cond
+	ring  []byte // nil until the first byte
+	first int
+	count int
+	err   error // io.EOF at the stream's own end
+}
+
+// Inbox expects a stream. It must be called before the stream's first frame is received.
+func (c *Conn) Inbox(k Kind) *Inbox {
+	i := &Inbox{c: c, k: k}
+	i.some = sync.NewCond(&i.mu)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.inboxes[k] = i
+	return i
+}
+
+func (i *Inbox) end(err error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.err == nil {
+		i.err = err
+	}
+	i.some.Broadcast()
+}
+
+// fill reads n bytes, at most maxData, into the ring.
+func (i *Inbox) fill(r io.Reader, n int) error {
+	i.mu.Lock()
+	if i.ring == nil {
+		i.ring = make([]byte, Window)
+	}
+	end := (i.first + i.count) % Window
+	room := Window - i.count
+	i.mu.Unlock()
+	if n > room {
+		return fmt.Errorf("%w: more of a stream than was asked for", ErrProtocol)
+	}
+	// Readers leave the free part alone.
+	part := min(n, Window-end)
+	if _, err := io.ReadFull(r, i.ring[end:end+part]); err != nil {
+		return unexpected(err)
+	}
+	if _, err := io.ReadFull(r, i.ring[:n-part]); err != nil {
+		return unexpected(err)
+	}
+	i.mu.Lock()
+	i.count += n
+	i.some.Broadcast()
+	i.mu.Unlock()
+	return nil
+}
+
+// Read returns what has come, and lets the other side send as much again. Returns io.EOF at the stream's end, and the
+// connection's error where that ended before.
+func (i *Inbox) Read(p []byte) (int, error) {
+	i.mu.Lock()
+	for i.count == 0 && i.err == nil {
+		i.some.Wait()
+	}
+	if i.count == 0 {
+		defer i.mu.Unlock()
+		return 0, i.err
+	}
+	n := copy(p, i.ring[i.first:min(i.first+i.count, Window)])
+	i.first, i.count = (i.first+n)%Window, i.count-n
+	ended := i.err != nil
+	i.mu.Unlock()
+	if ended {
+		return n, nil // nothing more will come
+	}
+	window := binary.BigEndian.AppendUint32([]byte{byte(i.k)}, uint32(n))
+	_ = i.c.Send(KindWindow, window) // a connection that has ended shows in the next Read
+	return n, nil
+}
+
+// Discard lets the rest of the stream come, and go.
+func (i *Inbox) Discard() {
+	_, _ = io.Copy(io.Discard, struct{ io.Reader }{i})
+}

@@ -1,0 +1,102 @@
+package agentproto
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+)
+
+// Op is what a connection is for.
+type Op string
+
+// The operations. Each has a connection of its own, and all but OpDial end with an Exit.
+const (
+	OpExec  Op = "exec"  // run a program; streams of its own
+	OpMain  Op = "main"  // run the image's command, which waits for that: see Boot.Attach
+	OpWatch Op = "watch" // events of the guest's life, and the exit of its command; the host's time and randomness
+	OpRead  Op = "read"  // a tar archive of Path, on stdout
+	OpWrite Op = "write" // unpack a tar archive from stdin at Path
+	OpDial  Op = "dial"  // after the reply the connection is one to Address in the guest
+	OpStats Op = "stats" // a Reply with Stats
+)
+
+// Request is what the host wants.
+type Request struct {
+	Version int `json:"version"`
+	Op      Op  `json:"op"`
+
+	// Of OpExec:
+	Args    []string `json:"args,omitempty"`
+	Env     []string `json:"env,omitempty"` // over the image's own
+	Dir     string   `json:"dir,omitempty"` // "": the image's own
+	User    string   `json:"user,omitempty"`
+	TTY     bool     `json:"tty,omitempty"` // of OpMain too
+	Rows    uint16   `json:"rows,omitempty"`
+	Cols    uint16   `json:"cols,omitempty"`
+	Term    string   `json:"term,omitempty"`    // the terminal's kind
+	NoStdin bool     `json:"noStdin,omitempty"` // its standard input is empty
+
+	// Of OpRead and OpWrite:
+	Path     string `json:"path,omitempty"`     // absolute
+	Archive  bool   `json:"archive,omitempty"`  // owners too
+	Contents bool   `json:"contents,omitempty"` // of a directory: what is in it, not itself
+
+	// Of OpDial:
+	Address string `json:"address,omitempty"` // "tcp:port", "unix:path"
+
+	// Of OpWatch: the host's clock, and 64 random bytes.
+	Now     time.Time `json:"now,omitzero"`
+	Entropy []byte    `json:"entropy,omitempty"`
+}
+
+// Reply is the answer to a request.
+type Reply struct {
+	Version int    `json:"version"`
+	Error   string `json:"error,omitempty"` // "": it is done, or under way
+	Stats   *Stats `json:"stats,omitempty"`
+	IsDir   bool   `json:"isDir,omitempty"` // of OpRead and OpWrite: Path is a directory
+}
+
+// Phase is how far a guest has come.
+type Phase string
+
+// The phases, in their order.
+const (
+	PhaseAgent   Phase = "agent"   // the agent runs
+	PhaseCommand Phase = "command" // the image's command, or its init, runs
+)
+
+// Event tells of the guest's life.
+type Event struct {
+	// Phases are those that were reached, and when: since the kernel's start.
+	Phases map[Phase]time.Duration `json:"phases,omitempty"` // nanoseconds
+	Skew   time.Duration           `json:"skew,omitempty"`   // by which the guest's clock was wrong, and was set right; nanoseconds
+	Exit   *Exit                   `json:"exit,omitempty"`   // of the image's command
+}
+
+// Exit is how a program ended.
+type Exit struct {
+	Code   int    `json:"code"`             // 128 and the signal's number if a signal ended it
+	Signal int    `json:"signal,omitempty"` // that ended it
+	Error  string `json:"error,omitempty"`  // why it was not run, or did not go well
+}
+
+// Stats is how the guest is.
+type Stats struct {
+	Uptime     time.Duration `json:"uptime"`     // nanoseconds
+	CPU        time.Duration `json:"cpu"`        // used since the start, all CPUs; nanoseconds
+	CPUs       int           `json:"cpus"`       // online
+	Memory     uint64        `json:"memory"`     // bytes
+	MemoryUsed uint64        `json:"memoryUsed"` // that cannot be had back at once
+	Disk       uint64        `json:"disk"`       // of /, bytes
+	DiskUsed   uint64        `json:"diskUsed"`
+	Processes  int           `json:"processes"`
+}
+
+// ParseJSON reads a frame's payload. What is not known there is left out: a newer side may say more.
+func ParseJSON[T any](payload []byte) (v T, err error) {
+	if err := json.Unmarshal(payload, &v); err != nil {
+		return v, fmt.Errorf("%w: %w", ErrProtocol, err)
+	}
+	return v, nil
+}

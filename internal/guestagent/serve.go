@@ -1,0 +1,151 @@
+package guestagent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/process"
+	"push.rocks/smartvm/internal/guestagent/server"
+)
+
+// uptime is how long the kernel has run.
+func uptime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano())
+}
+
+// fromHost accepts the host's connections, and nobody else's.
+type fromHost struct{ net.Listener }
+
+func (l fromHost) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if a, ok := c.RemoteAddr().(*vsock.Addr); ok && a.ContextID == vsock.Host {
+			return c, nil
+		}
+		_ = c.Close()
+	}
+}
+
+func listenHost() (net.Listener, error) {
+	l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, agentproto.Port, nil)
+	if err != nil {
+		return nil, fmt.Errorf("listen to the host: %w", err)
+	}
+	return fromHost{l}, nil
+}
+
+// listen answers the host from now on.
+func listen(s *server.Server) error {
+	l, err := listenHost()
+	if err != nil {
+		return err
+	}
+	go func() {
+		if err := s.Serve(l); err != nil {
+			say("%v", err)
+		}
+	}()
+	return nil
+}
+
+// Verbs of the agent beside an image's own init: one process serves, the other starts it again when it has died.
+const (
+	KeepVerb  = "keep"
+	ServeVerb = "serve"
+)
+
+// bootFD is the descriptor by which they get the boot configuration.
+const bootFD = 3
+
+// self is this program. Its file is gone with the initramfs.
+const self = "/proc/self/exe"
+
+// keepServer starts what answers the host when this process has become the image's init.
+func keepServer(b *agentproto.Boot) error {
+	data, err := b.Encode()
+	if err != nil {
+		return err
+	}
+	fd, err := unix.MemfdCreate("smartvm-boot", unix.MFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("keep the agent: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "boot")
+	defer f.Close()
+	if _, err := f.Write(data); err != nil {
+		return fmt.Errorf("keep the agent: %w", err)
+	}
+	if _, err := spawn(KeepVerb, f); err != nil {
+		return fmt.Errorf("keep the agent: %w", err)
+	}
+	return nil
+}
+
+func spawn(verb string, boot *os.File) (pid int, err error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer null.Close()
+	return syscall.ForkExec(self, []string{"smartvm-agent", verb}, &syscall.ProcAttr{
+		Dir: "/", Env: []string{"PATH=" + process.DefaultPath, "GOGC=50"}, Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), boot.Fd()},
+		Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+}
+
+// restartPause keeps a server that dies at once from taking all the CPU.
+const restartPause = time.Second
+
+// Keep runs the server, again and again.
+func Keep() error {
+	boot := os.NewFile(bootFD, "boot")
+	for {
+		pid, err := spawn(ServeVerb, boot)
+		if err != nil {
+			return fmt.Errorf("start the server: %w", err)
+		}
+		for {
+			var status unix.WaitStatus
+			got, err := unix.Wait4(-1, &status, 0, nil)
+			if got == pid || err != nil && !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		time.Sleep(restartPause)
+	}
+}
+
+// Serve answers the host. Child is SIGCHLD.
+func Serve(child <-chan os.Signal) error {
+	begun := uptime()
+	b, err := agentproto.Decode(io.NewSectionReader(os.NewFile(bootFD, "boot"), 0, agentproto.MaxSize))
+	if err != nil {
+		return err
+	}
+	var reaper process.Reaper
+	go reaper.Run(child)
+	s := server.New(&reaper, b)
+	s.Reached(agentproto.PhaseAgent, begun)
+	s.Reached(agentproto.PhaseCommand, begun)
+	l, err := listenHost()
+	if err != nil {
+		return err
+	}
+	return s.Serve(l)
+}

@@ -1,0 +1,295 @@
+// Package server is what the agent does for the host once the guest is up: it runs programs in it, copies files, tells how
+// it is. The host is trusted, and nobody else is heard.
+package server
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/process"
+)
+
+// Server answers the host. Set its fields before Serve.
+type Server struct {
+	Reaper *process.Reaper
+	Boot   *agentproto.Boot // whose environment, user and directory programs get. nil: those of an image without any
+
+	mu       sync.Mutex
+	changed  chan struct{} // closed at the next change of what follows
+	phases   map[agentproto.Phase]time.Duration
+	skew     time.Duration
+	exit     *agentproto.Exit
+	main     chan call // gives the command away that waits for the host
+	watchers sync.WaitGroup
+}
+
+// Bounds of what the host may have under way, and of how long it may take to say what it wants.
+const (
+	maxConnections = 1024
+	requestTimeout = 10 * time.Second
+	closeTimeout   = 5 * time.Second
+)
+
+// New returns a server that knows nothing yet.
+func New(reaper *process.Reaper, boot *agentproto.Boot) *Server {
+	if boot == nil {
+		boot = new(agentproto.Boot)
+	}
+	return &Server{
+		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{}, main: make(chan call),
+	}
+}
+
+// Reached says that the guest has come so far, after so long a time since its kernel's start.
+func (s *Server) Reached(p agentproto.Phase, at time.Duration) {
+	s.update(func() { s.phases[p] = at })
+}
+
+func (s *Server) update(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// Ended tells the host how the image's command ended, and returns when it has heard, or does not listen.
+func (s *Server) Ended(exit agentproto.Exit) {
+	s.update(func() { s.exit = &exit })
+	heard := make(chan struct{})
+	go func() { s.watchers.Wait(); close(heard) }()
+	select {
+	case <-heard:
+	case <-time.After(closeTimeout):
+	}
+}
+
+// Serve answers connections until l is closed.
+func (s *Server) Serve(l net.Listener) error {
+	slots := make(chan struct{}, maxConnections)
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return nil
+			}
+			return fmt.Errorf("listen to the host: %w", err)
+		}
+		select {
+		case slots <- struct{}{}:
+		default:
+			_ = c.Close()
+			continue
+		}
+		go func() {
+			defer func() { <-slots }()
+			s.answer(c)
+		}()
+	}
+}
+
+// session is one request, and the connection that it came by.
+type session struct {
+	conn  *agentproto.Conn
+	raw   net.Conn
+	stdin *agentproto.Inbox
+	req   agentproto.Request
+	gone  chan struct{} // closed when the host has gone; nil until listen
+}
+
+// listen takes what the host sends, until it goes away. Handle, if not nil, gets what belongs to no stream.
+func (ss *session) listen(handle func(k agentproto.Kind, payload []byte)) {
+	ss.gone = make(chan struct{})
+	go func() {
+		defer close(ss.gone)
+		for {
+			k, payload, err := ss.conn.Receive()
+			if err != nil {
+				return
+			}
+			if handle != nil {
+				handle(k, payload)
+			}
+		}
+	}()
+}
+
+func (s *Server) answer(raw net.Conn) {
+	conn := agentproto.NewConn(raw)
+	_ = raw.SetReadDeadline(time.Now().Add(requestTimeout))
+	// The host does not wait for an answer before it sends more.
+	stdin := conn.Inbox(agentproto.KindStdin)
+	k, payload, err := conn.Receive()
+	_ = raw.SetReadDeadline(time.Time{})
+	if err != nil || k != agentproto.KindRequest {
+		_ = conn.Close()
+		return
+	}
+	req, err := agentproto.ParseJSON[agentproto.Request](payload)
+	if err == nil && req.Version != agentproto.Version {
+		err = fmt.Errorf("the agent speaks version %d, not %d: the VM was made by another version of smartvm", agentproto.Version, req.Version)
+	}
+	do := map[agentproto.Op]func(*session) error{
+		agentproto.OpExec: s.exec, agentproto.OpMain: s.command, agentproto.OpWatch: s.watch,
+		agentproto.OpRead: s.read, agentproto.OpWrite: s.write, agentproto.OpDial: dial, agentproto.OpStats: stats,
+	}[req.Op]
+	if err == nil && do == nil {
+		err = fmt.Errorf("the agent does not know how to %q", req.Op)
+	}
+	ss := &session{conn: conn, raw: raw, stdin: stdin, req: req}
+	if err == nil {
+		err = do(ss)
+	}
+	if err != nil {
+		_ = ss.reply(agentproto.Reply{Error: err.Error()})
+	}
+	ss.finish()
+}
+
+func (ss *session) reply(r agentproto.Reply) error {
+	r.Version = agentproto.Version
+	return ss.conn.SendJSON(agentproto.KindReply, r)
+}
+
+// finish closes the connection when the host has: it reads all first that it was sent.
+func (ss *session) finish() {
+	if ss.gone == nil {
+		ss.listen(nil)
+	}
+	select {
+	case <-ss.gone:
+	case <-time.After(closeTimeout):
+	}
+	_ = ss.conn.Close()
+}
+
+// watch sets the clock and stirs the random numbers, and tells what happens until the command has ended.
+func (s *Server) watch(ss *session) error {
+	s.watchers.Add(1)
+	defer s.watchers.Done()
+	skew := welcome(ss.req)
+	s.update(func() {
+		if skew != 0 {
+			s.skew = skew
+		}
+	})
+	if err := ss.reply(agentproto.Reply{}); err != nil {
+		return err
+	}
+	ss.listen(nil)
+	for {
+		s.mu.Lock()
+		event, changed := agentproto.Event{Phases: maps.Clone(s.phases), Skew: s.skew, Exit: s.exit}, s.changed
+		s.mu.Unlock()
+		if err := ss.conn.SendJSON(agentproto.KindEvent, event); err != nil {
+			return nil
+		}
+		if event.Exit != nil {
+			ss.finish() // when the host has read it
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ss.gone:
+			return nil
+		}
+	}
+}
+
+// dial makes the connection one to an address in the guest.
+func dial(ss *session) error {
+	network, address, _ := strings.Cut(ss.req.Address, ":")
+	switch network {
+	case "tcp":
+		address = net.JoinHostPort("localhost", address)
+	case "unix":
+	default:
+		return fmt.Errorf("dial %q: want tcp:PORT or unix:PATH", ss.req.Address)
+	}
+	to, err := net.DialTimeout(network, address, requestTimeout)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	ss.gone = make(chan struct{}) // there are no more frames
+	close(ss.gone)
+	if err := ss.reply(agentproto.Reply{}); err != nil {
+		return nil
+	}
+	var both sync.WaitGroup
+	for _, way := range [][2]net.Conn{{to, ss.raw}, {ss.raw, to}} {
+		both.Go(func() {
+			_, _ = io.Copy(way[0], way[1])
+			if c, ok := way[0].(interface{ CloseWrite() error }); ok {
+				_ = c.CloseWrite()
+			}
+		})
+	}
+	both.Wait()
+	return nil
+}
+
+// program is one to be run.
+type program struct {
+	args []string
+	env  []string
+	dir  string
+	user string
+}
+
+// exec runs the request's program, for what it leaves open as the image has it.
+func (s *Server) exec(ss *session) error {
+	if len(ss.req.Args) == 0 || ss.req.Args[0] == "" {
+		return errors.New("nothing to run")
+	}
+	exit := s.run(ss, program{
+		args: ss.req.Args, env: append(append([]string(nil), s.Boot.Env...), ss.req.Env...),
+		dir: cmp.Or(ss.req.Dir, s.Boot.WorkingDir, "/"), user: cmp.Or(ss.req.User, s.Boot.User),
+	}, nil)
+	_ = ss.conn.SendJSON(agentproto.KindExit, exit)
+	return nil
+}
+
+// call is a host that wants the image's command.
+type call struct {
+	*session
+	done chan struct{}
+}
+
+// command gives the host the image's command, if that waits for it.
+func (s *Server) command(ss *session) error {
+	s.watchers.Add(1)
+	defer s.watchers.Done()
+	c := call{ss, make(chan struct{})}
+	select {
+	case s.main <- c:
+		<-c.done
+		ss.finish() // before the end of the guest
+		return nil
+	case <-time.After(requestTimeout):
+		return errors.New("the image's command does not wait for the host: it runs, or has run")
+	}
+}
+
+// Main runs the image's command when a host asks for it, with the streams that the host has for it. Started, if not nil, is
+// told its process. It returns false if stop came before.
+func (s *Server) Main(stop <-chan os.Signal, started func(pid int)) (exit agentproto.Exit, ran bool) {
+	select {
+	case c := <-s.main:
+		exit = s.run(c.session, program{args: s.Boot.Command, env: s.Boot.Env, dir: cmp.Or(s.Boot.WorkingDir, "/"), user: s.Boot.User}, started)
+		_ = c.conn.SendJSON(agentproto.KindExit, exit)
+		close(c.done)
+		return exit, true
+	case <-stop:
+		return exit, false
+	}
+}

@@ -1,0 +1,121 @@
+package treetar_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"push.rocks/smartvm/internal/treetar"
+)
+
+func archive(t testing.TB, headers ...tar.Header) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, h := range headers {
+		if h.Typeflag == tar.TypeReg {
+			h.Size = int64(len(h.Name))
+		}
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if h.Size > 0 {
+			if _, err := io.WriteString(w, h.Name); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func file(name string) tar.Header { return tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644} }
+
+// unpack unpacks in a directory beside a file that is not to be touched, and says whether it went well.
+func unpack(t testing.TB, data []byte, o treetar.Options) (dir string, err error) {
+	t.Helper()
+	outside := t.TempDir()
+	secret := filepath.Join(outside, "secret")
+	if err := os.WriteFile(secret, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir = filepath.Join(outside, "in")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	err = treetar.Unpack(bytes.NewReader(data), root, o)
+	if got, readErr := os.ReadFile(secret); readErr != nil || string(got) != "secret" {
+		t.Errorf("outside: %q, %v", got, readErr)
+	}
+	fi, statErr := os.Stat(secret)
+	if statErr != nil || fi.Mode() != 0o600 {
+		t.Errorf("outside: %v, %v", fi, statErr)
+	}
+	if entries, readErr := os.ReadDir(outside); readErr != nil || len(entries) != 2 {
+		t.Errorf("outside: %v, %v", entries, readErr)
+	}
+	return dir, err
+}
+
+// Whatever an archive says, nothing outside is written, linked to or changed.
+func TestUnpack_Hostile(t *testing.T) {
+	link := func(kind byte, name, to string) tar.Header {
+		return tar.Header{Typeflag: kind, Name: name, Linkname: to, Mode: 0o777}
+	}
+	for name, headers := range map[string][]tar.Header{
+		"parent":              {file("../secret")},
+		"deep parent":         {file("a/../../secret")},
+		"link and through":    {link(tar.TypeSymlink, "out", ".."), file("out/secret")},
+		"absolute link":       {link(tar.TypeSymlink, "out", "/"), file("out/tmp/secret")},
+		"link in the middle":  {link(tar.TypeSymlink, "a", "../"), file("a/b/c")},
+		"hard link":           {link(tar.TypeLink, "mine", "../secret")},
+		"hard link by a link": {link(tar.TypeSymlink, "out", ".."), link(tar.TypeLink, "mine", "out/secret")},
+		"directory is a link": {link(tar.TypeSymlink, "out", ".."), {Typeflag: tar.TypeDir, Name: "out/", Mode: 0o777}},
+		"device":              {{Typeflag: tar.TypeChar, Name: "null", Devmajor: 1, Devminor: 3, Mode: 0o666}},
+		"FIFO":                {{Typeflag: tar.TypeFifo, Name: "fifo", Mode: 0o666}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := unpack(t, archive(t, headers...), treetar.Options{Owners: os.Getuid() == 0}); err == nil {
+				t.Error("it was unpacked")
+			}
+		})
+	}
+	// A link that was there may be replaced, but is not followed.
+	dir, err := unpack(t, archive(t, link(tar.TypeSymlink, "f", "../secret"), file("f"), file("/absolute")), treetar.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"f", "absolute"} {
+		if fi, err := os.Lstat(filepath.Join(dir, name)); err != nil || !fi.Mode().IsRegular() {
+			t.Errorf("%s: %v, %v", name, fi, err)
+		}
+	}
+	dir, err = unpack(t, archive(t, tar.Header{Typeflag: tar.TypeReg, Name: "s", Mode: 0o4755, Uid: 7, Gid: 7}), treetar.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Stat(filepath.Join(dir, "s")); err != nil || fi.Mode() != 0o755 {
+		t.Errorf("a set-user-id bit was kept: %v, %v", fi, err)
+	}
+}
+
+func FuzzUnpack(f *testing.F) {
+	f.Add(archive(f, file("a"), tar.Header{Typeflag: tar.TypeSymlink, Name: "l", Linkname: ".."}, file("l/x")), "")
+	f.Add(archive(f, tar.Header{Typeflag: tar.TypeDir, Name: "top/", Mode: 0o700}, file("top/x")), "new")
+	f.Fuzz(func(t *testing.T, data []byte, top string) {
+		if len(data) > 1<<16 {
+			return
+		}
+		_, _ = unpack(t, data, treetar.Options{Top: top})
+	})
+}
