@@ -54,7 +54,7 @@ func (m *Machine) guest() *agent.Client {
 // hasAgent says whether an agent of ours is in the guest.
 func (m *Machine) hasAgent() bool { return m.rec.Boot != nil && m.rec.Boot.Guest != nil }
 
-// inGuest has op done by the agent of a VM that runs.
+// inGuest has op done by the agent of a VM that runs. A guest that still boots is waited for.
 func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client) error) error {
 	state, err := m.State(ctx)
 	if err != nil {
@@ -67,8 +67,16 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, m.rec.ID, ErrNoAgent), "VMs of images have one; others get it by --vsock")
 	}
 	err = do(m.guest())
+	if errors.Is(err, ErrNoAgent) && m.hasAgent() {
+		if g, stateErr := m.Guest(); stateErr == nil && (g == nil || g.Command == 0) {
+			if _, err := m.AwaitReady(ctx); err != nil {
+				return err
+			}
+			err = do(m.guest())
+		}
+	}
 	if errors.Is(err, ErrNoAgent) {
-		err = hint.Add(err, "it may still boot: smartvm wait --for ready %s waits for that; smartvm logs %s shows its console", m.rec.ID, m.rec.ID)
+		err = hint.Add(err, "smartvm logs %s shows its console", m.rec.ID)
 	}
 	if err != nil {
 		return fmt.Errorf("%s VM %s: %w", op, m.rec.ID, err)
@@ -76,7 +84,7 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 	return nil
 }
 
-// Exec runs a program in the guest and returns when it has ended. When ctx ends before, the program gets SIGHUP. Returns
+// Exec runs a program in the guest, once that has booted, and returns when it has ended. When ctx ends before, the program gets SIGHUP. Returns
 // ErrNoAgent, *StateError, agent errors; that the program ended with another code than 0 is no error.
 func (m *Machine) Exec(ctx context.Context, cmd Cmd) (exit CmdExit, err error) {
 	err = m.inGuest(ctx, "exec in", func(c *agent.Client) error {

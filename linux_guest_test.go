@@ -52,6 +52,8 @@ func TestLinuxGuest(t *testing.T) {
 			if err := m.Start(t.Context()); err != nil {
 				t.Fatal(err)
 			}
+			// A guest that still boots is waited for.
+			inGuest(t, m, smartvm.Cmd{Args: []string{"echo", "first"}}, 0, "first\n")
 			ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
 			defer cancel()
 			state, err := m.AwaitReady(ctx)
