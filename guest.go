@@ -164,10 +164,11 @@ func (m *Machine) AwaitReady(ctx context.Context) (*GuestState, error) {
 	}
 }
 
-// How often an agent that does not answer is asked again: a guest that boots, and one that has.
+// How often an agent that does not answer is asked again: of a guest that boots, and of one that has, or takes too long.
 const (
 	bootingPause = 20 * time.Millisecond
 	lostPause    = time.Second
+	bootingTime  = time.Minute
 )
 
 // attend hears what the guest says of itself, writes it down for all processes, and returns when its command has ended, or ctx.
@@ -202,6 +203,9 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 			note()
 		})
 		pause := bootingPause
+		if time.Since(r.booted) > bootingTime {
+			pause = lostPause
+		}
 		if g.Agent > 0 {
 			pause = lostPause
 			if g.Exit == nil && ctx.Err() == nil && g.Degraded == "" {

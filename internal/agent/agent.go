@@ -269,6 +269,9 @@ func awaitExit(conn *agentproto.Conn) (Exit, error) {
 	return Exit{}, fmt.Errorf("%w: frame of kind %d for an exit", agentproto.ErrProtocol, k)
 }
 
+// maxEvents bounds those of one connection: a guest's life has few, and each is written down.
+const maxEvents = 64
+
 // Watch gives the guest the time and random numbers, and tells event what happens in it until its command has ended, the
 // guest goes away or ctx ends.
 func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error {
@@ -283,7 +286,7 @@ func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error 
 	if _, err := answer(conn); err != nil {
 		return err
 	}
-	for {
+	for range maxEvents {
 		k, payload, err := conn.Receive()
 		if err != nil {
 			return lost(err)
@@ -300,6 +303,7 @@ func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error 
 			return nil
 		}
 	}
+	return fmt.Errorf("%w: more than %d events", agentproto.ErrProtocol, maxEvents)
 }
 
 // Stats asks how the guest is.

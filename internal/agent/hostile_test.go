@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"testing"
@@ -92,6 +93,19 @@ func TestClient_Hostile(t *testing.T) {
 	defer cancel()
 	if _, err := hostile(t, nil, true).Stats(ctx); err == nil {
 		t.Error("an answer of nobody")
+	}
+}
+
+// A guest that tells of itself without end is not listened to without end.
+func TestWatch_Flood(t *testing.T) {
+	data := frame(agentproto.KindReply, []byte("{}"))
+	for range 10000 {
+		data = append(data, frame(agentproto.KindEvent, []byte("{}"))...)
+	}
+	events := 0
+	err := hostile(t, data, true).Watch(t.Context(), func(agentproto.Event) { events++ })
+	if !errors.Is(err, agentproto.ErrProtocol) || events > 100 {
+		t.Errorf("%d events, %v", events, err)
 	}
 }
 
