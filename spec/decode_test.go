@@ -66,6 +66,7 @@ const oursSpec = `{
 }`
 
 const imageSpec = `{
+  "networkInterfaces": [{"ifaceId": "eth0", "namespace": true}],
   "bootSource": {}, "machineConfig": {"vcpuCount": 1, "memSizeMib": 512},
   "image": "debian:12", "kernel": "host", "scratch": {"sizeMib": 512, "keep": "db"}, "hostname": "web",
   "entrypoint": ["/bin/sh", "-c"], "command": ["id"], "env": ["A=b"], "user": "nobody", "workingDir": "/tmp"

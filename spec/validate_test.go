@@ -164,6 +164,7 @@ func networkRules() []breakage {
 		{"networkInterfaces[1].ifaceId", "is required", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "" })},
 		{"networkInterfaces[1].ifaceId", "letters, digits or underscores", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "eth-1" })},
 		{"networkInterfaces[1].ifaceId", "is the same as networkInterfaces[0].ifaceId", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "eth0" })},
+		{"networkInterfaces[1].namespace", "must not be there beside", iface(func(n *vmspec.NetworkInterface) { n.Namespace = true })},
 		{"networkInterfaces[1].network", "must not be there beside hostDevName", iface(func(n *vmspec.NetworkInterface) { n.HostDevName, n.Network = "tap7", "lan" })},
 		{"ports", "without an interface on one of our networks", func(s *vmspec.Spec) { s.Ports = []vmspec.Port{{HostPort: 1, GuestPort: 1}} }},
 		{"ports[0].hostPort", "from 1 to 65535", ports(vmspec.Port{GuestPort: 1})},
@@ -207,7 +208,6 @@ func otherRules() []breakage {
 	return []breakage{
 		{"vsock.guestCid", "from 3 to 4294967294", func(s *vmspec.Spec) { s.Vsock.GuestCID = 2 }},
 		{"vsock.guestCid", "from 3 to 4294967294", func(s *vmspec.Spec) { s.Vsock.GuestCID = math.MaxUint32 }},
-		{"vsock.udsPath", "is required", func(s *vmspec.Spec) { s.Vsock.UDSPath = "" }},
 		{"vsock.udsPath", "at most 107 bytes", func(s *vmspec.Spec) { s.Vsock.UDSPath = strings.Repeat("a", 108) }},
 		{"logger.level", "one of Off, Error, Warn, Warning, Info, Debug, Trace", func(s *vmspec.Spec) { s.Logger.Level = "verbose" }},
 		{"logger.logPath", "NUL", func(s *vmspec.Spec) { s.Logger.LogPath = "\x00" }},
@@ -273,7 +273,7 @@ func TestSpec_Validate_AllAtOnceInOrder(t *testing.T) {
 		"id", "bootSource.kernelImagePath", "machineConfig.vcpuCount", "machineConfig.memSizeMib",
 		"drives[0].driveId", "drives[0].pathOnHost", "pmem[0].id", "pmem[0].pathOnHost",
 		"networkInterfaces[0].ifaceId", "mmds.networkInterfaces",
-		"vsock.guestCid", "vsock.udsPath", "metrics.metricsPath", "serial.rateLimiter", "memoryHotplug.totalSizeMib",
+		"vsock.guestCid", "metrics.metricsPath", "serial.rateLimiter", "memoryHotplug.totalSizeMib",
 	}
 	var got []string
 	for _, e := range fieldErrors(t, spec.Validate()) {

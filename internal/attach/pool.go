@@ -134,6 +134,9 @@ func (p *Pool) take(ctx context.Context, vm string, do Do) (*network.Slot, error
 // Resize makes slots, or removes free ones, until there are n or no more are free, and says how many there are. Slots that a
 // VM has stay.
 func (p *Pool) Resize(ctx context.Context, n int) (Slots, error) {
+	if _, err := os.Lstat(p.dir()); n == 0 && errors.Is(err, fs.ErrNotExist) {
+		return Slots{}, nil
+	}
 	unlock, err := lockPools(p.Store)
 	if err != nil {
 		return Slots{}, err
