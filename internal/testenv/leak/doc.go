@@ -69,9 +69,9 @@ func (k kind) String() string {
 }
 
 // missed says whether things of a kind may not vanish either: ours to make and
-// unmake are all others.
+// unmake are all others. Loop devices are no business of ours, and others come and go.
 func (k kind) missed() bool {
-	return k == link || k == netns || k == route || k == table || k == mount || k == loop || k == file
+	return k == link || k == netns || k == route || k == table || k == mount || k == file
 }
 
 // Take looks at the host. What comes or goes while it does may or may not be
