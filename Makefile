@@ -1,4 +1,4 @@
-# make demo   boots a Linux guest and shows it
+# make demo   boots a Linux guest and runs CMD in it: make demo CMD='cat /etc/os-release'
 # make test   runs every test
 # make minimal  makes an image to try things with
 # Both get what they need by themselves, on Debian and Ubuntu with apt-get, and say what they install.
@@ -21,6 +21,7 @@ AGENT := internal/agentbin/bin/smartvm-agent
 agent:
 	$(GO) build $(GOFLAGS_BUILD) -ldflags='-s -w' -o $(AGENT) ./cmd/smartvm-agent
 
+demo: export CMD := $(CMD)
 demo: build
 	$(GO) build $(GOFLAGS_BUILD) -o bin/ ./internal/tools/demo ./internal/tools/lab
 	bin/demo

@@ -1,23 +1,23 @@
-// Command demo boots a Linux guest with a busybox userland by way of the smartvm command beside it, shows what
-// it prints as it arrives, and checks that nothing of it is left. Where this machine's KVM boots no Linux, it does so
+// Command demo boots a Linux guest with a busybox userland by way of the smartvm command beside it, runs a command in it ($CMD,
+// for a shell), and checks that nothing of it is left. Where this machine's KVM boots no Linux, it does so
 // in the emulated host.
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
-	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/fixtures"
-	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/lab"
 	"push.rocks/smartvm/internal/testenv/leak"
 )
@@ -47,7 +47,7 @@ func prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	paths, err := cache.Ensure(ctx, fixtures.GuestKernel, fixtures.Busybox, fixtures.Firecracker, fixtures.Jailer)
+	paths, err := cache.Ensure(ctx, fixtures.GuestKernel, fixtures.GuestModules, fixtures.Minimal, fixtures.Firecracker, fixtures.Jailer)
 	if err != nil {
 		return err
 	}
@@ -55,18 +55,15 @@ func prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	initrd, err := userland(bin, paths[1])
-	if err != nil {
+	data := filepath.Join(bin, "demo-data")
+	smartvm := []string{filepath.Join(bin, "smartvm"), "--data-dir", data, "--firecracker", paths[3], "--jailer", paths[4]}
+	if err := quietly(ctx, append(slices.Clip(smartvm), "image", "import", "--kernel", paths[0], "--modules", paths[1], "--rootfs", paths[2], image)); err != nil {
 		return err
 	}
-	command := []string{
-		filepath.Join(bin, "demo"), filepath.Join(bin, "smartvm"), "run", "--kernel", paths[0], "--initrd", initrd,
-		"--append", "console=ttyS0 quiet reboot=k panic=1", "--memory", "256",
-		"--firecracker", paths[2], "--jailer", paths[3],
-	}
+	command := append([]string{filepath.Join(bin, "demo"), cmp.Or(os.Getenv("CMD"), "uname -a; uptime")}, smartvm...)
 	if decision.Lab {
 		fmt.Printf("The guest runs in an emulated host, which takes half a minute: %s.\n", decision.Reason)
-		command = append([]string{filepath.Join(bin, "lab"), "--"}, command...)
+		command = append([]string{filepath.Join(bin, "lab"), "-share", data, "--"}, command...)
 	} else {
 		fmt.Printf("The guest runs directly on this machine's KVM: %s.\n", decision.Reason)
 	}
@@ -78,41 +75,11 @@ func binDir() (string, error) {
 	return filepath.Dir(self), err
 }
 
-// script is the guest's init.
-const script = `#!/bin/busybox sh
-/bin/busybox mount -t proc proc /proc
-read up idle < /proc/uptime
-echo "guest: $(/bin/busybox uname -a)"
-echo "guest: userland reached $up s after the kernel's start"
-echo "guest: $(/bin/busybox uptime)"
-/bin/busybox reboot -f
-`
+// image is what the guest is of, and what it is called.
+const image = "demo"
 
-// userland writes an initramfs of busybox and script beside the programs.
-func userland(bin, busybox string) (string, error) {
-	var a kernel.Archive
-	for _, e := range []kernel.Entry{
-		{Path: "proc", Mode: fs.ModeDir | 0o555},
-		{Path: "dev/console", Mode: fs.ModeDevice | fs.ModeCharDevice | 0o600, Major: 5, Minor: 1},
-		{Path: "bin/busybox", Mode: 0o755, HostPath: busybox},
-		{Path: "init", Mode: 0o755, Content: []byte(script)},
-	} {
-		if err := a.Add(e); err != nil {
-			return "", err
-		}
-	}
-	path := filepath.Join(bin, "demo.cpio")
-	f, err := os.Create(path + atomicfile.TempSuffix)
-	if err != nil {
-		return "", err
-	}
-	if err := errors.Join(a.Write(f), f.Close()); err != nil {
-		return "", err
-	}
-	return path, os.Rename(f.Name(), path)
-}
-
-// boot runs the smartvm command that prepare made, and compares the host before and after.
+// boot starts a VM by the smartvm command that prepare made, has the user's command run in it, and compares the host before
+// and after.
 func boot(ctx context.Context) error {
 	const runtimeDir = "/dev/shm/smartvm-demo"
 	before, err := leak.Take(leak.Scope{Roots: []string{runtimeDir}})
@@ -124,11 +91,23 @@ func boot(ctx context.Context) error {
 		return err
 	}
 	fmt.Printf("host:  Linux %s", release)
+	smartvm := append(slices.Clip(os.Args[2:]), "--runtime-dir", runtimeDir)
+	with := func(args ...string) []string { return append(slices.Clip(smartvm), args...) }
 	begun := time.Now()
-	if err := execute(ctx, append(os.Args[1:], "--runtime-dir", runtimeDir)); err != nil {
+	err = quietly(ctx, with("run", "-d", "--name", image, "--net", "none", "--scratch", "64M", image, "--", "sh", "-c", "while :; do sleep 1; done"))
+	if err == nil {
+		err = quietly(ctx, with("wait", "--for", "ready", image))
+		fmt.Printf("host:  the guest was ready after %.1f s\n", time.Since(begun).Seconds())
+	}
+	if err == nil {
+		fmt.Printf("guest: %s\n", os.Args[1])
+		err = execute(ctx, with("exec", image, "--", "sh", "-c", os.Args[1]))
+	}
+	// After Ctrl-C too.
+	if err := errors.Join(err, quietly(context.WithoutCancel(ctx), with("rm", "-f", image))); err != nil {
 		return err
 	}
-	fmt.Printf("host:  booted, run and shut down in %.1f s\n", time.Since(begun).Seconds())
+	fmt.Printf("host:  booted, used and removed in %.1f s\n", time.Since(begun).Seconds())
 	if err := os.RemoveAll(runtimeDir); err != nil {
 		return err
 	}
@@ -149,4 +128,13 @@ func execute(ctx context.Context, command []string) error {
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = time.Minute
 	return cmd.Run()
+}
+
+// quietly shows what a command says only when it goes wrong.
+func quietly(ctx context.Context, command []string) error {
+	out, err := exec.CommandContext(ctx, command[0], command[1:]...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: %w\n%s", strings.Join(command, " "), err, out)
+	}
+	return nil
 }
