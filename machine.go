@@ -331,6 +331,14 @@ type Inspection struct {
 	Spec               Spec                   `json:"spec"`
 }
 
+// Traffic is what has gone through the VM's interfaces on our networks since its start, in bytes.
+func (i *Inspection) Traffic() (received, sent uint64) {
+	for _, n := range i.Interfaces {
+		received, sent = received+n.ReceivedBytes, sent+n.SentBytes
+	}
+	return received, sent
+}
+
 // Inspect gathers what is known about the VM.
 func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 	state, err := m.State(ctx)

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -323,22 +322,13 @@ func (c *Client) Stats(ctx context.Context) (*agentproto.Stats, error) {
 
 // DialTCP connects to a TCP port in the guest, on its localhost.
 func (c *Client) DialTCP(ctx context.Context, port uint16) (net.Conn, error) {
-	return c.dial(ctx, "tcp:"+strconv.Itoa(int(port)))
-}
-
-// DialUnix connects to a Unix socket in the guest.
-func (c *Client) DialUnix(ctx context.Context, path string) (net.Conn, error) {
-	return c.dial(ctx, "unix:"+path)
-}
-
-func (c *Client) dial(ctx context.Context, address string) (net.Conn, error) {
-	conn, raw, err := c.open(ctx, agentproto.Request{Op: agentproto.OpDial, Address: address})
+	conn, raw, err := c.open(ctx, agentproto.Request{Op: agentproto.OpDial, Port: port})
 	if err != nil {
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	if _, err := answer(conn); err != nil {
-		return nil, errors.Join(fmt.Errorf("connect to %s in the guest: %w", address, err), conn.Close())
+		return nil, errors.Join(fmt.Errorf("connect to port %d in the guest: %w", port, err), conn.Close())
 	}
 	if !stop() {
 		return nil, context.Cause(ctx)
@@ -351,5 +341,5 @@ const bufferSize = 64 << 10
 
 // reading makes reads of an inbox larger.
 func reading(in *agentproto.Inbox) io.Reader {
-	return bufio.NewReaderSize(struct{ io.Reader }{in}, bufferSize)
+	return bufio.NewReaderSize(in, bufferSize)
 }

@@ -51,7 +51,7 @@ func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o Co
 		w := &counter{to: bufio.NewWriterSize(out, bufferSize), told: o.Progress}
 		var err error
 		if from == "-" {
-			_, err = io.Copy(struct{ io.Writer }{w}, in)
+			_, err = io.Copy(w, in)
 		} else {
 			err = treetar.Pack(w, filepath.Clean(from), topOf(from, r.IsDir))
 		}

@@ -316,5 +316,5 @@ func (i *Inbox) Read(p []byte) (int, error) {
 
 // Discard lets the rest of the stream come, and go.
 func (i *Inbox) Discard() {
-	_, _ = io.Copy(io.Discard, struct{ io.Reader }{i})
+	_, _ = io.Copy(io.Discard, i)
 }

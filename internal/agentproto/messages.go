@@ -9,14 +9,14 @@ import (
 // Op is what a connection is for.
 type Op string
 
-// The operations. Each has a connection of its own, and all but OpDial end with an Exit.
+// The operations. Each has a connection of its own. What runs or copies ends with an Exit.
 const (
 	OpExec  Op = "exec"  // run a program; streams of its own
 	OpMain  Op = "main"  // run the image's command, which waits for that: see Boot.Attach
 	OpWatch Op = "watch" // events of the guest's life, and the exit of its command; the host's time and randomness
 	OpRead  Op = "read"  // a tar archive of Path, on stdout
 	OpWrite Op = "write" // unpack a tar archive from stdin at Path
-	OpDial  Op = "dial"  // after the reply the connection is one to Address in the guest
+	OpDial  Op = "dial"  // after the reply the connection is one to a TCP port on the guest's localhost
 	OpStats Op = "stats" // a Reply with Stats
 )
 
@@ -42,7 +42,7 @@ type Request struct {
 	Contents bool   `json:"contents,omitempty"` // of a directory: what is in it, not itself
 
 	// Of OpDial:
-	Address string `json:"address,omitempty"` // "tcp:port", "unix:path"
+	Port uint16 `json:"port,omitempty"`
 
 	// Of OpWatch: the host's clock, and 64 random bytes.
 	Now     time.Time `json:"now,omitzero"`
@@ -54,7 +54,7 @@ type Reply struct {
 	Version int    `json:"version"`
 	Error   string `json:"error,omitempty"` // "": it is done, or under way
 	Stats   *Stats `json:"stats,omitempty"`
-	IsDir   bool   `json:"isDir,omitempty"` // of OpRead and OpWrite: Path is a directory
+	IsDir   bool   `json:"isDir,omitempty"` // of OpWrite: Path is a directory
 }
 
 // Phase is how far a guest has come.

@@ -36,7 +36,6 @@ type Slots struct {
 const (
 	slotFile    = "slot.json"
 	slotJournal = "journal"
-	netnsFile   = store.NetNSFile
 )
 
 const (
@@ -68,6 +67,9 @@ func (p *Pool) lease(slot, owner string) *store.Lease {
 	return p.Store.Lease(slotLease, p.Network.Name+"/"+slot, owner)
 }
 
+// holder is the VM that has a slot, or poolOwner; "" if none has.
+func (p *Pool) holder(slot string) string { return p.Store.Holder(slotLease, p.Network.Name+"/"+slot) }
+
 func (p *Pool) names() []string {
 	entries, _ := os.ReadDir(p.dir())
 	var names []string
@@ -84,7 +86,7 @@ func (p *Pool) Count() (n Slots) {
 			continue
 		}
 		n.All++
-		if p.Store.Holder(slotLease, p.Network.Name+"/"+name) == "" {
+		if p.holder(name) == "" {
 			n.Free++
 		}
 	}
@@ -113,7 +115,7 @@ func (p *Pool) fits(s *network.Slot) bool {
 // take finds a slot that no VM has, and leases it. Returns nil if there is none.
 func (p *Pool) take(ctx context.Context, vm string, do Do) (*network.Slot, error) {
 	for _, name := range p.names() {
-		if p.Store.Holder(slotLease, p.Network.Name+"/"+name) != "" {
+		if p.holder(name) != "" {
 			continue
 		}
 		err := do(ctx, p.lease(name, vm))
@@ -193,7 +195,7 @@ func (p *Pool) make(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	i := &Interface{ID: name, Network: p.Network, MAC: network.MAC(poolOwner+name, "").String(), MTU: p.Network.MTU, File: filepath.Join(dir, netnsFile)}
+	i := &Interface{ID: name, Network: p.Network, MAC: network.MAC(poolOwner+name, "").String(), MTU: p.Network.MTU, File: filepath.Join(dir, store.NetNSFile)}
 	i.Tap = network.TapName(p.Network.Bridge, poolOwner, name, "")
 	err = i.address(ctx, VM{ID: poolOwner, Store: p.Store}, j.Do)
 	if err == nil {
@@ -230,7 +232,7 @@ func (p *Pool) remove(ctx context.Context, name string) error {
 func (p *Pool) sweep(ctx context.Context) error {
 	for _, name := range p.names() {
 		_, err := p.slot(name)
-		if err == nil && p.Store.Holder(slotLease, p.Network.Name+"/"+name) != poolOwner {
+		if err == nil && p.holder(name) != poolOwner {
 			continue
 		}
 		if err := p.remove(ctx, name); err != nil {

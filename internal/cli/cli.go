@@ -160,7 +160,7 @@ func (a *app) imageShell() *images.Shell {
 func (a *app) guestShell() *guest.Shell {
 	return &guest.Shell{
 		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr, Kill: a.Kill, Resized: a.Resized, Term: os.Getenv("TERM"),
-		JSON: func() bool { return a.json }, Status: a.status, One: a.one, VMs: a.completeVMs, Takes: takes,
+		JSON: func() bool { return a.json }, Status: a.status, Open: a.open, One: a.one, VMs: a.completeVMs, Takes: takes,
 		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
 		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },
 		Exit: func(code int) error {

@@ -114,8 +114,8 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 				if i.IP4.IsValid() {
 					l.Addresses = append(l.Addresses, i.IP4)
 				}
-				l.Received, l.Sent = l.Received+i.ReceivedBytes, l.Sent+i.SentBytes
 			}
+			l.Received, l.Sent = in.Traffic()
 			list[i] = l
 		})
 	}

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -78,29 +77,18 @@ func (g *guest) runCommand(b *agentproto.Boot, srv *server.Server) (agentproto.E
 	if err != nil {
 		return agentproto.Exit{}, err
 	}
-	var pid int
-	var done <-chan unix.WaitStatus
-	pid, done, err = g.reaper.Start(func() (int, error) { return start(b.Command, dir, process.Environment(b.Env, u.Home), u) })
+	pid, done, err := g.reaper.Start(func() (int, error) { return start(b.Command, dir, process.Environment(b.Env, u.Home), u) })
 	if err != nil {
 		err = fmt.Errorf("run %q: %w", b.Command[0], err)
 		say("%v", err)
-		code := process.ExitNotExecutable
-		if errors.Is(err, fs.ErrNotExist) {
-			code = process.ExitNotFound
-		}
-		return agentproto.Exit{Code: code, Error: err.Error()}, nil
+		return process.Failed(err), nil
 	}
 	srv.Reached(agentproto.PhaseCommand, uptime())
 	running, ended := make(chan int, 1), make(chan struct{})
 	running <- pid
 	defer close(ended)
 	go g.stopCommand(nil, running, ended, stop)
-	status := <-done
-	exit := agentproto.Exit{Code: process.ExitCode(status)}
-	if status.Signaled() {
-		exit.Signal = int(status.Signal())
-	}
-	return exit, nil
+	return process.Ended(<-done), nil
 }
 
 // stopCommand waits for somebody to ask for the end. Then it asks the command that runs and, stopPatience later, kills

@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"text/tabwriter"
 	"time"
@@ -17,6 +15,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/agent"
+	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/human"
 )
 
@@ -93,12 +92,11 @@ func (s *Shell) stats() *cobra.Command {
 		Args:              s.Takes(1, -1, "the VMs"),
 		ValidArgsFunction: s.VMs(-1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			all, errs := make([]*vmStats, len(args)), make([]error, len(args))
-			var work sync.WaitGroup
-			for i, ref := range args {
-				work.Go(func() { all[i], errs[i] = s.measure(cmd.Context(), ref) })
-			}
-			work.Wait()
+			all := make([]*vmStats, len(args))
+			err := s.each(cmd.Context(), args, func(i int, m *smartvm.Machine) (err error) {
+				all[i], err = measure(cmd.Context(), m)
+				return err
+			})
 			good := []*vmStats{}
 			for _, st := range all {
 				if st != nil {
@@ -106,7 +104,7 @@ func (s *Shell) stats() *cobra.Command {
 				}
 			}
 			if s.JSON() {
-				return errors.Join(append(errs, s.WriteJSON(good))...)
+				return errors.Join(err, s.WriteJSON(good))
 			}
 			w := tabwriter.NewWriter(s.Stdout, 0, 0, 2, ' ', 0)
 			fmt.Fprintln(w, "VM\tCPU\tMEMORY\tDISK\tNET IN/OUT\tPROCESSES")
@@ -118,17 +116,12 @@ func (s *Shell) stats() *cobra.Command {
 				fmt.Fprintf(w, "%s\t%.0f%%\t%s/%s\t%s/%s\t%s/%s\t%d\n", name, st.CPUPercent, human.Size(int64(st.MemoryUsed)), human.Size(int64(st.Memory)),
 					human.Size(int64(st.DiskUsed)), human.Size(int64(st.Disk)), human.Size(int64(st.Received)), human.Size(int64(st.Sent)), st.Processes)
 			}
-			return errors.Join(append(errs, w.Flush())...)
+			return errors.Join(err, w.Flush())
 		},
 	}
 }
 
-func (s *Shell) measure(ctx context.Context, ref string) (*vmStats, error) {
-	h, m, err := s.One(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	defer h.Close()
+func measure(ctx context.Context, m *smartvm.Machine) (*vmStats, error) {
 	first, err := m.GuestStats(ctx)
 	if err != nil {
 		return nil, err
@@ -148,9 +141,7 @@ func (s *Shell) measure(ctx context.Context, ref string) (*vmStats, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, i := range in.Interfaces {
-		st.Received, st.Sent = st.Received+i.ReceivedBytes, st.Sent+i.SentBytes
-	}
+	st.Received, st.Sent = in.Traffic()
 	return st, nil
 }
 
@@ -212,16 +203,7 @@ func (s *Shell) serve(ctx context.Context, l net.Listener, m *smartvm.Machine, p
 				return
 			}
 			defer to.Close()
-			var both sync.WaitGroup
-			for _, way := range [][2]net.Conn{{to, c}, {c, to}} {
-				both.Go(func() {
-					_, _ = io.Copy(way[0], way[1])
-					if end, ok := way[0].(interface{ CloseWrite() error }); ok {
-						_ = end.CloseWrite()
-					}
-				})
-			}
-			both.Wait()
+			agentproto.Relay(to, c)
 		}()
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"syscall"
 	"time"
 
@@ -26,7 +27,9 @@ type Shell struct {
 	Resized        <-chan struct{} // the terminal has another size
 	// Status shows what is going on, until done.
 	Status func(text func(time.Duration) string) (done func())
-	// One finds a VM. The caller closes the host.
+	// Open opens the host, after what died has been cleared away. The caller closes it.
+	Open func(ctx context.Context) (*smartvm.Host, error)
+	// One does that, and finds a VM.
 	One func(ctx context.Context, ref string) (*smartvm.Host, *smartvm.Machine, error)
 	// VMs completes the names of VMs.
 	VMs func(most int) cobra.CompletionFunc
@@ -45,6 +48,27 @@ type Shell struct {
 // Commands are those of this package.
 func (s *Shell) Commands() []*cobra.Command {
 	return []*cobra.Command{s.exec(), s.shell(), s.copy(), s.stats(), s.forward(), s.logs(), s.console()}
+}
+
+// each does something to VMs, all at once, and returns what went wrong.
+func (s *Shell) each(ctx context.Context, refs []string, do func(i int, m *smartvm.Machine) error) error {
+	h, err := s.Open(ctx)
+	if err != nil {
+		return err
+	}
+	errs := make([]error, len(refs))
+	var all sync.WaitGroup
+	for i, ref := range refs {
+		all.Go(func() {
+			m, err := h.Machine(ctx, ref)
+			if err == nil {
+				err = do(i, m)
+			}
+			errs[i] = err
+		})
+	}
+	all.Wait()
+	return errors.Join(append(errs, h.Close())...)
 }
 
 // Streams says how a command in a guest is connected.

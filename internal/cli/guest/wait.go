@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"push.rocks/smartvm"
@@ -43,20 +42,7 @@ func (s *Shell) WaitFor(ctx context.Context, refs []string, what string) error {
 	default:
 		return s.Usage(fmt.Errorf("--for %q: want exit, ready, port:N or file:/PATH", what), "")
 	}
-	errs := make([]error, len(refs))
-	var all sync.WaitGroup
-	for i, ref := range refs {
-		all.Go(func() {
-			h, m, err := s.One(ctx, ref)
-			if err != nil {
-				errs[i] = err
-				return
-			}
-			errs[i] = errors.Join(await(ctx, m), h.Close())
-		})
-	}
-	all.Wait()
-	return errors.Join(errs...)
+	return s.each(ctx, refs, func(_ int, m *smartvm.Machine) error { return await(ctx, m) })
 }
 
 // poll asks a guest that is ready until it says yes.

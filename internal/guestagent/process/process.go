@@ -12,6 +12,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/agentproto"
 )
 
 // DefaultPath is where programs are looked for, unless the image says otherwise.
@@ -120,10 +122,19 @@ func (r *Reaper) Signal(pid int, s unix.Signal) {
 	}
 }
 
-// ExitCode is what a shell makes of a status.
-func ExitCode(s unix.WaitStatus) int {
+// Ended is the end of a program, as a shell has it.
+func Ended(s unix.WaitStatus) agentproto.Exit {
 	if s.Signaled() {
-		return ExitSignal + int(s.Signal())
+		return agentproto.Exit{Code: ExitSignal + int(s.Signal()), Signal: int(s.Signal())}
 	}
-	return s.ExitStatus()
+	return agentproto.Exit{Code: s.ExitStatus()}
+}
+
+// Failed is the end of a program that could not be run, as a shell has it.
+func Failed(err error) agentproto.Exit {
+	code := ExitNotExecutable
+	if errors.Is(err, fs.ErrNotExist) {
+		code = ExitNotFound
+	}
+	return agentproto.Exit{Code: code, Error: err.Error()}
 }

@@ -25,11 +25,10 @@ func (s *Server) read(ss *session) error {
 	if !filepath.IsAbs(path) {
 		return fmt.Errorf("%q is not absolute", ss.req.Path)
 	}
-	fi, err := os.Lstat(path)
-	if err != nil {
+	if _, err := os.Lstat(path); err != nil {
 		return err
 	}
-	if err := ss.reply(agentproto.Reply{IsDir: fi.IsDir()}); err != nil {
+	if err := ss.reply(agentproto.Reply{}); err != nil {
 		return nil
 	}
 	ss.listen(nil)
@@ -39,7 +38,7 @@ func (s *Server) read(ss *session) error {
 	}
 	out := ss.conn.Writer(agentproto.KindStdout)
 	buffered := bufio.NewWriterSize(out, 64<<10)
-	err = errors.Join(treetar.Pack(buffered, path, top), buffered.Flush(), out.Close())
+	err := errors.Join(treetar.Pack(buffered, path, top), buffered.Flush(), out.Close())
 	ss.exit(err)
 	return nil
 }
@@ -72,7 +71,7 @@ func (s *Server) write(ss *session) error {
 		return nil
 	}
 	ss.listen(nil)
-	err = treetar.Unpack(bufio.NewReaderSize(struct{ *agentproto.Inbox }{ss.stdin}, 64<<10), root, o)
+	err = treetar.Unpack(bufio.NewReaderSize(ss.stdin, 64<<10), root, o)
 	if err == nil {
 		ss.stdin.Discard()
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"sync"
 	"syscall"
@@ -119,13 +118,13 @@ func (s *stdio) close() {
 func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.Exit {
 	streams, err := openStdio(ss.req)
 	if err != nil {
-		return failed(err)
+		return process.Failed(err)
 	}
 	defer streams.close()
 	pid, done, err := s.start(p, ss.req, streams)
 	streams.closeChild()
 	if err != nil {
-		return failed(err)
+		return process.Failed(err)
 	}
 	if started != nil {
 		started(pid)
@@ -156,20 +155,7 @@ func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.E
 	}
 	close(ended)
 	output.Wait()
-	exit := agentproto.Exit{Code: process.ExitCode(status)}
-	if status.Signaled() {
-		exit.Signal = int(status.Signal())
-	}
-	return exit
-}
-
-// failed is the end of a program that could not be run, as a shell has it.
-func failed(err error) agentproto.Exit {
-	code := process.ExitNotExecutable
-	if errors.Is(err, fs.ErrNotExist) {
-		code = process.ExitNotFound
-	}
-	return agentproto.Exit{Code: code, Error: err.Error()}
+	return process.Ended(status)
 }
 
 func (s *Server) start(p program, req agentproto.Request, streams *stdio) (int, <-chan unix.WaitStatus, error) {

@@ -6,11 +6,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net"
 	"os"
-	"strings"
+	"strconv"
 	"sync"
 	"time"
 
@@ -205,17 +204,9 @@ func (s *Server) watch(ss *session) error {
 	}
 }
 
-// dial makes the connection one to an address in the guest.
+// dial makes the connection one to a port of the guest.
 func dial(ss *session) error {
-	network, address, _ := strings.Cut(ss.req.Address, ":")
-	switch network {
-	case "tcp":
-		address = net.JoinHostPort("localhost", address)
-	case "unix":
-	default:
-		return fmt.Errorf("dial %q: want tcp:PORT or unix:PATH", ss.req.Address)
-	}
-	to, err := net.DialTimeout(network, address, requestTimeout)
+	to, err := net.DialTimeout("tcp", net.JoinHostPort("localhost", strconv.Itoa(int(ss.req.Port))), requestTimeout)
 	if err != nil {
 		return err
 	}
@@ -225,16 +216,7 @@ func dial(ss *session) error {
 	if err := ss.reply(agentproto.Reply{}); err != nil {
 		return nil
 	}
-	var both sync.WaitGroup
-	for _, way := range [][2]net.Conn{{to, ss.raw}, {ss.raw, to}} {
-		both.Go(func() {
-			_, _ = io.Copy(way[0], way[1])
-			if c, ok := way[0].(interface{ CloseWrite() error }); ok {
-				_ = c.CloseWrite()
-			}
-		})
-	}
-	both.Wait()
+	agentproto.Relay(to, ss.raw)
 	return nil
 }
 
