@@ -49,7 +49,7 @@ type Options struct {
 	// want one. Nil means true.
 	EphemeralWritableDrives *bool `json:"ephemeralWritableDrives,omitempty"`
 	// BridgeName and Subnet are the default network's. Default: network.DefaultBridge, network.DefaultSubnet. Firewall is
-	// what its guests may reach at most. Nil: anything but the host and each other.
+	// what guests of all networks may reach at most that have no policy of their own. Nil: anything but the host and each other.
 	BridgeName string         `json:"bridgeName,omitempty"`
 	Subnet     string         `json:"subnet,omitempty"`
 	Firewall   *policy.Policy `json:"firewall,omitempty"`

@@ -98,10 +98,11 @@ func (c *Config) Validate() error {
 		for _, e := range c.Policy.Validate() {
 			errs = append(errs, fmt.Errorf("policy.%w", e))
 		}
-		for i, r := range c.Policy.Rules {
-			if r.Domain != "" {
-				errs = append(errs, fmt.Errorf("policy.rules[%d].domain: names are for the policies of VMs", i))
-			}
+		if c.Policy.AllowHost {
+			errs = append(errs, errors.New("policy.allowHost: is for the policies of VMs"))
+		}
+		if c.Policy.AllowMetadata {
+			errs = append(errs, errors.New("policy.allowMetadata: is for the policies of VMs"))
 		}
 	}
 	return errors.Join(errs...)
@@ -163,6 +164,14 @@ func (c *Config) Guest(n int) (ip4, ip6 netip.Addr) {
 func MAC(vm, iface string) net.HardwareAddr {
 	sum := sha256.Sum256([]byte(vm + "\x00" + iface))
 	return net.HardwareAddr{sum[0]&0xfc | 2, sum[1], sum[2], sum[3], sum[4], sum[5]}
+}
+
+// GuestPolicy is the network's policy where each guest has a copy of it, as the addresses of names are each guest's; else nil.
+func (c *Config) GuestPolicy() *policy.Policy {
+	if c.Inside || !c.Policy.Names() {
+		return nil
+	}
+	return c.Policy
 }
 
 // Table is the name of the network's nftables tables.

@@ -16,7 +16,8 @@ import (
 	"push.rocks/smartvm/internal/strictjson"
 )
 
-// Store keeps the networks that somebody has made, a file each, and knows the default one, which is always there.
+// Store keeps the networks that somebody has made, a file each, and knows the default one, which is always there, and whose
+// policy is that of networks without one.
 type Store struct {
 	Dir     string // made when it is needed
 	Default Config
@@ -46,6 +47,9 @@ func (s *Store) Get(name string) (Config, error) {
 		return Config{}, fmt.Errorf("network %q: file is over %d bytes", name, maxConfig)
 	}
 	c, err := strictjson.Unmarshal[Config](data, maxConfig)
+	if c.Policy == nil {
+		c.Policy = s.Default.Policy
+	}
 	if err == nil && c.Name != name {
 		err = fmt.Errorf("file is of network %q", c.Name)
 	}

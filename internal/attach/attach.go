@@ -151,7 +151,7 @@ func Ports(s *spec.Spec) (all []filter.Port) {
 func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 	ports := Ports(s)
 	for n, i := range all {
-		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Policy: s.Policy}}
+		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Network: i.Network.GuestPolicy(), Policy: s.Policy}}
 		if n == 0 {
 			for _, port := range ports {
 				name := strconv.Itoa(int(port.Host)) + "/" + port.Protocol

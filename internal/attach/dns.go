@@ -20,46 +20,32 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/dnsproxy"
+	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
 )
 
-// Proxies are the DNS proxies of one VM, in the process that looks after it. Without them the names that its policy allows
-// have no addresses.
+// Proxies are the DNS proxies of one VM, in the process that looks after it. Without them the names that policies allow have
+// no addresses.
 type Proxies struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 }
 
-// Add starts the proxy of a guest whose policy needs one, on the port that the guest has, or one that it then has.
+// Add starts the proxy of a guest one of whose policies needs one, on the port that the guest has, or one that it then has.
 func (p *Proxies) Add(g *network.Guest, all []Interface, log *slog.Logger) error {
 	n := slices.IndexFunc(all, func(i Interface) bool { return i.Tap == g.Tap })
-	if n < 0 || !needsProxy(g.Policy) {
+	if n < 0 || !needsProxy(&all[n].Network, g.Policy) {
 		return nil
 	}
-	rules, err := g.Policy.Compile()
-	if err != nil {
-		return err
-	}
-	c := dnsproxy.Config{Closed: g.Policy.DefaultAction == policy.Deny, Log: log.With("vm", g.Tap)}
-	var ruleOf []int // by domain
-	for i, r := range rules {
-		if r.Domain != "" {
-			c.Domains, ruleOf = append(c.Domains, r.Domain), append(ruleOf, i)
+	c := dnsproxy.Config{Log: log.With("vm", g.Tap)}
+	for layer, of := range []*policy.Policy{filter.OfNetwork: all[n].Network.Policy, filter.Own: g.Policy} {
+		names, err := namesOf(g.Guest, filter.Layer(layer), of)
+		if err != nil {
+			return err
 		}
+		c.Names = append(c.Names, names)
 	}
-	// Addresses that the policy names itself are no surprise.
-	c.Local = func(a netip.Addr) bool {
-		return slices.ContainsFunc(rules, func(r policy.Compiled) bool { return r.Allow && r.Prefix.Bits() > 0 && r.Prefix.Contains(a) })
-	}
-	guest := g.Guest
-	c.Allow = func(_ context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
-		for _, d := range domains {
-			if err := guest.Name(ruleOf[d], addresses, ttl); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
+	var err error
 	for _, a := range nameservers("/etc/resolv.conf") {
 		c.Upstreams = append(c.Upstreams, netip.AddrPortFrom(a, 53))
 	}
@@ -79,6 +65,38 @@ func (p *Proxies) Add(g *network.Guest, all []Interface, log *slog.Logger) error
 		}
 	})
 	return nil
+}
+
+// namesOf is what a guest's policy says of names, which may be nothing.
+func namesOf(g filter.Guest, layer filter.Layer, p *policy.Policy) (n dnsproxy.Names, err error) {
+	if p == nil {
+		return n, nil
+	}
+	rules, err := p.Compile()
+	if err != nil {
+		return n, err
+	}
+	var ruleOf []int // by domain
+	for i, r := range rules {
+		if r.Domain != "" {
+			n.Domains, ruleOf = append(n.Domains, r.Domain), append(ruleOf, i)
+		}
+	}
+	// One that allows addresses alone says nothing of names; one that allows nothing at all does.
+	n.Closed = p.DefaultAction == policy.Deny && (n.Domains != nil || !slices.ContainsFunc(rules, func(r policy.Compiled) bool { return r.Allow }))
+	// Addresses that the policy names itself are no surprise.
+	n.Local = func(a netip.Addr) bool {
+		return slices.ContainsFunc(rules, func(r policy.Compiled) bool { return r.Allow && r.Prefix.Bits() > 0 && r.Prefix.Contains(a) })
+	}
+	n.Allow = func(_ context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
+		for _, d := range domains {
+			if err := g.Name(layer, ruleOf[d], addresses, ttl); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return n, nil
 }
 
 // Adopt starts the proxies of the guests among the effects of a VM's run, where they were.
@@ -128,11 +146,11 @@ func listenDNS(device string, port uint16) (net.Listener, net.PacketConn, error)
 // host's, but for those that only the host itself reaches.
 func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
 	gateway4, gateway6 := i.Network.Gateway()
-	if needsProxy(p) {
-		return []netip.Addr{gateway4}
-	}
 	if i.Network.Inside {
 		return nil
+	}
+	if needsProxy(&i.Network, p) {
+		return []netip.Addr{gateway4}
 	}
 	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
 		all = slices.DeleteFunc(nameservers(path), func(a netip.Addr) bool {
@@ -165,7 +183,7 @@ func nameservers(path string) (all []netip.Addr) {
 	return all
 }
 
-// needsProxy says whether a policy allows names, so that their addresses must be known.
-func needsProxy(p *policy.Policy) bool {
-	return p != nil && slices.ContainsFunc(p.Rules, func(r policy.Rule) bool { return r.Domain != "" })
+// needsProxy says whether a guest may reach names. From a network that nothing leaves, questions do not either.
+func needsProxy(c *network.Config, own *policy.Policy) bool {
+	return !c.Inside && (c.Policy.Names() || own.Names())
 }

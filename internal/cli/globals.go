@@ -19,6 +19,7 @@ import (
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/internal/supervise"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/policy"
 )
 
 // globals are the settings that every command has.
@@ -28,12 +29,13 @@ type globals struct {
 	ephemeral, offline                       bool
 	mirrors                                  []string
 	manifest                                 string
-	bridge, subnet                           string
+	bridge, subnet, firewall                 string
 	output                                   string
 	logLevel                                 string
 	verbose                                  bool
 
-	log *slog.Logger
+	log    *slog.Logger
+	policy *policy.Policy // firewall, read
 }
 
 func (g *globals) flags(root *cobra.Command) {
@@ -51,6 +53,7 @@ func (g *globals) flags(root *cobra.Command) {
 	f.StringVar(&g.manifest, "base-manifest", "", "manifest of base:hosted, a `path` or URL [$SMARTVM_BASE_MANIFEST]")
 	f.StringVar(&g.bridge, "bridge", "", "`name` of the default network's bridge, "+network.DefaultBridge+" without it [$SMARTVM_BRIDGE]")
 	f.StringVar(&g.subnet, "subnet", "", "the default network's IPv4 `subnet`, "+network.DefaultSubnet+" without it [$SMARTVM_SUBNET]")
+	f.StringVar(&g.firewall, "firewall", "", "JSON `file` with what VMs may reach at most, on networks without a policy [$SMARTVM_FIREWALL]")
 	f.StringVarP(&g.output, "output", "o", "table", "`form` of the output: table or json")
 	f.StringVar(&g.logLevel, "log-level", "warn", "what to log on stderr: `level` debug, info, warn or error")
 	f.BoolVarP(&g.verbose, "verbose", "v", false, "the same as --log-level debug")
@@ -65,7 +68,7 @@ func (g *globals) flags(root *cobra.Command) {
 func (g *globals) finish(a *app) error {
 	for name, to := range map[string]*string{
 		"SMARTVM_RUNTIME_DIR": &g.runtimeDir, "SMARTVM_DATA_DIR": &g.dataDir, "SMARTVM_FIRECRACKER": &g.firecracker, "SMARTVM_JAILER": &g.jailer,
-		"SMARTVM_BRIDGE": &g.bridge, "SMARTVM_SUBNET": &g.subnet,
+		"SMARTVM_BRIDGE": &g.bridge, "SMARTVM_SUBNET": &g.subnet, "SMARTVM_FIREWALL": &g.firewall,
 		"SMARTVM_BASE_MANIFEST": &g.manifest,
 	} {
 		*to = cmp.Or(*to, os.Getenv(name))
@@ -79,8 +82,18 @@ func (g *globals) finish(a *app) error {
 	case !slices.Contains([]string{"", string(smartvm.LaunchDirect), string(smartvm.LaunchJailed)}, g.launcher):
 		return usage("--launcher %q: want jailer or direct", g.launcher)
 	}
-	if _, err := network.NewDefault(g.bridge, g.subnet); err != nil {
+	c, err := network.NewDefault(g.bridge, g.subnet)
+	if err != nil {
 		return usage("--subnet: %w", err)
+	}
+	if g.firewall != "" {
+		if g.policy, err = policy.LoadFile(g.firewall); err == nil {
+			c.Policy = g.policy
+			err = c.Validate()
+		}
+		if err != nil {
+			return usage("--firewall %s: %w", g.firewall, err)
+		}
 	}
 	a.json = g.output == "json"
 	level := slog.LevelDebug
@@ -125,7 +138,7 @@ func (a *app) peek() (*smartvm.Host, error) {
 	}
 	o := smartvm.Options{
 		RuntimeDir: g.runtimeDir, DataDir: dataDir, FirecrackerBinary: g.firecracker, FirecrackerVersion: g.version, JailerBinary: g.jailer,
-		BridgeName: g.bridge, Subnet: g.subnet, Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
+		BridgeName: g.bridge, Subnet: g.subnet, Firewall: g.policy, Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
 	}
 	o.Images = image.Options{Offline: g.offline, Progress: a.images.Progress, Waiting: a.images.Waiting}
 	o.Images.OCI = oci.Options{Keychain: authn.DefaultKeychain, Mirrors: g.mirrors, Stdin: a.Stdin}

@@ -1,9 +1,7 @@
 package vmflags
 
 import (
-	"errors"
 	"fmt"
-	"os"
 	"slices"
 
 	"push.rocks/smartvm/network/policy"
@@ -34,12 +32,8 @@ func (r *ruleFlag) Set(text string) error {
 // policy sets what the guest may reach.
 func (s *Flags) policy(vm *spec.Spec) error {
 	if s.policyFile != "" {
-		f, err := os.Open(s.policyFile)
-		if err != nil {
-			return err
-		}
-		vm.Policy, err = policy.Load(f)
-		if err := errors.Join(err, f.Close()); err != nil {
+		var err error
+		if vm.Policy, err = policy.LoadFile(s.policyFile); err != nil {
 			return fmt.Errorf("--policy %s: %w", s.policyFile, err)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -28,6 +29,12 @@ type Config struct {
 	TCP net.Listener
 	// Upstreams are asked one after the other.
 	Upstreams []netip.AddrPort
+	Names     []Names      // what policies say, each of which must allow a name and what it leads to
+	Log       *slog.Logger // nil: nobody
+}
+
+// Names is what one policy says of names.
+type Names struct {
 	// Domains are those of rules, as policy.Compiled has them. Closed: other names are not there (NXDOMAIN: a resolver gives up at
 	// once, where it would ask again after a refusal), and nobody is asked for them, so that questions tell nobody anything.
 	Domains []string
@@ -38,7 +45,6 @@ type Config struct {
 	// Allow lets addresses through for a time, because of domains, which are indices into Domains. It is called before the guest
 	// has the answer, and if it errs the guest has none.
 	Allow func(ctx context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error
-	Log   *slog.Logger // nil: nobody
 }
 
 // Bounds.
@@ -225,14 +231,20 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 		return q.reply(code, nil)
 	}
 	name := strings.ToLower(q.question.Name.String())
-	var domains []int
-	for i, d := range p.Domains {
-		if policy.MatchDomain(d, name) {
-			domains = append(domains, i)
+	var because []reason
+	for _, n := range p.Names {
+		r := reason{Names: n}
+		for i, d := range n.Domains {
+			if policy.MatchDomain(d, name) {
+				r.domains = append(r.domains, i)
+			}
 		}
-	}
-	if domains == nil && p.Closed {
-		return q.reply(dnsmessage.RCodeNameError, nil)
+		if r.domains == nil && n.Closed {
+			return q.reply(dnsmessage.RCodeNameError, nil)
+		}
+		if r.domains != nil {
+			because = append(because, r)
+		}
 	}
 	if !known(q.question.Type) {
 		// Among them HTTPS and SVCB, whose hints are addresses too. A name without them is usual.
@@ -243,14 +255,23 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 		p.Log.Debug("ask for name", "err", err)
 		return q.reply(dnsmessage.RCodeServerFailure, nil)
 	}
-	records, addresses, ttl := p.choose(q.question, records, domains != nil)
-	if len(addresses) > 0 && domains != nil {
-		if err := p.Allow(ctx, domains, addresses, ttl+grace); err != nil {
+	records, addresses, ttl := choose(q.question, records, because)
+	for _, r := range because {
+		if len(addresses) == 0 {
+			break
+		}
+		if err := r.Allow(ctx, r.domains, addresses, ttl+grace); err != nil {
 			p.Log.Warn("let a name's addresses through", "err", err)
 			return q.reply(dnsmessage.RCodeServerFailure, nil)
 		}
 	}
 	return q.reply(code, records)
+}
+
+// reason is a policy with rules about a name.
+type reason struct {
+	Names
+	domains []int
 }
 
 // known are the types whose records are understood.
@@ -264,8 +285,8 @@ func known(t dnsmessage.Type) bool {
 }
 
 // choose returns the records that answer the question: what its name has, and what the names have that it stands for. Of those
-// the addresses, and for how long they hold. Guarded: addresses that are no public ones are left out.
-func (p *proxy) choose(q dnsmessage.Question, all []dnsmessage.Resource, guarded bool) (records []dnsmessage.Resource, addresses []netip.Addr, ttl time.Duration) {
+// the addresses, and for how long they hold. What a policy lets nobody choose that allows the name is left out.
+func choose(q dnsmessage.Question, all []dnsmessage.Resource, because []reason) (records []dnsmessage.Resource, addresses []netip.Addr, ttl time.Duration) {
 	ttl = maxTTL
 	name := q.Name.String()
 	for range maxChain {
@@ -277,13 +298,13 @@ func (p *proxy) choose(q dnsmessage.Question, all []dnsmessage.Resource, guarded
 			switch body := r.Body.(type) {
 			case *dnsmessage.AResource:
 				a := netip.AddrFrom4(body.A)
-				if guarded && !p.reachable(a) {
+				if unreachable(a, because) {
 					continue
 				}
 				addresses = append(addresses, a)
 			case *dnsmessage.AAAAResource:
 				a := netip.AddrFrom16(body.AAAA)
-				if a.Is4In6() || guarded && !p.reachable(a) {
+				if a.Is4In6() || unreachable(a, because) {
 					continue
 				}
 				addresses = append(addresses, a)
@@ -306,9 +327,11 @@ func (p *proxy) choose(q dnsmessage.Question, all []dnsmessage.Resource, guarded
 // shared is the address space of carriers' NATs (RFC 6598).
 var shared = netip.MustParsePrefix("100.64.0.0/10")
 
-func (p *proxy) reachable(a netip.Addr) bool {
-	public := a.IsGlobalUnicast() && !a.IsPrivate() && !shared.Contains(a)
-	return public || p.Local != nil && p.Local(a)
+func unreachable(a netip.Addr, because []reason) bool {
+	if a.IsGlobalUnicast() && !a.IsPrivate() && !shared.Contains(a) {
+		return false
+	}
+	return slices.ContainsFunc(because, func(r reason) bool { return r.Local == nil || !r.Local(a) })
 }
 
 // reply packs an answer. One that is too long says so in place of its records: the guest asks again by TCP.

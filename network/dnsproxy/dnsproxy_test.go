@@ -133,17 +133,8 @@ func serve(t *testing.T, change func(*dnsproxy.Config), upstreams ...netip.AddrP
 	tcp, udp := sockets(t)
 	g := &guest{t: t, address: tcp.Addr().String()}
 	c := dnsproxy.Config{
-		UDP: udp, TCP: tcp, Upstreams: upstreams, Domains: []string{"example.com", "*.example.org"}, Closed: true,
-		Allow: func(_ context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
-			g.mu.Lock()
-			defer g.mu.Unlock()
-			for _, d := range domains {
-				for _, a := range addresses {
-					g.allowed = append(g.allowed, []string{"exact", "wild"}[d]+" "+a.String()+" "+ttl.String())
-				}
-			}
-			return g.refuse
-		},
+		UDP: udp, TCP: tcp, Upstreams: upstreams,
+		Names: []dnsproxy.Names{{Domains: []string{"example.com", "*.example.org"}, Closed: true, Allow: g.allow("exact", "wild")}},
 	}
 	if change != nil {
 		change(&c)
@@ -228,6 +219,20 @@ func (g *guest) wantAllowed(want ...string) {
 	g.allowed = nil
 }
 
+// allow notes what is let through, by names for domains.
+func (g *guest) allow(names ...string) func(context.Context, []int, []netip.Addr, time.Duration) error {
+	return func(_ context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		for _, d := range domains {
+			for _, a := range addresses {
+				g.allowed = append(g.allowed, names[d]+" "+a.String()+" "+ttl.String())
+			}
+		}
+		return g.refuse
+	}
+}
+
 const (
 	yes = dnsmessage.RCodeSuccess
 	no  = dnsmessage.RCodeNameError
@@ -264,9 +269,49 @@ func TestServe(t *testing.T) {
 
 // Where other names are no concern, they are answered too, and nothing is let through for them.
 func TestServe_Open(t *testing.T) {
-	g := serve(t, func(c *dnsproxy.Config) { c.Closed = false }, upstream(t, names(record("other.test.", "10.0.0.1")), false))
+	g := serve(t, func(c *dnsproxy.Config) { c.Names[0].Closed = false }, upstream(t, names(record("other.test.", "10.0.0.1")), false))
 	g.want("udp", "other.test.", yes, "10.0.0.1")
 	g.wantAllowed()
+}
+
+// Of two policies both must allow a name, and what it leads to.
+func TestServe_Policies(t *testing.T) {
+	ten := netip.MustParsePrefix("10.0.0.0/8").Contains
+	server := upstream(t, func(q dnsmessage.Question) dnsmessage.Message {
+		name := q.Name.String()
+		return dnsmessage.Message{Answers: []dnsmessage.Resource{record(name, "192.0.2.1"), record(name, "10.0.0.1")}}
+	}, false)
+	for _, tt := range []struct {
+		name    string
+		second  dnsproxy.Names
+		ask     string
+		code    dnsmessage.RCode
+		answer  []string
+		allowed []string
+	}{
+		{"Both", dnsproxy.Names{Domains: []string{"*.com"}, Closed: true}, "example.com.", yes, []string{"192.0.2.1"}, []string{"exact 192.0.2.1 6m0s", "second 192.0.2.1 6m0s"}},
+		{"BothLocal", dnsproxy.Names{Domains: []string{"*.com"}, Closed: true, Local: ten}, "example.com.", yes, []string{"192.0.2.1", "10.0.0.1"}, []string{
+			"exact 192.0.2.1 6m0s", "exact 10.0.0.1 6m0s", "second 192.0.2.1 6m0s", "second 10.0.0.1 6m0s",
+		}},
+		{"FirstAlone", dnsproxy.Names{Domains: []string{"other.com"}, Closed: true}, "example.com.", no, nil, nil},
+		{"SecondAlone", dnsproxy.Names{Domains: []string{"other.com"}, Closed: true}, "other.com.", no, nil, nil},
+		{"SecondOpen", dnsproxy.Names{Domains: []string{"other.com"}}, "example.com.", yes, []string{"192.0.2.1", "10.0.0.1"}, []string{"exact 192.0.2.1 6m0s", "exact 10.0.0.1 6m0s"}},
+		{"SecondNothing", dnsproxy.Names{Closed: true}, "example.com.", no, nil, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var second func(context.Context, []int, []netip.Addr, time.Duration) error
+			g := serve(t, func(c *dnsproxy.Config) {
+				c.Names[0].Local = ten
+				tt.second.Allow = func(ctx context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
+					return second(ctx, domains, addresses, ttl)
+				}
+				c.Names = append(c.Names, tt.second)
+			}, server)
+			second = g.allow("second")
+			g.want("udp", tt.ask, tt.code, tt.answer...)
+			g.wantAllowed(tt.allowed...)
+		})
+	}
 }
 
 // An alias stands for what it leads to, and for nothing else that the answer holds.
@@ -300,7 +345,7 @@ func TestServe_Rebinding(t *testing.T) {
 		t.Errorf("IPv6: got %q", got)
 	}
 	local := serve(t, func(c *dnsproxy.Config) {
-		c.Local = netip.MustParsePrefix("10.0.0.0/8").Contains
+		c.Names[0].Local = netip.MustParsePrefix("10.0.0.0/8").Contains
 	}, server)
 	local.want("udp", "example.com.", yes, "10.0.0.1", "192.0.2.9")
 }

@@ -23,7 +23,7 @@ func ParseAnswer(message []byte, q dnsmessage.Question) []netip.Addr {
 	if err != nil {
 		return nil
 	}
-	records, addresses, _ := new(proxy).choose(q, records, true)
+	records, addresses, _ := choose(q, records, []reason{{}})
 	query{question: q, size: maxUDP}.reply(dnsmessage.RCodeSuccess, records)
 	return addresses
 }

@@ -154,6 +154,8 @@ func verdict(k expr.VerdictKind) exprs { return exprs{&expr.Verdict{Kind: k}} }
 func accept() exprs                    { return verdict(expr.VerdictAccept) }
 func jump(chain string) exprs          { return exprs{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}} }
 
+func goTo(chain string) exprs { return exprs{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}} }
+
 // drop counts what it drops, for people who wonder.
 func drop() exprs { return exprs{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}} }
 

@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
-	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -19,14 +18,16 @@ import (
 
 // Guest is one interface of a guest in its network's tables, as an effect on the host.
 type Guest struct {
-	Table  string         `json:"table"`
-	Tap    string         `json:"tap"`
-	MAC    string         `json:"mac"` // as net.ParseMAC takes it
-	IP4    netip.Addr     `json:"ip4"`
-	IP6    netip.Addr     `json:"ip6,omitzero"`
-	Ports  []Port         `json:"ports,omitempty"`
-	Policy *policy.Policy `json:"policy,omitempty"`
-	DNS    uint16         `json:"dns,omitempty"` // the port of its proxy on the bridge; 0: it has none
+	Table string     `json:"table"`
+	Tap   string     `json:"tap"`
+	MAC   string     `json:"mac"` // as net.ParseMAC takes it
+	IP4   netip.Addr `json:"ip4"`
+	IP6   netip.Addr `json:"ip6,omitzero"`
+	Ports []Port     `json:"ports,omitempty"`
+	// Network is the policy of the network where that has names, whose addresses are each guest's own. It goes before Policy.
+	Network *policy.Policy `json:"networkPolicy,omitempty"`
+	Policy  *policy.Policy `json:"policy,omitempty"`
+	DNS     uint16         `json:"dns,omitempty"` // the port of its proxy on the bridge; 0: it has none
 }
 
 // Port is a port of the host that leads to one of a guest's.
@@ -72,21 +73,24 @@ func (g *Guest) Apply(context.Context) error {
 }
 
 func (g *Guest) add(conn *nftables.Conn, l *layout) error {
-	if g.Policy != nil {
-		compiled, err := g.Policy.Compile()
-		if err != nil {
-			return err
-		}
-		for _, s := range g.domains(l, compiled) {
+	parts, err := g.parts()
+	if err != nil {
+		return err
+	}
+	for _, p := range parts {
+		for _, s := range p.sets(l) {
 			if err := conn.AddSet(s, nil); err != nil {
 				return err
 			}
 		}
-		chain := ruled{chain: nftables.Chain{Table: l.inet, Name: g.chain()}}
-		chain.rules = policyRules{l.inet, g.Policy.DefaultAction != policy.Deny, expr.VerdictAccept, g.domain}.of(compiled)
-		conn.AddChain(&chain.chain)
-		conn.FlushChain(&chain.chain) // it may be half of an earlier life
-		if err := chain.addRules(conn); err != nil {
+	}
+	chains := g.chains(l, parts)
+	for i := range chains {
+		conn.AddChain(&chains[i].chain)
+		conn.FlushChain(&chains[i].chain) // it may be half of an earlier life
+	}
+	for i := range chains {
+		if err := chains[i].addRules(conn); err != nil {
 			return err
 		}
 	}
@@ -162,19 +166,20 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest) er
 		for _, m := range members {
 			elements[m.set] = append(elements[m.set], m.elements...)
 		}
-		if g.Policy == nil {
-			continue
-		}
-		compiled, err := g.Policy.Compile()
+		parts, err := g.parts()
 		if err != nil {
 			return err
 		}
-		chains = append(chains, conn.AddChain(&nftables.Chain{Table: l.inet, Name: g.chain()}))
-		for _, s := range g.domains(l, compiled) {
-			if err := conn.AddSet(s, nil); err != nil {
-				return err
+		for _, c := range g.chains(l, parts) {
+			chains = append(chains, conn.AddChain(&c.chain))
+		}
+		for _, p := range parts {
+			for _, s := range p.sets(l) {
+				if err := conn.AddSet(s, nil); err != nil {
+					return err
+				}
+				sets = append(sets, s)
 			}
-			sets = append(sets, s)
 		}
 	}
 	for set, all := range elements {
@@ -206,59 +211,6 @@ func complete(conn *nftables.Conn, l *layout) (bool, error) {
 	return true, nil
 }
 
-func (g *Guest) chain() string { return "guest-" + g.Tap }
-
-// domain returns the names of the sets that hold the addresses of a policy's i-th rule's domain.
-func (g *Guest) domain(i int) (ip4, ip6 string) {
-	name := "names-" + g.Tap + "-" + strconv.Itoa(i)
-	return name + "-4", name + "-6"
-}
-
-func (g *Guest) domains(l *layout, compiled []policy.Compiled) (all []*nftables.Set) {
-	for i, c := range compiled {
-		if c.Domain == "" {
-			continue
-		}
-		ip4, ip6 := g.domain(i)
-		all = append(all, l.names(ip4, nftables.TypeIPAddr), l.names(ip6, nftables.TypeIP6Addr))
-	}
-	return all
-}
-
-// maxNames bounds the addresses of one domain rule.
-const maxNames = 1024
-
-func (l *layout) names(name string, kind nftables.SetDatatype) *nftables.Set {
-	return &nftables.Set{Table: l.inet, Name: name, KeyType: kind, HasTimeout: true, Size: maxNames}
-}
-
-// Name lets the guest reach addresses of its policy's i-th rule, a domain's, for a time.
-func (g *Guest) Name(i int, addresses []netip.Addr, ttl time.Duration) error {
-	conn, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	l := newLayout(g.Table)
-	ip4, ip6 := g.domain(i)
-	for _, a := range addresses {
-		set := l.names(ip4, nftables.TypeIPAddr)
-		if a = a.Unmap(); a.Is6() {
-			set = l.names(ip6, nftables.TypeIP6Addr)
-		}
-		element := []nftables.SetElement{{Key: a.AsSlice(), Timeout: ttl}}
-		// An element that is there keeps its old end unless it is made anew.
-		for _, do := range []func(*nftables.Set, []nftables.SetElement) error{conn.SetAddElements, conn.SetDeleteElements, conn.SetAddElements} {
-			if err := do(set, element); err != nil {
-				return fmt.Errorf("allow %s: %w", a, err)
-			}
-		}
-	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("allow addresses of a name: %w", err)
-	}
-	return nil
-}
-
 func (g *Guest) members(l *layout) ([]member, error) {
 	mac, err := net.ParseMAC(g.MAC)
 	if err != nil {
@@ -284,10 +236,13 @@ func (g *Guest) members(l *layout) ([]member, error) {
 		if g.DNS != 0 {
 			all = append(all, member{dns, []nftables.SetElement{{Key: a.AsSlice(), Val: port(g.DNS)}}})
 		}
+		if g.Policy == nil && g.Network == nil {
+			continue
+		}
+		all = append(all, member{policies, []nftables.SetElement{{Key: a.AsSlice(), VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain(Own)}}}})
 		if g.Policy == nil {
 			continue
 		}
-		all = append(all, member{policies, []nftables.SetElement{{Key: a.AsSlice(), VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain()}}}})
 		if g.Policy.AllowHost {
 			all = append(all, member{hosts, element(a.AsSlice())})
 		}
@@ -330,67 +285,4 @@ func (p Port) member(l *layout, to netip.Addr) member {
 // LinkLocal is the address that a guest's kernel makes from a MAC (RFC 4291, appendix A).
 func LinkLocal(mac net.HardwareAddr) netip.Addr {
 	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: mac[0] ^ 2, 9: mac[1], 10: mac[2], 11: 0xff, 12: 0xfe, 13: mac[3], 14: mac[4], 15: mac[5]})
-}
-
-// policyRules make rules of a policy: the first that matches decides.
-type policyRules struct {
-	table   *nftables.Table
-	allowed bool             // what no rule is about
-	allow   expr.VerdictKind // what "allow" means
-	domain  func(int) (ip4, ip6 string)
-}
-
-func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
-	end := func(yes bool) exprs {
-		if yes {
-			return exprs{&expr.Counter{}, &expr.Verdict{Kind: p.allow}}
-		}
-		return drop()
-	}
-	for i, c := range compiled {
-		where := []exprs{nil}
-		switch {
-		case c.Domain != "":
-			ip4, ip6 := p.domain(i)
-			where = []exprs{
-				join(nfproto(unix.NFPROTO_IPV4), exprs{load(dest4, reg), &expr.Lookup{SourceRegister: reg, SetName: ip4}}),
-				join(nfproto(unix.NFPROTO_IPV6), exprs{load(dest6, reg), &expr.Lookup{SourceRegister: reg, SetName: ip6}}),
-			}
-		case c.Prefix.IsValid():
-			where = []exprs{toPrefix(c.Prefix)}
-		}
-		what := []rule{{}}
-		if len(c.Protocols) > 0 {
-			what = nil
-		}
-		for _, proto := range c.Protocols {
-			r := rule{exprs: l4(proto)}
-			if len(c.Ports) > 0 {
-				r.ports = portSet(p.table, c.Ports)
-				r.exprs = join(r.exprs, exprs{load(destPort, reg)}, exprs{inSet(r.ports.set)})
-			}
-			what = append(what, r)
-		}
-		for _, w := range where {
-			for _, r := range what {
-				all = append(all, rule{exprs: join(w, r.exprs, end(c.Allow)), text: c.Text, ports: r.ports})
-			}
-		}
-	}
-	text := "default deny"
-	if p.allowed {
-		text = "default allow"
-	}
-	return append(all, rule{exprs: end(p.allowed), text: text})
-}
-
-func portSet(table *nftables.Table, ranges []policy.PortRange) *member {
-	m := &member{set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeInetService}}
-	for _, r := range ranges {
-		m.elements = append(m.elements, nftables.SetElement{Key: port(r.First)})
-		if r.Last < 65535 { // the last interval may be open
-			m.elements = append(m.elements, nftables.SetElement{Key: port(r.Last + 1), IntervalEnd: true})
-		}
-	}
-	return m
 }

@@ -55,21 +55,33 @@ func Counts(table, tap string) ([]Count, error) {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
 	inet := newLayout(table).inet
-	name := egress
-	if tap != "" {
-		name = (&Guest{Tap: tap}).chain()
-	}
-	chains, err := conn.ListChainsOfTableFamily(inet.Family)
+	list, err := conn.ListChainsOfTableFamily(inet.Family)
 	if err != nil {
 		return nil, fmt.Errorf("list chains: %w", err)
 	}
-	n := slices.IndexFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == table && c.Name == name })
-	if n < 0 {
-		return nil, nil
+	chains := map[string]*nftables.Chain{}
+	for _, c := range list {
+		if c.Table.Name == table {
+			chains[c.Name] = c
+		}
 	}
-	rules, err := conn.GetRules(inet, chains[n])
-	if err != nil {
-		return nil, fmt.Errorf("list rules of %s: %w", table, err)
+	names := []string{egress}
+	if tap != "" {
+		names[0] = (&Guest{Tap: tap}).chain(Own)
+	}
+	for i := 0; tap == "" && chains[egressEnd(i)] != nil; i++ {
+		names = append(names, egressEnd(i))
+	}
+	var rules []*nftables.Rule
+	for _, name := range names {
+		if chains[name] == nil {
+			continue
+		}
+		of, err := conn.GetRules(inet, chains[name])
+		if err != nil {
+			return nil, fmt.Errorf("list rules of %s: %w", table, err)
+		}
+		rules = append(rules, of...)
 	}
 	var all []Count
 	for _, r := range rules {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"slices"
+	"strconv"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -27,7 +28,7 @@ type Tables struct {
 	Mutual  bool           `json:"mutual,omitempty"`   // guests reach each other
 	Inside  bool           `json:"internal,omitempty"` // nothing leaves the network
 	Via     string         `json:"via,omitempty"`      // the one interface by which guests leave; "": any
-	Egress  *policy.Policy `json:"policy,omitempty"`   // what all guests may reach at most; without domain rules
+	Egress  *policy.Policy `json:"policy,omitempty"`   // what all guests may reach at most; where it has names, each guest has a copy
 }
 
 // ErrTooOld says that the kernel's nftables lacks what is needed.
@@ -287,17 +288,25 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 			c.rules[0].text = ownerPrefix + t.Owner // for There
 		}
 	}
-	chain := ruled{chain: nftables.Chain{Table: l.inet, Name: egress}}
-	if t.Egress != nil {
-		compiled, err := t.Egress.Compile()
-		if err != nil {
-			return nil, err
-		}
-		// What the network allows, a guest's own policy may still forbid.
-		chain.rules = policyRules{l.inet, t.Egress.DefaultAction != policy.Deny, expr.VerdictReturn, nil}.of(compiled)
+	if t.Egress == nil {
+		return all, nil
 	}
-	return slices.Insert(all, 5, chain), nil
+	compiled, err := t.Egress.Compile()
+	if err != nil {
+		return nil, err
+	}
+	rules := policyRules{table: l.inet, allowed: t.Egress.DefaultAction != policy.Deny, allow: expr.VerdictReturn}
+	if !t.Egress.Names() {
+		return append(all, ruled{nftables.Chain{Table: l.inet, Name: egress}, rules.of(compiled)}), nil
+	}
+	for i := range len(compiled) + 1 {
+		all = append(all, ruled{nftables.Chain{Table: l.inet, Name: egressEnd(i)}, []rule{rules.end(compiled, i)}})
+	}
+	return all, nil
 }
+
+// egressEnd is the chain in which the i-th rule of a network's policy ends that each guest has a copy of, so that it counts for all.
+func egressEnd(i int) string { return egress + "-" + strconv.Itoa(i) }
 
 // proxied sends a guest's queries to its DNS proxy, on the bridge's own address.
 func (t *Tables) proxied(l *layout) (all []exprs) {
@@ -358,10 +367,17 @@ func (t *Tables) leaving(l *layout) (all []exprs) {
 	if t.Inside {
 		return append(all, drop())
 	}
-	return append(all, jump(egress),
+	last := accept()
+	switch {
+	case t.Egress.Names(): // each guest has a chain
+		last = drop()
+	case t.Egress != nil: // what the network allows, a guest's own policy may still forbid
+		all = append(all, jump(egress))
+	}
+	return append(all,
 		join(nfproto(unix.NFPROTO_IPV4), exprs{load(source4, reg), verdictOf(l.policy4)}),
 		join(nfproto(unix.NFPROTO_IPV6), exprs{load(source6, reg), verdictOf(l.policy6)}),
-		accept())
+		last)
 }
 
 // entering is what a guest may send to the host itself: answers, echo requests, neighbour discovery, and to its DNS proxy.

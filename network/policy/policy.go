@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -86,10 +87,25 @@ func Load(r io.Reader) (*Policy, error) {
 	return &p, errors.Join(errs...)
 }
 
+// LoadFile is Load of a file.
+func LoadFile(path string) (*Policy, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read policy: %w", errors.Unwrap(err))
+	}
+	p, err := Load(f)
+	return p, errors.Join(err, f.Close())
+}
+
 // Validate returns all that is wrong, in order.
 func (p *Policy) Validate() []*FieldError {
 	_, wrong := p.compile()
 	return wrong
+}
+
+// Names says whether a policy, which may be nil, allows names, so that their addresses must be known.
+func (p *Policy) Names() bool {
+	return p != nil && slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Domain != "" })
 }
 
 // Compiled is a rule ready for use.

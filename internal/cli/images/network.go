@@ -147,12 +147,8 @@ func (s *Shell) createNetwork() *cobra.Command {
 				}
 			}
 			if policyFile != "" {
-				f, err := os.Open(policyFile)
-				if err != nil {
-					return s.Usage(err, "")
-				}
-				c.Policy, err = policy.Load(f)
-				if err := errors.Join(err, f.Close()); err != nil {
+				var err error
+				if c.Policy, err = policy.LoadFile(policyFile); err != nil {
 					return s.Usage(fmt.Errorf("%s: %w", policyFile, err), "")
 				}
 			}
