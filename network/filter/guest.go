@@ -222,10 +222,10 @@ func (g *Guest) members(l *layout) ([]member, error) {
 	from := func(a netip.Addr) []nftables.SetElement {
 		return element(append(sender[:len(sender):len(sender)], a.AsSlice()...))
 	}
-	all := []member{{l.macs, element(sender)}, {l.ip4, from(g.IP4)}, {l.ip6, from(LinkLocal(mac))}}
+	all := []member{{l.macs, element(sender)}, {l.senders4, from(g.IP4)}, {l.senders6, from(LinkLocal(mac))}}
 	addresses := []netip.Addr{g.IP4}
 	if g.IP6.IsValid() {
-		all = append(all, member{l.ip6, from(g.IP6)})
+		all = append(all, member{l.senders6, from(g.IP6)})
 		addresses = append(addresses, g.IP6)
 	}
 	for _, a := range addresses {

@@ -47,7 +47,8 @@ const (
 type layout struct {
 	inet, bridge *nftables.Table
 
-	macs, ip4, ip6       *nftables.Set // bridge: tap . MAC [. address] that a guest may send from
+	macs                 *nftables.Set // bridge: tap . MAC that a guest may send from
+	senders4, senders6   *nftables.Set // bridge: tap . MAC . address, likewise
 	policy4, policy6     *nftables.Set // source -> the chain of its policy
 	host4, host6         *nftables.Set // sources that may reach the host
 	metadata4, metadata6 *nftables.Set // sources that may reach link-local and metadata addresses
@@ -71,8 +72,8 @@ func newLayout(name string) *layout {
 		key, data nftables.SetDatatype
 	}{
 		{&l.macs, l.bridge, "macs", key(nftables.TypeIFName, nftables.TypeEtherAddr), nftables.SetDatatype{}},
-		{&l.ip4, l.bridge, "ip4", key(nftables.TypeIFName, nftables.TypeEtherAddr, addr4), nftables.SetDatatype{}},
-		{&l.ip6, l.bridge, "ip6", key(nftables.TypeIFName, nftables.TypeEtherAddr, addr6), nftables.SetDatatype{}},
+		{&l.senders4, l.bridge, "senders4", key(nftables.TypeIFName, nftables.TypeEtherAddr, addr4), nftables.SetDatatype{}},
+		{&l.senders6, l.bridge, "senders6", key(nftables.TypeIFName, nftables.TypeEtherAddr, addr6), nftables.SetDatatype{}},
 		{&l.policy4, l.inet, "policy4", addr4, nftables.TypeVerdict},
 		{&l.policy6, l.inet, "policy6", addr6, nftables.TypeVerdict},
 		{&l.host4, l.inet, "host4", addr4, nftables.SetDatatype{}},
@@ -93,7 +94,7 @@ func newLayout(name string) *layout {
 
 func (l *layout) sets() []*nftables.Set {
 	return []*nftables.Set{
-		l.macs, l.ip4, l.ip6, l.policy4, l.policy6, l.host4, l.host6, l.metadata4, l.metadata6, l.dns4, l.dns6,
+		l.macs, l.senders4, l.senders6, l.policy4, l.policy6, l.host4, l.host6, l.metadata4, l.metadata6, l.dns4, l.dns6,
 		l.ports4, l.ports6, l.portsAt4, l.portsAt6,
 	}
 }
@@ -264,22 +265,22 @@ func base(t *nftables.Table, name string, hook *nftables.ChainHook, priority *nf
 
 func (t *Tables) rules(l *layout) ([]ruled, error) {
 	all := []ruled{
-		{base(l.inet, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), plain(
-			join(iif(t.Bridge), jump(fromGuest)),
-			join(oif(t.Bridge), jump(toGuest)))},
+		{base(l.inet, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), plain(t.forwarded()...)},
+		// What is known goes first, whoever sends it: a rule that does not match costs each packet, and what goes on here is accepted anyhow.
 		{base(l.inet, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), plain(
+			join(known(), accept()),
 			join(iif(t.Bridge), jump(toHost)))},
 		{base(l.inet, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), plain(
 			append(t.proxied(l), published(l)...)...)},
 		{base(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), plain(published(l)...)},
 		{base(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(t.masqueraded()...)},
 		{nftables.Chain{Table: l.inet, Name: fromGuest}, plain(t.leaving(l)...)},
-		{nftables.Chain{Table: l.inet, Name: toGuest}, plain(
-			join(known(), accept()),
-			join(redirected(), accept()),
-			drop())},
+		{nftables.Chain{Table: l.inet, Name: toGuest}, plain(join(redirected(), accept()), drop())},
 		{nftables.Chain{Table: l.inet, Name: toHost}, plain(t.entering(l)...)},
+		// What most of all traffic is goes first here too; only taps of the network are in these sets.
 		{base(l.bridge, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(-300)), plain(
+			join(ether(unix.ETH_P_IP), l4(unix.IPPROTO_TCP), sender(etherSource, source4), exprs{inSet(l.senders4)}, accept()),
+			join(ether(unix.ETH_P_IPV6), l4(unix.IPPROTO_TCP), sender(etherSource, source6), exprs{inSet(l.senders6)}, accept()),
 			join(tapOf(t.Taps), jump(fromGuest)))},
 		{nftables.Chain{Table: l.bridge, Name: fromGuest}, plain(t.genuine(l)...)},
 	}
@@ -352,16 +353,21 @@ func (t *Tables) masqueraded() []exprs {
 	return all
 }
 
+// forwarded is what comes from guests and what goes to them.
+func (t *Tables) forwarded() (all []exprs) {
+	if t.Via != "" { // known connections too: the way may have changed. Bridged frames come here where br_netfilter is loaded.
+		all = append(all, join(iif(t.Bridge), oifNot(t.Via), oifNot(t.Bridge), drop()))
+	}
+	return append(all, join(known(), accept()), join(iif(t.Bridge), jump(fromGuest)), join(oif(t.Bridge), jump(toGuest)))
+}
+
 // leaving is what a guest may send through the host.
 func (t *Tables) leaving(l *layout) (all []exprs) {
-	if t.Mutual { // bridged frames come this way where br_netfilter is loaded
-		all = append(all, join(oif(t.Bridge), accept()))
+	within := drop()
+	if t.Mutual {
+		within = accept()
 	}
-	if t.Via != "" { // known connections too: the way may have changed
-		all = append(all, join(oifNot(t.Via), drop()))
-	}
-	all = append(all, join(known(), accept()), join(oif(t.Bridge), drop()))
-	all = append(all,
+	all = append(all, join(oif(t.Bridge), within),
 		join(toPrefix(netip.MustParsePrefix("169.254.0.0/16")), exprs{load(source4, reg), notInSet(l.metadata4)}, drop()),
 		join(toPrefix(netip.MustParsePrefix("fd00:ec2::254/128")), exprs{load(source6, reg), notInSet(l.metadata6)}, drop()))
 	if t.Inside {
@@ -383,7 +389,6 @@ func (t *Tables) leaving(l *layout) (all []exprs) {
 // entering is what a guest may send to the host itself: answers, echo requests, neighbour discovery, and to its DNS proxy.
 func (t *Tables) entering(l *layout) []exprs {
 	return []exprs{
-		join(known(), accept()),
 		join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{135}), accept()),
 		join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{136}), accept()),
 		join(nfproto(unix.NFPROTO_IPV4), within(dest4, netip.PrefixFrom(t.gateway(t.Subnet), 32)), l4(unix.IPPROTO_ICMP), is(icmpType, []byte{8}), accept()),
@@ -398,36 +403,39 @@ func (t *Tables) entering(l *layout) []exprs {
 // gateway is a subnet's first address.
 func (t *Tables) gateway(p netip.Prefix) netip.Addr { return p.Masked().Addr().Next() }
 
+// Where the key of a set of senders is put together: the tap takes four registers, a MAC two.
+const atMAC, atAddress = reg + 4, reg + 6
+
+// sender loads who sends a frame.
+func sender(mac, address field) exprs {
+	return exprs{meta(expr.MetaKeyIIFNAME, reg), load(mac, atMAC), load(address, atAddress)}
+}
+
 // genuine is what a guest's frames must look like.
 func (t *Tables) genuine(l *layout) []exprs {
-	// Where the key of a set is put together: the tap takes four registers, a MAC two.
-	const atMAC, atAddress = reg + 4, reg + 6
 	tap := exprs{meta(expr.MetaKeyIIFNAME, reg)}
-	from := func(mac, address field) exprs { return join(tap, exprs{load(mac, atMAC), load(address, atAddress)}) }
 	udpFrom := func(n uint16) exprs { return join(l4(unix.IPPROTO_UDP), is(sourcePort, port(n))) }
 	icmp := func(kind byte) exprs { return join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{kind})) }
 	unspecified := is(source6, make([]byte, 16))
 	v6 := ether(unix.ETH_P_IPV6)
 	return []exprs{
-		// What is most of all traffic goes first: a rule costs each packet that it does not match.
-		join(metaIs(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}), ether(unix.ETH_P_IP), from(etherSource, source4), exprs{inSet(l.ip4)}, accept()),
 		join(tap, exprs{load(etherSource, atMAC), notInSet(l.macs)}, drop()),
 
-		join(ether(unix.ETH_P_ARP), is(arpFormat, []byte{0, 1, 8, 0, 6, 4}), from(arpMAC, arpIP), exprs{inSet(l.ip4)}, accept()),
+		join(ether(unix.ETH_P_ARP), is(arpFormat, []byte{0, 1, 8, 0, 6, 4}), sender(arpMAC, arpIP), exprs{inSet(l.senders4)}, accept()),
 		// Who looks whether its address is in use has none yet.
 		join(ether(unix.ETH_P_ARP), is(arpFormat, []byte{0, 1, 8, 0, 6, 4}), is(arpIP, make([]byte, 4)), tap,
 			exprs{load(arpMAC, atMAC), inSet(l.macs)}, accept()),
 
 		join(ether(unix.ETH_P_IP), udpFrom(67), drop()),
-		join(ether(unix.ETH_P_IP), from(etherSource, source4), exprs{inSet(l.ip4)}, accept()),
+		join(ether(unix.ETH_P_IP), sender(etherSource, source4), exprs{inSet(l.senders4)}, accept()),
 
 		join(v6, icmp(134), drop()),    // router advertisement
 		join(v6, icmp(137), drop()),    // redirect
 		join(v6, udpFrom(547), drop()), // DHCP server
-		join(v6, icmp(136), from(etherSource, ndTarget), exprs{notInSet(l.ip6)}, drop()),
+		join(v6, icmp(136), sender(etherSource, ndTarget), exprs{notInSet(l.senders6)}, drop()),
 		join(v6, unspecified, icmp(135), accept()),
 		join(v6, unspecified, icmp(143), accept()),
-		join(v6, from(etherSource, source6), exprs{inSet(l.ip6)}, accept()),
+		join(v6, sender(etherSource, source6), exprs{inSet(l.senders6)}, accept()),
 		drop(),
 	}
 }
