@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -143,6 +144,56 @@ func TestNetwork_Namespace(t *testing.T) {
 			wantNoNetwork(t)
 		})
 	}
+}
+
+// A warm slot of a network that is another now is left alone, and can be removed while there are VMs.
+func TestNetwork_SlotOfAnother(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchDirect)
+	h := s.open()
+	networks, err := h.Networks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lan := network.Config{Name: "lan"}
+	if lan, err = networks.Create(lan); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Warm(t.Context(), "lan", 1); err != nil {
+		t.Fatal(err)
+	}
+	lan.MTU = 1400
+	if _, err := networks.Create(lan); !errors.Is(err, fs.ErrExist) {
+		t.Fatalf("got %v", err)
+	}
+	if err := networks.Remove("lan"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := networks.Create(lan); err != nil {
+		t.Fatal(err)
+	}
+	spec := netSpec(s.spec("idle"), 1)
+	spec.NetworkInterfaces[0].Network, spec.NetworkInterfaces[0].Namespace = "lan", true
+	m, err := h.Create(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if in, err := m.Inspect(t.Context()); err != nil || in.Interfaces[0].Warm {
+		t.Errorf("the VM has %+v, %v", in.Interfaces, err)
+	}
+	if slots, err := h.Slots("lan"); err != nil || slots != (smartvm.Slots{All: 1, Free: 1}) {
+		t.Errorf("%+v, %v", slots, err)
+	}
+	if slots, err := h.Warm(t.Context(), "lan", 0); err != nil || slots != (smartvm.Slots{}) {
+		t.Errorf("%+v, %v", slots, err)
+	}
+	if err := errors.Join(m.Remove(t.Context()), networks.Remove("lan"), os.Remove(networks.Dir)); err != nil {
+		t.Error(err)
+	}
+	wantNoNetwork(t)
 }
 
 // VMs that come and go in any order leave nothing.

@@ -115,19 +115,23 @@ func (p *Pool) fits(s *network.Slot) bool {
 // take finds a slot that no VM has, and leases it. Returns nil if there is none.
 func (p *Pool) take(ctx context.Context, vm string, do Do) (*network.Slot, error) {
 	for _, name := range p.names() {
-		if p.holder(name) != "" {
+		if s, err := p.slot(name); err != nil || !p.fits(s) || p.holder(name) != "" {
 			continue
 		}
-		err := do(ctx, p.lease(name, vm))
+		lease := p.lease(name, vm)
+		err := do(ctx, lease)
 		if errors.Is(err, fs.ErrExist) {
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		// It may have been removed meanwhile: then the lease stands for nothing.
 		if s, err := p.slot(name); err == nil && p.fits(s) {
 			return s, nil
+		}
+		// It was removed meanwhile: the lease stands for nothing.
+		if err := lease.Revert(ctx); err != nil {
+			return nil, err
 		}
 	}
 	return nil, nil
