@@ -228,18 +228,17 @@ func (g *Guest) members(l *layout) ([]member, error) {
 		all = append(all, member{l.senders6, from(g.IP6)})
 		addresses = append(addresses, g.IP6)
 	}
+	if g.Policy != nil || g.Network != nil {
+		all = append(all, member{l.policies, []nftables.SetElement{{Key: mac, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain(Own)}}}})
+	}
 	for _, a := range addresses {
-		policies, hosts, metadata, dns := l.policy4, l.host4, l.metadata4, l.dns4
+		hosts, metadata, dns := l.host4, l.metadata4, l.dns4
 		if a.Is6() {
-			policies, hosts, metadata, dns = l.policy6, l.host6, l.metadata6, l.dns6
+			hosts, metadata, dns = l.host6, l.metadata6, l.dns6
 		}
 		if g.DNS != 0 {
 			all = append(all, member{dns, []nftables.SetElement{{Key: a.AsSlice(), Val: port(g.DNS)}}})
 		}
-		if g.Policy == nil && g.Network == nil {
-			continue
-		}
-		all = append(all, member{policies, []nftables.SetElement{{Key: a.AsSlice(), VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain(Own)}}}})
 		if g.Policy == nil {
 			continue
 		}

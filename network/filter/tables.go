@@ -49,7 +49,7 @@ type layout struct {
 
 	macs                 *nftables.Set // bridge: tap . MAC that a guest may send from
 	senders4, senders6   *nftables.Set // bridge: tap . MAC . address, likewise
-	policy4, policy6     *nftables.Set // source -> the chain of its policy
+	policies             *nftables.Set // MAC -> the chain of its policies
 	host4, host6         *nftables.Set // sources that may reach the host
 	metadata4, metadata6 *nftables.Set // sources that may reach link-local and metadata addresses
 	dns4, dns6           *nftables.Set // source -> the port of its DNS proxy
@@ -74,8 +74,7 @@ func newLayout(name string) *layout {
 		{&l.macs, l.bridge, "macs", key(nftables.TypeIFName, nftables.TypeEtherAddr), nftables.SetDatatype{}},
 		{&l.senders4, l.bridge, "senders4", key(nftables.TypeIFName, nftables.TypeEtherAddr, addr4), nftables.SetDatatype{}},
 		{&l.senders6, l.bridge, "senders6", key(nftables.TypeIFName, nftables.TypeEtherAddr, addr6), nftables.SetDatatype{}},
-		{&l.policy4, l.inet, "policy4", addr4, nftables.TypeVerdict},
-		{&l.policy6, l.inet, "policy6", addr6, nftables.TypeVerdict},
+		{&l.policies, l.inet, "policies", nftables.TypeEtherAddr, nftables.TypeVerdict},
 		{&l.host4, l.inet, "host4", addr4, nftables.SetDatatype{}},
 		{&l.host6, l.inet, "host6", addr6, nftables.SetDatatype{}},
 		{&l.metadata4, l.inet, "metadata4", addr4, nftables.SetDatatype{}},
@@ -94,7 +93,7 @@ func newLayout(name string) *layout {
 
 func (l *layout) sets() []*nftables.Set {
 	return []*nftables.Set{
-		l.macs, l.senders4, l.senders6, l.policy4, l.policy6, l.host4, l.host6, l.metadata4, l.metadata6, l.dns4, l.dns6,
+		l.macs, l.senders4, l.senders6, l.policies, l.host4, l.host6, l.metadata4, l.metadata6, l.dns4, l.dns6,
 		l.ports4, l.ports6, l.portsAt4, l.portsAt6,
 	}
 }
@@ -380,10 +379,9 @@ func (t *Tables) leaving(l *layout) (all []exprs) {
 	case t.Egress != nil: // what the network allows, a guest's own policy may still forbid
 		all = append(all, jump(egress))
 	}
-	return append(all,
-		join(nfproto(unix.NFPROTO_IPV4), exprs{load(source4, reg), verdictOf(l.policy4)}),
-		join(nfproto(unix.NFPROTO_IPV6), exprs{load(source6, reg), verdictOf(l.policy6)}),
-		last)
+	// By its MAC, which the bridge table has seen to, a guest is one element for IPv4 and IPv6: the kernel goes through all that a map
+	// leads to when any rule is added.
+	return append(all, exprs{load(etherSource, reg), verdictOf(l.policies)}, last)
 }
 
 // entering is what a guest may send to the host itself: answers, echo requests, neighbour discovery, and to its DNS proxy.
