@@ -43,7 +43,7 @@ import (
 )
 
 func main() {
-	if len(os.Args) == 4 && os.Args[1] == networkVerb {
+	if len(os.Args) == 6 && os.Args[1] == networkVerb {
 		if err := measureNetworks(os.Args[2:]); err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
 			os.Exit(2)
@@ -67,12 +67,12 @@ const mark = "\x07"
 
 // bench is what every measurement needs.
 type bench struct {
-	firecracker, jailer, smartvm string
-	dir                          string // on a tmpfs, removed at the end
-	idle, reboot                 string // kernels: one that prints mark and stays, one that reboots at once
-	drive                        string // 64 MiB, 8 MiB of them data
-	rounds                       int
-	report                       *report
+	firecracker, jailer, smartvm, iperf3 string
+	dir                                  string // on a tmpfs, removed at the end
+	idle, reboot                         string // kernels: one that prints mark and stays, one that reboots at once
+	drive                                string // 64 MiB, 8 MiB of them data
+	rounds                               int
+	report                               *report
 }
 
 func run(ctx context.Context) (ok bool, err error) {
@@ -194,11 +194,11 @@ func (b *bench) prepare(ctx context.Context) error {
 		return err
 	}
 	cache.Messages = os.Stderr
-	paths, err := cache.Ensure(ctx, fixtures.Firecracker, fixtures.Jailer)
+	paths, err := cache.Ensure(ctx, fixtures.Firecracker, fixtures.Jailer, fixtures.IPerf3)
 	if err != nil {
 		return err
 	}
-	b.firecracker, b.jailer = paths[0], paths[1]
+	b.firecracker, b.jailer, b.iperf3 = paths[0], paths[1], paths[2]
 	for _, g := range []struct {
 		path  *string
 		guest tinyguest.Guest

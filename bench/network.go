@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -19,14 +18,14 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/tinyguest"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
@@ -53,7 +52,7 @@ func (b *bench) networks(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, self, networkVerb, filepath.Join(b.dir, "networks"), strconv.Itoa(b.rounds))
+	cmd := exec.CommandContext(ctx, self, networkVerb, filepath.Join(b.dir, "networks"), strconv.Itoa(b.rounds), b.iperf3, b.firecracker)
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
@@ -83,6 +82,9 @@ type networkSite struct {
 	guest, world *netns.Namespace
 	cable        network.Guest // the guest's part
 	use          *network.Use
+	host         *host // whose VMs are on the network too
+	idle         string
+	iperf3       string
 }
 
 // Addresses between the host and the world.
@@ -96,7 +98,18 @@ func measureNetworks(args []string) error {
 	if err != nil {
 		return err
 	}
-	s := &networkSite{dir: args[0], ctx: network.NewContext(context.Background(), &network.Shared{Reaper: new(network.Reaper)})}
+	b := &bench{dir: args[0], firecracker: args[3]}
+	s := &networkSite{dir: filepath.Join(b.runtimeDir(), store.NetworkDir), idle: filepath.Join(b.dir, "guest"), iperf3: args[2], ctx: network.NewContext(context.Background(), &network.Shared{Reaper: new(network.Reaper)})}
+	if err := os.MkdirAll(b.dir, 0o700); err != nil {
+		return err
+	}
+	if err := os.WriteFile(s.idle, tinyguest.Image(tinyguest.Guest{Message: mark, Then: tinyguest.Idle}), 0o644); err != nil {
+		return err
+	}
+	if s.host, err = b.host(smartvm.LaunchDirect); err != nil {
+		return err
+	}
+	defer s.host.Close()
 	if err := s.open(); err != nil {
 		return err
 	}
@@ -254,11 +267,34 @@ func (s *networkSite) guests(rounds int) error {
 				return err
 			}
 		}
+		for range rounds / 5 {
+			if err := s.start("start-net" + beside.name); err != nil {
+				return err
+			}
+		}
 		if err := s.roundTrips("round-trip" + beside.name); err != nil {
 			return err
 		}
 	}
 	return s.each(1, many, s.remove)
+}
+
+// start starts a VM on the network, and removes it.
+func (s *networkSite) start(name string) error {
+	m, err := s.host.Create(s.ctx, smartvm.Spec{
+		BootSource: smartvm.BootSource{KernelImagePath: s.idle}, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+		NetworkInterfaces: []smartvm.NetworkInterface{{IfaceID: "eth0"}},
+	})
+	if err != nil {
+		return err
+	}
+	begun := time.Now()
+	first, err := s.host.start(s.ctx, m)
+	if err == nil {
+		err = tellTime(name, first.Sub(begun))
+	}
+	_, stopErr := m.Stop(s.ctx, smartvm.StopOptions{})
+	return errors.Join(err, stopErr, m.Remove(s.ctx))
 }
 
 // each does something to guests at once.
@@ -317,7 +353,7 @@ func (s *networkSite) roundTrips(name string) error {
 
 // warm measures what a VM waits for that takes a warm slot: its lease, its part in the network, the slot, its rules.
 func (s *networkSite) warm(rounds int) error {
-	st, err := store.Open(filepath.Join(s.dir, "runtime"))
+	st, err := store.Open(filepath.Join(s.dir, "warm"))
 	if err != nil {
 		return err
 	}
@@ -381,105 +417,4 @@ func (s *networkSite) teardown() error {
 		}
 	}
 	return nil
-}
-
-// throughput is of one connection from the guest to the world, with our rules and without, in turns.
-func (s *networkSite) throughput() error {
-	for range 6 {
-		ours, err := s.rate()
-		if err != nil {
-			return err
-		}
-		if err := tell("throughput", "MB/s", ours); err != nil {
-			return err
-		}
-		data, err := os.ReadFile(filepath.Join(s.dir, s.config.Name, "up.json"))
-		if err != nil {
-			return err
-		}
-		var up struct{ Owner string }
-		if err := json.Unmarshal(data, &up); err != nil {
-			return err
-		}
-		tables := &filter.Tables{Name: s.config.Table(), Owner: up.Owner}
-		if err := tables.Revert(s.ctx); err != nil {
-			return err
-		}
-		bare, err := s.rate()
-		if err != nil {
-			return err
-		}
-		nat, err := s.natOnly()
-		if err != nil {
-			return err
-		}
-		if err := tell("throughput-nat-only", "MB/s", nat); err != nil {
-			return err
-		}
-		if err := errors.Join(tell("throughput-no-rules", "MB/s", bare), tell("throughput/no-rules", "", ours/bare)); err != nil {
-			return err
-		}
-		if _, err := s.use.Check(s.ctx); err != nil {
-			return err
-		}
-		if err := s.cable.Apply(s.ctx); err != nil {
-			return err
-		}
-	}
-	return s.use.Revert(s.ctx)
-}
-
-// natOnly is the rate with the least that makes an address of the guest's one of the host's: what no rules can be faster than.
-func (s *networkSite) natOnly() (float64, error) {
-	conn, err := nftables.New()
-	if err != nil {
-		return 0, err
-	}
-	table := conn.AddTable(&nftables.Table{Name: "nat-only", Family: nftables.TableFamilyINet})
-	chain := conn.AddChain(&nftables.Chain{
-		Table: table, Name: "postrouting", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource,
-	})
-	conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Masq{}}})
-	if err := conn.Flush(); err != nil {
-		return 0, err
-	}
-	rate, err := s.rate()
-	conn.DelTable(table)
-	return rate, errors.Join(err, conn.Flush())
-}
-
-// rate is that of one TCP connection, in MB/s.
-func (s *networkSite) rate() (float64, error) {
-	var l net.Listener
-	if err := s.world.Do(func() (err error) { l, err = net.Listen("tcp", benchWorld+":9"); return err }); err != nil {
-		return 0, err
-	}
-	defer l.Close()
-	received := make(chan int64, 1)
-	go func() {
-		c, err := l.Accept()
-		if err != nil {
-			received <- 0
-			return
-		}
-		n, _ := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 256<<10))
-		received <- n
-		_ = c.Close()
-	}()
-	var c net.Conn
-	if err := s.guest.Do(func() (err error) { c, err = net.Dial("tcp", benchWorld+":9"); return err }); err != nil {
-		return 0, err
-	}
-	buf := make([]byte, 256<<10)
-	begun := time.Now()
-	for time.Since(begun) < time.Second {
-		if _, err := c.Write(buf); err != nil {
-			return 0, err
-		}
-	}
-	if err := c.Close(); err != nil {
-		return 0, err
-	}
-	n := <-received
-	return float64(n) / 1e6 / time.Since(begun).Seconds(), nil
 }

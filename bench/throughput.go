@@ -1,0 +1,150 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/netns"
+	"push.rocks/smartvm/network/policy"
+)
+
+// throughputRounds is how often each way of throughput is measured.
+const throughputRounds = 30
+
+// throughput is that of one TCP connection of iperf3's, from the guest to the host, where its policy allows that, and to the world,
+// with our rules and without, in turns. Beside those stands what the kernel alone takes: rules that do nothing but know connections,
+// and NAT.
+func (s *networkSite) throughput() error {
+	s.cable.Policy = &policy.Policy{AllowHost: true}
+	if err := s.cable.Apply(s.ctx); err != nil {
+		return err
+	}
+	gateway, _ := s.config.Gateway()
+	ways := []struct {
+		name, address string
+		server        *netns.Namespace // nil: the host
+		least         string           // what the kernel's part is called
+		chain         *nftables.Chain
+		rule          []expr.Any
+	}{
+		{"throughput", gateway.String(), nil, "conntrack-only", &nftables.Chain{
+			Name: "input", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
+		}, []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}},
+		{"throughput-out", benchWorld, s.world, "nat-only", &nftables.Chain{
+			Name: "postrouting", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource,
+		}, []expr.Any{&expr.Masq{}}},
+	}
+	for round := range throughputRounds {
+		for _, w := range ways {
+			rate := func() (float64, error) { return s.rate(w.server, w.address) }
+			states := []func() (float64, error){
+				rate,
+				func() (float64, error) { return s.without(rate) },
+				func() (float64, error) {
+					return s.without(func() (float64, error) { return beside(w.chain, w.rule, rate) })
+				},
+			}
+			rates := make([]float64, len(states))
+			for i := range states {
+				n := (i + round) % len(states) // none is always the first
+				var err error
+				if rates[n], err = states[n](); err != nil {
+					return err
+				}
+			}
+			err := errors.Join(tell(w.name, "MB/s", rates[0]), tell(w.name+"-no-rules", "MB/s", rates[1]), tell(w.name+"-"+w.least, "MB/s", rates[2]))
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return s.use.Revert(s.ctx)
+}
+
+// without does something while our tables are not there.
+func (s *networkSite) without(f func() (float64, error)) (float64, error) {
+	data, err := os.ReadFile(filepath.Join(s.dir, s.config.Name, "up.json"))
+	if err != nil {
+		return 0, err
+	}
+	var up struct{ Owner string }
+	if err := json.Unmarshal(data, &up); err != nil {
+		return 0, err
+	}
+	if err := (&filter.Tables{Name: s.config.Table(), Owner: up.Owner}).Revert(s.ctx); err != nil {
+		return 0, err
+	}
+	result, err := f()
+	_, restoreErr := s.use.Check(s.ctx)
+	return result, errors.Join(err, restoreErr, s.cable.Apply(s.ctx))
+}
+
+// beside does something while a table with one rule is there.
+func beside(chain *nftables.Chain, rule []expr.Any, f func() (float64, error)) (float64, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return 0, err
+	}
+	chain.Table = conn.AddTable(&nftables.Table{Name: "least", Family: nftables.TableFamilyINet})
+	conn.AddRule(&nftables.Rule{Table: chain.Table, Chain: conn.AddChain(chain), Exprs: rule})
+	if err := conn.Flush(); err != nil {
+		return 0, err
+	}
+	result, err := f()
+	conn.DelTable(chain.Table)
+	return result, errors.Join(err, conn.Flush())
+}
+
+// rate is what arrives of one connection of iperf3's, in MB/s.
+func (s *networkSite) rate(server *netns.Namespace, address string) (float64, error) {
+	listen := exec.CommandContext(s.ctx, s.iperf3, "--server", "--one-off", "--forceflush", "--bind", address)
+	out, err := listen.StdoutPipe()
+	if err != nil {
+		return 0, err
+	}
+	start := listen.Start
+	if server != nil {
+		start = func() error { return server.Do(listen.Start) }
+	}
+	if err := start(); err != nil {
+		return 0, err
+	}
+	listening, said := bufio.NewReader(out), ""
+	for !strings.Contains(said, "listening") {
+		if said, err = listening.ReadString('\n'); err != nil {
+			return 0, fmt.Errorf("iperf3 does not listen: %w", errors.Join(err, listen.Wait()))
+		}
+	}
+	var told []byte
+	err = s.guest.Do(func() (err error) {
+		told, err = exec.CommandContext(s.ctx, s.iperf3, "--client", address, "--bytes", "400M", "--json").Output()
+		return err
+	})
+	if err != nil {
+		return 0, errors.Join(fmt.Errorf("iperf3: %w: %s", err, told), listen.Process.Signal(unix.SIGKILL), listen.Wait())
+	}
+	_, _ = io.Copy(io.Discard, listening)
+	var result struct {
+		End struct {
+			Received struct {
+				BitsPerSecond float64 `json:"bits_per_second"`
+			} `json:"sum_received"`
+		} `json:"end"`
+	}
+	if err := errors.Join(json.Unmarshal(told, &result), listen.Wait()); err != nil {
+		return 0, err
+	}
+	return result.End.Received.BitsPerSecond / 8e6, nil
+}
