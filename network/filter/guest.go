@@ -59,9 +59,9 @@ type member struct {
 // Apply adds the guest's elements and chain, all or none. Returns an error that is fs.ErrNotExist where the tables are
 // gone.
 func (g *Guest) Apply(context.Context) error {
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return err
 	}
 	if err := g.add(conn, newLayout(g.Table)); err != nil {
 		return fmt.Errorf("add guest %s to table %s: %w", g.Tap, g.Table, err)
@@ -122,9 +122,9 @@ func Remove(guests []*Guest) error {
 }
 
 func removeAll(guests []*Guest) error {
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return err
 	}
 	layouts := map[string]*layout{}
 	for _, g := range guests {

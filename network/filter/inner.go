@@ -19,9 +19,9 @@ type Inner struct {
 
 // Apply makes the table in the network of the calling thread.
 func (n *Inner) Apply(context.Context) error {
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return err
 	}
 	table := conn.AddTable(&nftables.Table{Name: "smartvm", Family: nftables.TableFamilyINet})
 	var in, out, forward []exprs

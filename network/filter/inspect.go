@@ -19,9 +19,9 @@ func TableName(bridge string) string { return tablePrefix + bridge }
 // Blockers lists chains of others that drop what is forwarded unless a rule of theirs accepts it, as Docker's and many firewalls'
 // do: "FAMILY TABLE CHAIN".
 func Blockers() ([]string, error) {
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
+		return nil, err
 	}
 	chains, err := conn.ListChains()
 	if err != nil {
@@ -50,9 +50,9 @@ type Count struct {
 // Counts returns what the rules of a policy have matched, in their order: a guest's, by its tap, or with an empty one the
 // network's own. It is empty where there is no policy.
 func Counts(table, tap string) ([]Count, error) {
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
+		return nil, err
 	}
 	inet := newLayout(table).inet
 	list, err := conn.ListChainsOfTableFamily(inet.Family)

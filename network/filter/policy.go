@@ -101,9 +101,9 @@ func (l *layout) names(name string, kind nftables.SetDatatype) *nftables.Set {
 
 // Name lets the guest reach addresses, because of the i-th rule of a policy, a domain's, for a time.
 func (g *Guest) Name(of Layer, i int, addresses []netip.Addr, ttl time.Duration) error {
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return err
 	}
 	l := newLayout(g.Table)
 	ip4, ip6 := g.names(of, i)

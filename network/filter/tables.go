@@ -101,9 +101,9 @@ func (l *layout) sets() []*nftables.Set {
 // Apply makes both tables at once. Returns an error that is fs.ErrExist if either is there, ErrTooOld where the kernel lacks
 // something.
 func (t *Tables) Apply(context.Context) error {
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return err
 	}
 	l := newLayout(t.Name)
 	for _, table := range []*nftables.Table{l.inet, l.bridge} {
@@ -135,9 +135,9 @@ func (t *Tables) Apply(context.Context) error {
 
 // Revert removes those of the two tables that are this network's.
 func (t *Tables) Revert(context.Context) error {
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return err
 	}
 	l := newLayout(t.Name)
 	for _, table := range []*nftables.Table{l.inet, l.bridge} {
@@ -167,9 +167,9 @@ func (t *Tables) owns(conn *nftables.Conn, table *nftables.Table) (bool, error) 
 
 // There says whether both tables are, and are this network's.
 func (t *Tables) There(context.Context) (bool, error) {
-	conn, err := nftables.New(nftables.AsLasting())
+	conn, err := open(nftables.AsLasting())
 	if err != nil {
-		return false, fmt.Errorf("open nftables: %w", err)
+		return false, err
 	}
 	defer conn.CloseLasting()
 	l := newLayout(t.Name)
