@@ -72,8 +72,8 @@ func endIfHung(p *vmm.Process) (stop func()) {
 	return func() { close(done); wg.Wait() }
 }
 
-// Pause stops the guest's CPUs and devices. Firecracker 1.16.0 and 1.16.1 lose vsock traffic towards the guest
-// for good by a pause without a snapshot.
+// Pause stops the guest's CPUs and devices. What runs in it by Exec waits; with Firecracker 1.16.0 and 1.16.1 it loses its
+// connection by the Resume, see [firecracker.Client.Resume].
 func (m *Machine) Pause(ctx context.Context) error {
 	return m.call(ctx, "pause", "pause", func(c *firecracker.Client) error { return c.Pause(ctx) })
 }

@@ -139,6 +139,33 @@ func TestServer_version(t *testing.T) {
 	}
 }
 
+// A guest hears its host after a pause, whatever the version. Those that need no help get none: it ends connections.
+func TestServer_pause(t *testing.T) {
+	for version, helped := range map[string]bool{"1.7.0": false, "1.12.1": false, "1.15.1": false, "1.16.0": true, "1.16.1": true, "1.16.2": false, "1.17.0": false} {
+		server, c := serve(t, fakefc.Config{Version: version}, version)
+		ctx := t.Context()
+		if err := errors.Join(
+			c.PutBootSource(ctx, firecracker.BootSource{KernelImagePath: "k"}), c.InstanceStart(ctx),
+			c.Resume(ctx), // of what runs
+			c.Pause(ctx), c.Resume(ctx), c.Pause(ctx), c.Resume(ctx),
+		); err != nil {
+			t.Errorf("%s: %v", version, err)
+		}
+		if server.Deaf() {
+			t.Errorf("%s: the guest hears nothing any more", version)
+		}
+		asked := slices.ContainsFunc(server.Requests(), func(r fakefc.Request) bool { return r.Path == "/snapshot/create" })
+		if asked != helped {
+			t.Errorf("%s: asked for a snapshot: %v, want %v", version, asked, helped)
+		}
+	}
+	// One that cannot answer is not resumed by half.
+	_, c := serve(t, fakefc.Config{Version: "1.16.1", Faults: map[string]fakefc.Fault{"PUT /snapshot/create": {Exit: &fakefc.Exit{}}}}, "1.16.1")
+	if err := c.Resume(t.Context()); err == nil {
+		t.Error("resumed though the VMM has gone")
+	}
+}
+
 // TestServer_strict sends what the client never would.
 func TestServer_strict(t *testing.T) {
 	for name, request := range map[string]string{

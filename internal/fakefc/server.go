@@ -74,6 +74,8 @@ type Server struct {
 	vm       firecracker.FullVMConfiguration
 	mmds     map[string]any
 	requests []Request
+	reset    bool // a snapshot has reset the guest's vsock since the last pause
+	deaf     bool
 }
 
 // New returns a server that is not started. It panics on a version that is none.
@@ -112,6 +114,13 @@ func (s *Server) Requests() []Request {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.requests)
+}
+
+// Deaf reports whether a guest of this version would not hear the host over vsock any more.
+func (s *Server) Deaf() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.deaf
 }
 
 // Boot configures the VM from a configuration file and starts it.
