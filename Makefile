@@ -16,10 +16,11 @@ export CGO_ENABLED = 0
 build: agent
 	$(GO) build $(GOFLAGS_BUILD) -o bin/ ./cmd/smartvm
 
-# The guest's first program, which the others carry.
-AGENT := internal/agentbin/bin/smartvm-agent
+# The guest's first program, which the others carry, each that of its own architecture.
+AGENTS := $(foreach arch,amd64 arm64,internal/agentbin/bin/$(arch)/smartvm-agent)
 agent:
-	$(GO) build $(GOFLAGS_BUILD) -ldflags='-s -w' -o $(AGENT) ./cmd/smartvm-agent
+	@for agent in $(AGENTS); do \
+	  GOARCH=$$(basename $$(dirname $$agent)) $(GO) build $(GOFLAGS_BUILD) -ldflags='-s -w' -o $$agent ./cmd/smartvm-agent; done
 
 demo: export CMD := $(CMD)
 demo: build
@@ -42,9 +43,10 @@ test: agent fixtures
 soak: agent fixtures
 	SMARTVM_SOAK=500 $(GO) test -run Soak -v .
 
-check:
+check: agent
 	$(GO) vet ./...
 	GOARCH=arm64 $(GO) vet ./...
+	GOARCH=arm64 $(GO) build -o /dev/null ./cmd/smartvm
 	cd bench && $(GO) vet ./...
 	$(GO) tool -modfile=tools/go.mod staticcheck ./...
 	@unformatted=$$($(GO) tool -modfile=tools/go.mod gofumpt -l .); \
@@ -56,4 +58,4 @@ bench: build fixtures
 	cd bench && $(GO) run . -out results.json
 
 clean:
-	rm -rf bin bench/results.json $(AGENT)
+	rm -rf bin bench/results.json $(AGENTS)
