@@ -64,7 +64,7 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 		return &StateError{ID: m.rec.ID, Op: op, State: state, Want: []State{Running}}
 	}
 	if m.rec.Spec.Vsock == nil {
-		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, m.rec.ID, ErrNoAgent), "VMs of images have one; others get it by --vsock")
+		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, m.rec.ID, ErrNoAgent), "VMs of images have one; others get it by --vsock, and an agent by smartvm agent")
 	}
 	err = do(m.guest())
 	if errors.Is(err, ErrNoAgent) && m.hasAgent() {
@@ -75,7 +75,12 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 			err = do(m.guest())
 		}
 	}
-	if errors.Is(err, ErrNoAgent) {
+	switch {
+	case errors.As(err, new(*agent.VersionError)):
+		err = hint.Add(err, "a VM keeps the agent that it was made with: make it anew, or use the smartvm that made it; an agent that is a service is to be replaced by what smartvm agent writes")
+	case errors.Is(err, ErrNoAgent) && !m.hasAgent():
+		err = hint.Add(err, "a guest that boots by itself needs it as a service: smartvm agent --help")
+	case errors.Is(err, ErrNoAgent):
 		err = hint.Add(err, "smartvm logs %s shows its console", m.rec.ID)
 	}
 	if err != nil {
@@ -136,10 +141,10 @@ func (m *Machine) Guest() (*GuestState, error) {
 // readyPoll is how often AwaitReady looks.
 const readyPoll = 10 * time.Millisecond
 
-// AwaitReady returns when the guest says that its command runs. A VM that ends before is a *MachineError with the last of its
-// console; so is the context's end.
+// AwaitReady returns when the guest says that its command runs, or that it serves, where its agent is a service. A VM that
+// ends before is a *MachineError with the last of its console; so is the context's end.
 func (m *Machine) AwaitReady(ctx context.Context) (*GuestState, error) {
-	if !m.hasAgent() {
+	if m.rec.Spec.Vsock == nil {
 		return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, ErrNoAgent)
 	}
 	tick := time.NewTicker(readyPoll)
@@ -169,12 +174,13 @@ const (
 	bootingPause = 20 * time.Millisecond
 	lostPause    = time.Second
 	bootingTime  = time.Minute
+	strangePause = 10 * time.Second // of one that may have no agent
 )
 
 // attend hears what the guest says of itself, writes it down for all processes, and returns when its command has ended, or ctx.
 func (m *Machine) attend(ctx context.Context, r *run) {
 	defer close(r.attended)
-	if !m.hasAgent() {
+	if m.rec.Spec.Vsock == nil {
 		return
 	}
 	before := r.booted.Sub(r.started)
@@ -184,7 +190,9 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 			m.host.log.Warn("note what the guest says", "vm", m.rec.ID, "err", err)
 		}
 	}
-	note()
+	if m.hasAgent() {
+		note()
+	}
 	for ctx.Err() == nil && g.Exit == nil {
 		err := m.guest().Watch(ctx, func(e agentproto.Event) {
 			for phase, to := range map[agentproto.Phase]*time.Duration{agentproto.PhaseAgent: &g.Agent, agentproto.PhaseCommand: &g.Command} {
@@ -203,7 +211,10 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 			note()
 		})
 		pause := bootingPause
-		if time.Since(r.booted) > bootingTime {
+		switch booting := time.Since(r.booted) < bootingTime; {
+		case !m.hasAgent() && !booting:
+			pause = strangePause
+		case !m.hasAgent() || !booting:
 			pause = lostPause
 		}
 		if g.Agent > 0 {
@@ -215,6 +226,8 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 		}
 		select {
 		case <-ctx.Done():
+		case <-r.proc.Done():
+			return
 		case <-time.After(pause):
 		}
 	}

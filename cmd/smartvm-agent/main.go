@@ -1,5 +1,7 @@
 // Command smartvm-agent is the first program of a guest: /init of the initramfs that smartvm gives to images. Beside an
-// image's own init it runs on as two processes that serve the host.
+// image's own init it runs on as two processes that serve the host. In a system that boots by itself it is a service:
+//
+//	smartvm-agent serve
 package main
 
 import (
@@ -21,15 +23,14 @@ func main() {
 }
 
 func run(child <-chan os.Signal) error {
-	if len(os.Args) == 2 && os.Args[1] == guestagent.KeepVerb {
-		return guestagent.Keep()
-	}
-	if len(os.Args) == 2 && os.Args[1] == guestagent.ServeVerb {
-		return guestagent.Serve(child)
+	if os.Getpid() != 1 {
+		verb := ""
+		if len(os.Args) == 2 {
+			verb = os.Args[1]
+		}
+		return guestagent.Run(verb, child)
 	}
 	stop := make(chan os.Signal, 1)
-	// The end of process 1 would be the end of the kernel: whatever may end a Go program is caught, and of no consequence.
-	signal.Notify(make(chan os.Signal, 1))
 	signal.Notify(stop, syscall.SIGINT, syscall.SIGTERM)
 	return guestagent.Main(guestagent.Signals{Stop: stop, Child: child})
 }

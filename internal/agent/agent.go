@@ -3,7 +3,6 @@
 package agent
 
 import (
-	"bufio"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -37,6 +36,22 @@ type GuestError struct{ Text string }
 
 func (e *GuestError) Error() string { return "guest: " + e.Text }
 
+// VersionError says that the agent in the guest is of another version of smartvm, whose protocol is another one. A VM keeps the agent
+// that it was made with.
+type VersionError struct{ Agent, Host int }
+
+func (e *VersionError) Error() string {
+	return fmt.Sprintf("the guest's agent speaks version %d of the protocol, this smartvm version %d", e.Agent, e.Host)
+}
+
+// refused is what an agent that does not do as it is told says of it.
+func refused(r agentproto.Reply) error {
+	if r.Version != agentproto.Version && r.Version != 0 {
+		return &VersionError{Agent: r.Version, Host: agentproto.Version}
+	}
+	return &GuestError{clean(r.Error)}
+}
+
 // connectTimeout bounds how long the VMM may take to pass a connection on.
 const connectTimeout = 5 * time.Second
 
@@ -45,6 +60,11 @@ const maxGreeting = 32
 
 // Connect connects to a vsock port of the guest. Returns ErrNoAgent where nobody listens.
 func (c *Client) Connect(ctx context.Context, port uint32) (net.Conn, error) {
+	return c.connect(ctx, port, nil)
+}
+
+// connect sends first at once: the VMM keeps what comes behind its line for the guest.
+func (c *Client) connect(ctx context.Context, port uint32, first []byte) (net.Conn, error) {
 	conn, err := c.Dial(ctx)
 	if err != nil {
 		return nil, err
@@ -55,7 +75,7 @@ func (c *Client) Connect(ctx context.Context, port uint32) (net.Conn, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	_ = conn.SetDeadline(deadline)
-	_, err = fmt.Fprintf(conn, "CONNECT %d\n", port)
+	_, err = conn.Write(append(fmt.Appendf(nil, "CONNECT %d\n", port), first...))
 	if err == nil {
 		err = greeting(conn)
 	}
@@ -87,24 +107,31 @@ func greeting(conn net.Conn) error {
 }
 
 // open sends a request.
-func (c *Client) open(ctx context.Context, req agentproto.Request) (*agentproto.Conn, net.Conn, error) {
-	raw, err := c.Connect(ctx, agentproto.Port)
-	if err != nil {
-		return nil, nil, err
-	}
+func (c *Client) open(ctx context.Context, req agentproto.Request) (*agentproto.Conn, error) {
 	req.Version = agentproto.Version
-	conn := agentproto.NewConn(raw)
-	if err := conn.SendJSON(agentproto.KindRequest, req); err != nil {
-		return nil, nil, errors.Join(lost(err), conn.Close())
+	frame, err := req.Frame()
+	if err != nil {
+		return nil, err
 	}
-	return conn, raw, nil
+	raw, err := c.connect(ctx, agentproto.Port, frame)
+	if err != nil {
+		return nil, err
+	}
+	return agentproto.NewConn(raw), nil
 }
 
 func lost(err error) error { return fmt.Errorf("%w: %w", ErrLost, err) }
 
+// replyTimeout bounds how long an agent may take to say that it does what it was asked for.
+const replyTimeout = 30 * time.Second
+
 // answer receives a reply.
 func answer(conn *agentproto.Conn) (agentproto.Reply, error) {
+	late := time.AfterFunc(replyTimeout, func() { _ = conn.Close() })
 	k, payload, err := conn.Receive()
+	if !late.Stop() {
+		return agentproto.Reply{}, lost(fmt.Errorf("it did not answer within %s", replyTimeout))
+	}
 	if err != nil {
 		return agentproto.Reply{}, lost(err)
 	}
@@ -113,7 +140,7 @@ func answer(conn *agentproto.Conn) (agentproto.Reply, error) {
 	}
 	r, err := agentproto.ParseJSON[agentproto.Reply](payload)
 	if err == nil && r.Error != "" {
-		err = &GuestError{clean(r.Error)}
+		err = refused(r)
 	}
 	return r, err
 }
@@ -176,7 +203,7 @@ func (c *Client) Main(ctx context.Context, cmd Cmd) (Exit, error) {
 }
 
 func (c *Client) run(ctx context.Context, op agentproto.Op, cmd Cmd) (Exit, error) {
-	conn, _, err := c.open(ctx, agentproto.Request{
+	conn, err := c.open(ctx, agentproto.Request{
 		Op: op, Args: cmd.Args, Env: cmd.Env, Dir: cmd.Dir, User: cmd.User, TTY: cmd.TTY,
 		Rows: cmd.Size.Rows, Cols: cmd.Size.Cols, Term: cmd.Term, NoStdin: cmd.Stdin == nil,
 	})
@@ -258,7 +285,7 @@ func awaitExit(conn *agentproto.Conn) (Exit, error) {
 	case agentproto.KindReply:
 		r, err := agentproto.ParseJSON[agentproto.Reply](payload)
 		if err == nil {
-			err = &GuestError{clean(r.Error)}
+			err = refused(r)
 		}
 		return Exit{}, err
 	case agentproto.KindExit:
@@ -276,7 +303,7 @@ const maxEvents = 64
 func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error {
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
-	conn, _, err := c.open(ctx, agentproto.Request{Op: agentproto.OpWatch, Now: time.Now(), Entropy: seed})
+	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpWatch, Now: time.Now(), Entropy: seed})
 	if err != nil {
 		return err
 	}
@@ -307,7 +334,7 @@ func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error 
 
 // Stats asks how the guest is.
 func (c *Client) Stats(ctx context.Context) (*agentproto.Stats, error) {
-	conn, _, err := c.open(ctx, agentproto.Request{Op: agentproto.OpStats})
+	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpStats})
 	if err != nil {
 		return nil, err
 	}
@@ -322,7 +349,7 @@ func (c *Client) Stats(ctx context.Context) (*agentproto.Stats, error) {
 
 // DialTCP connects to a TCP port in the guest, on its localhost.
 func (c *Client) DialTCP(ctx context.Context, port uint16) (net.Conn, error) {
-	conn, raw, err := c.open(ctx, agentproto.Request{Op: agentproto.OpDial, Port: port})
+	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpDial, Port: port})
 	if err != nil {
 		return nil, err
 	}
@@ -333,13 +360,8 @@ func (c *Client) DialTCP(ctx context.Context, port uint16) (net.Conn, error) {
 	if !stop() {
 		return nil, context.Cause(ctx)
 	}
-	return raw, nil
+	return conn.Rest(), nil
 }
 
 // bufferSize is that of copies of files.
-const bufferSize = 64 << 10
-
-// reading makes reads of an inbox larger.
-func reading(in *agentproto.Inbox) io.Reader {
-	return bufio.NewReaderSize(in, bufferSize)
-}
+const bufferSize = agentproto.MaxData

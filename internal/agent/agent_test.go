@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -154,15 +155,49 @@ func TestExec(t *testing.T) {
 	}
 }
 
-// A gigabyte goes through a pipe in the guest and back, and no more than the windows is held anywhere.
+// A gigabyte goes through a program in the guest, and a quarter of it back, and no more than the windows is held anywhere: host and agent are
+// both this process.
 func TestExec_Flow(t *testing.T) {
 	_, c := newServer(t, nil)
-	var out counting
-	size := int64(256 << 20)
-	exit, err := c.Exec(t.Context(), agent.Cmd{Args: []string{"cat"}, Stdin: io.LimitReader(pattern{}, size), Stdout: &out})
-	if err != nil || exit.Code != 0 || out.n != size || out.wrong {
-		t.Errorf("%+v, %v, %d bytes, wrong: %v", exit, err, out.n, out.wrong)
+	for name, tt := range map[string]struct {
+		size, back int64
+		command    []string
+	}{
+		"There":   {1 << 30, 0, sh("cat >/dev/null")},
+		"AndBack": {256 << 20, 256 << 20, []string{"cat"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var out counting
+			in := &watched{left: tt.size}
+			exit, err := c.Exec(t.Context(), agent.Cmd{Args: tt.command, Stdin: in, Stdout: &out})
+			if err != nil || exit.Code != 0 || out.n != tt.back || out.wrong || in.left != 0 {
+				t.Errorf("%+v, %v, %d bytes, wrong: %v, %d left", exit, err, out.n, out.wrong, in.left)
+			}
+			if in.heap > 32<<20 {
+				t.Errorf("the heap grew to %d bytes", in.heap)
+			}
+		})
 	}
+}
+
+// watched is so many bytes of a pattern, and looks at the heap meanwhile.
+type watched struct {
+	left int64
+	heap uint64
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	if w.left == 0 {
+		return 0, io.EOF
+	}
+	n, _ := pattern{}.Read(p[:min(int64(len(p)), w.left)])
+	if w.left/(64<<20) != (w.left-int64(n))/(64<<20) {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		w.heap = max(w.heap, m.HeapInuse)
+	}
+	w.left -= int64(n)
+	return n, nil
 }
 
 type pattern struct{}
@@ -346,7 +381,7 @@ func TestDial(t *testing.T) {
 	if _, err := io.WriteString(conn, "this"); err != nil {
 		t.Fatal(err)
 	}
-	if err := conn.(*net.UnixConn).CloseWrite(); err != nil {
+	if err := conn.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := io.ReadAll(conn); err != nil || string(got) != "got this" {

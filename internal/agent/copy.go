@@ -32,7 +32,7 @@ func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o Co
 			return err
 		}
 	}
-	conn, _, err := c.open(ctx, agentproto.Request{Op: agentproto.OpWrite, Path: to, Archive: o.Owners})
+	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpWrite, Path: to, Archive: o.Owners})
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func (w *counter) Write(p []byte) (int, error) {
 
 // CopyFrom copies a file or a tree out of the guest, by the same rules. To "-" writes a tar archive to out.
 func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o CopyOptions) error {
-	conn, _, err := c.open(ctx, agentproto.Request{Op: agentproto.OpRead, Path: from, Contents: contents(from)})
+	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpRead, Path: from, Contents: contents(from)})
 	if err != nil {
 		return err
 	}
@@ -125,7 +125,7 @@ func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o
 	}
 	taken := make(chan error, 1)
 	go func() {
-		err := destination{from, to, out, o}.take(reading(in))
+		err := destination{from, to, out, o}.take(bufio.NewReaderSize(in, bufferSize))
 		if err != nil {
 			_ = conn.Close()
 		}

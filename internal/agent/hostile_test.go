@@ -5,8 +5,12 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,7 +46,7 @@ func frame(k agentproto.Kind, payload []byte) []byte {
 
 // A guest that lies makes errors, not waits or memory.
 func TestClient_Hostile(t *testing.T) {
-	flood := bytes.Repeat(frame(agentproto.KindStdout, make([]byte, 32<<10)), 64)
+	flood := bytes.Repeat(frame(agentproto.KindStdout, make([]byte, 32<<10)), 2*agentproto.Window>>15)
 	for name, data := range map[string][]byte{
 		"nothing":               nil,
 		"half a frame":          {byte(agentproto.KindExit), 0, 0},
@@ -119,24 +123,121 @@ func TestClient_ExitEarly(t *testing.T) {
 	}
 }
 
-// Frames that anybody may send are read, or are an error.
+// An agent of another version says so, to the host that is older than it and to the one that is newer; the error names both.
+func TestVersions(t *testing.T) {
+	const others = agentproto.Version + 1
+	c := hostile(t, frame(agentproto.KindReply, fmt.Appendf(nil, `{"version":%d,"error":"no"}`, others)), true)
+	for what, do := range map[string]func() error{
+		"exec":  func() error { _, err := c.Exec(t.Context(), agent.Cmd{Args: []string{"x"}}); return err },
+		"stats": func() error { _, err := c.Stats(t.Context()); return err },
+		"watch": func() error { return c.Watch(t.Context(), func(agentproto.Event) {}) },
+		"from":  func() error { return c.CopyFrom(t.Context(), "/x", "-", io.Discard, agent.CopyOptions{}) },
+	} {
+		var version *agent.VersionError
+		if err := do(); !errors.As(err, &version) || version.Agent != others || version.Host != agentproto.Version {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	// The agent refuses a host likewise, whatever else it wants.
+	_, real := newServer(t, nil)
+	conn, err := real.Connect(t.Context(), agentproto.Port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write(frame(agentproto.KindRequest, fmt.Appendf(nil, `{"version":%d,"op":"exec","args":["true"],"new":true}`, others))); err != nil {
+		t.Fatal(err)
+	}
+	k, payload, err := agentproto.NewConn(conn).Receive()
+	if err != nil || k != agentproto.KindReply {
+		t.Fatalf("frame of kind %d, %v", k, err)
+	}
+	r, err := agentproto.ParseJSON[agentproto.Reply](payload)
+	if err != nil || r.Version != agentproto.Version || !strings.Contains(r.Error, fmt.Sprintf("version %d of the protocol, not %d", agentproto.Version, others)) {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// However many connections there are, the agent has so many and no more, and serves again when there are fewer.
+func TestServer_Connections(t *testing.T) {
+	const most = 1024 // as many as the VMM's device has, and one
+	_, c := newServer(t, nil)
+	var open []net.Conn
+	defer func() {
+		for _, conn := range open {
+			_ = conn.Close()
+		}
+	}()
+	for range most {
+		conn, err := c.Connect(t.Context(), agentproto.Port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		open = append(open, conn)
+	}
+	for range 100 {
+		conn, err := c.Connect(t.Context(), agentproto.Port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+			t.Fatalf("one too many: %v", err)
+		}
+		_ = conn.Close()
+	}
+	for _, conn := range open[:most/2] {
+		_ = conn.Close()
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		if _, err := c.Stats(t.Context()); err == nil {
+			return
+		} else if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// FuzzReceive: frames that anybody may send are read, or are an error, and no more of a stream is held than its window.
 func FuzzReceive(f *testing.F) {
-	f.Add(frame(agentproto.KindRequest, []byte(`{"version":1,"op":"stats"}`)))
-	f.Add(frame(agentproto.KindRequest, []byte(`{"version":1,"op":"exec","args":["true"]}`)))
-	f.Add(append(frame(agentproto.KindRequest, []byte(`{"version":1,"op":"write","path":"/no"}`)), frame(agentproto.KindStdin, []byte("x"))...))
-	f.Add(frame(agentproto.KindRequest, []byte(`{"version":2,"op":"new"}`)))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	f.Add(frame(agentproto.KindRequest, []byte(`{"version":1,"op":"stats"}`)), true)
+	f.Add(append(frame(agentproto.KindStdout, []byte("some")), frame(agentproto.KindExit, []byte(`{"code":1}`))...), true)
+	f.Add(append(frame(agentproto.KindStdout, make([]byte, 40<<10)), frame(agentproto.KindStdout, nil)...), false)
+	f.Add(frame(agentproto.KindWindow, []byte{byte(agentproto.KindStdin), 0, 0, 0, 1}), false)
+	f.Add(bytes.Repeat(frame(agentproto.KindStderr, make([]byte, 60<<10)), 20), false)
+	f.Fuzz(func(t *testing.T, data []byte, taken bool) {
 		p, q := net.Pipe()
 		conn := agentproto.NewConn(q)
-		go func() {
+		var all sync.WaitGroup
+		all.Go(func() { // whose answers are nobody's
+			_, _ = io.Copy(io.Discard, p)
+		})
+		held := &held{}
+		for _, k := range []agentproto.Kind{agentproto.KindStdin, agentproto.KindStdout, agentproto.KindStderr} {
+			in := conn.Inbox(k)
+			if taken {
+				all.Go(func() { _, _ = io.Copy(held, in) })
+			} else {
+				defer func() { _, _ = io.Copy(held, in) }()
+			}
+		}
+		all.Go(func() {
 			_, _ = p.Write(data)
 			_ = p.Close()
-		}()
+		})
 		for {
 			if _, _, err := conn.Receive(); err != nil {
 				break
 			}
 		}
 		_ = conn.Close()
+		all.Wait()
+		if n := held.n.Load(); !taken && n > 3*agentproto.Window || n > int64(len(data)) {
+			t.Errorf("%d bytes of %d were held", n, len(data))
+		}
 	})
 }
+
+type held struct{ n atomic.Int64 }
+
+func (h *held) Write(p []byte) (int, error) { h.n.Add(int64(len(p))); return len(p), nil }

@@ -45,8 +45,8 @@ var (
 	ErrNoBoot = errors.New("no boot configuration")
 	// ErrInvalid means that a Boot makes no sense, or that its encoding is damaged.
 	ErrInvalid = errors.New("invalid boot configuration")
-	// ErrTooLarge means more than MaxSize.
-	ErrTooLarge = errors.New("boot configuration too large")
+	// ErrTooLarge means more than MaxSize, or than a request may have.
+	ErrTooLarge = errors.New("too large for the guest's agent")
 )
 
 // Boot says how a guest boots. Text is UTF-8 without NUL.

@@ -1,6 +1,7 @@
 package agentproto
 
 import (
+	"bufio"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -14,7 +15,7 @@ import (
 const Port = 1023
 
 // Version is that of the protocol. An agent answers requests of its own version alone.
-const Version = 1
+const Version = 2
 
 // Kind says what a frame is.
 type Kind byte
@@ -35,10 +36,16 @@ const (
 )
 
 const (
-	maxData    = 32 << 10 // of a stream, in one frame
-	maxControl = 4 << 20  // of anything else: arguments and environment
+	// MaxData is how much of a stream is in one frame: with its head, as much as a packet of virtio's vsock.
+	MaxData    = 64<<10 - headerSize
+	headerSize = 4
+	maxControl = 4 << 20 // of anything else: arguments and environment
 	// Window is how many bytes of a stream may be on their way, or wait for who takes them.
-	Window = 256 << 10
+	Window = 1 << 20
+	// windowStep is of how many that have been taken the other side is told at once.
+	windowStep = Window / 4
+	// bufferSize is what is read ahead of what does not go into a stream directly.
+	bufferSize = 4 << 10
 )
 
 // ErrProtocol means that the other side does not keep to the protocol.
@@ -47,6 +54,7 @@ var ErrProtocol = errors.New("protocol violation")
 // Conn carries frames both ways over a connection. Sending is safe for concurrent use, receiving is for one goroutine.
 type Conn struct {
 	conn net.Conn
+	in   *bufio.Reader // reads large parts of streams into their inboxes directly
 
 	sending sync.Mutex
 	out     []byte
@@ -56,19 +64,42 @@ type Conn struct {
 	credit  [kinds]int
 	closed  error
 
-	header  [4]byte
+	header  [headerSize]byte
 	control []byte
 	inboxes [kinds]*Inbox
 }
 
 // NewConn takes over a connection.
 func NewConn(c net.Conn) *Conn {
-	p := &Conn{conn: c}
+	p := &Conn{conn: c, in: bufio.NewReaderSize(c, bufferSize)}
 	p.changed = sync.NewCond(&p.mu)
 	for k := KindStdin; k < kinds; k++ {
 		p.credit[k] = Window
 	}
 	return p
+}
+
+// Rest is the connection, for what follows the frames. Nothing may be received any more.
+func (c *Conn) Rest() net.Conn { return &rest{c.conn, c.in} }
+
+type rest struct {
+	net.Conn
+	in *bufio.Reader
+}
+
+func (r *rest) Read(p []byte) (int, error) {
+	if r.in.Buffered() == 0 {
+		return r.Conn.Read(p)
+	}
+	return r.in.Read(p)
+}
+
+// CloseWrite ends what is sent.
+func (r *rest) CloseWrite() error {
+	if c, ok := r.Conn.(interface{ CloseWrite() error }); ok {
+		return c.CloseWrite()
+	}
+	return errors.ErrUnsupported
 }
 
 // Close ends the connection, and whatever waits on it.
@@ -98,9 +129,9 @@ func (c *Conn) Send(k Kind, payload []byte) error {
 	}
 	c.sending.Lock()
 	defer c.sending.Unlock()
-	c.out = append(append(c.out[:0], byte(k), byte(len(payload)>>16), byte(len(payload)>>8), byte(len(payload))), payload...)
+	c.out = append(append(c.out[:0], head(k, len(payload))...), payload...)
 	_, err := c.conn.Write(c.out)
-	if cap(c.out) > 2*maxData {
+	if cap(c.out) > 4*MaxData {
 		c.out = nil // the one large request
 	}
 	return err
@@ -115,6 +146,20 @@ func (c *Conn) SendJSON(k Kind, v any) error {
 	return c.Send(k, data)
 }
 
+// Frame is a request's, for a host that sends it before there is a Conn. Returns ErrTooLarge.
+func (r *Request) Frame() ([]byte, error) {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > maxControl {
+		return nil, fmt.Errorf("%w: a request of %d bytes, at most %d: arguments and environment are too long", ErrTooLarge, len(data), maxControl)
+	}
+	return append(head(KindRequest, len(data)), data...), nil
+}
+
+func head(k Kind, n int) []byte { return []byte{byte(k), byte(n >> 16), byte(n >> 8), byte(n)} }
+
 // Receive returns the next frame that belongs to no stream; those that do go to their inboxes. The payload is good until the
 // next call. Returns io.EOF at the end, ErrProtocol.
 func (c *Conn) Receive() (Kind, []byte, error) {
@@ -127,11 +172,11 @@ func (c *Conn) Receive() (Kind, []byte, error) {
 
 func (c *Conn) receive() (Kind, []byte, error) {
 	for {
-		if _, err := io.ReadFull(c.conn, c.header[:]); err != nil {
+		if _, err := io.ReadFull(c.in, c.header[:]); err != nil {
 			return 0, nil, err
 		}
 		k, n := Kind(c.header[0]), int(c.header[1])<<16|int(c.header[2])<<8|int(c.header[3])
-		if k == 0 || k >= kinds || k >= KindStdin && n > maxData || n > maxControl {
+		if k == 0 || k >= kinds || k >= KindStdin && n > MaxData || n > maxControl {
 			return 0, nil, fmt.Errorf("%w: frame of kind %d with %d bytes", ErrProtocol, k, n)
 		}
 		if k >= KindStdin {
@@ -140,11 +185,11 @@ func (c *Conn) receive() (Kind, []byte, error) {
 			}
 			continue
 		}
-		if cap(c.control) < n || cap(c.control) > maxData {
+		if cap(c.control) < n || cap(c.control) > MaxData {
 			c.control = make([]byte, n)
 		}
 		c.control = c.control[:n]
-		if _, err := io.ReadFull(c.conn, c.control); err != nil {
+		if _, err := io.ReadFull(c.in, c.control); err != nil {
 			return 0, nil, unexpected(err)
 		}
 		if k == KindWindow {
@@ -174,7 +219,7 @@ func (c *Conn) fill(k Kind, n int) error {
 		i.end(io.EOF)
 		return nil
 	}
-	return i.fill(c.conn, n)
+	return i.fill(c.in, n)
 }
 
 // grant takes a window's frame.
@@ -203,7 +248,7 @@ func (c *Conn) take(k Kind, n int) (int, error) {
 	if c.closed != nil {
 		return 0, c.closed
 	}
-	n = min(n, c.credit[k], maxData)
+	n = min(n, c.credit[k], MaxData)
 	c.credit[k] -= n
 	return n, nil
 }
@@ -242,6 +287,7 @@ type Inbox struct {
 	ring  []byte // nil until the first byte
 	first int
 	count int
+	taken int   // by readers, of which the other side has not been told
 	err   error // io.EOF at the stream's own end
 }
 
@@ -264,24 +310,23 @@ func (i *Inbox) end(err error) {
 	i.some.Broadcast()
 }
 
-// fill reads n bytes, at most maxData, into the ring.
+// fill reads n bytes, at most MaxData, into the ring.
 func (i *Inbox) fill(r io.Reader, n int) error {
 	i.mu.Lock()
-	if i.ring == nil {
-		i.ring = make([]byte, Window)
-	}
-	end := (i.first + i.count) % Window
-	room := Window - i.count
-	i.mu.Unlock()
-	if n > room {
+	if i.count+i.taken+n > Window {
+		i.mu.Unlock()
 		return fmt.Errorf("%w: more of a stream than was asked for", ErrProtocol)
 	}
-	// Readers leave the free part alone.
-	part := min(n, Window-end)
-	if _, err := io.ReadFull(r, i.ring[end:end+part]); err != nil {
+	i.grow(i.count + n)
+	end := (i.first + i.count) % len(i.ring)
+	ring := i.ring
+	i.mu.Unlock()
+	// Readers leave the free part alone, and only we make the ring larger.
+	part := min(n, len(ring)-end)
+	if _, err := io.ReadFull(r, ring[end:end+part]); err != nil {
 		return unexpected(err)
 	}
-	if _, err := io.ReadFull(r, i.ring[:n-part]); err != nil {
+	if _, err := io.ReadFull(r, ring[:n-part]); err != nil {
 		return unexpected(err)
 	}
 	i.mu.Lock()
@@ -289,6 +334,26 @@ func (i *Inbox) fill(r io.Reader, n int) error {
 	i.some.Broadcast()
 	i.mu.Unlock()
 	return nil
+}
+
+// minRing is as large as the ring of most streams gets.
+const minRing = 64 << 10
+
+// grow makes room for n bytes in all.
+func (i *Inbox) grow(n int) {
+	size := max(len(i.ring), minRing)
+	for size < n {
+		size *= 2
+	}
+	if size == len(i.ring) {
+		return
+	}
+	ring := make([]byte, size)
+	if i.count > 0 {
+		k := copy(ring, i.ring[i.first:min(i.first+i.count, len(i.ring))])
+		copy(ring[k:], i.ring[:i.count-k])
+	}
+	i.ring, i.first = ring, 0
 }
 
 // Read returns what has come, and lets the other side send as much again. Returns io.EOF at the stream's end, and the
@@ -302,14 +367,18 @@ func (i *Inbox) Read(p []byte) (int, error) {
 		defer i.mu.Unlock()
 		return 0, i.err
 	}
-	n := copy(p, i.ring[i.first:min(i.first+i.count, Window)])
-	i.first, i.count = (i.first+n)%Window, i.count-n
+	n := copy(p, i.ring[i.first:min(i.first+i.count, len(i.ring))])
+	i.first, i.count, i.taken = (i.first+n)%len(i.ring), i.count-n, i.taken+n
+	told := 0
+	if i.taken >= windowStep {
+		told, i.taken = i.taken, 0
+	}
 	ended := i.err != nil
 	i.mu.Unlock()
-	if ended {
-		return n, nil // nothing more will come
+	if ended || told == 0 {
+		return n, nil // nothing more will come, or enough may
 	}
-	window := binary.BigEndian.AppendUint32([]byte{byte(i.k)}, uint32(n))
+	window := binary.BigEndian.AppendUint32([]byte{byte(i.k)}, uint32(told))
 	_ = i.c.Send(KindWindow, window) // a connection that has ended shows in the next Read
 	return n, nil
 }

@@ -72,6 +72,13 @@ type Event struct {
 	Phases map[Phase]time.Duration `json:"phases,omitempty"` // nanoseconds
 	Skew   time.Duration           `json:"skew,omitempty"`   // by which the guest's clock was wrong, and was set right; nanoseconds
 	Exit   *Exit                   `json:"exit,omitempty"`   // of the image's command
+	Spent  *Spent                  `json:"spent,omitempty"`  // between PhaseAgent and PhaseCommand
+}
+
+// Spent is what of a guest's way up was the kernel's work, and none of the agent's; nanoseconds.
+type Spent struct {
+	Modules time.Duration `json:"modules"` // inserted
+	Mounts  time.Duration `json:"mounts"`  // of the root's layers
 }
 
 // Exit is how a program ended.

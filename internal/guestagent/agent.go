@@ -43,6 +43,7 @@ type guest struct {
 	farewell string // the last line on the console
 	begun    time.Duration
 	reaper   process.Reaper
+	spent    agentproto.Spent // on the way up, by the kernel
 }
 
 // Main is the life of the guest. It returns only where it is not process 1.
@@ -51,6 +52,8 @@ func Main(s Signals) error {
 		return errors.New("this is the first program of a guest, for its kernel to run")
 	}
 	g := &guest{signals: s, writable: -1, begun: uptime()}
+	immortal()
+	frugal()
 	defer g.end()
 	defer func() {
 		if r := recover(); r != nil {
@@ -68,6 +71,12 @@ func say(format string, args ...any) { fmt.Fprintf(os.Stderr, "smartvm-agent: "+
 
 // run returns when the VM is to end.
 func (g *guest) run() error {
+	if err := mount(filesystem{kind: "proc", target: "/proc"}); err != nil {
+		return err
+	}
+	if err := slacken(bootSlack); err != nil {
+		say("%v", err) // it only takes longer
+	}
 	// A kernel may have mounted the second one itself.
 	if err := mount(filesystem{kind: "sysfs", target: "/sys"}); err != nil {
 		return err
@@ -75,14 +84,19 @@ func (g *guest) run() error {
 	if err := mount(filesystem{kind: "devtmpfs", target: "/dev"}); err != nil {
 		return err
 	}
-	if err := insertModules(); err != nil {
+	mods, err := openModules()
+	if err != nil {
 		return err
 	}
+	first, rest := mods.split()
+	took(&g.spent.Modules, func() { first.insert(nil) })
 	b, err := awaitBoot("/sys/block", "/dev")
 	if err != nil {
 		return err
 	}
-	if err := g.mountRoot(b); err != nil {
+	took(&g.spent.Modules, func() { rest.insert(unwanted(b, "/sys")) })
+	took(&g.spent.Mounts, func() { err = g.mountRoot(b) })
+	if err != nil {
 		return err
 	}
 	if err := switchRoot(); err != nil {
@@ -90,6 +104,9 @@ func (g *guest) run() error {
 	}
 	if err := furnish(b); err != nil {
 		return err
+	}
+	if err := slacken(usualSlack); err != nil {
+		say("%v", err)
 	}
 	if len(b.Command) == 0 {
 		if err := keepServer(b); err != nil {
@@ -100,8 +117,11 @@ func (g *guest) run() error {
 	go g.reaper.Run(g.signals.Child)
 	srv := server.New(&g.reaper, b)
 	srv.Reached(agentproto.PhaseAgent, g.begun)
+	srv.Spent(g.spent)
 	if err := listen(srv); err != nil {
-		say("%v", err)
+		if !errors.Is(err, unix.EAFNOSUPPORT) { // a VM without such a device, whose modules are left out
+			say("%v", err)
+		}
 		b.Attach = false // the host cannot ask for the command
 	}
 	exit, err := g.runCommand(b, srv)
@@ -113,6 +133,13 @@ func (g *guest) run() error {
 	}
 	srv.Ended(exit)
 	return err
+}
+
+// took adds to t how long f takes.
+func took(t *time.Duration, f func()) {
+	begun := uptime()
+	f()
+	*t += uptime() - begun
 }
 
 // end ends all processes and the VM.

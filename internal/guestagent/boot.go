@@ -23,26 +23,87 @@ const (
 	sectorSize    = 512
 )
 
-// insertModules inserts the initramfs's kernel modules. Whether one that cannot be inserted is needed will show.
-func insertModules() error {
+// modules are the initramfs's, in the order of insertion.
+type modules []string
+
+// openModules returns those that are in the initramfs.
+func openModules() (modules, error) {
 	f, err := os.Open(agentproto.ModuleList)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // the kernel has all built in
+		return nil, nil // the kernel has all built in
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer f.Close()
-	paths, err := readModuleList(f)
+	m, err := readModuleList(f)
 	if err != nil {
-		return fmt.Errorf("read %s: %w", agentproto.ModuleList, err)
+		return nil, fmt.Errorf("read %s: %w", agentproto.ModuleList, err)
 	}
-	for _, p := range paths {
-		if err := insertModule(p); err != nil && !errors.Is(err, unix.EEXIST) {
-			say("insert module %s: %v", p, err)
+	return m, nil
+}
+
+// split parts those without which there are no drives from what comes later.
+func (m modules) split() (first, rest modules) {
+	n := 0
+	for i, path := range m {
+		switch moduleName(path) {
+		case "virtio", "virtio_ring", "virtio_mmio", "virtio_pci", "virtio_blk":
+			n = i + 1
 		}
 	}
-	return nil
+	return m[:n], m[n:]
+}
+
+// moduleName is a module's name as the kernel has it.
+func moduleName(file string) string {
+	name, _, _ := strings.Cut(path.Base(file), ".")
+	return strings.ReplaceAll(name, "-", "_")
+}
+
+// insert inserts modules but those that unwanted has. Whether one that cannot be inserted is needed will show.
+func (m modules) insert(unwanted map[string]bool) {
+	for _, file := range m {
+		if unwanted[moduleName(file)] {
+			continue
+		}
+		if err := insertModule(file); err != nil && !errors.Is(err, unix.EEXIST) {
+			say("insert module %s: %v", file, err)
+		}
+	}
+}
+
+// Kinds of virtio devices.
+const (
+	virtioNet   = 1
+	virtioRNG   = 4
+	virtioVsock = 19
+)
+
+// unwanted are modules of no use to this guest: each one takes the kernel longer to load than all that we do ourselves. Sys lists
+// devices and drives, as in /sys.
+func unwanted(b *agentproto.Boot, sys string) map[string]bool {
+	kinds := map[int]bool{}
+	devices, _ := filepath.Glob(filepath.Join(sys, "bus/virtio/devices/*/device"))
+	for _, device := range devices {
+		text, err := os.ReadFile(device)
+		if kind, parseErr := strconv.ParseInt(strings.TrimSpace(string(text)), 0, 32); err == nil && parseErr == nil {
+			kinds[int(kind)] = true
+		}
+	}
+	known := 2 // the root, and what we have read
+	if b.ScratchDevice != "" {
+		known++
+	}
+	drives, _ := filepath.Glob(filepath.Join(sys, "block/vd*"))
+	more := len(drives) > known // which may have any file system
+	return map[string]bool{
+		"failover": !kinds[virtioNet], "net_failover": !kinds[virtioNet], "virtio_net": !kinds[virtioNet],
+		"vsock": !kinds[virtioVsock], "vmw_vsock_virtio_transport_common": !kinds[virtioVsock], "vmw_vsock_virtio_transport": !kinds[virtioVsock],
+		"rng_core": !kinds[virtioRNG], "virtio_rng": !kinds[virtioRNG],
+		"squashfs": b.RootType != agentproto.Squashfs && !more, "erofs": b.RootType != agentproto.Erofs && !more,
+		"overlay": b.ScratchDevice == "",
+	}
 }
 
 func insertModule(path string) error {
@@ -55,8 +116,8 @@ func insertModule(path string) error {
 }
 
 // readModuleList reads absolute paths, one a line.
-func readModuleList(r io.Reader) ([]string, error) {
-	var paths []string
+func readModuleList(r io.Reader) (modules, error) {
+	var paths modules
 	s := bufio.NewScanner(io.LimitReader(r, maxModuleList+1))
 	size := 0
 	for s.Scan() {
@@ -249,7 +310,7 @@ func switchRoot() error {
 	if st.Type != unix.RAMFS_MAGIC && st.Type != unix.TMPFS_MAGIC {
 		return errors.New("switch root: / is no initramfs")
 	}
-	if err := errors.Join(detach("/sys"), detach("/dev")); err != nil {
+	if err := errors.Join(detach("/sys"), detach("/dev"), detach("/proc")); err != nil {
 		return err
 	}
 	entries, err := os.ReadDir("/")

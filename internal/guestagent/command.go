@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -48,6 +49,8 @@ func execInit(env []string) error {
 			return fmt.Errorf("run the image's init: %w", err)
 		}
 	}
+	runtime.LockOSThread()
+	process.UsualSlack()
 	return fmt.Errorf("run %s: %w", inits[i], syscall.Exec(inits[i], inits[i:i+1], process.Environment(env, "/")))
 }
 

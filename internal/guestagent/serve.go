@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -64,10 +65,12 @@ func listen(s *server.Server) error {
 	return nil
 }
 
-// Verbs of the agent beside an image's own init: one process serves, the other starts it again when it has died.
+// Verbs of the agent where it is not process 1. As a service of a system that boots by itself it only serves. Beside the init of an image that we
+// have booted one process serves, with the boot configuration, and the other starts it again when it has died.
 const (
-	KeepVerb  = "keep"
 	ServeVerb = "serve"
+	KeepVerb  = "keep"
+	keptVerb  = "serve-kept"
 )
 
 // bootFD is the descriptor by which they get the boot configuration.
@@ -103,8 +106,11 @@ func spawn(verb string, boot *os.File) (pid int, err error) {
 		return 0, err
 	}
 	defer null.Close()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	process.UsualSlack()
 	return syscall.ForkExec(self, []string{"smartvm-agent", verb}, &syscall.ProcAttr{
-		Dir: "/", Env: []string{"PATH=" + process.DefaultPath, "GOGC=50"}, Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), boot.Fd()},
+		Dir: "/", Env: []string{"PATH=" + process.DefaultPath}, Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), boot.Fd()},
 		Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 }
@@ -116,7 +122,7 @@ const restartPause = time.Second
 func Keep() error {
 	boot := os.NewFile(bootFD, "boot")
 	for {
-		pid, err := spawn(ServeVerb, boot)
+		pid, err := spawn(keptVerb, boot)
 		if err != nil {
 			return fmt.Errorf("start the server: %w", err)
 		}
@@ -131,12 +137,32 @@ func Keep() error {
 	}
 }
 
-// Serve answers the host. Child is SIGCHLD.
-func Serve(child <-chan os.Signal) error {
+// Run does what a verb says. It returns ErrVerb for another.
+func Run(verb string, child <-chan os.Signal) error {
+	switch verb {
+	case KeepVerb:
+		return Keep()
+	case ServeVerb:
+		return Serve(nil, child)
+	case keptVerb:
+		b, err := agentproto.Decode(io.NewSectionReader(os.NewFile(bootFD, "boot"), 0, agentproto.MaxSize))
+		if err != nil {
+			return err
+		}
+		return Serve(b, child)
+	}
+	return ErrVerb
+}
+
+// ErrVerb means that the agent was asked for what it does not know.
+var ErrVerb = errors.New("run it as a service of a VM's guest: smartvm-agent serve")
+
+// Serve answers the host. Without a boot configuration, programs run as in an image that says nothing. Child is SIGCHLD.
+func Serve(b *agentproto.Boot, child <-chan os.Signal) error {
 	begun := uptime()
-	b, err := agentproto.Decode(io.NewSectionReader(os.NewFile(bootFD, "boot"), 0, agentproto.MaxSize))
-	if err != nil {
-		return err
+	frugal()
+	if err := slacken(usualSlack); err != nil {
+		say("%v", err)
 	}
 	var reaper process.Reaper
 	go reaper.Run(child)

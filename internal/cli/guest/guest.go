@@ -47,7 +47,7 @@ type Shell struct {
 
 // Commands are those of this package.
 func (s *Shell) Commands() []*cobra.Command {
-	return []*cobra.Command{s.exec(), s.shell(), s.copy(), s.stats(), s.forward(), s.logs(), s.console()}
+	return []*cobra.Command{s.exec(), s.shell(), s.copy(), s.stats(), s.forward(), s.logs(), s.console(), s.agent()}
 }
 
 // each does something to VMs, all at once, and returns what went wrong.
@@ -164,7 +164,9 @@ func (s *Shell) run(ctx context.Context, ref string, o Streams, set func(*smartv
 		return err
 	}
 	set(&cmd)
+	told := s.tellPauses(ctx, m, o)
 	exit, err := m.Exec(running, cmd)
+	told()
 	done()
 	if err != nil {
 		return err

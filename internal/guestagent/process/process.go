@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -74,6 +75,9 @@ func (r *Reaper) Start(fork func() (pid int, err error)) (int, <-chan unix.WaitS
 	// Nothing is reaped meanwhile: it may end before its number is known.
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	UsualSlack()
 	pid, err := fork()
 	if err != nil {
 		return 0, nil, err
@@ -85,6 +89,12 @@ func (r *Reaper) Start(fork func() (pid int, err error)) (int, <-chan unix.WaitS
 	r.waiting[pid] = done
 	return pid, done, nil
 }
+
+// UsualSlack gives the thread, and so the programs that it forks or becomes, the timer slack that the kernel gives its first one. The
+// agent's own threads may have another.
+func UsualSlack() { _ = unix.Prctl(unix.PR_SET_TIMERSLACK, usualSlack, 0, 0, 0) }
+
+const usualSlack = 50_000 // nanoseconds
 
 // Run reaps whenever there is a SIGCHLD, until there are no more.
 func (r *Reaper) Run(child <-chan os.Signal) {

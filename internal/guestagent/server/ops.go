@@ -37,7 +37,7 @@ func (s *Server) read(ss *session) error {
 		top = "."
 	}
 	out := ss.conn.Writer(agentproto.KindStdout)
-	buffered := bufio.NewWriterSize(out, 64<<10)
+	buffered := bufio.NewWriterSize(out, agentproto.MaxData)
 	err := errors.Join(treetar.Pack(buffered, path, top), buffered.Flush(), out.Close())
 	ss.exit(err)
 	return nil
@@ -71,7 +71,7 @@ func (s *Server) write(ss *session) error {
 		return nil
 	}
 	ss.listen(nil)
-	err = treetar.Unpack(bufio.NewReaderSize(ss.stdin, 64<<10), root, o)
+	err = treetar.Unpack(bufio.NewReaderSize(ss.stdin, agentproto.MaxData), root, o)
 	if err == nil {
 		ss.stdin.Discard()
 	}

@@ -215,9 +215,8 @@ func feed(streams *stdio, from *agentproto.Inbox) {
 const maxLeft = 1 << 20
 
 // forward sends what a program puts out. When it has ended, what it has left is sent, but what its children still write is
-// not waited for. With the host gone, it goes nowhere: a program that tidies up is not to fail for a closed pipe.
-func forward(to io.WriteCloser, from *os.File, ended <-chan struct{}) {
-	defer to.Close()
+// not waited for. The program's exit, which follows, is the stream's end too. With the host gone, it goes nowhere: a program that tidies up is not to fail for a closed pipe.
+func forward(to io.Writer, from *os.File, ended <-chan struct{}) {
 	read := make(chan struct{})
 	go func() {
 		select {

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"time"
@@ -26,9 +27,11 @@ type Server struct {
 	changed  chan struct{} // closed at the next change of what follows
 	phases   map[agentproto.Phase]time.Duration
 	skew     time.Duration
+	spent    *agentproto.Spent
 	exit     *agentproto.Exit
 	main     chan call // gives the command away that waits for the host
 	watchers sync.WaitGroup
+	idle     *time.Timer // gives memory back; nil until something has ended
 }
 
 // Bounds of what the host may have under way, and of how long it may take to say what it wants.
@@ -53,6 +56,9 @@ func (s *Server) Reached(p agentproto.Phase, at time.Duration) {
 	s.update(func() { s.phases[p] = at })
 }
 
+// Spent says what of the way up was the kernel's.
+func (s *Server) Spent(t agentproto.Spent) { s.update(func() { s.spent = &t }) }
+
 func (s *Server) update(f func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -75,6 +81,7 @@ func (s *Server) Ended(exit agentproto.Exit) {
 // Serve answers connections until l is closed.
 func (s *Server) Serve(l net.Listener) error {
 	slots := make(chan struct{}, maxConnections)
+	s.giveBack() // what the boot took
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -90,16 +97,29 @@ func (s *Server) Serve(l net.Listener) error {
 			continue
 		}
 		go func() {
-			defer func() { <-slots }()
+			defer func() { <-slots; s.giveBack() }()
 			s.answer(c)
 		}()
 	}
 }
 
+// idleTime is how long nothing need have ended until the guest gets back the memory that it took.
+const idleTime = time.Second
+
+// giveBack has memory that is free now go back to the guest soon.
+func (s *Server) giveBack() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.idle == nil {
+		s.idle = time.AfterFunc(idleTime, debug.FreeOSMemory)
+		return
+	}
+	s.idle.Reset(idleTime)
+}
+
 // session is one request, and the connection that it came by.
 type session struct {
 	conn  *agentproto.Conn
-	raw   net.Conn
 	stdin *agentproto.Inbox
 	req   agentproto.Request
 	gone  chan struct{} // closed when the host has gone; nil until listen
@@ -135,7 +155,7 @@ func (s *Server) answer(raw net.Conn) {
 	}
 	req, err := agentproto.ParseJSON[agentproto.Request](payload)
 	if err == nil && req.Version != agentproto.Version {
-		err = fmt.Errorf("the agent speaks version %d, not %d: the VM was made by another version of smartvm", agentproto.Version, req.Version)
+		err = fmt.Errorf("the guest's agent speaks version %d of the protocol, not %d: it is of another version of smartvm", agentproto.Version, req.Version)
 	}
 	do := map[agentproto.Op]func(*session) error{
 		agentproto.OpExec: s.exec, agentproto.OpMain: s.command, agentproto.OpWatch: s.watch,
@@ -144,7 +164,7 @@ func (s *Server) answer(raw net.Conn) {
 	if err == nil && do == nil {
 		err = fmt.Errorf("the agent does not know how to %q", req.Op)
 	}
-	ss := &session{conn: conn, raw: raw, stdin: stdin, req: req}
+	ss := &session{conn: conn, stdin: stdin, req: req}
 	if err == nil {
 		err = do(ss)
 	}
@@ -187,7 +207,7 @@ func (s *Server) watch(ss *session) error {
 	ss.listen(nil)
 	for {
 		s.mu.Lock()
-		event, changed := agentproto.Event{Phases: maps.Clone(s.phases), Skew: s.skew, Exit: s.exit}, s.changed
+		event, changed := agentproto.Event{Phases: maps.Clone(s.phases), Skew: s.skew, Exit: s.exit, Spent: s.spent}, s.changed
 		s.mu.Unlock()
 		if err := ss.conn.SendJSON(agentproto.KindEvent, event); err != nil {
 			return nil
@@ -216,7 +236,7 @@ func dial(ss *session) error {
 	if err := ss.reply(agentproto.Reply{}); err != nil {
 		return nil
 	}
-	agentproto.Relay(to, ss.raw)
+	agentproto.Relay(to, ss.conn.Rest())
 	return nil
 }
 
