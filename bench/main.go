@@ -18,6 +18,12 @@
 //     copy of the same; 20-vms-of-image: what 20 such VMs take, in per cent of the image.
 //   - pull: smartvm image pull, the whole program, of ten layers with 300 MiB from a registry in this process; pull-memory:
 //     the most that program had resident; tar: tar -xzf of the same layers onto the same disk.
+//   - guest-*, agent-*: in real guests of the minimal image, in the lab where this machine boots none (such rows are marked; one run's
+//     ratios alone count). guest-kernel: the guest's kernel until it runs the agent; guest-modules, guest-mounts: what that takes for the agent's
+//     modules and the root's layers; agent-start: until the agent's own code runs; agent-boot: all of the way from the kernel to the image's
+//     command but modules and mounts. guest-exec: exec of true, the whole call; guest-connect: CONNECT and the echo of a byte on the same
+//     vsock; guest-spawn: fork, exec and end of true, timed in the guest. guest-copy-to and -from: cp of 256 MiB to the guest's memory and back;
+//     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that.
 //
 // All but the loops and the images have one drive of 64 MiB, 8 MiB of them data, the rest a hole. Start gets a copy of its own, which
 // create makes; the others use the file itself.
@@ -45,6 +51,13 @@ import (
 func main() {
 	if len(os.Args) == 6 && os.Args[1] == networkVerb {
 		if err := measureNetworks(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(2)
+		}
+		return
+	}
+	if len(os.Args) == 4 && os.Args[1] == guestVerb {
+		if err := measureGuests(os.Args[2:]); err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
 			os.Exit(2)
 		}
@@ -79,7 +92,7 @@ func run(ctx context.Context) (ok bool, err error) {
 	out := flag.String("out", "results.json", "`file` for the results")
 	rounds := flag.Int("n", 150, "rounds of every start measurement")
 	cli := flag.String("smartvm", "../bin/smartvm", "the smartvm `program`")
-	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,supervisor,command-line,staging,pulls,networks")
+	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,supervisor,command-line,staging,pulls,networks,guests")
 	base := flag.String("runtime-dir", "/dev/shm", "existing `directory` to work below, on a tmpfs")
 	profile := flag.String("cpuprofile", "", "`file` for a CPU profile of this process")
 	idleVMs := flag.Int("idle-vms", 0, "measure this process's memory with so many idle VMs, print it and exit")
@@ -136,6 +149,7 @@ func (b *bench) measure(ctx context.Context, list string) error {
 		{"staging", b.staging},
 		{"pulls", b.pulls},
 		{"networks", b.networks},
+		{"guests", b.guests},
 	}
 	wanted := strings.Split(list, ",")
 	for _, m := range all {

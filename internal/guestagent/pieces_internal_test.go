@@ -22,7 +22,7 @@ func TestMain_NotFirst(t *testing.T) {
 
 func TestReadModuleList(t *testing.T) {
 	got, err := readModuleList(strings.NewReader("/lib/a.ko\n\n/lib/b.ko"))
-	if diff := cmp.Diff([]string{"/lib/a.ko", "/lib/b.ko"}, got); err != nil || diff != "" {
+	if diff := cmp.Diff(modules{"/lib/a.ko", "/lib/b.ko"}, got); err != nil || diff != "" {
 		t.Error(err, diff)
 	}
 	for name, text := range map[string]string{
@@ -31,6 +31,57 @@ func TestReadModuleList(t *testing.T) {
 	} {
 		if got, err := readModuleList(strings.NewReader(text)); err == nil {
 			t.Errorf("%s: got %.3q", name, got)
+		}
+	}
+}
+
+// A guest gets the modules of what it has: first those of drives, then those of its other devices and of the file systems that may be on its drives.
+func TestModules(t *testing.T) {
+	all := modules{
+		"/m/virtio_ring.ko", "/m/virtio.ko", "/m/virtio_mmio.ko", "/m/virtio_blk.ko", "/m/failover.ko", "/m/net_failover.ko", "/m/virtio_net.ko",
+		"/m/vsock.ko", "/m/vmw_vsock_virtio_transport_common.ko", "/m/vmw_vsock_virtio_transport.ko", "/m/rng-core.ko.xz", "/m/virtio-rng.ko.xz",
+		"/m/squashfs.ko", "/m/libcrc32c.ko", "/m/erofs.ko", "/m/overlay.ko", "/m/ext4.ko",
+	}
+	first, rest := all.split()
+	if diff := cmp.Diff(all[:4], first); diff != "" || len(first)+len(rest) != len(all) {
+		t.Error(diff, rest)
+	}
+	if first, rest := all[4:].split(); len(first) != 0 || len(rest) != len(all)-4 {
+		t.Errorf("with drives built in: %q and %q", first, rest)
+	}
+	for name, tt := range map[string]struct {
+		boot   agentproto.Boot
+		kinds  []int
+		drives int
+		want   string
+	}{
+		"least":      {agentproto.Boot{RootType: agentproto.Ext4}, []int{2}, 2, "libcrc32c ext4"},
+		"usual":      {agentproto.Boot{RootType: agentproto.Ext4, ScratchDevice: "/dev/vdb"}, []int{2, 2, 2, 19}, 3, "vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libcrc32c overlay ext4"},
+		"network":    {agentproto.Boot{RootType: agentproto.Squashfs}, []int{1, 4}, 2, "failover net_failover virtio_net rng_core virtio_rng squashfs libcrc32c ext4"},
+		"erofs":      {agentproto.Boot{RootType: agentproto.Erofs}, nil, 2, "libcrc32c erofs ext4"},
+		"more there": {agentproto.Boot{RootType: agentproto.Ext4}, nil, 3, "squashfs libcrc32c erofs ext4"},
+	} {
+		sys := t.TempDir()
+		for i := range tt.drives {
+			if err := os.MkdirAll(filepath.Join(sys, "block", fmt.Sprintf("vd%c", 'a'+i)), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i, kind := range tt.kinds {
+			dir := filepath.Join(sys, "bus/virtio/devices", fmt.Sprintf("virtio%d", i))
+			if err := errors.Join(os.MkdirAll(dir, 0o700), os.WriteFile(filepath.Join(dir, "device"), fmt.Appendf(nil, "0x%04x\n", kind), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var got []string
+		unwanted := unwanted(&tt.boot, sys)
+		for _, file := range rest {
+			if m := moduleName(file); !unwanted[m] {
+				got = append(got, m)
+			}
+		}
+		if diff := cmp.Diff(tt.want, strings.Join(got, " ")); diff != "" {
+			t.Errorf("%s: %s", name, diff)
 		}
 	}
 }
