@@ -13,6 +13,7 @@ import (
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/logfile"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
 	"push.rocks/smartvm/network"
@@ -182,7 +183,7 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 	}
 	var commandErr error
 	if m.hasAgent() && m.rec.Boot.Guest.Attach {
-		_, commandErr = m.command(ctx, r, *opts.Command)
+		commandErr = m.runCommand(ctx, r, *opts.Command)
 		if commandErr != nil && ctx.Err() == nil {
 			// Nobody takes what it puts out: it is not to go on.
 			if _, err := m.Stop(down, opts.Stop); err != nil {
@@ -206,6 +207,16 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 		err = errors.Join(err, m.fail("run", errors.New("the VMM gave up"), r.exit))
 	}
 	return r.exit, errors.Join(err, m.vanish(down))
+}
+
+// runCommand runs the image's command, and logs it.
+func (m *Machine) runCommand(ctx context.Context, r *run, cmd Cmd) error {
+	log, err := logfile.CreateTimed(m.CommandLog(), consoleLimit)
+	if err != nil {
+		return err
+	}
+	_, err = m.command(ctx, r, cmd.Tee(log))
+	return errors.Join(err, log.Close())
 }
 
 // vanish removes a VM that the Recover of another process may be removing too.

@@ -17,6 +17,7 @@ import (
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/logfile"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
@@ -90,10 +91,8 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	if err != nil {
 		return "start", err
 	}
-	for _, stale := range []string{
-		store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.ConsoleLog + store.RotatedSuffix, store.VMMLog, store.VMMLog + store.RotatedSuffix,
-	} {
-		if err := os.Remove(m.path(stale)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, stale := range []string{store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.VMMLog, store.CommandLog} {
+		if err := logfile.Remove(m.path(stale)); err != nil {
 			return "start", err
 		}
 	}

@@ -3,8 +3,10 @@ package smartvm
 import (
 	"errors"
 	"io"
+	"path/filepath"
 
 	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
 )
 
@@ -28,7 +30,11 @@ func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
 		if f.path == "" {
 			continue
 		}
-		if files[i], err = logfile.Create(f.path, f.limit); err != nil {
+		create := logfile.Create
+		if filepath.Dir(f.path) == m.RuntimeDir() {
+			create = logfile.CreateTimed // elsewhere nobody wants more than what was named
+		}
+		if files[i], err = create(f.path, f.limit); err != nil {
 			for _, opened := range files[:i] {
 				err = errors.Join(err, opened.Close())
 			}
@@ -48,6 +54,9 @@ func (m *Machine) metricsPath() string {
 	}
 	return m.rec.Spec.Metrics.MetricsPath
 }
+
+// CommandLog is what the command of a Run put out, kept as ConsoleLog is; there is none where the console has it.
+func (m *Machine) CommandLog() string { return m.path(store.CommandLog) }
 
 // tee passes on to live, if there is one, what it writes to the log.
 type tee struct {

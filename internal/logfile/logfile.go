@@ -24,6 +24,20 @@ type Writer struct {
 	half int64
 	f    *os.File
 	n    int64
+
+	times *times // nil: nobody asks for them
+}
+
+// CreateTimed is Create of a log for OpenSince.
+func CreateTimed(path string, limit int64) (*Writer, error) {
+	w, err := Create(path, limit)
+	if err != nil {
+		return nil, err
+	}
+	if w.times, err = openTimes(path); err != nil {
+		return nil, errors.Join(err, w.f.Close())
+	}
+	return w, nil
 }
 
 // Create opens the log at path for appending and keeps at most limit bytes, in two halves. What is there already is a
@@ -59,13 +73,28 @@ func (w *Writer) Write(p []byte) (int, error) {
 		if err := errors.Join(os.Rename(w.path, w.path+Suffix), w.f.Close(), w.open()); err != nil {
 			return 0, fmt.Errorf("rotate log: %w", err)
 		}
+		if w.times != nil {
+			if err := w.times.rotate(); err != nil {
+				return 0, fmt.Errorf("rotate log: %w", err)
+			}
+		}
+	}
+	if w.times != nil {
+		if err := w.times.note(w.n); err != nil {
+			return 0, fmt.Errorf("write log: %w", err)
+		}
 	}
 	n, err := w.f.Write(p)
 	w.n += int64(n)
 	return n, err
 }
 
-func (w *Writer) Close() error { return w.f.Close() }
+func (w *Writer) Close() error {
+	if w.times != nil {
+		return errors.Join(w.f.Close(), w.times.f.Close())
+	}
+	return w.f.Close()
+}
 
 // Tail returns the last n bytes at most of the log at path, "" if there is none.
 func Tail(path string, n int64) string {

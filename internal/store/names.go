@@ -22,7 +22,9 @@ const (
 	VMMLog         = "firecracker.log" // what the VMM logged, the newest part
 	SuperviseLog   = "supervise.log"   // what a detached VM's own process did, the newest part
 	AutoRemove     = "autoremove"      // there: the VM is removed when it ends
+	CommandLog     = "command.log"     // what a command of an attached run put out, the newest part
 	RotatedSuffix  = ".1"              // added to a log's name: its older half
+	TimesSuffix    = ".times"          // added to the name of a log or its older half: when it was written
 	GuestStateFile = "guest.json"      // how far the last run's guest has come
 	GuestFile      = "guest"           // what the first program of an image's guest is told
 	DriveDir       = "drives"          // staged copies, by device id

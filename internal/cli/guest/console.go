@@ -41,5 +41,5 @@ func (s *Shell) watch(cmd *cobra.Command, args []string) error {
 		return hint.Add(&smartvm.StateError{ID: m.ID(), Op: "watch console of", State: state, Want: []smartvm.State{smartvm.Running, smartvm.Paused}},
 			"smartvm logs %s shows what it wrote", cmp.Or(m.Name(), m.ID()))
 	}
-	return s.show(ctx, m, view{m.ConsoleLog(), consoleBacklog, true})
+	return s.show(ctx, m, view{path: m.ConsoleLog(), lines: consoleBacklog, follow: true})
 }

@@ -1,0 +1,196 @@
+package logfile
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"os"
+	"slices"
+	"time"
+)
+
+// TimesSuffix is added to the name of a log's file, or of its older half, for the times at which it was written.
+const TimesSuffix = ".times"
+
+// The times are marks: so far had the file come at that moment. What was written between two marks was written within an interval after
+// the first; or, if that is thinned, any time before the second.
+const (
+	markSize     = 16 // bytes: an offset, thinned or not, and nanoseconds since 1970, big-endian
+	thinned      = 1 << 63
+	maxMarks     = 4096
+	markInterval = 100 * time.Millisecond
+)
+
+type mark struct {
+	offset  int64
+	at      time.Time
+	thinned bool
+}
+
+// times notes when a file is written.
+type times struct {
+	path string
+	f    *os.File
+	n    int
+	last time.Time
+}
+
+// openTimes goes on with the times of a file that may have some.
+func openTimes(path string) (*times, error) {
+	f, err := os.OpenFile(path+TimesSuffix, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
+	t := &times{path: path, f: f}
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open log: %w", err), f.Close())
+	}
+	t.n = int(min(fi.Size()/markSize, maxMarks))
+	return t, f.Truncate(int64(t.n) * markSize) // a mark that was cut off
+}
+
+// note marks that the file had so many bytes now.
+func (t *times) note(offset int64) error {
+	now := time.Now()
+	if now.Sub(t.last) < markInterval && !now.Before(t.last) {
+		return nil
+	}
+	if t.n == maxMarks {
+		if err := t.thin(); err != nil {
+			return err
+		}
+	}
+	record := binary.BigEndian.AppendUint64(nil, uint64(offset))
+	_, err := t.f.Write(binary.BigEndian.AppendUint64(record, uint64(now.UnixNano())))
+	t.n, t.last = t.n+1, now
+	return err
+}
+
+// thin keeps every other mark.
+func (t *times) thin() error {
+	data := make([]byte, maxMarks*markSize)
+	n, err := t.f.ReadAt(data, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	var kept []byte
+	for at := 0; at+markSize <= n; at += 2 * markSize {
+		data[at] |= thinned >> 56
+		kept = append(kept, data[at:at+markSize]...)
+	}
+	t.n = len(kept) / markSize
+	if err := t.f.Truncate(0); err != nil {
+		return err
+	}
+	_, err = t.f.Write(kept)
+	return err
+}
+
+// rotate begins anew: what was noted is of the older half.
+func (t *times) rotate() error {
+	err := errors.Join(os.Rename(t.path+TimesSuffix, t.path+Suffix+TimesSuffix), t.f.Close())
+	fresh, openErr := openTimes(t.path)
+	if openErr == nil {
+		*t = *fresh
+	}
+	return errors.Join(err, openErr)
+}
+
+// readTimes returns a file's marks; nil if there are none, or no sense is in them.
+func readTimes(path string) (marks []mark) {
+	f, err := open(path + TimesSuffix)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	data, _ := io.ReadAll(io.LimitReader(f, maxMarks*markSize))
+	for ; len(data) >= markSize; data = data[markSize:] {
+		offset := binary.BigEndian.Uint64(data)
+		m := mark{int64(offset &^ thinned), time.Unix(0, int64(binary.BigEndian.Uint64(data[8:]))), offset&thinned != 0}
+		if fi, err := os.Stat(path); err != nil || m.offset > fi.Size() || len(marks) > 0 && m.offset < marks[len(marks)-1].offset {
+			return nil
+		}
+		marks = append(marks, m)
+	}
+	return marks
+}
+
+// since returns from where on a file was written at that time or later; where nobody knows, its beginning.
+func since(path string, at time.Time) int64 {
+	marks := readTimes(path)
+	if len(marks) == 0 {
+		return 0
+	}
+	i := slices.IndexFunc(marks, func(m mark) bool { return !m.at.Before(at) })
+	if i < 0 {
+		i = len(marks)
+	}
+	if i > 0 && (marks[i-1].thinned || marks[i-1].at.Add(markInterval).After(at)) {
+		i--
+	}
+	if i == len(marks) {
+		return math.MaxInt64
+	}
+	return marks[i].offset
+}
+
+// OpenSince is Open of what was written at a time or later, from the beginning of a line on. Only CreateTimed's logs know; others are read from their
+// beginning.
+func OpenSince(path string, at time.Time) (*Reader, error) {
+	r := Open(path)
+	for _, half := range []struct {
+		f    *os.File
+		path string
+	}{{r.older, path + Suffix}, {r.f, path}} {
+		if half.f == nil {
+			continue
+		}
+		if err := seekLine(half.f, since(half.path, at)); err != nil {
+			return nil, errors.Join(fmt.Errorf("read log: %w", err), r.Close())
+		}
+	}
+	return r, nil
+}
+
+// maxLine bounds how far back the beginning of a line is looked for.
+const maxLine = 4 << 10
+
+// seekLine leads to the beginning of the line at an offset.
+func seekLine(f *os.File, offset int64) error {
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if offset >= fi.Size() {
+		_, err := f.Seek(0, io.SeekEnd)
+		return err
+	}
+	from := max(offset-maxLine, 0)
+	before := make([]byte, offset-from)
+	if _, err := f.ReadAt(before, from); err != nil {
+		return err
+	}
+	for len(before) > 0 && before[len(before)-1] != '\n' {
+		before = before[:len(before)-1]
+	}
+	if from += int64(len(before)); len(before) == 0 && offset > maxLine {
+		from = offset // a line without end begins here
+	}
+	_, err = f.Seek(from, io.SeekStart)
+	return err
+}
+
+// Remove removes a log with all that belongs to it.
+func Remove(path string) error {
+	var errs []error
+	for _, name := range []string{path, path + Suffix, path + TimesSuffix, path + Suffix + TimesSuffix} {
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
