@@ -32,6 +32,9 @@ type (
 // ErrNoAgent means that nobody in the guest answers: it is still booting, has no agent, or is about to end.
 var ErrNoAgent = agent.ErrNoAgent
 
+// ErrDetached means that the caller has left a program of a guest to itself: see Cmd.
+var ErrDetached = agent.ErrDetached
+
 // GuestState is how far a guest has come, as its agent says. Times are since the VM's start.
 type GuestState struct {
 	VMM     time.Duration `json:"vmm"`               // until the VMM ran the guest; nanoseconds, as all

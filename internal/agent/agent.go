@@ -29,6 +29,8 @@ var (
 	ErrNoAgent = errors.New("no agent answers in the guest")
 	// ErrLost means that the guest, or its agent, went away meanwhile.
 	ErrLost = errors.New("the connection to the guest's agent was lost")
+	// ErrDetached means that the caller has left a program to itself.
+	ErrDetached = errors.New("detached")
 )
 
 // GuestError is what the agent says went wrong in the guest.
@@ -179,6 +181,8 @@ type Cmd struct {
 
 	Signals <-chan syscall.Signal // are passed on to it, and to its process group
 	Resize  <-chan Size           // of the terminal
+	// Detach, when it is closed, ends the call with ErrDetached; the program goes on, and what it puts out is lost.
+	Detach <-chan struct{}
 }
 
 // Exit is how a program in the guest ended.
@@ -238,8 +242,14 @@ func (c *Client) run(ctx context.Context, op agentproto.Op, cmd Cmd) (Exit, erro
 	}
 	ended := make(chan struct{})
 	defer close(ended)
-	go control(conn, cmd, ended)
+	detached := make(chan struct{})
+	go control(conn, cmd, ended, detached)
 	exit, err := awaitExit(conn)
+	select {
+	case <-detached:
+		err = ErrDetached
+	default:
+	}
 	_ = conn.Close() // what has come is in the inboxes
 	outErr := errors.Join(<-outputs, <-outputs)
 	switch {
@@ -257,11 +267,17 @@ func isWrite(err error) bool {
 		!errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET)
 }
 
-// control passes signals and sizes on.
-func control(conn *agentproto.Conn, cmd Cmd, ended <-chan struct{}) {
+// control passes signals and sizes on. It closes detached, and then the connection, when that is wanted.
+func control(conn *agentproto.Conn, cmd Cmd, ended <-chan struct{}, detached chan<- struct{}) {
 	for {
 		select {
 		case <-ended:
+			return
+		case <-cmd.Detach:
+			if conn.Send(agentproto.KindSignal, []byte{agentproto.Detach}) == nil {
+				close(detached)
+			}
+			_ = conn.Close()
 			return
 		case s := <-cmd.Signals:
 			_ = conn.Send(agentproto.KindSignal, []byte{byte(s)})

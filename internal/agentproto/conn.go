@@ -27,7 +27,7 @@ const (
 	KindEvent                   // to the host: an Event
 	KindExit                    // to the host, last: an Exit
 	KindWindow                  // both ways: a stream's kind, and four bytes: how many more of its bytes may come
-	KindSignal                  // to the guest: a byte, the signal's number
+	KindSignal                  // to the guest: a byte, the signal's number; Detach is none
 	KindResize                  // to the guest: rows and columns, two bytes each
 	KindStdin                   // to the guest: bytes of a stream; none: it has ended
 	KindStdout                  // to the host, likewise

@@ -9,6 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Detach, in place of a signal, says that the host is about to go, and that the program is to go on without it.
+const Detach = 0
+
 // The real-time signals as C libraries count them, which keep the first two for themselves.
 const (
 	rtMin = 34

@@ -72,12 +72,20 @@ func (s *Shell) each(ctx context.Context, refs []string, do func(i int, m *smart
 }
 
 // Streams says how a command in a guest is connected.
-type Streams struct{ Interactive, TTY bool }
+type Streams struct {
+	Interactive, TTY bool
+	keys             string // that detach, where there is a terminal
+}
 
 // Flags adds -i and -t.
 func (o *Streams) Flags(cmd *cobra.Command) {
 	cmd.Flags().BoolVarP(&o.Interactive, "interactive", "i", false, "pass standard input on")
 	cmd.Flags().BoolVarP(&o.TTY, "tty", "t", false, "give the command a terminal")
+}
+
+// detachFlag adds --detach-keys.
+func (o *Streams) detachFlag(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&o.keys, "detach-keys", defaultDetachKeys, "`keys` that leave the command to itself, with -it")
 }
 
 // Connect returns a command with this process's streams, and a context for its run: the first signal is passed on to the
@@ -86,6 +94,12 @@ func (s *Shell) Connect(ctx context.Context, o Streams) (_ context.Context, cmd 
 	cmd = smartvm.Cmd{Stdout: s.Stdout, Stderr: s.Stderr, TTY: o.TTY, Term: s.Term}
 	if o.Interactive {
 		cmd.Stdin = s.Stdin
+	}
+	if keys, err := parseKeys(o.keys); err != nil {
+		return nil, cmd, nil, s.Usage(err, "")
+	} else if o.Interactive && o.TTY && len(keys) > 0 {
+		detach := make(chan struct{})
+		cmd.Stdin, cmd.Detach = &detacher{from: s.Stdin, keys: keys, detach: func() { close(detach) }}, detach
 	}
 	restore := func() {}
 	if o.TTY {
@@ -168,6 +182,10 @@ func (s *Shell) run(ctx context.Context, ref string, o Streams, set func(*smartv
 	exit, err := m.Exec(running, cmd)
 	told()
 	done()
+	if errors.Is(err, smartvm.ErrDetached) {
+		fmt.Fprintf(s.Stderr, "\r\nsmartvm: detached; the command goes on in VM %s\n", m.ID())
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -186,7 +204,9 @@ func (s *Shell) exec() *cobra.Command {
 		Short: "Run a command in a VM",
 		Long: "Run a command in a running VM. Its output and exit code are this command's; the\n" +
 			"first Ctrl-C is its, another one ends it. The code is 127 when there is no such\n" +
-			"program, 126 when it cannot be run, and 125 when smartvm failed.",
+			"program, 126 when it cannot be run, and 125 when smartvm failed.\n\n" +
+			"With -it, Ctrl-P Ctrl-Q leaves it to itself: it goes on in the VM, and nobody\n" +
+			"sees what it puts out. When this command is killed, that in the VM gets SIGHUP.",
 		Example: "  smartvm exec web uname -a\n" +
 			"  smartvm exec -it web sh\n" +
 			"  tar c . | smartvm exec -i web tar x -C /srv",
@@ -203,6 +223,7 @@ func (s *Shell) exec() *cobra.Command {
 	f.SetInterspersed(false) // what follows the VM is the command's
 	f.SortFlags = false
 	o.Flags(cmd)
+	o.detachFlag(cmd)
 	f.StringVarP(&user, "user", "u", "", "`user` of the guest that runs it, NAME or UID, and optionally :GROUP")
 	f.StringVarP(&dir, "workdir", "w", "", "`dir` to run it in")
 	f.StringArrayVarP(&env, "env", "e", nil, "`NAME=VALUE` for it; may be repeated")
@@ -222,6 +243,7 @@ const loginShell = "if [ -x /bin/bash ]; then exec /bin/bash -l; fi; exec /bin/s
 
 func (s *Shell) shell() *cobra.Command {
 	var user string
+	var o Streams
 	cmd := &cobra.Command{
 		Use:               "shell [flags] VM",
 		Short:             "Open a shell in a VM",
@@ -229,11 +251,13 @@ func (s *Shell) shell() *cobra.Command {
 		ValidArgsFunction: s.VMs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f, ok := s.Stdin.(*os.File)
-			return s.run(cmd.Context(), args[0], Streams{Interactive: true, TTY: ok && term.IsTerminal(int(f.Fd()))}, func(c *smartvm.Cmd) {
+			o.Interactive, o.TTY = true, ok && term.IsTerminal(int(f.Fd()))
+			return s.run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) {
 				c.Args, c.User = []string{"/bin/sh", "-c", loginShell}, user
 			})
 		},
 	}
+	o.detachFlag(cmd)
 	cmd.Flags().StringVarP(&user, "user", "u", "", "`user` of the guest, NAME or UID, and optionally :GROUP")
 	return cmd
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -129,8 +130,11 @@ func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.E
 	if started != nil {
 		started(pid)
 	}
+	var detached atomic.Bool
 	ss.listen(func(k agentproto.Kind, payload []byte) {
 		switch {
+		case k == agentproto.KindSignal && len(payload) == 1 && payload[0] == agentproto.Detach:
+			detached.Store(true)
 		case k == agentproto.KindSignal && len(payload) == 1:
 			s.Reaper.Signal(-pid, unix.Signal(payload[0]))
 		case k == agentproto.KindResize && len(payload) == 4:
@@ -149,8 +153,10 @@ func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.E
 	select {
 	case status = <-done:
 	case <-ss.gone:
-		s.Reaper.Signal(-pid, unix.SIGHUP)
-		s.Reaper.Signal(-pid, unix.SIGCONT)
+		if !detached.Load() {
+			s.Reaper.Signal(-pid, unix.SIGHUP)
+			s.Reaper.Signal(-pid, unix.SIGCONT)
+		}
 		status = <-done
 	}
 	close(ended)
