@@ -27,6 +27,8 @@ type (
 	TermSize    = agent.Size        // of a terminal
 	CopyOptions = agent.CopyOptions // how files are copied
 	GuestStats  = agentproto.Stats  // how a guest is
+
+	GuestProcess = agentproto.Process // what runs in a guest
 )
 
 // ErrNoAgent means that nobody in the guest answers: it is still booting, has no agent, or is about to end.
@@ -126,10 +128,22 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (conn net.Conn, er
 	return conn, err
 }
 
+// Forward leads the connections that l accepts to a TCP port on the guest's localhost, until ctx ends, which is its error. It closes l.
+// Failed, if not nil, is told why a connection could not be led there.
+func (m *Machine) Forward(ctx context.Context, l net.Listener, port uint16, failed func(error)) error {
+	return agent.Forward(ctx, l, func(ctx context.Context) (net.Conn, error) { return m.DialTCP(ctx, port) }, failed)
+}
+
 // GuestStats asks how the guest is.
 func (m *Machine) GuestStats(ctx context.Context) (st *GuestStats, err error) {
 	err = m.inGuest(ctx, "ask", func(c *agent.Client) error { st, err = c.Stats(ctx); return err })
 	return st, err
+}
+
+// GuestProcesses asks what runs in the guest.
+func (m *Machine) GuestProcesses(ctx context.Context) (all []GuestProcess, err error) {
+	err = m.inGuest(ctx, "ask", func(c *agent.Client) error { all, err = c.Processes(ctx); return err })
+	return all, err
 }
 
 // Guest tells how far the guest of the VM's last run has come, nil where nobody knows.

@@ -348,15 +348,32 @@ func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error 
 	return fmt.Errorf("%w: more than %d events", agentproto.ErrProtocol, maxEvents)
 }
 
-// Stats asks how the guest is.
-func (c *Client) Stats(ctx context.Context) (*agentproto.Stats, error) {
-	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpStats})
+// ask sends a request that an answer is all there is to.
+func (c *Client) ask(ctx context.Context, req agentproto.Request) (agentproto.Reply, error) {
+	conn, err := c.open(ctx, req)
 	if err != nil {
-		return nil, err
+		return agentproto.Reply{}, err
 	}
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	r, err := answer(conn)
+	return answer(conn)
+}
+
+// Processes asks what runs in the guest.
+func (c *Client) Processes(ctx context.Context) ([]agentproto.Process, error) {
+	r, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpProcesses})
+	for i := range r.Processes {
+		p := &r.Processes[i]
+		for _, text := range []*string{&p.User, &p.State, &p.Command} {
+			*text = strings.ReplaceAll(clean(*text), "\n", "?")
+		}
+	}
+	return r.Processes, err
+}
+
+// Stats asks how the guest is.
+func (c *Client) Stats(ctx context.Context) (*agentproto.Stats, error) {
+	r, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpStats})
 	if err == nil && r.Stats == nil {
 		err = agentproto.ErrProtocol
 	}

@@ -18,6 +18,10 @@ const (
 	OpWrite Op = "write" // unpack a tar archive from stdin at Path
 	OpDial  Op = "dial"  // after the reply the connection is one to a TCP port on the guest's localhost
 	OpStats Op = "stats" // a Reply with Stats
+
+	OpProcesses Op = "processes" // a Reply with Processes
+
+	OpSecrets Op = "secrets" // Env and Files for the command, which waits for them: see Boot.Secrets
 )
 
 // Request is what the host wants.
@@ -54,7 +58,10 @@ type Reply struct {
 	Version int    `json:"version"`
 	Error   string `json:"error,omitempty"` // "": it is done, or under way
 	Stats   *Stats `json:"stats,omitempty"`
-	IsDir   bool   `json:"isDir,omitempty"` // of OpWrite: Path is a directory
+
+	Processes []Process `json:"processes,omitempty"`
+
+	IsDir bool `json:"isDir,omitempty"` // of OpWrite: Path is a directory
 }
 
 // Phase is how far a guest has come.
@@ -98,7 +105,27 @@ type Stats struct {
 	Disk       uint64        `json:"disk"`       // of /, bytes
 	DiskUsed   uint64        `json:"diskUsed"`
 	Processes  int           `json:"processes"`
+
+	DiskRead    uint64 `json:"diskRead"` // of all drives, since the start; bytes
+	DiskWritten uint64 `json:"diskWritten"`
 }
+
+// Process is one of the guest's.
+type Process struct {
+	PID     int           `json:"pid"`
+	Parent  int           `json:"ppid"`
+	User    string        `json:"user"`   // a name, or a number that has none
+	State   string        `json:"state"`  // a letter, as in /proc
+	CPU     time.Duration `json:"cpu"`    // used since its start; nanoseconds
+	Memory  uint64        `json:"memory"` // resident; bytes
+	Command string        `json:"command"`
+}
+
+// Bounds of what is told of processes.
+const (
+	MaxProcesses = 2048
+	MaxCommand   = 256 // bytes
+)
 
 // ParseJSON reads a frame's payload. What is not known there is left out: a newer side may say more.
 func ParseJSON[T any](payload []byte) (v T, err error) {

@@ -159,8 +159,8 @@ func (a *app) imageShell() *images.Shell {
 // guestShell is the same for those about what goes on in a VM.
 func (a *app) guestShell() *guest.Shell {
 	return &guest.Shell{
-		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr, Kill: a.Kill, Resized: a.Resized, Term: os.Getenv("TERM"),
-		JSON: func() bool { return a.json }, Status: a.status, Open: a.open, One: a.one, VMs: a.completeVMs, Takes: takes,
+		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr, Kill: a.Kill, Resized: a.Resized, Term: os.Getenv("TERM"), LookupEnv: os.LookupEnv,
+		JSON: func() bool { return a.json }, Terminal: func() bool { return terminal(a.Stdout) }, Status: a.status, Open: a.open, One: a.one, VMs: a.completeVMs, Takes: takes,
 		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
 		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },
 		Exit: func(code int) error {

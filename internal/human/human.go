@@ -86,6 +86,19 @@ func Size(n int64) string {
 	return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
 }
 
+// Short is a number of bytes for people who have little room: 512K, 1.5G.
+func Short(n uint64) string {
+	units := "BKMGTPE"
+	value, unit := float64(n), 0
+	for value >= 1000 && unit < len(units)-1 { // never four digits
+		value, unit = value/1024, unit+1
+	}
+	if unit > 0 && value < 9.95 {
+		return fmt.Sprintf("%.1f%c", value, units[unit])
+	}
+	return fmt.Sprintf("%.0f%c", value, units[unit])
+}
+
 // Ago is a length of time for people.
 func Ago(d time.Duration) string {
 	switch {

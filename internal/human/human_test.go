@@ -53,3 +53,11 @@ func TestAgo(t *testing.T) {
 		}
 	}
 }
+
+func TestShort(t *testing.T) {
+	for n, want := range map[uint64]string{0: "0B", 999: "999B", 1000: "1.0K", 1024: "1.0K", 512 << 20: "512M", 1023 << 20: "1.0G", 1536 << 20: "1.5G", 10 << 30: "10G", 1<<64 - 1: "16E"} {
+		if got := human.Short(n); got != want {
+			t.Errorf("%d: got %s, want %s", n, got, want)
+		}
+	}
+}

@@ -23,8 +23,10 @@ type Shell struct {
 	Stdout, Stderr io.Writer
 	Term           string // the kind of the terminal
 	JSON           func() bool
-	Kill           <-chan struct{} // closed when the end is wanted at once
-	Resized        <-chan struct{} // the terminal has another size
+	Terminal       func() bool                 // standard output is one
+	LookupEnv      func(string) (string, bool) // in this process's environment
+	Kill           <-chan struct{}             // closed when the end is wanted at once
+	Resized        <-chan struct{}             // the terminal has another size
 	// Status shows what is going on, until done.
 	Status func(text func(time.Duration) string) (done func())
 	// Open opens the host, after what died has been cleared away. The caller closes it.
@@ -47,7 +49,7 @@ type Shell struct {
 
 // Commands are those of this package.
 func (s *Shell) Commands() []*cobra.Command {
-	return []*cobra.Command{s.exec(), s.shell(), s.copy(), s.stats(), s.forward(), s.logs(), s.console(), s.agent()}
+	return []*cobra.Command{s.exec(), s.shell(), s.copy(), s.stats(), s.top(), s.forward(), s.logs(), s.console(), s.agent()}
 }
 
 // each does something to VMs, all at once, and returns what went wrong.

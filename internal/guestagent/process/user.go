@@ -92,6 +92,18 @@ func parseID(s string) (uint32, error) {
 	return uint32(id), nil
 }
 
+// Names are those of the image's users, by number; the first of a number counts.
+func Names() map[uint32]string {
+	names := map[uint32]string{}
+	entries, _ := readAccounts("/etc/passwd") // without it they have none
+	for _, e := range entries {
+		if id, err := parseID(e[fieldNumber]); err == nil && names[id] == "" {
+			names[id] = e[fieldName]
+		}
+	}
+	return names
+}
+
 // Find finds a user of the image: "name", "uid", "name:group", "uid:gid" or a mix; "" is root.
 func Find(spec string) (User, error) {
 	passwd, err := readAccounts("/etc/passwd")

@@ -172,5 +172,6 @@ func stats(ss *session) error {
 		block := uint64(vfs.Bsize) //nolint:gosec // never negative
 		st.Disk, st.DiskUsed = vfs.Blocks*block, (vfs.Blocks-vfs.Bfree)*block
 	}
+	st.DiskRead, st.DiskWritten = transferred()
 	return ss.reply(agentproto.Reply{Stats: st})
 }

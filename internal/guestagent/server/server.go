@@ -160,6 +160,7 @@ func (s *Server) answer(raw net.Conn) {
 	do := map[agentproto.Op]func(*session) error{
 		agentproto.OpExec: s.exec, agentproto.OpMain: s.command, agentproto.OpWatch: s.watch,
 		agentproto.OpRead: s.read, agentproto.OpWrite: s.write, agentproto.OpDial: dial, agentproto.OpStats: stats,
+		agentproto.OpProcesses: processes,
 	}[req.Op]
 	if err == nil && do == nil {
 		err = fmt.Errorf("the agent does not know how to %q", req.Op)
