@@ -51,6 +51,19 @@ type GuestState struct {
 // Ready says whether the guest has come so far that its command runs.
 func (g *GuestState) Ready() bool { return g != nil && g.Command > 0 && g.Degraded == "" }
 
+// lacks says what a guest has not come to, or lost.
+func (g *GuestState) lacks() string {
+	switch {
+	case g == nil || g.VMM == 0:
+		return "its VMM is not known to run it"
+	case g.Degraded != "":
+		return "its agent is degraded: " + g.Degraded
+	case g.Agent == 0:
+		return "its kernel has not come to the agent"
+	}
+	return fmt.Sprintf("its command does not run (the agent does, since %s)", g.Agent.Round(time.Millisecond))
+}
+
 // guest asks the VM's agent, from any process.
 func (m *Machine) guest() *agent.Client {
 	return &agent.Client{Dial: func(ctx context.Context) (net.Conn, error) { return vmm.DialSocket(ctx, m.root(), store.VsockFile) }}
@@ -180,7 +193,7 @@ func (m *Machine) AwaitReady(ctx context.Context) (*GuestState, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return g, m.fail("boot", fmt.Errorf("the guest is not ready: %w", context.Cause(ctx)), nil)
+			return g, m.fail("boot", fmt.Errorf("the guest is not ready, %s: %w", g.lacks(), context.Cause(ctx)), nil)
 		case <-tick.C:
 		}
 	}

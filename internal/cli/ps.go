@@ -145,6 +145,11 @@ func (c *psCommand) table(list []*listed) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
+	for _, l := range list {
+		if l.Guest != nil && l.Guest.Degraded != "" && runs(l.State) {
+			fmt.Fprintf(c.Stderr, "smartvm: %s is degraded: %s\n", l.ID, l.Guest.Degraded)
+		}
+	}
 	if alone > 0 {
 		fmt.Fprintf(c.Stderr, "hint: VMs that run unsupervised lose what their guests write; smartvm gc takes them up again\n")
 	}

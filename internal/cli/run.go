@@ -6,8 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
-	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -26,6 +24,7 @@ type runCommand struct {
 	pull           images.PullPolicy
 	streams        guest.Streams
 	detach, remove bool
+	wait           guest.Wait
 	dryRun         bool
 	stopTimeout    vmflags.Seconds
 }
@@ -60,6 +59,7 @@ func newRun(a *app) *cobra.Command {
 	c.pull.Flag(cmd)
 	c.streams.Flags(cmd)
 	f.BoolVarP(&c.detach, "detach", "d", false, "let the VM run by itself and print its id")
+	c.wait.Flag(cmd, "with -d, ")
 	f.BoolVar(&c.remove, "rm", false, "with -d, remove the VM when it ends")
 	c.stopTimeout = vmflags.Seconds(smartvm.DefaultStopTimeout)
 	f.Var(&c.stopTimeout, "stop-timeout", "`seconds` for the guest to shut down on Ctrl-C")
@@ -97,7 +97,7 @@ func (c *runCommand) attached(ctx context.Context, h *smartvm.Host, vm smartvm.S
 	go c.killed(ctx, h, vm.ID, ended)
 	ctx, broken := context.WithCancelCause(ctx)
 	defer broken(nil)
-	console := &console{w: c.Stdout, broken: broken, first: c.status(c.copying.Text)}
+	console := &guest.Output{To: c.Stdout, Broken: broken, First: c.status(c.copying.Text)}
 	o := smartvm.RunOptions{Console: console, Stop: smartvm.StopOptions{Timeout: time.Duration(c.stopTimeout)}}
 	begun := time.Now()
 	if vm.Image != "" {
@@ -105,8 +105,8 @@ func (c *runCommand) attached(ctx context.Context, h *smartvm.Host, vm smartvm.S
 	}
 	defer context.AfterFunc(ctx, func() { c.stopping(vm.ID) })()
 	exit, err := h.Run(ctx, vm, o)
-	console.first()
-	if !console.lineEnded && terminal(c.Stdout) {
+	console.First()
+	if !console.LineEnded && terminal(c.Stdout) {
 		fmt.Fprintln(c.Stdout)
 	}
 	if e, ok := errors.AsType[*smartvm.MachineError](err); ok {
@@ -126,26 +126,25 @@ func (c *runCommand) attached(ctx context.Context, h *smartvm.Host, vm smartvm.S
 
 // streamed runs a VM whose command has this command's streams, if its image has one.
 func (c *runCommand) streamed(ctx context.Context, h *smartvm.Host, vm smartvm.Spec, o smartvm.RunOptions) error {
-	shown := o.Console.(*console) //nolint:errorlint,forcetypeassert // it is ours
+	shown := o.Console.(*guest.Output) //nolint:errorlint,forcetypeassert // it is ours
 	running, cmd, done, err := c.guest.Connect(ctx, c.streams)
 	if err != nil {
-		shown.first()
+		shown.First()
 		return err
 	}
 	defer context.AfterFunc(ctx, func() { // an init of the image's own takes no signals
-		if shown.used.Load() {
+		if shown.Used() {
 			c.stopping(vm.ID)
 			done()
 		}
 	})()
-	out := &console{w: c.Stdout, broken: shown.broken, first: shown.first}
-	cmd.Stdout, cmd.Stderr = out, &console{w: c.Stderr, broken: shown.broken, first: shown.first}
+	cmd.Stdout, cmd.Stderr = shown.Also(c.Stdout), shown.Also(c.Stderr)
 	o.Command = &cmd
 	exit, err := h.Run(running, vm, o)
 	stopped := running.Err() != nil
 	done()
-	shown.first()
-	if e, ok := errors.AsType[*smartvm.MachineError](err); ok && shown.used.Load() {
+	shown.First()
+	if e, ok := errors.AsType[*smartvm.MachineError](err); ok && shown.Used() {
 		e.Console = ""
 	}
 	switch {
@@ -200,7 +199,9 @@ func (c *runCommand) detached(ctx context.Context, h *smartvm.Host, vm smartvm.S
 	if err != nil {
 		return errors.Join(err, supervise.Remove(context.WithoutCancel(ctx), m))
 	}
-	return c.printID(m)
+	err = c.printID(m)
+	_, notReady := c.guest.Ready(ctx, m, c.wait)
+	return errors.Join(err, notReady)
 }
 
 func drawID() string {
@@ -222,24 +223,4 @@ func statusOf(exit *smartvm.Exit) error {
 		return exitStatus(exit.Code)
 	}
 	return nil
-}
-
-// console passes the guest's output on as it is.
-type console struct {
-	w         io.Writer
-	first     func() // called before anything is written
-	broken    context.CancelCauseFunc
-	lineEnded bool
-	used      atomic.Bool
-}
-
-func (c *console) Write(p []byte) (int, error) {
-	c.first()
-	c.used.Store(true)
-	n, err := c.w.Write(p)
-	if err != nil {
-		c.broken(fmt.Errorf("show console: %w", err))
-	}
-	c.lineEnded = n > 0 && p[n-1] == '\n'
-	return n, err
 }
