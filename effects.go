@@ -4,6 +4,7 @@ import (
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/kernel"
+	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
@@ -18,6 +19,7 @@ var effects = journal.Kinds{
 	"file":    func() journal.Effect { return new(stage.File) },
 	"content": func() journal.Effect { return new(stage.Content) },
 	"kernel":  func() journal.Effect { return new(kernel.Extracted) },
+	"share":   func() journal.Effect { return new(share.Image) },
 	"owner":   func() journal.Effect { return new(stage.Owner) },
 	"link":    func() journal.Effect { return new(stage.Link) },
 	"cgroup":  func() journal.Effect { return new(cgroup.Group) },

@@ -23,6 +23,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
@@ -107,6 +108,17 @@ var effectCases = map[string]effectCase{
 		},
 		there:   func(e journal.Effect) bool { return exists(e.(*stage.Content).Path) },
 		foreign: func(t *testing.T, e journal.Effect) func() bool { return foreignFile(t, e.(*stage.Content).Path) },
+	},
+	"share": {
+		describe: func(t *testing.T, dir string) journal.Effect {
+			source := filepath.Join(dir, "shared")
+			if err := errors.Join(os.MkdirAll(source, 0o700), os.WriteFile(filepath.Join(source, "f"), []byte("precious"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			return &share.Image{Path: filepath.Join(dir, "volumes"), Volumes: []smartvm.Volume{{Source: source, Target: "/a"}, {Source: source + "/f", Target: "/b"}}}
+		},
+		there:   func(e journal.Effect) bool { return exists(e.(*share.Image).Path) },
+		foreign: func(t *testing.T, e journal.Effect) func() bool { return foreignFile(t, e.(*share.Image).Path) },
 	},
 	"file": {
 		describe: func(t *testing.T, dir string) journal.Effect {

@@ -84,6 +84,13 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 	if m.rec.Spec.Vsock == nil {
 		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, m.rec.ID, ErrNoAgent), "VMs of images have one; others get it by --vsock, and an agent by smartvm agent")
 	}
+	if m.hasAgent() && m.rec.Boot.Guest.Secrets { // programs have them too
+		if g, err := m.Guest(); err == nil && (g == nil || g.Command == 0) {
+			if _, err := m.AwaitReady(ctx); err != nil {
+				return err
+			}
+		}
+	}
 	err = do(m.guest())
 	if errors.Is(err, ErrNoAgent) && m.hasAgent() {
 		if g, stateErr := m.Guest(); stateErr == nil && (g == nil || g.Command == 0) {
@@ -223,23 +230,29 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 	if m.hasAgent() {
 		note()
 	}
+	hear := func(e agentproto.Event) {
+		for phase, to := range map[agentproto.Phase]*time.Duration{agentproto.PhaseAgent: &g.Agent, agentproto.PhaseCommand: &g.Command} {
+			if at := e.Phases[phase]; at > 0 && *to == 0 {
+				*to = before + at
+			}
+		}
+		if g.Degraded = ""; r.untold != nil && g.Command == 0 {
+			g.Degraded = r.untold.Error()
+		}
+		if e.Skew != 0 {
+			g.Skew = e.Skew
+		}
+		if e.Exit != nil {
+			exit := agent.ExitOf(*e.Exit)
+			g.Exit, r.command = &exit, &exit
+		}
+		note()
+	}
 	for ctx.Err() == nil && g.Exit == nil {
-		err := m.guest().Watch(ctx, func(e agentproto.Event) {
-			for phase, to := range map[agentproto.Phase]*time.Duration{agentproto.PhaseAgent: &g.Agent, agentproto.PhaseCommand: &g.Command} {
-				if at := e.Phases[phase]; at > 0 && *to == 0 {
-					*to = before + at
-				}
-			}
-			g.Degraded = ""
-			if e.Skew != 0 {
-				g.Skew = e.Skew
-			}
-			if e.Exit != nil {
-				exit := agent.ExitOf(*e.Exit)
-				g.Exit, r.command = &exit, &exit
-			}
-			note()
-		})
+		err := m.tell(ctx, r)
+		if err == nil {
+			err = m.guest().Watch(ctx, hear)
+		}
 		pause := bootingPause
 		switch booting := time.Since(r.booted) < bootingTime; {
 		case !m.hasAgent() && !booting:
@@ -247,7 +260,7 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 		case !m.hasAgent() || !booting:
 			pause = lostPause
 		}
-		if g.Agent > 0 {
+		if _, refused := errors.AsType[*agent.GuestError](err); refused || g.Agent > 0 {
 			pause = lostPause
 			if g.Exit == nil && ctx.Err() == nil && g.Degraded == "" {
 				g.Degraded = fmt.Sprint(err)
@@ -263,18 +276,39 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 	}
 }
 
+// tell gives the guest the secrets that it waits for.
+func (m *Machine) tell(ctx context.Context, r *run) error {
+	if r.secrets == nil {
+		return nil
+	}
+	err := m.guest().Tell(ctx, r.secrets.Files, r.secrets.Env)
+	if err == nil {
+		r.secrets = nil
+	}
+	return err
+}
+
 // command runs the image's command, which waits for that, as soon as the guest has come so far.
 func (m *Machine) command(ctx context.Context, r *run, cmd Cmd) (exit CmdExit, err error) {
+	err = m.onceUp(ctx, r, func(c *agent.Client) error {
+		exit, err = c.Main(ctx, cmd)
+		return err
+	})
+	return exit, err
+}
+
+// onceUp has do done by the agent of a guest that boots.
+func (m *Machine) onceUp(ctx context.Context, r *run, do func(*agent.Client) error) error {
 	for {
-		exit, err = m.guest().Main(ctx, cmd)
+		err := do(m.guest())
 		if !errors.Is(err, ErrNoAgent) && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ECONNREFUSED) {
-			return exit, err
+			return err
 		}
 		select {
 		case <-r.done:
-			return exit, errors.New("the guest ended before it was asked for the command")
+			return errors.New("the guest ended before it was asked for the command")
 		case <-ctx.Done():
-			return exit, context.Cause(ctx)
+			return context.Cause(ctx)
 		case <-time.After(bootingPause):
 		}
 	}

@@ -25,6 +25,8 @@ import (
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/locate"
+	"push.rocks/smartvm/internal/secret"
+	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/policy"
@@ -68,6 +70,8 @@ type Options struct {
 	Console func(id string) io.Writer `json:"-"`
 	// Progress is told how far the copy of a drive is, in bytes. It may be nil.
 	Progress func(drive string, done, total int64) `json:"-"`
+	// LookupEnv finds what a VM's EnvFiles name without a value, like os.LookupEnv. Nil: it finds nothing.
+	LookupEnv func(name string) (value string, ok bool) `json:"-"`
 
 	trace    journal.Trace // the crash matrix's way in
 	noCgroup bool          // as on a host where none can be made
@@ -213,6 +217,16 @@ func (h *Host) create(ctx context.Context, spec Spec, attached *RunOptions) (_ *
 	if b := rec.Boot; attached != nil && attached.Command != nil && b != nil && b.Guest != nil {
 		b.Guest.Attach = len(b.Guest.Command) > 0
 	}
+	m, lock, err := h.build(ctx, rec, p)
+	if err == nil {
+		m.secrets = p.secrets
+		h.log.Info("created", "vm", rec.ID)
+	}
+	return m, lock, err
+}
+
+// build makes what a record describes. It returns the new VM's lock.
+func (h *Host) build(ctx context.Context, rec *record, p *proposal) (*Machine, *store.Lock, error) {
 	m := h.machine(rec)
 	lock, err := h.store.Create(rec.ID)
 	if errors.Is(err, fs.ErrExist) {
@@ -227,7 +241,6 @@ func (h *Host) create(ctx context.Context, spec Spec, attached *RunOptions) (_ *
 		}
 		return nil, nil, errors.Join(&MachineError{ID: rec.ID, Stage: "create", Err: err}, m.erase(ctx, lock))
 	}
-	h.log.Info("created", "vm", rec.ID)
 	return m, lock, nil
 }
 
@@ -253,6 +266,11 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal
 	}
 	bin, err := h.vmms.VMM(ctx)
 	if err != nil {
+		return nil, nil, err
+	}
+	errs := append(share.Resolve(&spec), secret.Absolute(&spec))
+	secrets, err := secret.Load(&spec, secret.Options{LookupEnv: h.opts.LookupEnv})
+	if err := errors.Join(append(errs, err)...); err != nil {
 		return nil, nil, err
 	}
 	rec = &record{Version: recordVersion, Nonce: randomHex(4), Created: time.Now().UTC(), ID: spec.ID, Spec: spec}
@@ -285,12 +303,17 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal
 	if rec.Extract, err = resolve(&rec.Spec, bin.Version, rec.Ephemeral); err != nil {
 		return nil, nil, err
 	}
-	if rec.Boot != nil && rec.Boot.Guest != nil { // a file that is made with the VM
+	if rec.Boot != nil && rec.Boot.Guest != nil { // on files that are made with the VM, or its run
+		if err := h.addVolumes(ctx, rec); err != nil {
+			return nil, nil, err
+		}
 		rec.Spec.Drives = append(rec.Spec.Drives, Drive{
 			DriveID: guestDrive, PathOnHost: filepath.Join(h.store.Dir(rec.ID), store.GuestFile), IsReadOnly: true,
 		})
 	}
-	p, err = h.proposal(rec)
+	if p, err = h.proposal(rec); err == nil {
+		p.secrets = secrets
+	}
 	return rec, p, err
 }
 

@@ -120,8 +120,11 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 		return nil, err
 	}
 	boot := &boot{Users: b.Users, Guest: b.Guest, release: b.Release}
+	if n := len(s.Secrets) + len(s.EnvFiles) + len(s.Volumes); n > 0 && b.Guest == nil {
+		return nil, errors.Join(fmt.Errorf("image %s boots by itself: %w: secrets, env files and volumes are for our own agent", s.Image, ErrNotSupported), boot.release())
+	}
 	if b.Guest != nil {
-		b.Guest.MachineID = randomHex(16)
+		b.Guest.MachineID, b.Guest.Secrets = randomHex(16), len(s.Secrets)+len(s.EnvFiles) > 0
 		if s.Vsock == nil { // for the agent
 			s.Vsock = &Vsock{GuestCID: agentCID}
 		}

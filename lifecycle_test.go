@@ -248,12 +248,13 @@ func liveCalls(m *smartvm.Machine) map[string]func(context.Context) error {
 			_, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"true"}})
 			return err
 		},
-		"CopyTo":       func(ctx context.Context) error { return m.CopyTo(ctx, "/etc", "/", nil, smartvm.CopyOptions{}) },
-		"CopyFrom":     func(ctx context.Context) error { return m.CopyFrom(ctx, "/etc", "/tmp", nil, smartvm.CopyOptions{}) },
-		"DialTCP":      func(ctx context.Context) error { _, err := m.DialTCP(ctx, 80); return err },
-		"DialVsock":    func(ctx context.Context) error { _, err := m.DialVsock(ctx, 80); return err },
-		"GuestStats":   func(ctx context.Context) error { _, err := m.GuestStats(ctx); return err },
-		"BalloonStats": func(ctx context.Context) error { _, err := m.BalloonStats(ctx); return err },
+		"CopyTo":         func(ctx context.Context) error { return m.CopyTo(ctx, "/etc", "/", nil, smartvm.CopyOptions{}) },
+		"CopyFrom":       func(ctx context.Context) error { return m.CopyFrom(ctx, "/etc", "/tmp", nil, smartvm.CopyOptions{}) },
+		"DialTCP":        func(ctx context.Context) error { _, err := m.DialTCP(ctx, 80); return err },
+		"DialVsock":      func(ctx context.Context) error { _, err := m.DialVsock(ctx, 80); return err },
+		"GuestProcesses": func(ctx context.Context) error { _, err := m.GuestProcesses(ctx); return err },
+		"GuestStats":     func(ctx context.Context) error { _, err := m.GuestStats(ctx); return err },
+		"BalloonStats":   func(ctx context.Context) error { _, err := m.BalloonStats(ctx); return err },
 	}
 }
 
@@ -266,7 +267,7 @@ func TestMachine_CallsWithoutVMM(t *testing.T) {
 		t.Fatal(err)
 	}
 	calls := liveCalls(m)
-	others := []string{"AwaitReady", "ConsoleLog", "Exit", "Firecracker", "Guest", "ID", "Inspect", "Name", "Remove", "RuntimeDir", "SocketPath", "Spec", "Start", "State", "Stop", "Supervised", "VMMLog", "Wait"}
+	others := []string{"AwaitReady", "CommandLog", "ConsoleLog", "Discard", "Exit", "Firecracker", "Forward", "Guest", "ID", "Inspect", "Name", "Provide", "Remove", "RuntimeDir", "Secrets", "SocketPath", "Spec", "Start", "State", "Stop", "Supervised", "VMMLog", "Wait"}
 	for i := range reflect.TypeOf(m).NumMethod() {
 		name := reflect.TypeOf(m).Method(i).Name
 		if calls[name] == nil && !slices.Contains(others, name) {

@@ -33,6 +33,8 @@ type Machine struct {
 	mu   sync.Mutex
 	busy State // what this process is doing to the VM, "" if nothing
 	run  *run  // set while this process looks after the running VM
+
+	secrets *Secrets // of the next start; nil: they are yet to be read
 }
 
 // run is a VM's life from start to stop, in the process that looks after it.
@@ -50,6 +52,8 @@ type run struct {
 	err      error          // of undoing, likewise
 	booted   time.Time      // when the guest was made to run
 	attended chan struct{}  // closed when the guest has nothing more to say
+	secrets  *Secrets       // for the guest; nil: it has them, or there are none
+	untold   error          // why secrets could not be read for a guest that may wait for them
 	command  *CmdExit       // of the image's command, set before attended is closed; nil: nobody knows
 }
 
@@ -327,6 +331,7 @@ type Inspection struct {
 	VMMLog             string                 `json:"vmmLog"`
 	Staged             map[string]StagedDrive `json:"staged,omitempty"`     // by drive id
 	Guest              *GuestState            `json:"guest,omitempty"`      // of the last run, where an agent is in the guest
+	Unsynced           bool                   `json:"unsynced,omitempty"`   // what the guest changes, or has, is to be copied back
 	Interfaces         []attach.State         `json:"interfaces,omitempty"` // those on networks of ours
 	Spec               Spec                   `json:"spec"`
 }
@@ -356,6 +361,9 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 	}
 	if r.Jailer != "" {
 		i.Launcher = LaunchJailed
+	}
+	if _, err := os.Stat(m.path(store.PendingFile)); err == nil {
+		i.Unsynced = true
 	}
 	if state == Running || state == Paused {
 		if fi, err := os.Stat(m.path(store.RunJournal)); err == nil {

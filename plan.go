@@ -12,6 +12,7 @@ import (
 	"push.rocks/smartvm/internal/configure"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/kernel"
+	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
@@ -33,6 +34,7 @@ type proposal struct {
 	inodes    map[string]string       // of files that are written in place, by path: their lease
 	owners    map[string]*stage.Owner // of those, by path, who must be lent to the jail's user
 	boot      *boot                   // of a VM with an image
+	secrets   *Secrets                // of its first start
 
 	interfaces []attach.Interface
 }
@@ -115,6 +117,9 @@ func makePlan(s *Spec, p *proposal) *plan {
 		}
 	}
 	pl.Run = append(pl.Run, &stage.Tree{Path: run})
+	if len(s.Volumes) > 0 {
+		pl.Run = append(pl.Run, &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes})
+	}
 	image := s.BootSource.KernelImagePath
 	if p.extract {
 		image = filepath.Join(dir, store.KernelFile)

@@ -79,7 +79,7 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 	m := h.machine(rec)
 	if rec.Attached {
 		report.Removed = append(report.Removed, id)
-		if err := m.mourn(ctx); err != nil {
+		if err := m.conclude(ctx); err != nil {
 			return errors.Join(err, lock.Unlock())
 		}
 		return m.erase(ctx, lock)
@@ -100,7 +100,7 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 		return m.adopt(lock)
 	}
 	report.Recovered = append(report.Recovered, id)
-	return errors.Join(m.mourn(ctx), lock.Unlock())
+	return errors.Join(m.conclude(ctx), lock.Unlock())
 }
 
 // Adopt looks after a VM that runs and whose process died. Returns ErrState if it does not run or somebody does.
@@ -131,6 +131,7 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 		r.started = fi.ModTime().UTC()
 	}
 	r.booted = r.started
+	r.secrets, r.untold = m.takeSecrets() // whoever died may not have told them
 	if r.journal, err = journal.Open(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
 		return err
 	}

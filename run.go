@@ -59,6 +59,7 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 		ended = m.linger(r.proc)
 	}
 	errs := []error{m.fail(stage, err, ended), atomicfile.WriteJSON(m.path(store.ExitFile), exit)}
+	_ = os.Remove(m.path(store.PendingFile)) // no guest has written anything
 	if r.journal != nil {
 		errs = append(errs, r.journal.Revert(ctx))
 	}
@@ -87,6 +88,9 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	if err := errors.Join(checkKVM(), attach.InUse(&m.rec.Spec)); err != nil {
 		return "start", err
 	}
+	if r.secrets, err = m.takeSecrets(); err != nil {
+		return "read secrets", err
+	}
 	p, err := m.host.proposal(m.rec)
 	if err != nil {
 		return "start", err
@@ -95,6 +99,9 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 		if err := logfile.Remove(m.path(stale)); err != nil {
 			return "start", err
 		}
+	}
+	if err := m.renewChanges(ctx); err != nil {
+		return "prepare", err
 	}
 	pl := makePlan(&m.rec.Spec, p)
 	if r.journal, err = journal.Create(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
@@ -190,7 +197,7 @@ func (m *Machine) watch(r *run) {
 	exit.Command = r.command
 	r.exit = exit
 	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)
-	r.err = errors.Join(r.client.Close(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), r.journal.Revert(ctx))
+	r.err = errors.Join(r.client.Close(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), m.syncBack(ctx), r.journal.Revert(ctx))
 	if r.err != nil {
 		m.host.log.Warn("undo", "vm", m.rec.ID, "err", r.err)
 	}
@@ -309,7 +316,7 @@ func (m *Machine) settle(ctx context.Context) error {
 		cancel()
 		switch {
 		case err == nil:
-			return errors.Join(m.mourn(ctx), lock.Unlock())
+			return errors.Join(m.conclude(ctx), lock.Unlock())
 		case errors.Is(err, fs.ErrNotExist):
 			return nil // and removed it
 		case ctx.Err() != nil || !errors.Is(err, store.ErrLocked):
@@ -459,7 +466,7 @@ func (m *Machine) acquired(ctx context.Context, op string, lock *store.Lock) (*s
 		if err != nil {
 			return err
 		}
-		return m.mourn(ctx)
+		return m.conclude(ctx)
 	}()
 	if err != nil {
 		return nil, errors.Join(err, lock.Unlock())

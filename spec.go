@@ -22,5 +22,7 @@ type (
 	Pmem             = spec.Pmem
 	MemoryHotplug    = spec.MemoryHotplug
 	Scratch          = spec.Scratch
+	Secret           = spec.Secret
+	Volume           = spec.Volume
 	FieldError       = spec.FieldError
 )

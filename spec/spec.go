@@ -49,6 +49,11 @@ type Spec struct {
 	WorkingDir string   `json:"workingDir,omitempty"` // absolute
 	// Hostname is the guest's. Empty: Name, else ID.
 	Hostname string `json:"hostname,omitempty"`
+	// EnvFiles are files with more of Env, one NAME=VALUE a line, as docker has them; Env counts before them. Like Secrets they are
+	// read at each start, and what is in them stands nowhere on the host but there.
+	EnvFiles []string `json:"envFiles,omitempty"`
+	Secrets  []Secret `json:"secrets,omitempty"`
+	Volumes  []Volume `json:"volumes,omitempty"`
 
 	// Ports are published on the host. Policy says what the guest may reach, on all its networks.
 	Ports  []Port         `json:"ports,omitempty"`

@@ -28,6 +28,8 @@ func (s Spec) Validate() error {
 	var p problems
 	s.checkIdentity(&p)
 	s.checkImage(&p)
+	s.checkSecrets(&p)
+	s.checkVolumes(&p)
 	s.checkMachine(&p)
 	s.checkStorage(&p)
 	s.checkNetwork(&p)
@@ -157,7 +159,10 @@ func (s Spec) checkMachine(p *problems) {
 func (s Spec) checkStorage(p *problems) {
 	seen, root := map[string]string{}, ""
 	if s.Image != "" {
-		seen[RootDrive], seen[ScratchDrive], seen[GuestDrive], root = "image's", "image's", "image's", "image's"
+		for _, id := range []string{RootDrive, ScratchDrive, GuestDrive, VolumeDrive, ChangesDrive} {
+			seen[id] = "image's"
+		}
+		root = "image's"
 	}
 	oneRoot := func(path string, isRoot bool) {
 		p.require(!isRoot || root == "", path, nil, "cannot be a root device too: "+root+" is one")

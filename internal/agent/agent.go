@@ -380,6 +380,15 @@ func (c *Client) Stats(ctx context.Context) (*agentproto.Stats, error) {
 	return r.Stats, err
 }
 
+// Tell gives the guest's command what it waits for: files, by name, and environment. It is told once; again changes nothing.
+func (c *Client) Tell(ctx context.Context, files map[string][]byte, env []string) error {
+	_, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpSecrets, Files: files, Env: env})
+	if err != nil {
+		return fmt.Errorf("tell the guest its secrets: %w", err)
+	}
+	return nil
+}
+
 // DialTCP connects to a TCP port in the guest, on its localhost.
 func (c *Client) DialTCP(ctx context.Context, port uint16) (net.Conn, error) {
 	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpDial, Port: port})

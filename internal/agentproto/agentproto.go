@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -66,13 +67,37 @@ type Boot struct {
 	WorkingDir string `json:"workingDir,omitempty"` // absolute; made if it is not there. Empty: /
 	StopSignal string `json:"stopSignal,omitempty"` // for ParseSignal. Empty: SIGTERM
 	// Attach has Command wait for the host, whose streams it gets, see OpMain. Otherwise it has the console at once.
-	Attach    bool   `json:"attach,omitempty"`
+	Attach bool `json:"attach,omitempty"`
+	// Secrets says that the host has more for the command, or the image's init, than stands here: it waits for OpSecrets.
+	Secrets   bool   `json:"secrets,omitempty"`
 	MachineID string `json:"machineId,omitempty"` // 32 hexadecimal digits, for /etc/machine-id. Empty: the image's own stays
+
+	// Volumes are copies of what the host has. VolumeDevice is an ext4 file system with a directory for each, named after its
+	// number, and ChangesDevice one that takes what is written. Without any Volumes it is mounted in ChangesDir, for the host to read.
+	Volumes       []Volume `json:"volumes,omitempty"`
+	VolumeDevice  string   `json:"volumeDevice,omitempty"`
+	ChangesDevice string   `json:"changesDevice,omitempty"`
 
 	Interfaces []Interface  `json:"interfaces,omitempty"`
 	DNS        []netip.Addr `json:"dns,omitempty"` // servers, for resolv.conf. Empty: the image's own stay
 	Search     []string     `json:"search,omitempty"`
 }
+
+// Volume is a copy of a directory or a file of the host.
+type Volume struct {
+	Target   string `json:"target"`             // absolute; made if it is not there
+	IsFile   bool   `json:"isFile,omitempty"`   // VolumeFile in the volume's directory
+	ReadOnly bool   `json:"readOnly,omitempty"` // nothing of it is on ChangesDevice
+}
+
+const (
+	// VolumeFile is the name of a volume that is a file, in its directory.
+	VolumeFile = "file"
+	// ChangesDir is where a guest mounts a ChangesDevice that is none of its own. In it each volume has a directory of its number, in
+	// that UpperDir, a layer of overlayfs.
+	ChangesDir = "/run/smartvm/changes"
+	UpperDir   = "upper"
+)
 
 // Interface is one of the guest's, which knows it by its MAC.
 type Interface struct {
@@ -172,6 +197,10 @@ func (b *Boot) validate() error {
 		return invalid("command without a name")
 	case b.WorkingDir != "" && b.WorkingDir[0] != '/':
 		return invalid("working directory %q is not absolute", b.WorkingDir)
+	case b.VolumeDevice != "" && !isDevice(b.VolumeDevice) || b.ChangesDevice != "" && !isDevice(b.ChangesDevice):
+		return invalid("volumes on %q and %q", b.VolumeDevice, b.ChangesDevice)
+	case len(b.Volumes) > 0 && b.VolumeDevice == "" || slices.ContainsFunc(b.Volumes, func(v Volume) bool { return !v.isValid(b) }):
+		return invalid("volumes %v", b.Volumes)
 	case b.MachineID != "" && (len(b.MachineID) != 32 || strings.Trim(b.MachineID, digits+"abcdef") != ""):
 		return invalid("machine id %q", b.MachineID)
 	case b.StopSignal != "" && signalErr != nil:
@@ -223,6 +252,11 @@ const (
 	letters = lower + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 	digits  = "0123456789"
 )
+
+func (v Volume) isValid(b *Boot) bool {
+	return path.IsAbs(v.Target) && path.Clean(v.Target) == v.Target && v.Target != "/" && utf8.ValidString(v.Target) && !strings.Contains(v.Target, "\x00") &&
+		(v.ReadOnly || b.ChangesDevice != "")
+}
 
 func isDevice(path string) bool {
 	name, ok := strings.CutPrefix(path, "/dev/")

@@ -24,6 +24,9 @@ const (
 	OpSecrets Op = "secrets" // Env and Files for the command, which waits for them: see Boot.Secrets
 )
 
+// SecretDir is where a guest has its secrets, each in a file.
+const SecretDir = "/run/secrets"
+
 // Request is what the host wants.
 type Request struct {
 	Version int `json:"version"`
@@ -47,6 +50,9 @@ type Request struct {
 
 	// Of OpDial:
 	Port uint16 `json:"port,omitempty"`
+
+	// Of OpSecrets, which has Env too: what is in the files of SecretDir, by their names.
+	Files map[string][]byte `json:"files,omitempty"`
 
 	// Of OpWatch: the host's clock, and 64 random bytes.
 	Now     time.Time `json:"now,omitzero"`

@@ -10,6 +10,8 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/cli/dryrun"
 	"push.rocks/smartvm/internal/cli/images"
+	"push.rocks/smartvm/internal/secret"
+	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/vmflags"
 )
 
@@ -75,7 +77,8 @@ func (a *app) build(ctx context.Context, flags *vmflags.Flags, args []string, pu
 		return vm, err
 	}
 	// What makes no sense is said before anything is fetched.
-	if err := vm.Validate(); err != nil {
+	resolved := vm
+	if err := errors.Join(vm.Validate(), errors.Join(share.Resolve(&resolved)...), secret.Check(vm)); err != nil {
 		return vm, err
 	}
 	return vm, a.images.Ensure(ctx, &vm, pull)

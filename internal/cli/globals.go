@@ -56,7 +56,7 @@ func (g *globals) flags(root *cobra.Command) {
 	f.StringVar(&g.firewall, "firewall", "", "JSON `file` with what VMs may reach at most, on networks without a policy [$SMARTVM_FIREWALL]")
 	f.StringVarP(&g.output, "output", "o", "table", "`form` of the output: table or json")
 	f.StringVar(&g.logLevel, "log-level", "warn", "what to log on stderr: `level` debug, info, warn or error")
-	f.BoolVarP(&g.verbose, "verbose", "v", false, "the same as --log-level debug")
+	f.BoolVar(&g.verbose, "verbose", false, "the same as --log-level debug")
 	for name, values := range map[string][]string{
 		"launcher": {"jailer", "direct"}, "output": {"table", "json"}, "log-level": {"debug", "info", "warn", "error"},
 	} {
@@ -139,6 +139,7 @@ func (a *app) peek() (*smartvm.Host, error) {
 	o := smartvm.Options{
 		RuntimeDir: g.runtimeDir, DataDir: dataDir, FirecrackerBinary: g.firecracker, FirecrackerVersion: g.version, JailerBinary: g.jailer,
 		BridgeName: g.bridge, Subnet: g.subnet, Firewall: g.policy, Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
+		LookupEnv: os.LookupEnv,
 	}
 	o.Images = image.Options{Offline: g.offline, Progress: a.images.Progress, Waiting: a.images.Waiting}
 	o.Images.OCI = oci.Options{Keychain: authn.DefaultKeychain, Mirrors: g.mirrors, Stdin: a.Stdin}

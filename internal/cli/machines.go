@@ -66,6 +66,10 @@ func (a *app) supervise(ctx context.Context, h *smartvm.Host, m *smartvm.Machine
 		return fmt.Errorf("start supervisor: %w", err)
 	}
 	c := supervise.Config{RuntimeDir: h.RuntimeDir(), ID: m.ID(), Adopt: adopt, Verbose: a.global.verbose}
+	// Read here: where the environment is whose variables an env file may name.
+	if c.Secrets, err = m.Secrets(); err != nil && !adopt {
+		return err
+	}
 	return c.Spawn(ctx, program)
 }
 

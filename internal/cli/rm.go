@@ -12,7 +12,7 @@ import (
 
 type removeCommand struct {
 	*app
-	force bool
+	force, discard bool
 }
 
 func newRemove(a *app) *cobra.Command {
@@ -26,13 +26,19 @@ func newRemove(a *app) *cobra.Command {
 		RunE:              c.run,
 	}
 	cmd.Flags().BoolVarP(&c.force, "force", "f", false, "kill those that run")
+	cmd.Flags().BoolVar(&c.discard, "discard", false, "do without what could not be copied back to the host's directories")
 	return cmd
 }
 
 func (c *removeCommand) run(cmd *cobra.Command, args []string) error {
 	return c.each(cmd.Context(), args, "removing", func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
 		if c.force {
-			if _, err := m.Stop(ctx, smartvm.StopOptions{}); err != nil && !errors.Is(err, smartvm.ErrNotFound) {
+			if _, err := m.Stop(ctx, smartvm.StopOptions{}); err != nil && !errors.Is(err, smartvm.ErrNotFound) && !c.discard {
+				return nil, err
+			}
+		}
+		if c.discard {
+			if err := m.Discard(); err != nil {
 				return nil, err
 			}
 		}

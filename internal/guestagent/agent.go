@@ -39,7 +39,7 @@ type Signals struct {
 // guest is what is known of the guest on its way up.
 type guest struct {
 	signals  Signals
-	writable int    // descriptor of the file system on a drive that is written to; -1: none
+	writable []int  // descriptors of the file systems on drives that are written to
 	farewell string // the last line on the console
 	begun    time.Duration
 	reaper   process.Reaper
@@ -51,7 +51,7 @@ func Main(s Signals) error {
 	if os.Getpid() != 1 {
 		return errors.New("this is the first program of a guest, for its kernel to run")
 	}
-	g := &guest{signals: s, writable: -1, begun: uptime()}
+	g := &guest{signals: s, begun: uptime()}
 	immortal()
 	frugal()
 	defer g.end()
@@ -108,7 +108,15 @@ func (g *guest) run() error {
 	if err := slacken(usualSlack); err != nil {
 		say("%v", err)
 	}
+	if err := g.mountVolumes(b); err != nil {
+		return err
+	}
 	if len(b.Command) == 0 {
+		if b.Secrets {
+			if err := g.hearSecrets(b); err != nil {
+				return err
+			}
+		}
 		if err := keepServer(b); err != nil {
 			say("%v", err) // the host does without
 		}
@@ -118,11 +126,18 @@ func (g *guest) run() error {
 	srv := server.New(&g.reaper, b)
 	srv.Reached(agentproto.PhaseAgent, g.begun)
 	srv.Spent(g.spent)
-	if err := listen(srv); err != nil {
+	srv.Secrets = func(files map[string][]byte) error { return storeSecrets(b, files) }
+	err = listen(srv)
+	switch {
+	case err != nil && b.Secrets:
+		return err // the host cannot tell them
+	case err != nil:
 		if !errors.Is(err, unix.EAFNOSUPPORT) { // a VM without such a device, whose modules are left out
 			say("%v", err)
 		}
 		b.Attach = false // the host cannot ask for the command
+	case b.Secrets:
+		<-srv.Told() // until then Ctrl-Alt-Del is the kernel's
 	}
 	exit, err := g.runCommand(b, srv)
 	if err != nil {
@@ -155,8 +170,8 @@ func (g *guest) end() {
 		}
 	}
 	unix.Sync()
-	if g.writable >= 0 {
-		if err := makeReadOnly(g.writable); err != nil {
+	for _, fd := range g.writable {
+		if err := makeReadOnly(fd); err != nil {
 			say("%v", err)
 		}
 	}

@@ -277,11 +277,12 @@ func detach(target string) error {
 }
 
 // keepWritable remembers the file system that is mounted at target for makeReadOnly.
-func (g *guest) keepWritable(target string) (err error) {
-	g.writable, err = unix.Open(target, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+func (g *guest) keepWritable(target string) error {
+	fd, err := unix.Open(target, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open %s: %w", target, err)
 	}
+	g.writable = append(g.writable, fd)
 	return nil
 }
 

@@ -81,7 +81,9 @@ const self = "/proc/self/exe"
 
 // keepServer starts what answers the host when this process has become the image's init.
 func keepServer(b *agentproto.Boot) error {
-	data, err := b.Encode()
+	known := *b
+	known.Env = nil // stands behind it
+	data, err := known.Encode()
 	if err != nil {
 		return err
 	}
@@ -92,6 +94,9 @@ func keepServer(b *agentproto.Boot) error {
 	f := os.NewFile(uintptr(fd), "boot")
 	defer f.Close()
 	if _, err := f.Write(data); err != nil {
+		return fmt.Errorf("keep the agent: %w", err)
+	}
+	if err := writeEnv(f, b.Env); err != nil {
 		return fmt.Errorf("keep the agent: %w", err)
 	}
 	if _, err := spawn(KeepVerb, f); err != nil {
@@ -145,9 +150,13 @@ func Run(verb string, child <-chan os.Signal) error {
 	case ServeVerb:
 		return Serve(nil, child)
 	case keptVerb:
-		b, err := agentproto.Decode(io.NewSectionReader(os.NewFile(bootFD, "boot"), 0, agentproto.MaxSize))
+		boot := os.NewFile(bootFD, "boot")
+		b, err := agentproto.Decode(io.NewSectionReader(boot, 0, agentproto.MaxSize))
 		if err != nil {
 			return err
+		}
+		if b.Env, err = readEnv(boot); err != nil {
+			return fmt.Errorf("read the environment: %w", err)
 		}
 		return Serve(b, child)
 	}

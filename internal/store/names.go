@@ -28,6 +28,8 @@ const (
 	GuestStateFile = "guest.json"      // how far the last run's guest has come
 	GuestFile      = "guest"           // what the first program of an image's guest is told
 	DriveDir       = "drives"          // staged copies, by device id
+	VolumeFile     = "volumes"         // copies of the host's directories, for one run
+	PendingFile    = "pending.json"    // there: what the guest has changed in them may not be copied back yet
 	NetNSFile      = "netns"           // the network namespace of a VM that has one, or of a slot
 	RunDir         = "run"             // what one run makes
 

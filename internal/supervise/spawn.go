@@ -1,6 +1,7 @@
 package supervise
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -35,6 +36,13 @@ func (c Config) Spawn(ctx context.Context, program string) error {
 	cmd := &exec.Cmd{
 		Path: program, Args: append([]string{"smartvm"}, c.Args()...), Dir: "/", Env: []string{},
 		ExtraFiles: []*os.File{w}, SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
+	if c.Secrets != nil {
+		data, err := json.Marshal(c.Secrets)
+		if err != nil {
+			return errors.Join(fmt.Errorf("start supervisor: %w", err), w.Close())
+		}
+		cmd.Stdin = bytes.NewReader(data)
 	}
 	err = cmd.Start()
 	w.Close()

@@ -30,6 +30,9 @@ type Config struct {
 	ID         string
 	Adopt      bool // the VM runs already
 	Verbose    bool // log every step
+	// Secrets, if not nil, are the guest's. They go to the process by a pipe.
+	Secrets    *smartvm.Secrets
+	hasSecrets bool // the pipe is standard input
 	ready      bool // whoever started us awaits word on readyFD
 }
 
@@ -47,6 +50,7 @@ func (c *Config) flags() *flag.FlagSet {
 	f.BoolVar(&c.Adopt, "adopt", false, "")
 	f.BoolVar(&c.Verbose, "verbose", false, "")
 	f.BoolVar(&c.ready, "ready", false, "")
+	f.BoolVar(&c.hasSecrets, "secrets", false, "")
 	return f
 }
 
@@ -56,7 +60,7 @@ func (c *Config) Args() []string {
 	for _, f := range []struct {
 		name string
 		on   bool
-	}{{"--adopt", c.Adopt}, {"--verbose", c.Verbose}, {"--ready", c.ready}} {
+	}{{"--adopt", c.Adopt}, {"--verbose", c.Verbose}, {"--ready", c.ready}, {"--secrets", c.Secrets != nil}} {
 		if f.on {
 			args = append(args, f.name)
 		}
@@ -132,6 +136,13 @@ func (c *Config) start(ctx context.Context) (*smartvm.Machine, *logfile.Writer, 
 		return nil, nil, err
 	}
 	out.to = log
+	if c.hasSecrets {
+		if err := json.NewDecoder(os.Stdin).Decode(&c.Secrets); err != nil {
+			return nil, log, fmt.Errorf("read secrets: %w", err)
+		}
+		m.Provide(c.Secrets)
+		c.Secrets = nil // the guest has them soon, and we forget
+	}
 	if !c.Adopt {
 		return m, log, m.Start(ctx)
 	}

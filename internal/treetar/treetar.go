@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // Pack writes the file or tree at name, in root, as an archive whose entries are called top and what is below it; "." is the
@@ -47,6 +49,12 @@ func Pack(w io.Writer, name, top string) error {
 	return p.tw.Close()
 }
 
+// Opaque is the record of a directory in a layer of overlayfs that hides what is below it.
+const (
+	Opaque        = "SCHILY.xattr." + overlayOpaque
+	overlayOpaque = "trusted.overlay.opaque"
+)
+
 type packer struct {
 	tw    *tar.Writer
 	links map[[2]uint64]string // by device and inode: the first name
@@ -71,6 +79,10 @@ func (p *packer) pack(at, as string, info fs.FileInfo) error {
 	h.Uname, h.Gname = "", "" // names mean other users elsewhere
 	if info.IsDir() {
 		h.Name += "/"
+		value := make([]byte, 1)
+		if n, err := unix.Lgetxattr(at, overlayOpaque, value); err == nil && n == 1 && value[0] == 'y' {
+			h.PAXRecords = map[string]string{Opaque: "y"}
+		}
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
 	if ok && st.Nlink > 1 && info.Mode().IsRegular() {
@@ -213,6 +225,12 @@ func (u *unpacker) entry(h *tar.Header, r io.Reader) error {
 		return fmt.Errorf("%w: neither file, directory nor link", ErrUnsafe)
 	}
 	return u.attributes(h)
+}
+
+// WriteFile writes a new file of so many bytes, with mode 0600, and leaves holes where there are only zeros.
+func WriteFile(root *os.Root, name string, size int64, r io.Reader) error {
+	u := &unpacker{root: root, buf: make([]byte, blockSize*16)}
+	return u.file(name, size, r)
 }
 
 // file writes a file, and leaves holes where there are only zeros.

@@ -36,7 +36,8 @@ type Flags struct {
 	vsock                  string
 
 	entrypoint, user, workdir, hostname, keep string
-	env                                       []string
+	env, envFiles, secrets, volumes           []string
+	sync                                      bool
 	scratch                                   Memory
 }
 
@@ -71,6 +72,10 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringVar(&s.policyFile, "policy", "", "JSON `file` with the rules; those of --allow and --deny go before them")
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it; may be repeated")
+	f.StringArrayVar(&s.envFiles, "env-file", nil, "of an image: `file` with NAME=VALUE lines, kept secret; may be repeated, -e counts before it")
+	f.StringArrayVar(&s.secrets, "secret", nil, "of an image: `NAME=FILE` to have the file as /run/secrets/NAME in it; may be repeated")
+	f.StringArrayVarP(&s.volumes, "volume", "v", nil, "of an image: give it a copy of a directory or file at each start, `HOST:GUEST[:ro|:sync]`; what is written goes when it stops, or with sync is copied back; may be repeated")
+	f.BoolVar(&s.sync, "sync", false, "the same as :sync for all volumes without :ro")
 	f.StringVar(&s.entrypoint, "entrypoint", "", "of an image: `program` to run in place of its own")
 	f.StringVarP(&s.user, "user", "u", "", "of an image: `user` that runs it, NAME or UID, and optionally :GROUP")
 	f.StringVarP(&s.workdir, "workdir", "w", "", "of an image: `dir` to run it in")
@@ -108,7 +113,7 @@ func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 	for _, text := range s.drives {
 		errs = append(errs, addDrive(&vm, text))
 	}
-	errs = append(errs, s.networks(&vm), s.policy(&vm))
+	errs = append(errs, s.networks(&vm), s.policy(&vm), s.secret(&vm), s.volume(&vm))
 	for _, text := range s.labels {
 		key, value, _ := strings.Cut(text, "=")
 		if vm.Labels == nil {
@@ -148,6 +153,59 @@ func (s *Flags) image(vm *spec.Spec, args []string) {
 	if s.scratch > 0 || s.keep != "" {
 		vm.Scratch = &spec.Scratch{SizeMiB: int(s.scratch), Keep: s.keep}
 	}
+}
+
+// secret sets what is told the guest alone.
+func (s *Flags) secret(vm *spec.Spec) error {
+	vm.EnvFiles = append(vm.EnvFiles, s.envFiles...)
+	var errs []error
+	for _, text := range s.secrets {
+		name, path, ok := strings.Cut(text, "=")
+		if !ok || name == "" || path == "" {
+			errs = append(errs, fmt.Errorf("--secret %q: want NAME=FILE", name)) // what stands behind it may be one
+		}
+		vm.Secrets = append(vm.Secrets, spec.Secret{Name: name, Path: path})
+	}
+	return errors.Join(errs...)
+}
+
+// volume sets what the guest has of the host's directories.
+func (s *Flags) volume(vm *spec.Spec) error {
+	var errs []error
+	for _, text := range s.volumes {
+		parts := strings.Split(text, ":")
+		v := spec.Volume{Source: parts[0]}
+		if len(parts) > 1 {
+			v.Target = parts[1]
+		}
+		option := ""
+		if len(parts) == 3 {
+			option = parts[2]
+		}
+		switch {
+		case len(parts) < 2 || len(parts) > 3 || v.Source == "" || v.Target == "":
+			errs = append(errs, fmt.Errorf("-v %q: want HOST:GUEST[:ro|:sync]", text))
+		case option == "ro":
+			v.ReadOnly = true
+		case option == "sync":
+			v.Sync = true
+		case option != "" && option != "rw":
+			errs = append(errs, fmt.Errorf("-v %q: unknown option %q", text, option))
+		}
+		if len(v.Target) > 1 {
+			v.Target = strings.TrimRight(v.Target, "/")
+		}
+		vm.Volumes = append(vm.Volumes, v)
+	}
+	for i := range vm.Volumes {
+		if v := &vm.Volumes[i]; s.sync && !v.ReadOnly {
+			v.Sync = true
+		}
+	}
+	if s.sync && len(vm.Volumes) == 0 {
+		errs = append(errs, errors.New("--sync: there are no volumes"))
+	}
+	return errors.Join(errs...)
 }
 
 // setKernel takes a file's path for that, and of an image anything else for another image's name.

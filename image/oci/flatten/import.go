@@ -84,29 +84,90 @@ var errStopped = errors.New("nobody reads any more")
 // hard links and extended attributes. Sockets are left out, and so is what is mounted below root. The tree must not
 // change meanwhile. See Layers for errors.
 func DirToExt4(ctx context.Context, root *os.Root, dst *os.File) error {
+	return TreesToExt4(ctx, []Tree{{Root: root}}, dst)
+}
+
+// Tree is a part of an image.
+type Tree struct {
+	Root *os.Root
+	As   string // the directory of the image in which it is; "": the image's root
+	File string // of Root that is all there is of it, if not ""
+	Name string // of File, in the image
+	// Live says that the tree may change meanwhile: what goes is left out, what gets shorter is filled up with zeros.
+	Live bool
+	Dirs []string // directories that are made in it if they are not there, slash-separated and local
+}
+
+// TreesToExt4 is DirToExt4 of several trees.
+func TreesToExt4(ctx context.Context, trees []Tree, dst *os.File) error {
 	w, err := newWriter(ctx, dst)
 	if err != nil {
 		return err
 	}
-	t := &tree{ctx: ctx, root: root, w: w, used: limits{maxBytes: MaxBytes, maxEntries: MaxEntries}, links: map[uint64]string{}}
-	fi, err := root.Lstat(".")
-	if err == nil {
-		t.dev = fi.Sys().(*syscall.Stat_t).Dev
-		err = t.add("", fi)
+	used := limits{maxBytes: MaxBytes, maxEntries: MaxEntries}
+	for _, part := range trees {
+		t := &tree{ctx: ctx, Tree: part, root: part.Root, w: w, used: &used, links: map[uint64]string{}}
+		if err = t.write(); err != nil {
+			err = fmt.Errorf("make ext4 of %s: %w", part.Root.Name(), err)
+			break
+		}
 	}
-	if err = w.close(err); err != nil {
-		return fmt.Errorf("make ext4 of %s: %w", root.Name(), err)
+	if closeErr := w.close(err); err == nil && closeErr != nil {
+		err = fmt.Errorf("make ext4: %w", closeErr)
+	}
+	return err
+}
+
+func (t *tree) write() error {
+	fi, err := t.root.Lstat(".")
+	if err != nil {
+		return err
+	}
+	t.dev = fi.Sys().(*syscall.Stat_t).Dev
+	if t.File == "" {
+		if err := t.add("", fi); err != nil {
+			return err
+		}
+		return t.extra()
+	}
+	if fi, err = t.root.Lstat(t.File); err != nil {
+		return err
+	}
+	if err := t.put(&tar.Header{Typeflag: tar.TypeDir, Name: t.As, Mode: 0o755, ModTime: fi.ModTime()}, nil); err != nil {
+		return err
+	}
+	return t.add(t.File, fi)
+}
+
+// extra makes the directories that others are to be mounted on.
+func (t *tree) extra() error {
+	made := map[string]bool{}
+	for _, dir := range t.Dirs {
+		for i := range len(dir) + 1 {
+			part := dir[:i]
+			if i < len(dir) && dir[i] != '/' || made[part] {
+				continue
+			}
+			if _, err := t.root.Lstat(part); !errors.Is(err, fs.ErrNotExist) {
+				continue // what is there may do, or the guest says so
+			}
+			if err := t.put(&tar.Header{Typeflag: tar.TypeDir, Name: path.Join(t.As, part), Mode: 0o755}, nil); err != nil {
+				return err
+			}
+			made[part] = true
+		}
 	}
 	return nil
 }
 
 // tree is a directory tree that goes into an image.
 type tree struct {
+	Tree
 	ctx   context.Context
 	root  *os.Root
 	w     *writer
 	dev   uint64 // the file system that we stay on
-	used  limits
+	used  *limits
 	links map[uint64]string // by inode, the first name of a file that has several
 }
 
@@ -118,13 +179,13 @@ func (t *tree) add(name string, fi fs.FileInfo) error {
 	if fi.Mode()&fs.ModeSocket != 0 {
 		return nil
 	}
-	h := &tar.Header{Name: name, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: fi.ModTime()}
+	h := &tar.Header{Name: t.as(name), Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: fi.ModTime()}
 	if first := t.links[st.Ino]; first != "" {
 		h.Typeflag, h.Linkname = tar.TypeLink, first
 		return t.put(h, nil)
 	}
 	if st.Nlink > 1 && !fi.IsDir() {
-		t.links[st.Ino] = name
+		t.links[st.Ino] = h.Name
 	}
 	here := path.Join(".", name)
 	var err error
@@ -159,6 +220,14 @@ func (t *tree) add(name string, fi fs.FileInfo) error {
 	return err
 }
 
+// as is a file's name in the image.
+func (t *tree) as(name string) string {
+	if t.File != "" {
+		name = t.Name
+	}
+	return path.Join(t.As, name)
+}
+
 func (t *tree) file(h *tar.Header, here string) (err error) {
 	// Should the name have become a FIFO's, that must not stop us.
 	f, err := t.root.OpenFile(here, unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
@@ -177,8 +246,17 @@ func (t *tree) file(h *tar.Header, here string) (err error) {
 	if err := t.xattrs(h, here); err != nil {
 		return err
 	}
-	return t.put(h, io.LimitReader(f, h.Size))
+	content := io.Reader(f)
+	if t.Live {
+		content = io.MultiReader(f, endless{})
+	}
+	return t.put(h, io.LimitReader(content, h.Size))
 }
+
+// endless is zeros.
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func (t *tree) put(h *tar.Header, content io.Reader) error {
 	if err := t.used.add(h.Size); err != nil {
@@ -208,6 +286,9 @@ func (t *tree) children(name, here string) error {
 		fi, err := t.root.Lstat(child)
 		if err == nil {
 			err = t.add(child, fi)
+		}
+		if t.Live && errors.Is(err, fs.ErrNotExist) {
+			continue // it has gone, or what was in it
 		}
 		if err != nil {
 			return err

@@ -3,11 +3,15 @@ package flatten_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -82,5 +86,45 @@ func TestDirToExt4(t *testing.T) {
 	}
 	if len(want) != 8 {
 		t.Errorf("%d names: %q", len(want), want)
+	}
+}
+
+// Several trees, and single files, stand in one image, each in a directory of its own with what is to be mounted in it.
+func TestTreesToExt4(t *testing.T) {
+	testenv.Require(t, testenv.Root)
+	var trees []flatten.Tree
+	for i := range 2 {
+		dir := t.TempDir()
+		at := func(n string) string { return filepath.Join(dir, n) }
+		if err := errors.Join(
+			os.Mkdir(at("d"), 0o750), os.WriteFile(at("d/a"), fmt.Append(nil, i), 0o600), os.Link(at("d/a"), at("b")), os.Chown(at("d"), 5, 6),
+			os.Chtimes(at("d/a"), someTime, someTime), os.Chtimes(at("d"), someTime, someTime), os.Chtimes(dir, someTime, someTime), os.Chmod(dir, 0o711),
+		); err != nil {
+			t.Fatal(err)
+		}
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer root.Close()
+		trees = append(trees, flatten.Tree{Root: root, As: fmt.Sprint(i), Live: true})
+	}
+	trees[0].Dirs = []string{"d/deep/er", "d/deep", "d", "other", "b"}
+	trees = append(trees, flatten.Tree{Root: trees[0].Root, As: "2", File: "b", Name: "file"})
+	f := target(t)
+	if err := flatten.TreesToExt4(t.Context(), trees, f); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"0 5 0711 0:0", "0/b 0 0600 0:0 \"0\"", "0/d 5 0750 5:6", "0/d/a = 0/b", "0/d/deep 5 0755 0:0", "0/d/deep/er 5 0755 0:0", "0/other 5 0755 0:0",
+		"1 5 0711 0:0", "1/b 0 0600 0:0 \"1\"", "1/d 5 0750 5:6", "1/d/a = 1/b", "2 5 0755 0:0", "2/file 0 0600 0:0 \"0\"",
+	}
+	got := slices.DeleteFunc(listing(t, f), func(line string) bool { return strings.HasPrefix(line, ". ") })
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	trees[1].File = "none"
+	if err := flatten.TreesToExt4(t.Context(), trees, f); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("got %v", err)
 	}
 }

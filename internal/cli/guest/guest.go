@@ -15,6 +15,7 @@ import (
 	"golang.org/x/term"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/secret"
 )
 
 // Shell is what the commands need of the command line around them.
@@ -200,7 +201,7 @@ func (s *Shell) run(ctx context.Context, ref string, o Streams, set func(*smartv
 func (s *Shell) exec() *cobra.Command {
 	var o Streams
 	var user, dir string
-	var env []string
+	var env, envFiles []string
 	cmd := &cobra.Command{
 		Use:   "exec [flags] VM COMMAND...",
 		Short: "Run a command in a VM",
@@ -218,6 +219,11 @@ func (s *Shell) exec() *cobra.Command {
 			if args = append(args[:1:1], afterDashes(args[1:])...); len(args) < 2 {
 				return s.Usage(errors.New("no command to run"), "smartvm exec VM COMMAND...")
 			}
+			fromFiles, err := secret.ReadEnv(envFiles, secret.Options{LookupEnv: s.LookupEnv})
+			if err != nil {
+				return s.Usage(err, "")
+			}
+			env = append(fromFiles, env...)
 			return s.run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) { c.Args, c.User, c.Dir, c.Env = args[1:], user, dir, env })
 		},
 	}
@@ -229,6 +235,7 @@ func (s *Shell) exec() *cobra.Command {
 	f.StringVarP(&user, "user", "u", "", "`user` of the guest that runs it, NAME or UID, and optionally :GROUP")
 	f.StringVarP(&dir, "workdir", "w", "", "`dir` to run it in")
 	f.StringArrayVarP(&env, "env", "e", nil, "`NAME=VALUE` for it; may be repeated")
+	f.StringArrayVar(&envFiles, "env-file", nil, "`file` with NAME=VALUE lines; may be repeated, -e counts before it")
 	return cmd
 }
 

@@ -22,6 +22,8 @@ import (
 type Server struct {
 	Reaper *process.Reaper
 	Boot   *agentproto.Boot // whose environment, user and directory programs get. nil: those of an image without any
+	// Secrets stores the files that the host tells, for the command's user. nil: they are there.
+	Secrets func(files map[string][]byte) error
 
 	mu       sync.Mutex
 	changed  chan struct{} // closed at the next change of what follows
@@ -29,7 +31,9 @@ type Server struct {
 	skew     time.Duration
 	spent    *agentproto.Spent
 	exit     *agentproto.Exit
-	main     chan call // gives the command away that waits for the host
+	told     chan struct{} // closed when the host has told its secrets
+	telling  sync.Mutex    // held while it does
+	main     chan call     // gives the command away that waits for the host
 	watchers sync.WaitGroup
 	idle     *time.Timer // gives memory back; nil until something has ended
 }
@@ -48,6 +52,7 @@ func New(reaper *process.Reaper, boot *agentproto.Boot) *Server {
 	}
 	return &Server{
 		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{}, main: make(chan call),
+		told: make(chan struct{}),
 	}
 }
 
@@ -160,7 +165,7 @@ func (s *Server) answer(raw net.Conn) {
 	do := map[agentproto.Op]func(*session) error{
 		agentproto.OpExec: s.exec, agentproto.OpMain: s.command, agentproto.OpWatch: s.watch,
 		agentproto.OpRead: s.read, agentproto.OpWrite: s.write, agentproto.OpDial: dial, agentproto.OpStats: stats,
-		agentproto.OpProcesses: processes,
+		agentproto.OpSecrets: s.secrets, agentproto.OpProcesses: processes,
 	}[req.Op]
 	if err == nil && do == nil {
 		err = fmt.Errorf("the agent does not know how to %q", req.Op)
@@ -255,7 +260,7 @@ func (s *Server) exec(ss *session) error {
 		return errors.New("nothing to run")
 	}
 	exit := s.run(ss, program{
-		args: ss.req.Args, env: append(append([]string(nil), s.Boot.Env...), ss.req.Env...),
+		args: ss.req.Args, env: append(s.Env(), ss.req.Env...),
 		dir: cmp.Or(ss.req.Dir, s.Boot.WorkingDir, "/"), user: cmp.Or(ss.req.User, s.Boot.User),
 	}, nil)
 	_ = ss.conn.SendJSON(agentproto.KindExit, exit)
@@ -288,7 +293,7 @@ func (s *Server) command(ss *session) error {
 func (s *Server) Main(stop <-chan os.Signal, started func(pid int)) (exit agentproto.Exit, ran bool) {
 	select {
 	case c := <-s.main:
-		exit = s.run(c.session, program{args: s.Boot.Command, env: s.Boot.Env, dir: cmp.Or(s.Boot.WorkingDir, "/"), user: s.Boot.User}, started)
+		exit = s.run(c.session, program{args: s.Boot.Command, env: s.Env(), dir: cmp.Or(s.Boot.WorkingDir, "/"), user: s.Boot.User}, started)
 		_ = c.conn.SendJSON(agentproto.KindExit, exit)
 		close(c.done)
 		return exit, true

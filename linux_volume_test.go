@@ -1,0 +1,255 @@
+package smartvm_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/testenv"
+)
+
+// secretValue must be nowhere on the host but in the files that the user has it in.
+const secretValue = "correct horse battery staple"
+
+// A guest has its secrets before its command, or the image's own init, begins; nobody else does; and each start reads them anew.
+func TestLinuxSecrets(t *testing.T) {
+	for _, guest := range []struct {
+		image    string
+		command  []string
+		launcher smartvm.Launcher
+		memory   int
+		init     string // says in the guest what its first program had
+		saw      string // besides the secret
+	}{
+		{
+			"minimal", sh("cat /run/secrets/key >/run/seen; echo $PASSWORD $SHOWN >>/run/seen; while :; do sleep 1; done"), smartvm.LaunchDirect, 256,
+			"cat /run/seen", secretValue + " flag\n",
+		},
+		{"debian", nil, smartvm.LaunchJailed, 512, "cat /run/secrets/key; tr '\\0' '\\n' </proc/1/environ | grep -c 'PASSWORD=" + secretValue + "'", "1\n"},
+	} {
+		t.Run(guest.image, func(t *testing.T) {
+			h := imageHost(t, guest.launcher)
+			dir := t.TempDir()
+			key, env := filepath.Join(dir, "key"), filepath.Join(dir, "env")
+			if err := errors.Join(os.WriteFile(key, []byte(secretValue+"\n"), 0o600), os.WriteFile(env, []byte("PASSWORD="+secretValue+"\nSHOWN=file\n"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			m, err := h.Create(t.Context(), smartvm.Spec{
+				Image: guest.image, Command: guest.command, MachineConfig: linuxMachine(guest.memory), Env: []string{"SHOWN=flag"},
+				EnvFiles: []string{env}, Secrets: []smartvm.Secret{{Name: "key", Path: key}, {Name: "other", Path: "/dev/null"}},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			root := func(script string) smartvm.Cmd { return smartvm.Cmd{Args: sh(script), User: "root"} }
+			inGuest(t, m, root("stat -c '%a %U %F' /run/secrets/key /run/secrets/other; touch /run/secrets/more 2>/dev/null || echo read-only; grep -c '/run/secrets tmpfs' /proc/mounts"),
+				0, "400 root regular file\n400 root regular empty file\nread-only\n1\n")
+			inGuest(t, m, root("echo $PASSWORD $SHOWN"), 0, secretValue+" flag\n")
+			inGuest(t, m, root(guest.init), 0, secretValue+"\n"+guest.saw)
+			all, err := m.GuestProcesses(t.Context())
+			if i := slices.IndexFunc(all, func(p smartvm.GuestProcess) bool { return p.PID == 1 }); err != nil || i < 0 || all[i].User != "root" || all[i].Memory == 0 {
+				t.Errorf("processes %+v, %v", all, err)
+			}
+			if out, err := exec.CommandContext(t.Context(), "grep", "-rlF", secretValue, m.RuntimeDir()).CombinedOutput(); err == nil {
+				t.Errorf("the secret stands in %s", out)
+			}
+			stop := func() {
+				if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+					t.Error(err)
+				}
+			}
+			stop()
+			if guest.command == nil {
+				return
+			}
+			// The next start: what is in the file by then, or an error.
+			if err := os.Remove(key); err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Start(t.Context()); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("start without a secret: %v", err)
+			}
+			if err := os.WriteFile(key, []byte("another"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			inGuest(t, m, root("cat /run/secrets/key"), 0, "another")
+			stop()
+		})
+	}
+}
+
+// volumeSource makes a directory of the host for volumes.
+func volumeSource(t *testing.T) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "src")
+	if err := errors.Join(
+		os.MkdirAll(filepath.Join(dir, "sub/gone"), 0o755), os.WriteFile(filepath.Join(dir, "keep"), []byte("keep"), 0o640),
+		os.WriteFile(filepath.Join(dir, "run"), []byte("#!/bin/sh\necho ran\n"), 0o755), os.WriteFile(filepath.Join(dir, "sub/gone/f"), nil, 0o644),
+		os.WriteFile(filepath.Join(dir, "both"), []byte("old"), 0o644), os.Link(filepath.Join(dir, "run"), filepath.Join(dir, "sub/run2")),
+		os.Symlink("keep", filepath.Join(dir, "link")), os.WriteFile(filepath.Join(dir, "conf"), []byte("conf"), 0o600),
+	); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func wantFiles(t *testing.T, dir string, want map[string]string) {
+	t.Helper()
+	for name, text := range want {
+		got, err := os.ReadFile(filepath.Join(dir, name))
+		if text == "" && !errors.Is(err, fs.ErrNotExist) || text != "" && (err != nil || string(got) != text) {
+			t.Errorf("%s: got %q, %v, want %q", name, got, err, text)
+		}
+	}
+}
+
+// A guest has copies of the host's directories and files; what it changes comes back when that was asked for, whatever ended it.
+func TestLinuxVolumes(t *testing.T) {
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		t.Run(string(launcher), func(t *testing.T) {
+			h := imageHost(t, launcher)
+			src, other := volumeSource(t), volumeSource(t)
+			spec := smartvm.Spec{
+				Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256), Volumes: []smartvm.Volume{
+					{Source: src, Target: "/work/src", Sync: true},
+					{Source: other, Target: "/made/here", ReadOnly: true},
+					{Source: src, Target: "/made/here/nested/deep"},
+					{Source: filepath.Join(other, "conf"), Target: "/etc/app/conf", Sync: true},
+				},
+			}
+			m, err := h.Create(t.Context(), spec)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			root := func(script string) smartvm.Cmd { return smartvm.Cmd{Args: sh(script), User: "root"} }
+			inGuest(t, m, root("cd /work/src; cat keep link conf; ./run; stat -c '%a %h' keep run; readlink link"), 0, "keepkeepconfran\n640 1\n755 2\nkeep\n")
+			inGuest(t, m, root("cd /made/here; cat keep; (echo x >keep) 2>/dev/null || echo read-only; cat nested/deep/keep; echo mine >nested/deep/keep; cat nested/deep/keep"), 0,
+				"keepread-only\nkeepmine\n")
+			inGuest(t, m, root("cat /etc/app/conf; echo guest >/etc/app/conf; ls -d /run/smartvm 2>/dev/null; grep -c ' /made/here' /proc/mounts"), 0, "conf2\n")
+			// Both sides write.
+			if err := errors.Join(os.WriteFile(filepath.Join(src, "both"), []byte("host"), 0o644), os.WriteFile(filepath.Join(src, "late"), []byte("host"), 0o644)); err != nil {
+				t.Fatal(err)
+			}
+			inGuest(t, m, root("cd /work/src; ls late 2>&1; echo guest >both; rm -r sub conf; mkdir sub; echo new >sub/new; chmod 600 keep; ln -sf /etc/passwd link; mkfifo pipe; mknod disk b 8 0; "+
+				"cp /bin/busybox suid; chmod 4755 suid; mkdir -p a/b; echo deep >a/b/c; sync"), 0, "ls: late: No such file or directory\n")
+			if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			wantFiles(t, src, map[string]string{
+				"both": "host", "late": "host", "both.guest-" + m.ID(): "guest\n", "sub/new": "new\n", "a/b/c": "deep\n", "sub/gone/f": "", "sub/run2": "", "conf": "", "pipe": "", "disk": "", "run": "#!/bin/sh\necho ran\n",
+			})
+			wantFiles(t, other, map[string]string{"conf": "guest\n", "keep": "keep"})
+			for name, mode := range map[string]fs.FileMode{"suid": 0o755, "keep": 0o600} {
+				if fi, err := os.Lstat(filepath.Join(src, name)); err != nil || fi.Mode() != mode {
+					t.Errorf("%s: %v, %v", name, fi, err)
+				}
+			}
+			if to, err := os.Readlink(filepath.Join(src, "link")); to != "/etc/passwd" {
+				t.Errorf("link leads to %q, %v", to, err)
+			}
+			// The next start begins with what the host has by then, and nothing else.
+			if err := m.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			inGuest(t, m, root("cd /work/src; cat both late; ls suid; cat /made/here/nested/deep/keep"), 0, "hosthostsuid\nkeep")
+			if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Remove(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// Whoever looks after the VM may be killed: what its guest has changed is there all the same, and comes back with the next who clears up.
+func TestLinuxVolumes_Killed(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchJailed)
+	src := volumeSource(t)
+	s := &site{t: t, options: smartvm.Options{
+		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(dataVariable), FirecrackerBinary: testenv.Firecracker(t), JailerBinary: testenv.Jailer(t), Launcher: smartvm.LaunchJailed,
+	}}
+	keeper := s.remote()
+	id := keeper.ask(request{Op: "create", Spec: smartvm.Spec{
+		Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256), Volumes: []smartvm.Volume{{Source: src, Target: "/src", Sync: true}},
+	}}).ID
+	keeper.ask(request{Op: "start", Ref: id})
+	m, err := h.Machine(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inGuest(t, m, smartvm.Cmd{Args: sh("echo guest >/src/keep; sync"), User: "root"}, 0, "")
+	keeper.kill()
+	in, err := m.Inspect(t.Context())
+	if err != nil || len(in.PIDs) == 0 {
+		t.Fatalf("%+v, %v", in, err)
+	}
+	// The VM is killed too, and nobody sees it.
+	for _, pid := range in.PIDs {
+		if p, err := os.FindProcess(pid); err != nil || p.Kill() != nil {
+			t.Fatalf("kill %d: %v", pid, err)
+		}
+	}
+	// While the directory is away nothing is lost: the VM cannot be removed.
+	if err := os.Rename(src, src+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err == nil {
+		t.Error("copied back to nowhere")
+	}
+	if err := m.Remove(t.Context()); err == nil || !strings.Contains(smartvm.Hint(err), "--discard") {
+		t.Errorf("removed with what is not copied back: %v, hint %q", err, smartvm.Hint(err))
+	}
+	if err := os.Rename(src+".away", src); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantFiles(t, src, map[string]string{"keep": "guest\n", "both": "old"})
+}
+
+// So does what a VM has changed whose life was one call's: it is ended with that, but not before.
+func TestLinuxVolumes_RunKilled(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	src := volumeSource(t)
+	s := &site{t: t, options: smartvm.Options{
+		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(dataVariable), FirecrackerBinary: testenv.Firecracker(t), Launcher: smartvm.LaunchDirect,
+	}}
+	keeper := s.remote()
+	keeper.send(request{Op: "run", Spec: smartvm.Spec{
+		ID: "attached", Image: "minimal", Command: sh("echo guest >/src/keep; sync; echo written; while :; do sleep 1; done"), MachineConfig: linuxMachine(256),
+		Volumes: []smartvm.Volume{{Source: src, Target: "/src", Sync: true}},
+	}})
+	console := filepath.Join(h.RuntimeDir(), "attached", "console.log")
+	for end := time.Now().Add(linuxPatience); ; time.Sleep(10 * time.Millisecond) {
+		if text, err := os.ReadFile(console); err == nil && strings.Contains(string(text), "written") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the guest has not written anything")
+		}
+	}
+	keeper.kill()
+	report, err := h.Recover(t.Context())
+	if err != nil || !slices.Equal(report.Removed, []string{"attached"}) {
+		t.Errorf("%+v, %v", report, err)
+	}
+	wantFiles(t, src, map[string]string{"keep": "guest\n", "both": "old"})
+}
