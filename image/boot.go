@@ -17,6 +17,7 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/initramfs"
+	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/spec"
 )
 
@@ -128,7 +129,7 @@ func (s *Store) bootRoot(ctx context.Context, b *Boot) error {
 		}
 		b.Kernel, b.Root, b.RootType = cmp.Or(b.Kernel, bundle.KernelPath), bundle.RootfsPath, bundle.RootfsType
 		b.CopyRoot = i.Itself
-		users := filepath.Join(bundle.Dir, usersDir)
+		users := filepath.Join(bundle.Dir, kept.UsersDir)
 		b.Users = append(b.Users, users)
 		return os.MkdirAll(users, 0o700)
 	}
@@ -168,7 +169,7 @@ func (s *Store) bundle(ctx context.Context, b *Boot) (*base.Bundle, error) {
 
 // keep has the VM keep an object.
 func (s *Store) keep(b *Boot, o *Object) {
-	b.Users = append(b.Users, filepath.Join(s.objectDir(o.ID), usersDir))
+	b.Users = append(b.Users, filepath.Join(s.objectDir(o.ID), kept.UsersDir))
 }
 
 // bootInitramfs stores an initramfs of the agent and a kernel's modules, if it is not there.

@@ -16,6 +16,7 @@ import (
 	"push.rocks/smartvm/image/oci"
 
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/kept"
 )
 
 // Image is a name and what it stands for. Its JSON form is stable, and what is kept on disk.
@@ -170,13 +171,13 @@ func (s *Store) Inspect(name string) (*Inspection, error) {
 		in.Objects = append(in.Objects, *o)
 	}
 	for _, dir := range s.dirs(i) {
-		size, err := usage(dir)
+		size, err := kept.Usage(dir)
 		if err != nil {
 			return nil, fmt.Errorf("image %s: %w", i.Name, err)
 		}
 		in.Size += size
 	}
-	in.UsedBy, err = users(false, s.dirs(i)...)
+	in.UsedBy, err = kept.Users(false, s.dirs(i)...)
 	return in, err
 }
 

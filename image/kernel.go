@@ -14,6 +14,7 @@ import (
 
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/initramfs"
+	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/kernel"
 )
 
@@ -67,9 +68,9 @@ func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, erro
 	if err != nil {
 		return nil, err
 	}
-	now, err := stamp(path)
+	now, err := kept.Stamp(path)
 	if real, evalErr := filepath.EvalSymlinks(path); evalErr == nil {
-		now, err = stamp(real)
+		now, err = kept.Stamp(real)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("look at this machine's kernel: %w", err)

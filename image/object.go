@@ -16,6 +16,7 @@ import (
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/strictjson"
 )
 
@@ -91,7 +92,7 @@ func (s *Store) use(ctx context.Context, id string, full bool) (*Object, error) 
 	for i := range o.Files {
 		f := &o.Files[i]
 		path := filepath.Join(s.objectDir(id), f.Name)
-		seen, err := stamp(path)
+		seen, err := kept.Stamp(path)
 		if err != nil {
 			return nil, fmt.Errorf("object %s: %w: %w", id, ErrCorrupt, err)
 		}
@@ -117,18 +118,6 @@ func (s *Store) use(ctx context.Context, id string, full bool) (*Object, error) 
 		return nil, err
 	}
 	return o, errors.Join(atomicfile.WriteJSON(filepath.Join(s.objectDir(id), objectFile), o), release())
-}
-
-// stamp changes when the file at path does. That is for noticing accidents: who can write here can do as he likes.
-func stamp(path string) (string, error) {
-	fi, err := os.Lstat(path)
-	if err != nil {
-		return "", err
-	}
-	if !fi.Mode().IsRegular() {
-		return "", fmt.Errorf("%s: %w: no regular file", path, fs.ErrInvalid)
-	}
-	return fmt.Sprint(fi.Sys().(*syscall.Stat_t).Ino, " ", fi.Size(), " ", fi.ModTime().UnixNano()), nil
 }
 
 func (s *Store) digest(ctx context.Context, path, step string) (string, int64, error) {
@@ -191,14 +180,14 @@ func (s *Store) commit(ctx context.Context, dir string, o *Object) error {
 		if err := errors.Join(syncFile(path), os.Chmod(path, 0o444)); err != nil {
 			return fmt.Errorf("store %s: %w", f.Name, err)
 		}
-		if f.Seen, err = stamp(path); err != nil {
+		if f.Seen, err = kept.Stamp(path); err != nil {
 			return fmt.Errorf("store %s: %w", f.Name, err)
 		}
 	}
 	if strings.HasSuffix(o.ID, "-") {
 		o.ID += addressOf(o)
 	}
-	err := errors.Join(atomicfile.WriteJSON(filepath.Join(dir, objectFile), o), os.Mkdir(filepath.Join(dir, usersDir), 0o700),
+	err := errors.Join(atomicfile.WriteJSON(filepath.Join(dir, objectFile), o), os.Mkdir(filepath.Join(dir, kept.UsersDir), 0o700),
 		os.Chmod(dir, 0o700), atomicfile.SyncDir(dir))
 	if err != nil {
 		return fmt.Errorf("store image: %w", err)
@@ -235,40 +224,8 @@ func syncFile(path string) error {
 
 // InUse says whether VMs use what is in a directory that Boot has named as one of those that they do. When in doubt they do.
 func InUse(dir string) bool {
-	all, err := users(false, dir)
+	all, err := kept.Users(false, dir)
 	return err != nil || len(all) > 0
-}
-
-// users returns the directories of the VMs that use what is in dirs, each once. Links of VMs that are gone are taken
-// away, if alone says that nobody is making a VM now.
-func users(alone bool, dirs ...string) ([]string, error) {
-	var all []string
-	for _, dir := range dirs {
-		entries, err := os.ReadDir(filepath.Join(dir, usersDir))
-		if err != nil && !isNotExist(err) && !errors.Is(err, syscall.ENOTDIR) {
-			return nil, fmt.Errorf("look for VMs: %w", err)
-		}
-		for _, e := range entries {
-			link := filepath.Join(dir, usersDir, e.Name())
-			target, err := os.Readlink(link)
-			if isNotExist(err) {
-				continue // the VM has gone meanwhile
-			}
-			if err != nil {
-				return nil, fmt.Errorf("look for VMs: %w", err)
-			}
-			switch _, err := os.Lstat(target); {
-			case err == nil:
-				all = append(all, target)
-			case alone && isNotExist(err):
-				if err := os.Remove(link); err != nil {
-					return nil, fmt.Errorf("look for VMs: %w", err)
-				}
-			}
-		}
-	}
-	slices.Sort(all)
-	return slices.Compact(all), nil
 }
 
 func readJSON[T any](path string, limit int) (v T, err error) {

@@ -4,15 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/kept"
 )
 
 // Removed is what Remove or Prune took away.
@@ -60,7 +58,7 @@ func (s *Store) lastUsers(i *Image, all []*Image) ([]string, error) {
 	shared := func(dir string) bool {
 		return slices.ContainsFunc(all, func(other *Image) bool { return other.Name != i.Name && slices.Contains(s.dirs(other), dir) })
 	}
-	return users(true, slices.DeleteFunc(s.dirs(i), shared)...)
+	return kept.Users(true, slices.DeleteFunc(s.dirs(i), shared)...)
 }
 
 // unname takes an image's name away, and its bundle where it is the last of all to have it and no VM does.
@@ -95,7 +93,7 @@ func (s *Store) prune(ctx context.Context, all bool) (*Removed, error) {
 		return r, err
 	}
 	for _, i := range images {
-		by, err := users(true, s.dirs(i)...)
+		by, err := kept.Users(true, s.dirs(i)...)
 		if err != nil {
 			return r, err
 		}
@@ -130,7 +128,7 @@ func (s *Store) sweep() (int64, error) {
 	var freed int64
 	take := func(dir, name string) error {
 		path := s.path(dir, name)
-		size, err := usage(path)
+		size, err := kept.Usage(path)
 		if err != nil {
 			return err
 		}
@@ -147,7 +145,7 @@ func (s *Store) sweep() (int64, error) {
 		return 0, fmt.Errorf("remove images: %w", err)
 	}
 	for _, e := range objects {
-		by, err := users(true, s.objectDir(e.Name()))
+		by, err := kept.Users(true, s.objectDir(e.Name()))
 		if err != nil {
 			return freed, err
 		}
@@ -213,7 +211,7 @@ func (s *Store) usage() (*Usage, error) {
 			return nil, fmt.Errorf("measure images: %w", err)
 		}
 		for _, e := range entries {
-			size, err := usage(s.path(part.dir, e.Name()))
+			size, err := kept.Usage(s.path(part.dir, e.Name()))
 			if err != nil {
 				return nil, fmt.Errorf("measure images: %w", err)
 			}
@@ -224,21 +222,4 @@ func (s *Store) usage() (*Usage, error) {
 		}
 	}
 	return u, nil
-}
-
-// usage is how many bytes a file or directory takes, holes not counted.
-func usage(path string) (int64, error) {
-	var sum int64
-	err := filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		fi, err := d.Info()
-		if err != nil {
-			return err
-		}
-		sum += fi.Sys().(*syscall.Stat_t).Blocks * 512
-		return nil
-	})
-	return sum, err
 }

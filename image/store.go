@@ -75,7 +75,6 @@ const (
 	objectsDir = "objects" // a directory an object
 	layersDir  = "layers"  // compressed layers of OCI images, by digest
 	tempDir    = "tmp"     // what is being made; whatever is there while nobody holds the store is rubbish
-	usersDir   = "users"   // in an object: links to VMs' directories
 )
 
 // Open makes the store's directory if need be. It fetches nothing.

@@ -78,21 +78,21 @@ func (f *File) Revert(context.Context) error {
 	return nil
 }
 
-// extent is a run of data in a file.
-type extent struct{ off, len int64 }
+// Extent is a run of data in a file, in bytes.
+type Extent struct{ Off, Len int64 }
 
 func (f *File) copy(ctx context.Context, dst, src *os.File) error {
 	size, err := src.Seek(0, io.SeekEnd) // a block device has no size of its own in stat
 	if err != nil {
 		return err
 	}
-	data, err := extents(src, size)
+	data, err := Extents(src, size)
 	if err != nil {
 		return err
 	}
 	var total int64
 	for _, e := range data {
-		total += e.len
+		total += e.Len
 	}
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(dst.Fd()), &st); err != nil {
@@ -106,15 +106,15 @@ func (f *File) copy(ctx context.Context, dst, src *os.File) error {
 	}
 	var done int64
 	for _, e := range data {
-		for e.len > 0 {
+		for e.Len > 0 {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			n := min(e.len, copyChunk)
-			if err := copyRange(dst, src, e.off, n); err != nil {
+			n := min(e.Len, copyChunk)
+			if err := copyRange(dst, src, e.Off, n); err != nil {
 				return err
 			}
-			e.off, e.len, done = e.off+n, e.len-n, done+n
+			e.Off, e.Len, done = e.Off+n, e.Len-n, done+n
 			if f.Progress != nil {
 				f.Progress(done, total)
 			}
@@ -138,16 +138,16 @@ func copyRange(dst, src *os.File, off, n int64) error {
 	return err
 }
 
-// extents finds where a file's data is. A file system that cannot tell has it everywhere.
-func extents(f *os.File, size int64) ([]extent, error) {
-	var all []extent
+// Extents finds where a file's data is. A file system that cannot tell has it everywhere.
+func Extents(f *os.File, size int64) ([]Extent, error) {
+	var all []Extent
 	for off := int64(0); off < size; {
 		start, err := f.Seek(off, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) {
 			break
 		}
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
-			return []extent{{0, size}}, nil
+			return []Extent{{0, size}}, nil
 		}
 		if err != nil {
 			return nil, err
@@ -156,7 +156,7 @@ func extents(f *os.File, size int64) ([]extent, error) {
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, extent{start, end - start})
+		all = append(all, Extent{start, end - start})
 		off = end
 	}
 	return all, nil
