@@ -52,6 +52,7 @@ const (
 	// In a data directory:
 
 	ImageDir    = "images"
+	SnapshotDir = "snapshots"
 	VolumeDir   = "volumes"
 	BinaryDir   = "bin"         // Firecracker, a directory a version
 	BaseDir     = "base-images" // Firecracker's own images, a directory a bundle

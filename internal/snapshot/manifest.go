@@ -1,0 +1,206 @@
+package snapshot
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/strictjson"
+)
+
+// manifestVersion is the form of manifests that this program writes and reads.
+const manifestVersion = 1
+
+// Limits of a manifest.
+const (
+	maxManifest = 4 << 20 // bytes
+	MaxMachine  = 1 << 20 // bytes of Manifest.Machine
+	maxFiles    = 1024
+	maxExternal = 1024
+	maxLabels   = 256
+	maxText     = 4096 // bytes of any other text
+	maxFileSize = 1 << 46
+	maxDepth    = 4 // parts of a path in a snapshot
+)
+
+// Manifest describes a snapshot. Its JSON form is stable, and what is kept on disk.
+type Manifest struct {
+	Version int               `json:"version"`
+	ID      string            `json:"id"`
+	Name    string            `json:"name,omitempty"`
+	Created time.Time         `json:"created"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	Parent  string            `json:"parent,omitempty"` // id of the snapshot that the VM came from or that a diff was merged with; it is not needed
+
+	Firecracker string `json:"firecracker"`           // the VMM that made it: "1.12.1"
+	Format      string `json:"format,omitempty"`      // of the state: "6.0.0"; Commit reads it, empty where it cannot
+	Arch        string `json:"arch"`                  // as Go spells it
+	CPUVendor   string `json:"cpuVendor,omitempty"`   // HostFacts say what these are
+	CPUModel    string `json:"cpuModel,omitempty"`    //
+	CPUTemplate string `json:"cpuTemplate,omitempty"` // what the VMM was told to make of the CPU; empty: nothing
+	HostKernel  string `json:"hostKernel,omitempty"`
+	MemSizeMiB  int    `json:"memSizeMib"`
+	HugePages   string `json:"hugePages,omitempty"` // "2M" or empty
+
+	// Ephemeral snapshots are those of a fork. They go with their last user, and their files have no digests.
+	Ephemeral bool          `json:"ephemeral,omitempty"`
+	Paused    time.Duration `json:"pausedNs"` // how long the VM was
+
+	Files    map[string]File `json:"files"` // by path in the directory; Commit finds them
+	External []External      `json:"external,omitempty"`
+	Machine  json.RawMessage `json:"machine,omitempty"` // its maker's own, not looked at
+}
+
+// File is one file of a snapshot.
+type File struct {
+	Size   int64  `json:"size"`             // bytes
+	Digest string `json:"digest,omitempty"` // see Digest
+}
+
+// External is a file elsewhere that a VM of the snapshot reads, and that is not part of it.
+type External struct {
+	Device string `json:"device"` // drive or pmem id
+	Path   string `json:"path"`
+	Size   int64  `json:"size"`             // bytes
+	SHA256 string `json:"sha256,omitempty"` // where it is known
+}
+
+// validate says all that is wrong with a manifest, but for what only its files can show.
+func (m *Manifest) validate() error { return errors.Join(m.validateSelf(), m.validateFiles()) }
+
+func (m *Manifest) validateSelf() error {
+	var errs []error
+	check := func(ok bool, format string, args ...any) {
+		if !ok {
+			errs = append(errs, fmt.Errorf("%w: "+format, append([]any{ErrInvalid}, args...)...))
+		}
+	}
+	check(m.Version == manifestVersion, "version %d, not %d", m.Version, manifestVersion)
+	check(validID(m.ID), "id %q", clip(m.ID))
+	check(m.Name == "" || validName(m.Name), "name %q must be 1 to 64 letters, digits and .-_, none of these first", clip(m.Name))
+	check(m.Parent == "" || validID(m.Parent), "parent %q", clip(m.Parent))
+	check(m.HugePages == "" || m.HugePages == "2M", "huge pages %q", clip(m.HugePages))
+	check(m.MemSizeMiB > 0 && int64(m.MemSizeMiB) <= maxFileSize>>20, "%d MiB of memory", m.MemSizeMiB)
+	check(m.Paused >= 0, "paused for %v", m.Paused)
+	check(len(m.Labels) <= maxLabels, "%d labels", len(m.Labels))
+	for k, v := range m.Labels {
+		check(k != "" && len(k) <= maxText && len(v) <= maxText, "label %q", clip(k))
+	}
+	for _, text := range []string{m.Firecracker, m.Format, m.Arch, m.CPUVendor, m.CPUModel, m.CPUTemplate, m.HostKernel} {
+		check(len(text) <= maxText, "%q is too long", clip(text))
+	}
+	check(m.Firecracker != "", "no version of Firecracker")
+	check(m.Arch != "", "no architecture")
+	check(len(m.Machine) <= MaxMachine, "%d bytes about the machine", len(m.Machine))
+	check(len(m.External) <= maxExternal, "%d files elsewhere", len(m.External))
+	for _, e := range m.External {
+		check(e.Device != "" && len(e.Device) <= maxText && filepath.IsAbs(e.Path) && len(e.Path) <= maxText && !strings.ContainsRune(e.Path, 0) &&
+			e.Size >= 0 && (e.SHA256 == "" || validDigest(e.SHA256)), "file elsewhere %q", clip(e.Path))
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Manifest) validateFiles() error {
+	var errs []error
+	check := func(ok bool, format string, args ...any) {
+		if !ok {
+			errs = append(errs, fmt.Errorf("%w: "+format, append([]any{ErrInvalid}, args...)...))
+		}
+	}
+	check(len(m.Files) <= maxFiles, "%d files", len(m.Files))
+	for name, f := range m.Files {
+		check(validPath(name), "path %q", clip(name))
+		check(f.Size >= 0 && f.Size <= maxFileSize, "%s has %d bytes", clip(name), f.Size)
+		check(f.Digest == "" && m.Ephemeral || validDigest(f.Digest), "%s has digest %q", clip(name), clip(f.Digest))
+		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
+			_, both := m.Files[dir]
+			check(!both, "%s is a file and a directory", clip(dir))
+		}
+	}
+	_, state := m.Files[StateFile]
+	memory, ok := m.Files[MemoryFile]
+	check(state, "no file %s", StateFile)
+	check(ok, "no file %s", MemoryFile)
+	// What can be plugged in later comes after what the guest has.
+	check(!ok || memory.Size>>20 >= int64(m.MemSizeMiB) && memory.Size%pageSize == 0, "%s has %d bytes, of a guest of %d MiB", MemoryFile, memory.Size, m.MemSizeMiB)
+	return errors.Join(errs...)
+}
+
+const pageSize = 4096
+
+// validPath says whether a file of a snapshot can be at a path: a clean one below its directory, of plain characters,
+// and not one of our own.
+func validPath(name string) bool {
+	parts := strings.Split(name, "/")
+	if len(name) > 255 || len(parts) > maxDepth {
+		return false
+	}
+	for _, part := range parts {
+		if !validChars(part, "-_.") || part[0] == '.' || part[0] == '-' {
+			return false
+		}
+	}
+	return parts[0] != manifestFile && parts[0] != seenFile && parts[0] != kept.UsersDir && !strings.HasSuffix(name, atomicfile.TempSuffix)
+}
+
+// readManifest reads the manifest in a snapshot's directory, with fs.ErrNotExist where there is none.
+func readManifest(dir string) (*Manifest, error) {
+	f, err := os.OpenFile(filepath.Join(dir, manifestFile), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
+	if err != nil {
+		return nil, err
+	}
+	m, err := parseManifest(data)
+	if err == nil && m.ID != filepath.Base(dir) {
+		err = fmt.Errorf("it is that of %s", m.ID)
+	}
+	if err != nil {
+		return nil, &DamagedError{ID: filepath.Base(dir), File: manifestFile, Reason: "is no manifest of it: " + err.Error()}
+	}
+	return m, nil
+}
+
+// encode is not indented: Machine comes back as it was, and no longer.
+func (m *Manifest) encode() ([]byte, error) {
+	text, err := json.Marshal(m)
+	if err == nil && len(text) >= maxManifest {
+		err = fmt.Errorf("manifest has %d bytes", len(text))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	return append(text, '\n'), nil
+}
+
+func parseManifest(data []byte) (*Manifest, error) {
+	m, err := strictjson.Unmarshal[Manifest](data, maxManifest)
+	if err == nil {
+		err = m.validate()
+	}
+	return &m, err
+}
+
+func isNotExist(err error) bool { return errors.Is(err, fs.ErrNotExist) }
+
+// clip shortens what somebody else wrote for a message.
+func clip(s string) string {
+	if len(s) > 64 {
+		return s[:64] + "..."
+	}
+	return s
+}

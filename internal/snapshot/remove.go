@@ -1,0 +1,123 @@
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/kept"
+)
+
+// Remove removes a snapshot. While VMs use it, it is an *InUseError; with force it goes all the same, and VMs that are to
+// be restored from it cannot be: those that run have its files open. Returns ErrNotFound.
+func (s *Store) Remove(ctx context.Context, ref string, force bool) error {
+	release, err := s.alone(ctx)
+	if err != nil {
+		return err
+	}
+	return errors.Join(s.remove(ref, force), release())
+}
+
+func (s *Store) remove(ref string, force bool) error {
+	id, err := s.resolve(ref)
+	if err != nil {
+		return err
+	}
+	by, err := kept.Users(true, s.Dir(id))
+	if err != nil {
+		return err
+	}
+	if len(by) > 0 && !force {
+		return &InUseError{ID: id, By: by}
+	}
+	return s.take(id)
+}
+
+// take removes a snapshot. Out of sight first: nothing is ever half there.
+func (s *Store) take(id string) error {
+	gone := s.temp(id + ".gone")
+	err := errors.Join(os.RemoveAll(gone), os.Rename(s.Dir(id), gone))
+	if err == nil {
+		err = errors.Join(atomicfile.SyncDir(s.dir), os.RemoveAll(gone))
+	}
+	if err != nil {
+		return fmt.Errorf("remove snapshot %s: %w", id, err)
+	}
+	return nil
+}
+
+// Prune removes the snapshots that no VM uses and that keep does not want, and returns their ids. A nil keep wants none.
+// Damaged ones stay.
+func (s *Store) Prune(ctx context.Context, keep func(*Snapshot) bool) (removed []string, err error) {
+	release, err := s.alone(ctx)
+	if err != nil {
+		return nil, err
+	}
+	removed, err = s.prune(keep)
+	return removed, errors.Join(err, release())
+}
+
+func (s *Store) prune(keep func(*Snapshot) bool) (removed []string, err error) {
+	all, err := s.List()
+	if errors.Is(err, ErrDamaged) {
+		err = nil
+	}
+	for _, sn := range all {
+		by, uerr := kept.Users(true, sn.Dir())
+		if err = errors.Join(err, uerr); uerr != nil || len(by) > 0 || keep != nil && keep(sn) {
+			continue
+		}
+		if terr := s.take(sn.ID); terr != nil {
+			err = errors.Join(err, terr)
+			continue
+		}
+		removed = append(removed, sn.ID)
+	}
+	return removed, err
+}
+
+// Sweep removes what nobody will miss: drafts of processes that died, what was half removed, and ephemeral snapshots
+// without users, whose ids it returns.
+func (s *Store) Sweep(ctx context.Context) (removed []string, err error) {
+	release, err := s.alone(ctx)
+	if err != nil {
+		return nil, err
+	}
+	removed, err = s.prune(func(sn *Snapshot) bool { return !sn.Ephemeral })
+	return removed, errors.Join(err, s.tidy(), release())
+}
+
+// tidy removes the drafts whose makers are gone. The caller has the store alone, so nobody begins one.
+func (s *Store) tidy() error {
+	entries, err := os.ReadDir(s.temp(""))
+	if err != nil {
+		return fmt.Errorf("clear away unfinished snapshots: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		errs = append(errs, s.tidyOne(s.temp(e.Name())))
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Store) tidyOne(path string) error {
+	f, err := openPlain(path)
+	if isNotExist(err) {
+		return nil // its maker has just ended it
+	}
+	if err == nil {
+		defer f.Close()
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+			return nil // its maker lives
+		}
+		err = os.RemoveAll(path)
+	}
+	if err != nil {
+		return fmt.Errorf("clear away unfinished snapshots: %w", err)
+	}
+	return nil
+}
