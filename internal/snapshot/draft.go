@@ -73,7 +73,8 @@ func (d *Draft) Abort() error {
 }
 
 // Commit makes the draft a snapshot: it checks the state, takes the digests of all files, makes them read-only and ours,
-// and when all is on disk renames the directory. ID, Files and Format are filled in, and Created if it is zero. Returns
+// and when all is on disk renames the directory. ID, Files,
+// Format and Arch are filled in, and Created if it is zero. Returns
 // ErrExists where the name is taken, ErrInvalid or a *DamagedError for what is no snapshot; the draft is then still one.
 // Progress in bytes may be nil.
 func (d *Draft) Commit(ctx context.Context, m Manifest, progress func(done, total int64)) (*Snapshot, error) {
@@ -165,10 +166,10 @@ func (d *Draft) describe(ctx context.Context, m *Manifest, progress func(done, t
 	}
 	state, err := ReadState(filepath.Join(d.path, StateFile))
 	if err != nil {
-		return nil, &DamagedError{ID: d.id, File: StateFile, Reason: err.Error()}
+		return nil, m.stateError(err)
 	}
-	if m.Format != "" && m.Format != state.Format {
-		return nil, &DamagedError{ID: d.id, File: StateFile, Reason: fmt.Sprintf("has format %q, not %q", state.Format, m.Format)}
+	if err := m.compareState(state); err != nil {
+		return nil, err
 	}
 	m.Format, m.Arch = state.Format, state.Arch
 	if err := errors.Join(m.validateSelf(), d.free(m)); err != nil {
@@ -192,7 +193,7 @@ func (d *Draft) describe(ctx context.Context, m *Manifest, progress func(done, t
 		}
 		f := File{Size: size}
 		if !m.Ephemeral {
-			if f.Digest, f.Size, err = digestFile(ctx, path, tell); err != nil {
+			if f.Digest, f.Size, err = kept.Digest(ctx, path, tell); err != nil {
 				return nil, err
 			}
 		}
@@ -238,7 +239,7 @@ func (d *Draft) walk() (sizes map[string]int64, dirs []string, err error) {
 // secure makes a file ours, read-only and durable, and returns its stamp. Readable to all, since a VMM in a jail is
 // another user; the directory above is nobody's but ours.
 func secure(path string) (stamp string, err error) {
-	f, err := openPlain(path)
+	f, err := kept.OpenPlain(path)
 	if err != nil {
 		return "", err
 	}

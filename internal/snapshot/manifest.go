@@ -29,9 +29,9 @@ const (
 	maxFiles    = 1024
 	maxExternal = 1024
 	maxLabels   = 256
-	maxText     = 4096 // bytes of any other text
-	maxFileSize = 1 << 46
-	maxDepth    = 4 // parts of a path in a snapshot
+	maxText     = 4096    // bytes of any other text
+	maxFileSize = 1 << 44 // bytes
+	maxDepth    = 4       // parts of a path in a snapshot
 )
 
 // Manifest describes a snapshot. Its JSON form is stable, and what is kept on disk.
@@ -65,7 +65,7 @@ type Manifest struct {
 // File is one file of a snapshot.
 type File struct {
 	Size   int64  `json:"size"`             // bytes
-	Digest string `json:"digest,omitempty"` // see Digest
+	Digest string `json:"digest,omitempty"` // see kept.Digest
 }
 
 // External is a file elsewhere that a VM of the snapshot reads, and that is not part of it.
@@ -106,7 +106,7 @@ func (m *Manifest) validateSelf() error {
 	check(len(m.External) <= maxExternal, "%d files elsewhere", len(m.External))
 	for _, e := range m.External {
 		check(e.Device != "" && len(e.Device) <= maxText && filepath.IsAbs(e.Path) && len(e.Path) <= maxText && !strings.ContainsRune(e.Path, 0) &&
-			e.Size >= 0 && (e.SHA256 == "" || validDigest(e.SHA256)), "file elsewhere %q", clip(e.Path))
+			e.Size >= 0 && (e.SHA256 == "" || kept.ValidDigest(e.SHA256)), "file elsewhere %q", clip(e.Path))
 	}
 	return errors.Join(errs...)
 }
@@ -122,8 +122,8 @@ func (m *Manifest) validateFiles() error {
 	for name, f := range m.Files {
 		check(validPath(name), "path %q", clip(name))
 		check(f.Size >= 0 && f.Size <= maxFileSize, "%s has %d bytes", clip(name), f.Size)
-		check(f.Digest == "" && m.Ephemeral || validDigest(f.Digest), "%s has digest %q", clip(name), clip(f.Digest))
-		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
+		check(f.Digest == "" && m.Ephemeral || kept.ValidDigest(f.Digest), "%s has digest %q", clip(name), clip(f.Digest))
+		for dir := path.Dir(name); dir != "." && dir != "/"; dir = path.Dir(dir) {
 			_, both := m.Files[dir]
 			check(!both, "%s is a file and a directory", clip(dir))
 		}

@@ -105,7 +105,7 @@ func (s *Store) tidy() error {
 }
 
 func (s *Store) tidyOne(path string) error {
-	f, err := openPlain(path)
+	f, err := kept.OpenPlain(path)
 	if isNotExist(err) {
 		return nil // its maker has just ended it
 	}

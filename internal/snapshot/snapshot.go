@@ -209,7 +209,7 @@ func (sn *Snapshot) checkDigest(ctx context.Context, name string, progress func(
 	if f.Digest == "" {
 		return nil
 	}
-	digest, _, err := digestFile(ctx, sn.Path(name), progress)
+	digest, _, err := kept.Digest(ctx, sn.Path(name), progress)
 	if err != nil {
 		return sn.damaged(name, err)
 	}

@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"regexp"
+
+	"push.rocks/smartvm/internal/kept"
 )
 
 // State is what the beginning of a state file says. Its form is Firecracker's, src/vmm/src/snapshot there.
@@ -26,12 +28,15 @@ const (
 // jones is the polynomial of the crc64 crate, bits reversed.
 const jones = 0x95ac9329ac4bc9b5
 
+// checksum is the crate's, which neither begins nor ends with an inversion; the standard library does both.
+func checksum(data []byte) uint64 { return ^crc64.Update(^uint64(0), crc64.MakeTable(jones), data) }
+
 var formatPattern = regexp.MustCompile(`^[0-9]{1,5}\.[0-9]{1,5}\.[0-9]{1,5}$`)
 
 // ReadState checks a state file as the VMM would: its checksum is right and it begins as one does. What is between is the
 // VMM's own, and only that can tell what is wrong with it.
 func ReadState(path string) (*State, error) {
-	f, err := openPlain(path)
+	f, err := kept.OpenPlain(path)
 	if err != nil {
 		return nil, err
 	}
@@ -59,9 +64,8 @@ func parseState(data []byte) (*State, error) {
 	default:
 		return nil, fmt.Errorf("does not begin as a state does: %#x", magic)
 	}
-	// The crate neither begins nor ends with an inversion, the standard library does both.
 	n := len(data) - crc64.Size
-	if sum, want := ^crc64.Update(^uint64(0), crc64.MakeTable(jones), data[:n]), binary.LittleEndian.Uint64(data[n:]); sum != want {
+	if sum, want := checksum(data[:n]), binary.LittleEndian.Uint64(data[n:]); sum != want {
 		return nil, fmt.Errorf("has checksum %016x, not %016x", sum, want)
 	}
 	s.Format = format(data[8:n])
@@ -83,17 +87,28 @@ func format(data []byte) string {
 // checkState says what is wrong with a snapshot's state file.
 func (m *Manifest) checkState(path string) error {
 	s, err := ReadState(path)
+	if err != nil {
+		return m.stateError(err)
+	}
+	return m.compareState(s)
+}
+
+// stateError is damage, unless it is the file system that is to blame.
+func (m *Manifest) stateError(err error) error {
 	var fault *os.PathError
 	if errors.As(err, &fault) && !isNotExist(err) {
-		return err
+		return fmt.Errorf("read state of snapshot %s: %w", m.ID, err)
 	}
+	return &DamagedError{ID: m.ID, File: StateFile, Reason: err.Error()}
+}
+
+// compareState compares a state with what the manifest says of it, if it does.
+func (m *Manifest) compareState(s *State) error {
 	reason := ""
 	switch {
-	case err != nil:
-		reason = err.Error()
-	case s.Arch != m.Arch:
+	case m.Arch != "" && s.Arch != m.Arch:
 		reason = fmt.Sprintf("is of a %s machine, not %s", s.Arch, m.Arch)
-	case s.Format != m.Format:
+	case m.Format != "" && s.Format != m.Format:
 		reason = fmt.Sprintf("has format %q, not %q", s.Format, m.Format)
 	default:
 		return nil

@@ -94,12 +94,8 @@ func (f *File) copy(ctx context.Context, dst, src *os.File) error {
 	for _, e := range data {
 		total += e.Len
 	}
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(dst.Fd()), &st); err != nil {
+	if err := CheckSpace(f.Source, dst, total); err != nil {
 		return err
-	}
-	if free := int64(st.Bavail) * st.Bsize; total > free {
-		return &SpaceError{Source: f.Source, Dir: f.Target, Need: total, Free: free}
 	}
 	if err := dst.Truncate(size); err != nil {
 		return err
@@ -119,6 +115,18 @@ func (f *File) copy(ctx context.Context, dst, src *os.File) error {
 				f.Progress(done, total)
 			}
 		}
+	}
+	return nil
+}
+
+// CheckSpace returns a *SpaceError if what is to be put into dst, a copy of source, does not fit there.
+func CheckSpace(source string, dst *os.File, need int64) error {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(dst.Fd()), &st); err != nil {
+		return err
+	}
+	if free := int64(st.Bavail) * st.Bsize; need > free {
+		return &SpaceError{Source: source, Dir: dst.Name(), Need: need, Free: free}
 	}
 	return nil
 }

@@ -1,0 +1,187 @@
+package snapshot
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/binary"
+	"hash/crc64"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+func TestParseCPU(t *testing.T) {
+	for name, c := range map[string]struct{ text, vendor, model string }{
+		"x86": {"processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon: 2\n\nvendor_id\t: other\n", "GenuineIntel", "Xeon: 2 (family 6, model 85)"},
+		"ARM": {"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n", "0x41", "part 0xd0c variant 0x3"},
+		"Odd": {"nothing of the kind", "", ""},
+	} {
+		if vendor, model := parseCPU([]byte(c.text)); vendor != c.vendor || model != c.model {
+			t.Errorf("%s: %q, %q", name, vendor, model)
+		}
+	}
+}
+
+func TestParseHugePages(t *testing.T) {
+	const text = "MemTotal:  1 kB\nHugePages_Total:   20\nHugePages_Free:    10\nHugePages_Rsvd:    3\nHugepagesize:       2048 kB\n"
+	if got := parseHugePages([]byte(text)); got != 14 {
+		t.Errorf("%d MiB, want 14", got)
+	}
+	if got := parseHugePages([]byte("HugePages_Free: 1\nHugepagesize: 1048576 kB\n")); got != 0 {
+		t.Errorf("%d MiB of pages of another size", got)
+	}
+}
+
+// The vectors are those of the VMM's own tests.
+func TestChecksum(t *testing.T) {
+	for _, c := range []struct {
+		data []byte
+		want uint64
+	}{{[]byte{1, 2, 3, 4, 5}, 0xFB04_60DE_0638_3654}, {bytes.Repeat([]byte{123}, 16), 0x29D5_3572_1632_6566}, {nil, 0}} {
+		if got := checksum(c.data); got != c.want {
+			t.Errorf("%x: %#x, want %#x", c.data, got, c.want)
+		}
+	}
+}
+
+func sealed(b []byte) []byte { return binary.LittleEndian.AppendUint64(b, checksum(b)) }
+
+// As Firecracker until 1.14 writes a state's beginning, and since 1.15: by bincode, by bitcode.
+func TestParseState(t *testing.T) {
+	magic := binary.LittleEndian.AppendUint64(nil, magicX86)
+	arm := binary.LittleEndian.AppendUint64(nil, magicARM)
+	for name, c := range map[string]struct {
+		data []byte
+		want State // zero: an error
+	}{
+		"OddLength":     {sealed(append(bytes.Clone(magic), "\x06\x00\x00\x00\x00\x00\x00\x006.0.0 and so on"...)), State{"amd64", ""}},
+		"Bincode":       {sealed(append(bytes.Clone(magic), "\x05\x00\x00\x00\x00\x00\x00\x006.0.0 and so on"...)), State{"amd64", "6.0.0"}},
+		"Bitcode":       {sealed(append(bytes.Clone(magic), "\x0610.0.0 and so on"...)), State{"amd64", "10.0.0"}},
+		"ARM":           {sealed(append(bytes.Clone(arm), "\x0610.0.0 and so on"...)), State{"arm64", "10.0.0"}},
+		"LengthTooLong": {sealed(append(bytes.Clone(magic), "\xf0\x00\x00\x00\x00\x00\x00\x006.0.0"...)), State{"amd64", ""}},
+		"NoVersion":     {sealed(append(bytes.Clone(magic), "\x03abcdefghij"...)), State{"amd64", ""}},
+		"Shortest":      {sealed(append(bytes.Clone(magic), "\xff\x00\x00\x00\x00\x00\x00\x00"...)), State{"amd64", ""}},
+		"TooShort":      {sealed(magic[:8:8]), State{}},
+		"OtherMagic":    {sealed(append([]byte("\x7fELF0000"), "\x0610.0.0 and so on"...)), State{}},
+		"NoChecksum":    {append(bytes.Clone(magic), "\x0610.0.0 and so on"...), State{}},
+		"Empty":         {nil, State{}},
+		"TooLarge":      {sealed(append(bytes.Clone(magic), make([]byte, maxState)...)), State{}},
+	} {
+		got, err := parseState(c.data)
+		if (err != nil) != (c.want == State{}) || err == nil && *got != c.want {
+			t.Errorf("%s: %+v, %v; want %+v", name, got, err, c.want)
+		}
+	}
+}
+
+func FuzzParseState(f *testing.F) {
+	f.Add(binary.LittleEndian.AppendUint64(nil, magicX86), true)
+	f.Add([]byte("\x00\x00\x64\x86\x84\x19\x10\x07\x0610.0.0"), true)
+	f.Add([]byte("short"), false)
+	f.Fuzz(func(t *testing.T, data []byte, seal bool) {
+		if seal {
+			data = sealed(data)
+		}
+		s, err := parseState(data)
+		if err != nil {
+			return
+		}
+		if n := len(data) - crc64.Size; checksum(data[:n]) != binary.LittleEndian.Uint64(data[n:]) || s.Arch == "" {
+			t.Errorf("%x is taken for %+v", data, s)
+		}
+	})
+}
+
+// What is taken for a manifest is a safe one, and the same when written and read again.
+func FuzzParseManifest(f *testing.F) {
+	f.Add([]byte(`{"version":1,"id":"a","created":"2026-01-02T03:04:05Z","firecracker":"1.12.1","arch":"amd64","memSizeMib":1,"pausedNs":0,` +
+		`"ephemeral":true,"files":{"state":{"size":1},"memory":{"size":1048576},"drives/a":{"size":7}},"machine":{ "a": [1] }}`))
+	f.Add([]byte(`{"version":1,"files":{"../x":{"size":1}}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m, err := parseManifest(data)
+		if err != nil {
+			return
+		}
+		for name, file := range m.Files {
+			if !filepath.IsLocal(name) || filepath.Clean(name) != name || file.Size < 0 || file.Size > maxFileSize {
+				t.Errorf("file %q of %d bytes", name, file.Size)
+			}
+		}
+		if m.ID != filepath.Base(m.ID) || m.ID[0] == '.' {
+			t.Errorf("id %q", m.ID)
+		}
+		text, err := m.encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := parseManifest(text)
+		if err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+		if other, err := again.encode(); err != nil || !bytes.Equal(text, other) {
+			t.Errorf("%s became %s, %v", text, other, err)
+		}
+	})
+}
+
+// Whatever an archive holds, an import gives a whole snapshot or nothing, and writes nowhere else.
+func FuzzImport(f *testing.F) {
+	memory := make([]byte, 1<<20)
+	state := sealed(append(binary.LittleEndian.AppendUint64(nil, magicX86), "\x0610.0.0 and so on"...))
+	dir := f.TempDir()
+	for name, data := range map[string][]byte{"memory": memory, "state": state} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			f.Fatal(err)
+		}
+	}
+	f.Add(fuzzTar(f, dir, nil))
+	f.Add(fuzzTar(f, dir, []byte("tail")))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		dir := t.TempDir()
+		s, err := Open(filepath.Join(dir, "s"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sn, err := s.importTar(t.Context(), bytes.NewReader(data), ImportOptions{})
+		all, lerr := s.List()
+		if lerr != nil || (err == nil) != (len(all) == 1) {
+			t.Errorf("%v, and there are %v, %v", err, all, lerr)
+		}
+		if err == nil {
+			if err := sn.Verify(t.Context(), nil); err != nil {
+				t.Error(err)
+			}
+		}
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+			t.Errorf("there are %v, %v", entries, err)
+		}
+		if entries, err := os.ReadDir(s.temp("")); err != nil || len(entries) != 0 {
+			t.Errorf("left: %v, %v", entries, err)
+		}
+	})
+}
+
+// fuzzTar is an archive, not compressed, of a snapshot of the files in dir.
+func fuzzTar(f *testing.F, dir string, tail []byte) []byte {
+	s, err := Open(filepath.Join(f.TempDir(), "s"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	d, err := s.Begin(f.Context())
+	if err != nil {
+		f.Fatal(err)
+	}
+	if err := os.CopyFS(d.Path(), os.DirFS(dir)); err != nil {
+		f.Fatal(err)
+	}
+	sn, err := d.Commit(f.Context(), Manifest{Firecracker: "1.16.0", MemSizeMiB: 1}, nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	var b bytes.Buffer
+	if err := sn.writeTar(f.Context(), tar.NewWriter(&b), nil); err != nil {
+		f.Fatal(err)
+	}
+	return append(b.Bytes(), tail...)
+}
