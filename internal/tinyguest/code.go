@@ -103,4 +103,30 @@ var endings = map[Then][]byte{
 		0x75, 0xf9, //                jne 2b
 		0xeb, 0xf2, //                jmp 1b
 	},
+	Sweep: {
+		0xbf, 0, 0, 0, 0, //                   1: mov edi, <first page>
+		0xb9, 0, 0, 0, 0, //                      mov ecx, <pages>
+		0x48, 0x39, 0x3f, //                   2: cmp [rdi], rdi
+		0x75, 0x27, //                            jne 4f
+		0xff, 0x47, 0x08, //                      inc dword [rdi+8]
+		0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, //    add edi, 0x1000
+		0xff, 0xc9, //                            dec ecx
+		0x75, 0xee, //                            jnz 2b
+		0x66, 0xba, 0xf8, 0x03, //                mov dx, 0x3f8
+		0xb0, 0x2e, //                            mov al, '.'
+		0xee,       //                            out dx, al
+		0x0f, 0x31, //                            rdtsc
+		0x89, 0xc6, //                            mov esi, eax
+		0xf3, 0x90, //                         3: pause
+		0x0f, 0x31, //                            rdtsc
+		0x29, 0xf0, //                            sub eax, esi
+		0x3d, 0x00, 0x00, 0x00, 0x02, //          cmp eax, 1<<25 (11 ms at 3 GHz)
+		0x72, 0xf3, //                            jb 3b
+		0xeb, 0xca, //                            jmp 1b
+		0x66, 0xba, 0xf8, 0x03, //             4: mov dx, 0x3f8
+		0xb0, 0x21, //                            mov al, '!'
+		0xee,       //                            out dx, al
+		0xf4,       //                         5: hlt
+		0xeb, 0xfd, //                            jmp 5b
+	},
 }

@@ -49,6 +49,11 @@ const (
 	Crash
 	// Flood prints printable lines as fast as it can, for good.
 	Flood
+	// Sweep looks at the pages of [Guest.Pages], of which there must be some, and
+	// writes to each, again and again for good. After each time it prints a dot,
+	// and waits for as long as Count does. When a page does not hold what it
+	// should, it prints an exclamation mark and halts.
+	Sweep
 )
 
 // DirtyBase is the guest physical address of the first page that
@@ -83,6 +88,9 @@ func Image(g Guest) []byte {
 	end, ok := endings[g.Then]
 	if !ok {
 		panic("tinyguest: unknown ending")
+	}
+	if g.Then == Sweep {
+		end = patch(end, DirtyBase, g.Pages)
 	}
 	var code []byte
 	if g.Pages > 0 {

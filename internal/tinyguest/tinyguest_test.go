@@ -258,6 +258,10 @@ func TestImage_flood(t *testing.T) {
 	boot(t, tinyguest.Guest{Then: tinyguest.Flood}).expect(t, strings.Repeat(line.String(), 100))
 }
 
+func TestImage_sweep(t *testing.T) {
+	boot(t, tinyguest.Guest{Pages: 100, Message: "m", Then: tinyguest.Sweep}).expect(t, "m...")
+}
+
 func TestImage_awaitKey(t *testing.T) {
 	v := boot(t, tinyguest.Guest{Message: "k", Then: tinyguest.AwaitKey})
 	v.expect(t, "k")
@@ -268,7 +272,7 @@ func TestImage_awaitKey(t *testing.T) {
 }
 
 func TestImage_elf(t *testing.T) {
-	for then := tinyguest.Reboot; then <= tinyguest.Flood; then++ {
+	for then := tinyguest.Reboot; then <= tinyguest.Sweep; then++ {
 		image := tinyguest.Image(tinyguest.Guest{Message: "m", Pages: 1, Then: then})
 		f, err := elf.NewFile(bytes.NewReader(image))
 		if err != nil {
