@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/killat"
 )
@@ -247,6 +248,24 @@ func TestSweep_Living(t *testing.T) {
 	must(t, other.Remove(t.Context(), sn.ID, false))
 }
 
+// Those that give snapshots their names take turns.
+func TestCommit_Turns(t *testing.T) {
+	s := open(t)
+	d := draft(t, s)
+	f, err := os.Open(tempOf(s))
+	must(t, err)
+	must(t, unix.Flock(int(f.Fd()), unix.LOCK_EX))
+	ctx, cancel := context.WithCancel(t.Context())
+	s.Waiting = func(string) { cancel() }
+	_, err = d.Commit(ctx, manifest("a"), nil)
+	wantError(t, "commit while another does", err, context.Canceled)
+	wantIDs(t, s)
+	must(t, f.Close())
+	sn, err := d.Commit(t.Context(), manifest("a"), nil)
+	must(t, err)
+	must(t, sn.Check(t.Context()))
+}
+
 // apart runs the calling test in a mount namespace of its own, where it may mount what it likes, and says whether it is
 // there.
 func apart(t *testing.T) bool {
@@ -274,7 +293,7 @@ func TestDiskFull(t *testing.T) {
 	archive := export(t, commit(t, open(t), "new"))
 	dir := filepath.Join(t.TempDir(), "small")
 	must(t, os.Mkdir(dir, 0o700))
-	failed, done := 0, 0
+	failed, refused, done := 0, 0, 0
 	for pages := 2; done < 2; pages++ {
 		must(t, unix.Mount("none", dir, "tmpfs", 0, fmt.Sprintf("mode=700,size=%d", pages*4096)))
 		s := openAt(t, filepath.Join(dir, "s"))
@@ -285,6 +304,9 @@ func TestDiskFull(t *testing.T) {
 		} else {
 			failed++
 			wantError(t, "import", err, unix.ENOSPC)
+			if asked := new(stage.SpaceError); errors.As(err, &asked) {
+				refused++
+			}
 		}
 		wantIDs(t, s)
 		wantEmpty(t, tempOf(s))
@@ -299,7 +321,7 @@ func TestDiskFull(t *testing.T) {
 		must(t, d.Abort())
 		must(t, unix.Unmount(dir, 0))
 	}
-	if failed < 3 {
-		t.Errorf("failed on %d sizes", failed)
+	if failed < 3 || refused == 0 {
+		t.Errorf("failed on %d sizes, on %d of them before it wrote", failed, refused)
 	}
 }
