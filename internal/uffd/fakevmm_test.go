@@ -73,11 +73,12 @@ func fakeVMM(args []string) error {
 	if len(args) > 2 {
 		misdeed = args[2]
 	}
-	memory, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_NORESERVE)
-	if err != nil {
-		return err
+	flags := unix.MAP_PRIVATE | unix.MAP_ANON
+	if misdeed == "huge" { // none: its pages are of 2 MiB
+		flags |= unix.MAP_HUGETLB
 	}
-	if err := unix.Madvise(memory, unix.MADV_NOHUGEPAGE); err != nil {
+	memory, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, flags)
+	if err != nil {
 		return err
 	}
 	fd, err := newUserfaultfd(memory)
@@ -126,12 +127,16 @@ func text(b []byte) string {
 
 func greet(conn *net.UnixConn, fd int, memory []byte, misdeed string) error {
 	base := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(memory))))
-	half := uint64(len(memory)) / 2 / page * page
+	size := uint64(page)
+	if misdeed == "huge" {
+		size = 2 << 20
+	}
+	half := uint64(len(memory)) / 2 / size * size
 	// The regions are in the file in another order than in memory.
 	other := uint64(len(memory)) - half
 	regions := []map[string]uint64{
-		{"base_host_virt_addr": base, "size": half, "offset": other, "page_size": page, "page_size_kib": page},
-		{"base_host_virt_addr": base + half, "size": other, "offset": 0, "page_size": page, "page_size_kib": page},
+		{"base_host_virt_addr": base, "size": half, "offset": other, "page_size": size, "page_size_kib": size},
+		{"base_host_virt_addr": base + half, "size": other, "offset": 0, "page_size": size, "page_size_kib": size},
 	}
 	fds := []int{fd}
 	data, err := json.Marshal(regions)

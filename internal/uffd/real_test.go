@@ -1,7 +1,9 @@
 package uffd_test
 
 import (
+	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -138,4 +140,104 @@ func TestReal_MemoryTruncated(t *testing.T) {
 		t.Errorf("alarm: %v, %v", err, session.Err())
 	}
 	vm.AwaitEnd(t)
+}
+
+// In a jail the VMM is another user in another root, and is served and guarded all the same.
+func TestReal_Jailed(t *testing.T) {
+	const uid = 1_900_000_001
+	state, memory := realSnapshot(t, tinyguest.Guest{Then: tinyguest.Count}, 64, func(vm *bare.VM) bool { return len(vm.Counts()) > 3 })
+	s := newServer(t)
+	var session *uffd.Session
+	vm := bare.StartJailed(t, t.TempDir(), uid, func(root string) {
+		data, err := os.ReadFile(state)
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(root, "state"), data, 0o444)) //nolint:gosec // another user reads it
+		session, err = s.Listen(uffd.Options{Socket: filepath.Join(root, "memory.socket"), Memory: memory, UID: uid, GID: uid})
+		must(t, err)
+	})
+	must(t, load(vm, "state", "memory.socket"))
+	must(t, vm.Resume(t.Context()))
+	vm.Await(t, "the guest's count", func() bool { return len(vm.Counts()) > 3 })
+	if first := slices.Min(vm.Counts()); first < 3 || !session.Stats().Guarded {
+		t.Errorf("the guest goes on at %d, %+v", first, session.Stats())
+	}
+	must(t, session.Close())
+	vm.AwaitEnd(t)
+}
+
+func TestInLab(t *testing.T) { testenv.RunInLab(t, "^TestHuge") }
+
+// hugePages gives the lab's kernel pages of 2 MiB. Elsewhere there must be some already.
+func hugePages(t *testing.T, pages int) {
+	t.Helper()
+	requireUFFD(t)
+	if testenv.InLab() {
+		must(t, os.WriteFile("/proc/sys/vm/nr_hugepages", fmt.Appendf(nil, "%d", pages), 0o600))
+	}
+	data, err := os.ReadFile("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+	if err != nil {
+		t.Skipf("no pages of 2 MiB: %v", err)
+	}
+	var free int
+	if _, err := fmt.Sscan(string(data), &free); err != nil || free < pages {
+		t.Skipf("%d free pages of 2 MiB, of %d needed", free, pages)
+	}
+}
+
+// A real guest with memory of 2 MiB pages, whose snapshots can be restored in no other way.
+func TestHuge_Real(t *testing.T) {
+	const pages, mib = 4000, 64
+	hugePages(t, mib/2)
+	requireUFFD(t)
+	dir := t.TempDir()
+	vm := bare.Start(t, dir, "api")
+	vm.Boot(t, tinyguest.Guest{Pages: pages, Then: tinyguest.Sweep}, firecracker.MachineConfiguration{VCPUCount: 1, MemSizeMiB: mib, HugePages: firecracker.HugePages2M})
+	dots := func(vm *bare.VM) bool {
+		return strings.Count(vm.Output(), ".") > 1 || strings.Contains(vm.Output(), "!")
+	}
+	vm.Await(t, "the guest", func() bool { return dots(vm) })
+	vm.Save(t, "state", "memory")
+	must(t, vm.Process.Kill())
+	vm.AwaitEnd(t)
+
+	s := newServer(t)
+	to := t.TempDir()
+	session, err := s.Listen(uffd.Options{Socket: filepath.Join(to, "m"), Memory: filepath.Join(dir, "memory"), UID: os.Getuid(), GID: os.Getgid()})
+	must(t, err)
+	other := bare.Start(t, to, "api")
+	must(t, load(other, filepath.Join(dir, "state"), "m"))
+	must(t, other.Resume(t.Context()))
+	other.Await(t, "the guest's sweep", func() bool { return dots(other) })
+	if strings.Contains(other.Output(), "!") {
+		t.Errorf("the guest found other memory than it had: %q", other.Output())
+	}
+	must(t, session.Close())
+	other.AwaitEnd(t)
+	st := session.Stats()
+	t.Logf("%+v", st)
+	if st.PageSize != 2<<20 || st.Faults < pages*page>>21 || st.Copied > mib/2 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// Huge pages that are given back are zeros, though the kernel has no call for that.
+func TestHuge_Removed(t *testing.T) {
+	hugePages(t, 4)
+	s := newServer(t)
+	dir := t.TempDir()
+	memory := filepath.Join(dir, "memory")
+	must(t, os.WriteFile(memory, bytes.Repeat([]byte("x"), 8<<20), 0o600))
+	session, err := s.Listen(uffd.Options{Socket: filepath.Join(dir, "s"), Memory: memory, UID: os.Getuid(), GID: os.Getgid()})
+	must(t, err)
+	vm := startChild(t, "vmm", filepath.Join(dir, "s"), fmt.Sprint(8<<20), "huge")
+	vm.want("connected")
+	vm.ask(strings.Repeat("x", 20), "read 600")
+	vm.ask("dropped <nil>", "drop 512 1024")
+	vm.ask("", "read 600")
+	vm.ask("", "read 1030")
+	vm.ask(strings.Repeat("x", 20), "read 1600")
+	must(t, session.Close())
+	if st := session.Stats(); st.Zeroed != 2 || st.Removed != 2 || st.Faults != 4 {
+		t.Errorf("%+v", st)
+	}
 }

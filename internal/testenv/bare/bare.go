@@ -38,8 +38,36 @@ const logFile = "firecracker.log" // in its directory
 func Start(t testing.TB, dir, socket string) *VM {
 	t.Helper()
 	testenv.Require(t, testenv.KVM)
+	// Its log would stand within the guest's words.
+	if err := os.WriteFile(filepath.Join(dir, logFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(testenv.Firecracker(t), "--api-sock", socket, "--id", "bare", "--log-path", logFile) //nolint:noctx // killed by start
+	cmd.Dir = dir
+	return start(t, cmd, socket)
+}
+
+// StartJailed starts a Firecracker as another user, in a jail below base, which is VM.Dir. What is to be there is put
+// there by before.
+func StartJailed(t testing.TB, base string, uid int, before func(root string)) *VM {
+	t.Helper()
+	testenv.Require(t, testenv.KVM, testenv.Root)
 	program := testenv.Firecracker(t)
-	version, err := exec.CommandContext(t.Context(), program, "--version").Output()
+	root := filepath.Join(base, filepath.Base(program), "bare", "root")
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	before(root)
+	cmd := exec.Command(testenv.Jailer(t), "--id", "bare", "--exec-file", program, "--uid", strconv.Itoa(uid), "--gid", strconv.Itoa(uid), //nolint:noctx // killed by start
+		"--chroot-base-dir", base, "--cgroup-version", "2", "--", "--api-sock", "/api")
+	cmd.Dir = root
+	return start(t, cmd, "api")
+}
+
+// start runs a VMM whose socket is in its working directory, as we see that.
+func start(t testing.TB, cmd *exec.Cmd, socket string) *VM {
+	t.Helper()
+	version, err := exec.CommandContext(t.Context(), testenv.Firecracker(t), "--version").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,13 +75,9 @@ func Start(t testing.TB, dir, socket string) *VM {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dir := cmd.Dir
 	vm := &VM{Dir: dir, end: make(chan struct{})}
-	// Its log would stand within the guest's words.
-	if err := os.WriteFile(filepath.Join(dir, logFile), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(program, "--api-sock", socket, "--id", "bare", "--log-path", logFile) //nolint:noctx // killed below
-	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, vm, vm
+	cmd.Stdout, cmd.Stderr = vm, vm
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
