@@ -31,6 +31,8 @@ func run(child <-chan os.Signal) error {
 		return guestagent.Run(verb, child)
 	}
 	stop := make(chan os.Signal, 1)
+	// Those by which Go knows its own faults: sent by somebody, they are dropped.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE)
 	signal.Notify(stop, syscall.SIGINT, syscall.SIGTERM)
 	return guestagent.Main(guestagent.Signals{Stop: stop, Child: child})
 }

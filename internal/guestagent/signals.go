@@ -10,8 +10,8 @@ import (
 // The end of process 1 would be the end of the kernel, which therefore drops what would end it by default. Go's runtime handles all
 // signals, and ends the process by some.
 //
-// immortal gives those back to the kernel, except for those by which Go knows its own faults. Package os/signal would have
-// to be asked for each, and takes two changes of threads for it.
+// immortal gives those back to the kernel, except for those by which Go knows its own faults, which main catches. Package
+// os/signal takes two changes of threads for each.
 func immortal() {
 	var byDefault struct {
 		handler, flags, restorer uintptr

@@ -21,7 +21,7 @@ import (
 // Pack writes the file or tree at name, in root, as an archive whose entries are called top and what is below it; "." is the
 // tree's contents. Sockets are left out.
 func Pack(w io.Writer, name, top string) error {
-	p := &packer{tw: tar.NewWriter(w), links: map[[2]uint64]string{}}
+	p := &packer{tw: tar.NewWriter(w), links: map[[2]uint64]string{}, buf: make([]byte, bufferSize)}
 	err := filepath.WalkDir(name, func(at string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -58,7 +58,11 @@ const (
 type packer struct {
 	tw    *tar.Writer
 	links map[[2]uint64]string // by device and inode: the first name
+	buf   []byte
 }
+
+// bufferSize is of pieces of files. They are large, so that buffers around us pass them on as they are.
+const bufferSize = 256 << 10
 
 func (p *packer) pack(at, as string, info fs.FileInfo) error {
 	target := ""
@@ -105,7 +109,7 @@ func (p *packer) pack(at, as string, info fs.FileInfo) error {
 	if err := p.tw.WriteHeader(h); err != nil {
 		return err
 	}
-	n, err := io.Copy(p.tw, io.LimitReader(f, h.Size))
+	n, err := io.CopyBuffer(p.tw, io.LimitReader(f, h.Size), p.buf)
 	if err == nil && n < h.Size {
 		_, err = io.CopyN(p.tw, zeros{}, h.Size-n) // it has been cut short meanwhile
 	}
@@ -132,7 +136,7 @@ var ErrUnsafe = errors.New("unsafe archive")
 // Unpack unpacks an archive in root. Files that are there are replaced, directories filled. Returns ErrUnsafe, and what
 // os.Root returns for names that lead out of it.
 func Unpack(r io.Reader, root *os.Root, o Options) error {
-	u := &unpacker{root: root, o: o, buf: make([]byte, blockSize*16)}
+	u := &unpacker{root: root, o: o, buf: make([]byte, bufferSize)}
 	tr := tar.NewReader(r)
 	for {
 		h, err := tr.Next()

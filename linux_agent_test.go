@@ -1,0 +1,238 @@
+package smartvm_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/agentbin"
+)
+
+// bootGuest starts a VM and waits until its guest is ready. The caller ends it by endGuest.
+func bootGuest(t *testing.T, h *smartvm.Host, spec smartvm.Spec) *smartvm.Machine {
+	t.Helper()
+	m, err := h.Create(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
+	defer cancel()
+	if _, err := m.AwaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func endGuest(t *testing.T, m *smartvm.Machine) {
+	t.Helper()
+	if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// told is what a shell's script in a guest puts out.
+func told(t *testing.T, m *smartvm.Machine, script string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
+	defer cancel()
+	var out bytes.Buffer
+	exit, err := m.Exec(ctx, smartvm.Cmd{Args: sh(script), Stdout: &out, User: "root"})
+	if err != nil || exit.Code != 0 {
+		t.Fatalf("%s: %+v, %v, %q", script, exit, err, &out)
+	}
+	return strings.TrimSpace(out.String())
+}
+
+func number(t *testing.T, text string) int {
+	t.Helper()
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func openFiles(t *testing.T) int {
+	t.Helper()
+	files, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(files)
+}
+
+// What the agent is to a guest as its process 1, and what neither it nor we keep of what has been.
+func TestLinuxAgent(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	m := bootGuest(t, h, smartvm.Spec{Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256)})
+	t.Run("Process1", func(t *testing.T) {
+		for name, tt := range map[string]struct{ script, want string }{
+			"cgroup2":       {"grep -c '^cgroup2 /sys/fs/cgroup ' /proc/mounts", "1"},
+			"reaps":         {"(sh -c : & sh -c : &); sleep 1; grep -l '^State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l", "0"},
+			"stays":         {"kill -9 1; kill -HUP 1; kill -QUIT 1; kill -ABRT 1; kill -SEGV 1; sleep 1; echo lives", "lives"},
+			"timer slack":   {"cat /proc/$$/timerslack_ns", "50000"},
+			"no more drops": {"ls /init /modules 2>/dev/null | wc -l", "0"},
+		} {
+			if got := told(t, m, tt.script); got != tt.want {
+				t.Errorf("%s: got %q, want %q", name, got, tt.want)
+			}
+		}
+		// Emulated, an exec takes its time.
+		if clock := time.Unix(int64(number(t, told(t, m, "date +%s"))), 0); time.Since(clock).Abs() > 10*time.Second {
+			t.Errorf("the guest's clock says %v", clock)
+		}
+	})
+	t.Run("Large", func(t *testing.T) {
+		exit, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true", strings.Repeat("x", 1<<20)}})
+		if err != nil || exit.Code != 126 || !strings.Contains(exit.Reason, "argument list too long") {
+			t.Errorf("a long argument: %+v, %v", exit, err)
+		}
+		if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}, Env: []string{"A=" + strings.Repeat("x", 5<<20)}}); err == nil || !strings.Contains(err.Error(), "too long") {
+			t.Errorf("a long environment: %v", err)
+		}
+	})
+	t.Run("Steady", func(t *testing.T) {
+		execs := func(n int) {
+			for range n {
+				inGuest(t, m, smartvm.Cmd{Args: []string{"true"}}, 0, "")
+			}
+		}
+		look := func() (guestKiB, guestFiles, files, goroutines int) {
+			// What is free goes back to the guest when nothing has ended for a while.
+			guestKiB = number(t, told(t, m, "sleep 3; grep VmRSS: /proc/1/status | tr -dc 0-9"))
+			return guestKiB, number(t, told(t, m, "ls /proc/1/fd | wc -l")), openFiles(t), runtime.NumGoroutine()
+		}
+		execs(20)
+		kib, guestFiles, files, goroutines := look()
+		execs(200)
+		kib2, guestFiles2, files2, goroutines2 := look()
+		t.Logf("the agent has %d KiB, then %d", kib, kib2)
+		if kib2 > kib+512 || guestFiles2 > guestFiles || files2 > files || goroutines2 > goroutines {
+			t.Errorf("200 execs: agent %d to %d KiB and %d to %d files; here %d to %d files and %d to %d goroutines",
+				kib, kib2, guestFiles, guestFiles2, files, files2, goroutines, goroutines2)
+		}
+	})
+	// A program waits out a pause, and whoever asks meanwhile is told.
+	t.Run("Pause", func(t *testing.T) {
+		typed, keys := io.Pipe()
+		defer keys.Close()
+		out, in := io.Pipe()
+		done := make(chan error, 1)
+		go func() {
+			exit, err := m.Exec(t.Context(), smartvm.Cmd{Args: sh("echo ready; read x; echo got $x"), Stdin: typed, Stdout: in})
+			if err == nil && exit.Code != 0 {
+				err = errors.New(exit.Reason)
+			}
+			in.CloseWithError(io.EOF)
+			done <- err
+		}()
+		line := make([]byte, len("ready\n"))
+		if _, err := io.ReadFull(out, line); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Pause(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var state *smartvm.StateError
+		if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}}); !errors.As(err, &state) || state.State != smartvm.Paused {
+			t.Errorf("exec in a paused VM: %v", err)
+		}
+		if _, err := io.WriteString(keys, "it\n"); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Resume(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		rest, err := io.ReadAll(out)
+		if err := errors.Join(err, <-done); err != nil || string(rest) != "got it\n" {
+			t.Errorf("after the pause: %q, %v", rest, err)
+		}
+	})
+	endGuest(t, m)
+}
+
+// A small system with an init of its own boots as on a machine of its own, with the agent beside it, and goes when it is asked to.
+func TestLinuxAgent_BusyboxInit(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	m := bootGuest(t, h, smartvm.Spec{Image: "minimal", Name: "box", MachineConfig: linuxMachine(256)})
+	if got := told(t, m, "cat /proc/1/comm /proc/1/timerslack_ns; hostname"); got != "init\n50000\nbox" {
+		t.Errorf("process 1: %q", got)
+	}
+	checkRestart(t, m)
+	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
+	if err != nil || how != smartvm.CtrlAltDel {
+		t.Errorf("stopped by %q, %v", how, err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A guest that boots by itself answers when the agent is a service of it, and its VM lives without.
+func TestLinuxAgent_Service(t *testing.T) {
+	h := linuxHost(t, smartvm.LaunchDirect)
+	disk := filepath.Join(t.TempDir(), "agent")
+	program := agentbin.Agent()
+	if program == nil {
+		t.Fatal("this test was built without an agent: make agent")
+	}
+	if err := os.WriteFile(disk, append(program, make([]byte, -len(program)&511)...), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	spec := linuxSpec(t, linuxInitrd(t, "cat /dev/vda >/agent; chmod 755 /agent; mkdir /tmp /etc; echo root:x:0:0::/:/bin/sh >/etc/passwd\nwhile [ ! -e /tmp/over ]; do /agent serve; sleep 1; done\necho no agent\nwhile :; do sleep 1; done\n",
+		"virtio_blk", "virtio_mmio", "vmw_vsock_virtio_transport"))
+	spec.Drives = []smartvm.Drive{{DriveID: "agent", PathOnHost: disk, IsReadOnly: true}}
+	spec.Vsock = &smartvm.Vsock{GuestCID: 3}
+	m := bootGuest(t, h, spec)
+	for _, tt := range []struct {
+		cmd  smartvm.Cmd
+		code int
+		want string
+	}{
+		{smartvm.Cmd{Args: sh("echo $HOME; pwd; cat; exit 5"), Stdin: strings.NewReader("typed")}, 5, "/\n/\ntyped"},
+		{smartvm.Cmd{Args: []string{"no-such-program"}}, 127, ""},
+	} {
+		inGuest(t, m, tt.cmd, tt.code, tt.want)
+	}
+	checkCopy(t, m)
+	checkRestart(t, m)
+	// Without an agent the VM lives on, and says so.
+	if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: sh("touch /tmp/over; kill -9 $PPID; sleep 10")}); err == nil {
+		t.Error("the agent was killed, and nobody noticed")
+	}
+	awaitLog(t, m, "no agent")
+	for end := time.Now().Add(linuxPatience); ; time.Sleep(100 * time.Millisecond) {
+		g, err := m.Guest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if g != nil && g.Degraded != "" {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the guest counts as well: %+v", g)
+		}
+	}
+	if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}}); !errors.Is(err, smartvm.ErrNoAgent) {
+		t.Errorf("exec without an agent: %v", err)
+	}
+	if state, err := m.State(t.Context()); err != nil || state != smartvm.Running {
+		t.Errorf("the VM is %s, %v", state, err)
+	}
+	endGuest(t, m)
+}
