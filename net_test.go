@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -34,6 +36,7 @@ func init() {
 	children["crash-net"] = func(args []string) int { return crashChild(args, crashNet) }
 	children["crash-netns"] = func(args []string) int { return crashChild(args, crashNamespace) }
 	children["many-addresses"] = manyAddresses
+	children["without-net-admin"] = withoutNetAdmin
 }
 
 func netSpec(s smartvm.Spec, n int) smartvm.Spec {
@@ -315,8 +318,24 @@ func TestNetwork(t *testing.T) {
 				}
 				wantNoNetwork(t)
 			}
+			second, err := h.Create(t.Context(), netSpec(s.spec("idle"), 1))
+			if err != nil {
+				t.Fatal(err)
+			}
 			if err := m.Remove(t.Context()); err != nil {
 				t.Fatal(err)
+			}
+			third, err := h.Create(t.Context(), netSpec(s.spec("idle"), 1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for m, want := range map[*smartvm.Machine]string{second: "172.30.0.4", third: "172.30.0.2"} {
+				if in, err := m.Inspect(t.Context()); err != nil || in.Interfaces[0].IP4.String() != want {
+					t.Errorf("got %+v, %v, want %s", in.Interfaces, err, want)
+				}
+				if err := m.Remove(t.Context()); err != nil {
+					t.Fatal(err)
+				}
 			}
 		})
 	}
@@ -484,6 +503,8 @@ func TestNetwork_Flushed(t *testing.T) {
 	}
 	s := newSite(t, smartvm.LaunchDirect)
 	s.options = smartvm.WithHealInterval(s.options, 20*time.Millisecond)
+	log := new(syncBuffer)
+	s.options.Log = slog.New(slog.NewTextHandler(log, nil))
 	m, err := s.open().Create(t.Context(), netSpec(s.spec("idle"), 1))
 	if err != nil {
 		t.Fatal(err)
@@ -505,6 +526,9 @@ func TestNetwork_Flushed(t *testing.T) {
 			t.Fatal("the rules are not restored")
 		}
 	}
+	if want := "restored what somebody had removed"; !strings.Contains(log.String(), want) {
+		t.Errorf("the log says %q, want %q", log, want)
+	}
 	if _, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
 		t.Fatal(err)
 	}
@@ -514,6 +538,93 @@ func TestNetwork_Flushed(t *testing.T) {
 	if left := ruleset(t); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
 	}
+}
+
+// syncBuffer keeps what several goroutines write.
+type syncBuffer struct {
+	mu  sync.Mutex
+	all strings.Builder
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all.String()
+}
+
+// withoutNetAdmin starts a VM without a network, and one with: the directory, the kernel, the VMM.
+func withoutNetAdmin(args []string) int {
+	h, err := smartvm.Open(smartvm.Options{RuntimeDir: filepath.Join(args[0], "runtime"), DataDir: filepath.Join(args[0], "data"), FirecrackerBinary: args[2], Launcher: smartvm.LaunchDirect})
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	for _, n := range []int{0, 1} {
+		m, err := h.Create(context.Background(), netSpec(smartvm.Spec{
+			BootSource: smartvm.BootSource{KernelImagePath: args[1]}, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+		}, n))
+		if err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		err = m.Start(context.Background())
+		fmt.Printf("%d interfaces: %v\n", n, err)
+		var advised interface{ Hint() string }
+		if errors.As(err, &advised) {
+			fmt.Println("hint:", advised.Hint())
+		}
+		if err == nil {
+			_, err = m.Stop(context.Background(), smartvm.StopOptions{})
+			if err != nil {
+				fmt.Println(err)
+			}
+		}
+		if err := m.Remove(context.Background()); err != nil {
+			fmt.Println(err)
+		}
+	}
+	if err := h.Close(); err != nil {
+		fmt.Println(err)
+	}
+	return 0
+}
+
+// Without CAP_NET_ADMIN a VM without a network runs, and for one with a network the error says what to do.
+func TestNetwork_NotAllowed(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchDirect)
+	cmd := exec.CommandContext(t.Context(), os.Args[0], s.dir, s.spec("idle").BootSource.KernelImagePath, s.options.FirecrackerBinary)
+	cmd.Env = append(os.Environ(), "SMARTVM_TEST_CHILD=without-net-admin")
+	var out []byte
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends, and what it lacks with it
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_ADMIN, 0, 0, 0); err != nil {
+			done <- err
+			return
+		}
+		var err error
+		out, err = cmd.CombinedOutput()
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	if len(lines) != 3 || lines[0] != "0 interfaces: <nil>" || !strings.Contains(lines[1], "operation not permitted") ||
+		lines[2] != "hint: run smartvm as root (CAP_NET_ADMIN), or the VM with --net none" {
+		t.Errorf("got %q", lines)
+	}
+	wantNoNetwork(t)
 }
 
 // ruleset is what tables there are and what is in them.

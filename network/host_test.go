@@ -105,6 +105,10 @@ func TestNetwork_NoIPv6(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// As in a kernel without it.
+	if err := unix.Mount("none", "/proc/sys/net/ipv6", "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
 	g := s.guest(0, nil)
 	g.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 	s.remove(g)

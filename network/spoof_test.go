@@ -54,6 +54,19 @@ func checksum4(header []byte) []byte {
 	return nil
 }
 
+// tcp is a segment's header.
+func tcp(source uint16) []byte {
+	return append(binary.BigEndian.AppendUint16(nil, source), 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0)
+}
+
+// tcp4 has a segment in it.
+func tcp4(source string) []byte {
+	b := udp4(source, 0)[:20]
+	b[9], b[10], b[11] = unix.IPPROTO_TCP, 0, 0
+	binary.BigEndian.PutUint16(b[2:], 20+20+16)
+	return append(append(b, checksum4(b)...), tcp(67)...)
+}
+
 func packet6(source string, proto byte, payload ...byte) []byte {
 	b := []byte{0x60, 0, 0, 0, 0, 0, proto, 255}
 	binary.BigEndian.PutUint16(b[4:], uint16(len(payload)+16))
@@ -137,10 +150,22 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"arp probe", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0")), true},
 		{"ip4", frame(mac, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), true},
 		{"ip6", frame(mac, unix.ETH_P_IPV6, packet6(own6, 17, 0, 1, 0, 2, 0, 8, 0, 0)), true},
+		{"tcp", frame(mac, unix.ETH_P_IP, tcp4("172.30.0.2")), true},
+		{"tcp6", frame(mac, unix.ETH_P_IPV6, packet6(own6, unix.IPPROTO_TCP, tcp(547)...)), true},
+		{"tcp under vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, tcp4("172.30.0.2")), true},
 		{"neighbour", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(136, own6)...)), true},
 		{"address check", frame(mac, unix.ETH_P_IPV6, packet6("::", 58, icmp6(135, own6)...)), true},
 
 		{"mac", frame(otherMAC, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
+		{"tcp with mac", frame(otherMAC, unix.ETH_P_IP, tcp4("172.30.0.2")), false},
+		{"tcp of other", frame(mac, unix.ETH_P_IP, tcp4("172.30.0.3")), false},
+		{"tcp of gateway", frame(mac, unix.ETH_P_IP, tcp4("172.30.0.1")), false},
+		{"tcp6 with mac", frame(otherMAC, unix.ETH_P_IPV6, packet6(own6, unix.IPPROTO_TCP, tcp(1)...)), false},
+		{"tcp6 of other", frame(mac, unix.ETH_P_IPV6, packet6("fd00::99", unix.IPPROTO_TCP, tcp(1)...)), false},
+		{"tcp of other under vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, tcp4("172.30.0.3")), false},
+		// Where an IPv4 packet has its source, and its protocol, these have the guest's own.
+		{"like tcp", frame(mac, unix.ETH_P_ARP, tcp4("172.30.0.2")), false},
+		{"like tcp, mpls", frame(mac, 0x8847, tcp4("172.30.0.2")), false},
 		{"other's ip4", frame(mac, unix.ETH_P_IP, udp4("172.30.0.3", 1000)), false},
 		{"gateway's ip4", frame(mac, unix.ETH_P_IP, udp4("172.30.0.1", 1000)), false},
 		{"no ip4", frame(mac, unix.ETH_P_IP, udp4("0.0.0.0", 68)), false},

@@ -88,6 +88,9 @@ func (u *Use) Apply(ctx context.Context) error {
 		if errors.Is(err, fs.ErrPermission) {
 			err = hint.Add(err, "run smartvm as root (CAP_NET_ADMIN), or the VM with --net none")
 		}
+		if errors.Is(err, filter.ErrTooOld) {
+			err = hint.Add(err, "load the kernel module nf_tables, or run the VM with --net none")
+		}
 		return err
 	}
 	if err := os.Symlink(u.VMDir, u.path(usersDir, u.VM)); err != nil && !errors.Is(err, fs.ErrExist) {
