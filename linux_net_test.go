@@ -15,6 +15,33 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
+func prefixes(all ...string) (p []netip.Prefix) {
+	for _, s := range all {
+		p = append(p, netip.MustParsePrefix(s))
+	}
+	return p
+}
+
+// linuxGuest starts a guest on a network whose command is a script.
+func linuxGuest(t *testing.T, h *smartvm.Host, name, net, script string, change func(*smartvm.Spec)) *smartvm.Machine {
+	t.Helper()
+	spec := smartvm.Spec{
+		Name: name, Image: "minimal", Command: []string{"/bin/sh", "-c", script}, MachineConfig: linuxMachine(128),
+		NetworkInterfaces: []smartvm.NetworkInterface{{IfaceID: "eth0", Network: net}},
+	}
+	if change != nil {
+		change(&spec)
+	}
+	m, err := h.Create(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
 // Real guests: they reach the world by NAT and what their policy allows, each other only on a network that is for it, and are
 // reached by published ports.
 func TestLinuxNetwork(t *testing.T) {
@@ -23,12 +50,6 @@ func TestLinuxNetwork(t *testing.T) {
 	}
 	h := imageHost(t, smartvm.LaunchJailed)
 	world := nettest.New(t)
-	prefixes := func(all ...string) (p []netip.Prefix) {
-		for _, s := range all {
-			p = append(p, netip.MustParsePrefix(s))
-		}
-		return p
-	}
 	world.Connect(nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24", "2001:db8::1/64")},
 		nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24", "198.51.100.3/24", "2001:db8::2/64")})
 	world.Serve(":80", "world")
@@ -46,21 +67,7 @@ func TestLinuxNetwork(t *testing.T) {
 	})
 	guest := func(name, net, script string, change func(*smartvm.Spec)) *smartvm.Machine {
 		t.Helper()
-		spec := smartvm.Spec{
-			Name: name, Image: "minimal", Command: []string{"/bin/sh", "-c", script}, MachineConfig: linuxMachine(128),
-			NetworkInterfaces: []smartvm.NetworkInterface{{IfaceID: "eth0", Network: net}},
-		}
-		if change != nil {
-			change(&spec)
-		}
-		m, err := h.Create(t.Context(), spec)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := m.Start(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		return m
+		return linuxGuest(t, h, name, net, script, change)
 	}
 	server := "echo serving; while :; do echo $(hostname) | nc -l -p 80; done"
 	a := guest("a", "default", server, func(s *smartvm.Spec) { s.Ports = []smartvm.Port{{HostPort: 8080, GuestPort: 80}} })
@@ -126,5 +133,73 @@ func TestLinuxNetwork(t *testing.T) {
 	}
 	if err := errors.Join(a.Remove(t.Context()), b.Remove(t.Context()), c.Remove(t.Context()), d.Remove(t.Context()), e.Remove(t.Context())); err != nil {
 		t.Error(err)
+	}
+}
+
+// Real guests that may reach names: over IPv4 and IPv6 they reach what an allowed one leads to, once they have asked for it, and not
+// its neighbour; a name that leads to a private address leads nowhere. So it is for a VM's own policy, its network's, and in a
+// namespace.
+func TestLinuxNetwork_Names(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	h := imageHost(t, smartvm.LaunchJailed)
+	world := nettest.New(t)
+	world.Connect(nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24", "2001:db8::1/64"), Gateways: []netip.Addr{
+		netip.MustParseAddr("198.51.100.2"), netip.MustParseAddr("2001:db8::2"),
+	}}, nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24", "2001:db8::2/64",
+		"203.0.113.9/32", "203.0.113.10/32", "2001:db8:9::9/128", "2001:db8:9::10/128", "10.9.9.9/32", "fd99::9/128")})
+	world.Serve(":80", "world")
+	world.ServeNames("198.51.100.2", map[string]string{
+		"good.example.": "203.0.113.9 2001:db8:9::9", "bad.example.": "203.0.113.10 2001:db8:9::10", "rebind.example.": "10.9.9.9 fd99::9",
+	})
+	nettest.Resolver(t, "198.51.100.2")
+	names := &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}, {Action: policy.Allow, Domain: "rebind.example"}}}
+	networks, err := h.Networks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := networks.Create(network.Config{Name: "named", Policy: names}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := networks.Remove("named"); err != nil {
+			t.Error(err)
+		}
+	})
+	script := `ask() { echo "$1 $2: $(nc -w 3 $2 80 </dev/null 2>/dev/null | head -1)"; }
+ask early 203.0.113.9; ask early 2001:db8:9::9
+for n in good bad rebind; do nslookup $n.example >/tmp/$n 2>&1; echo "$n is $(grep -c -e 203.0.113 -e 2001:db8:9 -e 10.9.9 -e fd99: /tmp/$n) $(grep -c NXDOMAIN /tmp/$n)"; done
+ask good 203.0.113.9; ask good 2001:db8:9::9; ask bad 203.0.113.10; ask bad 2001:db8:9::10; ask rebind 10.9.9.9; ask rebind fd99::9
+echo over`
+	all := []*smartvm.Machine{
+		linuxGuest(t, h, "own", "default", script, func(s *smartvm.Spec) { s.Policy = names }),
+		linuxGuest(t, h, "networks", "named", script, nil),
+		linuxGuest(t, h, "namespace", "named", script, func(s *smartvm.Spec) { s.NetworkInterfaces[0].Namespace = true }),
+	}
+	for _, m := range all {
+		awaitLog(t, m, "over")
+		log, err := os.ReadFile(m.ConsoleLog())
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := strings.ReplaceAll(string(log), "\r", "")
+		wantText(t, text, "early 203.0.113.9: \n", "early 2001:db8:9::9: \n", "good is 2 0\n", "rebind is 0 0\n",
+			"good 203.0.113.9: world from 198.51.100.1\n", "good 2001:db8:9::9: world from 2001:db8::1\n",
+			"bad 203.0.113.10: \n", "bad 2001:db8:9::10: \n", "rebind 10.9.9.9: \n", "rebind fd99::9: \n")
+		if strings.Contains(text, "bad is 0 0\n") || !strings.Contains(text, "bad is 0 ") {
+			t.Errorf("a name that no rule allows is not told to be none: %s", text)
+		}
+	}
+	if got := nettest.Ask("tcp", "203.0.113.10:80", time.Second); got == "" {
+		t.Error("the neighbour is not there at all")
+	}
+	if err := h.StopAll(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
+		t.Error(err)
+	}
+	for _, m := range all {
+		if err := m.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -5,14 +5,10 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 
 	"golang.org/x/net/dns/dnsmessage"
-	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/testenv/nettest"
@@ -21,51 +17,11 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// nameServer serves names on the world's first address.
+// nameServer serves names on the world's first address, and makes it the host's.
 func (s *site) nameServer(names map[string]string) {
 	s.t.Helper()
-	s.outside.Must(func() error {
-		p, err := net.ListenPacket("udp", world4+":53")
-		if err != nil {
-			return err
-		}
-		s.t.Cleanup(func() { p.Close() })
-		go func() {
-			buf := make([]byte, 1500)
-			for {
-				n, peer, err := p.ReadFrom(buf)
-				if err != nil {
-					return
-				}
-				var m dnsmessage.Message
-				if m.Unpack(buf[:n]) != nil {
-					continue
-				}
-				m.Response = true
-				h := dnsmessage.ResourceHeader{Name: m.Questions[0].Name, Class: dnsmessage.ClassINET, TTL: 60}
-				for _, text := range strings.Fields(names[h.Name.String()]) {
-					switch a := netip.MustParseAddr(text); {
-					case a.Is4() && m.Questions[0].Type == dnsmessage.TypeA:
-						m.Answers = append(m.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AResource{A: a.As4()}})
-					case a.Is6() && m.Questions[0].Type == dnsmessage.TypeAAAA:
-						m.Answers = append(m.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AAAAResource{AAAA: a.As16()}})
-					}
-				}
-				if packed, err := m.Pack(); err == nil {
-					_, _ = p.WriteTo(packed, peer)
-				}
-			}
-		}()
-		return nil
-	})
-	// The host's, for this test.
-	resolvConf := filepath.Join(s.t.TempDir(), "resolv.conf")
-	if err := os.WriteFile(resolvConf, []byte("nameserver "+world4+"\n"), 0o644); err != nil {
-		s.t.Fatal(err)
-	}
-	if err := unix.Mount(resolvConf, "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
-		s.t.Fatal(err)
-	}
+	s.outside.ServeNames(world4, names)
+	nettest.Resolver(s.t, world4)
 }
 
 // resolve asks a server for a name's IPv4 address, from the guest.
