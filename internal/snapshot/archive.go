@@ -62,7 +62,7 @@ func (sn *Snapshot) Export(ctx context.Context, w io.Writer, progress func(done,
 func (sn *Snapshot) writeTar(ctx context.Context, tw *tar.Writer, progress func(done, total int64)) error {
 	m := sn.Manifest
 	m.Files = maps.Clone(m.Files)
-	m.Ephemeral = false
+	m.Ephemeral, m.Imported = false, false
 	p := tally{ctx: ctx, tell: progress}
 	for name, f := range m.Files {
 		p.total += f.Size
@@ -242,6 +242,7 @@ func (s *Store) importTar(ctx context.Context, r io.Reader, o ImportOptions) (*S
 	if err != nil {
 		return nil, invalid(err)
 	}
+	m.Imported = true
 	if o.Name != "" {
 		m.Name = o.Name
 	}

@@ -56,6 +56,9 @@ type Manifest struct {
 	// Ephemeral snapshots are those of a fork. They go with their last user, and their files have no digests.
 	Ephemeral bool          `json:"ephemeral,omitempty"`
 	Paused    time.Duration `json:"pausedNs"` // how long the VM was
+	// Imported snapshots came in an archive: what External and Machine say of this host is its maker's word, and whoever
+	// restores one must not follow it to files that the maker could not have.
+	Imported bool `json:"imported,omitempty"`
 
 	Files    map[string]File `json:"files"` // by path in the directory; Commit finds them
 	External []External      `json:"external,omitempty"`

@@ -13,7 +13,8 @@ import (
 )
 
 // Remove removes a snapshot. While VMs use it, it is an *InUseError; with force it goes all the same, and VMs that are to
-// be restored from it cannot be: those that run have its files open. Returns ErrNotFound.
+// be restored from it cannot be: those that run have its files open. Who holds the store would wait for himself. Returns
+// ErrNotFound.
 func (s *Store) Remove(ctx context.Context, ref string, force bool) error {
 	release, err := s.alone(ctx)
 	if err != nil {

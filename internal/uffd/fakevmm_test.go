@@ -118,11 +118,8 @@ func fakeVMM(args []string) error {
 }
 
 func text(b []byte) string {
-	n := 0
-	for n < 20 && b[n] != 0 {
-		n++
-	}
-	return string(b[:n])
+	text, _, _ := strings.Cut(string(b[:20]), "\x00")
+	return text
 }
 
 func greet(conn *net.UnixConn, fd int, memory []byte, misdeed string) error {

@@ -17,7 +17,7 @@ const chunk = 256 << 10 // bytes
 
 const (
 	batch      = 64                    // events that are read at a time
-	stepSize   = 2 << 20               // bytes that are prefetched between two looks for faults
+	stepSize   = 512 << 10             // bytes that are prefetched between two looks for faults
 	againPause = 20 * time.Microsecond // until a thread of the VMM has seen that its event was read
 	againMost  = 5 * time.Millisecond  // if it takes longer
 )
