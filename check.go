@@ -126,8 +126,12 @@ func (h *Host) proposal(rec *record) (*proposal, error) {
 	p := &proposal{
 		id: rec.ID, nonce: rec.Nonce, store: h.store, stageDir: h.stageDir(),
 		binary: rec.Binary, jailer: rec.Jailer, uid: rec.UID, cgroup: rec.Cgroup, ephemeral: rec.Ephemeral, copies: rec.Staged, extract: rec.Extract, boot: rec.Boot,
-		interfaces: rec.Interfaces,
-		reflinks:   map[string]bool{}, inodes: map[string]string{}, owners: map[string]*stage.Owner{},
+		interfaces: rec.Interfaces, restored: rec.Restored,
+		reflinks: map[string]bool{}, inodes: map[string]string{}, owners: map[string]*stage.Owner{},
+	}
+	p.version, _ = firecracker.ParseVersion(rec.BinaryVersion) // written by us
+	if r := rec.Restored; r != nil {
+		p.stageDir = r.StageDir // not every process has the data directory in its options
 	}
 	if p.uid == 0 {
 		p.uid = uidFor(h.RuntimeDir(), rec.ID, 0)

@@ -33,6 +33,7 @@ func init() {
 	children["crash-image"] = func(args []string) int { return crashChild(args, crashImage) }
 	children["crash-failing"] = func(args []string) int { return crashChild(args, crashFailing) }
 	children["crash-run"] = func(args []string) int { return crashChild(args, crashRun) }
+	children["crash-fork"] = func(args []string) int { return crashChild(args, crashFork) }
 	children["crash-recover"] = func(args []string) int { return crashChild(args, crashRecover) }
 }
 
@@ -163,6 +164,47 @@ func crashRun(ctx context.Context, site *crashSite) error {
 	return errors.Join(err, h.Close())
 }
 
+// crashFork is the life of a VM, of one restored from its snapshot, and of a fork.
+func crashFork(ctx context.Context, site *crashSite) error {
+	h, err := smartvm.Open(site.options)
+	if err != nil {
+		return err
+	}
+	site.spec.MachineConfig.MemSizeMiB = 64
+	m, err := h.Create(ctx, site.spec)
+	if err != nil {
+		return err
+	}
+	if err := m.Start(ctx); err != nil {
+		return err
+	}
+	sn, err := m.Snapshot(ctx, smartvm.SnapshotOptions{Name: "kept"})
+	if err != nil {
+		return err
+	}
+	restored, err := h.Restore(ctx, "kept", smartvm.RestoreOptions{ID: "restored"})
+	if err != nil {
+		return err
+	}
+	forks, err := m.Fork(ctx, 1, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{ID: "fork"}})
+	if err != nil {
+		return err
+	}
+	if err := restored.Start(ctx); err != nil {
+		return err
+	}
+	for _, m := range []*smartvm.Machine{m, restored, forks[0]} {
+		if _, err := m.Stop(ctx, smartvm.StopOptions{}); err != nil {
+			return err
+		}
+		if err := m.Remove(ctx); err != nil {
+			return err
+		}
+	}
+	_, err = h.Sweep(ctx)
+	return errors.Join(h.RemoveSnapshot(ctx, sn.ID, false), err, h.Close())
+}
+
 func crashRecover(ctx context.Context, site *crashSite) error {
 	h, err := smartvm.Open(site.options)
 	if err != nil {
@@ -211,6 +253,9 @@ func (s *crashSite) clean(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, m := range all {
+		if state, err := m.State(t.Context()); err != nil || state == smartvm.Paused {
+			t.Errorf("VM %s is %s (%v): nobody lets it go on", m.ID(), state, err)
+		}
 		if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
 			t.Error(err)
 		}
@@ -219,6 +264,9 @@ func (s *crashSite) clean(t *testing.T) {
 		}
 	}
 	if _, err := h.Warm(t.Context(), network.DefaultName, 0); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.PruneSnapshots(t.Context()); err != nil {
 		t.Error(err)
 	}
 }
@@ -236,6 +284,7 @@ func TestCrashMatrix(t *testing.T) {
 			{"life of an image", "crash-image", tinyguest.Idle, (*crashMatrix).again},
 			{"failing start", "crash-failing", tinyguest.Idle, (*crashMatrix).again},
 			{"run", "crash-run", tinyguest.Reboot, (*crashMatrix).afresh},
+			{"snapshot, restore and fork", "crash-fork", tinyguest.Idle, (*crashMatrix).once},
 		} {
 			if row.life == "crash-image" && launcher == smartvm.LaunchJailed {
 				continue // what an image adds knows nothing of jails
@@ -330,6 +379,18 @@ func (x *crashMatrix) again() {
 	for step := 1; step <= x.steps; step++ {
 		x.die(step)
 		for fatal := 1; !x.recover(fatal); fatal++ {
+		}
+		x.clean(x.t)
+		x.wantAsBefore("killed at step %d of %d", step, x.steps)
+	}
+}
+
+// once: after each death one recovery dies too, each time at another step, and the next gets through.
+func (x *crashMatrix) once() {
+	for step := 1; step <= x.steps; step++ {
+		x.die(step)
+		if !x.recover(1 + step%crashStride) {
+			x.recover(-1)
 		}
 		x.clean(x.t)
 		x.wantAsBefore("killed at step %d of %d", step, x.steps)

@@ -227,10 +227,22 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 			m.host.log.Warn("note what the guest says", "vm", m.rec.ID, "err", err)
 		}
 	}
-	if m.hasAgent() {
+	known, err := m.Guest()
+	if err != nil || known != nil && known.Command == 0 {
+		known = nil
+	}
+	if m.hasAgent() && known == nil {
 		note()
 	}
+	if known != nil { // it was looked after before, by a process that died
+		g = *known
+	} else if m.rec.Restored != nil && m.hasAgent() {
+		m.identify(ctx, r, &g)
+		note()
+	}
+	heard := false
 	hear := func(e agentproto.Event) {
+		heard = true
 		for phase, to := range map[agentproto.Phase]*time.Duration{agentproto.PhaseAgent: &g.Agent, agentproto.PhaseCommand: &g.Command} {
 			if at := e.Phases[phase]; at > 0 && *to == 0 {
 				*to = before + at
@@ -249,6 +261,7 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 		note()
 	}
 	for ctx.Err() == nil && g.Exit == nil {
+		heard = false
 		err := m.tell(ctx, r)
 		if err == nil {
 			err = m.guest().Watch(ctx, hear)
@@ -260,7 +273,8 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 		case !m.hasAgent() || !booting:
 			pause = lostPause
 		}
-		if _, refused := errors.AsType[*agent.GuestError](err); refused || g.Agent > 0 {
+		// One that was cut off may only have been written down: see Snapshot.
+		if _, refused := errors.AsType[*agent.GuestError](err); refused || g.Agent > 0 && !heard {
 			pause = lostPause
 			if g.Exit == nil && ctx.Err() == nil && g.Degraded == "" {
 				g.Degraded = fmt.Sprint(err)

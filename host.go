@@ -27,7 +27,9 @@ import (
 	"push.rocks/smartvm/internal/locate"
 	"push.rocks/smartvm/internal/secret"
 	"push.rocks/smartvm/internal/share"
+	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/uffd"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/policy"
 )
@@ -118,6 +120,9 @@ type Host struct {
 
 	vmms locate.Finder
 
+	memory func() *uffd.Server                // makes it once
+	facts  func() (snapshot.HostFacts, error) // reads them once
+
 	reaper network.Reaper
 
 	mu       sync.Mutex
@@ -148,9 +153,12 @@ func Open(opts Options) (*Host, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	var err error
-	if opts.RuntimeDir, err = filepath.Abs(opts.RuntimeDir); err != nil {
-		return nil, fmt.Errorf("open host: %w", err)
+	for _, dir := range []*string{&opts.RuntimeDir, &opts.DataDir} {
+		abs, err := filepath.Abs(*dir)
+		if err != nil {
+			return nil, fmt.Errorf("open host: %w", err)
+		}
+		*dir = abs
 	}
 	st, err := store.Open(opts.RuntimeDir)
 	if errors.Is(err, store.ErrUnsafe) {
@@ -161,6 +169,8 @@ func Open(opts Options) (*Host, error) {
 	}
 	h := &Host{opts: opts, store: st, log: opts.Log, machines: map[string]*Machine{}}
 	h.images = sync.OnceValues(h.openImages)
+	h.facts = sync.OnceValues(snapshot.ReadHostFacts)
+	h.memory = sync.OnceValue(func() *uffd.Server { return uffd.NewServer(h.log) })
 	h.vmms.Binary, h.vmms.Version, h.vmms.Installed = opts.FirecrackerBinary, opts.FirecrackerVersion, h.installed
 	if opts.noCgroup {
 		return h, nil
@@ -173,6 +183,9 @@ func Open(opts Options) (*Host, error) {
 
 // RuntimeDir is the directory that h manages, absolute.
 func (h *Host) RuntimeDir() string { return h.opts.RuntimeDir }
+
+// DataDir holds what outlives VMs, absolute.
+func (h *Host) DataDir() string { return h.opts.DataDir }
 
 // stageDir is where drives are staged that can be reflinked there. It need not exist.
 func (h *Host) stageDir() string { return filepath.Join(h.opts.DataDir, store.StageDir) }
@@ -290,14 +303,8 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal
 			err = errors.Join(err, image.done())
 		}
 	}()
-	rec.Binary, rec.BinaryVersion = bin.Path, bin.Version.String()
-	if h.opts.Launcher == LaunchJailed {
-		if rec.Jailer, err = locate.Jailer(bin, h.opts.JailerBinary); err != nil {
-			return nil, nil, err
-		}
-	}
-	if h.cgroup != "" {
-		rec.Cgroup = filepath.Join(h.cgroup, rec.ID+"-"+rec.Nonce)
+	if err := h.launcher(rec, bin); err != nil {
+		return nil, nil, err
 	}
 	rec.Ephemeral = h.opts.EphemeralWritableDrives == nil || *h.opts.EphemeralWritableDrives
 	if rec.Extract, err = resolve(&rec.Spec, bin.Version, rec.Ephemeral); err != nil {
@@ -315,6 +322,20 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal
 		p.secrets = secrets
 	}
 	return rec, p, err
+}
+
+// launcher decides how the VMM is started.
+func (h *Host) launcher(rec *record, bin locate.VMM) (err error) {
+	rec.Binary, rec.BinaryVersion = bin.Path, bin.Version.String()
+	if h.opts.Launcher == LaunchJailed {
+		if rec.Jailer, err = locate.Jailer(bin, h.opts.JailerBinary); err != nil {
+			return err
+		}
+	}
+	if h.cgroup != "" {
+		rec.Cgroup = filepath.Join(h.cgroup, rec.ID+"-"+rec.Nonce)
+	}
+	return nil
 }
 
 // Machine finds a VM by its id, its name or the beginning of its id, if only one has it. Returns ErrNotFound.

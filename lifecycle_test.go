@@ -248,6 +248,14 @@ func liveCalls(m *smartvm.Machine) map[string]func(context.Context) error {
 			_, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"true"}})
 			return err
 		},
+		"Snapshot": func(ctx context.Context) error {
+			_, err := m.Snapshot(ctx, smartvm.SnapshotOptions{})
+			return err
+		},
+		"Fork": func(ctx context.Context) error {
+			_, err := m.Fork(ctx, 1, smartvm.ForkOptions{})
+			return err
+		},
 		"CopyTo":         func(ctx context.Context) error { return m.CopyTo(ctx, "/etc", "/", nil, smartvm.CopyOptions{}) },
 		"CopyFrom":       func(ctx context.Context) error { return m.CopyFrom(ctx, "/etc", "/tmp", nil, smartvm.CopyOptions{}) },
 		"DialTCP":        func(ctx context.Context) error { _, err := m.DialTCP(ctx, 80); return err },
@@ -267,7 +275,7 @@ func TestMachine_CallsWithoutVMM(t *testing.T) {
 		t.Fatal(err)
 	}
 	calls := liveCalls(m)
-	others := []string{"AwaitReady", "CommandLog", "ConsoleLog", "Discard", "Exit", "Firecracker", "Forward", "Guest", "ID", "Inspect", "Name", "Provide", "Remove", "RuntimeDir", "Secrets", "SocketPath", "Spec", "Start", "State", "Stop", "Supervised", "VMMLog", "Wait"}
+	others := []string{"AwaitReady", "CommandLog", "ConsoleLog", "Discard", "Exit", "Firecracker", "Forward", "Guest", "ID", "Inspect", "MemoryStats", "Name", "Provide", "Remove", "RuntimeDir", "Secrets", "SocketPath", "Spec", "Start", "State", "Stop", "Supervised", "VMMLog", "Wait"}
 	for i := range reflect.TypeOf(m).NumMethod() {
 		name := reflect.TypeOf(m).Method(i).Name
 		if calls[name] == nil && !slices.Contains(others, name) {

@@ -3,6 +3,9 @@ package smartvm
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
 	"net"
 	"sync"
 	"time"
@@ -72,15 +75,54 @@ func endIfHung(p *vmm.Process) (stop func()) {
 	return func() { close(done); wg.Wait() }
 }
 
-// Pause stops the guest's CPUs and devices. What runs in it by Exec waits; with Firecracker 1.16.0 and 1.16.1 it loses its
-// connection by the Resume, see [firecracker.Client.Resume].
-func (m *Machine) Pause(ctx context.Context) error {
-	return m.call(ctx, "pause", "pause", func(c *firecracker.Client) error { return c.Pause(ctx) })
+// hold keeps other processes from making a snapshot of the VM, pausing or resuming it meanwhile. Op is what for.
+func (m *Machine) hold(op string) (*store.Hold, error) {
+	hold, err := m.host.store.Hold(m.rec.ID)
+	switch {
+	case errors.Is(err, store.ErrLocked):
+		return nil, fmt.Errorf("%s VM %s: %w: a snapshot of it is being made", op, m.rec.ID, ErrState)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+	case err != nil:
+		return nil, fmt.Errorf("%s VM %s: %w", op, m.rec.ID, err)
+	}
+	return hold, nil
 }
 
-// Resume lets a paused guest go on.
+// holdSoon is hold that waits until a snapshot is made: what it writes down must not change meanwhile.
+func (m *Machine) holdSoon(ctx context.Context) (*store.Hold, error) {
+	for {
+		hold, err := m.hold("stop")
+		if !errors.Is(err, ErrState) {
+			return hold, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(waitPoll):
+		}
+	}
+}
+
+// Pause stops the guest's CPUs and devices. What runs in it by Exec waits; with Firecracker 1.16.0 and 1.16.1 it loses its
+// connection by the Resume, see [firecracker.Client.Resume]. Returns ErrState while a snapshot of it is being made.
+func (m *Machine) Pause(ctx context.Context) error {
+	hold, err := m.hold("pause")
+	if err != nil {
+		return err
+	}
+	err = m.call(ctx, "pause", "pause", func(c *firecracker.Client) error { return c.Pause(ctx) })
+	return errors.Join(err, hold.Release())
+}
+
+// Resume lets a paused guest go on. Returns ErrState while a snapshot of it is being made.
 func (m *Machine) Resume(ctx context.Context) error {
-	return m.call(ctx, "resume", "resume", func(c *firecracker.Client) error { return c.Resume(ctx) })
+	hold, err := m.hold("resume")
+	if err != nil {
+		return err
+	}
+	err = m.call(ctx, "resume", "resume", func(c *firecracker.Client) error { return c.Resume(ctx) })
+	return errors.Join(err, hold.Release())
 }
 
 // Info is what the VMM says of itself. Before the VM is started, the error has Code NO_CLIENT.

@@ -21,6 +21,7 @@ import (
 	"push.rocks/smartvm/internal/logfile"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/uffd"
 	"push.rocks/smartvm/internal/vmm"
 )
 
@@ -54,7 +55,10 @@ type run struct {
 	attended chan struct{}  // closed when the guest has nothing more to say
 	secrets  *Secrets       // for the guest; nil: it has them, or there are none
 	untold   error          // why secrets could not be read for a guest that may wait for them
-	command  *CmdExit       // of the image's command, set before attended is closed; nil: nobody knows
+	memory   *uffd.Session  // of a restored VM whose page faults are served here
+	recorded *time.Timer    // when those are recorded, by record; nil: they have been before
+	record   func()
+	command  *CmdExit // of the image's command, set before attended is closed; nil: nobody knows
 }
 
 func (h *Host) machine(rec *record) *Machine { return &Machine{host: h, rec: rec} }
@@ -124,8 +128,15 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 		if rec.Boot != nil {
 			told = rec.Boot.Guest
 		}
-		if err := attach.Tell(&rec.Spec, told, rec.Interfaces); err != nil {
-			return err
+		if r := rec.Restored; r != nil {
+			if err := r.readdress(rec, told != nil); err != nil {
+				return err
+			}
+		}
+		if rec.Restored == nil || told != nil { // a restored kernel reads no command line
+			if err := attach.Tell(&rec.Spec, told, rec.Interfaces); err != nil {
+				return err
+			}
 		}
 		pl = makePlan(&rec.Spec, p)
 		pl.Create = pl.Create[min(1, rec.UID):] // without the lease that is taken

@@ -76,7 +76,7 @@ func newSite(t *testing.T, launcher smartvm.Launcher) *site {
 	if launcher == smartvm.LaunchJailed {
 		s.options.JailerBinary = testenv.Jailer(t)
 	}
-	for _, d := range []string{"runtime", "runtime/.leases", "runtime/.networks", "runtime/.slots", "data", "data/staging"} {
+	for _, d := range []string{"runtime", "runtime/.leases", "runtime/.networks", "runtime/.slots", "data", "data/staging", "data/snapshots", "data/snapshots/.tmp"} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -199,6 +199,12 @@ func (c *consoles) of(id string) io.Writer {
 type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+func (c *consoles) forget(id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.text, id)
+}
 
 func (c *consoles) get(id string) string {
 	c.mu.Lock()

@@ -60,5 +60,5 @@ func (h *Host) networks(ctx context.Context) context.Context {
 	return network.NewContext(ctx, &network.Shared{Reaper: &h.reaper, Trace: h.opts.trace, Log: h.log})
 }
 
-// defaultHealInterval is how long a guest may be without rules after somebody's flush.
+// defaultHealInterval is how long a guest may be without rules after somebody's flush, or held still after somebody's death.
 const defaultHealInterval = 5 * time.Second

@@ -7,12 +7,14 @@ import (
 	"slices"
 	"strconv"
 
+	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/configure"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/share"
+	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
@@ -35,6 +37,8 @@ type proposal struct {
 	owners    map[string]*stage.Owner // of those, by path, who must be lent to the jail's user
 	boot      *boot                   // of a VM with an image
 	secrets   *Secrets                // of its first start
+	restored  *restored               // of a VM that starts from a snapshot
+	version   firecracker.Version
 
 	interfaces []attach.Interface
 }
@@ -106,34 +110,30 @@ func makePlan(s *Spec, p *proposal) *plan {
 	if s.Name != "" {
 		pl.Create = append(pl.Create, p.store.Lease("name", s.Name, p.id))
 	}
-	pl.Create = append(pl.Create, p.boot.effects(dir, p.id+"-"+p.nonce)...)
+	pl.Create = append(pl.Create, p.boot.effects(dir, p.id+"-"+p.nonce, p.restored)...)
+	pl.Run = append(pl.Run, &stage.Tree{Path: run})
+	copies := &pl.Create
+	if p.restored != nil {
+		copies = &pl.Run // each start finds them as the snapshot has them
+	}
 	devs := devices(s, p)
 	for _, t := range []struct {
 		path    string
 		reflink bool
 	}{{filepath.Join(dir, store.DriveDir), false}, {p.reflinkDir(), true}} {
 		if slices.ContainsFunc(devs, func(d device) bool { return d.staged && d.reflinking == t.reflink }) {
-			pl.Create = append(pl.Create, &stage.Tree{Path: t.path})
+			*copies = append(*copies, &stage.Tree{Path: t.path})
 		}
 	}
-	pl.Run = append(pl.Run, &stage.Tree{Path: run})
 	if len(s.Volumes) > 0 {
 		pl.Run = append(pl.Run, &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes})
 	}
-	image := s.BootSource.KernelImagePath
-	if p.extract {
-		image = filepath.Join(dir, store.KernelFile)
-		pl.Create = append(pl.Create, &kernel.Extracted{Source: s.BootSource.KernelImagePath, Target: image})
-	}
-	pl.config.Items = append(pl.config.Items, stage.Item{Source: image, Name: store.KernelFile})
-	if s.BootSource.InitrdPath != "" {
-		pl.config.Items = append(pl.config.Items, stage.Item{Source: s.BootSource.InitrdPath, Name: store.InitrdFile})
-	}
+	pl.kernel(s, p)
 	for _, d := range devs {
 		pl.config.Items = append(pl.config.Items, stage.Item{Source: d.source, Name: configure.DevicePath(d.id), Writable: !d.readOnly || d.staged})
 		switch {
 		case d.staged:
-			pl.Create = append(pl.Create, &stage.File{Source: d.path, Target: d.source, UID: uid})
+			*copies = append(*copies, &stage.File{Source: d.path, Target: d.source, UID: uid})
 		case !d.readOnly:
 			pl.Run = append(pl.Run, p.store.Lease("drive", p.inodes[d.path], p.id))
 			if owner := p.owners[d.path]; owner != nil {
@@ -157,11 +157,37 @@ func makePlan(s *Spec, p *proposal) *plan {
 		pl.config.Log = vmm.LogOptions{Level: l.Level, ShowLevel: l.ShowLevel, ShowOrigin: l.ShowLogOrigin}
 	}
 	pl.Calls = configure.Calls(s)
+	if p.restored != nil {
+		pl.Calls = configure.RestoreCalls(s, &p.restored.Load, p.version)
+	}
 	return pl
 }
 
+// kernel gives the VMM what it boots, or is restored from.
+func (pl *plan) kernel(s *Spec, p *proposal) {
+	item := func(source, name string) {
+		pl.config.Items = append(pl.config.Items, stage.Item{Source: source, Name: name})
+	}
+	if r := p.restored; r != nil {
+		item(filepath.Join(r.Dir, snapshot.StateFile), filepath.Join(store.RestoreDir, snapshot.StateFile))
+		if r.Load.MemorySocket == "" {
+			item(filepath.Join(r.Dir, snapshot.MemoryFile), filepath.Join(store.RestoreDir, snapshot.MemoryFile))
+		}
+		return
+	}
+	image := s.BootSource.KernelImagePath
+	if p.extract {
+		image = filepath.Join(p.store.Dir(p.id), store.KernelFile)
+		pl.Create = append(pl.Create, &kernel.Extracted{Source: s.BootSource.KernelImagePath, Target: image})
+	}
+	item(image, store.KernelFile)
+	if s.BootSource.InitrdPath != "" {
+		item(s.BootSource.InitrdPath, store.InitrdFile)
+	}
+}
+
 // effects say that a VM uses its image, and write down what its guest is told.
-func (b *boot) effects(dir, vm string) []journal.Effect {
+func (b *boot) effects(dir, vm string, r *restored) []journal.Effect {
 	if b == nil {
 		return nil
 	}
@@ -169,7 +195,7 @@ func (b *boot) effects(dir, vm string) []journal.Effect {
 	for _, users := range b.Users {
 		all = append(all, &stage.Link{Path: filepath.Join(users, vm), Target: dir})
 	}
-	if b.Guest != nil {
+	if b.Guest != nil && r == nil { // a restored guest has read it
 		block, _ := b.Guest.Encode() // was done before
 		all = append(all, &stage.Content{Path: filepath.Join(dir, store.GuestFile), Text: string(bytes.TrimRight(block, "\x00")), Size: int64(len(block))})
 	}

@@ -33,7 +33,8 @@ type record struct {
 	// Interfaces are those that a network of ours is behind, in the spec's order.
 	Interfaces []attach.Interface `json:"interfaces,omitempty"`
 	// Staged tells by device id how its copy was made.
-	Staged map[string]StagedDrive `json:"staged,omitempty"`
+	Staged   map[string]StagedDrive `json:"staged,omitempty"`
+	Restored *restored              `json:"restored,omitempty"` // of a VM that starts from a snapshot
 	// Attached: the VM is one call's, it must not outlive who made it.
 	Attached bool `json:"attached,omitempty"`
 }

@@ -54,11 +54,15 @@ func (h *Host) recover(ctx context.Context, adopt bool) (*Report, error) {
 			errs = append(errs, fmt.Errorf("recover VM %s: %w", id, err))
 		}
 	}
+	errs = append(errs, h.sweepSnapshots(ctx))
 	errs = append(errs, attach.SweepPools(h.networks(ctx), h.store, h.opts.trace))
 	return report, errors.Join(append(errs, network.Sweep(h.networks(ctx), filepath.Join(h.RuntimeDir(), store.NetworkDir)))...)
 }
 
 func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Report) error {
+	if err := h.releaseHold(ctx, id); err != nil {
+		h.log.Warn("let a VM go on that was held", "vm", id, "err", err)
+	}
 	lock, err := h.store.TryLock(id)
 	switch {
 	case errors.Is(err, store.ErrLocked):

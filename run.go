@@ -64,6 +64,7 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 		errs = append(errs, r.journal.Revert(ctx))
 	}
 	r.proxies.Close()
+	errs = append(errs, r.endMemory())
 	if r.client != nil {
 		errs = append(errs, r.client.Close()) // now that no answer can be under way, for which it would wait
 	}
@@ -95,7 +96,7 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	if err != nil {
 		return "start", err
 	}
-	for _, stale := range []string{store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.VMMLog, store.CommandLog} {
+	for _, stale := range []string{store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.VMMLog, store.CommandLog, store.LastSnapshot} {
 		if err := logfile.Remove(m.path(stale)); err != nil {
 			return "start", err
 		}
@@ -126,12 +127,18 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	ctx, cancel := context.WithTimeoutCause(ctx, m.host.opts.StartTimeout,
 		fmt.Errorf("the VMM did not take its configuration within %s", m.host.opts.StartTimeout))
 	defer cancel()
+	if err := m.serveMemory(r); err != nil {
+		return "serve memory", err
+	}
 	r.client = firecracker.New(func(ctx context.Context) (net.Conn, error) { return r.proc.Dial(ctx, store.SocketFile) }, m.version())
 	for _, c := range pl.Calls {
 		m.trace("PUT " + c.Path)
 		if err := c.Send(ctx, r.client); err != nil {
 			return "PUT " + c.Path, err
 		}
+	}
+	if m.rec.Restored != nil {
+		return "", nil
 	}
 	m.trace("InstanceStart")
 	return "boot", r.client.InstanceStart(ctx)
@@ -161,12 +168,9 @@ func (m *Machine) watch(r *run) {
 	defer close(r.done)
 	defer r.proxies.Close()
 	ctx := m.host.networks(context.Background())
-	var look <-chan time.Time
-	if len(m.rec.Interfaces) > 0 {
-		ticker := time.NewTicker(cmp.Or(m.host.opts.healInterval, defaultHealInterval))
-		defer ticker.Stop()
-		look, r.restored = ticker.C, map[string]int{}
-	}
+	look := time.NewTicker(cmp.Or(m.host.opts.healInterval, defaultHealInterval))
+	defer look.Stop()
+	r.restored = map[string]int{}
 	listening, stopListening := context.WithCancel(ctx)
 	defer stopListening()
 	go m.attend(listening, r)
@@ -178,9 +182,9 @@ func (m *Machine) watch(r *run) {
 			<-r.attended
 			r.err = errors.Join(r.client.Close(), r.journal.Close(), r.lock.Unlock())
 			return
-		case <-look:
-			if err := attach.Heal(ctx, r.journal.Effects(), r.restored); err != nil {
-				m.host.log.Warn("restore network", "vm", m.rec.ID, "err", err)
+		case <-look.C:
+			if err := m.heal(ctx, r); err != nil {
+				m.host.log.Warn("heal", "vm", m.rec.ID, "err", err)
 			}
 		case <-r.proc.Done():
 			ended = true
@@ -197,7 +201,7 @@ func (m *Machine) watch(r *run) {
 	exit.Command = r.command
 	r.exit = exit
 	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)
-	r.err = errors.Join(r.client.Close(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), m.syncBack(ctx), r.journal.Revert(ctx))
+	r.err = errors.Join(r.client.Close(), r.endMemory(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), m.syncBack(ctx), r.journal.Revert(ctx))
 	if r.err != nil {
 		m.host.log.Warn("undo", "vm", m.rec.ID, "err", r.err)
 	}
@@ -206,6 +210,15 @@ func (m *Machine) watch(r *run) {
 	m.host.mu.Unlock()
 	m.set("", nil)
 	r.err = errors.Join(r.err, r.lock.Unlock())
+}
+
+// heal mends what others have done to a VM that runs: flushed rules of its networks, or died while they held it still.
+func (m *Machine) heal(ctx context.Context, r *run) error {
+	var err error
+	if len(m.rec.Interfaces) > 0 {
+		err = attach.Heal(ctx, r.journal.Effects(), r.restored)
+	}
+	return errors.Join(err, m.host.releaseHold(ctx, m.rec.ID))
 }
 
 // release leaves the VM running and to others.
@@ -297,13 +310,16 @@ func (m *Machine) stopSteps(opts StopOptions) []vmm.Step {
 		return nil
 	}
 	return []vmm.Step{{Name: CtrlAltDel, Timeout: opts.Timeout, Ask: func(ctx context.Context) error {
-		c := m.dialClient()
-		defer c.Close()
-		// A paused guest sees no keys.
-		if err := c.Resume(ctx); err != nil {
+		hold, err := m.holdSoon(ctx)
+		if err != nil {
 			return err
 		}
-		return c.SendCtrlAltDel(ctx)
+		c := m.dialClient()
+		// A paused guest sees no keys.
+		if err = c.Resume(ctx); err == nil {
+			err = c.SendCtrlAltDel(ctx)
+		}
+		return errors.Join(err, hold.Release(), c.Close())
 	}}}
 }
 
@@ -425,13 +441,14 @@ const acquireTimeout = 10 * time.Second
 
 // acquire takes the VM's lock for op, if its state allows op, and undoes a run that was left behind.
 func (m *Machine) acquire(ctx context.Context, op string) (*store.Lock, error) {
+	call := ctx
 	ctx, cancel := context.WithTimeoutCause(ctx, acquireTimeout, errors.New("another operation on it does not end"))
 	defer cancel()
 	for {
 		lock, err := m.host.store.TryLock(m.rec.ID)
 		switch {
 		case err == nil:
-			return m.acquired(ctx, op, lock)
+			return m.acquired(call, op, lock) // copying back may take longer
 		case errors.Is(err, fs.ErrNotExist):
 			return nil, fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
 		case !errors.Is(err, store.ErrLocked):

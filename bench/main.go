@@ -5,19 +5,30 @@
 // Rows, all of VMs with one CPU and 128 MiB:
 //
 //   - bare: spawn of Firecracker with a configuration file and no API, until the guest's first byte arrives.
+//
 //   - start, start-jailed: the call of Machine.Start, by the two launchers, until the guest's first byte arrives at
 //     the writer that Options.Console gave.
+//
 //   - create: the call of Host.Create, which stages the drive.
+//
 //   - go-sdk: NewMachine and Start of firecracker-go-sdk with its own defaults, until the guest's first byte arrives.
+//
 //   - stop: Machine.Stop without patience; bare-kill: SIGKILL until the process is reaped.
+//
 //   - loop, bare-loop: VMs a second, eight at a time, from nothing to the first byte and back to nothing.
+//
 //   - memory-per-vm, heap-per-vm: what an idle VM adds to this process, resident and in Go's heap and stacks.
+//
 //   - supervise-rss: the resident process that looks after a detached VM.
+//
 //   - cli-run, bare-run: a guest that reboots at once, from spawn to exit of the whole program.
+//
 //   - stage: Host.Create of a VM whose image has 1 GiB, 900 MiB of them data; stage-copied: how much of it was copied; cp: a
 //     copy of the same; 20-vms-of-image: what 20 such VMs take, in per cent of the image.
+//
 //   - pull: smartvm image pull, the whole program, of ten layers with 300 MiB from a registry in this process; pull-memory:
 //     the most that program had resident; tar: tar -xzf of the same layers onto the same disk.
+//
 //   - guest-*, agent-*: in real guests of the minimal image, in the lab where this machine boots none (such rows are marked; one run's
 //     ratios alone count). guest-kernel: the guest's kernel until it runs the agent; guest-modules, guest-mounts: what that takes for the agent's
 //     modules and the root's layers; agent-start: until the agent's own code runs; agent-boot: all of the way from the kernel to the image's
@@ -25,7 +36,16 @@
 //     vsock; guest-spawn: fork, exec and end of true, timed in the guest. guest-copy-to and -from: cp of 256 MiB to the guest's memory and back;
 //     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that.
 //
-// All but the loops and the images have one drive of 64 MiB, 8 MiB of them data, the rest a hole. Start gets a copy of its own, which
+//   - restore: the call of Machine.Start of a VM of a snapshot, 256 MiB with 64 MiB written to, until it goes on; create-restored:
+//     the call of Host.Restore before; bare-restore: spawn of Firecracker until it has loaded the same and resumed.
+//
+//   - fork: the same as restore for each of 50 VMs, eight at a time; fork-rate, bare-fork-rate: such VMs a second, from nothing;
+//     fork-private: what each adds to the memory that no other process shares, the VMM's and this process's.
+//
+//   - uffd-faults: times that a VM of a snapshot waited for its memory while it read 64 MiB, served by smartvm, with what one
+//     before it had touched brought ahead; uffd-faults-none: that one.
+//
+// All but the loops, the images and the snapshots have one drive of 64 MiB, 8 MiB of them data, the rest a hole. Start gets a copy of its own, which
 // create makes; the others use the file itself.
 package main
 
@@ -92,7 +112,7 @@ func run(ctx context.Context) (ok bool, err error) {
 	out := flag.String("out", "results.json", "`file` for the results")
 	rounds := flag.Int("n", 150, "rounds of every start measurement")
 	cli := flag.String("smartvm", "../bin/smartvm", "the smartvm `program`")
-	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,supervisor,command-line,staging,pulls,networks,guests")
+	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,supervisor,command-line,staging,pulls,networks,guests,snapshots")
 	base := flag.String("runtime-dir", "/dev/shm", "existing `directory` to work below, on a tmpfs")
 	profile := flag.String("cpuprofile", "", "`file` for a CPU profile of this process")
 	idleVMs := flag.Int("idle-vms", 0, "measure this process's memory with so many idle VMs, print it and exit")
@@ -150,6 +170,7 @@ func (b *bench) measure(ctx context.Context, list string) error {
 		{"pulls", b.pulls},
 		{"networks", b.networks},
 		{"guests", b.guests},
+		{"snapshots", b.snapshots},
 	}
 	wanted := strings.Split(list, ",")
 	for _, m := range all {

@@ -154,6 +154,11 @@ func (r *report) ratios() {
 		{Name: "cp-rate/stream", Lab: r.lab["agent-rss"], Value: min(r.p50("guest-copy-to")/r.p50("guest-stream-to"), r.p50("guest-copy-from")/r.p50("guest-stream-from")), Op: ">=", Bar: 0.7},
 		{Name: "agent-boot-share-percent", Lab: r.lab["agent-rss"], Value: r.p50("agent-boot/kernel"), Op: "<=", Bar: 10},
 		{Name: "agent-rss-mib", Lab: r.lab["agent-rss"], Value: r.p50("agent-rss"), Op: "<=", Bar: 6},
+		{Name: "restore/bare", Value: r.p50("restore") / r.p50("bare-restore"), Op: "<=", Bar: 1.25},
+		{Name: "fork-p99/p50", Value: r.quantile("fork", 0.99) / r.p50("fork"), Op: "<=", Bar: 2},
+		{Name: "fork-rate/bare", Value: r.p50("fork-rate/bare"), Op: ">=", Bar: 0.85},
+		{Name: "uffd-faults/none", Value: r.p50("uffd-faults") / r.p50("uffd-faults-none"), Op: "<=", Bar: 0.1},
+		{Name: "fork-private-mib", Value: r.p50("fork-private"), Op: "<=", Bar: 3},
 	} {
 		if math.IsNaN(x.Value) {
 			continue // not measured

@@ -78,7 +78,9 @@ type host struct {
 	bytes sync.Map // of chan time.Time, by VM id
 }
 
-func (b *bench) host(launcher smartvm.Launcher) (*host, error) {
+func (b *bench) host(launcher smartvm.Launcher) (*host, error) { return b.hostFor(launcher, mark) }
+
+func (b *bench) hostFor(launcher smartvm.Launcher, mark string) (*host, error) {
 	h := &host{}
 	var err error
 	h.Host, err = smartvm.Open(smartvm.Options{
@@ -86,19 +88,22 @@ func (b *bench) host(launcher smartvm.Launcher) (*host, error) {
 		FirecrackerBinary: b.firecracker, JailerBinary: b.jailer, Launcher: launcher,
 		Console: func(id string) io.Writer {
 			c, _ := h.bytes.LoadOrStore(id, make(chan time.Time, 1))
-			return firstByte(c.(chan time.Time))
+			return firstByte{c.(chan time.Time), mark}
 		},
 	})
 	return h, err
 }
 
 // firstByte receives the time of the first write that has the mark in it.
-type firstByte chan time.Time
+type firstByte struct {
+	at   chan time.Time
+	mark string
+}
 
 func (c firstByte) Write(p []byte) (int, error) {
-	if bytes.Contains(p, []byte(mark)) {
+	if bytes.Contains(p, []byte(c.mark)) {
 		select {
-		case c <- time.Now():
+		case c.at <- time.Now():
 		default:
 		}
 	}

@@ -111,6 +111,9 @@ func greeting(conn net.Conn) error {
 // open sends a request.
 func (c *Client) open(ctx context.Context, req agentproto.Request) (*agentproto.Conn, error) {
 	req.Version = agentproto.Version
+	if !req.Now.IsZero() {
+		req.Now = time.Now() // it may have taken a while to get through
+	}
 	frame, err := req.Frame()
 	if err != nil {
 		return nil, err

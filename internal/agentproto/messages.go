@@ -3,6 +3,7 @@ package agentproto
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"time"
 )
 
@@ -22,10 +23,18 @@ const (
 	OpProcesses Op = "processes" // a Reply with Processes
 
 	OpSecrets Op = "secrets" // Env and Files for the command, which waits for them: see Boot.Secrets
+
+	// Around a snapshot. Its making ends all connections, in the guest that goes on as in those that are restored from it.
+	OpFreeze   Op = "freeze"   // stop programs and file systems, until one of the following, or for FreezeTimeout at most
+	OpThaw     Op = "thaw"     // let them go on
+	OpIdentify Op = "identify" // be who Identity says, in a guest that was restored; then let them go on
 )
 
 // SecretDir is where a guest has its secrets, each in a file.
 const SecretDir = "/run/secrets"
+
+// FreezeTimeout is how long a guest waits, by its own clock, for a host that has frozen it.
+const FreezeTimeout = 30 * time.Second
 
 // Request is what the host wants.
 type Request struct {
@@ -54,9 +63,29 @@ type Request struct {
 	// Of OpSecrets, which has Env too: what is in the files of SecretDir, by their names.
 	Files map[string][]byte `json:"files,omitempty"`
 
-	// Of OpWatch: the host's clock, and 64 random bytes.
+	// Of OpFreeze:
+	DropCaches bool `json:"dropCaches,omitempty"` // forget what can be read again
+
+	// Of OpIdentify:
+	Identity *Identity `json:"identity,omitempty"`
+
+	// Of OpWatch and OpIdentify: the host's clock, and 64 random bytes.
 	Now     time.Time `json:"now,omitzero"`
 	Entropy []byte    `json:"entropy,omitempty"`
+}
+
+// Identity is what tells a restored guest from others of the same snapshot. What is empty stays as it is.
+type Identity struct {
+	Hostname   string       `json:"hostname,omitempty"`
+	MachineID  string       `json:"machineId,omitempty"`
+	Interfaces []Rekey      `json:"interfaces,omitempty"`
+	DNS        []netip.Addr `json:"dns,omitempty"`
+}
+
+// Rekey is an interface that gets another identity.
+type Rekey struct {
+	Was Interface `json:"was"`
+	Now Interface `json:"now"`
 }
 
 // Reply is the answer to a request.
@@ -68,6 +97,9 @@ type Reply struct {
 	Processes []Process `json:"processes,omitempty"`
 
 	IsDir bool `json:"isDir,omitempty"` // of OpWrite: Path is a directory
+	// Of OpIdentify: by how much the clock was wrong, nanoseconds; and what could not be done.
+	Skew     time.Duration `json:"skew,omitempty"`
+	Warnings []string      `json:"warnings,omitempty"`
 }
 
 // Phase is how far a guest has come.

@@ -5,6 +5,7 @@ package attach
 import (
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -44,6 +45,9 @@ type Interface struct {
 	// guest's are network.InnerMAC and InnerGuest.
 	File string `json:"namespace,omitempty"`
 	Warm bool   `json:"warm,omitempty"` // the namespace is a pool's
+
+	// Wish is what it had in a VM that this one is restored from: it gets that again where it is free. It may be nil.
+	Wish *Interface `json:"-"`
 }
 
 // Resolve decides what is behind the interfaces of s that name no tap, and says so there. They have no addresses yet. Returns
@@ -84,7 +88,7 @@ type Do func(context.Context, journal.Effect) error
 func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 	for i := range all {
 		if all[i].File != "" {
-			slot, err := (&Pool{Store: vm.Store, Network: all[i].Network}).take(ctx, vm.ID, do)
+			slot, err := (&Pool{Store: vm.Store, Network: all[i].Network}).take(ctx, vm.ID, all[i].Wish, do)
 			if err != nil {
 				return err
 			}
@@ -94,15 +98,81 @@ func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 				continue
 			}
 		}
-		// Two of a MAC on one bridge would get each other's frames.
-		if err := do(ctx, vm.Store.Lease("mac", all[i].Network.Name+"/"+all[i].MAC, vm.ID)); err != nil {
+		if err := all[i].regain(ctx, vm, do); err != nil {
 			return err
 		}
-		if err := all[i].address(ctx, vm, do); err != nil {
-			return err
+		// Two of a MAC on one bridge would get each other's frames.
+		if wish := all[i].Wish; wish == nil || all[i].MAC != wish.MAC {
+			if err := do(ctx, vm.Store.Lease("mac", all[i].Network.Name+"/"+all[i].MAC, vm.ID)); err != nil {
+				return err
+			}
+		}
+		if !all[i].IP4.IsValid() {
+			if err := all[i].address(ctx, vm, do); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// regain leases what an interface wishes to have again, as far as that is free and of its network.
+func (i *Interface) regain(ctx context.Context, vm VM, do Do) error {
+	w := i.Wish
+	if w == nil {
+		return nil
+	}
+	mac, err := net.ParseMAC(w.MAC)
+	if err != nil || mac.String() != w.MAC || mac[0]&1 != 0 || !slices.ContainsFunc(i.candidates(w.IP4), func(n int) bool {
+		ip4, ip6 := i.Network.Guest(n)
+		return ip4 == w.IP4 && ip6 == w.IP6
+	}) {
+		return nil
+	}
+	lease := func(kind, name string) (bool, error) {
+		if vm.Store.Holder(kind, name) != "" {
+			return false, nil
+		}
+		err := do(ctx, vm.Store.Lease(kind, name, vm.ID))
+		if errors.Is(err, fs.ErrExist) {
+			return false, nil
+		}
+		return err == nil, err
+	}
+	got, err := lease("mac", i.Network.Name+"/"+w.MAC)
+	if got {
+		i.MAC = w.MAC
+		got, err = lease(leaseKind, i.Network.Name+"/"+w.IP4.String())
+	}
+	if got {
+		i.IP4, i.IP6 = w.IP4, w.IP6
+	}
+	return err
+}
+
+// candidates are the numbers of the guests, one at most, that can have an address.
+func (i *Interface) candidates(ip4 netip.Addr) []int {
+	first, _ := i.Network.Guest(0)
+	if !ip4.Is4() {
+		return nil
+	}
+	a, b := ip4.As4(), first.As4()
+	n := int(binary.BigEndian.Uint32(a[:])) - int(binary.BigEndian.Uint32(b[:]))
+	if n < 0 || n >= i.Network.Guests() {
+		return nil
+	}
+	return []int{n}
+}
+
+// Rekey says which interfaces of a guest have become others.
+func Rekey(was, now []Interface) (changed []agentproto.Rekey) {
+	before, after := guestInterfaces(was), guestInterfaces(now)
+	for n := range min(len(before), len(after)) {
+		if before[n].MAC != after[n].MAC || !slices.Equal(before[n].Addresses, after[n].Addresses) {
+			changed = append(changed, agentproto.Rekey{Was: before[n], Now: after[n]})
+		}
+	}
+	return changed
 }
 
 // address leases the first addresses that no VM of the store has.

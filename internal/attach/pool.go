@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"push.rocks/smartvm/internal/atomicfile"
@@ -112,9 +113,15 @@ func (p *Pool) fits(s *network.Slot) bool {
 	return s.Bridge == c.Bridge && s.IP4.Masked() == c.Subnet && s.MTU == c.MTU && s.Mutual == c.Mutual && s.IP6.IsValid() == c.Subnet6.IsValid()
 }
 
-// take finds a slot that no VM has, and leases it. Returns nil if there is none.
-func (p *Pool) take(ctx context.Context, vm string, do Do) (*network.Slot, error) {
-	for _, name := range p.names() {
+// take finds a slot that no VM has, that of wish if it can, and leases it. Returns nil if there is none.
+func (p *Pool) take(ctx context.Context, vm string, wish *Interface, do Do) (*network.Slot, error) {
+	names := p.names()
+	if wish != nil {
+		if n := slices.Index(names, filepath.Base(filepath.Dir(wish.File))); n > 0 {
+			names[0], names[n] = names[n], names[0]
+		}
+	}
+	for _, name := range names {
 		if s, err := p.slot(name); err != nil || !p.fits(s) || p.holder(name) != "" {
 			continue
 		}

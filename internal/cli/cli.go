@@ -17,10 +17,13 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/cli/guest"
 	"push.rocks/smartvm/internal/cli/images"
+	"push.rocks/smartvm/internal/cli/snapshots"
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/supervise"
+	"push.rocks/smartvm/internal/vmflags"
 )
 
 // Process is what a command line finds around it.
@@ -95,6 +98,8 @@ type app struct {
 	copying human.Progress
 	images  *images.Shell
 	guest   *guest.Shell
+
+	snapshots *snapshots.Shell
 }
 
 func (a *app) root() *cobra.Command {
@@ -133,6 +138,7 @@ func (a *app) root() *cobra.Command {
 	root.SetFlagErrorFunc(flagError)
 	a.global.flags(root)
 	a.images, a.guest = a.imageShell(), a.guestShell()
+	a.snapshots = a.snapshotShell()
 	for _, command := range []func(*app) *cobra.Command{
 		newRun, newCreate, newStart, newStop, newPause, newResume, newRemove, newPS, newInspect, newWait, newGC, newVersion,
 	} {
@@ -140,6 +146,7 @@ func (a *app) root() *cobra.Command {
 	}
 	root.AddCommand(a.images.Commands()...)
 	root.AddCommand(a.guest.Commands()...)
+	root.AddCommand(a.snapshots.Commands()...)
 	root.SetHelpCommand(newHelp())
 	root.InitDefaultCompletionCmd()
 	return root
@@ -172,6 +179,19 @@ func (a *app) guestShell() *guest.Shell {
 		Signal: func(ctx context.Context) syscall.Signal {
 			i, _ := context.Cause(ctx).(Interrupted) //nolint:errorlint // the cause is ours
 			return i.Signal
+		},
+	}
+}
+
+// snapshotShell is the same for those about snapshots.
+func (a *app) snapshotShell() *snapshots.Shell {
+	return &snapshots.Shell{
+		Shell: a.guest, Host: a.peek, Self: a.global.self,
+		Build: func(ctx context.Context, f *vmflags.Flags, args []string) (smartvm.Spec, error) {
+			return a.build(ctx, f, args, new(images.PullPolicy("missing")))
+		},
+		Supervise: func(ctx context.Context, h *smartvm.Host, m *smartvm.Machine) error {
+			return a.supervise(ctx, h, m, false)
 		},
 	}
 }

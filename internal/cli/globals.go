@@ -129,6 +129,21 @@ func (a *app) sweep(ctx context.Context) (*smartvm.Host, *smartvm.Report, error)
 	return h, report, nil
 }
 
+// self is a command line of this program for the same host.
+func (g *globals) self(args ...string) []string {
+	program, _ := os.Executable() // what cannot be found cannot be started
+	all := []string{program}
+	for name, value := range map[string]string{
+		"runtime-dir": g.runtimeDir, "data-dir": g.dataDir, "firecracker": g.firecracker, "firecracker-version": g.version, "jailer": g.jailer,
+		"launcher": g.launcher, "bridge": g.bridge, "subnet": g.subnet,
+	} {
+		if value != "" {
+			all = append(all, "--"+name, value)
+		}
+	}
+	return append(all, args...)
+}
+
 // peek opens the host and leaves it as it is.
 func (a *app) peek() (*smartvm.Host, error) {
 	g := &a.global

@@ -14,6 +14,7 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/cli/guest"
 	"push.rocks/smartvm/internal/cli/images"
+	"push.rocks/smartvm/internal/cli/snapshots"
 	"push.rocks/smartvm/internal/supervise"
 	"push.rocks/smartvm/internal/vmflags"
 )
@@ -26,6 +27,7 @@ type runCommand struct {
 	detach, remove bool
 	wait           guest.Wait
 	dryRun         bool
+	pool           string
 	stopTimeout    vmflags.Seconds
 }
 
@@ -63,12 +65,16 @@ func newRun(a *app) *cobra.Command {
 	f.BoolVar(&c.remove, "rm", false, "with -d, remove the VM when it ends")
 	c.stopTimeout = vmflags.Seconds(smartvm.DefaultStopTimeout)
 	f.Var(&c.stopTimeout, "stop-timeout", "`seconds` for the guest to shut down on Ctrl-C")
+	f.StringVar(&c.pool, "pool", "", "take a VM of this `pool` and run COMMAND in it; see smartvm pool")
 	f.BoolVar(&c.dryRun, "dry-run", false, "print what would be done, and do nothing")
 	return cmd
 }
 
 func (c *runCommand) run(cmd *cobra.Command, args []string) error {
 	ctx := cmd.Context()
+	if c.pool != "" {
+		return c.snapshots.RunPooled(ctx, snapshots.Pooled{Pool: c.pool, Command: args, Detach: c.detach, Streams: c.streams})
+	}
 	vm, err := c.build(ctx, &c.vm, args, &c.pull)
 	if err != nil {
 		return err

@@ -124,6 +124,7 @@ func (g *guest) run() error {
 	}
 	go g.reaper.Run(g.signals.Child)
 	srv := server.New(&g.reaper, b)
+	srv.Identify = func(id *agentproto.Identity) []error { return identify(b, id) }
 	srv.Reached(agentproto.PhaseAgent, g.begun)
 	srv.Spent(g.spent)
 	srv.Secrets = func(files map[string][]byte) error { return storeSecrets(b, files) }

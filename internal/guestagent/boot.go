@@ -374,17 +374,8 @@ func furnish(b *agentproto.Boot) error {
 			return fmt.Errorf("set host name: %w", err)
 		}
 	}
-	// Images carry the names of the machine that they were made on, and their init sets them. What is written over an image
-	// is the VM's own; a root without that stays as it is.
-	if b.ScratchDevice != "" {
-		for path, text := range map[string]string{"/etc/hostname": b.Hostname, "/etc/machine-id": b.MachineID} {
-			if text == "" {
-				continue
-			}
-			if err := rewrite(path, text+"\n"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				say("%v", err)
-			}
-		}
+	for _, err := range nameGuest(b) {
+		say("%v", err)
 	}
 	return nil
 }

@@ -23,12 +23,17 @@ func setNetwork(b *agentproto.Boot) {
 	for _, i := range b.Interfaces {
 		link, err := awaitLink(i.MAC)
 		if err == nil {
-			err = setInterface(link, i)
+			err = withNetlink(func(r rtnetlink) error { return r.setInterface(link, i) })
 		}
 		if err != nil {
 			say("set up interface %s: %v", i.MAC, err)
 		}
 	}
+	putNetwork(b)
+}
+
+// putNetwork writes what programs read of the network.
+func putNetwork(b *agentproto.Boot) {
 	if len(b.DNS) > 0 {
 		put("/etc/resolv.conf", resolvConf(b), b.ScratchDevice != "")
 	}
@@ -89,14 +94,14 @@ func put(name, text string, writable bool) {
 	}
 }
 
-// awaitLink waits for the interface of a MAC.
-func awaitLink(mac string) (link net.Interface, err error) {
+// awaitLink waits for the interface that has one of some MACs.
+func awaitLink(macs ...string) (link net.Interface, err error) {
 	err = await(func() error {
 		all, err := net.Interfaces()
 		if err != nil {
 			return err
 		}
-		n := slices.IndexFunc(all, func(i net.Interface) bool { return i.HardwareAddr.String() == mac })
+		n := slices.IndexFunc(all, func(i net.Interface) bool { return slices.Contains(macs, i.HardwareAddr.String()) })
 		if n < 0 {
 			return errNotYet
 		}
@@ -106,7 +111,8 @@ func awaitLink(mac string) (link net.Interface, err error) {
 	return link, err
 }
 
-func setInterface(link net.Interface, i agentproto.Interface) error {
+// withNetlink opens a socket for f.
+func withNetlink(f func(rtnetlink) error) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("open netlink: %w", err)
@@ -116,10 +122,13 @@ func setInterface(link net.Interface, i agentproto.Interface) error {
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
 		return err
 	}
-	r := rtnetlink(fd)
+	return f(rtnetlink(fd))
+}
+
+func (r rtnetlink) setInterface(link net.Interface, i agentproto.Interface) error {
 	name := link.Name
 	if i.Name != "" && i.Name != name {
-		if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0), attribute(unix.IFLA_IFNAME, append([]byte(i.Name), 0))); err != nil {
+		if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0, 0), attribute(unix.IFLA_IFNAME, append([]byte(i.Name), 0))); err != nil {
 			say("call %s %s: %v", name, i.Name, err) // by its other name it does as well
 		} else {
 			name = i.Name
@@ -131,7 +140,7 @@ func setInterface(link net.Interface, i agentproto.Interface) error {
 	if i.MTU != 0 {
 		set = append(set, attribute(unix.IFLA_MTU, binary.NativeEndian.AppendUint32(nil, uint32(i.MTU))))
 	}
-	if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, unix.IFF_UP), set...); err != nil {
+	if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, unix.IFF_UP, unix.IFF_UP), set...); err != nil {
 		return fmt.Errorf("set %s up: %w", name, err)
 	}
 	var errs []error
@@ -153,10 +162,7 @@ func setInterface(link net.Interface, i agentproto.Interface) error {
 }
 
 func (r rtnetlink) addAddress(index int, p netip.Prefix) error {
-	// struct ifaddrmsg
-	body := []byte{family(p.Addr()), byte(p.Bits()), 0, unix.RT_SCOPE_UNIVERSE}
-	body = binary.NativeEndian.AppendUint32(body, uint32(index))
-	attributes := [][]byte{attribute(unix.IFA_LOCAL, p.Addr().AsSlice()), attribute(unix.IFA_ADDRESS, p.Addr().AsSlice())}
+	body, attributes := addressMessage(index, p)
 	if p.Addr().Is6() {
 		// Nobody else has it: the host has leased it. So it is of use at once.
 		body[2] = unix.IFA_F_NODAD
@@ -168,6 +174,18 @@ func (r rtnetlink) addAddress(index int, p netip.Prefix) error {
 		attributes = append(attributes, attribute(unix.IFA_BROADCAST, broadcast[:]))
 	}
 	return r.request(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body, attributes...)
+}
+
+func (r rtnetlink) removeAddress(index int, p netip.Prefix) error {
+	body, attributes := addressMessage(index, p)
+	return r.request(unix.RTM_DELADDR, 0, body, attributes...)
+}
+
+// addressMessage is a struct ifaddrmsg and what follows it.
+func addressMessage(index int, p netip.Prefix) (body []byte, attributes [][]byte) {
+	body = []byte{family(p.Addr()), byte(p.Bits()), 0, unix.RT_SCOPE_UNIVERSE}
+	body = binary.NativeEndian.AppendUint32(body, uint32(index))
+	return body, [][]byte{attribute(unix.IFA_LOCAL, p.Addr().AsSlice()), attribute(unix.IFA_ADDRESS, p.Addr().AsSlice())}
 }
 
 func (r rtnetlink) addDefault(index int, gateway netip.Addr) error {
@@ -184,12 +202,12 @@ func family(a netip.Addr) byte {
 	return unix.AF_INET6
 }
 
-// linkMessage is a struct ifinfomsg that sets flags.
-func linkMessage(index int, flags uint32) []byte {
+// linkMessage is a struct ifinfomsg that sets those of the flags that change says.
+func linkMessage(index int, flags, change uint32) []byte {
 	body := make([]byte, 4, unix.SizeofIfInfomsg)
 	body = binary.NativeEndian.AppendUint32(body, uint32(index))
 	body = binary.NativeEndian.AppendUint32(body, flags)
-	return binary.NativeEndian.AppendUint32(body, flags) // which of them change
+	return binary.NativeEndian.AppendUint32(body, change)
 }
 
 // attribute is a struct rtattr and what it holds.

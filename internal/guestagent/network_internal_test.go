@@ -53,7 +53,7 @@ func TestSetInterface(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := setInterface(link, networkBoot().Interfaces[0]); err != nil {
+		if err := withNetlink(func(r rtnetlink) error { return r.setInterface(link, networkBoot().Interfaces[0]) }); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -61,8 +61,14 @@ func (g *guest) hearSecrets(b *agentproto.Boot) error {
 	srv.Secrets = func(files map[string][]byte) error { return storeSecrets(b, files) }
 	ended := make(chan error, 1)
 	go func() { ended <- srv.Serve(l) }()
-	<-srv.Told()
-	return errors.Join(l.Close(), <-ended) // what serves later listens there
+	select {
+	case <-srv.Told():
+	case err := <-ended:
+		return errors.Join(err, l.Close())
+	}
+	err = l.Close() // what serves later listens there
+	<-ended         // by that, whatever it says
+	return err
 }
 
 // The environment that the host has told may be longer than a boot configuration. It has its own place behind that.

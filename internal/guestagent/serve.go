@@ -169,6 +169,9 @@ var ErrVerb = errors.New("run it as a service of a VM's guest: smartvm-agent ser
 // Serve answers the host. Without a boot configuration, programs run as in an image that says nothing. Child is SIGCHLD.
 func Serve(b *agentproto.Boot, child <-chan os.Signal) error {
 	begun := uptime()
+	if b == nil {
+		b = new(agentproto.Boot)
+	}
 	frugal()
 	if err := slacken(usualSlack); err != nil {
 		say("%v", err)
@@ -176,6 +179,7 @@ func Serve(b *agentproto.Boot, child <-chan os.Signal) error {
 	var reaper process.Reaper
 	go reaper.Run(child)
 	s := server.New(&reaper, b)
+	s.Identify = func(id *agentproto.Identity) []error { return identify(b, id) }
 	s.Reached(agentproto.PhaseAgent, begun)
 	s.Reached(agentproto.PhaseCommand, begun)
 	l, err := listenHost()

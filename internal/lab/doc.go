@@ -102,7 +102,7 @@ func (e *ConsoleError) Unwrap() error { return e.Err }
 
 // LargePages is what guests in the lab should have for memory, in the words of the VMM's machine configuration. Where an
 // interrupt meets a page that the guest's guest has not touched yet, the emulator forgets the interrupt, or writes its frame to
-// a wrong place, and the guest stops or dies. With pages of 2 MiB that is rare. The lab has 800 MiB of them.
+// a wrong place, and the guest stops or dies. With pages of 2 MiB that is rare. The lab has 1280 MiB of them.
 const LargePages = "2M"
 
 // Run boots a lab, runs the command in it and returns the command's exit

@@ -18,7 +18,7 @@ $b ln -sf /proc/self/fd/2 /dev/stderr
 [ -c /dev/kvm ] || fail "no /dev/kvm"
 $b chmod 666 /dev/kvm /dev/net/tun
 # For guests: see LargePages.
-echo 400 >/proc/sys/vm/nr_hugepages
+echo 640 >/proc/sys/vm/nr_hugepages
 # Guests' timers come when they are due: coming early means turning until then, by a clock that emulation does not keep.
 echo 0 >/sys/module/kvm/parameters/lapic_timer_advance_ns
 $b hostname smartvm-lab

@@ -16,6 +16,7 @@ import (
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/strictjson"
 )
 
@@ -154,7 +155,7 @@ func validPath(name string) bool {
 			return false
 		}
 	}
-	return parts[0] != manifestFile && parts[0] != seenFile && parts[0] != kept.UsersDir && !strings.HasSuffix(name, atomicfile.TempSuffix)
+	return parts[0] != manifestFile && parts[0] != seenFile && parts[0] != store.TouchedFile && parts[0] != kept.UsersDir && !strings.HasSuffix(name, atomicfile.TempSuffix)
 }
 
 // readManifest reads the manifest in a snapshot's directory, with fs.ErrNotExist where there is none.

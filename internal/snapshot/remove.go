@@ -82,11 +82,17 @@ func (s *Store) prune(keep func(*Snapshot) bool) (removed []string, err error) {
 }
 
 // Sweep removes what nobody will miss: drafts of processes that died, what was half removed, and ephemeral snapshots
-// without users, whose ids it returns.
-func (s *Store) Sweep(ctx context.Context) (removed []string, err error) {
-	release, err := s.alone(ctx)
+// without users, whose ids it returns. Where somebody holds the store it does nothing: there will be another time.
+func (s *Store) Sweep(context.Context) (removed []string, err error) {
+	f, err := os.Open(s.dir)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("sweep snapshots: %w", err)
+	}
+	release := f.Close
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, release()
+	} else if err != nil {
+		return nil, errors.Join(fmt.Errorf("sweep snapshots: %w", err), release())
 	}
 	removed, err = s.prune(func(sn *Snapshot) bool { return !sn.Ephemeral })
 	return removed, errors.Join(err, s.tidy(), release())

@@ -23,6 +23,9 @@ const (
 	SuperviseLog   = "supervise.log"   // what a detached VM's own process did, the newest part
 	AutoRemove     = "autoremove"      // there: the VM is removed when it ends
 	CommandLog     = "command.log"     // what a command of an attached run put out, the newest part
+	PoolMarker     = "pooled."         // and a pool's name: it is ready there, and nobody has taken it
+	HoldFile       = "hold"            // flock: held by the process that holds the VM still for a snapshot
+	LastSnapshot   = "last-snapshot"   // the snapshot since which the VMM knows what memory was written
 	RotatedSuffix  = ".1"              // added to a log's name: its older half
 	TimesSuffix    = ".times"          // added to the name of a log or its older half: when it was written
 	GuestStateFile = "guest.json"      // how far the last run's guest has come
@@ -41,21 +44,26 @@ const (
 
 	// In the VMM's working directory (RootDir, or the jail's root), the names that it is given:
 
-	SocketFile  = "firecracker.socket"
-	LogFIFO     = "log.fifo"     // the VMM's log
-	MetricsFIFO = "metrics.fifo" // the VMM's metrics, if asked for
-	KernelFile  = "kernel"
-	InitrdFile  = "initrd"
-	VsockFile   = "vsock.socket"
-	DevicesDir  = "drives" // drives and pmem files, by device id
+	SocketFile   = "firecracker.socket"
+	LogFIFO      = "log.fifo"     // the VMM's log
+	MetricsFIFO  = "metrics.fifo" // the VMM's metrics, if asked for
+	KernelFile   = "kernel"
+	InitrdFile   = "initrd"
+	VsockFile    = "vsock.socket"
+	DevicesDir   = "drives"        // drives and pmem files, by device id
+	RestoreDir   = "snapshot"      // the state and memory that it is restored from
+	MemorySocket = "memory.socket" // where its page faults are served
+	TakeDir      = "snapshot.new"  // where it writes a snapshot
 
 	// In a data directory:
 
 	ImageDir    = "images"
-	SnapshotDir = "snapshots"
 	VolumeDir   = "volumes"
 	BinaryDir   = "bin"         // Firecracker, a directory a version
 	BaseDir     = "base-images" // Firecracker's own images, a directory a bundle
 	NetworksDir = "networks"    // networks that somebody has made, a file each
-	StageDir    = "staging"     // a VM's own copies of drives whose source shares a reflink file system with it
+	SnapshotDir = "snapshots"
+	TouchedFile = "touched" // in a snapshot: the pages that a VM of it touched first
+	PoolDir     = "pools"   // pools of VMs that are ready, a file each
+	StageDir    = "staging" // a VM's own copies of drives whose source shares a reflink file system with it
 )

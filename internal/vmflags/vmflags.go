@@ -269,7 +269,7 @@ func (s *Flags) networks(vm *spec.Spec) error {
 		errs = append(errs, addNet(vm, text))
 	}
 	for _, text := range s.publish {
-		port, err := parsePort(text)
+		port, err := ParsePort(text)
 		errs = append(errs, err)
 		vm.Ports = append(vm.Ports, port)
 	}
@@ -313,8 +313,8 @@ func addNet(vm *spec.Spec, text string) error {
 	return err
 }
 
-// parsePort takes [IP:]HOST:GUEST[/udp], with an IPv6 address in brackets.
-func parsePort(text string) (p spec.Port, err error) {
+// ParsePort takes [IP:]HOST:GUEST[/udp], with an IPv6 address in brackets.
+func ParsePort(text string) (p spec.Port, err error) {
 	rest, protocol, _ := strings.Cut(text, "/")
 	p.Protocol = protocol
 	host, guest, found := cutLast(rest, ":")

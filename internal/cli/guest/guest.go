@@ -169,8 +169,8 @@ func (s *Shell) size() smartvm.TermSize {
 	return smartvm.TermSize{}
 }
 
-// run runs a command in a VM and exits as that does.
-func (s *Shell) run(ctx context.Context, ref string, o Streams, set func(*smartvm.Cmd)) error {
+// Run runs a command in a VM and exits as that does.
+func (s *Shell) Run(ctx context.Context, ref string, o Streams, set func(*smartvm.Cmd)) error {
 	h, m, err := s.One(ctx, ref)
 	if err != nil {
 		return err
@@ -224,7 +224,7 @@ func (s *Shell) exec() *cobra.Command {
 				return s.Usage(err, "")
 			}
 			env = append(fromFiles, env...)
-			return s.run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) { c.Args, c.User, c.Dir, c.Env = args[1:], user, dir, env })
+			return s.Run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) { c.Args, c.User, c.Dir, c.Env = args[1:], user, dir, env })
 		},
 	}
 	f := cmd.Flags()
@@ -261,7 +261,7 @@ func (s *Shell) shell() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f, ok := s.Stdin.(*os.File)
 			o.Interactive, o.TTY = true, ok && term.IsTerminal(int(f.Fd()))
-			return s.run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) {
+			return s.Run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) {
 				c.Args, c.User = []string{"/bin/sh", "-c", loginShell}, user
 			})
 		},

@@ -24,6 +24,10 @@ type Server struct {
 	Boot   *agentproto.Boot // whose environment, user and directory programs get. nil: those of an image without any
 	// Secrets stores the files that the host tells, for the command's user. nil: they are there.
 	Secrets func(files map[string][]byte) error
+	// Identify makes the guest who it shall be. It returns what could not be done. It may be nil.
+	Identify func(*agentproto.Identity) []error
+
+	frozen freezer
 
 	mu       sync.Mutex
 	changed  chan struct{} // closed at the next change of what follows
@@ -166,6 +170,7 @@ func (s *Server) answer(raw net.Conn) {
 		agentproto.OpExec: s.exec, agentproto.OpMain: s.command, agentproto.OpWatch: s.watch,
 		agentproto.OpRead: s.read, agentproto.OpWrite: s.write, agentproto.OpDial: dial, agentproto.OpStats: stats,
 		agentproto.OpSecrets: s.secrets, agentproto.OpProcesses: processes,
+		agentproto.OpFreeze: s.freeze, agentproto.OpThaw: s.thaw, agentproto.OpIdentify: s.identify,
 	}[req.Op]
 	if err == nil && do == nil {
 		err = fmt.Errorf("the agent does not know how to %q", req.Op)

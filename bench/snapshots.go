@@ -1,0 +1,271 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/tinyguest"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// Forks: so many of a VM of that size, that has written to so much of its memory.
+const (
+	forkTimes  = 6
+	forks      = 50
+	forkMiB    = 256
+	forkDirty  = 64 << 20 / tinyguest.PageSize
+	bareSocket = "api.socket"
+)
+
+// snapshots measures from spawn, or the call of Restore, until a VM of a snapshot goes on.
+func (b *bench) snapshots(ctx context.Context) (err error) {
+	h, err := b.host(smartvm.LaunchDirect)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	sn, done, err := b.template(ctx, h, tinyguest.Idle)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
+	if err := b.restores(ctx, h, sn); err != nil {
+		return err
+	}
+	if err := b.forks(ctx, sn); err != nil {
+		return err
+	}
+	return b.faults(ctx, h)
+}
+
+// faults counts how often a guest that reads all that it has written waits for a page, without and with what was recorded.
+func (b *bench) faults(ctx context.Context, h *host) (err error) {
+	sn, done, err := b.template(ctx, h, tinyguest.Sweep)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
+	dots, err := b.hostFor(smartvm.LaunchDirect, ".") // one for each sweep
+	if err != nil {
+		return err
+	}
+	defer dots.Close()
+	for _, name := range []string{"uffd-faults-none", "uffd-faults"} {
+		m, err := dots.Restore(ctx, sn.ID, smartvm.RestoreOptions{Memory: smartvm.MemoryUFFD})
+		if err != nil {
+			return err
+		}
+		if _, err := dots.start(ctx, m); err != nil {
+			return err
+		}
+		b.report.add(name, "faults", float64(m.MemoryStats().Faults))
+		_, err = m.Stop(ctx, smartvm.StopOptions{})
+		if err := errors.Join(err, m.Remove(ctx)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// template is a snapshot of a VM that has written to its memory, and is gone.
+func (b *bench) template(ctx context.Context, h *host, then tinyguest.Then) (*smartvm.Snapshot, func() error, error) {
+	kernel := filepath.Join(b.dir, "template")
+	if err := os.WriteFile(kernel, tinyguest.Image(tinyguest.Guest{Pages: forkDirty, Message: mark, Then: then}), 0o644); err != nil {
+		return nil, nil, err
+	}
+	spec := b.spec()
+	spec.BootSource.KernelImagePath, spec.MachineConfig.MemSizeMiB = kernel, forkMiB
+	m, err := h.Create(ctx, spec)
+	if err != nil {
+		return nil, nil, err
+	}
+	if _, err := h.start(ctx, m); err != nil {
+		return nil, nil, err
+	}
+	begun := time.Now()
+	sn, err := m.Snapshot(ctx, smartvm.SnapshotOptions{})
+	if err != nil {
+		return nil, nil, err
+	}
+	b.report.time("snapshot", time.Since(begun))
+	b.report.time("snapshot-paused", sn.Paused)
+	_, err = m.Stop(ctx, smartvm.StopOptions{})
+	return sn, func() error { return h.RemoveSnapshot(ctx, sn.ID, true) }, errors.Join(err, m.Remove(ctx))
+}
+
+func (b *bench) restores(ctx context.Context, h *host, sn *smartvm.Snapshot) error {
+	for round := range warmup + b.rounds {
+		b.report.counting = round >= warmup
+		for _, way := range rand.Perm(2) {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if way == 0 {
+				align(ctx, moment(round))
+				v, err := b.loadBare(ctx, "bare-restore", sn)
+				if err != nil {
+					return err
+				}
+				b.report.time("bare-restore", v.took)
+				if err := v.stop(); err != nil {
+					return err
+				}
+				continue
+			}
+			begun := time.Now()
+			m, err := h.Restore(ctx, sn.ID, smartvm.RestoreOptions{})
+			if err != nil {
+				return err
+			}
+			created := time.Since(begun)
+			align(ctx, moment(round))
+			begun = time.Now()
+			if err := m.Start(ctx); err != nil {
+				return err
+			}
+			b.report.time("restore", time.Since(begun))
+			b.report.time("create-restored", created)
+			_, err = m.Stop(ctx, smartvm.StopOptions{})
+			if err := errors.Join(err, m.Remove(ctx)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// loadBare starts Firecracker and has it load and resume a snapshot, and nothing else.
+func (b *bench) loadBare(ctx context.Context, name string, sn *smartvm.Snapshot) (*bare, error) {
+	v := &bare{dir: filepath.Join(b.dir, name)}
+	if err := os.Mkdir(v.dir, 0o700); err != nil {
+		return nil, err
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	v.out = null
+	v.cmd = exec.Command(b.firecracker, "--api-sock", bareSocket, "--level", "Error")
+	v.cmd.Stdout, v.cmd.Dir = null, v.dir
+	begun := time.Now()
+	if err := v.cmd.Start(); err != nil {
+		return nil, err
+	}
+	version, err := firecracker.ParseVersion(sn.Firecracker)
+	if err != nil {
+		return nil, err
+	}
+	c := firecracker.New(func(ctx context.Context) (net.Conn, error) { return vmm.DialSocket(ctx, v.dir, bareSocket) }, version)
+	load := firecracker.SnapshotLoadParams{
+		SnapshotPath: sn.Path("state"), ResumeVM: true,
+		MemBackend: &firecracker.MemBackend{BackendType: firecracker.MemBackendFile, BackendPath: sn.Path("memory")},
+	}
+	for deadline := begun.Add(guestTimeout); ; nap(200 * time.Microsecond) {
+		err := c.LoadSnapshot(ctx, load)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, os.ErrNotExist) && !strings.Contains(err.Error(), "refused") || time.Now().After(deadline) {
+			return nil, errors.Join(err, c.Close(), v.stop())
+		}
+	}
+	v.took = time.Since(begun)
+	return v, c.Close()
+}
+
+// forks makes many VMs of a snapshot, and as many bare ones, in turns.
+func (b *bench) forks(ctx context.Context, sn *smartvm.Snapshot) error {
+	b.report.counting = true
+	for range forkTimes {
+		var rates [2]float64
+		for _, way := range rand.Perm(2) {
+			var err error
+			if way == 0 {
+				rates[0], err = b.forkOurs(ctx, sn)
+			} else {
+				rates[1], err = b.forkBare(ctx, sn)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		b.report.add("fork-rate", "VM/s", rates[0])
+		b.report.add("bare-fork-rate", "VM/s", rates[1])
+		b.report.add("fork-rate/bare", "", rates[0]/rates[1])
+	}
+	return nil
+}
+
+func (b *bench) forkOurs(ctx context.Context, sn *smartvm.Snapshot) (rate float64, err error) {
+	before := privateKiB("self")
+	took := make(chan time.Duration, forks)
+	begun := time.Now()
+	all, err := sn.Fork(ctx, forks, smartvm.ForkOptions{Concurrency: loopConcurrency, Start: func(ctx context.Context, m *smartvm.Machine) error {
+		begun := time.Now()
+		err := m.Start(ctx)
+		took <- time.Since(begun)
+		return err
+	}})
+	if err != nil {
+		return 0, err
+	}
+	rate = forks / time.Since(begun).Seconds()
+	for range forks {
+		b.report.time("fork", <-took)
+	}
+	private := privateKiB("self") - before
+	for _, m := range all {
+		in, err := m.Inspect(ctx)
+		if err != nil {
+			return 0, err
+		}
+		for _, pid := range in.PIDs {
+			private += privateKiB(strconv.Itoa(pid))
+		}
+	}
+	b.report.add("fork-private", "MiB", private/1024/forks)
+	return rate, each(ctx, forks, func(i int) error {
+		_, err := all[i].Stop(ctx, smartvm.StopOptions{})
+		return errors.Join(err, all[i].Remove(ctx))
+	})
+}
+
+func (b *bench) forkBare(ctx context.Context, sn *smartvm.Snapshot) (rate float64, err error) {
+	all := make([]*bare, forks)
+	begun := time.Now()
+	err = each(ctx, forks, func(i int) (err error) {
+		all[i], err = b.loadBare(ctx, fmt.Sprint("bare-fork-", i), sn)
+		return err
+	})
+	rate = forks / time.Since(begun).Seconds()
+	for _, v := range all {
+		if v != nil {
+			err = errors.Join(err, v.stop())
+		}
+	}
+	return rate, err
+}
+
+// privateKiB is the memory of a process that no other shares.
+func privateKiB(pid string) (sum float64) {
+	text, _ := os.ReadFile(filepath.Join("/proc", pid, "smaps_rollup")) // a kernel thread has none
+	for line := range strings.Lines(string(text)) {
+		f := strings.Fields(line)
+		if len(f) == 3 && (f[0] == "Private_Clean:" || f[0] == "Private_Dirty:") {
+			n, _ := strconv.ParseFloat(f[1], 64)
+			sum += n
+		}
+	}
+	return sum
+}

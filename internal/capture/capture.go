@@ -1,0 +1,258 @@
+// Package capture writes down a VM that runs: its guest is brought to rest, the VM paused, what it is written to files, and it goes
+// on, whatever happened meanwhile.
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/agent"
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/internal/stage"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
+)
+
+// MetadataFile is in a snapshot: the guest's metadata, which a VMM's own snapshot leaves out.
+const MetadataFile = "metadata"
+
+// VM is one to be captured.
+type VM struct {
+	Client  *firecracker.Client
+	Process *vmm.Process
+	Root    string // the VMM's working directory
+	UID     int    // the VMM's user in its jail; 0: it is not jailed
+	Running bool   // else it is paused, and stays so
+	Hold    *store.Hold
+	// Agent is in its guest, or may be; nil: nobody can be. Booting says that it has not come so far, or is not well.
+	Agent   *agent.Client
+	Booting bool
+	// Drives are the paths of what is copied, by device id.
+	Drives   map[string]string
+	Metadata bool // it has metadata
+	// Forget is called when the VMM is about to lose what it knows of memory that was written.
+	Forget func() error
+	Trace  func(step string)
+}
+
+// Options say how.
+type Options struct {
+	Base       string // a memory file that the VMM completes; "": it writes all of it
+	Hook       string // a program in the guest
+	DropCaches bool
+	End        bool // it does not go on, but ends, unless something went wrong
+}
+
+// Result is what is worth knowing about it.
+type Result struct {
+	Paused   time.Duration
+	Warnings []string
+}
+
+// Capture writes the VM's state, memory, drives and metadata into the directory dir.
+func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err error) {
+	if o.Base != "" {
+		if err := (&stage.File{Source: o.Base, Target: filepath.Join(dir, snapshot.MemoryFile), UID: -1}).Apply(ctx); err != nil {
+			return r, err
+		}
+	}
+	undo, ended := context.WithoutCancel(ctx), false
+	if !v.Running && v.Agent != nil {
+		r.Warnings = []string{"the VM was paused: its programs are not at rest, and go on in one that is restored before it knows who it is"}
+	}
+	if v.Running && v.Agent != nil {
+		defer func() {
+			if !ended {
+				r.Warnings = append(r.Warnings, v.thaw(undo, o)...)
+			}
+		}()
+		if r.Warnings, err = v.freeze(ctx, o); err != nil {
+			return r, err
+		}
+	}
+	v.Trace("pause")
+	if v.Running {
+		begun := time.Now()
+		defer func() {
+			v.Trace("resume")
+			if !ended {
+				err = errors.Join(err, v.Client.Resume(undo))
+			}
+			r.Paused = time.Since(begun)
+		}()
+		if err := errors.Join(v.Hold.MustResume(), v.Client.Pause(ctx)); err != nil {
+			return r, err
+		}
+	}
+	if err := v.write(ctx, dir, o.Base != ""); err != nil {
+		return r, err
+	}
+	if err := errors.Join(v.copyDrives(ctx, dir), v.metadata(ctx, dir), v.stood(ctx)); err != nil || !o.End {
+		return r, err
+	}
+	err = v.Process.Revert(undo)
+	ended = err == nil
+	return r, err
+}
+
+// stood says whether the VM still stands still: if not, its drives are not those of the moment of its memory.
+func (v *VM) stood(ctx context.Context) error {
+	info, err := v.Client.GetInstanceInfo(ctx)
+	if err == nil && info.State != firecracker.StatePaused {
+		err = errors.New("somebody has resumed the VM meanwhile")
+	}
+	return err
+}
+
+// patience bounds how long a guest may take to come to rest: it has to write out what it holds in memory.
+const patience = agentproto.FreezeTimeout / 2
+
+// freeze brings the guest to rest. One that cannot be asked is taken as it is.
+func (v *VM) freeze(ctx context.Context, o Options) (warnings []string, err error) {
+	if v.Booting {
+		return []string{"the guest has not finished booting, or does not answer: it may not survive being restored"}, nil
+	}
+	if o.Hook != "" {
+		short, cancel := context.WithTimeout(ctx, patience)
+		exit, err := v.Agent.Exec(short, agent.Cmd{Args: []string{o.Hook, "freeze"}})
+		cancel()
+		if err == nil && exit.Code != 0 {
+			err = fmt.Errorf("exit code %d", exit.Code)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("run %s in the guest: %w", o.Hook, err)
+		}
+	}
+	v.Trace("freeze")
+	short, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := v.Agent.Freeze(short, o.DropCaches); err != nil {
+		warnings = append(warnings, fmt.Sprintf("the guest was not brought to rest: %v", err))
+	}
+	return warnings, nil
+}
+
+// thaw lets the guest go on, as soon as it listens again: making the snapshot has cut off who it spoke with.
+func (v *VM) thaw(ctx context.Context, o Options) (warnings []string) {
+	if v.Booting {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	v.Trace("thaw")
+	if err := Retry(ctx, func() error { return v.Agent.Thaw(ctx) }); err != nil {
+		return []string{fmt.Sprintf("the guest goes on only after %s: %v", agentproto.FreezeTimeout, err)}
+	}
+	if o.Hook != "" {
+		if _, err := v.Agent.Exec(ctx, agent.Cmd{Args: []string{o.Hook, "thaw"}}); err != nil {
+			return []string{fmt.Sprintf("run %s thaw in the guest: %v", o.Hook, err)}
+		}
+	}
+	return nil
+}
+
+// retryPause is that between two questions to an agent.
+const retryPause = 10 * time.Millisecond
+
+// Retry asks a guest again that has just been paused or restored, since its first connections may be cut off.
+func Retry(ctx context.Context, ask func() error) error {
+	for {
+		err := ask()
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		pause := retryPause
+		if _, refused := errors.AsType[*agent.GuestError](err); refused {
+			pause = time.Second // it will hardly think better of it at once
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(pause):
+		}
+	}
+}
+
+// write has the VMM write its state and memory. It gets files that it may write to, in a directory where it may make none.
+func (v *VM) write(ctx context.Context, dir string, diff bool) error {
+	for _, name := range []string{snapshot.StateFile, snapshot.MemoryFile} {
+		f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDWR|os.O_CREATE, 0o600)
+		if err == nil && v.UID != 0 {
+			err = f.Chown(v.UID, v.UID)
+		}
+		if err == nil {
+			err = f.Close()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := os.Chmod(dir, 0o711); err != nil { // the VMM's user goes through it
+		return err
+	}
+	unshare, err := v.Process.Share(v.Root, store.TakeDir, dir, v.UID != 0)
+	if err != nil {
+		return err
+	}
+	if err := v.Forget(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(err, unshare())
+	}
+	params := firecracker.SnapshotCreateParams{
+		SnapshotPath: filepath.Join(store.TakeDir, snapshot.StateFile), MemFilePath: filepath.Join(store.TakeDir, snapshot.MemoryFile),
+		SnapshotType: firecracker.SnapshotFull,
+	}
+	if diff {
+		params.SnapshotType = firecracker.SnapshotDiff
+	}
+	v.Trace("PUT /snapshot/create")
+	err = v.Client.CreateSnapshot(ctx, params)
+	if err != nil && isFull(dir) {
+		err = hint.Add(fmt.Errorf("%w: %w", unix.ENOSPC, err), "free space there, or name another --data-dir: it takes as much as the VM has memory")
+	}
+	return errors.Join(err, unshare())
+}
+
+// isFull says whether there is no room to speak of where dir is.
+func isFull(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && int64(st.Bavail)*st.Bsize < 1<<20
+}
+
+func (v *VM) copyDrives(ctx context.Context, dir string) error {
+	if len(v.Drives) == 0 {
+		return nil
+	}
+	drives := filepath.Join(dir, snapshot.DrivesDir)
+	if err := os.Mkdir(drives, 0o700); err != nil {
+		return err
+	}
+	for id, path := range v.Drives {
+		v.Trace("copy drive")
+		if err := (&stage.File{Source: path, Target: filepath.Join(drives, id), UID: -1}).Apply(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// metadata keeps the guest's metadata, beside the memory, which is as secret.
+func (v *VM) metadata(ctx context.Context, dir string) error {
+	if !v.Metadata {
+		return nil
+	}
+	data, err := v.Client.GetMMDS(ctx)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, MetadataFile), data, 0o600)
+}

@@ -1,0 +1,115 @@
+package guestagent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/agentproto"
+)
+
+// identify makes a restored guest who it shall be: others have been restored from the same snapshot. Network first, since
+// the names in /etc/hosts are of its addresses.
+func identify(b *agentproto.Boot, id *agentproto.Identity) (errs []error) {
+	for _, i := range id.Interfaces {
+		if err := rekey(i); err != nil {
+			errs = append(errs, fmt.Errorf("set up interface %s: %w", i.Now.MAC, err))
+		}
+	}
+	if err := forgetNeighbours(); err != nil {
+		errs = append(errs, err)
+	}
+	if id.Hostname != "" {
+		b.Hostname = id.Hostname
+		if err := unix.Sethostname([]byte(id.Hostname)); err != nil {
+			errs = append(errs, fmt.Errorf("set host name: %w", err))
+		}
+	}
+	if id.MachineID != "" {
+		b.MachineID = id.MachineID
+	}
+	errs = append(errs, nameGuest(b)...)
+	if len(id.Interfaces) > 0 {
+		for _, i := range id.Interfaces {
+			for n := range b.Interfaces {
+				if b.Interfaces[n].MAC == i.Was.MAC {
+					b.Interfaces[n] = i.Now
+				}
+			}
+		}
+		if len(id.DNS) > 0 {
+			b.DNS = id.DNS
+		}
+		putNetwork(b)
+	}
+	return errs
+}
+
+// nameGuest writes the guest's names into files that images carry from the machine that they were made on, and that their init
+// reads. What is written over an image is the VM's own; a root without that stays as it is.
+func nameGuest(b *agentproto.Boot) (errs []error) {
+	if b.ScratchDevice == "" {
+		return nil
+	}
+	for path, text := range map[string]string{"/etc/hostname": b.Hostname, "/etc/machine-id": b.MachineID} {
+		if text == "" {
+			continue
+		}
+		if err := rewrite(path, text+"\n"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errs
+}
+
+// forgetNeighbours has the guest ask again who has which address: that of its gateway may have moved. The kernel forgets it all when
+// an interface stops and begins to ask.
+func forgetNeighbours() error {
+	all, err := net.Interfaces()
+	if err != nil {
+		return err
+	}
+	return withNetlink(func(r rtnetlink) error {
+		for _, i := range all {
+			if len(i.HardwareAddr) == 0 {
+				continue
+			}
+			for _, flags := range []uint32{unix.IFF_NOARP, 0} {
+				if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(i.Index, flags, unix.IFF_NOARP)); err != nil {
+					return fmt.Errorf("forget the neighbours of %s: %w", i.Name, err)
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// rekey gives an interface another MAC and other addresses.
+func rekey(i agentproto.Rekey) error {
+	link, err := awaitLink(i.Was.MAC, i.Now.MAC) // the latter where it was done before, and the answer lost
+	if err != nil {
+		return err
+	}
+	mac, err := net.ParseMAC(i.Now.MAC)
+	if err != nil {
+		return err
+	}
+	i.Now.Name = "" // it keeps the one it has
+	return withNetlink(func(r rtnetlink) error {
+		for _, p := range i.Was.Addresses {
+			if err := r.removeAddress(link.Index, p); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+				return fmt.Errorf("remove address %s: %w", p, err)
+			}
+		}
+		if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0, unix.IFF_UP)); err != nil {
+			return fmt.Errorf("set %s down: %w", link.Name, err)
+		}
+		if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0, 0), attribute(unix.IFLA_ADDRESS, mac)); err != nil {
+			return fmt.Errorf("give %s its address: %w", link.Name, err)
+		}
+		return r.setInterface(link, i.Now)
+	})
+}

@@ -1,0 +1,223 @@
+package smartvm_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/testenv/nettest"
+)
+
+// ask runs a script in a guest and returns what it puts out.
+func ask(t *testing.T, m *smartvm.Machine, script string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
+	defer cancel()
+	var out bytes.Buffer
+	if exit, err := m.Exec(ctx, smartvm.Cmd{Args: sh(script), Stdout: &out, Stderr: &out}); err != nil || exit.Code != 0 {
+		t.Fatalf("VM %s: %q: %+v, %v: %s", m.ID(), script, exit, err, &out)
+	}
+	return strings.TrimSpace(out.String())
+}
+
+func linuxVM(t *testing.T, h *smartvm.Host, spec smartvm.Spec) *smartvm.Machine {
+	t.Helper()
+	spec.Image, spec.MachineConfig = "minimal", linuxMachine(128)
+	m, err := h.Create(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ready(t, m)
+	return m
+}
+
+func ready(t *testing.T, m *smartvm.Machine) *smartvm.GuestState {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
+	defer cancel()
+	g, err := m.AwaitReady(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+func linuxWorld(t *testing.T) *nettest.Namespace {
+	t.Helper()
+	world := nettest.New(t)
+	world.Connect(nettest.Link{Name: "uplink", Addresses: []netip.Prefix{netip.MustParsePrefix("198.51.100.1/24")}},
+		nettest.Link{Name: "eth0", Addresses: []netip.Prefix{netip.MustParsePrefix("198.51.100.2/24")}})
+	return world
+}
+
+// A restored guest has its programs, its open files and its connections, though the VM that they were of is gone.
+func TestLinuxSnapshot_GoesOn(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	h := imageHost(t, smartvm.LaunchJailed)
+	world := linuxWorld(t)
+	lines := make(chan string, 1024)
+	world.Must(func() error {
+		l, err := net.Listen("tcp", "198.51.100.2:7000")
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			c, err := l.Accept() // once: who connects again is not heard
+			if err != nil {
+				return
+			}
+			t.Cleanup(func() { c.Close() })
+			for s := bufio.NewScanner(c); s.Scan(); {
+				lines <- s.Text()
+			}
+		}()
+		return nil
+	})
+	m := linuxVM(t, h, smartvm.Spec{
+		Name: "first", NetworkInterfaces: []smartvm.NetworkInterface{{IfaceID: "eth0", Namespace: true}},
+		Command: sh("exec 3>/root/open; n=0; while :; do n=$((n+1)); echo $n >&3; echo tick $n; sleep 0.2; done | nc 198.51.100.2 7000"),
+	})
+	next := func() string {
+		select {
+		case line := <-lines:
+			return line
+		case <-time.After(linuxPatience):
+			t.Fatal("the guest's connection is silent")
+			return ""
+		}
+	}
+	next()
+	before := ask(t, m, "cat /proc/sys/kernel/random/boot_id; cat /etc/hostname")
+	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Name: "on", Stop: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(sn.Warnings) > 0 {
+		t.Errorf("warnings %q", sn.Warnings)
+	}
+	t.Logf("paused for %v", sn.Paused)
+	wantState(t, m, smartvm.Stopped)
+	if err := m.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for len(lines) > 0 {
+		<-lines
+	}
+	r, err := h.Restore(t.Context(), "on", smartvm.RestoreOptions{Name: "second"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	g := ready(t, r)
+	t.Logf("resumed after %v, itself after %v, clock wrong by %v", g.VMM, g.Command, g.Skew)
+	got := next()
+	if !strings.HasPrefix(got, "tick ") {
+		t.Errorf("the connection says %q", got)
+	}
+	count := ask(t, r, "tail -n 1 /root/open")
+	if count == "" || count == "1" {
+		t.Errorf("the open file ends with %q", count)
+	}
+	after := ask(t, r, "cat /proc/sys/kernel/random/boot_id; cat /etc/hostname")
+	if want := strings.Replace(before, "first", "second", 1); after != want {
+		t.Errorf("the guest is %q, want %q", after, want)
+	}
+	if _, err := r.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	if err := r.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := h.RemoveSnapshot(t.Context(), "on", false); err != nil {
+		t.Error(err)
+	}
+}
+
+// Eight forks are eight guests: nothing that identifies one is another's, and their programs never see who they were.
+func TestLinuxFork(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	h := imageHost(t, smartvm.LaunchJailed)
+	world := linuxWorld(t)
+	world.Serve(":80", "world")
+	m := linuxVM(t, h, smartvm.Spec{
+		Name: "template", NetworkInterfaces: []smartvm.NetworkInterface{{IfaceID: "eth0"}},
+		Command: sh("while :; do hostname >>/root/names; sleep 0.05; done"),
+	})
+	ask(t, m, "until test -s /root/names; do sleep 0.1; done") // its program runs
+	forks, err := m.Fork(t.Context(), 8, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{Name: "fork"}, Concurrency: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]string{}
+	names := ""
+	for i, f := range append(forks, m) {
+		g := ready(t, f)
+		want := "template"
+		if f != m {
+			t.Logf("%s: resumed after %v, itself after %v, clock wrong by %v", f.Name(), g.VMM, g.Command, g.Skew)
+			want = fmt.Sprintf("fork-%d", i+1)
+		}
+		begun := time.Now()
+		text := ask(t, f, "touch /run/now; stat -c %y /run/now; hostname; cat /etc/hostname; cat /etc/machine-id; cat /proc/sys/kernel/random/uuid;"+
+			"head -c 16 /dev/urandom | md5sum; cat /sys/class/net/eth0/address; ip -4 -o addr show eth0 | sed 's/.*inet //; s/ .*//'; ip -6 -o addr show eth0 scope global | sed 's/.*inet6 //; s/ .*//'")
+		took := time.Since(begun)
+		all := strings.Split(text, "\n")
+		if len(all) != 9 {
+			t.Fatalf("%s says %q", f.Name(), text)
+		}
+		now, err := time.Parse("2006-01-02 15:04:05.999999999 -0700", all[0])
+		if err != nil || now.Before(begun.Add(-500*time.Millisecond)) || now.After(begun.Add(took+500*time.Millisecond)) {
+			t.Errorf("%s: its clock says %v (%v), ours %v", f.Name(), now, err, begun)
+		}
+		if all[1] != want || all[2] != want {
+			t.Errorf("%s: host name %q and %q", f.Name(), all[1], all[2])
+		}
+		for _, what := range all[1:] {
+			if other := seen[what]; other != "" {
+				t.Errorf("%s and %s both have %q", f.Name(), other, what)
+			}
+		}
+		for _, what := range all[1:] {
+			seen[what] = f.Name()
+		}
+		if got := ask(t, f, "nc -w 5 198.51.100.2 80 </dev/null"); !strings.HasPrefix(got, "world from 198.51.100.1") {
+			t.Errorf("%s hears %q from the world", f.Name(), got)
+		}
+		if f == m {
+			continue
+		}
+		old := ask(t, f, "grep -c template /root/names || true")
+		if old == "0" || names != "" && old != names || ask(t, f, "tail -n 1 /root/names") != want {
+			t.Errorf("%s: a program in it saw the old name %s times, in the first fork %s times", f.Name(), old, names)
+		}
+		names = old
+	}
+	for _, f := range append(forks, m) {
+		if _, err := f.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+			t.Error(err)
+		}
+		if err := f.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := h.Sweep(t.Context()); err != nil {
+		t.Error(err)
+	}
+}

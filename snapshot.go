@@ -1,0 +1,278 @@
+package smartvm
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm/internal/capture"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/internal/stage"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/strictjson"
+)
+
+// Snapshot is a VM at one moment: its memory, its devices and what it had written. It never changes; any number of VMs can start
+// from it, see Host.Restore and Fork.
+type Snapshot struct {
+	*snapshot.Snapshot
+	Warnings []string // of its making: what may be amiss with it
+
+	host *Host
+}
+
+// VM is the name of the VM that the snapshot was made of, or its id.
+func (sn *Snapshot) VM() string {
+	s, _ := strictjson.Unmarshal[saved](sn.Machine, maxSaved) // for people to read
+	return cmp.Or(s.Spec.Name, s.Spec.ID)
+}
+
+// SnapshotOptions say how a snapshot is made. The zero value serves.
+type SnapshotOptions struct {
+	Name   string // a second handle, unique among snapshots
+	Labels map[string]string
+	// Diff writes only the memory that has changed since the VM's last snapshot, into a copy of that. The snapshot is as whole as any
+	// other; it is made sooner where that copy is a reflink. Without a last snapshot it makes no difference. Needs a Spec with
+	// TrackDirtyPages, or Firecracker ≥ 1.13.
+	Diff bool
+	// Hook is a program in the guest that is run with the argument "freeze" before all is stopped, and with "thaw" afterwards, be it
+	// in this VM or in one that is restored.
+	Hook string
+	// DropCaches has the guest forget what it can read again.
+	DropCaches bool
+	// Stop ends the VM when it is written down: nothing happens in it afterwards, so that one that is restored has its connections.
+	Stop bool
+	// Progress is told how much has been read for digests, in bytes, after the VM goes on. It may be nil.
+	Progress func(done, total int64)
+
+	ephemeral bool // it goes with its last VM
+}
+
+// saved is what a snapshot keeps of the VM.
+type saved struct {
+	Spec       Spec               `json:"spec"` // paths below the data directory are relative to it
+	Guest      *agentproto.Boot   `json:"guest,omitempty"`
+	Images     []string           `json:"images,omitempty"` // where users of the image say so, likewise
+	Drives     []string           `json:"drives,omitempty"` // that are in the snapshot, by id
+	Interfaces []attach.Interface `json:"interfaces,omitempty"`
+	Hook       string             `json:"hook,omitempty"`
+}
+
+// maxSaved bounds that, in bytes.
+const maxSaved = snapshot.MaxMachine
+
+// Snapshot makes a snapshot of a VM that runs or is paused, from any process. The VM stands still while its memory is written and
+// goes on afterwards, whatever happens; if this process dies, others see to that. Connections to the guest's agent end, as those of Exec.
+func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot, err error) {
+	hold, err := m.hold("snapshot")
+	if err != nil {
+		return nil, err
+	}
+	v := &capture.VM{Hold: hold}
+	all, err := m.host.Snapshots()
+	if err == nil {
+		err = m.capturable(ctx, v)
+	}
+	var draft *snapshot.Draft
+	if err == nil {
+		draft, err = all.Begin(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, hold.Release())
+	}
+	// While this VM's last snapshot is looked at and copied it is not removed.
+	release, err := all.Hold(ctx)
+	if err != nil {
+		return nil, errors.Join(err, draft.Abort(), hold.Release())
+	}
+	manifest, warnings, err := m.capture(ctx, o, v, draft)
+	err = errors.Join(err, release(), hold.Release())
+	if err == nil && o.Stop {
+		// It has ended. Until nothing of its run is left; what goes wrong with that is no reason to do without the snapshot.
+		if _, err := m.Stop(context.WithoutCancel(ctx), StopOptions{}); err != nil && !errors.Is(err, ErrNotFound) {
+			warnings = append(warnings, err.Error())
+		}
+	}
+	if err == nil && !o.ephemeral {
+		err = stage.Sparse(ctx, filepath.Join(draft.Path(), snapshot.MemoryFile))
+	}
+	var sn *snapshot.Snapshot
+	if err == nil {
+		m.trace("commit")
+		sn, err = draft.Commit(ctx, manifest, o.Progress)
+	}
+	if err == nil {
+		if err = m.host.claim(sn); err != nil {
+			err = errors.Join(err, m.host.RemoveSnapshot(context.WithoutCancel(ctx), sn.ID, true))
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(m.fail("snapshot", err, nil), draft.Abort())
+	}
+	m.host.log.Info("snapshot", "vm", m.rec.ID, "snapshot", sn.ID, "paused", manifest.Paused)
+	return &Snapshot{Snapshot: sn, Warnings: warnings, host: m.host}, nil
+}
+
+// capturable says whether a VM that nobody else holds runs, or is paused. One that was left paused by who has died is to go on.
+func (m *Machine) capturable(ctx context.Context, v *capture.VM) error {
+	state, err := m.State(ctx)
+	if err != nil {
+		return err
+	}
+	v.Running = state == Running || state == Paused && v.Hold.Resumes()
+	return allow(m.rec.ID, "call", "snapshot", state)
+}
+
+// diffBase is the snapshot that a diff is made against, nil if there is none.
+func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Snapshot, error) {
+	if !o.Diff {
+		return nil, nil
+	}
+	tracked := m.rec.Spec.MachineConfig.TrackDirtyPages
+	if !tracked && !m.version().AtLeast(firecracker.Version{Major: 1, Minor: 13}) {
+		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, Firecracker %s", ErrNotSupported, m.rec.BinaryVersion),
+			"make the VM with trackDirtyPages, use Firecracker 1.13 or newer, or make a full snapshot")
+	}
+	if !tracked && swaps() {
+		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, on a host that swaps", ErrNotSupported),
+			"swapoff -a, make the VM with trackDirtyPages, or make a full snapshot")
+	}
+	id, err := os.ReadFile(m.path(store.LastSnapshot))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	last, err := m.host.Snapshot(string(id))
+	if err == nil {
+		err = last.Check(ctx)
+	}
+	if errors.Is(err, snapshot.ErrNotFound) || errors.Is(err, snapshot.ErrDamaged) { // then all of the memory is written
+		m.host.log.Debug("no base for a diff", "vm", m.rec.ID, "err", err)
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return last.Snapshot, nil
+}
+
+// swaps says whether this host has anything to swap to: what is there is not in memory, which is where the VMM looks for changes.
+func swaps() bool {
+	list, err := os.ReadFile("/proc/swaps")
+	return err == nil && strings.Count(string(list), "\n") > 1 // the first is the heading
+}
+
+// capture writes all files of the snapshot but the manifest, which it returns. The VM's own state is as before afterwards.
+func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM, draft *snapshot.Draft) (sm snapshot.Manifest, warnings []string, err error) {
+	last, err := m.diffBase(ctx, o)
+	if err != nil {
+		return sm, nil, err
+	}
+	v.Client, v.Process, v.Root, v.Trace = m.dialClient(), m.attach(), m.root(), m.trace
+	defer func() { err = errors.Join(err, v.Client.Close()) }()
+	defer endIfHung(v.Process)()
+	if m.rec.Jailer != "" {
+		v.UID = m.rec.UID
+	}
+	g, err := m.Guest()
+	if err != nil {
+		return sm, nil, err
+	}
+	if m.hasAgent() {
+		v.Agent, v.Booting = m.guest(), !g.Ready()
+	}
+	// What is written from then on is what has changed since this snapshot. If it does not come to be, a diff finds none.
+	v.Forget = func() error { return atomicfile.Write(m.path(store.LastSnapshot), []byte(draft.ID()), 0o600) }
+	v.Metadata, v.Drives = m.rec.Spec.MMDS != nil, map[string]string{}
+	p, err := m.host.proposal(m.rec)
+	if err != nil {
+		return sm, nil, err
+	}
+	keep := saved{Hook: o.Hook, Interfaces: m.rec.Interfaces, Spec: m.rec.Spec}
+	if m.hasAgent() {
+		keep.Guest = m.rec.Boot.Guest
+	}
+	for _, d := range devices(&m.rec.Spec, p) {
+		if !d.readOnly || d.staged || strings.HasPrefix(d.source, m.RuntimeDir()+"/") { // what it only reads of others stays where it is
+			v.Drives[d.id] = d.source
+			keep.Drives = append(keep.Drives, d.id)
+		}
+	}
+	how := capture.Options{Hook: o.Hook, DropCaches: o.DropCaches, End: o.Stop}
+	if last != nil {
+		how.Base = last.Path(snapshot.MemoryFile)
+	}
+	result, err := v.Capture(ctx, draft.Path(), how)
+	if err != nil {
+		return sm, nil, err
+	}
+	sm = snapshot.Manifest{Name: o.Name, Labels: o.Labels, Ephemeral: o.ephemeral, Paused: result.Paused}
+	if last != nil {
+		sm.Parent = last.ID
+	} else if r := m.rec.Restored; r != nil {
+		sm.Parent = r.Snapshot
+	}
+	return sm, result.Warnings, m.describe(&sm, &keep)
+}
+
+// describe completes the manifest of a snapshot.
+func (m *Machine) describe(sm *snapshot.Manifest, keep *saved) error {
+	keep.Spec.Drives, keep.Spec.Pmem = slices.Clone(keep.Spec.Drives), slices.Clone(keep.Spec.Pmem)
+	paths := map[string]*string{}
+	for i := range keep.Spec.Drives {
+		paths[keep.Spec.Drives[i].DriveID] = &keep.Spec.Drives[i].PathOnHost
+	}
+	for i := range keep.Spec.Pmem {
+		paths[keep.Spec.Pmem[i].ID] = &keep.Spec.Pmem[i].PathOnHost
+	}
+	for id, path := range paths {
+		if slices.Contains(keep.Drives, id) {
+			continue
+		}
+		fi, err := os.Stat(*path)
+		if err != nil {
+			return err
+		}
+		whole := *path
+		if *path = m.host.portable(*path); *path == whole { // what is in the data directory is looked for in that
+			sm.External = append(sm.External, snapshot.External{Device: id, Path: whole, Size: fi.Size()})
+		}
+		if m.rec.Boot == nil {
+			continue
+		}
+		for _, users := range m.rec.Boot.Users {
+			if users = m.host.portable(users); strings.HasPrefix(*path, filepath.Dir(users)+"/") {
+				keep.Images = append(keep.Images, users)
+			}
+		}
+	}
+	facts, err := m.host.facts()
+	if err != nil {
+		return err
+	}
+	c := m.rec.Spec.MachineConfig
+	sm.Firecracker, sm.CPUVendor, sm.CPUModel, sm.HostKernel = m.rec.BinaryVersion, facts.CPUVendor, facts.CPUModel, facts.Kernel
+	sm.MemSizeMiB, sm.CPUTemplate = c.MemSizeMiB, c.CPUTemplate
+	if c.HugePages != "None" {
+		sm.HugePages = c.HugePages
+	}
+	if m.rec.Spec.CPUConfig != nil {
+		sm.CPUTemplate = cmp.Or(sm.CPUTemplate, "custom")
+	}
+	sm.Machine, err = json.Marshal(keep)
+	return err
+}
