@@ -350,6 +350,9 @@ func newCrashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, life
 	if x.steps, survived = x.run(t, life, -1); !survived || x.steps < 20 {
 		t.Fatalf("an undisturbed life has %d steps", x.steps)
 	}
+	if err := os.MkdirAll(filepath.Join(dir, "data/snapshots/.tmp"), 0o700); err != nil { // which looking for snapshots makes
+		t.Fatal(err)
+	}
 	testenv.NoLeaks(t, dir)
 	if x.before, err = leak.Take(leak.Scope{Roots: []string{dir}}); err != nil {
 		t.Fatal(err)

@@ -173,7 +173,7 @@ func TestExec_Flow(t *testing.T) {
 			if err != nil || exit.Code != 0 || out.n != tt.back || out.wrong || in.left != 0 {
 				t.Errorf("%+v, %v, %d bytes, wrong: %v, %d left", exit, err, out.n, out.wrong, in.left)
 			}
-			if in.heap > 32<<20 {
+			if in.heap > 128<<20 { // in the race detector's hands garbage lives longer
 				t.Errorf("the heap grew to %d bytes", in.heap)
 			}
 		})
