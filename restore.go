@@ -278,9 +278,9 @@ func (from *origin) resolve(rec *record, o RestoreOptions) error {
 			rec.Restored.Load.Taps[i.IfaceID] = i.HostDevName
 		}
 	}
-	if v, _ := firecracker.ParseVersion(rec.BinaryVersion); len(rec.Restored.Load.Taps) > 0 {
+	if len(rec.Restored.Load.Taps) > 0 {
 		load := firecracker.SnapshotLoadParams{NetworkOverrides: make([]firecracker.NetworkOverride, 1)}
-		if err := firecracker.CheckVersion(v, load); err != nil {
+		if err := firecracker.CheckVersion(from.bin.Version, load); err != nil {
 			return hint.Add(fmt.Errorf("%w: %w", ErrNotSupported, err), "make VMs of which there are to be snapshots with --net netns: there the name is always the same")
 		}
 	}

@@ -123,10 +123,7 @@ func (i *Interface) regain(ctx context.Context, vm VM, do Do) error {
 		return nil
 	}
 	mac, err := net.ParseMAC(w.MAC)
-	if err != nil || mac.String() != w.MAC || mac[0]&1 != 0 || !slices.ContainsFunc(i.candidates(w.IP4), func(n int) bool {
-		ip4, ip6 := i.Network.Guest(n)
-		return ip4 == w.IP4 && ip6 == w.IP6
-	}) {
+	if err != nil || mac.String() != w.MAC || mac[0]&1 != 0 || !i.isGuest(w.IP4, w.IP6) {
 		return nil
 	}
 	lease := func(kind, name string) (bool, error) {
@@ -150,18 +147,19 @@ func (i *Interface) regain(ctx context.Context, vm VM, do Do) error {
 	return err
 }
 
-// candidates are the numbers of the guests, one at most, that can have an address.
-func (i *Interface) candidates(ip4 netip.Addr) []int {
+// isGuest says whether the network has a guest with these addresses.
+func (i *Interface) isGuest(ip4, ip6 netip.Addr) bool {
 	first, _ := i.Network.Guest(0)
 	if !ip4.Is4() {
-		return nil
+		return false
 	}
 	a, b := ip4.As4(), first.As4()
 	n := int(binary.BigEndian.Uint32(a[:])) - int(binary.BigEndian.Uint32(b[:]))
 	if n < 0 || n >= i.Network.Guests() {
-		return nil
+		return false
 	}
-	return []int{n}
+	want4, want6 := i.Network.Guest(n)
+	return ip4 == want4 && ip6 == want6
 }
 
 // Rekey says which interfaces of a guest have become others.
