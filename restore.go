@@ -363,15 +363,16 @@ func (sn *Snapshot) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine,
 	all := make([]*Machine, n)
 	slots := make(chan struct{}, cmp.Or(o.Concurrency, DefaultConcurrency))
 	var wg sync.WaitGroup
-	for i := range n {
+	for i := range n { // the next one is made while others start
+		if all[i], err = from.fork(ctx, i+1, n, o.RestoreOptions); err != nil {
+			cancel(err)
+		}
+		if slots <- struct{}{}; ctx.Err() != nil {
+			break
+		}
 		wg.Go(func() {
-			slots <- struct{}{}
 			defer func() { <-slots }()
-			if ctx.Err() != nil {
-				return
-			}
-			var err error
-			if all[i], err = from.fork(ctx, i+1, n, o); err != nil {
+			if err := o.Start(ctx, all[i]); err != nil {
 				cancel(err)
 			}
 		})
@@ -400,21 +401,17 @@ func (sn *Snapshot) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine,
 	return nil, context.Cause(ctx) // what went wrong first
 }
 
-func (from *origin) fork(ctx context.Context, i, n int, o ForkOptions) (*Machine, error) {
-	r := o.RestoreOptions
-	r.anew = true
+// fork makes the i-th of n VMs.
+func (from *origin) fork(ctx context.Context, i, n int, o RestoreOptions) (*Machine, error) {
+	o.anew = true
 	if n > 1 {
-		for _, s := range []*string{&r.ID, &r.Name, &r.Hostname} {
+		for _, s := range []*string{&o.ID, &o.Name, &o.Hostname} {
 			if *s != "" {
 				*s = fmt.Sprintf("%s-%d", *s, i)
 			}
 		}
 	}
-	m, err := from.restore(ctx, r)
-	if err != nil {
-		return nil, err
-	}
-	return m, o.Start(ctx, m)
+	return from.restore(ctx, o)
 }
 
 // Fork makes VMs of one that runs on: see Snapshot.Fork. The snapshot that this takes goes with the last of them.

@@ -96,10 +96,9 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	if err != nil {
 		return "start", err
 	}
-	for _, stale := range []string{store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.VMMLog, store.CommandLog, store.LastSnapshot} {
-		if err := logfile.Remove(m.path(stale)); err != nil {
-			return "start", err
-		}
+	err = logfile.Remove(m.RuntimeDir(), store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.VMMLog, store.CommandLog, store.LastSnapshot)
+	if err != nil {
+		return "start", err
 	}
 	if err := m.renewChanges(ctx); err != nil {
 		return "prepare", err

@@ -251,6 +251,7 @@ func (b *bench) forkBare(ctx context.Context, sn *smartvm.Snapshot) (rate float6
 	rate = forks / time.Since(begun).Seconds()
 	for _, v := range all {
 		if v != nil {
+			b.report.time("bare-fork", v.took)
 			err = errors.Join(err, v.stop())
 		}
 	}

@@ -5,10 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"math"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -184,12 +185,16 @@ func seekLine(f *os.File, offset int64) error {
 	return err
 }
 
-// Remove removes a log with all that belongs to it.
-func Remove(path string) error {
+// Remove removes logs in a directory, with all that belongs to them. Mostly there are none, which one look tells.
+func Remove(dir string, names ...string) error {
+	there, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("remove logs: %w", err)
+	}
 	var errs []error
-	for _, name := range []string{path, path + Suffix, path + TimesSuffix, path + Suffix + TimesSuffix} {
-		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
+	for _, e := range there {
+		if slices.Contains(names, strings.TrimSuffix(strings.TrimSuffix(e.Name(), TimesSuffix), Suffix)) {
+			errs = append(errs, os.Remove(filepath.Join(dir, e.Name())))
 		}
 	}
 	return errors.Join(errs...)

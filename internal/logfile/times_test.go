@@ -117,7 +117,7 @@ func TestOpenSince_None(t *testing.T) {
 	if got := readSince(t, path, time.Now()); got != "text\n" {
 		t.Errorf("got %q", got)
 	}
-	if err := logfile.Remove(path); err != nil {
+	if err := logfile.Remove(filepath.Dir(path), filepath.Base(path)); err != nil {
 		t.Fatal(err)
 	}
 	if left, err := os.ReadDir(filepath.Dir(path)); err != nil || len(left) > 0 {
