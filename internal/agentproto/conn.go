@@ -15,7 +15,7 @@ import (
 const Port = 1023
 
 // Version is that of the protocol. An agent answers requests of its own version alone.
-const Version = 2
+const Version = 3
 
 // Kind says what a frame is.
 type Kind byte
@@ -36,14 +36,15 @@ const (
 )
 
 const (
-	// MaxData is how much of a stream is in one frame: with its head, as much as a packet of virtio's vsock.
-	MaxData    = 64<<10 - headerSize
+	// MaxData is how much of a stream is in one frame: with its head, as much as four packets of virtio's vsock, of which the guest then
+	// tells its VMM once.
+	MaxData    = 256<<10 - headerSize
 	headerSize = 4
 	maxControl = 4 << 20 // of anything else: arguments and environment
 	// Window is how many bytes of a stream may be on their way, or wait for who takes them.
 	Window = 1 << 20
 	// windowStep is of how many that have been taken the other side is told at once.
-	windowStep = Window / 4
+	windowStep = Window / 2
 	// bufferSize is what is read ahead of what does not go into a stream directly.
 	bufferSize = 4 << 10
 )
@@ -131,7 +132,7 @@ func (c *Conn) Send(k Kind, payload []byte) error {
 	defer c.sending.Unlock()
 	c.out = append(append(c.out[:0], head(k, len(payload))...), payload...)
 	_, err := c.conn.Write(c.out)
-	if cap(c.out) > 4*MaxData {
+	if cap(c.out) > 2*MaxData {
 		c.out = nil // the one large request
 	}
 	return err
