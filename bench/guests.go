@@ -15,7 +15,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
@@ -55,7 +58,7 @@ func (b *bench) guests(ctx context.Context) error {
 	}
 	out, w := io.Pipe()
 	ended := make(chan error, 1)
-	command := []string{self, guestVerb, dir, b.firecracker}
+	command := []string{self, guestVerb, dir, b.firecracker, b.iperf3}
 	mode, err := lab.Decide(lab.Mode(os.Getenv("SMARTVM_LAB")))
 	if err != nil {
 		return err
@@ -81,6 +84,7 @@ func (b *bench) runGuests(ctx context.Context, command []string, inLab bool, out
 	if !inLab {
 		cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 		cmd.Stdout, cmd.Stderr = out, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS}
 		return cmd.Run()
 	}
 	cache, err := fixtures.FromEnv(os.Getenv)
@@ -146,13 +150,14 @@ type guestSite struct {
 	m      *smartvm.Machine
 	client *agent.Client
 	helper string // the program that is compared with, on the host
+	iperf3 string // a program
 	report func(name, unit string, value float64)
 }
 
 // guestHelper is where it is in the guest.
 const guestHelper = "/inguest"
 
-// measureGuests prints what it measures; args are a directory with an image and inguest, and the VMM.
+// measureGuests prints what it measures; args are a directory with an image and inguest, the VMM, and iperf3.
 func measureGuests(args []string) error {
 	out := json.NewEncoder(os.Stdout)
 	// Files that other machines share are slow: a guest is not to wait for them.
@@ -164,7 +169,7 @@ func measureGuests(args []string) error {
 	if out, err := exec.Command("cp", "-a", filepath.Join(args[0], "data"), local).CombinedOutput(); err != nil {
 		return fmt.Errorf("copy the image: %w\n%s", err, out)
 	}
-	s := &guestSite{ctx: context.Background(), helper: filepath.Join(args[0], "inguest"), report: func(name, unit string, value float64) {
+	s := &guestSite{ctx: context.Background(), helper: filepath.Join(args[0], "inguest"), iperf3: args[2], report: func(name, unit string, value float64) {
 		_ = out.Encode(sample{name, unit, value})
 	}}
 	s.host, err = smartvm.Open(smartvm.Options{
@@ -174,21 +179,27 @@ func measureGuests(args []string) error {
 		return err
 	}
 	defer s.host.Close()
-	for i, tries := 0, 0; i < guestBoots; tries++ {
-		err := s.boot(i == guestBoots-1)
-		switch {
-		case err == nil:
-			i++
-		case !errors.Is(err, errTryAgain) || tries > 2*guestBoots:
+	for i := range guestBoots {
+		if err := again(func() error { return s.boot(i == guestBoots-1) }); err != nil {
 			return err
 		}
 	}
-	for _, measure := range []func() error{s.execs, s.copies, s.memory} {
+	for _, measure := range []func() error{s.execs, s.copies, s.memory, s.remove} {
 		if err := measure(); err != nil {
 			return err
 		}
 	}
-	return s.remove()
+	return errors.Join(again(s.network), s.remove())
+}
+
+// again does something that the lab may fail once more.
+func again(do func() error) (err error) {
+	for range 4 {
+		if err = do(); !errors.Is(err, errTryAgain) {
+			return err
+		}
+	}
+	return err
 }
 
 func (s *guestSite) remove() error {
@@ -196,8 +207,8 @@ func (s *guestSite) remove() error {
 	return errors.Join(err, s.m.Remove(s.ctx))
 }
 
-// boot measures a guest's start. The last one stays.
-func (s *guestSite) boot(stays bool) (err error) {
+// guestSpec is a guest of the minimal image that does nothing.
+func guestSpec() smartvm.Spec {
 	spec := smartvm.Spec{
 		Image: guestImage, Command: []string{"/bin/sh", "-c", "while :; do sleep 1000; done"},
 		MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 1024},
@@ -205,6 +216,11 @@ func (s *guestSite) boot(stays bool) (err error) {
 	if os.Getenv(lab.InLabVariable) != "" {
 		spec.MachineConfig.HugePages = lab.LargePages
 	}
+	return spec
+}
+
+// started starts a guest, and waits until its command runs.
+func (s *guestSite) started(spec smartvm.Spec) (err error) {
 	if s.m, err = s.host.Create(s.ctx, spec); err != nil {
 		return err
 	}
@@ -224,6 +240,14 @@ func (s *guestSite) boot(stays bool) (err error) {
 	s.client = &agent.Client{Dial: func(ctx context.Context) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", in.Vsock)
 	}}
+	return nil
+}
+
+// boot measures a guest's start. The last one stays.
+func (s *guestSite) boot(stays bool) (err error) {
+	if err := s.started(guestSpec()); err != nil {
+		return err
+	}
 	var told agentproto.Event
 	ctx, heard := context.WithCancel(s.ctx)
 	defer heard()

@@ -34,7 +34,8 @@
 //     modules and the root's layers; agent-start: until the agent's own code runs; agent-boot: all of the way from the kernel to the image's
 //     command but modules and mounts. guest-exec: exec of true, the whole call; guest-connect: CONNECT and the echo of a byte on the same
 //     vsock; guest-spawn: fork, exec and end of true, timed in the guest. guest-copy-to and -from: cp of 256 MiB to the guest's memory and back;
-//     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that.
+//     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that. guest-throughput:
+//     one TCP connection of iperf3's from a guest to the host; guest-throughput-no-rules: the same without our rules.
 //
 //   - restore: the call of Machine.Start of a VM of a snapshot, 256 MiB with 64 MiB written to, until it goes on; create-restored:
 //     the call of Host.Restore before; bare-restore: spawn of Firecracker until it has loaded the same and resumed.
@@ -76,7 +77,7 @@ func main() {
 		}
 		return
 	}
-	if len(os.Args) == 4 && os.Args[1] == guestVerb {
+	if len(os.Args) == 5 && os.Args[1] == guestVerb {
 		if err := measureGuests(os.Args[2:]); err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
 			os.Exit(2)

@@ -107,16 +107,27 @@ func beside(chain *nftables.Chain, rule []expr.Any, f func() (float64, error)) (
 	return result, errors.Join(err, conn.Flush())
 }
 
-// rate is what arrives of one connection of iperf3's, in MB/s.
+// rate is that of one connection from the guest.
 func (s *networkSite) rate(server *netns.Namespace, address string) (float64, error) {
 	listen := exec.CommandContext(s.ctx, s.iperf3, "--server", "--one-off", "--forceflush", "--bind", address)
-	out, err := listen.StdoutPipe()
-	if err != nil {
-		return 0, err
-	}
 	start := listen.Start
 	if server != nil {
 		start = func() error { return server.Do(listen.Start) }
+	}
+	return received(listen, start, func() (told []byte, err error) {
+		doErr := s.guest.Do(func() error {
+			told, err = exec.CommandContext(s.ctx, s.iperf3, "--client", address, "--bytes", "400M", "--json").Output()
+			return err
+		})
+		return told, doErr
+	})
+}
+
+// received is what arrives of one connection of iperf3's, in MB/s, at a server that start starts. The client tells in JSON how it went.
+func received(listen *exec.Cmd, start func() error, client func() ([]byte, error)) (float64, error) {
+	out, err := listen.StdoutPipe()
+	if err != nil {
+		return 0, err
 	}
 	if err := start(); err != nil {
 		return 0, err
@@ -127,11 +138,7 @@ func (s *networkSite) rate(server *netns.Namespace, address string) (float64, er
 			return 0, fmt.Errorf("iperf3 does not listen: %w", errors.Join(err, listen.Wait()))
 		}
 	}
-	var told []byte
-	err = s.guest.Do(func() (err error) {
-		told, err = exec.CommandContext(s.ctx, s.iperf3, "--client", address, "--bytes", "400M", "--json").Output()
-		return err
-	})
+	told, err := client()
 	if err != nil {
 		return 0, errors.Join(fmt.Errorf("iperf3: %w: %s", err, told), listen.Process.Signal(unix.SIGKILL), listen.Wait())
 	}
