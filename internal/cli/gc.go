@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -27,7 +28,7 @@ func newGC(a *app) *cobra.Command {
 type collected struct {
 	Adopted   []string `json:"adopted"`   // run, and are looked after again
 	Recovered []string `json:"recovered"` // had ended unseen
-	Removed   []string `json:"removed"`   // half made, half removed, or of a smartvm run that was killed
+	Removed   []string `json:"removed"`   // half made, half removed, or of a smartvm run or pool that was killed
 }
 
 func (a *app) gc(cmd *cobra.Command, _ []string) error {
@@ -37,9 +38,13 @@ func (a *app) gc(cmd *cobra.Command, _ []string) error {
 		return err
 	}
 	defer h.Close()
-	c := collected{Adopted: []string{}, Recovered: report.Recovered, Removed: report.Removed}
-	var errs []error
+	pooled, err := a.snapshots.SweepPools(ctx, h)
+	c := collected{Adopted: []string{}, Recovered: report.Recovered, Removed: append(report.Removed, pooled...)}
+	errs := []error{err}
 	for _, id := range report.Unattended {
+		if slices.Contains(pooled, id) {
+			continue
+		}
 		adopted, err := a.takeUp(ctx, h, id)
 		if adopted {
 			c.Adopted = append(c.Adopted, id)

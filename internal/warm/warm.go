@@ -1,7 +1,8 @@
 // Package warm keeps pools of VMs that are restored from a snapshot and paused, so that one that is wanted goes on at once.
 //
-// A pool is a file in the data directory. A VM of it is one like any other, with a marker in its directory; who takes the marker
-// away has the VM.
+// A pool is a file in the data directory. A VM of it is one like any other, with a file beside that, a Member, from before it is made
+// until it has ended or somebody has it for good. Who makes or takes the VM has the file locked meanwhile. So one whose file nobody has
+// locked and that is not paused was left by a process that died.
 package warm
 
 import (
@@ -19,6 +20,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/strictjson"
@@ -100,20 +102,20 @@ func (s *Store) read(name string) (p Pool, err error) {
 }
 
 // lock keeps other processes from changing pools.
-func (s *Store) lock() (unlock func(), err error) {
+func (s *Store) lock(ctx context.Context) (unlock func(), err error) {
 	f, err := os.Open(s.dir)
 	if err != nil {
 		return nil, fmt.Errorf("lock pools: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+	if err := download.Lock(ctx, f, unix.LOCK_EX, nil); err != nil {
 		return nil, errors.Join(fmt.Errorf("lock pools: %w", err), f.Close())
 	}
 	return func() { _ = f.Close() }, nil
 }
 
 // change rewrites a pool's file.
-func (s *Store) change(name string, f func(*Pool)) error {
-	unlock, err := s.lock()
+func (s *Store) change(ctx context.Context, name string, f func(*Pool)) error {
+	unlock, err := s.lock(ctx)
 	if err != nil {
 		return err
 	}
@@ -128,53 +130,40 @@ func (s *Store) change(name string, f func(*Pool)) error {
 
 // Create stores a pool and fills it. It claims its snapshot, which is removed with it.
 func (s *Store) Create(ctx context.Context, p Pool) error {
-	sn, err := s.host.Snapshot(p.Snapshot)
-	if err != nil {
-		return err
-	}
-	unlock, err := s.lock()
-	if err != nil {
-		return err
-	}
-	err = s.Free(p.Name)
-	if err == nil {
-		err = errors.Join(atomicfile.WriteJSON(s.file(p.Name), p), os.Symlink(s.file(p.Name), filepath.Join(sn.UsersDir(), "pool-"+p.Name)))
-	}
-	unlock()
-	if err != nil {
+	if err := s.store(ctx, p); err != nil {
 		return err
 	}
 	return s.Fill(ctx, p.Name)
 }
 
-// marker is in the directory of a VM that nobody has taken.
-func marker(m *smartvm.Machine, pool string) string {
-	return filepath.Join(m.RuntimeDir(), store.PoolMarker+pool)
-}
-
-// ready returns the VMs of a pool that nobody has taken.
-func (s *Store) ready(ctx context.Context, pool string) ([]*smartvm.Machine, error) {
-	marked, err := filepath.Glob(filepath.Join(s.host.RuntimeDir(), "*", store.PoolMarker+pool)) // names have nothing that a pattern would
+func (s *Store) store(ctx context.Context, p Pool) error {
+	snapshots, err := s.host.Snapshots()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var all []*smartvm.Machine
-	for _, path := range marked {
-		m, err := s.host.Machine(ctx, filepath.Base(filepath.Dir(path)))
-		if errors.Is(err, smartvm.ErrNotFound) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, m)
+	release, err := snapshots.Hold(ctx) // until it is claimed
+	if err != nil {
+		return err
 	}
-	return all, nil
+	defer func() { _ = release() }()
+	sn, err := snapshots.Get(p.Snapshot)
+	if err != nil {
+		return err
+	}
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := s.Free(p.Name); err != nil {
+		return err
+	}
+	return errors.Join(atomicfile.WriteJSON(s.file(p.Name), p), os.Symlink(s.file(p.Name), filepath.Join(sn.UsersDir(), "pool-"+p.Name)))
 }
 
-// Fill makes VMs until the pool is full. Those in it that do not run are removed.
+// Fill makes VMs until the pool is full. Those in it that are not ready and that nobody is about to take are removed.
 func (s *Store) Fill(ctx context.Context, name string) error {
-	unlock, err := s.lockFill(name)
+	unlock, err := s.lockFill(ctx, name)
 	if err != nil {
 		return err
 	}
@@ -183,18 +172,18 @@ func (s *Store) Fill(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	ready, err := s.ready(ctx, name)
+	missing := p.Size
+	members, err := s.members(name)
 	if err != nil {
 		return err
 	}
-	missing := p.Size
-	for _, m := range ready {
-		if state, err := m.State(ctx); err == nil && state == smartvm.Paused {
+	for _, b := range members {
+		fate, err := s.tend(ctx, b, true)
+		if err != nil {
+			return err
+		}
+		if fate == ready {
 			missing--
-		} else if err == nil && os.Remove(marker(m, name)) == nil {
-			if err := End(ctx, m); err != nil {
-				return err
-			}
 		}
 	}
 	errs := make([]error, max(missing, 0))
@@ -212,71 +201,113 @@ func (s *Store) Fill(ctx context.Context, name string) error {
 }
 
 // lockFill lets one process fill a pool at a time.
-func (s *Store) lockFill(name string) (unlock func(), err error) {
-	if _, err := s.read(name); err != nil {
-		return nil, err
+func (s *Store) lockFill(ctx context.Context, name string) (unlock func(), err error) {
+	for {
+		if _, err := s.read(name); err != nil {
+			return nil, err
+		}
+		// The pool's own file is replaced now and then.
+		path := filepath.Join(s.dir, "."+name+".lock")
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, fmt.Errorf("fill pool %q: %w", name, err)
+		}
+		if err := download.Lock(ctx, f, unix.LOCK_EX, nil); err != nil {
+			return nil, errors.Join(fmt.Errorf("fill pool %q: %w", name, err), f.Close())
+		}
+		if download.StillAt(f, path) { // else the pool was removed meanwhile, and may be there again
+			return func() { _ = f.Close() }, nil
+		}
+		if err := f.Close(); err != nil {
+			return nil, fmt.Errorf("fill pool %q: %w", name, err)
+		}
 	}
-	// The pool's own file is replaced now and then.
-	f, err := os.OpenFile(filepath.Join(s.dir, "."+name+".lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("fill pool %q: %w", name, err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		return nil, errors.Join(fmt.Errorf("fill pool %q: %w", name, err), f.Close())
-	}
-	return func() { _ = f.Close() }, nil
 }
 
-// add makes a VM and gives it to the pool once it stands ready.
+// add makes a VM for the pool.
 func (s *Store) add(ctx context.Context, p Pool) error {
-	m, err := s.host.Restore(ctx, p.Snapshot, smartvm.RestoreOptions{Paused: true, Labels: map[string]string{"pool": p.Name}})
+	b, err := s.Enlist(p.Name)
 	if err != nil {
 		return err
 	}
-	err = supervise.RemoveAtEnd(m)
-	if err == nil {
-		err = s.start(ctx, s.host, m)
+	if _, err := s.make(ctx, b, p, smartvm.RestoreOptions{Paused: true}); err != nil {
+		return err
 	}
-	if err == nil {
-		err = os.WriteFile(marker(m, p.Name), nil, 0o600)
-	}
+	return b.release()
+}
+
+// make restores and starts the VM of a member, of which nothing is left if that fails.
+func (s *Store) make(ctx context.Context, b *Member, p Pool, o smartvm.RestoreOptions) (*smartvm.Machine, error) {
+	o.ID, o.Labels = b.ID, map[string]string{"pool": p.Name}
+	m, err := s.host.Restore(ctx, p.Snapshot, o)
 	if err != nil {
-		return errors.Join(err, End(context.WithoutCancel(ctx), m))
+		return nil, errors.Join(err, b.Leave())
 	}
-	return nil
+	if err := errors.Join(supervise.RemoveAtEnd(m), s.start(ctx, s.host, m)); err != nil {
+		return nil, errors.Join(err, (&Taken{m, b}).End(context.WithoutCancel(ctx)))
+	}
+	return m, nil
 }
 
 // Take gives a VM of the pool away, which goes on: one that is ready, else one that is made now.
-func (s *Store) Take(ctx context.Context, name string) (*smartvm.Machine, error) {
+func (s *Store) Take(ctx context.Context, name string) (*Taken, error) {
 	p, err := s.read(name)
 	if err != nil {
 		return nil, err
 	}
-	ready, err := s.ready(ctx, name)
+	members, err := s.members(name)
 	if err != nil {
 		return nil, err
 	}
-	for _, m := range ready {
-		if os.Remove(marker(m, name)) != nil {
-			continue // somebody else has
-		}
-		if err := m.Resume(ctx); err != nil { // it has ended, or is about to
-			_ = End(context.WithoutCancel(ctx), m)
+	down := context.WithoutCancel(ctx)
+	for _, b := range members {
+		if !b.take() { // somebody else has
 			continue
 		}
-		return m, s.change(name, func(p *Pool) { p.Hits++ })
+		m, err := s.machine(ctx, b)
+		if err != nil { // it has ended, which Fill sees to, or is another host's
+			_ = b.release()
+			continue
+		}
+		t := &Taken{m, b}
+		if err := m.Resume(ctx); err != nil { // it is about to end, or was left half made
+			_ = t.End(down)
+			continue
+		}
+		if err := s.change(ctx, name, func(p *Pool) { p.Hits++ }); err != nil {
+			return nil, errors.Join(err, t.End(down))
+		}
+		return t, nil
 	}
-	if err := s.change(name, func(p *Pool) { p.Misses++ }); err != nil {
+	if err := s.change(ctx, name, func(p *Pool) { p.Misses++ }); err != nil {
 		return nil, err
 	}
-	m, err := s.host.Restore(ctx, p.Snapshot, smartvm.RestoreOptions{Labels: map[string]string{"pool": name}})
+	b, err := s.Enlist(name)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(supervise.RemoveAtEnd(m), s.start(ctx, s.host, m)); err != nil {
-		return nil, errors.Join(err, End(context.WithoutCancel(ctx), m))
+	m, err := s.make(ctx, b, p, smartvm.RestoreOptions{})
+	if err != nil {
+		return nil, err
 	}
-	return m, nil
+	return &Taken{m, b}, nil
+}
+
+// Taken is a VM that somebody has taken. Keep or End; if his process dies before, it ends with the next Fill or Sweep.
+type Taken struct {
+	*smartvm.Machine
+	member *Member
+}
+
+// Keep makes the VM one that runs on by itself.
+func (t *Taken) Keep() error { return t.member.Leave() }
+
+// End stops and removes it.
+func (t *Taken) End(ctx context.Context) error {
+	if err := End(ctx, t.Machine); err != nil {
+		return errors.Join(err, t.member.release())
+	}
+	return t.member.Leave()
 }
 
 // End stops and removes a VM.
@@ -310,40 +341,60 @@ func (s *Store) List(ctx context.Context) ([]Listed, error) {
 		if err != nil {
 			return nil, err
 		}
-		ready, err := s.ready(ctx, name)
+		members, err := s.members(name)
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, Listed{p, len(ready)})
+		l := Listed{Pool: p}
+		for _, b := range members {
+			if s.isReady(ctx, b) {
+				l.Ready++
+			}
+		}
+		all = append(all, l)
 	}
 	return all, nil
 }
 
 // Remove removes a pool, its VMs that nobody has taken, and its snapshot unless others have started from it.
 func (s *Store) Remove(ctx context.Context, name string) error {
-	p, err := s.read(name)
-	if err != nil {
-		return err
-	}
-	unlock, err := s.lockFill(name)
+	unlock, err := s.lockFill(ctx, name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	p, err := s.read(name)
+	if err != nil {
+		return err
+	}
 	if err := os.Remove(s.file(name)); err != nil {
 		return fmt.Errorf("remove pool %q: %w", name, err)
 	}
-	ready, err := s.ready(ctx, name)
+	members, err := s.members(name)
 	errs := []error{err}
-	for _, m := range ready {
-		if os.Remove(marker(m, name)) == nil {
-			errs = append(errs, End(ctx, m))
-		}
+	for _, b := range members {
+		_, err := s.tend(ctx, b, false)
+		errs = append(errs, err)
 	}
+	_ = os.Remove(s.file(name) + atomicfile.TempSuffix) // of a process that died
 	errs = append(errs, os.Remove(filepath.Join(s.dir, "."+name+".lock")))
 	err = s.host.RemoveSnapshot(ctx, p.Snapshot, false)
 	if errors.Is(err, smartvm.ErrSnapshotInUse) || errors.Is(err, smartvm.ErrSnapshotNotFound) {
 		err = nil
 	}
 	return errors.Join(append(errs, err)...)
+}
+
+// Sweep ends what processes have left that died while they filled pools, or had taken a VM. It returns the ids of those VMs.
+func (s *Store) Sweep(ctx context.Context) (removed []string, err error) {
+	members, err := s.members("*")
+	errs := []error{err}
+	for _, b := range members {
+		_, err := s.read(b.pool)
+		fate, err := s.tend(ctx, b, !errors.Is(err, smartvm.ErrNotFound))
+		if errs = append(errs, err); fate == ended && err == nil {
+			removed = append(removed, b.ID)
+		}
+	}
+	return removed, errors.Join(errs...)
 }

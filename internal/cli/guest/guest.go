@@ -78,6 +78,7 @@ func (s *Shell) each(ctx context.Context, refs []string, do func(i int, m *smart
 type Streams struct {
 	Interactive, TTY bool
 	keys             string // that detach, where there is a terminal
+	Left             func() // called when the command was left to itself; may be nil
 }
 
 // Flags adds -i and -t.
@@ -187,6 +188,9 @@ func (s *Shell) Run(ctx context.Context, ref string, o Streams, set func(*smartv
 	done()
 	if errors.Is(err, smartvm.ErrDetached) {
 		fmt.Fprintf(s.Stderr, "\r\nsmartvm: detached; the command goes on in VM %s\n", m.ID())
+		if o.Left != nil {
+			o.Left()
+		}
 		return nil
 	}
 	if err != nil {

@@ -86,6 +86,12 @@ func (s *Shell) makePool(ctx context.Context, h *smartvm.Host, all *warm.Store, 
 	if err := all.Free(p.Name); err != nil {
 		return err
 	}
+	b, err := all.Enlist(p.Name) // until it is gone
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.Leave()) }()
+	spec.ID = b.ID
 	m, err := h.Create(ctx, spec)
 	if err != nil {
 		return err
@@ -178,31 +184,34 @@ type Pooled struct {
 
 // RunPooled takes a VM of a pool, and has the pool filled again in the background.
 func (s *Shell) RunPooled(ctx context.Context, o Pooled) error {
-	var m *smartvm.Machine
-	err := s.pools(ctx, func(_ *smartvm.Host, all *warm.Store) (err error) {
-		m, err = all.Take(ctx, o.Pool)
-		return err
+	return s.pools(ctx, func(_ *smartvm.Host, all *warm.Store) error {
+		t, err := all.Take(ctx, o.Pool)
+		if err != nil {
+			return err
+		}
+		s.refill(o.Pool)
+		if len(o.Command) == 0 || o.Detach {
+			return errors.Join(t.Keep(), s.print([]*smartvm.Machine{t.Machine}))
+		}
+		left := false
+		o.Streams.Left = func() { left = true }
+		if err = s.Run(ctx, t.ID(), o.Streams, func(c *smartvm.Cmd) { c.Args = o.Command }); left {
+			return errors.Join(err, t.Keep())
+		}
+		if endErr := t.End(context.WithoutCancel(ctx)); endErr != nil {
+			return errors.Join(err, endErr)
+		}
+		return err // as it is: it may be the command's exit code
 	})
+}
+
+// SweepPools ends what processes have left of pools that died, and returns the ids of those VMs.
+func (s *Shell) SweepPools(ctx context.Context, h *smartvm.Host) ([]string, error) {
+	all, err := warm.Open(h, s.Supervise)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	s.refill(o.Pool)
-	if len(o.Command) == 0 || o.Detach {
-		return s.print([]*smartvm.Machine{m})
-	}
-	err = s.Run(ctx, m.ID(), o.Streams, func(c *smartvm.Cmd) { c.Args = o.Command })
-	h, openErr := s.Host()
-	if openErr != nil {
-		return errors.Join(err, openErr)
-	}
-	down := context.WithoutCancel(ctx)
-	if m, findErr := h.Machine(down, m.ID()); findErr == nil {
-		openErr = warm.End(down, m)
-	}
-	if endErr := errors.Join(openErr, h.Close()); endErr != nil {
-		return errors.Join(err, endErr)
-	}
-	return err // as it is: it may be the command's exit code
+	return all.Sweep(ctx)
 }
 
 // refill starts a process that fills a pool and that nobody waits for. If it fails, a later one does not.
