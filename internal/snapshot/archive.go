@@ -33,9 +33,10 @@ const (
 	maxTail   = 1 << 20  // bytes of zeros after the last entry
 )
 
-// Export writes the snapshot as an archive. Progress in bytes may be nil.
+// Export writes the snapshot as an archive. Nobody removes it meanwhile without force: then it ends with ErrNotFound. Others wait for
+// nothing, however slow w is. Progress in bytes may be nil.
 func (sn *Snapshot) Export(ctx context.Context, w io.Writer, progress func(done, total int64)) (err error) {
-	release, err := sn.s.Hold(ctx)
+	release, err := sn.keep(ctx)
 	if err != nil {
 		return fmt.Errorf("export snapshot: %w", err)
 	}
@@ -52,6 +53,9 @@ func (sn *Snapshot) Export(ctx context.Context, w io.Writer, progress func(done,
 		err = z.Close()
 	} else {
 		z.Reset(nil) // an end would make what is there look whole
+	}
+	if isNotExist(err) {
+		err = fmt.Errorf("%w any more: it was removed meanwhile", ErrNotFound)
 	}
 	if err != nil {
 		return fmt.Errorf("export snapshot %s: %w", sn.ID, err)

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -63,6 +64,12 @@ func childMain(what, dir string) error {
 		return err
 	case "remove":
 		return s.Remove(ctx, "base", false)
+	case "export": // without an end
+		sn, err := s.Get("base")
+		if err != nil {
+			return err
+		}
+		return sn.Export(ctx, endless{}, nil)
 	case "sweep":
 		_, err := s.Sweep(ctx)
 		return err
@@ -70,6 +77,17 @@ func childMain(what, dir string) error {
 		return race(ctx, s, dir)
 	}
 	return fmt.Errorf("child: %s", what)
+}
+
+// endless writes what it is given to standard output, once, and then takes nothing more.
+type endless struct{}
+
+func (endless) Write(p []byte) (int, error) {
+	if n, err := os.Stdout.Write(p); err != nil {
+		return n, err
+	}
+	time.Sleep(time.Hour)
+	return 0, nil
 }
 
 // program is this test program, told what to do in a store's directory.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -12,8 +13,8 @@ import (
 	"push.rocks/smartvm/internal/kept"
 )
 
-// Remove removes a snapshot. While VMs use it, it is an *InUseError; with force it goes all the same, and VMs that are to
-// be restored from it cannot be: those that run have its files open. Who holds the store would wait for himself. Returns
+// Remove removes a snapshot. While VMs use it, or it is being exported, it is an *InUseError; with force it goes all the same, and VMs
+// that are to be restored from it cannot be: those that run have its files open. Who holds the store would wait for himself. Returns
 // ErrNotFound.
 func (s *Store) Remove(ctx context.Context, ref string, force bool) error {
 	release, err := s.alone(ctx)
@@ -28,14 +29,55 @@ func (s *Store) remove(ref string, force bool) error {
 	if err != nil {
 		return err
 	}
+	if err := s.idle(id); err != nil && !(force && errors.Is(err, ErrInUse)) {
+		return err
+	}
+	return s.take(id)
+}
+
+// idle returns an *InUseError for a snapshot that VMs use, or that is being exported. The caller has the store alone.
+func (s *Store) idle(id string) error {
 	by, err := kept.Users(true, s.Dir(id))
 	if err != nil {
 		return err
 	}
-	if len(by) > 0 && !force {
-		return &InUseError{ID: id, By: by}
+	exported, err := s.exported(id)
+	if err == nil && (exported || len(by) > 0) {
+		err = &InUseError{ID: id, By: by, Exported: exported}
 	}
-	return s.take(id)
+	return err
+}
+
+// keep keeps this snapshot alone from being removed, until it is let go of or the process dies: for what may take as long as somebody
+// else likes.
+func (sn *Snapshot) keep(ctx context.Context) (release func() error, err error) {
+	free, err := sn.s.Hold(ctx) // until it is kept
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, free()) }()
+	if _, err := sn.s.read(sn.ID); err != nil {
+		return nil, err
+	}
+	return sn.s.lock(ctx, sn.UsersDir(), unix.LOCK_SH, "another smartvm that looks at the same snapshot")
+}
+
+// exported says whether somebody keeps a snapshot.
+func (s *Store) exported(id string) (bool, error) {
+	f, err := os.Open(filepath.Join(s.Dir(id), kept.UsersDir))
+	if isNotExist(err) || errors.Is(err, unix.ENOTDIR) {
+		return false, nil // it is damaged
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for exports: %w", err)
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	} else if err != nil {
+		return false, fmt.Errorf("look for exports: %w", err)
+	}
+	return false, nil
 }
 
 // take removes a snapshot. Out of sight first: nothing is ever half there.
@@ -51,7 +93,7 @@ func (s *Store) take(id string) error {
 	return nil
 }
 
-// Prune removes the snapshots that no VM uses and that keep does not want, and returns their ids. A nil keep wants none.
+// Prune removes the snapshots that nobody uses and that keep does not want, and returns their ids. A nil keep wants none.
 // Damaged ones stay.
 func (s *Store) Prune(ctx context.Context, keep func(*Snapshot) bool) (removed []string, err error) {
 	release, err := s.alone(ctx)
@@ -68,11 +110,17 @@ func (s *Store) prune(keep func(*Snapshot) bool) (removed []string, err error) {
 		err = nil
 	}
 	for _, sn := range all {
-		by, uerr := kept.Users(true, sn.Dir())
-		if err = errors.Join(err, uerr); uerr != nil || len(by) > 0 || keep != nil && keep(sn) {
+		if keep != nil && keep(sn) {
 			continue
 		}
-		if terr := s.take(sn.ID); terr != nil {
+		terr := s.idle(sn.ID)
+		if errors.Is(terr, ErrInUse) {
+			continue
+		}
+		if terr == nil {
+			terr = s.take(sn.ID)
+		}
+		if terr != nil {
 			err = errors.Join(err, terr)
 			continue
 		}

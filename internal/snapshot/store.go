@@ -3,7 +3,8 @@
 //
 // A snapshot is made as a Draft, which nobody else sees, and gets its name by one rename when all of it is on disk. A VM
 // claims the one that it uses by a link; a claim ends with the VM's directory. Who looks for a snapshot to claim it
-// holds the store meanwhile, and who removes one has the store alone.
+// holds the store meanwhile, and who removes one has the store alone. An export holds its snapshot alone: it takes as long as
+// whoever reads it likes.
 package snapshot
 
 import (
@@ -52,20 +53,33 @@ func (e *DamagedError) Hint() string {
 	return "make the snapshot again, or import it again, and remove this one: smartvm snapshot rm --force " + e.ID
 }
 
-// InUseError says that VMs use what was to be removed.
+// InUseError says that somebody uses what was to be removed.
 type InUseError struct {
-	ID string
-	By []string // directories of VMs
+	ID       string
+	By       []string // directories of VMs
+	Exported bool     // by an export
 }
 
 func (e *InUseError) Error() string {
-	return fmt.Sprintf("snapshot %s is in use by %d VMs, one in %s", e.ID, len(e.By), e.By[0])
+	var by []string
+	if e.Exported {
+		by = append(by, "an export")
+	}
+	if len(e.By) > 0 {
+		by = append(by, fmt.Sprintf("%d VMs, one in %s", len(e.By), e.By[0]))
+	}
+	return fmt.Sprintf("snapshot %s is in use by %s", e.ID, strings.Join(by, " and by "))
 }
 
 func (e *InUseError) Is(target error) bool { return target == ErrInUse }
 
 // Hint is what to do about it.
-func (e *InUseError) Hint() string { return "remove the VMs first: smartvm rm" }
+func (e *InUseError) Hint() string {
+	if len(e.By) == 0 {
+		return "wait for the export or end it; with -f it is cut off"
+	}
+	return "remove the VMs first: smartvm rm"
+}
 
 // Names in a store's directory and in a snapshot's: docs/layout.md.
 const (
