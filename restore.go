@@ -142,7 +142,7 @@ func (from *origin) record(o RestoreOptions) (*record, error) {
 	h, s := from.host, &from.saved
 	rec := &record{Version: recordVersion, Nonce: randomHex(4), Created: time.Now().UTC(), ID: cmp.Or(o.ID, randomHex(6)), Ephemeral: true}
 	rec.Restored = &restored{Snapshot: from.ID, Dir: from.Dir(), StageDir: h.stageDir(), Was: s.Interfaces, Hook: s.Hook}
-	rec.Restored.Load.Paused = o.Paused
+	rec.Restored.Load.Paused, rec.Restored.Load.Balloon = o.Paused, s.Balloon
 	if o.Memory == MemoryUFFD || o.Memory == "" && from.HugePages != "" {
 		rec.Restored.Load.MemorySocket = store.MemorySocket
 		if !from.bin.Version.AtLeast(firecracker.Version{Major: 1, Minor: 12}) { // it would hang with who serves it, not end
@@ -323,12 +323,8 @@ func (m *Machine) identify(ctx context.Context, r *run, g *GuestState) {
 	for _, w := range warnings {
 		m.host.log.Warn("restored guest", "vm", m.rec.ID, "err", w)
 	}
-	if hook := m.rec.Restored.Hook; hook != "" {
-		short, cancel := context.WithTimeout(ctx, agentproto.FreezeTimeout)
-		defer cancel()
-		if _, err := m.guest().Exec(short, Cmd{Args: []string{hook, "thaw"}}); err != nil {
-			m.host.log.Warn("run hook in restored guest", "vm", m.rec.ID, "err", err)
-		}
+	if err := capture.RunHook(ctx, m.guest(), m.rec.Restored.Hook, capture.HookThaw); err != nil {
+		m.host.log.Warn("restored guest", "vm", m.rec.ID, "err", err)
 	}
 	g.Agent = time.Since(r.started)
 	g.Command = g.Agent

@@ -48,9 +48,11 @@ type SnapshotOptions struct {
 	// TrackDirtyPages, or Firecracker ≥ 1.13.
 	Diff bool
 	// Hook is a program in the guest that is run with the argument "freeze" before all is stopped, and with "thaw" afterwards, be it
-	// in this VM or in one that is restored.
+	// in this VM or in one that is restored. It must exit with 0. The snapshot is not made where it cannot be run or does not want it;
+	// what it says to "thaw" is a warning.
 	Hook string
-	// DropCaches has the guest forget what it can read again.
+	// DropCaches has the guest forget what it can read again and, where the Spec has a Balloon, that take what the guest does not use
+	// meanwhile: there is less to write, keep and share then. It needs an agent in the guest.
 	DropCaches bool
 	// Stop ends the VM when it is written down: nothing happens in it afterwards, so that one that is restored has its connections.
 	Stop bool
@@ -68,6 +70,7 @@ type saved struct {
 	Drives     []string           `json:"drives,omitempty"` // that are in the snapshot, by id
 	Interfaces []attach.Interface `json:"interfaces,omitempty"`
 	Hook       string             `json:"hook,omitempty"`
+	Balloon    *uint32            `json:"balloon,omitempty"` // MiB that it is to have: it took more for the snapshot
 }
 
 // maxSaved bounds that, in bytes.
@@ -182,7 +185,7 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	if err != nil {
 		return sm, nil, err
 	}
-	v.Client, v.Process, v.Root, v.Trace = m.dialClient(), m.attach(), m.root(), m.trace
+	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec.Spec.Name, m.rec.ID), m.dialClient(), m.attach(), m.root(), m.trace
 	defer func() { err = errors.Join(err, v.Client.Close()) }()
 	defer endIfHung(v.Process)()
 	if m.rec.Jailer != "" {
@@ -197,7 +200,7 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	}
 	// What is written from then on is what has changed since this snapshot. If it does not come to be, a diff finds none.
 	v.Forget = func() error { return atomicfile.Write(m.path(store.LastSnapshot), []byte(draft.ID()), 0o600) }
-	v.Metadata, v.Drives = m.rec.Spec.MMDS != nil, map[string]string{}
+	v.Metadata, v.Balloon, v.Drives = m.rec.Spec.MMDS != nil, m.rec.Spec.Balloon != nil, map[string]string{}
 	p, err := m.host.proposal(m.rec)
 	if err != nil {
 		return sm, nil, err
@@ -225,6 +228,7 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 		sm.Parent = last.ID
 	} else if r := m.rec.Restored; r != nil {
 		sm.Parent = r.Snapshot
+	keep.Balloon = result.Balloon
 	}
 	return sm, result.Warnings, m.describe(&sm, &keep)
 }

@@ -153,10 +153,16 @@ func (h *Host) releaseHold(ctx context.Context, id string) error {
 	}
 	m := h.machine(rec)
 	state, err := m.State(ctx)
-	if err == nil && state == Paused && hold.Resumes() {
-		c := m.dialClient()
-		err = errors.Join(c.Resume(ctx), c.Close())
+	if err != nil || state != Paused && state != Running {
+		return errors.Join(err, hold.Release())
+	}
+	c := m.dialClient()
+	if state == Paused && hold.Resumes() {
+		err = c.Resume(ctx)
 		h.log.Warn("went on after a snapshot that was given up", "vm", id)
 	}
-	return errors.Join(err, hold.Release())
+	if mib, ok := hold.Deflates(); ok {
+		err = errors.Join(err, c.PatchBalloon(ctx, mib))
+	}
+	return errors.Join(err, c.Close(), hold.Release())
 }

@@ -28,6 +28,7 @@ const MetadataFile = "metadata"
 
 // VM is one to be captured.
 type VM struct {
+	Name    string // what people call it
 	Client  *firecracker.Client
 	Process *vmm.Process
 	Root    string // the VMM's working directory
@@ -40,6 +41,7 @@ type VM struct {
 	// Drives are the paths of what is copied, by device id.
 	Drives   map[string]string
 	Metadata bool // it has metadata
+	Balloon  bool // it has a balloon
 	// Forget is called when the VMM is about to lose what it knows of memory that was written.
 	Forget func() error
 	Trace  func(step string)
@@ -49,13 +51,14 @@ type VM struct {
 type Options struct {
 	Base       string // a memory file that the VMM completes; "": it writes all of it
 	Hook       string // a program in the guest
-	DropCaches bool
-	End        bool // it does not go on, but ends, unless something went wrong
+	DropCaches bool   // and have its balloon take what it does not use
+	End        bool   // it does not go on, but ends, unless something went wrong
 }
 
 // Result is what is worth knowing about it.
 type Result struct {
 	Paused   time.Duration
+	Balloon  *uint32 // MiB that a balloon is to have which took more for this; nil: it did not
 	Warnings []string
 }
 
@@ -68,7 +71,16 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 	}
 	undo, ended := context.WithoutCancel(ctx), false
 	if !v.Running && v.Agent != nil {
-		r.Warnings = []string{"the VM was paused: its programs are not at rest, and go on in one that is restored before it knows who it is"}
+		r.Warnings = append(r.Warnings, "the VM was paused: its programs are not at rest, and go on in one that is restored before it knows who it is")
+	}
+	if mib, ok := v.Hold.Deflates(); ok { // somebody has died in the middle of this
+		r.Warnings = v.deflate(ctx, mib)
+	}
+	if !v.listens() && o.Hook != "" { // half of what it does would do harm
+		return r, fmt.Errorf("run %s in the guest: nobody there can be asked", o.Hook)
+	}
+	if v.Agent == nil && o.DropCaches {
+		r.Warnings = append(r.Warnings, "nobody in the guest can be told to drop its caches")
 	}
 	if v.Running && v.Agent != nil {
 		defer func() {
@@ -76,8 +88,22 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 				r.Warnings = append(r.Warnings, v.thaw(undo, o)...)
 			}
 		}()
-		if r.Warnings, err = v.freeze(ctx, o); err != nil {
+		warnings, err := v.freeze(ctx, o)
+		if r.Warnings = append(r.Warnings, warnings...); err != nil {
 			return r, err
+		}
+	}
+	if v.listens() && v.Balloon && o.DropCaches {
+		var warning error
+		if r.Balloon, warning = v.inflate(ctx); warning != nil {
+			r.Warnings = append(r.Warnings, warning.Error())
+		}
+		if r.Balloon != nil {
+			defer func() {
+				if !ended {
+					r.Warnings = append(r.Warnings, v.deflate(undo, *r.Balloon)...)
+				}
+			}()
 		}
 	}
 	v.Trace("pause")
@@ -105,6 +131,9 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 	return r, err
 }
 
+// listens says whether there is somebody in the guest who does as he is told.
+func (v *VM) listens() bool { return v.Running && v.Agent != nil && !v.Booting }
+
 // stood says whether the VM still stands still: if not, its drives are not those of the moment of its memory.
 func (v *VM) stood(ctx context.Context) error {
 	info, err := v.Client.GetInstanceInfo(ctx)
@@ -122,16 +151,8 @@ func (v *VM) freeze(ctx context.Context, o Options) (warnings []string, err erro
 	if v.Booting {
 		return []string{"the guest has not finished booting, or does not answer: it may not survive being restored"}, nil
 	}
-	if o.Hook != "" {
-		short, cancel := context.WithTimeout(ctx, patience)
-		exit, err := v.Agent.Exec(short, agent.Cmd{Args: []string{o.Hook, "freeze"}})
-		cancel()
-		if err == nil && exit.Code != 0 {
-			err = fmt.Errorf("exit code %d", exit.Code)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("run %s in the guest: %w", o.Hook, err)
-		}
+	if err := RunHook(ctx, v.Agent, o.Hook, HookFreeze); err != nil {
+		return nil, err
 	}
 	v.Trace("freeze")
 	short, cancel := context.WithTimeout(ctx, patience)
@@ -153,10 +174,31 @@ func (v *VM) thaw(ctx context.Context, o Options) (warnings []string) {
 	if err := Retry(ctx, func() error { return v.Agent.Thaw(ctx) }); err != nil {
 		return []string{fmt.Sprintf("the guest goes on only after %s: %v", agentproto.FreezeTimeout, err)}
 	}
-	if o.Hook != "" {
-		if _, err := v.Agent.Exec(ctx, agent.Cmd{Args: []string{o.Hook, "thaw"}}); err != nil {
-			return []string{fmt.Sprintf("run %s thaw in the guest: %v", o.Hook, err)}
-		}
+	if err := RunHook(ctx, v.Agent, o.Hook, HookThaw); err != nil {
+		return []string{fmt.Sprintf("VM %s: %v", v.Name, err)}
+	}
+	return nil
+}
+
+// What a hook is told.
+const (
+	HookFreeze = "freeze"
+	HookThaw   = "thaw"
+)
+
+// RunHook runs a program in a guest, unless it is "". It must end well, and soon.
+func RunHook(ctx context.Context, guest *agent.Client, hook, what string) error {
+	if hook == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	exit, err := guest.Exec(ctx, agent.Cmd{Args: []string{hook, what}})
+	if err == nil && exit.Code != 0 {
+		err = fmt.Errorf("exit code %d", exit.Code)
+	}
+	if err != nil {
+		return fmt.Errorf("run %s %s in the guest: %w", hook, what, err)
 	}
 	return nil
 }

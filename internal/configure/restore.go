@@ -19,6 +19,8 @@ type Restored struct {
 	Paused   bool              `json:"paused,omitempty"`   // it is left so
 	// MemorySocket is where somebody serves its page faults; "": its memory is a file.
 	MemorySocket string `json:"memorySocket,omitempty"`
+	// Balloon is how many MiB it is to have, where that took more for the snapshot.
+	Balloon *uint32 `json:"balloon,omitempty"`
 }
 
 // RestoreCalls are the requests in place of those of Calls for a VM that starts from a snapshot. All else is in that.
@@ -51,5 +53,9 @@ func RestoreCalls(s *spec.Spec, r *Restored, v firecracker.Version) []Call {
 	default:
 		load.EnableDiffSnapshots = true
 	}
-	return append(list, put("/snapshot/load", load, (*firecracker.Client).LoadSnapshot))
+	list = append(list, put("/snapshot/load", load, (*firecracker.Client).LoadSnapshot))
+	if r.Balloon != nil { // the guest's driver does so when the guest goes on
+		list = append(list, put("/balloon", *r.Balloon, (*firecracker.Client).PatchBalloon))
+	}
+	return list
 }

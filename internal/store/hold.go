@@ -6,6 +6,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,7 +29,7 @@ func (s *Store) Abandoned(id string) (*Hold, error) {
 func (s *Store) hold(id string, create int) (*Hold, error) {
 	path := filepath.Join(s.Dir(id), HoldFile)
 	for {
-		f, err := os.OpenFile(path, os.O_RDWR|create, 0o600)
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND|create, 0o600)
 		if err != nil {
 			return nil, fmt.Errorf("hold VM: %w", err)
 		}
@@ -50,19 +53,43 @@ func (s *Store) hold(id string, create int) (*Hold, error) {
 }
 
 // MustResume notes that the VM ran before, so that it is to go on.
-func (h *Hold) MustResume() error {
-	_, err := h.f.WriteString(resume)
+func (h *Hold) MustResume() error { return h.note(resume) }
+
+// Resumes says whether that was noted.
+func (h *Hold) Resumes() bool { return slices.Contains(h.notes(), resume) }
+
+// MustDeflate notes how many MiB the VM's balloon is to have afterwards.
+func (h *Hold) MustDeflate(mib uint32) error { return h.note(fmt.Sprint(deflate, mib)) }
+
+// Deflates returns that, if it was noted.
+func (h *Hold) Deflates() (mib uint32, noted bool) {
+	for _, line := range h.notes() {
+		if text, ok := strings.CutPrefix(line, deflate); ok {
+			n, err := strconv.ParseUint(text, 10, 32)
+			return uint32(n), err == nil
+		}
+	}
+	return 0, false
+}
+
+const (
+	resume  = "resume"
+	deflate = "deflate "
+)
+
+// note adds a line, at once.
+func (h *Hold) note(line string) error {
+	_, err := h.f.WriteString(line + "\n")
 	return err
 }
 
-// Resumes says whether that was noted.
-func (h *Hold) Resumes() bool {
-	b := make([]byte, len(resume))
+// notes are the lines that are whole.
+func (h *Hold) notes() []string {
+	b := make([]byte, 256)
 	n, _ := h.f.ReadAt(b, 0)
-	return string(b[:n]) == resume
+	lines := strings.Split(string(b[:n]), "\n")
+	return lines[:len(lines)-1]
 }
-
-const resume = "resume\n"
 
 // Release takes the mark away. A VM that is gone meanwhile has none.
 func (h *Hold) Release() error {
