@@ -21,7 +21,6 @@ import (
 	"push.rocks/smartvm/internal/locate"
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -98,8 +97,8 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	if err := sn.Check(ctx); err != nil {
 		return nil, err
 	}
-	if from.saved, err = strictjson.Unmarshal[saved](sn.Machine, maxSaved); err != nil {
-		return nil, fmt.Errorf("%w: what it says of the VM: %w", snapshot.ErrDamaged, err)
+	if from.saved, err = readSaved(sn.Snapshot); err != nil {
+		return nil, err
 	}
 	if err := from.whole(); err != nil {
 		return nil, err
@@ -108,6 +107,9 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 		if err := from.harmless(); err != nil {
 			return nil, hint.Add(fmt.Errorf("%w: it was imported: %w", ErrNotSupported, err), "with --trust it is taken for one of this host's own")
 		}
+	}
+	if err := sn.Lacks(); err != nil {
+		return nil, err
 	}
 	if from.bin, err = sn.host.vmms.VMM(ctx); err != nil {
 		return nil, err
@@ -215,9 +217,6 @@ func (from *origin) respec(rec *record, o RestoreOptions) error {
 			continue
 		}
 		d.PathOnHost = from.host.local(d.PathOnHost)
-		if _, err := os.Stat(d.PathOnHost); err != nil {
-			return hint.Add(fmt.Errorf("drive %s: %w", d.DriveID, err), "bring it back: the guest has it open; of an image, pull that again: %s", v.Image)
-		}
 	}
 	for i := range v.Pmem {
 		d := &v.Pmem[i]

@@ -35,7 +35,7 @@ type Snapshot struct {
 
 // VM is the name of the VM that the snapshot was made of, or its id.
 func (sn *Snapshot) VM() string {
-	s, _ := strictjson.Unmarshal[saved](sn.Machine, maxSaved) // for people to read
+	s, _ := readSaved(sn.Snapshot) // for people to read
 	return cmp.Or(s.Spec.Name, s.Spec.ID)
 }
 
@@ -73,8 +73,13 @@ type saved struct {
 	Balloon    *uint32            `json:"balloon,omitempty"` // MiB that it is to have: it took more for the snapshot
 }
 
-// maxSaved bounds that, in bytes.
-const maxSaved = snapshot.MaxMachine
+func readSaved(sn *snapshot.Snapshot) (saved, error) {
+	s, err := strictjson.Unmarshal[saved](sn.Machine, snapshot.MaxMachine)
+	if err != nil {
+		err = fmt.Errorf("%w: what it says of the VM: %w", snapshot.ErrDamaged, err)
+	}
+	return s, err
+}
 
 // Snapshot makes a snapshot of a VM that runs or is paused, from any process. The VM stands still while its memory is written and
 // goes on afterwards, whatever happens; if this process dies, others see to that. Connections to the guest's agent end, as those of Exec.
@@ -223,12 +228,12 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	if err != nil {
 		return sm, nil, err
 	}
+	keep.Balloon = result.Balloon
 	sm = snapshot.Manifest{Name: o.Name, Labels: o.Labels, Ephemeral: o.ephemeral, Paused: result.Paused}
 	if last != nil {
 		sm.Parent = last.ID
 	} else if r := m.rec.Restored; r != nil {
 		sm.Parent = r.Snapshot
-	keep.Balloon = result.Balloon
 	}
 	return sm, result.Warnings, m.describe(&sm, &keep)
 }

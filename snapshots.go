@@ -7,10 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
 )
 
 // What goes wrong with snapshots; test with errors.Is.
@@ -82,22 +84,71 @@ func (h *Host) sweepSnapshots(ctx context.Context) error {
 		return err
 	}
 	removed, err := all.Sweep(ctx)
-	return errors.Join(err, h.unclaim(removed))
+	errs := []error{err, h.unclaim(removed)}
+	// Who made one may have died before it claimed its image, and that of one that was imported may have come since.
+	list, _ := all.List() // of those that are damaged nothing is known
+	for _, sn := range list {
+		if err := h.claim(sn); !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, snapshot.ErrDamaged) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // claim says in the image that a snapshot needs it. The VM that it was made of does so too.
 func (h *Host) claim(sn *snapshot.Snapshot) error {
-	s, err := strictjson.Unmarshal[saved](sn.Machine, maxSaved)
+	s, err := readSaved(sn)
 	if err != nil {
 		return err
 	}
 	for _, users := range s.Images {
+		if sn.Imported && !isUsers(users) {
+			continue
+		}
 		err := os.Symlink(sn.Dir(), filepath.Join(h.local(users), claimName(sn.ID)))
 		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return fmt.Errorf("claim image for snapshot %s: %w", sn.ID, err)
 		}
 	}
 	return nil
+}
+
+// isUsers says whether a path, below the data directory, is where users of an image say so.
+func isUsers(path string) bool { return inImages(path) && filepath.Base(path) == kept.UsersDir }
+
+// Image is what the snapshot's VM was made of, which is not in the snapshot. "": of no image.
+func (sn *Snapshot) Image() string {
+	s, _ := readSaved(sn.Snapshot) // for people to read
+	return s.Spec.Image
+}
+
+// Lacks says what of this host VMs of the snapshot would read that is not here, and what to do about it.
+func (sn *Snapshot) Lacks() error {
+	s, err := readSaved(sn.Snapshot)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	lacks := func(id, path string) {
+		if slices.Contains(s.Drives, id) {
+			return
+		}
+		_, err := os.Stat(sn.host.local(path))
+		switch {
+		case err != nil && !filepath.IsAbs(path) && s.Spec.Image != "":
+			err = hint.Add(fmt.Errorf("image %s is not here, or not the same: drive %s: %w", s.Spec.Image, id, err), "smartvm image pull %s", s.Spec.Image)
+		case err != nil:
+			err = hint.Add(fmt.Errorf("drive %s: %w", id, err), "bring it back: the guest has it open")
+		}
+		errs = append(errs, err)
+	}
+	for _, d := range s.Spec.Drives {
+		lacks(d.DriveID, d.PathOnHost)
+	}
+	for _, d := range s.Spec.Pmem {
+		lacks(d.ID, d.PathOnHost)
+	}
+	return errors.Join(errs...)
 }
 
 // unclaim lets images go that snapshots needed which are gone.

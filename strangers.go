@@ -12,15 +12,21 @@ import (
 	"push.rocks/smartvm/internal/store"
 )
 
-// whole says what of the devices makes no sense: their ids are names of files.
+// whole says what of the devices makes no sense: their ids are names of files, and what is not of the whole host is in its data directory.
 func (from *origin) whole() error {
 	s := &from.saved
 	var ids []string
+	paths := slices.Clone(s.Images)
 	for _, d := range s.Spec.Drives {
-		ids = append(ids, d.DriveID)
+		ids, paths = append(ids, d.DriveID), append(paths, d.PathOnHost)
 	}
 	for _, d := range s.Spec.Pmem {
-		ids = append(ids, d.ID)
+		ids, paths = append(ids, d.ID), append(paths, d.PathOnHost)
+	}
+	for _, path := range paths {
+		if !filepath.IsAbs(path) && !filepath.IsLocal(path) {
+			return fmt.Errorf("%w: path %q", snapshot.ErrDamaged, path)
+		}
 	}
 	for _, n := range s.Spec.NetworkInterfaces {
 		ids = append(ids, n.IfaceID)
@@ -38,15 +44,17 @@ func (from *origin) whole() error {
 	return nil
 }
 
+// inImages says whether a path, below the data directory, is that of an image.
+func inImages(path string) bool {
+	return filepath.IsLocal(path) && filepath.Clean(path) == path && (strings.HasPrefix(path, store.ImageDir+"/objects/") || strings.HasPrefix(path, store.BaseDir+"/"))
+}
+
 // harmless says what an imported snapshot would have of this host that its maker could have chosen.
 func (from *origin) harmless() error {
 	s := &from.saved
 	var errs []error
 	if from.host.opts.Launcher != LaunchJailed {
 		errs = append(errs, errors.New("its VMM can open any file that this user can; in a jail, which root can make, it cannot"))
-	}
-	inImages := func(path string) bool {
-		return filepath.IsLocal(path) && filepath.Clean(path) == path && (strings.HasPrefix(path, store.ImageDir+"/objects/") || strings.HasPrefix(path, store.BaseDir+"/"))
 	}
 	outside := func(id, path string, readOnly bool) {
 		if !slices.Contains(s.Drives, id) && !(readOnly && inImages(path)) {
@@ -60,7 +68,7 @@ func (from *origin) harmless() error {
 		outside(d.ID, d.PathOnHost, d.IsReadOnly)
 	}
 	for _, users := range s.Images {
-		if !inImages(users) || filepath.Base(users) != filepath.Base(from.UsersDir()) {
+		if !isUsers(users) {
 			errs = append(errs, fmt.Errorf("image %s is none", users))
 		}
 	}

@@ -80,7 +80,8 @@ func (s *Shell) create() *cobra.Command {
 		Long: "Make a snapshot of a VM that runs or is paused, and print its id. The VM stands\n" +
 			"still while its memory and its disks are written, and goes on afterwards.\n" +
 			"Programs in the guest are stopped meanwhile and see nothing of it, but that what\n" +
-			"smartvm exec and the like have under way in it is cut off.",
+			"smartvm exec and the like have under way in it is cut off.\n\n" +
+			"Without --hook a guest that cannot be asked is taken as it is, with a warning.",
 		Example: "  smartvm snapshot create --name warm web\n" +
 			"  smartvm snapshot create --hook /usr/local/bin/quiesce db",
 		Args:              s.Takes(1, 1, "a VM"),
@@ -114,7 +115,7 @@ func (s *Shell) create() *cobra.Command {
 	f.BoolVar(&o.Diff, "diff", false, "have the VMM write only the memory that has changed since the last one")
 	f.StringVar(&o.Hook, "hook", "", "`program` in the guest, run with freeze before and thaw after")
 	f.BoolVar(&o.Stop, "stop", false, "end the VM then: restored, it goes on with its connections")
-	f.BoolVar(&o.DropCaches, "drop-caches", false, "have the guest forget what it can read again")
+	f.BoolVar(&o.DropCaches, "drop-caches", false, "have the guest forget what it can read again, and its balloon take what it does not use")
 	return cmd
 }
 
@@ -262,7 +263,7 @@ func (s *Shell) remove() *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
 		Use: "rm [-f] SNAPSHOT...", Short: "Remove snapshots",
-		Long: "Remove snapshots that no VM has started from. With -f others too: VMs that run go\non, but cannot be started again.",
+		Long: "Remove snapshots that no VM has started from and that are not being exported. With\n-f others too: VMs that run go on, but cannot be started again.",
 		Args: s.Takes(1, -1, "a snapshot"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return s.each(args, func(h *smartvm.Host, ref string) error {
@@ -340,10 +341,10 @@ func (s *Shell) verify() *cobra.Command {
 func (s *Shell) export() *cobra.Command {
 	return &cobra.Command{
 		Use: "export SNAPSHOT FILE", Short: "Write a snapshot to a file, or to standard output as -",
-		Long: "Write a snapshot to a file, or to standard output as -: a compressed tar for\nsmartvm snapshot import. What the VM only read is not in it, as an image's root.",
+		Long: "Write a snapshot to a file, or to standard output as -: a compressed tar for\nsmartvm snapshot import. What the VM only read is not in it: an image must be pulled\nwhere the snapshot is to be restored. The snapshot cannot be removed meanwhile.",
 		Args: s.Takes(2, 2, "a snapshot and a file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return s.with(func(_ *smartvm.Host, all *snapshot.Store) error {
+			return s.with(func(h *smartvm.Host, all *snapshot.Store) error {
 				sn, err := all.Get(args[0])
 				if err != nil {
 					return err
@@ -351,16 +352,14 @@ func (s *Shell) export() *cobra.Command {
 				var transfer human.Transfer
 				defer s.Status(transfer.Text)()
 				progress := func(done, total int64) { transfer.Set("export", done, total) }
+				ctx := cmd.Context()
 				if args[1] == "-" {
-					return sn.Export(cmd.Context(), s.Stdout, progress)
+					err = orLeave(ctx, func() error { return sn.Export(ctx, s.Stdout, progress) })
+				} else {
+					err = exportFile(ctx, sn, args[1], progress)
 				}
-				f, err := os.OpenFile(args[1], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-				if err != nil {
-					return err
-				}
-				err = errors.Join(sn.Export(cmd.Context(), f, progress), f.Close())
-				if err != nil {
-					err = errors.Join(err, os.Remove(args[1]))
+				if image := h.AsSnapshot(sn).Image(); err == nil && image != "" {
+					fmt.Fprintf(s.Stderr, "smartvm: image %s is not in it: pull it where the snapshot is to be restored\n", image)
 				}
 				return err
 			})
@@ -368,10 +367,43 @@ func (s *Shell) export() *cobra.Command {
 	}
 }
 
+func exportFile(ctx context.Context, sn *snapshot.Snapshot, path string, progress func(done, total int64)) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	if err = errors.Join(sn.Export(ctx, f, progress), f.Close()); err != nil {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
+}
+
+// orLeave calls f, and when the context has ended does not wait long for it: who reads a pipe may have stopped, or who writes it, and
+// then f ends with the process.
+func orLeave(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(leaveTime):
+		return context.Cause(ctx)
+	}
+}
+
+// leaveTime is how long what was interrupted may take to clear up.
+const leaveTime = time.Second
+
 func (s *Shell) load() *cobra.Command {
 	var o snapshot.ImportOptions
 	cmd := &cobra.Command{
 		Use: "import [flags] FILE", Short: "Take in a snapshot that export has written, - for standard input",
+		Long: "Take in a snapshot that export has written, from a file or, as -, standard input,\nand print its id. The image of its VM is not in it: it must be pulled too.",
 		Args: s.Takes(1, 1, "a file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return s.with(func(h *smartvm.Host, all *snapshot.Store) error {
@@ -385,12 +417,20 @@ func (s *Shell) load() *cobra.Command {
 					in = f
 				}
 				defer s.Status(human.Doing("importing"))()
-				sn, err := all.Import(cmd.Context(), in, o)
+				var sn *snapshot.Snapshot
+				err := orLeave(cmd.Context(), func() (err error) {
+					sn, err = all.Import(cmd.Context(), in, o)
+					return err
+				})
 				if err != nil {
 					return err
 				}
+				whole := h.AsSnapshot(sn)
+				if err := whole.Lacks(); err != nil {
+					s.warn([]string{fmt.Sprintf("%v (%s)", err, smartvm.Hint(err))})
+				}
 				if s.JSON() {
-					return s.WriteJSON(entryOf(h.AsSnapshot(sn)))
+					return s.WriteJSON(entryOf(whole))
 				}
 				_, err = fmt.Fprintln(s.Stdout, sn.ID)
 				return err
