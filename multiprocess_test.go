@@ -28,9 +28,11 @@ func init() { children["host"] = hostChild }
 
 // request is what a host in another process is asked to do.
 type request struct {
-	Op   string // create, start, stop, remove, state, recover, run, mounts
-	Ref  string
-	Spec smartvm.Spec
+	Op      string // create, start, stop, remove, state, recover, run, restore, mounts
+	Ref     string
+	Spec    smartvm.Spec
+	Stop    smartvm.StopOptions
+	Restore smartvm.RestoreOptions
 }
 
 // reply is what came of it.
@@ -105,6 +107,12 @@ func serve(ctx context.Context, h *smartvm.Host, q request) (a reply, err error)
 		exit, err := h.Run(ctx, q.Spec, smartvm.RunOptions{})
 		a.Text = fmt.Sprintf("%+v", exit)
 		return a, err
+	case "restore":
+		m, err := h.Restore(ctx, q.Ref, q.Restore)
+		if err == nil {
+			a.ID = m.ID()
+		}
+		return a, err
 	case "recover":
 		a.Report, err = h.Recover(ctx)
 		return a, err
@@ -122,7 +130,7 @@ func serve(ctx context.Context, h *smartvm.Host, q request) (a reply, err error)
 	case "start":
 		err = m.Start(ctx)
 	case "stop":
-		a.Text, err = m.Stop(ctx, smartvm.StopOptions{})
+		a.Text, err = m.Stop(ctx, q.Stop)
 	case "remove":
 		err = m.Remove(ctx)
 	case "state":
