@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/testenv/nettest"
 )
 
@@ -218,6 +220,84 @@ func TestLinuxFork(t *testing.T) {
 		}
 	}
 	if _, err := h.Sweep(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// What a guest does not use is not in a snapshot that its balloon helped with; it has its memory back afterwards, and so has one that is
+// restored.
+func TestLinuxSnapshot_Balloon(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchJailed)
+	// Large pages are not given back by pieces.
+	spec := smartvm.Spec{Image: "minimal", MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}, Balloon: &smartvm.Balloon{}, Command: sh("sleep 100000")}
+	m, err := h.Create(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ready(t, m)
+	const available = "awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo"
+	ask(t, m, "mount -t tmpfs none /mnt && head -c 30000000 /dev/urandom >/mnt/used && rm /mnt/used") // which leaves its traces
+	before := ask(t, m, available)
+	sizes := map[bool]int64{}
+	var last *smartvm.Snapshot
+	for _, drop := range []bool{false, true} {
+		sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{DropCaches: drop})
+		if err != nil || len(sn.Warnings) > 0 {
+			t.Fatalf("drop caches %v: %v, warnings %q", drop, err, sn.Warnings)
+		}
+		if sizes[drop], err = kept.Usage(sn.Path("memory")); err != nil {
+			t.Fatal(err)
+		}
+		if last != nil {
+			if err := h.RemoveSnapshot(t.Context(), last.ID, false); err != nil {
+				t.Error(err)
+			}
+		}
+		last = sn
+	}
+	t.Logf("memory: %d MiB, with caches dropped %d MiB; %s MiB available", sizes[false]>>20, sizes[true]>>20, before)
+	if sizes[true] > sizes[false]-15<<20 {
+		t.Errorf("memory has %d bytes, %d with caches dropped", sizes[false], sizes[true])
+	}
+	has := func(m *smartvm.Machine) {
+		t.Helper()
+		config, err := m.VMConfig(t.Context())
+		if err != nil || config.Balloon == nil || config.Balloon.AmountMiB != 0 {
+			t.Errorf("VM %s: balloon %+v (%v)", m.ID(), config.Balloon, err)
+		}
+		want, err := strconv.Atoi(before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		now := 0
+		eventually(t, "the guest has its memory back", func() bool {
+			now, err = strconv.Atoi(ask(t, m, available))
+			return err == nil && now >= want-10
+		})
+		t.Logf("VM %s: %d MiB available", m.ID(), now)
+	}
+	has(m)
+	r, err := h.Restore(t.Context(), last.ID, smartvm.RestoreOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ready(t, r)
+	has(r)
+	for _, m := range []*smartvm.Machine{m, r} {
+		if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+			t.Error(err)
+		}
+		if err := m.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := h.RemoveSnapshot(t.Context(), last.ID, false); err != nil {
 		t.Error(err)
 	}
 }

@@ -75,9 +75,10 @@ func (m modules) insert(unwanted map[string]bool) {
 
 // Kinds of virtio devices.
 const (
-	virtioNet   = 1
-	virtioRNG   = 4
-	virtioVsock = 19
+	virtioNet     = 1
+	virtioRNG     = 4
+	virtioBalloon = 5
+	virtioVsock   = 19
 )
 
 // unwanted are modules of no use to this guest: each one takes the kernel longer to load than all that we do ourselves. Sys lists
@@ -100,7 +101,7 @@ func unwanted(b *agentproto.Boot, sys string) map[string]bool {
 	return map[string]bool{
 		"failover": !kinds[virtioNet], "net_failover": !kinds[virtioNet], "virtio_net": !kinds[virtioNet],
 		"vsock": !kinds[virtioVsock], "vmw_vsock_virtio_transport_common": !kinds[virtioVsock], "vmw_vsock_virtio_transport": !kinds[virtioVsock],
-		"rng_core": !kinds[virtioRNG], "virtio_rng": !kinds[virtioRNG],
+		"rng_core": !kinds[virtioRNG], "virtio_rng": !kinds[virtioRNG], "virtio_balloon": !kinds[virtioBalloon],
 		"squashfs": b.RootType != agentproto.Squashfs && !more, "erofs": b.RootType != agentproto.Erofs && !more,
 		"overlay": b.ScratchDevice == "",
 	}

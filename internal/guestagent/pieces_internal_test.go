@@ -39,7 +39,7 @@ func TestReadModuleList(t *testing.T) {
 func TestModules(t *testing.T) {
 	all := modules{
 		"/m/virtio_ring.ko", "/m/virtio.ko", "/m/virtio_mmio.ko", "/m/virtio_blk.ko", "/m/failover.ko", "/m/net_failover.ko", "/m/virtio_net.ko",
-		"/m/vsock.ko", "/m/vmw_vsock_virtio_transport_common.ko", "/m/vmw_vsock_virtio_transport.ko", "/m/rng-core.ko.xz", "/m/virtio-rng.ko.xz",
+		"/m/vsock.ko", "/m/vmw_vsock_virtio_transport_common.ko", "/m/vmw_vsock_virtio_transport.ko", "/m/rng-core.ko.xz", "/m/virtio-rng.ko.xz", "/m/virtio_balloon.ko",
 		"/m/squashfs.ko", "/m/libcrc32c.ko", "/m/erofs.ko", "/m/overlay.ko", "/m/ext4.ko",
 	}
 	first, rest := all.split()
@@ -58,6 +58,7 @@ func TestModules(t *testing.T) {
 		"least":      {agentproto.Boot{RootType: agentproto.Ext4}, []int{2}, 2, "libcrc32c ext4"},
 		"usual":      {agentproto.Boot{RootType: agentproto.Ext4, ScratchDevice: "/dev/vdb"}, []int{2, 2, 2, 19}, 3, "vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libcrc32c overlay ext4"},
 		"network":    {agentproto.Boot{RootType: agentproto.Squashfs}, []int{1, 4}, 2, "failover net_failover virtio_net rng_core virtio_rng squashfs libcrc32c ext4"},
+		"balloon":    {agentproto.Boot{RootType: agentproto.Ext4}, []int{5}, 2, "virtio_balloon libcrc32c ext4"},
 		"erofs":      {agentproto.Boot{RootType: agentproto.Erofs}, nil, 2, "libcrc32c erofs ext4"},
 		"more there": {agentproto.Boot{RootType: agentproto.Ext4}, nil, 3, "squashfs libcrc32c erofs ext4"},
 	} {

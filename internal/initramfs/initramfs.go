@@ -36,7 +36,7 @@ func (e *MissingError) Unwrap() error { return kernel.ErrNoModule }
 func modules() (names []string, essential map[string]bool) {
 	return []string{
 		"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "ipv6", "failover", "net_failover", "virtio_net",
-		"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport", "virtio-rng",
+		"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport", "virtio-rng", "virtio_balloon",
 		"squashfs", "erofs", "overlay", "crc32c_generic", "ext4",
 	}, map[string]bool{
 		"virtio_mmio": true, "virtio_blk": true, "overlay": true,
