@@ -74,7 +74,7 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 		r.Warnings = append(r.Warnings, "the VM was paused: its programs are not at rest, and go on in one that is restored before it knows who it is")
 	}
 	if mib, ok := v.Hold.Deflates(); ok { // somebody has died in the middle of this
-		r.Warnings = v.deflate(ctx, mib)
+		r.Warnings = append(r.Warnings, v.deflate(ctx, mib)...)
 	}
 	if !v.listens() && o.Hook != "" { // half of what it does would do harm
 		return r, fmt.Errorf("run %s in the guest: nobody there can be asked", o.Hook)

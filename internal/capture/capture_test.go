@@ -224,6 +224,25 @@ func TestCapture_Balloon(t *testing.T) {
 	}
 }
 
+// What a process noted that died in the middle of a snapshot is done by the next one, and that knows what the balloon had before.
+func TestCapture_AfterDeath(t *testing.T) {
+	g := &guest{}
+	v := vm(t, g, written)
+	if err := v.Hold.MustDeflate(8); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.fc.PatchBalloon(t.Context(), 150); err != nil {
+		t.Fatal(err)
+	}
+	r, err := v.Capture(t.Context(), t.TempDir(), capture.Options{DropCaches: true})
+	if err != nil || r.Balloon == nil || *r.Balloon != 8 || len(r.Warnings) > 0 {
+		t.Errorf("%v, the balloon is to have %v, warnings %q", err, r.Balloon, r.Warnings)
+	}
+	if b, err := g.fc.GetBalloon(t.Context()); err != nil || b.AmountMiB != 8 {
+		t.Errorf("the balloon has %d MiB (%v), want 8", b.AmountMiB, err)
+	}
+}
+
 // A hook that cannot be asked is no reason to go on without, and a guest that cannot be told to drop its caches is mentioned.
 func TestCapture_NobodyListens(t *testing.T) {
 	for name, change := range map[string]func(*capture.VM){

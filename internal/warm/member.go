@@ -41,11 +41,11 @@ func (s *Store) Enlist(pool string) (*Member, error) {
 		if errors.Is(err, fs.ErrExist) {
 			continue
 		}
-		if err == nil {
-			_, err = f.WriteString(s.host.RuntimeDir())
-		}
 		if err != nil {
 			return nil, fmt.Errorf("fill pool %q: %w", pool, err)
+		}
+		if _, err := f.WriteString(s.host.RuntimeDir()); err != nil {
+			return nil, errors.Join(fmt.Errorf("fill pool %q: %w", pool, err), os.Remove(b.path), f.Close())
 		}
 		// Until it is locked it looks abandoned.
 		if b.lock(f) {
