@@ -114,7 +114,8 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 	return nil
 }
 
-// Exec runs a program in the guest, once that has booted, and returns when it has ended. When ctx ends before, the program gets SIGHUP. Returns
+// Exec runs a program in the guest, once that has booted, and returns when it has ended. When ctx ends before, the program gets SIGHUP. When
+// the VM is paused, or a snapshot of it is made, it goes on afterwards; in a VM that is restored from that the program gets SIGHUP. Returns
 // ErrNoAgent, *StateError, agent errors; that the program ended with another code than 0 is no error.
 func (m *Machine) Exec(ctx context.Context, cmd Cmd) (exit CmdExit, err error) {
 	err = m.inGuest(ctx, "exec in", func(c *agent.Client) error {

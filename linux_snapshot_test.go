@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"strconv"
@@ -301,3 +302,135 @@ func TestLinuxSnapshot_Balloon(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What exec has under way goes on when snapshots are made of its VM: no byte is lost, nor comes twice. In a VM that is restored it is
+// hung up.
+func TestLinuxSnapshot_Exec(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	m := linuxVM(t, h, smartvm.Spec{Name: "first", Command: sh("until test -e /root/over; do sleep 0.1; done; exit 9")})
+	trap := "trap 'echo hung up >>/root/hup; exit 4' HUP; "
+	counts := execute(t, m, trap+"(while :; do n=$((n+1)); echo $n; sleep 0.01; done) >&2 & while read -r line; do echo $line; done; kill $!; exit 7")
+	quiet := execute(t, m, trap+"read -r line; echo $line; exit 5")
+	typed := make(chan string, 1)
+	enough := make(chan struct{})
+	go func() {
+		var text strings.Builder
+		for i := 0; ; i++ {
+			select {
+			case <-enough:
+				typed <- text.String()
+				_ = counts.stdin.Close()
+				return
+			case <-time.After(time.Millisecond):
+				fmt.Fprintf(io.MultiWriter(&text, counts.stdin), "line %d\n", i)
+			}
+		}
+	}()
+	progress := func() {
+		t.Helper()
+		for had, end := counts.stdout.len(), time.Now().Add(linuxPatience); counts.stdout.len() < had+1000; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("it stands still after %d bytes", had)
+			}
+		}
+	}
+	for _, name := range []string{"one", "two", "paused"} {
+		progress()
+		if name == "paused" {
+			if err := m.Pause(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Name: name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s: paused for %v, warnings %q", name, sn.Paused, sn.Warnings)
+		if name == "paused" {
+			if err := m.Resume(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	progress()
+	close(enough)
+	want := <-typed
+	if exit := <-counts.done; exit.Code != 7 {
+		t.Errorf("ended with %+v", exit)
+	}
+	if got := counts.stdout.String(); got != want {
+		t.Errorf("got %d bytes back, want %d: it ends with %.100q, not %.100q", len(got), len(want), got[max(0, len(got)-100):], want[len(want)-100:])
+	}
+	for i, line := range strings.Fields(counts.stderr.String()) {
+		if line != fmt.Sprint(i+1) {
+			t.Fatalf("%q follows %d", line, i)
+		}
+	}
+	fmt.Fprintln(quiet.stdin, "awake")
+	if exit := <-quiet.done; exit.Code != 5 || quiet.stdout.String() != "awake\n" {
+		t.Errorf("ended with %+v and %q", exit, &quiet.stdout)
+	}
+	if got := ask(t, m, "cat /root/hup || true"); !strings.Contains(got, "No such file") {
+		t.Errorf("its programs were hung up: %q", got)
+	}
+	r, err := h.Restore(t.Context(), "one", smartvm.RestoreOptions{Name: "second"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ready(t, r)
+	if got := ask(t, r, "until test $(grep -c hung /root/hup) = 2; do sleep 0.1; done; ps | grep -c '[r]ead -r' || true"); !strings.HasSuffix(got, "0") {
+		t.Errorf("in the restored VM programs are left: %q", got)
+	}
+	ask(t, m, ": >/root/over")
+	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
+	defer cancel()
+	if _, err := m.Wait(ctx); err != nil {
+		t.Error(err)
+	}
+	if g, err := m.Guest(); err != nil || g.Exit == nil || g.Exit.Code != 9 {
+		t.Errorf("of its command's end the guest said %+v, %v", g, err)
+	}
+	if _, err := r.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	for _, vm := range []*smartvm.Machine{m, r} {
+		if err := vm.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, name := range []string{"one", "two", "paused"} {
+		if err := h.RemoveSnapshot(t.Context(), name, false); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// execution is an exec that is under way.
+type execution struct {
+	stdin          io.WriteCloser
+	stdout, stderr transcript
+	done           chan smartvm.CmdExit
+}
+
+// execute begins one.
+func execute(t *testing.T, m *smartvm.Machine, script string) *execution {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	stdin, w := io.Pipe()
+	e := &execution{stdin: w, done: make(chan smartvm.CmdExit, 1)}
+	go func() {
+		exit, err := m.Exec(ctx, smartvm.Cmd{Args: sh(script), Stdin: stdin, Stdout: &e.stdout, Stderr: &e.stderr})
+		if err != nil {
+			t.Errorf("%q: %v", script, err)
+		}
+		e.done <- exit
+		_ = stdin.Close()
+	}()
+	t.Cleanup(cancel)
+	return e
+}
+
+func (c *transcript) len() int { return len(c.String()) }

@@ -104,8 +104,8 @@ func (m *Machine) holdSoon(ctx context.Context) (*store.Hold, error) {
 	}
 }
 
-// Pause stops the guest's CPUs and devices. What runs in it by Exec waits; with Firecracker 1.16.0 and 1.16.1 it loses its
-// connection by the Resume, see [firecracker.Client.Resume]. Returns ErrState while a snapshot of it is being made.
+// Pause stops the guest's CPUs and devices. What runs in it by Exec waits, and goes on with it; with Firecracker 1.16.0 and 1.16.1 other connections
+// to the guest end by the Resume, see [firecracker.Client.Resume]. Returns ErrState while a snapshot of it is being made.
 func (m *Machine) Pause(ctx context.Context) error {
 	hold, err := m.hold("pause")
 	if err != nil {

@@ -82,7 +82,8 @@ func readSaved(sn *snapshot.Snapshot) (saved, error) {
 }
 
 // Snapshot makes a snapshot of a VM that runs or is paused, from any process. The VM stands still while its memory is written and
-// goes on afterwards, whatever happens; if this process dies, others see to that. Connections to the guest's agent end, as those of Exec.
+// goes on afterwards, whatever happens; if this process dies, others see to that. What Exec has
+// under way goes on too; CopyTo, CopyFrom and connections to the guest are cut off.
 func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot, err error) {
 	hold, err := m.hold("snapshot")
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 	"time"
@@ -62,17 +63,17 @@ const maxGreeting = 32
 
 // Connect connects to a vsock port of the guest. Returns ErrNoAgent where nobody listens.
 func (c *Client) Connect(ctx context.Context, port uint32) (net.Conn, error) {
-	return c.connect(ctx, port, nil)
+	return c.connect(ctx, port, nil, connectTimeout)
 }
 
-// connect sends first at once: the VMM keeps what comes behind its line for the guest.
-func (c *Client) connect(ctx context.Context, port uint32, first []byte) (net.Conn, error) {
+// connect sends first at once: the VMM keeps what comes behind its line for the guest. A patience of 0 is as long as ctx.
+func (c *Client) connect(ctx context.Context, port uint32, first []byte, patience time.Duration) (net.Conn, error) {
 	conn, err := c.Dial(ctx)
 	if err != nil {
 		return nil, err
 	}
-	deadline := time.Now().Add(connectTimeout)
-	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+	deadline, _ := ctx.Deadline()
+	if d := time.Now().Add(patience); patience > 0 && (deadline.IsZero() || d.Before(deadline)) {
 		deadline = d
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
@@ -118,7 +119,11 @@ func (c *Client) open(ctx context.Context, req agentproto.Request) (*agentproto.
 	if err != nil {
 		return nil, err
 	}
-	raw, err := c.connect(ctx, agentproto.Port, frame)
+	patience := connectTimeout
+	if req.Op == agentproto.OpResume { // the VM may be paused for long, and is not to find many requests then
+		patience = 0
+	}
+	raw, err := c.connect(ctx, agentproto.Port, frame, patience)
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +140,7 @@ func answer(conn *agentproto.Conn) (agentproto.Reply, error) {
 	late := time.AfterFunc(replyTimeout, func() { _ = conn.Close() })
 	k, payload, err := conn.Receive()
 	if !late.Stop() {
-		return agentproto.Reply{}, lost(fmt.Errorf("it did not answer within %s", replyTimeout))
+		return agentproto.Reply{}, lost(fmt.Errorf("%w: it did not answer within %s", os.ErrDeadlineExceeded, replyTimeout))
 	}
 	if err != nil {
 		return agentproto.Reply{}, lost(err)
@@ -195,8 +200,8 @@ type Exit struct {
 	Reason string         `json:"reason,omitempty"` // why it could not be run
 }
 
-// Exec runs a program and returns when it has ended. When ctx ends before, the program gets SIGHUP. Returns ErrNoAgent, ErrLost,
-// and what writing to Stdout and Stderr returns.
+// Exec runs a program and returns when it has ended. When ctx ends before, the program gets SIGHUP. It survives a pause of its VM and the
+// making of a snapshot; in a guest that is restored from that it gets SIGHUP. Returns ErrNoAgent, ErrLost, and what writing to Stdout and Stderr returns.
 func (c *Client) Exec(ctx context.Context, cmd Cmd) (Exit, error) {
 	if len(cmd.Args) == 0 {
 		return Exit{}, errors.New("nothing to run")
@@ -210,13 +215,15 @@ func (c *Client) Main(ctx context.Context, cmd Cmd) (Exit, error) {
 }
 
 func (c *Client) run(ctx context.Context, op agentproto.Op, cmd Cmd) (Exit, error) {
+	token := newToken()
 	conn, err := c.open(ctx, agentproto.Request{
 		Op: op, Args: cmd.Args, Env: cmd.Env, Dir: cmd.Dir, User: cmd.User, TTY: cmd.TTY,
-		Rows: cmd.Size.Rows, Cols: cmd.Size.Cols, Term: cmd.Term, NoStdin: cmd.Stdin == nil,
+		Rows: cmd.Size.Rows, Cols: cmd.Size.Cols, Term: cmd.Term, NoStdin: cmd.Stdin == nil, Token: token,
 	})
 	if err != nil {
 		return Exit{}, err
 	}
+	conn.Resumable(agentproto.PingTime, c.again(ctx, conn, token))
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	outputs := make(chan error, 2)
@@ -226,13 +233,11 @@ func (c *Client) run(ctx context.Context, op agentproto.Op, cmd Cmd) (Exit, erro
 			to = io.Discard
 		}
 		go func() {
-			_, err := io.Copy(struct{ io.Writer }{to}, struct{ io.Reader }{in})
-			if isWrite(err) {
+			out := &output{to: to}
+			if _, _ = io.Copy(out, struct{ io.Reader }{in}); out.err != nil {
 				_ = conn.Close() // nobody wants to know any more
-			} else {
-				err = nil
 			}
-			outputs <- err
+			outputs <- out.err
 		}()
 	}
 	if cmd.Stdin != nil {
@@ -264,10 +269,18 @@ func (c *Client) run(ctx context.Context, op agentproto.Op, cmd Cmd) (Exit, erro
 	return exit, err
 }
 
-// isWrite says whether copying out of a connection has failed for where it went to.
-func isWrite(err error) bool {
-	return err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, agentproto.ErrProtocol) && !errors.Is(err, io.EOF) &&
-		!errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET)
+// output remembers why it could not be written to, which says nothing of the connection.
+type output struct {
+	to  io.Writer
+	err error
+}
+
+func (o *output) Write(p []byte) (n int, err error) {
+	if n, err = o.to.Write(p); err == nil && n < len(p) {
+		err = io.ErrShortWrite
+	}
+	o.err = err
+	return n, err
 }
 
 // control passes signals and sizes on. It closes detached, and then the connection, when that is wanted.
@@ -277,7 +290,7 @@ func control(conn *agentproto.Conn, cmd Cmd, ended <-chan struct{}, detached cha
 		case <-ended:
 			return
 		case <-cmd.Detach:
-			if conn.Send(agentproto.KindSignal, []byte{agentproto.Detach}) == nil {
+			if conn.SendSurely(agentproto.KindSignal, []byte{agentproto.Detach}, detachPatience) == nil {
 				close(detached)
 			}
 			_ = conn.Close()
@@ -326,6 +339,7 @@ func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error 
 	if err != nil {
 		return err
 	}
+	conn.Resumable(agentproto.WatchPingTime, agentproto.GiveUp)
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	if _, err := answer(conn); err != nil {

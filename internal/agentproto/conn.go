@@ -29,6 +29,7 @@ const (
 	KindWindow                  // both ways: a stream's kind, and four bytes: how many more of its bytes may come
 	KindSignal                  // to the guest: a byte, the signal's number; Detach is none
 	KindResize                  // to the guest: rows and columns, two bytes each
+	KindAck                     // both ways, where a connection is resumable: eight bytes, how many of frames have come. It counts for none
 	KindStdin                   // to the guest: bytes of a stream; none: it has ended
 	KindStdout                  // to the host, likewise
 	KindStderr                  // to the host, likewise
@@ -54,7 +55,7 @@ var ErrProtocol = errors.New("protocol violation")
 
 // Conn carries frames both ways over a connection. Sending is safe for concurrent use, receiving is for one goroutine.
 type Conn struct {
-	conn net.Conn
+	conn net.Conn      // where it is resumable, guarded by mu
 	in   *bufio.Reader // reads large parts of streams into their inboxes directly
 
 	sending sync.Mutex
@@ -64,6 +65,7 @@ type Conn struct {
 	changed *sync.Cond
 	credit  [kinds]int
 	closed  error
+	kept    *kept // nil: it is not resumable
 
 	header  [headerSize]byte
 	control []byte
@@ -106,7 +108,13 @@ func (r *rest) CloseWrite() error {
 // Close ends the connection, and whatever waits on it.
 func (c *Conn) Close() error {
 	c.fail(net.ErrClosed)
-	return c.conn.Close()
+	c.mu.Lock()
+	err := c.conn.Close()
+	c.mu.Unlock()
+	if c.kept != nil {
+		c.kept.all.Wait()
+	}
+	return err
 }
 
 func (c *Conn) fail(err error) {
@@ -114,6 +122,9 @@ func (c *Conn) fail(err error) {
 	defer c.mu.Unlock()
 	if c.closed == nil {
 		c.closed = err
+		if c.kept != nil {
+			close(c.kept.done)
+		}
 	}
 	c.changed.Broadcast()
 	for _, i := range c.inboxes {
@@ -127,6 +138,10 @@ func (c *Conn) fail(err error) {
 func (c *Conn) Send(k Kind, payload []byte) error {
 	if len(payload) > maxControl {
 		return fmt.Errorf("send to agent: %d bytes, at most %d", len(payload), maxControl)
+	}
+	if c.kept != nil {
+		_, err := c.sendKept(k, payload)
+		return err
 	}
 	c.sending.Lock()
 	defer c.sending.Unlock()
@@ -164,11 +179,18 @@ func head(k Kind, n int) []byte { return []byte{byte(k), byte(n >> 16), byte(n >
 // Receive returns the next frame that belongs to no stream; those that do go to their inboxes. The payload is good until the
 // next call. Returns io.EOF at the end, ErrProtocol.
 func (c *Conn) Receive() (Kind, []byte, error) {
-	k, payload, err := c.receive()
-	if err != nil {
-		c.fail(err)
+	for {
+		k, payload, err := c.receive()
+		if err != nil && c.kept != nil && !errors.Is(err, ErrProtocol) {
+			if err = c.resume(err); err == nil {
+				continue
+			}
+		}
+		if err != nil {
+			c.fail(err)
+		}
+		return k, payload, err
 	}
-	return k, payload, err
 }
 
 func (c *Conn) receive() (Kind, []byte, error) {
@@ -184,6 +206,7 @@ func (c *Conn) receive() (Kind, []byte, error) {
 			if err := c.fill(k, n); err != nil {
 				return 0, nil, err
 			}
+			c.count(k, n)
 			continue
 		}
 		if cap(c.control) < n || cap(c.control) > MaxData {
@@ -193,6 +216,13 @@ func (c *Conn) receive() (Kind, []byte, error) {
 		if _, err := io.ReadFull(c.in, c.control); err != nil {
 			return 0, nil, unexpected(err)
 		}
+		if k == KindAck {
+			if err := c.acknowledged(c.control); err != nil {
+				return 0, nil, err
+			}
+			continue
+		}
+		c.count(k, n)
 		if k == KindWindow {
 			if err := c.grant(c.control); err != nil {
 				return 0, nil, err

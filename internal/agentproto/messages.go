@@ -24,7 +24,9 @@ const (
 
 	OpSecrets Op = "secrets" // Env and Files for the command, which waits for them: see Boot.Secrets
 
-	// Around a snapshot. Its making ends all connections, in the guest that goes on as in those that are restored from it.
+	OpResume Op = "resume" // go on with an OpExec or OpMain whose connection was lost: a Reply with Received, then its frames
+
+	// Around a snapshot. Its making ends all connections, in the guest that goes on as in those that are restored from it: see OpResume.
 	OpFreeze   Op = "freeze"   // stop programs and file systems, until one of the following, or for FreezeTimeout at most
 	OpThaw     Op = "thaw"     // let them go on
 	OpIdentify Op = "identify" // be who Identity says, in a guest that was restored; then let them go on
@@ -51,6 +53,11 @@ type Request struct {
 	Cols    uint16   `json:"cols,omitempty"`
 	Term    string   `json:"term,omitempty"`    // the terminal's kind
 	NoStdin bool     `json:"noStdin,omitempty"` // its standard input is empty
+
+	// Of OpExec and OpMain, which OpResume can only go on with if they have one: TokenSize random bytes.
+	Token []byte `json:"token,omitempty"`
+	// Of OpResume: how many bytes of frames, but for the reply, the host has.
+	Received uint64 `json:"received,omitempty"`
 
 	// Of OpRead and OpWrite:
 	Path     string `json:"path,omitempty"`     // absolute
@@ -97,6 +104,8 @@ type Reply struct {
 	Processes []Process `json:"processes,omitempty"`
 
 	IsDir bool `json:"isDir,omitempty"` // of OpWrite: Path is a directory
+	// Of OpResume: how many bytes of frames, but for the requests, the guest has.
+	Received uint64 `json:"received,omitempty"`
 	// Of OpIdentify: by how much the clock was wrong, nanoseconds; and what could not be done.
 	Skew     time.Duration `json:"skew,omitempty"`
 	Warnings []string      `json:"warnings,omitempty"`

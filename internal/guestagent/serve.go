@@ -36,11 +36,33 @@ func (l fromHost) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if a, ok := c.RemoteAddr().(*vsock.Addr); ok && a.ContextID == vsock.Host {
-			return c, nil
+		conn, ok := c.(*vsock.Conn)
+		if a, isAddr := c.RemoteAddr().(*vsock.Addr); ok && isAddr && a.ContextID == vsock.Host {
+			return hostConn{conn}, nil
 		}
 		_ = c.Close()
 	}
+}
+
+// hostConn is a connection that says who has ended it. When the VMM does, as it does to all when it makes a snapshot, the kernel leaves an
+// error with the socket, though reading only gives io.EOF.
+type hostConn struct{ *vsock.Conn }
+
+func (c hostConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if errors.Is(err, io.EOF) && c.failed() || errors.Is(err, unix.ECONNRESET) {
+		return n, server.ErrCutOff
+	}
+	return n, err
+}
+
+func (c hostConn) failed() bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	state := 0
+	return raw.Control(func(fd uintptr) { state, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR) }) == nil && err == nil && state != 0
 }
 
 func listenHost() (net.Listener, error) {

@@ -79,8 +79,8 @@ func (s *Shell) create() *cobra.Command {
 		Short: "Make a snapshot of a VM",
 		Long: "Make a snapshot of a VM that runs or is paused, and print its id. The VM stands\n" +
 			"still while its memory and its disks are written, and goes on afterwards.\n" +
-			"Programs in the guest are stopped meanwhile and see nothing of it, but that what\n" +
-			"smartvm exec and the like have under way in it is cut off.\n\n" +
+			"Programs in the guest are stopped meanwhile and see nothing of it, be they run by\n" +
+			"smartvm exec or not; smartvm cp and forward are cut off.\n\n" +
 			"Without --hook a guest that cannot be asked is taken as it is, with a warning.",
 		Example: "  smartvm snapshot create --name warm web\n" +
 			"  smartvm snapshot create --hook /usr/local/bin/quiesce db",

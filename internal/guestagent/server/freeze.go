@@ -70,6 +70,7 @@ func (s *Server) identify(ss *session) error {
 			r.Warnings = append(r.Warnings, err.Error())
 		}
 	}
+	s.hangUp()
 	s.frozen.thaw()
 	s.update(func() {
 		if r.Skew != 0 {

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -130,11 +129,10 @@ func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.E
 	if started != nil {
 		started(pid)
 	}
-	var detached atomic.Bool
 	ss.listen(func(k agentproto.Kind, payload []byte) {
 		switch {
 		case k == agentproto.KindSignal && len(payload) == 1 && payload[0] == agentproto.Detach:
-			detached.Store(true)
+			ss.detached.Store(true)
 		case k == agentproto.KindSignal && len(payload) == 1:
 			s.Reaper.Signal(-pid, unix.Signal(payload[0]))
 		case k == agentproto.KindResize && len(payload) == 4:
@@ -153,7 +151,7 @@ func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.E
 	select {
 	case status = <-done:
 	case <-ss.gone:
-		if !detached.Load() {
+		if !ss.detached.Load() {
 			s.Reaper.Signal(-pid, unix.SIGHUP)
 			s.Reaper.Signal(-pid, unix.SIGCONT)
 		}

@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"push.rocks/smartvm/internal/agentproto"
@@ -27,14 +28,17 @@ type Server struct {
 	// Identify makes the guest who it shall be. It returns what could not be done. It may be nil.
 	Identify func(*agentproto.Identity) []error
 
-	frozen freezer
+	frozen  freezer
+	waiting atomic.Int32 // sessions that wait for their host
 
 	mu       sync.Mutex
-	changed  chan struct{} // closed at the next change of what follows
+	sessions map[string]*session // that can be gone on with, by their tokens
+	changed  chan struct{}       // closed at the next change of what follows
 	phases   map[agentproto.Phase]time.Duration
 	skew     time.Duration
 	spent    *agentproto.Spent
 	exit     *agentproto.Exit
+	watches  int           // that have begun
 	told     chan struct{} // closed when the host has told its secrets
 	telling  sync.Mutex    // held while it does
 	main     chan call     // gives the command away that waits for the host
@@ -56,7 +60,7 @@ func New(reaper *process.Reaper, boot *agentproto.Boot) *Server {
 	}
 	return &Server{
 		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{}, main: make(chan call),
-		told: make(chan struct{}),
+		told: make(chan struct{}), sessions: map[string]*session{},
 	}
 }
 
@@ -81,10 +85,7 @@ func (s *Server) Ended(exit agentproto.Exit) {
 	s.update(func() { s.exit = &exit })
 	heard := make(chan struct{})
 	go func() { s.watchers.Wait(); close(heard) }()
-	select {
-	case <-heard:
-	case <-time.After(closeTimeout):
-	}
+	s.await(heard)
 }
 
 // Serve answers connections until l is closed.
@@ -128,10 +129,13 @@ func (s *Server) giveBack() {
 
 // session is one request, and the connection that it came by.
 type session struct {
+	raw   net.Conn
 	conn  *agentproto.Conn
 	stdin *agentproto.Inbox
 	req   agentproto.Request
 	gone  chan struct{} // closed when the host has gone; nil until listen
+	lost  error         // why, when it has
+	resumable
 }
 
 // listen takes what the host sends, until it goes away. Handle, if not nil, gets what belongs to no stream.
@@ -142,6 +146,7 @@ func (ss *session) listen(handle func(k agentproto.Kind, payload []byte)) {
 		for {
 			k, payload, err := ss.conn.Receive()
 			if err != nil {
+				ss.lost = err
 				return
 			}
 			if handle != nil {
@@ -172,17 +177,26 @@ func (s *Server) answer(raw net.Conn) {
 		agentproto.OpSecrets: s.secrets, agentproto.OpProcesses: processes,
 		agentproto.OpFreeze: s.freeze, agentproto.OpThaw: s.thaw, agentproto.OpIdentify: s.identify,
 	}[req.Op]
-	if err == nil && do == nil {
+	if err == nil && do == nil && req.Op != agentproto.OpResume {
 		err = fmt.Errorf("the agent does not know how to %q", req.Op)
 	}
-	ss := &session{conn: conn, stdin: stdin, req: req}
+	ss := &session{raw: raw, conn: conn, stdin: stdin, req: req}
+	if err == nil && req.Op == agentproto.OpResume {
+		if err = s.resume(ss); err == nil {
+			return // it is another session's now
+		}
+	}
+	if err == nil && len(req.Token) > 0 {
+		err = s.enter(ss)
+		defer s.leave(ss)
+	}
 	if err == nil {
 		err = do(ss)
 	}
 	if err != nil {
 		_ = ss.reply(agentproto.Reply{Error: err.Error()})
 	}
-	ss.finish()
+	s.finish(ss)
 }
 
 func (ss *session) reply(r agentproto.Reply) error {
@@ -191,14 +205,11 @@ func (ss *session) reply(r agentproto.Reply) error {
 }
 
 // finish closes the connection when the host has: it reads all first that it was sent.
-func (ss *session) finish() {
+func (s *Server) finish(ss *session) {
 	if ss.gone == nil {
 		ss.listen(nil)
 	}
-	select {
-	case <-ss.gone:
-	case <-time.After(closeTimeout):
-	}
+	s.await(ss.gone)
 	_ = ss.conn.Close()
 }
 
@@ -206,8 +217,11 @@ func (ss *session) finish() {
 func (s *Server) watch(ss *session) error {
 	s.watchers.Add(1)
 	defer s.watchers.Done()
-	skew := welcome(ss.req)
+	ss.conn.Resumable(0, agentproto.GiveUp)
+	skew, mine := welcome(ss.req), 0
 	s.update(func() {
+		s.watches++
+		mine = s.watches
 		if skew != 0 {
 			s.skew = skew
 		}
@@ -216,6 +230,7 @@ func (s *Server) watch(ss *session) error {
 		return err
 	}
 	ss.listen(nil)
+	defer s.awaitWatch(ss, mine)
 	for {
 		s.mu.Lock()
 		event, changed := agentproto.Event{Phases: maps.Clone(s.phases), Skew: s.skew, Exit: s.exit, Spent: s.spent}, s.changed
@@ -224,7 +239,7 @@ func (s *Server) watch(ss *session) error {
 			return nil
 		}
 		if event.Exit != nil {
-			ss.finish() // when the host has read it
+			s.finish(ss) // when the host has read it
 			return nil
 		}
 		select {
@@ -286,7 +301,7 @@ func (s *Server) command(ss *session) error {
 	select {
 	case s.main <- c:
 		<-c.done
-		ss.finish() // before the end of the guest
+		s.finish(ss) // before the end of the guest
 		return nil
 	case <-time.After(requestTimeout):
 		return errors.New("the image's command does not wait for the host: it runs, or has run")
