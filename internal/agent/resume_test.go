@@ -32,24 +32,22 @@ type brittle struct {
 }
 
 func (b *brittle) Accept() (net.Conn, error) {
-	for {
-		c, err := b.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		b.mu.Lock()
-		conn := &cuttable{Conn: c, vmm: b, left: -1}
-		if len(b.lasts) > 0 {
-			conn.left, b.lasts = b.lasts[0], b.lasts[1:]
-		}
-		b.open[conn] = true
-		paused := b.paused
-		b.mu.Unlock()
-		if paused != nil {
-			<-paused
-		}
-		return conn, nil
+	c, err := b.Listener.Accept()
+	if err != nil {
+		return nil, err
 	}
+	b.mu.Lock()
+	conn := &cuttable{Conn: c, vmm: b, left: -1}
+	if len(b.lasts) > 0 {
+		conn.left, b.lasts = b.lasts[0], b.lasts[1:]
+	}
+	b.open[conn] = true
+	paused := b.paused
+	b.mu.Unlock()
+	if paused != nil {
+		<-paused
+	}
+	return conn, nil
 }
 
 // cut cuts all connections off. While it is paused no others get through.
