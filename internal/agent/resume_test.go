@@ -362,12 +362,21 @@ func once(dial agent.Dialer) agent.Dialer {
 	}
 }
 
-// Who watches hears how the guest's command has ended, though it did while the connection was cut off.
+// Who watches hears how the guest's command has ended, though it did while the connection was cut off: the guest does not end before.
 func TestWatch_CutOff(t *testing.T) {
 	b, s, c := newBrittle(t)
-	seen := make(chan agentproto.Event, 16)
+	seen, ended := make(chan agentproto.Event, 16), make(chan struct{})
 	watched := make(chan error, 1)
-	watch := func() { watched <- c.Watch(t.Context(), func(e agentproto.Event) { seen <- e }) }
+	watch := func() {
+		watched <- c.Watch(t.Context(), func(e agentproto.Event) {
+			select {
+			case <-ended:
+				t.Error("the guest has ended")
+			default:
+			}
+			seen <- e
+		})
+	}
 	go watch()
 	<-seen
 	resume := b.pause()
@@ -375,7 +384,6 @@ func TestWatch_CutOff(t *testing.T) {
 	if err := <-watched; !errors.Is(err, agent.ErrLost) {
 		t.Errorf("got %v", err)
 	}
-	ended := make(chan struct{})
 	go func() { s.Ended(agentproto.Exit{Code: 9}); close(ended) }()
 	resume()
 	go watch()
