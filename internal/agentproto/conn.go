@@ -280,6 +280,9 @@ func (c *Conn) take(k Kind, n int) (int, error) {
 		return 0, c.closed
 	}
 	n = min(n, c.credit[k], MaxData)
+	if c.kept != nil {
+		n = min(n, maxResumable)
+	}
 	c.credit[k] -= n
 	return n, nil
 }

@@ -16,6 +16,8 @@ const (
 	TokenSize = 16
 	// maxKept is how many bytes of frames are kept for the other side: who has more to send waits. A single frame may be larger.
 	maxKept = 256 << 10
+	// maxResumable is how much of a stream is in one frame: it is sent again from its beginning.
+	maxResumable = 64<<10 - headerSize
 	// minKept is as much as most sessions keep.
 	minKept = 4 << 10
 	// ackStep is of how many bytes that have come the other side is told at once.
