@@ -14,7 +14,8 @@ import (
 const (
 	// TokenSize is that of what a session is known by, in bytes.
 	TokenSize = 16
-	// maxKept is how many bytes of frames are kept for the other side: who has more to send waits. A single frame may be larger.
+	// maxKept is how many bytes of frames are kept for the other side: who has more to send waits. A single frame that is
+	// none of a stream may be larger.
 	maxKept = 256 << 10
 	// maxResumable is how much of a stream is in one frame: it is sent again from its beginning.
 	maxResumable = 64<<10 - headerSize
@@ -123,7 +124,7 @@ func (c *Conn) SendSurely(k Kind, payload []byte, patience time.Duration) error 
 func (c *Conn) sendKept(k Kind, payload []byte) (end uint64, err error) {
 	p, n := c.kept, headerSize+len(payload)
 	c.mu.Lock()
-	for c.closed == nil && p.used > 0 && p.used+n > maxKept {
+	for c.closed == nil && p.used >= ackStep && p.used+n > maxKept { // of less nobody may be told
 		c.changed.Wait()
 	}
 	if err = c.closed; err == nil {

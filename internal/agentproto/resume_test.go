@@ -195,10 +195,10 @@ func TestConn_ResumableHostile(t *testing.T) {
 		n, _ := c.Writer(agentproto.KindStdin).Write(make([]byte, 1<<20))
 		sent <- n
 	}()
-	// The last frame does not fit.
-	const most = 256 << 10
+	// The last frame may not fit.
+	const most, largest = 256 << 10, 64 << 10
 	buf := make([]byte, 1<<10)
-	for n := 0; n < most-agentproto.MaxData; {
+	for n := 0; n < most-largest; {
 		m, err := q.Read(buf)
 		if n += m; err != nil {
 			t.Fatal(err)
@@ -208,6 +208,27 @@ func TestConn_ResumableHostile(t *testing.T) {
 	if n := <-sent; n == 0 || n > most {
 		t.Errorf("%d bytes were taken without an answer", n)
 	}
+}
+
+// A frame that is larger than all that is kept comes too, behind a small one of which nobody is told.
+func TestConn_ResumableLarge(t *testing.T) {
+	a, b := pair([]int{1 << 10, 100 << 10, 1 << 20}, 0)
+	large := bytes.Repeat([]byte("large"), 1<<18)
+	go func() {
+		for range 3 {
+			_ = errors.Join(a.Send(agentproto.KindResize, make([]byte, 4)), a.Send(agentproto.KindExit, large))
+		}
+	}()
+	go func() { _, _, _ = a.Receive() }()
+	for range 3 {
+		if k, _, err := b.Receive(); k != agentproto.KindResize || err != nil {
+			t.Fatalf("frame of kind %d, %v", k, err)
+		}
+		if k, got, err := b.Receive(); k != agentproto.KindExit || err != nil || !bytes.Equal(got, large) {
+			t.Fatalf("frame of kind %d with %d bytes, %v", k, len(got), err)
+		}
+	}
+	_, _ = a.Close(), b.Close()
 }
 
 func FuzzResumable(f *testing.F) {

@@ -106,9 +106,22 @@ func (ss *session) supersede(by *session) {
 	ss.next = by
 }
 
+// awaitSession returns when a session is there, or was not for a step: its own request may have come just before.
+func (s *Server) awaitSession(token []byte) {
+	for end := time.Now().Add(step); ; time.Sleep(time.Millisecond) {
+		s.mu.Lock()
+		ss := s.sessions[string(token)]
+		s.mu.Unlock()
+		if ss != nil || time.Now().After(end) {
+			return
+		}
+	}
+}
+
 // resume gives a connection to the session that the host wants to go on with: the latest counts. What carried that before is cut, as it may
 // not show that it is dead.
 func (s *Server) resume(by *session) error {
+	s.awaitSession(by.req.Token)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	ss := s.sessions[string(by.req.Token)]
