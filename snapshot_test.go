@@ -440,6 +440,9 @@ func TestFork_Many(t *testing.T) {
 	m := s.started(h, spec)
 	s.countsOn(m.ID(), 3)
 	sn := s.snapshot(m, smartvm.SnapshotOptions{Stop: true})
+	if err := m.Remove(t.Context()); err != nil { // whereafter all that it said has come
+		t.Fatal(err)
+	}
 	last := s.counted(m.ID())
 	for made := 0; made < forkCount; {
 		forks, err := sn.Fork(t.Context(), 50, smartvm.ForkOptions{})
@@ -458,9 +461,6 @@ func TestFork_Many(t *testing.T) {
 		}
 		ended.Wait()
 		made += len(forks)
-	}
-	if err := m.Remove(t.Context()); err != nil {
-		t.Error(err)
 	}
 	s.removeSnapshot(h, sn.ID)
 }
