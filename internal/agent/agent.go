@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -248,10 +249,12 @@ func (c *Client) run(ctx context.Context, op agentproto.Op, cmd Cmd) (Exit, erro
 			}
 		}()
 	}
+	var controls sync.WaitGroup
+	defer controls.Wait()
 	ended := make(chan struct{})
 	defer close(ended)
 	detached := make(chan struct{})
-	go control(conn, cmd, ended, detached)
+	controls.Go(func() { control(conn, cmd, ended, detached) })
 	exit, err := awaitExit(conn)
 	select {
 	case <-detached:
