@@ -2,10 +2,8 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
@@ -46,7 +44,8 @@ func (s *guestSite) network() error {
 	}
 	host, _ := config.Gateway()
 	for range guestSends {
-		if err := s.ruled(config); err != nil {
+		tables, err := s.ruled(config)
+		if err != nil {
 			return err
 		}
 		rate, err := s.send(host.String())
@@ -54,10 +53,6 @@ func (s *guestSite) network() error {
 			return err
 		}
 		s.report("guest-throughput", "MB/s", rate)
-		tables, err := s.tables(config)
-		if err != nil {
-			return err
-		}
 		if err := tables.Revert(s.ctx); err != nil {
 			return err
 		}
@@ -75,36 +70,25 @@ func (s *guestSite) network() error {
 	return nil
 }
 
-// tables are those of a network that is up.
-func (s *guestSite) tables(c network.Config) (*filter.Tables, error) {
-	data, err := os.ReadFile(filepath.Join(s.host.RuntimeDir(), store.NetworkDir, c.Name, "up.json"))
-	if err != nil {
-		return nil, err
-	}
-	var up struct{ Owner string }
-	return &filter.Tables{Name: c.Table(), Owner: up.Owner}, json.Unmarshal(data, &up)
-}
-
 // ruled waits until our rules are there, which whoever looks after a VM sees to.
-func (s *guestSite) ruled(c network.Config) error {
+func (s *guestSite) ruled(c network.Config) (*filter.Tables, error) {
 	for deadline := time.Now().Add(guestPatience); ; time.Sleep(50 * time.Millisecond) {
-		t, err := s.tables(c)
+		t, err := tablesOf(filepath.Join(s.host.RuntimeDir(), store.NetworkDir), c)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if there, err := t.There(s.ctx); err != nil || there {
-			return err
+			return t, err
 		}
 		if time.Now().After(deadline) {
-			return errors.New("nobody restores the rules")
+			return nil, errors.New("nobody restores the rules")
 		}
 	}
 }
 
 // send is one connection's rate.
 func (s *guestSite) send(host string) (float64, error) {
-	listen := exec.CommandContext(s.ctx, s.iperf3, "--server", "--one-off", "--forceflush", "--bind", host)
-	return received(listen, listen.Start, func() ([]byte, error) {
+	return received(s.ctx, s.iperf3, host, (*exec.Cmd).Start, func() ([]byte, error) {
 		var out bytes.Buffer
 		exit, err := s.client.Exec(s.ctx, agent.Cmd{
 			Args: []string{iperfDir + "/ld", "--library-path", iperfDir, iperfDir + "/iperf3", "--client", host, "--bytes", guestBytes, "--json"}, Stdout: &out, Stderr: &out,
@@ -126,7 +110,7 @@ func (s *guestSite) copyIperf() error {
 		return fmt.Errorf("ldd %s: %w", s.iperf3, err)
 	}
 	if exit, err := s.client.Exec(s.ctx, agent.Cmd{Args: []string{"mkdir", iperfDir}}); err != nil || exit.Code != 0 {
-		return fmt.Errorf("make %s in the guest: %+v, %w", iperfDir, exit, err)
+		return fmt.Errorf("make %s in the guest: %+v, %v", iperfDir, exit, err)
 	}
 	files := map[string]string{"iperf3": s.iperf3}
 	for _, m := range library.FindAllStringSubmatch(string(out), -1) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"
@@ -75,20 +77,27 @@ func (s *networkSite) throughput() error {
 
 // without does something while our tables are not there.
 func (s *networkSite) without(f func() (float64, error)) (float64, error) {
-	data, err := os.ReadFile(filepath.Join(s.dir, s.config.Name, "up.json"))
+	tables, err := tablesOf(s.dir, s.config)
 	if err != nil {
 		return 0, err
 	}
-	var up struct{ Owner string }
-	if err := json.Unmarshal(data, &up); err != nil {
-		return 0, err
-	}
-	if err := (&filter.Tables{Name: s.config.Table(), Owner: up.Owner}).Revert(s.ctx); err != nil {
+	if err := tables.Revert(s.ctx); err != nil {
 		return 0, err
 	}
 	result, err := f()
 	_, restoreErr := s.use.Check(s.ctx)
 	return result, errors.Join(err, restoreErr, s.cable.Apply(s.ctx))
+}
+
+// tablesOf are those of a network that is up; dir has what is known of networks.
+func tablesOf(dir string, c network.Config) (*filter.Tables, error) {
+	data, err := os.ReadFile(filepath.Join(dir, c.Name, "up.json"))
+	if err != nil {
+		return nil, err
+	}
+	var up struct{ Owner string }
+	err = json.Unmarshal(data, &up)
+	return &filter.Tables{Name: c.Table(), Owner: up.Owner}, err
 }
 
 // beside does something while a table with one rule is there.
@@ -109,12 +118,11 @@ func beside(chain *nftables.Chain, rule []expr.Any, f func() (float64, error)) (
 
 // rate is that of one connection from the guest.
 func (s *networkSite) rate(server *netns.Namespace, address string) (float64, error) {
-	listen := exec.CommandContext(s.ctx, s.iperf3, "--server", "--one-off", "--forceflush", "--bind", address)
-	start := listen.Start
+	start := (*exec.Cmd).Start
 	if server != nil {
-		start = func() error { return server.Do(listen.Start) }
+		start = func(listen *exec.Cmd) error { return server.Do(listen.Start) }
 	}
-	return received(listen, start, func() (told []byte, err error) {
+	return received(s.ctx, s.iperf3, address, start, func() (told []byte, err error) {
 		doErr := s.guest.Do(func() error {
 			told, err = exec.CommandContext(s.ctx, s.iperf3, "--client", address, "--bytes", "400M", "--json").Output()
 			return err
@@ -123,13 +131,14 @@ func (s *networkSite) rate(server *netns.Namespace, address string) (float64, er
 	})
 }
 
-// received is what arrives of one connection of iperf3's, in MB/s, at a server that start starts. The client tells in JSON how it went.
-func received(listen *exec.Cmd, start func() error, client func() ([]byte, error)) (float64, error) {
+// received is what arrives of one connection of iperf3's at an address, in MB/s. Start starts the server; the client tells in JSON how it went.
+func received(ctx context.Context, iperf3, address string, start func(*exec.Cmd) error, client func() ([]byte, error)) (float64, error) {
+	listen := exec.CommandContext(ctx, iperf3, "--server", "--one-off", "--forceflush", "--bind", address)
 	out, err := listen.StdoutPipe()
 	if err != nil {
 		return 0, err
 	}
-	if err := start(); err != nil {
+	if err := start(listen); err != nil {
 		return 0, err
 	}
 	listening, said := bufio.NewReader(out), ""
