@@ -66,7 +66,10 @@ func (h *Host) Restore(ctx context.Context, ref string, o RestoreOptions) (*Mach
 	if err != nil {
 		return nil, err
 	}
-	m, err := from.restore(ctx, o)
+	m, lock, err := from.restore(ctx, o)
+	if err == nil {
+		err = lock.Unlock()
+	}
 	return m, errors.Join(err, from.release())
 }
 
@@ -122,21 +125,17 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	return from, sn.host.compatible(&sn.Manifest, from.bin.Version)
 }
 
-// restore makes a VM.
-func (from *origin) restore(ctx context.Context, o RestoreOptions) (*Machine, error) {
+// restore makes a VM. It returns the new VM's lock.
+func (from *origin) restore(ctx context.Context, o RestoreOptions) (*Machine, *store.Lock, error) {
 	rec, err := from.record(o)
 	var p *proposal
 	if err == nil {
 		p, err = from.host.proposal(rec)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("restore snapshot %s: %w", from.ID, err)
+		return nil, nil, fmt.Errorf("restore snapshot %s: %w", from.ID, err)
 	}
-	m, lock, err := from.host.build(ctx, rec, p)
-	if err != nil {
-		return nil, err
-	}
-	return m, lock.Unlock()
+	return from.host.build(ctx, rec, p)
 }
 
 // record says what the restored VM is.
@@ -343,11 +342,8 @@ const DefaultConcurrency = 8
 // Fork makes and starts n VMs that go on where a VM stopped, at once: they share its memory until they write to it. All have
 // an identity of their own. If one cannot be started, none is left.
 func (sn *Snapshot) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine, error) {
-	if n < 1 {
-		return nil, fmt.Errorf("fork snapshot %s: %d VMs", sn.ID, n)
-	}
-	if o.Start == nil {
-		o.Start = func(ctx context.Context, m *Machine) error { return m.Start(ctx) }
+	if n < 1 || o.Concurrency < 0 {
+		return nil, fmt.Errorf("fork snapshot %s: %d VMs, %d at once", sn.ID, n, o.Concurrency)
 	}
 	from, err := sn.open(ctx, o.Trust)
 	if err != nil {
@@ -355,23 +351,28 @@ func (sn *Snapshot) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine,
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	all := make([]*Machine, n)
-	slots := make(chan struct{}, cmp.Or(o.Concurrency, DefaultConcurrency))
+	all := make([]*Machine, 0, n)
+	made := make(chan fork) // the next one is made while others start
 	var wg sync.WaitGroup
-	for i := range n { // the next one is made while others start
-		if all[i], err = from.fork(ctx, i+1, n, o.RestoreOptions); err != nil {
-			cancel(err)
-		}
-		if slots <- struct{}{}; ctx.Err() != nil {
-			break
-		}
+	for range cmp.Or(o.Concurrency, DefaultConcurrency) {
 		wg.Go(func() {
-			defer func() { <-slots }()
-			if err := o.Start(ctx, all[i]); err != nil {
-				cancel(err)
+			for f := range made {
+				if err := f.start(ctx, o.Start); err != nil {
+					cancel(err)
+				}
 			}
 		})
 	}
+	for i := 1; i <= n && ctx.Err() == nil; i++ {
+		m, lock, err := from.restore(ctx, o.ith(i, n))
+		if err != nil {
+			cancel(err)
+			break
+		}
+		all = append(all, m)
+		made <- fork{m, lock}
+	}
+	close(made)
 	wg.Wait()
 	if err := from.release(); err != nil {
 		cancel(err)
@@ -381,23 +382,39 @@ func (sn *Snapshot) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine,
 	}
 	down := context.WithoutCancel(ctx)
 	for _, m := range all {
-		if m != nil {
-			wg.Go(func() {
-				if _, err := m.Stop(down, StopOptions{}); err != nil {
-					sn.host.log.Warn("stop a fork", "vm", m.ID(), "err", err)
-				}
-				if err := m.vanish(down); err != nil {
-					sn.host.log.Warn("remove a fork", "vm", m.ID(), "err", err)
-				}
-			})
-		}
+		wg.Go(func() {
+			if _, err := m.Stop(down, StopOptions{}); err != nil {
+				sn.host.log.Warn("stop a fork", "vm", m.ID(), "err", err)
+			}
+			if err := m.vanish(down); err != nil {
+				sn.host.log.Warn("remove a fork", "vm", m.ID(), "err", err)
+			}
+		})
 	}
 	wg.Wait()
 	return nil, context.Cause(ctx) // what went wrong first
 }
 
-// fork makes the i-th of n VMs.
-func (from *origin) fork(ctx context.Context, i, n int, o RestoreOptions) (*Machine, error) {
+// fork is a VM that was made and is to start.
+type fork struct {
+	*Machine
+	lock *store.Lock
+}
+
+// start gives up the lock.
+func (f *fork) start(ctx context.Context, start func(context.Context, *Machine) error) error {
+	if start == nil {
+		_, err := f.Machine.start(ctx, f.lock, nil)
+		return err
+	}
+	if err := f.lock.Unlock(); err != nil {
+		return err
+	}
+	return start(ctx, f.Machine)
+}
+
+// ith is what is different about the i-th of n forks.
+func (o RestoreOptions) ith(i, n int) RestoreOptions {
 	o.anew = true
 	if n > 1 {
 		for _, s := range []*string{&o.ID, &o.Name, &o.Hostname} {
@@ -406,7 +423,7 @@ func (from *origin) fork(ctx context.Context, i, n int, o RestoreOptions) (*Mach
 			}
 		}
 	}
-	return from.restore(ctx, o)
+	return o
 }
 
 // Fork makes VMs of one that runs on: see Snapshot.Fork. The snapshot that this takes goes with the last of them.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -21,7 +22,7 @@ import (
 
 // Forks: so many of a VM of that size, that has written to so much of its memory.
 const (
-	forkTimes  = 6
+	forkTimes  = 12
 	forks      = 50
 	forkMiB    = 256
 	forkDirty  = 64 << 20 / tinyguest.PageSize
@@ -43,7 +44,7 @@ func (b *bench) snapshots(ctx context.Context) (err error) {
 	if err := b.restores(ctx, h, sn); err != nil {
 		return err
 	}
-	if err := b.forks(ctx, sn); err != nil {
+	if err := b.forks(ctx, sn.ID); err != nil {
 		return err
 	}
 	return b.faults(ctx, h)
@@ -56,7 +57,7 @@ func (b *bench) faults(ctx context.Context, h *host) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, done()) }()
-	dots, err := b.hostFor(smartvm.LaunchDirect, ".") // one for each sweep
+	dots, err := b.hostFor(smartvm.LaunchDirect, ".", nil) // one for each sweep
 	if err != nil {
 		return err
 	}
@@ -185,14 +186,24 @@ func (b *bench) loadBare(ctx context.Context, name string, sn *smartvm.Snapshot)
 }
 
 // forks makes many VMs of a snapshot, and as many bare ones, in turns.
-func (b *bench) forks(ctx context.Context, sn *smartvm.Snapshot) error {
+func (b *bench) forks(ctx context.Context, snapshot string) error {
 	b.report.counting = true
+	took := make(startTimes, forks)
+	h, err := b.hostFor(smartvm.LaunchDirect, mark, slog.New(took))
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	sn, err := h.Snapshot(snapshot)
+	if err != nil {
+		return err
+	}
 	for range forkTimes {
 		var rates [2]float64
 		for _, way := range rand.Perm(2) {
 			var err error
 			if way == 0 {
-				rates[0], err = b.forkOurs(ctx, sn)
+				rates[0], err = b.forkOurs(ctx, sn, took)
 			} else {
 				rates[1], err = b.forkBare(ctx, sn)
 			}
@@ -207,16 +218,26 @@ func (b *bench) forks(ctx context.Context, sn *smartvm.Snapshot) error {
 	return nil
 }
 
-func (b *bench) forkOurs(ctx context.Context, sn *smartvm.Snapshot) (rate float64, err error) {
+// startTimes are the host's own, as it logs them.
+type startTimes chan time.Duration
+
+func (startTimes) Enabled(context.Context, slog.Level) bool { return true }
+func (s startTimes) WithAttrs([]slog.Attr) slog.Handler     { return s }
+func (s startTimes) WithGroup(string) slog.Handler          { return s }
+func (s startTimes) Handle(_ context.Context, r slog.Record) error {
+	r.Attrs(func(a slog.Attr) bool {
+		if r.Message == "started" && a.Key == "dur" {
+			s <- a.Value.Duration()
+		}
+		return true
+	})
+	return nil
+}
+
+func (b *bench) forkOurs(ctx context.Context, sn *smartvm.Snapshot, took startTimes) (rate float64, err error) {
 	before := privateKiB("self")
-	took := make(chan time.Duration, forks)
 	begun := time.Now()
-	all, err := sn.Fork(ctx, forks, smartvm.ForkOptions{Concurrency: loopConcurrency, Start: func(ctx context.Context, m *smartvm.Machine) error {
-		begun := time.Now()
-		err := m.Start(ctx)
-		took <- time.Since(begun)
-		return err
-	}})
+	all, err := sn.Fork(ctx, forks, smartvm.ForkOptions{Concurrency: loopConcurrency})
 	if err != nil {
 		return 0, err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -78,14 +79,14 @@ type host struct {
 	bytes sync.Map // of chan time.Time, by VM id
 }
 
-func (b *bench) host(launcher smartvm.Launcher) (*host, error) { return b.hostFor(launcher, mark) }
+func (b *bench) host(launcher smartvm.Launcher) (*host, error) { return b.hostFor(launcher, mark, nil) }
 
-func (b *bench) hostFor(launcher smartvm.Launcher, mark string) (*host, error) {
+func (b *bench) hostFor(launcher smartvm.Launcher, mark string, log *slog.Logger) (*host, error) {
 	h := &host{}
 	var err error
 	h.Host, err = smartvm.Open(smartvm.Options{
 		RuntimeDir: b.runtimeDir(), DataDir: b.dataDir(),
-		FirecrackerBinary: b.firecracker, JailerBinary: b.jailer, Launcher: launcher,
+		FirecrackerBinary: b.firecracker, JailerBinary: b.jailer, Launcher: launcher, Log: log,
 		Console: func(id string) io.Writer {
 			c, _ := h.bytes.LoadOrStore(id, make(chan time.Time, 1))
 			return firstByte{c.(chan time.Time), mark}

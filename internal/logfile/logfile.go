@@ -34,9 +34,7 @@ func CreateTimed(path string, limit int64) (*Writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if w.times, err = openTimes(path); err != nil {
-		return nil, errors.Join(err, w.f.Close())
-	}
+	w.times = &times{path: path}
 	return w, nil
 }
 
@@ -91,7 +89,7 @@ func (w *Writer) Write(p []byte) (int, error) {
 
 func (w *Writer) Close() error {
 	if w.times != nil {
-		return errors.Join(w.f.Close(), w.times.f.Close())
+		return errors.Join(w.f.Close(), w.times.close())
 	}
 	return w.f.Close()
 }

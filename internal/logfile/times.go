@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -34,24 +35,29 @@ type mark struct {
 // times notes when a file is written.
 type times struct {
 	path string
-	f    *os.File
+	f    *os.File // nil until there is something to note: of most logs there is nothing
 	n    int
 	last time.Time
 }
 
-// openTimes goes on with the times of a file that may have some.
-func openTimes(path string) (*times, error) {
-	f, err := os.OpenFile(path+TimesSuffix, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("open log: %w", err)
+// open goes on with the times of a file that may have some.
+func (t *times) open() (err error) {
+	if t.f, err = os.OpenFile(t.path+TimesSuffix, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600); err != nil {
+		return err
 	}
-	t := &times{path: path, f: f}
-	fi, err := f.Stat()
+	fi, err := t.f.Stat()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open log: %w", err), f.Close())
+		return err
 	}
 	t.n = int(min(fi.Size()/markSize, maxMarks))
-	return t, f.Truncate(int64(t.n) * markSize) // a mark that was cut off
+	return t.f.Truncate(int64(t.n) * markSize) // a mark that was cut off
+}
+
+func (t *times) close() error {
+	if t.f == nil {
+		return nil
+	}
+	return t.f.Close()
 }
 
 // note marks that the file had so many bytes now.
@@ -59,6 +65,11 @@ func (t *times) note(offset int64) error {
 	now := time.Now()
 	if now.Sub(t.last) < markInterval && !now.Before(t.last) {
 		return nil
+	}
+	if t.f == nil {
+		if err := t.open(); err != nil {
+			return err
+		}
 	}
 	if t.n == maxMarks {
 		if err := t.thin(); err != nil {
@@ -93,12 +104,13 @@ func (t *times) thin() error {
 
 // rotate begins anew: what was noted is of the older half.
 func (t *times) rotate() error {
-	err := errors.Join(os.Rename(t.path+TimesSuffix, t.path+Suffix+TimesSuffix), t.f.Close())
-	fresh, openErr := openTimes(t.path)
-	if openErr == nil {
-		*t = *fresh
+	err := os.Rename(t.path+TimesSuffix, t.path+Suffix+TimesSuffix)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
 	}
-	return errors.Join(err, openErr)
+	err = errors.Join(err, t.close())
+	*t = times{path: t.path}
+	return err
 }
 
 // readTimes returns a file's marks; nil if there are none, or no sense is in them.

@@ -12,16 +12,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// connectPoll is how often a socket that is not there yet is tried. A notification descriptor would cost
-// more to close than Firecracker takes to listen.
-const connectPoll = 50 * time.Microsecond
+// A socket that is not there yet is tried this often. A notification descriptor would cost more to close than Firecracker
+// takes to listen. Where it takes longer than that, it waits for a processor, which nobody gets who looks all the time.
+const (
+	connectPoll    = 50 * time.Microsecond
+	connectPart    = 16 // or after that part of the time that it has taken, if that is longer
+	maxConnectPoll = 10 * time.Millisecond
+)
 
 // Dial connects to the socket name in the VMM's working directory, which it waits for. An end of the VMM
 // meanwhile is an error at once. Connect to a VMM of another process with DialSocket.
 func (p *Process) Dial(ctx context.Context, name string) (net.Conn, error) {
 	root := p.cfg.Root()
 	path := filepath.Join(root, name)
-	for {
+	for begun := time.Now(); ; {
 		// A look costs a tenth of a connection that fails.
 		err := unix.Access(path, unix.F_OK)
 		var c net.Conn
@@ -39,7 +43,8 @@ func (p *Process) Dial(ctx context.Context, name string) (net.Conn, error) {
 		default:
 		}
 		// Not a timer of Go's: when nothing else runs, those wake a millisecond late, and the VMM needs just that.
-		_ = unix.Nanosleep(&unix.Timespec{Nsec: connectPoll.Nanoseconds()}, nil)
+		pause := min(max(connectPoll, time.Since(begun)/connectPart), maxConnectPoll)
+		_ = unix.Nanosleep(&unix.Timespec{Nsec: pause.Nanoseconds()}, nil)
 	}
 }
 

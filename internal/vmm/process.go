@@ -161,7 +161,9 @@ func (p *Process) Apply(ctx context.Context) error {
 func (p *Process) exec(root string, binds []stage.Bind, pumps []*pump, stdio [2]*os.File) error {
 	argv := p.cfg.Argv()
 	cmd := &exec.Cmd{Path: argv[0], Args: argv, Dir: root, Env: []string{}, Stdout: stdio[0], Stderr: stdio[1]}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// What is typed at our terminal is not for it. Nor is it a session: a kernel that gives each session as much of the
+	// processor as another (autogroup) would give us, who start many, no more than one of them.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	err := p.spawn(cmd, binds)
 	for _, f := range stdio {
 		f.Close()

@@ -132,7 +132,7 @@ func TestProcess_Surroundings(t *testing.T) {
 pwd
 echo "args $*"
 echo "environment $(tr '\0' ' ' </proc/$$/environ)"
-echo "session $(($(cut -d' ' -f6 /proc/$$/stat) - $$))"
+echo "process group $(($(cut -d' ' -f5 /proc/$$/stat) - $$))"
 ls -l /proc/$$/fd
 echo "groups $(tr '\n' ' ' </proc/$$/cgroup)"
 echo warning >&2
@@ -150,7 +150,7 @@ echo warning >&2
 		root,
 		"args --id vm-1 --api-sock " + store.SocketFile + " --log-path " + store.LogFIFO + " --level Warning",
 		"environment ",
-		"session 0",
+		"process group 0",
 	}
 	if diff := cmp.Diff(want, lines[:min(len(want), len(lines))]); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
