@@ -25,7 +25,7 @@ import (
 // hundred guests one or two stop, or die of registers that nobody wrote, before their first program runs, and now and
 // then the lab itself stops. What is wrong with us fails each time.
 //
-// Only one lab runs at a time, and no test meanwhile that calls NoLeaks.
+// Only one lab runs at a time: two emulated hosts at once would take more than twice as long.
 //
 // Those tests call Require(t, LinuxGuest). The test binary is compiled anew,
 // without the race detector, which emulation would slow down too much. In the
@@ -39,8 +39,12 @@ func RunInLab(t *testing.T, pattern string) {
 		t.Log("Linux guests boot without the lab")
 		return
 	}
-	Turn(t) // two emulated hosts at once would take more than twice as long
 	c := LabConfig(t)
+	one, err := lockDir(filepath.Dir(c.Kernel))
+	if err != nil {
+		t.Fatalf("wait for other packages' labs: %v", err)
+	}
+	defer one.Close()
 	binary := PlainBinary(t)
 	c.Env = labEnvironment(os.Environ())
 	left := listTests(t, binary, pattern)
