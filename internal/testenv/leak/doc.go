@@ -1,11 +1,11 @@
 // Package leak is an oracle: it compares a host with what it was before and
 // lists what was left behind, or taken away.
 //
-// It knows processes and zombies, cgroups, network links, named network
-// namespaces, routes, mounts, loop devices, bound unix sockets, files of every
-// kind below given roots (FIFOs, sockets, device nodes and leases are files)
-// and, of its own process, open descriptors and goroutines. It does not look
-// at nftables yet: nothing in this module makes rules so far.
+// It knows processes and zombies (but init's), cgroups, network links, named
+// network namespaces, routes, nftables tables, mounts, loop devices, bound unix
+// sockets, files of every kind below given roots (FIFOs, sockets, device nodes
+// and leases are files) and, of its own process, open descriptors and
+// goroutines.
 //
 // A process belongs to whoever asks when it descends from the process that
 // asks; or its program, arguments, environment, working or root directory lie
