@@ -26,9 +26,11 @@ type Member struct {
 	f    *os.File // not nil: this process has it locked
 }
 
-// memberFile is the name of a member's file: ".POOL.ID". What is in it is the runtime directory that the VM is in: several may share a
-// data directory.
+// memberFile is the name of a member's file: ".POOL.ID". What is in it is the runtime directory that the VM is in, as several may share a
+// data directory; and, once the VM goes on, usedMark: who pauses it then does not give it back.
 var memberFile = regexp.MustCompile(`^\.(.+)\.([0-9a-f]{12})$`)
+
+const usedMark = "\x00used" // no path has that
 
 // Enlist draws the id of a VM that is to be made, so that somebody removes the VM if this process dies before it is the pool's.
 func (s *Store) Enlist(pool string) (*Member, error) {
@@ -90,6 +92,25 @@ func (b *Member) lock(f *os.File) bool {
 	return true
 }
 
+// use notes, of a member that is locked, that the VM is about to go on.
+func (b *Member) use() error {
+	fi, err := b.f.Stat()
+	if err == nil {
+		_, err = b.f.WriteAt([]byte(usedMark), fi.Size())
+	}
+	return err
+}
+
+// read tells what is in a member's file, if there is one.
+func (b *Member) read() (runtimeDir string, used bool, err error) {
+	data, err := os.ReadFile(b.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	runtimeDir, _, used = strings.Cut(string(data), usedMark)
+	return runtimeDir, used, err
+}
+
 // release lets others have it.
 func (b *Member) release() error { return b.f.Close() }
 
@@ -101,11 +122,11 @@ var errElsewhere = errors.New("in another runtime directory")
 
 // machine is a member's VM. Returns ErrNotFound, errElsewhere.
 func (s *Store) machine(ctx context.Context, b *Member) (*smartvm.Machine, error) {
-	dir, err := os.ReadFile(b.path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	dir, _, err := b.read()
+	if err != nil {
 		return nil, err
 	}
-	if len(dir) > 0 && string(dir) != s.host.RuntimeDir() { // who left it empty has made no VM
+	if dir != "" && dir != s.host.RuntimeDir() { // who left it empty has made no VM
 		return nil, errElsewhere
 	}
 	m, err := s.host.Machine(ctx, b.ID)
@@ -115,8 +136,11 @@ func (s *Store) machine(ctx context.Context, b *Member) (*smartvm.Machine, error
 	return m, err
 }
 
-// isReady says whether a member's VM is paused.
+// isReady says whether a member's VM is paused where it was restored.
 func (s *Store) isReady(ctx context.Context, b *Member) bool {
+	if _, used, err := b.read(); used || err != nil {
+		return false
+	}
 	m, err := s.machine(ctx, b)
 	if err != nil {
 		return false

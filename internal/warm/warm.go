@@ -2,7 +2,7 @@
 //
 // A pool is a file in the data directory. A VM of it is one like any other, with a file beside that, a Member, from before it is made
 // until it has ended or somebody has it for good. Who makes or takes the VM has the file locked meanwhile. So one whose file nobody has
-// locked and that is not paused was left by a process that died.
+// locked and that is not paused, or was to go on once, was left by a process that died.
 package warm
 
 import (
@@ -270,7 +270,7 @@ func (s *Store) Take(ctx context.Context, name string) (*Taken, error) {
 			continue
 		}
 		t := &Taken{m, b}
-		if err := m.Resume(ctx); err != nil { // it is about to end, or was left half made
+		if _, used, _ := b.read(); used || b.use() != nil || m.Resume(ctx) != nil { // somebody died with it, or it is half made or about to end
 			_ = t.End(down)
 			continue
 		}
@@ -285,6 +285,9 @@ func (s *Store) Take(ctx context.Context, name string) (*Taken, error) {
 	b, err := s.Enlist(name)
 	if err != nil {
 		return nil, err
+	}
+	if err := b.use(); err != nil {
+		return nil, errors.Join(err, b.Leave())
 	}
 	m, err := s.make(ctx, b, p, smartvm.RestoreOptions{})
 	if err != nil {

@@ -269,14 +269,20 @@ func TestTake_AtOnce(t *testing.T) {
 	s.do(t, "fill")
 	s.do(t, "sweep")
 	s.wantFull(t, "one kept", 1, kept)
+	s.on(t, kept, func(m *smartvm.Machine, ctx context.Context) error { return warm.End(ctx, m) })
+	s.remove(t)
+}
+
+// on does something to a VM.
+func (s *site) on(t *testing.T, id string, do func(*smartvm.Machine, context.Context) error) {
+	t.Helper()
 	must(t, s.with(func(h *smartvm.Host, _ *warm.Store) error {
-		m, err := h.Machine(t.Context(), kept)
+		m, err := h.Machine(t.Context(), id)
 		if err != nil {
 			return err
 		}
-		return warm.End(t.Context(), m)
+		return do(m, t.Context())
 	}))
-	s.remove(t)
 }
 
 // held is a process that has taken a VM, until its standard input ends.
@@ -305,15 +311,18 @@ func (h *held) id(t *testing.T) string {
 	return strings.TrimSpace(line)
 }
 
-// A VM whose taker died while he used it is removed, and not before.
+// A VM whose taker died while he used it is removed, and not before; he may have paused it, and others do not get it for that.
 func TestTake_Dies(t *testing.T) {
 	for _, next := range []string{"sweep", "fill"} {
 		t.Run(next, func(t *testing.T) {
 			s := newSite(t)
 			h := s.hold(t)
 			id := h.id(t)
+			s.on(t, id, (*smartvm.Machine).Pause)
 			s.do(t, "fill")
+			s.on(t, id, (*smartvm.Machine).Resume)
 			s.wantFull(t, "while it is used", 0, id)
+			s.on(t, id, (*smartvm.Machine).Pause)
 			must(t, h.cmd.Process.Kill())
 			_ = h.cmd.Wait()
 			s.do(t, next)
