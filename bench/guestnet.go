@@ -18,10 +18,11 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// How often a real guest sends to the host, and how much.
+// How often a real guest sends to the host, and how much. What comes first after the rules have gone or come finds everything cold.
 const (
 	guestSends = 12
-	guestBytes = "24M"
+	coldBytes  = "4M"
+	guestBytes = "64M"
 )
 
 // iperfDir is where iperf3 is in the guest, with the libraries that it is linked with.
@@ -86,12 +87,19 @@ func (s *guestSite) ruled(c network.Config) (*filter.Tables, error) {
 	}
 }
 
-// send is one connection's rate.
+// send is one connection's rate, after another one.
 func (s *guestSite) send(host string) (float64, error) {
+	if _, err := s.sendBytes(host, coldBytes); err != nil {
+		return 0, err
+	}
+	return s.sendBytes(host, guestBytes)
+}
+
+func (s *guestSite) sendBytes(host, amount string) (float64, error) {
 	return received(s.ctx, s.iperf3, host, (*exec.Cmd).Start, func() ([]byte, error) {
 		var out bytes.Buffer
 		exit, err := s.client.Exec(s.ctx, agent.Cmd{
-			Args: []string{iperfDir + "/ld", "--library-path", iperfDir, iperfDir + "/iperf3", "--client", host, "--bytes", guestBytes, "--json"}, Stdout: &out, Stderr: &out,
+			Args: []string{iperfDir + "/ld", "--library-path", iperfDir, iperfDir + "/iperf3", "--client", host, "--bytes", amount, "--json"}, Stdout: &out, Stderr: &out,
 		})
 		if err == nil && exit.Code != 0 {
 			err = fmt.Errorf("iperf3 in the guest: %+v", exit)
