@@ -65,6 +65,7 @@ func makeImages(t *testing.T) (dir string) {
 		"minimal":           {Rootfs: minimal},
 		"squashed":          {Rootfs: work + "/minimal.squashfs"},
 		"debian":            {Rootfs: testenv.Fixture(t, fixtures.Debian), BootArgs: image.QuietBootArgs + " systemd.show_status=1"},
+		"openrc":            {Rootfs: testenv.Fixture(t, fixtures.OpenRC)},
 	} {
 		o.Name = name
 		if _, err := images.Import(t.Context(), o); err != nil {
@@ -245,6 +246,23 @@ func TestLinuxImage_Systemd(t *testing.T) {
 	if err != nil || bytes.Contains(log, []byte("FAILED")) {
 		t.Errorf("a unit failed: %v\n%s", err, log)
 	}
+	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
+	if err != nil || how != smartvm.CtrlAltDel {
+		t.Errorf("stopped by %q, %v", how, err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// So does one with another init.
+func TestLinuxImage_OpenRC(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	m := bootGuest(t, h, smartvm.Spec{Image: "openrc", Name: "rc", MachineConfig: linuxMachine(512)})
+	if got := told(t, m, "until rc-status -r | grep default; do sleep 1; done; cat /proc/1/comm; hostname"); got != "default\ninit\nrc" {
+		t.Errorf("got %q", got)
+	}
+	checkRestart(t, m)
 	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
 	if err != nil || how != smartvm.CtrlAltDel {
 		t.Errorf("stopped by %q, %v", how, err)
