@@ -34,7 +34,7 @@ const usedMark = "\x00used" // no path has that
 
 // Enlist draws the id of a VM that is to be made, so that somebody removes the VM if this process dies before it is the pool's.
 func (s *Store) Enlist(pool string) (*Member, error) {
-	for {
+	for range enlistTries {
 		id := make([]byte, 6)
 		_, _ = rand.Read(id) // never fails
 		b := &Member{ID: hex.EncodeToString(id), pool: pool}
@@ -54,7 +54,10 @@ func (s *Store) Enlist(pool string) (*Member, error) {
 			return b, nil
 		}
 	}
+	return nil, fmt.Errorf("fill pool %q: cannot lock files in %s", pool, s.dir)
 }
+
+const enlistTries = 100
 
 // members are those of a pool, or of all as "*".
 func (s *Store) members(pool string) ([]*Member, error) {
