@@ -20,6 +20,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/fakefc"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 )
 
@@ -151,6 +152,50 @@ func TestFault_Firecracker(t *testing.T) {
 }
 
 var errGone = errors.New("the caller has gone")
+
+// A VM whose guest ran does not count as one that starts when its VMM has no time to answer.
+func TestFault_Busy(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	testenv.NoLeaks(t)
+	site := newFaultSite(t, fakefc.Script{Faults: map[string]fakefc.Fault{"GET /": {Hang: true}}})
+	h, other := site.open(t), site.open(t)
+	m, err := h.Create(t.Context(), site.spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	state := func(h *smartvm.Host) smartvm.State {
+		m, err := h.Machine(t.Context(), "victim")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := m.State(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	if got := state(h); got != smartvm.Running {
+		t.Errorf("who started it finds it %s", got)
+	}
+	if got := state(other); got != smartvm.Starting {
+		t.Errorf("another finds one %s of which nobody has told anything", got)
+	}
+	if err := os.WriteFile(filepath.Join(m.RuntimeDir(), store.GuestStateFile), []byte(`{"vmm":1}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(other); got != smartvm.Running {
+		t.Errorf("another finds it %s", got)
+	}
+	if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
 
 // A guest that writes without end cannot fill the disk.
 func TestFault_ConsoleFlood(t *testing.T) {

@@ -306,6 +306,9 @@ func (m *Machine) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process
 		if alive, err := p.Alive(); err == nil && !alive {
 			return Stopping
 		}
+		if m.ran() { // and is too busy to say so, or its host is
+			return Running
+		}
 		return Starting
 	case info.State == firecracker.StatePaused:
 		return Paused
@@ -313,6 +316,17 @@ func (m *Machine) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process
 		return Running
 	}
 	return Starting
+}
+
+// ran says whether the VM's run is known to have come so far that its guest ran.
+func (m *Machine) ran() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.run != nil {
+		return true
+	}
+	g, err := m.Guest()
+	return err == nil && g != nil
 }
 
 // attach is the VM's process, as any process sees it.
