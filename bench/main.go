@@ -40,7 +40,7 @@
 //   - restore: the call of Machine.Start of a VM of a snapshot, 256 MiB with 64 MiB written to, until it goes on; create-restored:
 //     the call of Host.Restore before; bare-restore: spawn of Firecracker until it has loaded the same and resumed.
 //
-//   - fork: the same as restore for each of 50 VMs, eight at a time; fork-rate, bare-fork-rate: such VMs a second, from nothing;
+//   - fork: the same as restore for each of 50 VMs, eight at a time, as the host logs it; fork-rate, bare-fork-rate: such VMs a second, from nothing;
 //     fork-private: what each adds to the memory that no other process shares, the VMM's and this process's.
 //
 //   - uffd-faults: times that a VM of a snapshot waited for its memory while it read 64 MiB, served by smartvm, with what one
@@ -113,7 +113,7 @@ func run(ctx context.Context) (ok bool, err error) {
 	out := flag.String("out", "results.json", "`file` for the results")
 	rounds := flag.Int("n", 150, "rounds of every start measurement")
 	cli := flag.String("smartvm", "../bin/smartvm", "the smartvm `program`")
-	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,supervisor,command-line,staging,pulls,networks,guests,snapshots")
+	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,snapshots,supervisor,command-line,staging,pulls,networks,guests")
 	base := flag.String("runtime-dir", "/dev/shm", "existing `directory` to work below, on a tmpfs")
 	profile := flag.String("cpuprofile", "", "`file` for a CPU profile of this process")
 	idleVMs := flag.Int("idle-vms", 0, "measure this process's memory with so many idle VMs, print it and exit")
@@ -165,13 +165,13 @@ func (b *bench) measure(ctx context.Context, list string) error {
 		{"starts", b.starts},
 		{"loops", b.loops},
 		{"memory", b.memory},
+		{"snapshots", b.snapshots},
 		{"supervisor", b.supervisor},
 		{"command-line", b.commandLine},
 		{"staging", b.staging},
 		{"pulls", b.pulls},
 		{"networks", b.networks},
 		{"guests", b.guests},
-		{"snapshots", b.snapshots},
 	}
 	wanted := strings.Split(list, ",")
 	for _, m := range all {

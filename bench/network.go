@@ -261,11 +261,16 @@ func (s *networkSite) guests(rounds int) error {
 			}
 		}
 		for range rounds / 3 {
+			part := s.part(many)
 			begun := time.Now()
-			if err := s.add(many); err != nil {
+			if err := s.tap(many).Apply(s.ctx); err != nil {
 				return err
 			}
-			if err := tellTime("cold-tap"+beside.name, time.Since(begun)); err != nil {
+			tapped := time.Now()
+			if err := part.Apply(s.ctx); err != nil {
+				return err
+			}
+			if err := errors.Join(tellTime("cold-tap"+beside.name, time.Since(begun)), tellTime("cold-rules"+beside.name, time.Since(tapped))); err != nil {
 				return err
 			}
 			if err := s.remove(many); err != nil {

@@ -22,7 +22,7 @@ import (
 
 // Forks: so many of a VM of that size, that has written to so much of its memory.
 const (
-	forkTimes  = 12
+	forkTimes  = 30
 	forks      = 50
 	forkMiB    = 256
 	forkDirty  = 64 << 20 / tinyguest.PageSize

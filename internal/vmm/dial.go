@@ -16,7 +16,7 @@ import (
 // takes to listen. Where it takes longer than that, it waits for a processor, which nobody gets who looks all the time.
 const (
 	connectPoll    = 50 * time.Microsecond
-	connectPart    = 16 // or after that part of the time that it has taken, if that is longer
+	connectPart    = 8 // or after that part of the time that it has taken, if that is longer
 	maxConnectPoll = 10 * time.Millisecond
 )
 
