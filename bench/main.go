@@ -144,16 +144,14 @@ func run(ctx context.Context) (ok bool, err error) {
 		defer pprof.StopCPUProfile()
 	}
 	b.report = newReport(ctx, b.firecracker)
-	if err := b.measure(ctx, *only); err != nil {
-		return false, err
-	}
+	failed := b.measure(ctx, *only)
 	b.report.ratios()
 	b.report.print(os.Stdout)
 	missed := b.report.missed()
 	if len(missed) > 0 {
 		fmt.Fprintln(os.Stderr, "bench: missed:", strings.Join(missed, ", "))
 	}
-	return len(missed) == 0, b.report.write(*out)
+	return len(missed) == 0, errors.Join(failed, b.report.write(*out))
 }
 
 // measure makes the measurements in a list, all if it is empty.
