@@ -45,6 +45,18 @@ func endGuest(t *testing.T, m *smartvm.Machine) {
 	}
 }
 
+// shutDown is endGuest of one that goes by itself when it is asked to.
+func shutDown(t *testing.T, m *smartvm.Machine) {
+	t.Helper()
+	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
+	if err != nil || how != smartvm.CtrlAltDel {
+		t.Errorf("stopped by %q, %v", how, err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // told is what a shell's script in a guest puts out.
 func told(t *testing.T, m *smartvm.Machine, script string) string {
 	t.Helper()
@@ -174,13 +186,7 @@ func TestLinuxAgent_BusyboxInit(t *testing.T) {
 		t.Errorf("process 1: %q", got)
 	}
 	checkRestart(t, m)
-	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
-	if err != nil || how != smartvm.CtrlAltDel {
-		t.Errorf("stopped by %q, %v", how, err)
-	}
-	if err := m.Remove(t.Context()); err != nil {
-		t.Error(err)
-	}
+	shutDown(t, m)
 }
 
 // A guest that boots by itself answers when the agent is a service of it, and its VM lives without.

@@ -246,13 +246,7 @@ func TestLinuxImage_Systemd(t *testing.T) {
 	if err != nil || bytes.Contains(log, []byte("FAILED")) {
 		t.Errorf("a unit failed: %v\n%s", err, log)
 	}
-	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
-	if err != nil || how != smartvm.CtrlAltDel {
-		t.Errorf("stopped by %q, %v", how, err)
-	}
-	if err := m.Remove(t.Context()); err != nil {
-		t.Error(err)
-	}
+	shutDown(t, m)
 }
 
 // So does one with another init.
@@ -263,13 +257,7 @@ func TestLinuxImage_OpenRC(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 	checkRestart(t, m)
-	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
-	if err != nil || how != smartvm.CtrlAltDel {
-		t.Errorf("stopped by %q, %v", how, err)
-	}
-	if err := m.Remove(t.Context()); err != nil {
-		t.Error(err)
-	}
+	shutDown(t, m)
 }
 
 // While a VM uses an image, it cannot be removed; once it is gone, it can.

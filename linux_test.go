@@ -173,16 +173,7 @@ func TestLinux_StopsOnCtrlAltDel(t *testing.T) {
 		t.Fatal(err)
 	}
 	awaitLog(t, m, "ready")
-	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if how != smartvm.CtrlAltDel {
-		t.Errorf("stopped by %q, want %q", how, smartvm.CtrlAltDel)
-	}
-	if err := m.Remove(t.Context()); err != nil {
-		t.Error(err)
-	}
+	shutDown(t, m)
 }
 
 // awaitLog waits until the VM's console has text in it.

@@ -104,16 +104,6 @@ func (b *Member) use() error {
 	return err
 }
 
-// read tells what is in a member's file, if there is one.
-func (b *Member) read() (runtimeDir string, used bool, err error) {
-	data, err := os.ReadFile(b.path)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	runtimeDir, _, used = strings.Cut(string(data), usedMark)
-	return runtimeDir, used, err
-}
-
 // release lets others have it.
 func (b *Member) release() error { return b.f.Close() }
 
@@ -123,29 +113,27 @@ func (b *Member) Leave() error { return errors.Join(os.Remove(b.path), b.f.Close
 // errElsewhere is about a VM in another runtime directory.
 var errElsewhere = errors.New("in another runtime directory")
 
-// machine is a member's VM. Returns ErrNotFound, errElsewhere.
-func (s *Store) machine(ctx context.Context, b *Member) (*smartvm.Machine, error) {
-	dir, _, err := b.read()
-	if err != nil {
-		return nil, err
+// machine is a member's VM, and whether it was to go on once. Returns ErrNotFound, errElsewhere.
+func (s *Store) machine(ctx context.Context, b *Member) (m *smartvm.Machine, used bool, err error) {
+	data, err := os.ReadFile(b.path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, false, err
 	}
+	dir, _, used := strings.Cut(string(data), usedMark)
 	if dir != "" && dir != s.host.RuntimeDir() { // who left it empty has made no VM
-		return nil, errElsewhere
+		return nil, used, errElsewhere
 	}
-	m, err := s.host.Machine(ctx, b.ID)
+	m, err = s.host.Machine(ctx, b.ID)
 	if err == nil && m.ID() != b.ID {
 		err = smartvm.ErrNotFound
 	}
-	return m, err
+	return m, used, err
 }
 
 // isReady says whether a member's VM is paused where it was restored.
 func (s *Store) isReady(ctx context.Context, b *Member) bool {
-	if _, used, err := b.read(); used || err != nil {
-		return false
-	}
-	m, err := s.machine(ctx, b)
-	if err != nil {
+	m, used, err := s.machine(ctx, b)
+	if used || err != nil {
 		return false
 	}
 	state, err := m.State(ctx)
@@ -169,7 +157,7 @@ func (s *Store) tend(ctx context.Context, b *Member, stays bool) (fate, error) {
 	if !b.take() {
 		return left, nil
 	}
-	m, err := s.machine(ctx, b)
+	m, _, err := s.machine(ctx, b)
 	switch {
 	case errors.Is(err, smartvm.ErrNotFound):
 		return left, b.Leave()

@@ -264,13 +264,13 @@ func (s *Store) Take(ctx context.Context, name string) (*Taken, error) {
 		if !b.take() { // somebody else has
 			continue
 		}
-		m, err := s.machine(ctx, b)
+		m, used, err := s.machine(ctx, b)
 		if err != nil { // it has ended, which Fill sees to, or is another host's
 			_ = b.release()
 			continue
 		}
 		t := &Taken{m, b}
-		if _, used, _ := b.read(); used || b.use() != nil || m.Resume(ctx) != nil { // somebody died with it, or it is half made or about to end
+		if used || b.use() != nil || m.Resume(ctx) != nil { // somebody died with it, or it is half made or about to end
 			_ = t.End(down)
 			continue
 		}
