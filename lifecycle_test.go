@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -419,12 +420,14 @@ func TestHost_RunStoppedByAnother(t *testing.T) {
 // A console writer that blocks holds up the undoing of its VM's run, but neither the VM's end nor Stop beyond its context.
 func TestMachine_ConsoleBlocks(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
-	unblock := make(chan struct{})
+	blocked, unblock := make(chan struct{}), make(chan struct{})
+	block := sync.OnceFunc(func() { close(blocked); <-unblock })
 	s.options.Console = func(string) io.Writer {
-		return writerFunc(func(p []byte) (int, error) { <-unblock; return len(p), nil })
+		return writerFunc(func(p []byte) (int, error) { block(); return len(p), nil })
 	}
 	h := s.open()
 	m := s.started(h, s.spec("count"))
+	<-blocked
 	pid := vmmProcess(t, m)
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
