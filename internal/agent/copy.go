@@ -45,13 +45,21 @@ func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o Co
 	if from == "-" && !r.IsDir {
 		return fmt.Errorf("copy to %s: it is no directory of the guest", to)
 	}
+	// Who gives the archive may have nothing more to give for long: that is not waited for.
+	piped, pipe := io.Pipe()
+	if from == "-" {
+		go func() {
+			_, err := io.Copy(pipe, in)
+			_ = pipe.CloseWithError(err)
+		}()
+	}
 	sent := make(chan error, 1)
 	go func() {
 		out := conn.Writer(agentproto.KindStdin)
-		w := &counter{to: bufio.NewWriterSize(out, bufferSize), told: o.Progress}
+		w := &counter{to: bufio.NewWriterSize(remote{out}, bufferSize), told: o.Progress}
 		var err error
 		if from == "-" {
-			_, err = io.Copy(w, in)
+			_, err = io.Copy(w, piped)
 		} else {
 			err = treetar.Pack(w, filepath.Clean(from), topOf(from, r.IsDir))
 		}
@@ -65,14 +73,15 @@ func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o Co
 	}()
 	exit, err := awaitExit(conn)
 	_ = conn.Close()
+	_ = pipe.CloseWithError(errUnread)
 	sendErr := <-sent
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case err == nil && exit.Code != 0:
 		return fmt.Errorf("copy to %s: %w", to, &GuestError{exit.Reason})
-	case err != nil && sendErr != nil && !errors.Is(sendErr, os.ErrClosed):
-		err = sendErr
+	case err != nil && sendErr != nil && !errors.Is(sendErr, ErrLost) && !errors.Is(sendErr, errUnread):
+		err = sendErr // which is why the agent was left
 	}
 	if err != nil {
 		return fmt.Errorf("copy to %s: %w", to, err)
@@ -96,6 +105,20 @@ func topOf(from string, intoDir bool) string {
 
 // contents says whether a path means what is in the directory.
 func contents(p string) bool { return p == "." || strings.HasSuffix(p, "/.") }
+
+// errUnread is what became of an archive that is not read to its end.
+var errUnread = errors.New("it was not read")
+
+// remote is a stream to the guest, whose errors are not those of what is read for it.
+type remote struct{ io.Writer }
+
+func (r remote) Write(p []byte) (int, error) {
+	n, err := r.Writer.Write(p)
+	if err != nil {
+		err = lost(err)
+	}
+	return n, err
+}
 
 type counter struct {
 	to   *bufio.Writer

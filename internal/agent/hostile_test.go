@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -120,6 +121,24 @@ func TestClient_ExitEarly(t *testing.T) {
 	exit, err := c.Exec(t.Context(), agent.Cmd{Args: []string{"x"}, Stdout: &out})
 	if err != nil || exit.Code != 300&0xff || out.String() != "some" {
 		t.Errorf("%+v, %v, %q", exit, err, &out)
+	}
+}
+
+// A guest that goes away while an archive is read for it is what the copy failed by, not the bytes that it did not take, and who gives the
+// archive is not waited for.
+func TestCopyTo_Lost(t *testing.T) {
+	silent, w := io.Pipe()
+	defer w.Close()
+	endless, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer endless.Close()
+	for name, in := range map[string]io.Reader{"silent": silent, "endless": endless} {
+		c := hostile(t, frame(agentproto.KindReply, []byte(`{"isDir":true}`)), false)
+		if err := c.CopyTo(t.Context(), "-", "/x", in, agent.CopyOptions{}); !errors.Is(err, agent.ErrLost) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 
