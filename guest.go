@@ -74,11 +74,11 @@ func (m *Machine) hasAgent() bool { return m.rec.Boot != nil && m.rec.Boot.Guest
 
 // inGuest has op done by the agent of a VM that runs. A guest that still boots is waited for.
 func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client) error) error {
-	state, err := m.State(ctx)
+	state, sure, err := m.look(ctx)
 	if err != nil {
 		return err
 	}
-	if state != Running {
+	if sure && state != Running {
 		return &StateError{ID: m.rec.ID, Op: op, State: state, Want: []State{Running}}
 	}
 	if m.rec.Spec.Vsock == nil {
@@ -126,7 +126,8 @@ func (m *Machine) Exec(ctx context.Context, cmd Cmd) (exit CmdExit, err error) {
 }
 
 // CopyTo copies a file or a tree of the host into the guest. A directory at to takes it under its name, "/." at the end of from
-// means what is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in the directory to.
+// means what is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in the directory to; where the copy
+// fails, in may be read once more.
 func (m *Machine) CopyTo(ctx context.Context, from, to string, in io.Reader, o CopyOptions) error {
 	return m.inGuest(ctx, "copy to", func(c *agent.Client) error { return c.CopyTo(ctx, from, to, in, o) })
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"sync"
 	"time"
 
 	"push.rocks/smartvm/firecracker"
@@ -28,13 +27,18 @@ func (m *Machine) dialClient() *firecracker.Client {
 	}, m.version())
 }
 
-// call talks to the VMM of a started VM. Op is an entry of transitions, name what the caller called.
-func (m *Machine) call(ctx context.Context, op, name string, f func(*firecracker.Client) error) error {
-	state, err := m.State(ctx)
-	if err != nil {
-		return err
+// allowed returns *StateError where op, an entry of transitions, is not for the VM's state. Name is what the caller called.
+func (m *Machine) allowed(ctx context.Context, op, name string) error {
+	state, sure, err := m.look(ctx)
+	if err == nil && sure { // else the VMM will say what it thinks of it
+		err = allow(m.rec.ID, op, name, state)
 	}
-	if err := allow(m.rec.ID, op, name, state); err != nil {
+	return err
+}
+
+// call talks to the VMM of a started VM, as allowed.
+func (m *Machine) call(ctx context.Context, op, name string, f func(*firecracker.Client) error) error {
+	if err := m.allowed(ctx, op, name); err != nil {
 		return err
 	}
 	m.mu.Lock()
@@ -47,32 +51,11 @@ func (m *Machine) call(ctx context.Context, op, name string, f func(*firecracker
 		c = m.dialClient()
 		defer c.Close()
 	}
-	defer endIfHung(proc)()
+	defer proc.EndIfHung()()
 	if err := f(c); err != nil {
 		return &MachineError{ID: m.rec.ID, Stage: name, Err: err}
 	}
 	return nil
-}
-
-// endIfHung kills a VMM that hangs, which would otherwise never answer, until the function it returns is called.
-func endIfHung(p *vmm.Process) (stop func()) {
-	done := make(chan struct{})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		tick := time.NewTicker(askTimeout)
-		defer tick.Stop()
-		for {
-			select {
-			case <-done:
-				return
-			case <-tick.C:
-				if p.Hung() {
-					_ = p.Revert(context.Background()) // has a time limit: the kernel's
-				}
-			}
-		}
-	})
-	return func() { close(done); wg.Wait() }
 }
 
 // hold keeps other processes from making a snapshot of the VM, pausing or resuming it meanwhile. Op is what for.

@@ -204,45 +204,53 @@ func (m *Machine) replay(ctx context.Context, name string) error {
 	return errors.Join(j.Revert(m.host.networks(ctx)), j.Close())
 }
 
-// State derives where the VM is. Returns ErrNotFound once it is removed.
+// State derives where the VM is. One whose VMM does not say so within a second counts as Running, or as Starting where its guest is not
+// known to have run. Returns ErrNotFound once it is removed.
 func (m *Machine) State(ctx context.Context) (State, error) {
+	state, _, err := m.look(ctx)
+	return state, err
+}
+
+// look is State, and whether the VMM, if there is one, has said so.
+func (m *Machine) look(ctx context.Context) (state State, sure bool, err error) {
 	m.mu.Lock()
 	busy, r := m.busy, m.run
 	m.mu.Unlock()
 	switch {
 	case busy != "":
-		return busy, nil
+		return busy, true, nil
 	case r != nil:
-		return m.ask(ctx, r.client, r.proc), nil
+		return m.ask(ctx, r.client, r.proc)
 	}
 	if err := m.exists(); err != nil {
-		return "", err
+		return "", false, err
 	}
 	if _, err := os.Stat(m.path(store.RunJournal)); err != nil {
-		return m.rested()
+		state, err = m.rested()
+		return state, true, err
 	}
 	p := m.attach()
 	alive, err := p.Alive()
 	if err != nil {
-		return "", fmt.Errorf("VM %s: %w", m.rec.ID, err)
+		return "", false, fmt.Errorf("VM %s: %w", m.rec.ID, err)
 	}
 	if alive {
 		c := m.dialClient()
 		defer c.Close()
-		return m.ask(ctx, c, p), nil
+		return m.ask(ctx, c, p)
 	}
 	lock, err := m.host.store.TryLock(m.rec.ID)
 	if err == nil {
-		return Lost, lock.Unlock()
+		return Lost, true, lock.Unlock()
 	}
 	// A start takes the last run's exit away first, and an end writes its own before anything else.
 	if exit, err := m.Exit(); err == nil && exit != nil {
-		return Stopping, nil
+		return Stopping, true, nil
 	}
 	if _, err := os.Lstat(m.SocketPath()); err != nil {
-		return Starting, nil
+		return Starting, true, nil
 	}
-	return Stopping, nil
+	return Stopping, true, nil
 }
 
 // exists returns ErrNotFound once the VM is removed, be it that another has got its id.
@@ -294,28 +302,31 @@ func (m *Machine) rested() (State, error) {
 // askTimeout bounds how long State waits for a VMM that does not answer.
 const askTimeout = time.Second
 
-func (m *Machine) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process) State {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+func (m *Machine) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process) (state State, sure bool, err error) {
+	short, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	info, err := c.GetInstanceInfo(ctx)
+	info, err := c.GetInstanceInfo(short)
 	switch {
+	case ctx.Err() != nil:
+		return "", false, fmt.Errorf("VM %s: %w", m.rec.ID, context.Cause(ctx))
 	case err != nil:
 		if p.Hung() {
-			_ = p.Revert(context.WithoutCancel(ctx)) // the guest has ended; whoever looks after it sees the end now
+			_ = p.Revert(ctx) // the guest has ended; whoever looks after it sees the end now
 		}
 		if alive, err := p.Alive(); err == nil && !alive {
-			return Stopping
+			return Stopping, true, nil
 		}
-		if m.ran() { // and is too busy to say so, or its host is
-			return Running
+		sure = !errors.Is(err, context.DeadlineExceeded) // else it is too busy, or its host is
+		if m.ran() {
+			return Running, sure, nil
 		}
-		return Starting
+		return Starting, sure, nil
 	case info.State == firecracker.StatePaused:
-		return Paused
+		return Paused, true, nil
 	case info.State == firecracker.StateRunning:
-		return Running
+		return Running, true, nil
 	}
-	return Starting
+	return Starting, true, nil
 }
 
 // ran says whether the VM's run is known to have come so far that its guest ran.

@@ -109,11 +109,7 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 
 // Adopt looks after a VM that runs and whose process died. Returns ErrState if it does not run or somebody does.
 func (m *Machine) Adopt(ctx context.Context) error {
-	state, err := m.State(ctx)
-	if err != nil {
-		return err
-	}
-	if err := allow(m.rec.ID, "call", "adopt", state); err != nil {
+	if err := m.allowed(ctx, "call", "adopt"); err != nil {
 		return err
 	}
 	lock, err := m.host.store.TryLock(m.rec.ID)

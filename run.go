@@ -86,7 +86,7 @@ const lingerTime = 100 * time.Millisecond
 
 // launch brings the VM up and says at which stage it failed. What it did is in r for the caller to undo.
 func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage string, err error) {
-	if err := errors.Join(checkKVM(), attach.InUse(&m.rec.Spec)); err != nil {
+	if err := errors.Join(vmm.CheckKVM(), attach.InUse(&m.rec.Spec)); err != nil {
 		return "start", err
 	}
 	if r.secrets, err = m.takeSecrets(); err != nil {

@@ -92,7 +92,7 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 	v := &capture.VM{Hold: hold}
 	all, err := m.host.Snapshots()
 	if err == nil {
-		err = m.capturable(ctx, v)
+		err = m.allowed(ctx, "call", "snapshot")
 	}
 	var draft *snapshot.Draft
 	if err == nil {
@@ -134,16 +134,6 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 	return &Snapshot{Snapshot: sn, Warnings: warnings, host: m.host}, nil
 }
 
-// capturable says whether a VM that nobody else holds runs, or is paused. One that was left paused by who has died is to go on.
-func (m *Machine) capturable(ctx context.Context, v *capture.VM) error {
-	state, err := m.State(ctx)
-	if err != nil {
-		return err
-	}
-	v.Running = state == Running || state == Paused && v.Hold.Resumes()
-	return allow(m.rec.ID, "call", "snapshot", state)
-}
-
 // diffBase is the snapshot that a diff is made against, nil if there is none.
 func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Snapshot, error) {
 	if !o.Diff {
@@ -154,7 +144,7 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, Firecracker %s", ErrNotSupported, m.rec.BinaryVersion),
 			"make the VM with trackDirtyPages, use Firecracker 1.13 or newer, or make a full snapshot")
 	}
-	if !tracked && swaps() {
+	if !tracked && capture.Swaps() {
 		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, on a host that swaps", ErrNotSupported),
 			"swapoff -a, make the VM with trackDirtyPages, or make a full snapshot")
 	}
@@ -179,12 +169,6 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 	return last.Snapshot, nil
 }
 
-// swaps says whether this host has anything to swap to: what is there is not in memory, which is where the VMM looks for changes.
-func swaps() bool {
-	list, err := os.ReadFile("/proc/swaps")
-	return err == nil && strings.Count(string(list), "\n") > 1 // the first is the heading
-}
-
 // capture writes all files of the snapshot but the manifest, which it returns. The VM's own state is as before afterwards.
 func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM, draft *snapshot.Draft) (sm snapshot.Manifest, warnings []string, err error) {
 	last, err := m.diffBase(ctx, o)
@@ -193,7 +177,12 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	}
 	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec.Spec.Name, m.rec.ID), m.dialClient(), m.attach(), m.root(), m.trace
 	defer func() { err = errors.Join(err, v.Client.Close()) }()
-	defer endIfHung(v.Process)()
+	defer v.Process.EndIfHung()()
+	info, err := v.Client.GetInstanceInfo(ctx) // however long it takes to say so
+	if err != nil {
+		return sm, nil, err
+	}
+	v.Running = info.State == firecracker.StateRunning || v.Hold.Resumes() // who held it still has died
 	if m.rec.Jailer != "" {
 		v.UID = m.rec.UID
 	}

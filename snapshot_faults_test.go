@@ -16,6 +16,7 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/internal/store"
 )
 
 // Snapshots that are disturbed: by other snapshots, by the end of their VM, by other processes, by who made them.
@@ -112,8 +113,8 @@ func TestSnapshot_AtOnce(t *testing.T) {
 			}
 			wantState(t, m, smartvm.Running)
 			t.Logf("%d made, %d refused", len(made), refused)
-			if len(made) < 6 || refused == 0 {
-				t.Errorf("%d made, %d refused", len(made), refused)
+			if len(made) < 6 {
+				t.Error("nobody had his turn")
 			}
 			diffs := 0
 			for _, sn := range s.wantSnapshots(h, len(made), "at once") {
@@ -596,4 +597,51 @@ func TestSnapshot_Image(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// A VM whose VMM is slow to answer is what it is, not what it is taken for meanwhile.
+func TestMachine_PausedAndSlow(t *testing.T) {
+	s := newSite(t, smartvm.LaunchDirect)
+	s.options = smartvm.WithHealInterval(s.options, 10*time.Millisecond)
+	h := s.open()
+	m := s.started(h, s.spec("count"))
+	s.countsOn(m.ID(), 2)
+	pid := vmmProcess(t, m)
+	// Longer than anybody waits who only wants to know.
+	stall := func() {
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		time.AfterFunc(1500*time.Millisecond, func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
+	}
+	if err := m.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	stall()
+	sn := s.snapshot(m, smartvm.SnapshotOptions{})
+	wantState(t, m, smartvm.Paused)
+	stall()
+	if err := m.Resume(t.Context()); err != nil {
+		t.Error(err)
+	}
+	wantState(t, m, smartvm.Running)
+	// One that was held still by who has died goes on even if it cannot say that it stands still.
+	if err := m.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	st, err := store.Open(s.options.RuntimeDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hold, err := st.Hold(m.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stall()
+	if err := errors.Join(hold.MustResume(), hold.Abandon()); err != nil {
+		t.Fatal(err)
+	}
+	s.passed(m.ID())
+	s.stopAndRemove(m)
+	s.removeSnapshot(h, sn.ID)
 }

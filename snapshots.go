@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/kept"
@@ -203,17 +204,30 @@ func (h *Host) releaseHold(ctx context.Context, id string) error {
 		return errors.Join(err, hold.Release())
 	}
 	m := h.machine(rec)
-	state, err := m.State(ctx)
-	if err != nil || state != Paused && state != Running {
-		return errors.Join(err, hold.Release())
+	state, sure, err := m.look(ctx)
+	if err != nil {
+		return errors.Join(err, hold.Abandon())
 	}
+	if sure && state != Paused && state != Running {
+		return hold.Release()
+	}
+	// A VMM that still writes the snapshot answers when it has done so.
+	ctx, cancel := context.WithTimeout(ctx, resumePatience)
+	defer cancel()
 	c := m.dialClient()
-	if state == Paused && hold.Resumes() {
-		err = c.Resume(ctx)
-		h.log.Warn("went on after a snapshot that was given up", "vm", id)
+	if hold.Resumes() && (state == Paused || !sure) {
+		if err = c.Resume(ctx); err == nil {
+			h.log.Warn("went on after a snapshot that was given up", "vm", id)
+		}
 	}
-	if mib, ok := hold.Deflates(); ok {
-		err = errors.Join(err, c.PatchBalloon(ctx, mib))
+	if mib, ok := hold.Deflates(); ok && err == nil {
+		err = c.PatchBalloon(ctx, mib)
 	}
-	return errors.Join(err, c.Close(), hold.Release())
+	if err = errors.Join(err, c.Close()); err != nil {
+		return errors.Join(err, hold.Abandon()) // it is tried again
+	}
+	return hold.Release()
 }
+
+// resumePatience bounds how long a VM is waited for that is to go on after a snapshot.
+const resumePatience = time.Minute

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -133,6 +134,12 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 
 // listens says whether there is somebody in the guest who does as he is told.
 func (v *VM) listens() bool { return v.Running && v.Agent != nil && !v.Booting }
+
+// Swaps says whether this host has anything to swap to: what is there is not in memory, which is where the VMM looks for changes.
+func Swaps() bool {
+	list, err := os.ReadFile("/proc/swaps")
+	return err == nil && strings.Count(string(list), "\n") > 1 // the first is the heading
+}
 
 // stood says whether the VM still stands still: if not, its drives are not those of the moment of its memory.
 func (v *VM) stood(ctx context.Context) error {

@@ -91,6 +91,9 @@ func (h *Hold) notes() []string {
 	return lines[:len(lines)-1]
 }
 
+// Abandon lets others take over what is noted, as if this process had died.
+func (h *Hold) Abandon() error { return h.f.Close() }
+
 // Release takes the mark away. A VM that is gone meanwhile has none.
 func (h *Hold) Release() error {
 	err := os.Remove(h.f.Name())

@@ -1,10 +1,13 @@
 package vmm
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -43,4 +46,28 @@ func deadlocked(tasks string) bool {
 		}
 	}
 	return true
+}
+
+// hungLook is how often EndIfHung looks.
+const hungLook = time.Second
+
+// EndIfHung kills a VMM that hangs, which would otherwise never answer, until the function it returns is called.
+func (p *Process) EndIfHung() (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(hungLook)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+				if p.Hung() {
+					_ = p.Revert(context.Background()) // has a time limit: the kernel's
+				}
+			}
+		}
+	})
+	return func() { close(done); wg.Wait() }
 }

@@ -11,10 +11,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/download"
 )
 
@@ -136,9 +138,14 @@ func (s *Store) isReady(ctx context.Context, b *Member) bool {
 	if used || err != nil {
 		return false
 	}
-	state, err := m.State(ctx)
-	return err == nil && state == smartvm.Paused
+	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	defer cancel()
+	info, err := m.Info(ctx)
+	return err == nil && info.State == firecracker.StatePaused
 }
+
+// askPatience is how long a VMM may take to say so: one that is only slow, as its host is busy, is not ended.
+const askPatience = 10 * time.Second
 
 // fate is what came of a member.
 type fate int

@@ -271,7 +271,9 @@ func (s *Store) Take(ctx context.Context, name string) (*Taken, error) {
 		}
 		t := &Taken{m, b}
 		if used || b.use() != nil || m.Resume(ctx) != nil { // somebody died with it, or it is half made or about to end
-			_ = t.End(down)
+			if err := t.End(down); ctx.Err() != nil { // and the others are not to go the same way
+				return nil, errors.Join(context.Cause(ctx), err)
+			}
 			continue
 		}
 		if err := s.change(ctx, name, func(p *Pool) { p.Hits++ }); err != nil {

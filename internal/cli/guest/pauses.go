@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/firecracker"
 )
 
 // pauseLook is how often a VM in which a program runs is looked at.
@@ -33,8 +34,8 @@ func (s *Shell) tellPauses(ctx context.Context, m *smartvm.Machine, o Streams) (
 				return
 			case <-tick.C:
 			}
-			state, err := m.State(ctx)
-			if err != nil || paused == (state == smartvm.Paused) {
+			info, err := m.Info(ctx)
+			if err != nil || paused == (info.State == firecracker.StatePaused) {
 				continue
 			}
 			if paused = !paused; paused {
