@@ -72,6 +72,22 @@ func (m *Machine) guest() *agent.Client {
 // hasAgent says whether an agent of ours is in the guest.
 func (m *Machine) hasAgent() bool { return m.rec.Boot != nil && m.rec.Boot.Guest != nil }
 
+// exitPatience is how long it may take until a VM that has cut off its connections is known to have ended.
+const exitPatience = 2 * time.Second
+
+// ended says that op was lost because the VM has ended, nil if that is not known soon.
+func (m *Machine) ended(ctx context.Context, op string, lost error) error {
+	for deadline := time.Now().Add(exitPatience); ctx.Err() == nil && time.Now().Before(deadline); time.Sleep(waitPoll) {
+		if exit, _ := m.Exit(); exit != nil {
+			return m.fail(op, lost, exit)
+		}
+		if errors.Is(m.exists(), ErrNotFound) {
+			return fmt.Errorf("%s VM %s, which has ended and is removed: %w", op, m.rec.ID, lost)
+		}
+	}
+	return nil
+}
+
 // inGuest has op done by the agent of a VM that runs. A guest that still boots is waited for.
 func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client) error) error {
 	state, sure, err := m.look(ctx)
@@ -101,6 +117,10 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 		}
 	}
 	switch {
+	case errors.Is(err, agent.ErrLost):
+		if ended := m.ended(ctx, op, err); ended != nil {
+			return ended
+		}
 	case errors.As(err, new(*agent.VersionError)):
 		err = hint.Add(err, "a VM keeps the agent that it was made with: make it anew, or use the smartvm that made it; an agent that is a service is to be replaced by what smartvm agent writes")
 	case errors.Is(err, ErrNoAgent) && !m.hasAgent():
@@ -116,7 +136,7 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 
 // Exec runs a program in the guest, once that has booted, and returns when it has ended. When ctx ends before, the program gets SIGHUP. When
 // the VM is paused, or a snapshot of it is made, it goes on afterwards; in a VM that is restored from that the program gets SIGHUP. Returns
-// ErrNoAgent, *StateError, agent errors; that the program ended with another code than 0 is no error.
+// ErrNoAgent, *StateError, agent errors, *MachineError where the VM ended meanwhile; that the program ended with another code than 0 is no error.
 func (m *Machine) Exec(ctx context.Context, cmd Cmd) (exit CmdExit, err error) {
 	err = m.inGuest(ctx, "exec in", func(c *agent.Client) error {
 		exit, err = c.Exec(ctx, cmd)

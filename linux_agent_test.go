@@ -1,6 +1,7 @@
 package smartvm_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
@@ -175,7 +176,41 @@ func TestLinuxAgent(t *testing.T) {
 			t.Errorf("after the pause: %q, %v", rest, err)
 		}
 	})
-	endGuest(t, m)
+	// Whoever is busy in a guest that ends is told so, and what it said last.
+	t.Run("Ends", func(t *testing.T) {
+		archive, w := io.Pipe()
+		defer w.Close()
+		copied := make(chan error, 1)
+		go func() {
+			err := m.CopyTo(t.Context(), "-", "/dev/shm", archive, smartvm.CopyOptions{})
+			_ = archive.CloseWithError(err)
+			copied <- err
+		}()
+		const size = 1 << 20 // what comes last waits here for more
+		files := tar.NewWriter(w)
+		err := files.WriteHeader(&tar.Header{Name: "sign", Typeflag: tar.TypeDir, Mode: 0o755})
+		if err == nil {
+			err = files.WriteHeader(&tar.Header{Name: "file", Typeflag: tar.TypeReg, Mode: 0o644, Size: 2 * size})
+		}
+		if err == nil {
+			_, err = files.Write(make([]byte, size))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
+		defer cancel()
+		_, err = m.Exec(ctx, smartvm.Cmd{Args: sh("until [ -d /dev/shm/sign ]; do sleep 1; done; echo last words >/dev/console; sleep 1; echo b >/proc/sysrq-trigger; sleep 100")})
+		for what, err := range map[string]error{"exec in": err, "copy to": <-copied} {
+			var ended *smartvm.MachineError
+			if !errors.As(err, &ended) || ended.Stage != what || ended.Exit == nil || ended.Exit.Outcome != smartvm.OutcomeExited || !strings.Contains(ended.Console, "last words") {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+	})
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
 }
 
 // A small system with an init of its own boots as on a machine of its own, with the agent beside it, and goes when it is asked to.
