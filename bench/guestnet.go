@@ -1,13 +1,17 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os/exec"
 	"path"
 	"path/filepath"
 	"regexp"
+	"strconv"
+	"strings"
 	"time"
 
 	"push.rocks/smartvm"
@@ -18,11 +22,13 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// How often a real guest sends to the host, and how much. What comes first after the rules have gone or come finds everything cold.
+// A real guest sends to the host with our rules and without in turns: so many intervals of iperf3's with them, and then as many as it takes
+// until who looks after the VM has restored them, as he does every five seconds. All is one connection: of two the emulator may make one
+// twice as fast as the other.
 const (
-	guestSends = 12
-	coldBytes  = "4M"
-	guestBytes = "64M"
+	sendTurns     = 24
+	sendIntervals = 4
+	sendInterval  = "0.5" // s
 )
 
 // iperfDir is where iperf3 is in the guest, with the libraries that it is linked with.
@@ -43,69 +49,107 @@ func (s *guestSite) network() error {
 	if err != nil {
 		return err
 	}
+	tables, err := tablesOf(filepath.Join(s.host.RuntimeDir(), store.NetworkDir), config)
+	if err != nil {
+		return err
+	}
 	host, _ := config.Gateway()
-	for range guestSends {
-		tables, err := s.ruled(config)
-		if err != nil {
-			return err
+	ctx, cancel := context.WithCancel(s.ctx)
+	server := exec.CommandContext(ctx, s.iperf3, "--server", "--one-off", "--forceflush", "--bind", host.String(), "--interval", sendInterval, "--format", "k")
+	out, err := server.StdoutPipe()
+	if err == nil {
+		err = server.Start()
+	}
+	if err != nil {
+		cancel()
+		return err
+	}
+	ended := make(chan error, 1)
+	defer func() {
+		cancel()
+		<-ended
+		_ = server.Wait()
+	}()
+	lines := bufio.NewScanner(out)
+	for lines.Scan() && !strings.Contains(lines.Text(), "listening") {
+	}
+	go func() {
+		var told bytes.Buffer
+		exit, err := s.client.Exec(ctx, agent.Cmd{
+			Args: []string{iperfDir + "/ld", "--library-path", iperfDir, iperfDir + "/iperf3", "--client", host.String(), "--time", "3600"}, Stdout: &told, Stderr: &told,
+		})
+		ended <- fmt.Errorf("iperf3 in the guest: %+v, %w: %s", exit, err, &told)
+	}()
+	next := func() (float64, error) {
+		defer time.AfterFunc(guestPatience, cancel).Stop() // the emulator loses guests
+		for lines.Scan() {
+			if m := received.FindStringSubmatch(lines.Text()); m != nil {
+				kbits, err := strconv.ParseFloat(m[1], 64)
+				return kbits / 8e3, err
+			}
 		}
-		rate, err := s.send(host.String())
-		if err != nil {
+		err := <-ended
+		ended <- err
+		return 0, errors.Join(err, lines.Err())
+	}
+	for i := range sendTurns {
+		if err := s.turn(tables, i%2 == 1, next); err != nil {
 			return err
-		}
-		s.report("guest-throughput", "MB/s", rate)
-		if err := tables.Revert(s.ctx); err != nil {
-			return err
-		}
-		if rate, err = s.send(host.String()); err != nil {
-			return err
-		}
-		there, err := tables.There(s.ctx)
-		if err != nil {
-			return err
-		}
-		if !there { // or they were restored meanwhile
-			s.report("guest-throughput-no-rules", "MB/s", rate)
 		}
 	}
 	return nil
 }
 
-// ruled waits until our rules are there, which whoever looks after a VM sees to.
-func (s *guestSite) ruled(c network.Config) (*filter.Tables, error) {
-	for deadline := time.Now().Add(guestPatience); ; time.Sleep(50 * time.Millisecond) {
-		t, err := tablesOf(filepath.Join(s.host.RuntimeDir(), store.NetworkDir), c)
-		if err != nil {
-			return nil, err
-		}
-		if there, err := t.There(s.ctx); err != nil || there {
-			return t, err
-		}
-		if time.Now().After(deadline) {
-			return nil, errors.New("nobody restores the rules")
-		}
+// received is what iperf3's server says of an interval, in kbit/s.
+var received = regexp.MustCompile(`sec .* ([0-9.]+) Kbits/sec`)
+
+// turn measures with our rules, and without them, or with nothing in their place but what knows connections.
+func (s *guestSite) turn(tables *filter.Tables, known bool, next func() (float64, error)) error {
+	if _, err := next(); err != nil { // it begins with the state before
+		return err
 	}
+	var with float64
+	for range sendIntervals {
+		rate, err := next()
+		if err != nil {
+			return err
+		}
+		s.report("guest-throughput", "MB/s", rate)
+		with += rate / sendIntervals
+	}
+	if err := tables.Revert(s.ctx); err != nil {
+		return err
+	}
+	name := "no-rules"
+	measure := func() (mean float64, err error) { return s.unruled(tables, "guest-throughput-"+name, next) }
+	measureLeast := measure
+	if known {
+		name = string(conntrackOnly)
+		measureLeast = func() (mean float64, err error) { return conntrackOnly.beside(measure) }
+	}
+	without, err := measureLeast()
+	if err == nil && without > 0 { // or they were restored at once
+		s.report("guest-throughput/"+name, "", with/without)
+	}
+	return err
 }
 
-// send is one connection's rate, after another one.
-func (s *guestSite) send(host string) (float64, error) {
-	if _, err := s.sendBytes(host, coldBytes); err != nil {
+// unruled measures until our rules are restored.
+func (s *guestSite) unruled(tables *filter.Tables, name string, next func() (float64, error)) (mean float64, err error) {
+	if _, err := next(); err != nil {
 		return 0, err
 	}
-	return s.sendBytes(host, guestBytes)
-}
-
-func (s *guestSite) sendBytes(host, amount string) (float64, error) {
-	return received(s.ctx, s.iperf3, host, (*exec.Cmd).Start, func() ([]byte, error) {
-		var out bytes.Buffer
-		exit, err := s.client.Exec(s.ctx, agent.Cmd{
-			Args: []string{iperfDir + "/ld", "--library-path", iperfDir, iperfDir + "/iperf3", "--client", host, "--bytes", amount, "--json"}, Stdout: &out, Stderr: &out,
-		})
-		if err == nil && exit.Code != 0 {
-			err = fmt.Errorf("iperf3 in the guest: %+v", exit)
+	for n := 0.0; ; n++ {
+		rate, err := next()
+		if err != nil {
+			return 0, err
 		}
-		return out.Bytes(), err
-	})
+		if there, err := tables.There(s.ctx); err != nil || there {
+			return mean / n, err
+		}
+		s.report(name, "MB/s", rate)
+		mean += rate
+	}
 }
 
 // library is a line of ldd's: what a library is called, and where it is.

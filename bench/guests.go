@@ -26,6 +26,7 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/lab"
+	"push.rocks/smartvm/internal/logfile"
 )
 
 // guestVerb runs the measurements of real guests, in the lab where this machine boots none.
@@ -172,7 +173,7 @@ type guestSite struct {
 const guestHelper = "/inguest"
 
 // measureGuests prints what it measures; args are a directory with an image and inguest, the VMM, and iperf3.
-func measureGuests(args []string) error {
+func measureGuests(args []string) (err error) {
 	out := json.NewEncoder(os.Stdout)
 	// Files that other machines share are slow: a guest is not to wait for them.
 	local, err := os.MkdirTemp("/dev/shm", "smartvm-bench-guests-")
@@ -193,6 +194,12 @@ func measureGuests(args []string) error {
 		return err
 	}
 	defer s.host.Close()
+	defer func() {
+		if err != nil && s.m != nil {
+			state, _ := s.m.State(s.ctx)
+			err = fmt.Errorf("%w; the VM is %s, and its console ends with\n%s", err, state, logfile.Tail(s.m.ConsoleLog(), 2<<10))
+		}
+	}()
 	for i := range guestBoots {
 		if err := again(func() error { return s.boot(i == guestBoots-1) }); err != nil {
 			return err

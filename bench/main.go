@@ -35,7 +35,8 @@
 //     command but modules and mounts. guest-exec: exec of true, the whole call; guest-connect: CONNECT and the echo of a byte on the same
 //     vsock; guest-spawn: fork, exec and end of true, timed in the guest. guest-copy-to and -from: cp of 256 MiB to the guest's memory and back;
 //     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that. guest-throughput:
-//     one TCP connection of iperf3's from a guest to the host; guest-throughput-no-rules: the same without our rules.
+//     one TCP connection of iperf3's from a guest to the host, each half second of it; guest-throughput-no-rules: the same without our rules;
+//     guest-throughput-conntrack-only: with no more in their place than what has the kernel know connections.
 //
 //   - restore: the call of Machine.Start of a VM of a snapshot, 256 MiB with 64 MiB written to, until it goes on; create-restored:
 //     the call of Host.Restore before; bare-restore: spawn of Firecracker until it has loaded the same and resumed.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -37,16 +36,10 @@ func (s *networkSite) throughput() error {
 	ways := []struct {
 		name, address string
 		server        *netns.Namespace // nil: the host
-		least         string           // what the kernel's part is called
-		chain         *nftables.Chain
-		rule          []expr.Any
+		least         least            // the kernel's part
 	}{
-		{"throughput", gateway.String(), nil, "conntrack-only", &nftables.Chain{
-			Name: "input", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
-		}, []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}},
-		{"throughput-out", benchWorld, s.world, "nat-only", &nftables.Chain{
-			Name: "postrouting", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource,
-		}, []expr.Any{&expr.Masq{}}},
+		{"throughput", gateway.String(), nil, conntrackOnly},
+		{"throughput-out", benchWorld, s.world, natOnly},
 	}
 	for round := range throughputRounds {
 		for _, w := range ways {
@@ -55,7 +48,7 @@ func (s *networkSite) throughput() error {
 				rate,
 				func() (float64, error) { return s.without(rate) },
 				func() (float64, error) {
-					return s.without(func() (float64, error) { return beside(w.chain, w.rule, rate) })
+					return s.without(func() (float64, error) { return w.least.beside(rate) })
 				},
 			}
 			rates := make([]float64, len(states))
@@ -66,7 +59,7 @@ func (s *networkSite) throughput() error {
 					return err
 				}
 			}
-			err := errors.Join(tell(w.name, "MB/s", rates[0]), tell(w.name+"-no-rules", "MB/s", rates[1]), tell(w.name+"-"+w.least, "MB/s", rates[2]))
+			err := errors.Join(tell(w.name, "MB/s", rates[0]), tell(w.name+"-no-rules", "MB/s", rates[1]), tell(w.name+"-"+string(w.least), "MB/s", rates[2]))
 			if err != nil {
 				return err
 			}
@@ -100,11 +93,27 @@ func tablesOf(dir string, c network.Config) (*filter.Tables, error) {
 	return &filter.Tables{Name: c.Table(), Owner: up.Owner}, err
 }
 
-// beside does something while a table with one rule is there.
-func beside(chain *nftables.Chain, rule []expr.Any, f func() (float64, error)) (float64, error) {
+// least is a table with one rule, for which the kernel does a part of what it does for ours.
+type least string
+
+const (
+	conntrackOnly least = "conntrack-only"
+	natOnly       least = "nat-only"
+)
+
+// beside does something while that table is there.
+func (l least) beside(f func() (float64, error)) (float64, error) {
 	conn, err := nftables.New()
 	if err != nil {
 		return 0, err
+	}
+	chain, rule := &nftables.Chain{
+		Name: "input", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
+	}, []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}
+	if l == natOnly {
+		chain, rule = &nftables.Chain{
+			Name: "postrouting", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource,
+		}, []expr.Any{&expr.Masq{}}
 	}
 	chain.Table = conn.AddTable(&nftables.Table{Name: "least", Family: nftables.TableFamilyINet})
 	conn.AddRule(&nftables.Rule{Table: chain.Table, Chain: conn.AddChain(chain), Exprs: rule})
@@ -116,24 +125,13 @@ func beside(chain *nftables.Chain, rule []expr.Any, f func() (float64, error)) (
 	return result, errors.Join(err, conn.Flush())
 }
 
-// rate is that of one connection from the guest.
+// rate is what arrives of one connection of iperf3's from the guest to an address, in MB/s.
 func (s *networkSite) rate(server *netns.Namespace, address string) (float64, error) {
 	start := (*exec.Cmd).Start
 	if server != nil {
 		start = func(listen *exec.Cmd) error { return server.Do(listen.Start) }
 	}
-	return received(s.ctx, s.iperf3, address, start, func() (told []byte, err error) {
-		doErr := s.guest.Do(func() error {
-			told, err = exec.CommandContext(s.ctx, s.iperf3, "--client", address, "--bytes", "400M", "--json").Output()
-			return err
-		})
-		return told, doErr
-	})
-}
-
-// received is what arrives of one connection of iperf3's at an address, in MB/s. Start starts the server; the client tells in JSON how it went.
-func received(ctx context.Context, iperf3, address string, start func(*exec.Cmd) error, client func() ([]byte, error)) (float64, error) {
-	listen := exec.CommandContext(ctx, iperf3, "--server", "--one-off", "--forceflush", "--bind", address)
+	listen := exec.CommandContext(s.ctx, s.iperf3, "--server", "--one-off", "--forceflush", "--bind", address)
 	out, err := listen.StdoutPipe()
 	if err != nil {
 		return 0, err
@@ -147,7 +145,11 @@ func received(ctx context.Context, iperf3, address string, start func(*exec.Cmd)
 			return 0, fmt.Errorf("iperf3 does not listen: %w", errors.Join(err, listen.Wait()))
 		}
 	}
-	told, err := client()
+	var told []byte
+	err = s.guest.Do(func() (err error) {
+		told, err = exec.CommandContext(s.ctx, s.iperf3, "--client", address, "--bytes", "400M", "--json").Output()
+		return err
+	})
 	if err != nil {
 		return 0, errors.Join(fmt.Errorf("iperf3: %w: %s", err, told), listen.Process.Signal(unix.SIGKILL), listen.Wait())
 	}
