@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/internal/fixtures"
@@ -307,5 +309,67 @@ func TestLinux_Reflink(t *testing.T) {
 				t.Errorf("left beside the data directory: %v %v", left, err)
 			}
 		})
+	}
+	t.Run("Fork", func(t *testing.T) { forkReflinked(t, filepath.Join(mnt, "data"), source) })
+}
+
+// forkReflinked wants forks of a VM to share the blocks of its disk.
+func forkReflinked(t *testing.T, data, source string) {
+	h, err := smartvm.Open(smartvm.Options{
+		RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: data, Launcher: smartvm.LaunchDirect, FirecrackerBinary: testenv.Firecracker(t),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := "printf modified | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null\nwhile :; do echo now $(head -c 8 /dev/vda) end; sleep 1; done\n"
+	spec := linuxSpec(t, linuxInitrd(t, script, "virtio_blk", "virtio_mmio"))
+	spec.Drives = []smartvm.Drive{{DriveID: "disk", PathOnHost: source, CacheType: "Writeback"}}
+	m, err := h.Create(t.Context(), spec)
+	if err == nil {
+		err = m.Start(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	awaitLog(t, m, "now modified end")
+	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := func() int64 {
+		var st unix.Statfs_t
+		unix.Sync()
+		if err := unix.Statfs(data, &st); err != nil {
+			t.Fatal(err)
+		}
+		return int64(st.Blocks-st.Bfree) * st.Bsize
+	}
+	before := used()
+	forks, err := sn.Fork(t.Context(), 3, smartvm.ForkOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range forks {
+		awaitLog(t, f, "now modified end")
+		i, err := f.Inspect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := i.Staged["disk"]
+		if _, err := os.Stat(got.Path); err != nil || got.Method != "reflink" || !strings.HasPrefix(got.Path, data) {
+			t.Errorf("staged %+v, %v, want a reflink below %s", got, err, data)
+		}
+	}
+	if more := used() - before; more > 10<<20 {
+		t.Errorf("3 forks of a disk of 100 MiB take %d bytes", more)
+	}
+	for _, vm := range append(forks, m) {
+		endGuest(t, vm)
+	}
+	if err := h.RemoveSnapshot(t.Context(), sn.ID, false); err != nil {
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(filepath.Join(data, "staging")); err != nil || len(left) > 0 {
+		t.Errorf("left beside the data directory: %v %v", left, err)
 	}
 }

@@ -157,6 +157,15 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 			m.host.log.Debug("staged", "vm", rec.ID, "file", file.Target, "method", file.Method)
 		}
 	}
+	for _, d := range devices(&rec.Spec, p) {
+		if d.staged && rec.Restored != nil { // by each start, to where it was to be at first
+			method := stage.Copy
+			if d.reflinking {
+				method = stage.Reflink
+			}
+			rec.Staged[d.id] = StagedDrive{d.source, method}
+		}
+	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}

@@ -2,6 +2,7 @@ package smartvm
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"path/filepath"
 	"slices"
@@ -84,12 +85,11 @@ func devices(s *Spec, p *proposal) []device {
 			continue
 		}
 		dir := filepath.Join(p.store.Dir(p.id), store.DriveDir)
-		if d.reflinking = p.reflinks[d.path]; d.reflinking {
+		if p.reflinks[d.path] {
 			dir = p.reflinkDir()
 		}
-		if d.source = p.copies[d.id].Path; d.source == "" {
-			d.source = filepath.Join(dir, d.id)
-		}
+		d.source = cmp.Or(p.copies[d.id].Path, filepath.Join(dir, d.id))
+		d.reflinking = filepath.Dir(d.source) == p.reflinkDir()
 	}
 	return all
 }
