@@ -1,6 +1,7 @@
 package network_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,9 +11,11 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
@@ -262,6 +265,9 @@ func TestNetwork_Ports(t *testing.T) {
 			{Host: 5353, Guest: 53, Protocol: "udp"},
 			{Address: netip.MustParseAddr(uplink4), Host: 9000, Guest: 80, Protocol: "tcp"},
 			{Address: netip.MustParseAddr("127.0.0.1"), Host: 9001, Guest: 80, Protocol: "tcp"},
+			{Address: netip.MustParseAddr("127.0.0.1"), Host: 5354, Guest: 53, Protocol: "udp"},
+			{Address: netip.IPv4Unspecified(), Host: 9002, Guest: 80, Protocol: "tcp"},
+			{Address: netip.IPv6Unspecified(), Host: 9003, Guest: 80, Protocol: "tcp"},
 		}
 	})
 	a.Serve(":80", "web")
@@ -269,6 +275,7 @@ func TestNetwork_Ports(t *testing.T) {
 	for address, want := range map[string]string{
 		uplink4 + ":8000": "web from " + world4 + "\n", "[" + uplink6 + "]:8000": "web from " + world6 + "\n",
 		uplink4 + ":9000": "web from " + world4 + "\n", uplink4 + ":9001": "", uplink4 + ":5353": "", "[" + uplink6 + "]:9000": "",
+		uplink4 + ":9002": "web from " + world4 + "\n", "[" + uplink6 + "]:9002": "", uplink4 + ":9003": "", "[" + uplink6 + "]:9003": "web from " + world6 + "\n",
 	} {
 		if got := s.outside.Ask("tcp", address); got != want {
 			t.Errorf("%s from outside: got %q, want %q", address, got, want)
@@ -285,10 +292,113 @@ func TestNetwork_Ports(t *testing.T) {
 			t.Errorf("%s from the host: got %q, want %q", address, got, want)
 		}
 	}
+	// A neighbour may send the host what is for its loopback. The second shows that the first has been seen.
+	s.datagram(t, "127.0.0.1", 5354)
+	s.datagram(t, uplink4, 5353)
+	var flows []string
+	for !slices.Contains(flows, uplink4) {
+		all, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		if err != nil {
+			t.Fatal(err)
+		}
+		flows = nil
+		for _, f := range all {
+			if f.Forward.SrcPort == datagramPort {
+				flows = append(flows, f.Forward.DstIP.String())
+			}
+		}
+	}
+	if slices.Contains(flows, "127.0.0.1") {
+		t.Error("the host's loopback is open to others")
+	}
 	s.remove(a)
 	if !s.outside.Silent("tcp", uplink4+":8000") {
 		t.Error("a port is published still")
 	}
+}
+
+// Who has an address after another guest has none of its connections: by what is known he would pass his own policy.
+func TestNetwork_Reused(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	s.outside.Serve(":80", "world")
+	a := s.guest(0, nil)
+	for _, world := range []string{world4, "[" + world6 + "]"} {
+		var c net.Conn
+		a.Must(func() (err error) { c, err = net.Dial("udp", world+":80"); return err })
+		defer c.Close()
+		ask := func(wait time.Duration) bool {
+			answer := make([]byte, 64)
+			_, err := c.Write([]byte("?"))
+			if err == nil {
+				err = c.SetReadDeadline(time.Now().Add(wait))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			n, _ := c.Read(answer)
+			return n > 0
+		}
+		if !ask(10 * time.Second) {
+			t.Fatalf("%s does not answer", world)
+		}
+		if err := a.filter.Revert(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		a.filter.Policy = &policy.Policy{DefaultAction: policy.Deny}
+		if err := a.filter.Apply(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if ask(time.Second) {
+			t.Errorf("%s answers what no rule allows", world)
+		}
+		if err := a.filter.Revert(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		a.filter.Policy = nil
+		if err := a.filter.Apply(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.remove(a)
+}
+
+// datagramPort is where a datagram comes from.
+const datagramPort = 7777
+
+// datagram sends one from outside to the host's MAC, whatever its address.
+func (s *site) datagram(t *testing.T, to string, port uint16) {
+	t.Helper()
+	uplink, err := net.InterfaceByName("uplink")
+	if err != nil {
+		t.Fatal(err)
+	}
+	udp := binary.BigEndian.AppendUint16(nil, datagramPort)
+	udp = binary.BigEndian.AppendUint16(udp, port)
+	udp = append(udp, 0, 9, 0, 0, '?')
+	ip := append([]byte{0x45, 0, 0, byte(20 + len(udp)), 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}, net.ParseIP(world4).To4()...)
+	ip = append(ip, net.ParseIP(to).To4()...)
+	sum := uint32(0)
+	for i := 0; i < len(ip); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(ip[i:]))
+	}
+	binary.BigEndian.PutUint16(ip[10:], ^uint16(sum+sum>>16))
+	s.outside.Must(func() error {
+		eth0, err := net.InterfaceByName("eth0")
+		if err != nil {
+			return err
+		}
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		host := unix.SockaddrLinklayer{Ifindex: eth0.Index, Halen: 6, Protocol: 0x0008} // IPv4, in the network's order
+		copy(host.Addr[:], uplink.HardwareAddr)
+		return unix.Sendto(fd, append(ip, udp...), 0, &host)
+	})
 }
 
 // The first rule that matches decides.

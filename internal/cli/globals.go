@@ -91,6 +91,9 @@ func (g *globals) finish(a *app) error {
 			c.Policy = g.policy
 			err = c.Validate()
 		}
+		if err == nil {
+			g.firewall, err = filepath.Abs(g.firewall) // for self
+		}
 		if err != nil {
 			return usage("--firewall %s: %w", g.firewall, err)
 		}
@@ -135,7 +138,7 @@ func (g *globals) self(args ...string) []string {
 	all := []string{program}
 	for name, value := range map[string]string{
 		"runtime-dir": g.runtimeDir, "data-dir": g.dataDir, "firecracker": g.firecracker, "firecracker-version": g.version, "jailer": g.jailer,
-		"launcher": g.launcher, "bridge": g.bridge, "subnet": g.subnet,
+		"launcher": g.launcher, "bridge": g.bridge, "subnet": g.subnet, "firewall": g.firewall,
 	} {
 		if value != "" {
 			all = append(all, "--"+name, value)

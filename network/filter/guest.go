@@ -32,7 +32,7 @@ type Guest struct {
 
 // Port is a port of the host that leads to one of a guest's.
 type Port struct {
-	Address  netip.Addr `json:"address,omitzero"` // of the host; zero: all
+	Address  netip.Addr `json:"address,omitzero"` // of the host; zero: all, 0.0.0.0 or ::: all of that family
 	Host     uint16     `json:"host"`
 	Guest    uint16     `json:"guest"`
 	Protocol string     `json:"protocol"` // "tcp" or "udp"
@@ -141,14 +141,14 @@ func removeAll(guests []*Guest) error {
 		}
 		layouts[g.Table] = l
 	}
-	guests = slices.DeleteFunc(slices.Clone(guests), func(g *Guest) bool { return layouts[g.Table] == nil })
-	if err := remove(conn, layouts, guests); err != nil {
+	present := slices.DeleteFunc(slices.Clone(guests), func(g *Guest) bool { return layouts[g.Table] == nil })
+	if err := remove(conn, layouts, present); err != nil {
 		return fmt.Errorf("remove guests: %w", err)
 	}
 	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove guests: %w", err)
 	}
-	return nil
+	return forget(guests)
 }
 
 // remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch. The elements of
@@ -267,15 +267,16 @@ func (p Port) member(l *layout, to netip.Addr) member {
 	e := nftables.SetElement{Val: append(to.AsSlice(), padded(port(p.Guest)...)...)}
 	e.Key = append(padded(proto), padded(port(p.Host)...)...)
 	set := l.ports4
+	one := p.Address.IsValid() && !p.Address.IsUnspecified()
 	switch {
-	case p.Address.IsValid() && to.Is4():
+	case one && to.Is4():
 		set = l.portsAt4
-	case p.Address.IsValid():
+	case one:
 		set = l.portsAt6
 	case to.Is6():
 		set = l.ports6
 	}
-	if p.Address.IsValid() {
+	if one {
 		e.Key = append(p.Address.AsSlice(), e.Key...)
 	}
 	return member{set, []nftables.SetElement{e}}

@@ -270,7 +270,7 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 			join(known(), accept()),
 			join(iif(t.Bridge), jump(toHost)))},
 		{base(l.inet, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), plain(
-			append(t.proxied(l), published(l)...)...)},
+			append(t.proxied(l), append([]exprs{foreign()}, published(l)...)...)...)},
 		{base(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), plain(published(l)...)},
 		{base(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(t.masqueraded()...)},
 		{nftables.Chain{Table: l.inet, Name: fromGuest}, plain(t.leaving(l)...)},
@@ -339,12 +339,19 @@ func published(l *layout) (all []exprs) {
 	return all
 }
 
+// foreign keeps who is not the host itself from what is published on its loopback: the kernel drops what is sent to such an address from
+// outside, but only after this. What the host sends there goes by output.
+func foreign() exprs { return join(nfproto(unix.NFPROTO_IPV4), within(dest4, loopback4), accept()) }
+
+// loopback4 has no counterpart: the kernel drops what comes for ::1 at once.
+var loopback4 = netip.MustParsePrefix("127.0.0.0/8")
+
 // masqueraded gives what leaves the network, or comes from the host's loopback, an address to which answers come back.
 func (t *Tables) masqueraded() []exprs {
 	masquerade := exprs{&expr.Masq{}}
 	all := []exprs{
 		join(oifNot(t.Bridge), nfproto(unix.NFPROTO_IPV4), within(source4, t.Subnet), masquerade),
-		join(oif(t.Bridge), nfproto(unix.NFPROTO_IPV4), within(source4, netip.MustParsePrefix("127.0.0.0/8")), masquerade),
+		join(oif(t.Bridge), nfproto(unix.NFPROTO_IPV4), within(source4, loopback4), masquerade),
 	}
 	if t.Subnet6.IsValid() {
 		all = append(all, join(oifNot(t.Bridge), nfproto(unix.NFPROTO_IPV6), within(source6, t.Subnet6), masquerade))
