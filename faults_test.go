@@ -113,7 +113,7 @@ func works(t *testing.T, m *smartvm.Machine) {
 }
 
 // startTimeout is for VMMs that never get ready. It must be long enough for the others to be.
-const startTimeout = 2 * time.Second
+const startTimeout = 5 * time.Second
 
 func TestFault_Start(t *testing.T) {
 	bad := fakefc.Fault{Status: 400, Message: "The kernel file cannot be opened: No such file or directory (os error 2)"}
@@ -127,7 +127,7 @@ func TestFault_Start(t *testing.T) {
 		slow   bool
 	}
 	rows := []row{
-		{"hangs before the socket", fakefc.Script{NoSocket: true}, "PUT /machine-config", []string{"did not take its configuration within 2s"}, -1, true},
+		{"hangs before the socket", fakefc.Script{NoSocket: true}, "PUT /machine-config", []string{"did not take its configuration within " + startTimeout.String()}, -1, true},
 		{
 			"exits before the socket",
 			fakefc.Script{ExitAtOnce: &fakefc.Exit{Status: 3, Message: "Error: no such luck"}},
@@ -161,7 +161,7 @@ func TestFault_Start(t *testing.T) {
 		rows = append(rows,
 			row{request + " answers 400", faulty(bad), stage, []string{bad.Message}, -1, false},
 			row{request + " answers 503", faulty(busy), stage, []string{"503"}, -1, false},
-			row{request + " never answers", faulty(fakefc.Fault{Hang: true}), stage, []string{"did not take its configuration within 2s"}, -1, true})
+			row{request + " never answers", faulty(fakefc.Fault{Hang: true}), stage, []string{"did not take its configuration within " + startTimeout.String()}, -1, true})
 	}
 	testenv.Require(t, testenv.KVM)
 	testenv.NoLeaks(t)

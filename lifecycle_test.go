@@ -199,7 +199,7 @@ func TestMachine_FormerOfTheID(t *testing.T) {
 		}
 		refused := func(when string) {
 			t.Helper()
-			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			_, stopErr := former.Stop(ctx, smartvm.StopOptions{})
 			_, stateErr := former.State(ctx)

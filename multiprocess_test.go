@@ -432,11 +432,18 @@ func TestProcesses_Melee(t *testing.T) {
 // vmmProcess is the VMM's process.
 func vmmProcess(t *testing.T, m *smartvm.Machine) int {
 	t.Helper()
-	i, err := m.Inspect(t.Context())
-	if err != nil || len(i.PIDs) == 0 {
-		t.Fatalf("inspect: %+v, %v", i, err)
-	}
-	return i.PIDs[0]
+	var pid int
+	eventually(t, "the VMM's process is known", func() bool {
+		i, err := m.Inspect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(i.PIDs) > 0 {
+			pid = i.PIDs[0]
+		}
+		return pid != 0
+	})
+	return pid
 }
 
 func wantReport(t *testing.T, got *smartvm.Report, err error, want smartvm.Report) {
@@ -595,12 +602,14 @@ func TestProcesses_RunnerDiesAtRandom(t *testing.T) {
 				other.send(request{Op: "run", Spec: spec})
 				time.Sleep(time.Duration(rng.IntN(80_000)) * time.Microsecond) // the moment is the test
 				other.kill()
-				if _, err := h.Recover(t.Context()); err != nil {
-					t.Error(err)
-				}
-				if all, err := h.Machines(t.Context()); err != nil || len(all) > 0 {
-					t.Fatalf("after %d: %d VMs are left, %v", i, len(all), err)
-				}
+				// A process that it was about to start may hold the VM's lock for a moment more.
+				eventually(t, fmt.Sprintf("after %d no VM is left", i), func() bool {
+					if _, err := h.Recover(t.Context()); err != nil {
+						t.Error(err)
+					}
+					all, err := h.Machines(t.Context())
+					return err == nil && len(all) == 0
+				})
 				for _, dir := range []string{"runtime", "runtime/.leases", "runtime/.networks", "runtime/.slots", "data/staging"} {
 					entries, err := os.ReadDir(s.path(dir))
 					if err != nil {

@@ -55,8 +55,8 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	}
 	exit := &Exit{Outcome: OutcomeFailed, Code: -1, Started: r.started, Ended: time.Now().UTC(), Error: err.Error()}
 	var ended *Exit
-	if r.proc != nil {
-		ended = m.linger(r.proc)
+	if r.proc != nil && r.proc.Linger(err) {
+		ended = exitOf(r.proc.Exit())
 	}
 	errs := []error{m.fail(stage, err, ended), atomicfile.WriteJSON(m.path(store.ExitFile), exit)}
 	_ = os.Remove(m.path(store.PendingFile)) // no guest has written anything
@@ -71,18 +71,6 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	m.set("", nil)
 	return nil, errors.Join(append(errs, lock.Unlock())...)
 }
-
-// linger gives a VMM that broke off a call the moment it takes to end, so that its exit status can be told.
-func (m *Machine) linger(p *vmm.Process) *Exit {
-	select {
-	case <-p.Done():
-		return exitOf(p.Exit())
-	case <-time.After(lingerTime):
-		return nil
-	}
-}
-
-const lingerTime = 100 * time.Millisecond
 
 // launch brings the VM up and says at which stage it failed. What it did is in r for the caller to undo.
 func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage string, err error) {
@@ -194,7 +182,7 @@ func (m *Machine) watch(r *run) {
 	exit := exitOf(r.proc.Exit())
 	exit.Started = r.started
 	// What the guest said last has come, and is heard.
-	hurry := time.AfterFunc(lingerTime, stopListening)
+	hurry := time.AfterFunc(hearTime, stopListening)
 	<-r.attended
 	hurry.Stop()
 	exit.Command = r.command
@@ -210,6 +198,9 @@ func (m *Machine) watch(r *run) {
 	m.set("", nil)
 	r.err = errors.Join(r.err, r.lock.Unlock())
 }
+
+// hearTime is how long an ended guest's last words are waited for.
+const hearTime = 100 * time.Millisecond
 
 // heal mends what others have done to a VM that runs: flushed rules of its networks, or died while they held it still.
 func (m *Machine) heal(ctx context.Context, r *run) error {

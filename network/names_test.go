@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
 
@@ -50,6 +51,7 @@ func (g *guest) resolveType(t *testing.T, server, name string, kind dnsmessage.T
 		if _, err := conn.Write(packed); err != nil {
 			return err
 		}
+		_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 		buf := make([]byte, 1500)
 		n, err := conn.Read(buf)
 		if err != nil {

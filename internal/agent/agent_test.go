@@ -82,6 +82,7 @@ func newServer(t *testing.T, boot *agentproto.Boot) (*server.Server, *agent.Clie
 	t.Helper()
 	l, c := listen(t)
 	s := server.New(reaper(), boot)
+	s.SetClock = func(time.Time) error { return nil } // not this machine's, however late it is
 	go func() {
 		if err := s.Serve(l); err != nil {
 			t.Error(err)
@@ -355,6 +356,47 @@ func TestMain_Command(t *testing.T) {
 	}
 	if e := <-seen; e.Exit == nil || e.Exit.Code != 9 {
 		t.Errorf("watchers saw %+v", e)
+	}
+}
+
+// A guest whose clock is wrong sets it, and says by how much it was.
+func TestWatch_Skew(t *testing.T) {
+	l, c := listen(t)
+	s := server.New(reaper(), nil)
+	set := make(chan time.Time, 1)
+	s.SetClock = func(to time.Time) error { set <- to; return nil }
+	go func() { _ = s.Serve(l) }()
+	raw, err := c.Connect(t.Context(), agentproto.Port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	now := time.Now().Add(-time.Hour).Round(0)
+	watch := agentproto.Request{Version: agentproto.Version, Op: agentproto.OpWatch, Now: now}
+	request, err := watch.Frame()
+	if err == nil {
+		_, err = raw.Write(request)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := agentproto.NewConn(raw)
+	for {
+		k, payload, err := conn.Receive()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if k != agentproto.KindEvent {
+			continue
+		}
+		e, err := agentproto.ParseJSON[agentproto.Event](payload)
+		if err != nil || (e.Skew-time.Hour).Abs() > time.Minute {
+			t.Errorf("skew %v, %v", e.Skew, err)
+		}
+		break
+	}
+	if to := <-set; !to.Equal(now) {
+		t.Errorf("the clock is set to %v, want %v", to, now)
 	}
 }
 

@@ -66,7 +66,7 @@ func TestClient_Hostile(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := hostile(t, data, false)
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			slow, w := io.Pipe()
 			defer slow.Close()

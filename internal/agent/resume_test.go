@@ -127,6 +127,7 @@ func newBrittle(t *testing.T, lasts ...int) (*brittle, *server.Server, *agent.Cl
 	l, c := listen(t)
 	b := &brittle{Listener: l, lasts: lasts, open: map[*cuttable]bool{}}
 	s := server.New(reaper(), nil)
+	s.SetClock = func(time.Time) error { return nil }
 	go func() {
 		if err := s.Serve(b); err != nil {
 			t.Error(err)

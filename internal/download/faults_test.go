@@ -188,7 +188,7 @@ func TestFetch_Stalled(t *testing.T) {
 		return true
 	}
 	c := quick(nil)
-	c.Stall = 100 * time.Millisecond
+	c.Stall = time.Second
 	path := filepath.Join(t.TempDir(), "file")
 	if err := c.Fetch(t.Context(), s.file(), path, nil); err != nil {
 		t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,8 +19,20 @@ type Hold struct{ f *os.File }
 
 // Hold marks a VM as held. Returns ErrLocked where another process holds it, fs.ErrNotExist without the VM.
 func (s *Store) Hold(id string) (*Hold, error) {
-	return s.hold(id, os.O_CREATE)
+	for tries := 1; ; tries++ {
+		h, err := s.hold(id, os.O_CREATE)
+		if !errors.Is(err, ErrLocked) || tries == holdTries {
+			return h, err
+		}
+		time.Sleep(holdPause) // who looks for abandoned ones has it for a moment
+	}
 }
+
+// How often Hold tries.
+const (
+	holdTries = 3
+	holdPause = 10 * time.Millisecond
+)
 
 // Abandoned takes over the hold of a process that has died. Returns fs.ErrNotExist where there is none, ErrLocked.
 func (s *Store) Abandoned(id string) (*Hold, error) {

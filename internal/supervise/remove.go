@@ -55,7 +55,7 @@ func Sweep(ctx context.Context, h *smartvm.Host) error {
 }
 
 const (
-	holdTimeout = 2 * time.Second // how long Remove waits for a Hold
+	holdTimeout = 10 * time.Second // how long Remove waits for a Hold
 	holdPoll    = 5 * time.Millisecond
 )
 

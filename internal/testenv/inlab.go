@@ -83,7 +83,7 @@ func listTests(t *testing.T, binary, pattern string) []string {
 
 const (
 	// labSilence is longer than any test in the lab says nothing.
-	labSilence = 2 * time.Minute
+	labSilence = 4 * time.Minute
 	labTries   = 8
 )
 

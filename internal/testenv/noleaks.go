@@ -16,7 +16,7 @@ import (
 
 const (
 	// settleTime is how long what a test did may take to be gone after it.
-	settleTime = 5 * time.Second
+	settleTime = 20 * time.Second
 	// turnTime is how long other packages' tests may keep us waiting.
 	turnTime = 45 * time.Minute
 )

@@ -63,7 +63,7 @@ func (s *Server) identify(ss *session) error {
 	if ss.req.Identity == nil {
 		return errors.New("no identity is given")
 	}
-	r := agentproto.Reply{Skew: welcome(ss.req)}
+	r := agentproto.Reply{Skew: s.welcome(ss.req)}
 	s.frozen.thawMounts() // names are written there
 	if s.Identify != nil {
 		for _, err := range s.Identify(ss.req.Identity) {

@@ -92,7 +92,7 @@ func (ss *session) exit(err error) {
 const minSkew = 500 * time.Millisecond
 
 // welcome sets the clock if it is wrong, stirs in what the host has drawn, and returns by how much the clock was wrong.
-func welcome(req agentproto.Request) (skew time.Duration) {
+func (s *Server) welcome(req agentproto.Request) (skew time.Duration) {
 	stir(req.Entropy)
 	if req.Now.IsZero() {
 		return 0
@@ -101,11 +101,16 @@ func welcome(req agentproto.Request) (skew time.Duration) {
 	if skew.Abs() < minSkew {
 		return 0
 	}
-	ts := unix.NsecToTimespec(req.Now.UnixNano())
-	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+	if err := s.SetClock(req.Now); err != nil {
 		return 0
 	}
 	return skew
+}
+
+// setClock sets that of this machine.
+func setClock(to time.Time) error {
+	ts := unix.NsecToTimespec(to.UnixNano())
+	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
 }
 
 // stir adds to the kernel's random numbers, and has them drawn anew.

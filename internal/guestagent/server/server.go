@@ -27,6 +27,8 @@ type Server struct {
 	Secrets func(files map[string][]byte) error
 	// Identify makes the guest who it shall be. It returns what could not be done. It may be nil.
 	Identify func(*agentproto.Identity) []error
+	// SetClock sets the guest's clock: New has it set this machine's.
+	SetClock func(time.Time) error
 
 	frozen  freezer
 	waiting atomic.Int32 // sessions that wait for their host
@@ -60,7 +62,7 @@ func New(reaper *process.Reaper, boot *agentproto.Boot) *Server {
 	}
 	return &Server{
 		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{}, main: make(chan call),
-		told: make(chan struct{}), sessions: map[string]*session{},
+		told: make(chan struct{}), sessions: map[string]*session{}, SetClock: setClock,
 	}
 }
 
@@ -218,7 +220,7 @@ func (s *Server) watch(ss *session) error {
 	s.watchers.Add(1)
 	defer s.watchers.Done()
 	ss.conn.Resumable(0, agentproto.GiveUp)
-	skew, mine := welcome(ss.req), 0
+	skew, mine := s.welcome(ss.req), 0
 	s.update(func() {
 		s.watches++
 		mine = s.watches
