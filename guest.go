@@ -95,14 +95,17 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 		return err
 	}
 	if sure && state != Running {
-		return &StateError{ID: m.rec.ID, Op: op, State: state, Want: []State{Running}}
+		return hint.Add(&StateError{ID: m.rec.ID, Op: op, State: state, Want: []State{Running}}, "smartvm %s %s", map[bool]string{false: "start", true: "resume"}[state == Paused], m.rec.ID)
 	}
 	if m.rec.Spec.Vsock == nil {
 		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, m.rec.ID, ErrNoAgent), "VMs of images have one; others get it by --vsock, and an agent by smartvm agent")
 	}
-	if m.hasAgent() && m.rec.Boot.Guest.Secrets { // programs have them too
+	// Programs have the secrets too, and in a VM that is restored they know who it is.
+	if m.hasAgent() && (m.rec.Boot.Guest.Secrets || m.rec.Restored != nil) {
 		if g, err := m.Guest(); err == nil && (g == nil || g.Command == 0) {
-			if _, err := m.AwaitReady(ctx); err != nil {
+			soon, cancel := context.WithTimeout(ctx, bootingTime) // who tells it may have died
+			defer cancel()
+			if _, err := m.AwaitReady(soon); err != nil {
 				return err
 			}
 		}
@@ -296,7 +299,9 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 			pause = lostPause
 		}
 		// One that was cut off may only have been written down: see Snapshot.
-		if _, refused := errors.AsType[*agent.GuestError](err); refused || g.Agent > 0 && !heard {
+		_, refused := errors.AsType[*agent.GuestError](err)
+		_, strange := errors.AsType[*agent.VersionError](err)
+		if refused || strange || g.Agent > 0 && !heard {
 			pause = lostPause
 			if g.Exit == nil && ctx.Err() == nil && g.Degraded == "" {
 				g.Degraded = fmt.Sprint(err)

@@ -73,6 +73,16 @@ func (g *globals) finish(a *app) error {
 	} {
 		*to = cmp.Or(*to, os.Getenv(name))
 	}
+	for _, path := range []*string{&g.runtimeDir, &g.dataDir, &g.firecracker, &g.jailer} { // for self
+		if *path == "" || path == &g.firecracker && !strings.Contains(*path, "/") {
+			continue
+		}
+		abs, err := filepath.Abs(*path)
+		if err != nil {
+			return err
+		}
+		*path = abs
+	}
 	if mirrors := os.Getenv("SMARTVM_REGISTRY_MIRROR"); len(g.mirrors) == 0 && mirrors != "" {
 		g.mirrors = strings.Split(mirrors, ",")
 	}

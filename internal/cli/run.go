@@ -6,9 +6,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
@@ -73,6 +76,9 @@ func newRun(a *app) *cobra.Command {
 func (c *runCommand) run(cmd *cobra.Command, args []string) error {
 	ctx := cmd.Context()
 	if c.pool != "" {
+		if err := c.pooled(cmd, args); err != nil {
+			return err
+		}
 		return c.snapshots.RunPooled(ctx, snapshots.Pooled{Pool: c.pool, Command: args, Detach: c.detach, Streams: c.streams})
 	}
 	vm, err := c.build(ctx, &c.vm, args, &c.pull)
@@ -91,6 +97,23 @@ func (c *runCommand) run(cmd *cobra.Command, args []string) error {
 		return c.detached(ctx, h, vm)
 	}
 	return c.attached(ctx, h, vm)
+}
+
+// pooled refuses what cannot be had of a VM that is there already.
+func (c *runCommand) pooled(cmd *cobra.Command, args []string) error {
+	var refused []string
+	cmd.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
+		if f.Changed && !slices.Contains([]string{"pool", "detach", "interactive", "tty"}, f.Name) {
+			refused = append(refused, "--"+f.Name)
+		}
+	})
+	switch {
+	case len(refused) > 0:
+		return usage("--pool %s: its VMs are made already, so %s has no effect: give it to pool create, or to exec", c.pool, strings.Join(refused, ", "))
+	case c.detach && len(args) > 0:
+		return usage("-d --pool %s takes no COMMAND: exec runs one in the VM", c.pool)
+	}
+	return nil
 }
 
 // attached runs a VM whose life is this command's.

@@ -45,7 +45,10 @@ func (s *Shell) copy() *cobra.Command {
 func (s *Shell) copyAll(ctx context.Context, sources []string, to string, o smartvm.CopyOptions) error {
 	vm, target, intoVM := agent.Split(to)
 	for _, from := range sources {
-		if _, _, fromVM := agent.Split(from); fromVM == intoVM {
+		switch _, _, fromVM := agent.Split(from); {
+		case fromVM && intoVM:
+			return s.Usage(fmt.Errorf("%s and %s: one of them must be here", from, to), "smartvm cp VM:PATH - | smartvm cp - VM:PATH copies from one VM to another")
+		case !fromVM && !intoVM:
 			return s.Usage(fmt.Errorf("%s and %s: one of them must be in a VM", from, to), "write it as VM:PATH")
 		}
 	}

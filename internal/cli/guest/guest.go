@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -132,9 +133,10 @@ func (s *Shell) Connect(ctx context.Context, o Streams) (_ context.Context, cmd 
 				return
 			case <-s.Resized:
 				select {
-				case sizes <- s.size():
-				default: // one is on its way; another signal will come
+				case <-sizes: // the last one counts
+				default:
 				}
+				sizes <- s.size()
 			}
 		}
 	}()
@@ -226,6 +228,11 @@ func (s *Shell) exec() *cobra.Command {
 			fromFiles, err := secret.ReadEnv(envFiles, secret.Options{LookupEnv: s.LookupEnv})
 			if err != nil {
 				return s.Usage(err, "")
+			}
+			for _, e := range env {
+				if strings.Index(e, "=") < 1 {
+					return s.Usage(fmt.Errorf("-e %s: want NAME=VALUE", e), "")
+				}
 			}
 			env = append(fromFiles, env...)
 			return s.Run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) { c.Args, c.User, c.Dir, c.Env = args[1:], user, dir, env })

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/agent"
 )
 
 // waitPoll is how often something in a guest is looked for.
@@ -26,8 +27,11 @@ func (s *Shell) WaitFor(ctx context.Context, refs []string, what string) error {
 		await = func(ctx context.Context, m *smartvm.Machine) error {
 			return poll(ctx, m, func() (bool, error) {
 				c, err := m.DialTCP(ctx, uint16(port))
-				if err != nil {
+				if _, refused := errors.AsType[*agent.GuestError](err); refused || errors.Is(err, agent.ErrLost) || errors.Is(err, smartvm.ErrNoAgent) {
 					return false, nil
+				}
+				if err != nil {
+					return false, err
 				}
 				return true, c.Close()
 			})
@@ -36,6 +40,9 @@ func (s *Shell) WaitFor(ctx context.Context, refs []string, what string) error {
 		await = func(ctx context.Context, m *smartvm.Machine) error {
 			return poll(ctx, m, func() (bool, error) {
 				exit, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"test", "-e", arg}, User: "root"})
+				if err == nil && exit.Reason != "" {
+					err = fmt.Errorf("look for %s in VM %s: %s", arg, m.ID(), exit.Reason)
+				}
 				return err == nil && exit.Code == 0, err
 			})
 		}

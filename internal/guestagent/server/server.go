@@ -254,9 +254,14 @@ func (s *Server) watch(ss *session) error {
 
 // dial makes the connection one to a port of the guest.
 func dial(ss *session) error {
-	to, err := net.DialTimeout("tcp", net.JoinHostPort("localhost", strconv.Itoa(int(ss.req.Port))), requestTimeout)
+	// Not every guest knows the name localhost.
+	port := strconv.Itoa(int(ss.req.Port))
+	to, err := net.DialTimeout("tcp", net.JoinHostPort("127.0.0.1", port), requestTimeout)
 	if err != nil {
-		return err
+		var err6 error
+		if to, err6 = net.DialTimeout("tcp", net.JoinHostPort("::1", port), requestTimeout); err6 != nil {
+			return err
+		}
 	}
 	defer to.Close()
 	ss.gone = make(chan struct{}) // there are no more frames
