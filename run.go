@@ -138,7 +138,7 @@ func (m *Machine) asOfNow(r *run, e journal.Effect) (journal.Effect, error) {
 	case *stage.Owner:
 		return stage.NewOwner(e.Path, e.UID, e.GID)
 	case *network.Guest:
-		return e, r.proxies.Add(e, m.rec.Interfaces, m.host.log)
+		return e, r.proxies.Add(m.host.store.Path(), e, m.rec.Interfaces, m.host.log)
 	}
 	return e, nil
 }

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -91,7 +92,7 @@ func TestNetwork_Names(t *testing.T) {
 			{Action: policy.Allow, Domain: "inner.example"},
 		}}
 	}, func(g *guest) error {
-		return proxies.Add(&g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
+		return proxies.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
 	})
 	g.misses(t, "tcp", "203.0.113.9:80")
 	for _, server := range []string{"172.30.0.1:53", "192.0.2.53:53"} { // whomever it asks
@@ -120,7 +121,7 @@ func (s *site) namedGuest(n int, own *policy.Policy) (*guest, *attach.Proxies) {
 	proxies := new(attach.Proxies)
 	s.t.Cleanup(proxies.Close)
 	g := s.guestWith(n, func(g *filter.Guest) { g.Network, g.Policy = s.config.GuestPolicy(), own }, func(g *guest) error {
-		return proxies.Add(&g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
+		return proxies.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
 	})
 	return g, proxies
 }

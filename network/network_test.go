@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
@@ -46,7 +47,7 @@ func prefixes(all ...string) (p []netip.Prefix) {
 
 func newSite(t *testing.T, change func(*network.Config)) *site {
 	t.Helper()
-	s := &site{t: t, dir: filepath.Join(t.TempDir(), "networks"), outside: nettest.New(t)}
+	s := &site{t: t, dir: filepath.Join(t.TempDir(), store.NetworkDir), outside: nettest.New(t)}
 	var err error
 	if s.config, err = network.NewDefault("", ""); err != nil {
 		t.Fatal(err)

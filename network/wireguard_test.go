@@ -16,6 +16,7 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/policy"
 )
 
 // routing is what rules and routes there are.
@@ -84,6 +85,36 @@ func TestNetwork_Via(t *testing.T) {
 	if after := routing(t); !slices.Equal(before, after) {
 		t.Errorf("before %q, after %q", before, after)
 	}
+}
+
+// What guests ask of names leaves by the tunnel too, and by nothing else.
+func TestNetwork_ViaNames(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, func(c *network.Config) {
+		c.WireGuard = "tunnel"
+		c.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}, {Action: policy.Allow, Domain: "late.example"}}}
+	})
+	beyond := nettest.New(t)
+	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
+	beyond.ServeNames(world4, map[string]string{"good.example.": "203.0.113.8", "late.example.": "203.0.113.8"})
+	s.nameServer(map[string]string{"good.example.": "203.0.113.9", "late.example.": "203.0.113.9"})
+	g, _ := s.namedGuest(0, nil)
+	if got := g.resolve(t, "172.30.0.1:53", "good.example."); got != "203.0.113.8" {
+		t.Errorf("by the tunnel: %q", got)
+	}
+	tunnel, err := netlink.LinkByName("tunnel")
+	if err == nil {
+		err = netlink.LinkSetDown(tunnel)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := g.resolve(t, "172.30.0.1:53", "late.example."); got != "RCodeServerFailure" {
+		t.Errorf("without the tunnel: %q", got)
+	}
+	s.remove(g)
 }
 
 // A real tunnel to a real peer.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/dnsproxy"
 	"push.rocks/smartvm/network/filter"
@@ -32,7 +34,7 @@ type Proxies struct {
 }
 
 // Add starts the proxy of a guest one of whose policies needs one, on the port that the guest has, or one that it then has.
-func (p *Proxies) Add(g *network.Guest, all []Interface, log *slog.Logger) error {
+func (p *Proxies) Add(runtimeDir string, g *network.Guest, all []Interface, log *slog.Logger) error {
 	n := slices.IndexFunc(all, func(i Interface) bool { return i.Tap == g.Tap })
 	if n < 0 || !needsProxy(&all[n].Network, g.Policy) {
 		return nil
@@ -44,6 +46,14 @@ func (p *Proxies) Add(g *network.Guest, all []Interface, log *slog.Logger) error
 			return err
 		}
 		c.Names = append(c.Names, names)
+	}
+	if net := &all[n].Network; net.WireGuard != "" || net.WireGuardConfig != "" {
+		// What guests ask leaves by no other way than all else of theirs.
+		via := network.Via(filepath.Join(runtimeDir, store.NetworkDir), net.Name)
+		if via == "" {
+			return fmt.Errorf("ask for names: network %s has no tunnel", net.Name)
+		}
+		c.Control = bindTo(via)
 	}
 	var err error
 	for _, a := range nameservers("/etc/resolv.conf") {
@@ -100,10 +110,10 @@ func namesOf(g filter.Guest, layer filter.Layer, p *policy.Policy) (n dnsproxy.N
 }
 
 // Adopt starts the proxies of the guests among the effects of a VM's run, where they were.
-func (p *Proxies) Adopt(effects []journal.Effect, all []Interface, log *slog.Logger) {
+func (p *Proxies) Adopt(runtimeDir string, effects []journal.Effect, all []Interface, log *slog.Logger) {
 	for _, e := range effects {
 		if g, ok := e.(*network.Guest); ok {
-			if err := p.Add(g, all, log); err != nil {
+			if err := p.Add(runtimeDir, g, all, log); err != nil {
 				log.Warn("names of the policy have no addresses", "tap", g.Tap, "err", err)
 			}
 		}
@@ -118,13 +128,18 @@ func (p *Proxies) Close() {
 	p.work.Wait()
 }
 
-// listenDNS listens on all addresses of an interface and no other's. Port 0: one that is free.
-func listenDNS(device string, port uint16) (net.Listener, net.PacketConn, error) {
-	bound := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+// bindTo binds a socket to an interface.
+func bindTo(device string) func(_, _ string, raw syscall.RawConn) error {
+	return func(_, _ string, raw syscall.RawConn) error {
 		var bindErr error
 		err := raw.Control(func(fd uintptr) { bindErr = unix.BindToDevice(int(fd), device) })
 		return errors.Join(err, bindErr)
-	}}
+	}
+}
+
+// listenDNS listens on all addresses of an interface and no other's. Port 0: one that is free.
+func listenDNS(device string, port uint16) (net.Listener, net.PacketConn, error) {
+	bound := net.ListenConfig{Control: bindTo(device)}
 	var errs []error
 	for range 16 { // a port may be free for the one and not for the other
 		tcp, err := bound.Listen(context.Background(), "tcp", ":"+strconv.Itoa(int(port)))

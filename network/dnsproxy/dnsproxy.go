@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
@@ -29,8 +30,10 @@ type Config struct {
 	TCP net.Listener
 	// Upstreams are asked one after the other.
 	Upstreams []netip.AddrPort
-	Names     []Names      // what policies say, each of which must allow a name and what it leads to
-	Log       *slog.Logger // nil: nobody
+	// Control is that of net.Dialer, for the sockets by which they are asked. It may be nil.
+	Control func(network, address string, socket syscall.RawConn) error
+	Names   []Names      // what policies say, each of which must allow a name and what it leads to
+	Log     *slog.Logger // nil: nobody
 }
 
 // Names is what one policy says of names.

@@ -22,9 +22,9 @@ func (p *proxy) ask(ctx context.Context, q dnsmessage.Question) (code dnsmessage
 	err = errors.New("no upstream DNS server")
 	for _, server := range p.Upstreams {
 		var truncated bool
-		code, records, truncated, err = exchange(ctx, "udp", server, q)
+		code, records, truncated, err = p.exchange(ctx, "udp", server, q)
 		if err == nil && truncated {
-			code, records, _, err = exchange(ctx, "tcp", server, q)
+			code, records, _, err = p.exchange(ctx, "tcp", server, q)
 		}
 		// A server that cannot or will not is no better than one that is not there.
 		if err == nil && (code == dnsmessage.RCodeSuccess || code == dnsmessage.RCodeNameError) {
@@ -38,10 +38,10 @@ func (p *proxy) ask(ctx context.Context, q dnsmessage.Question) (code dnsmessage
 }
 
 // exchange asks one server, from a port and with a number that are hard to guess.
-func exchange(ctx context.Context, network string, server netip.AddrPort, q dnsmessage.Question) (code dnsmessage.RCode, records []dnsmessage.Resource, truncated bool, err error) {
+func (p *proxy) exchange(ctx context.Context, network string, server netip.AddrPort, q dnsmessage.Question) (code dnsmessage.RCode, records []dnsmessage.Resource, truncated bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, network, server.String())
+	conn, err := (&net.Dialer{Control: p.Control}).DialContext(ctx, network, server.String())
 	if err != nil {
 		return 0, nil, false, err
 	}
