@@ -82,9 +82,17 @@ func (s *Store) List() ([]Config, error) {
 // Create keeps a new network. What c leaves open is chosen: a bridge of its name, a subnet that no other has. Returns an
 // error that is fs.ErrExist where its name, bridge or subnet are another network's.
 func (s *Store) Create(c Config) (Config, error) {
+	unlock, err := Lock(s.Dir)
+	if err != nil {
+		return c, err
+	}
+	defer unlock()
 	others, err := s.List()
 	if err != nil {
 		return c, err
+	}
+	if slices.Contains([]string{"none", "bridge", "netns"}, c.Name) {
+		return c, fmt.Errorf("create network %s: --net means something else by that", c.Name)
 	}
 	if c.Bridge == "" {
 		c.Bridge = "sv-" + c.Name[:min(len(c.Name), 12)]
@@ -115,9 +123,6 @@ func (s *Store) Create(c Config) (Config, error) {
 		if taken != "" {
 			return c, fmt.Errorf("create network %s: %s is that of network %s: %w", c.Name, taken, o.Name, fs.ErrExist)
 		}
-	}
-	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
-		return c, fmt.Errorf("create network %s: %w", c.Name, err)
 	}
 	return c, atomicfile.WriteJSON(s.path(c.Name), c)
 }

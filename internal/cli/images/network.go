@@ -216,6 +216,13 @@ func removeNetwork(ctx context.Context, h *smartvm.Host, all *network.Store, nam
 	if vms := stateOf(h, network.Config{Name: name}).VMs; len(vms) > 0 {
 		return hint.Add(fmt.Errorf("remove network %s: %d VMs use it, one is %s", name, len(vms), vms[0]), "smartvm stop ends them")
 	}
+	made, err := usersOf(ctx, h)
+	if err != nil {
+		return err
+	}
+	if vm := made[name]; vm != "" {
+		return hint.Add(fmt.Errorf("remove network %s: VM %s was made for it, and could not be started again", name, vm), "smartvm rm %s removes it", vm)
+	}
 	if slots, err := h.Slots(name); err == nil && slots.All > 0 {
 		if slots, err = h.Warm(ctx, name, 0); err != nil {
 			return err
@@ -225,6 +232,22 @@ func removeNetwork(ctx context.Context, h *smartvm.Host, all *network.Store, nam
 		}
 	}
 	return all.Remove(name)
+}
+
+// usersOf returns by network one of the VMs that are on it when they run.
+func usersOf(ctx context.Context, h *smartvm.Host) (map[string]string, error) {
+	all, err := h.Machines(ctx)
+	if err != nil {
+		return nil, err
+	}
+	made := map[string]string{}
+	for _, m := range all {
+		spec := m.Spec()
+		for _, i := range spec.NetworkInterfaces {
+			made[i.Network] = m.ID()
+		}
+	}
+	return made, nil
 }
 
 func (s *Shell) warmNetwork() *cobra.Command {
@@ -295,17 +318,21 @@ func (s *Shell) limit() *cobra.Command {
 func (s *Shell) pruneNetworks() *cobra.Command {
 	return &cobra.Command{
 		Use:   "prune",
-		Short: "Remove the networks that no VM is on",
+		Short: "Remove the networks of no VM",
 		Args:  s.Takes(0, 0, "no arguments"),
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			return s.networks(func(h *smartvm.Host, all *network.Store) error {
 				list, err := all.List()
 				if err != nil {
 					return err
 				}
+				made, err := usersOf(cmd.Context(), h)
+				if err != nil {
+					return err
+				}
 				removed := []string{}
 				for _, c := range list {
-					if c.Name == all.Default.Name || stateOf(h, c).Up {
+					if c.Name == all.Default.Name || made[c.Name] != "" || stateOf(h, c).Up {
 						continue
 					}
 					if err := all.Remove(c.Name); err != nil {
