@@ -15,6 +15,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/internal/sealed"
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
 )
@@ -464,11 +465,12 @@ func TestRestore_OddManifest(t *testing.T) {
 			machine := manifest["machine"].(object)
 			tt.change(machine, machine["spec"].(object))
 			manifest["imported"] = true
+			delete(manifest, "sum")
 			text, err := json.Marshal(manifest)
 			if err != nil {
 				t.Fatal(err)
 			}
-			replace(t, sn.Path("manifest.json"), text)
+			replace(t, sn.Path("manifest.json"), sealed.Seal(text))
 			if _, err := h.Sweep(t.Context()); err != nil {
 				t.Errorf("sweep: %v", err)
 			}

@@ -268,7 +268,7 @@ func firstEntry(tr *tar.Reader) (*Manifest, error) {
 		return nil, err
 	}
 	if header.Name != manifestFile || header.Typeflag != tar.TypeReg || header.Size > maxManifest {
-		return nil, fmt.Errorf("begins with %q, not %s", clip(header.Name), manifestFile)
+		return nil, fmt.Errorf("begins with %.64q, not %.64s", header.Name, manifestFile)
 	}
 	text, err := io.ReadAll(tr)
 	if err != nil {
@@ -311,7 +311,7 @@ func (d *Draft) unpack(ctx context.Context, a *archive) (*Snapshot, error) {
 		}
 		f, ok := left[header.Name]
 		if !ok || header.Typeflag != tar.TypeReg {
-			return nil, invalid(fmt.Errorf("%q is no file of it, or comes twice", clip(header.Name)))
+			return nil, invalid(fmt.Errorf("%.64q is no file of it, or comes twice", header.Name))
 		}
 		delete(left, header.Name)
 		if err := d.unpackFile(a.tr, header, f.Size, p); err != nil {
@@ -381,7 +381,7 @@ func (d *Draft) unpackFile(tr *tar.Reader, header *tar.Header, size int64, p *ta
 func atEnd(tr *tar.Reader, r io.Reader) error {
 	header, err := tr.Next()
 	if err == nil {
-		return fmt.Errorf("%q is no file of it, or comes twice", clip(header.Name))
+		return fmt.Errorf("%.64q is no file of it, or comes twice", header.Name)
 	}
 	if !errors.Is(err, io.EOF) {
 		return err

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"push.rocks/smartvm/internal/sealed"
 )
 
 func TestParseCPU(t *testing.T) {
@@ -44,7 +46,7 @@ func TestChecksum(t *testing.T) {
 	}
 }
 
-func sealed(b []byte) []byte { return binary.LittleEndian.AppendUint64(b, checksum(b)) }
+func summed(b []byte) []byte { return binary.LittleEndian.AppendUint64(b, checksum(b)) }
 
 // As Firecracker until 1.14 writes a state's beginning, and since 1.15: by bincode, by bitcode.
 func TestParseState(t *testing.T) {
@@ -54,18 +56,18 @@ func TestParseState(t *testing.T) {
 		data []byte
 		want State // zero: an error
 	}{
-		"OddLength":     {sealed(append(bytes.Clone(magic), "\x06\x00\x00\x00\x00\x00\x00\x006.0.0 and so on"...)), State{"amd64", ""}},
-		"Bincode":       {sealed(append(bytes.Clone(magic), "\x05\x00\x00\x00\x00\x00\x00\x006.0.0 and so on"...)), State{"amd64", "6.0.0"}},
-		"Bitcode":       {sealed(append(bytes.Clone(magic), "\x0610.0.0 and so on"...)), State{"amd64", "10.0.0"}},
-		"ARM":           {sealed(append(bytes.Clone(arm), "\x0610.0.0 and so on"...)), State{"arm64", "10.0.0"}},
-		"LengthTooLong": {sealed(append(bytes.Clone(magic), "\xf0\x00\x00\x00\x00\x00\x00\x006.0.0"...)), State{"amd64", ""}},
-		"NoVersion":     {sealed(append(bytes.Clone(magic), "\x03abcdefghij"...)), State{"amd64", ""}},
-		"Shortest":      {sealed(append(bytes.Clone(magic), "\xff\x00\x00\x00\x00\x00\x00\x00"...)), State{"amd64", ""}},
-		"TooShort":      {sealed(magic[:8:8]), State{}},
-		"OtherMagic":    {sealed(append([]byte("\x7fELF0000"), "\x0610.0.0 and so on"...)), State{}},
+		"OddLength":     {summed(append(bytes.Clone(magic), "\x06\x00\x00\x00\x00\x00\x00\x006.0.0 and so on"...)), State{"amd64", ""}},
+		"Bincode":       {summed(append(bytes.Clone(magic), "\x05\x00\x00\x00\x00\x00\x00\x006.0.0 and so on"...)), State{"amd64", "6.0.0"}},
+		"Bitcode":       {summed(append(bytes.Clone(magic), "\x0610.0.0 and so on"...)), State{"amd64", "10.0.0"}},
+		"ARM":           {summed(append(bytes.Clone(arm), "\x0610.0.0 and so on"...)), State{"arm64", "10.0.0"}},
+		"LengthTooLong": {summed(append(bytes.Clone(magic), "\xf0\x00\x00\x00\x00\x00\x00\x006.0.0"...)), State{"amd64", ""}},
+		"NoVersion":     {summed(append(bytes.Clone(magic), "\x03abcdefghij"...)), State{"amd64", ""}},
+		"Shortest":      {summed(append(bytes.Clone(magic), "\xff\x00\x00\x00\x00\x00\x00\x00"...)), State{"amd64", ""}},
+		"TooShort":      {summed(magic[:8:8]), State{}},
+		"OtherMagic":    {summed(append([]byte("\x7fELF0000"), "\x0610.0.0 and so on"...)), State{}},
 		"NoChecksum":    {append(bytes.Clone(magic), "\x0610.0.0 and so on"...), State{}},
 		"Empty":         {nil, State{}},
-		"TooLarge":      {sealed(append(bytes.Clone(magic), make([]byte, maxState)...)), State{}},
+		"TooLarge":      {summed(append(bytes.Clone(magic), make([]byte, maxState)...)), State{}},
 	} {
 		got, err := parseState(c.data)
 		if (err != nil) != (c.want == State{}) || err == nil && *got != c.want {
@@ -80,7 +82,7 @@ func FuzzParseState(f *testing.F) {
 	f.Add([]byte("short"), false)
 	f.Fuzz(func(t *testing.T, data []byte, seal bool) {
 		if seal {
-			data = sealed(data)
+			data = summed(data)
 		}
 		s, err := parseState(data)
 		if err != nil {
@@ -98,7 +100,7 @@ func FuzzParseManifest(f *testing.F) {
 		`"ephemeral":true,"files":{"state":{"size":1},"memory":{"size":1048576},"drives/a":{"size":7}},"machine":{ "a": [1] }}`))
 	f.Add([]byte(`{"version":1,"files":{"../x":{"size":1}}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		m, err := parseManifest(data)
+		m, err := parseManifest(sealed.Seal(data))
 		if err != nil {
 			return
 		}
@@ -127,7 +129,7 @@ func FuzzParseManifest(f *testing.F) {
 // Whatever an archive holds, an import gives a whole snapshot or nothing, and writes nowhere else.
 func FuzzImport(f *testing.F) {
 	memory := make([]byte, 1<<20)
-	state := sealed(append(binary.LittleEndian.AppendUint64(nil, magicX86), "\x0610.0.0 and so on"...))
+	state := summed(append(binary.LittleEndian.AppendUint64(nil, magicX86), "\x0610.0.0 and so on"...))
 	dir := f.TempDir()
 	for name, data := range map[string][]byte{"memory": memory, "state": state} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {

@@ -16,6 +16,7 @@ import (
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/sealed"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/strictjson"
 )
@@ -64,6 +65,7 @@ type Manifest struct {
 	Files    map[string]File `json:"files"` // by path in the directory; Commit finds them
 	External []External      `json:"external,omitempty"`
 	Machine  json.RawMessage `json:"machine,omitempty"` // its maker's own, not looked at
+	Sum      string          `json:"sum,omitempty"`     // in the file alone: see package sealed
 }
 
 // File is one file of a snapshot.
@@ -91,18 +93,18 @@ func (m *Manifest) validateSelf() error {
 		}
 	}
 	check(m.Version == manifestVersion, "version %d, not %d", m.Version, manifestVersion)
-	check(validID(m.ID), "id %q", clip(m.ID))
-	check(m.Name == "" || validName(m.Name), "name %q must be 1 to 64 letters, digits and .-_, none of these first", clip(m.Name))
-	check(m.Parent == "" || validID(m.Parent), "parent %q", clip(m.Parent))
-	check(m.HugePages == "" || m.HugePages == "2M", "huge pages %q", clip(m.HugePages))
+	check(validID(m.ID), "id %.64q", m.ID)
+	check(m.Name == "" || validName(m.Name), "name %.64q must be 1 to 64 letters, digits and .-_, none of these first", m.Name)
+	check(m.Parent == "" || validID(m.Parent), "parent %.64q", m.Parent)
+	check(m.HugePages == "" || m.HugePages == "2M", "huge pages %.64q", m.HugePages)
 	check(m.MemSizeMiB > 0 && int64(m.MemSizeMiB) <= maxFileSize>>20, "%d MiB of memory", m.MemSizeMiB)
 	check(m.Paused >= 0, "paused for %v", m.Paused)
 	check(len(m.Labels) <= maxLabels, "%d labels", len(m.Labels))
 	for k, v := range m.Labels {
-		check(k != "" && len(k) <= maxText && len(v) <= maxText, "label %q", clip(k))
+		check(k != "" && len(k) <= maxText && len(v) <= maxText, "label %.64q", k)
 	}
 	for _, text := range []string{m.Firecracker, m.Format, m.Arch, m.CPUVendor, m.CPUModel, m.CPUTemplate, m.HostKernel} {
-		check(len(text) <= maxText, "%q is too long", clip(text))
+		check(len(text) <= maxText, "%.64q is too long", text)
 	}
 	check(m.Firecracker != "", "no version of Firecracker")
 	check(m.Arch != "", "no architecture")
@@ -110,7 +112,7 @@ func (m *Manifest) validateSelf() error {
 	check(len(m.External) <= maxExternal, "%d files elsewhere", len(m.External))
 	for _, e := range m.External {
 		check(e.Device != "" && len(e.Device) <= maxText && filepath.IsAbs(e.Path) && len(e.Path) <= maxText && !strings.ContainsRune(e.Path, 0) &&
-			e.Size >= 0 && (e.SHA256 == "" || kept.ValidDigest(e.SHA256)), "file elsewhere %q", clip(e.Path))
+			e.Size >= 0 && (e.SHA256 == "" || kept.ValidDigest(e.SHA256)), "file elsewhere %.64q", e.Path)
 	}
 	return errors.Join(errs...)
 }
@@ -124,12 +126,12 @@ func (m *Manifest) validateFiles() error {
 	}
 	check(len(m.Files) <= maxFiles, "%d files", len(m.Files))
 	for name, f := range m.Files {
-		check(validPath(name), "path %q", clip(name))
-		check(f.Size >= 0 && f.Size <= maxFileSize, "%s has %d bytes", clip(name), f.Size)
-		check(f.Digest == "" && m.Ephemeral || kept.ValidDigest(f.Digest), "%s has digest %q", clip(name), clip(f.Digest))
+		check(validPath(name), "path %.64q", name)
+		check(f.Size >= 0 && f.Size <= maxFileSize, "%.64s has %d bytes", name, f.Size)
+		check(f.Digest == "" && m.Ephemeral || kept.ValidDigest(f.Digest), "%.64s has digest %.64q", name, f.Digest)
 		for dir := path.Dir(name); dir != "." && dir != "/"; dir = path.Dir(dir) {
 			_, both := m.Files[dir]
-			check(!both, "%s is a file and a directory", clip(dir))
+			check(!both, "%.64s is a file and a directory", dir)
 		}
 	}
 	_, state := m.Files[StateFile]
@@ -182,17 +184,21 @@ func readManifest(dir string) (*Manifest, error) {
 // encode is not indented: Machine comes back as it was, and no longer.
 func (m *Manifest) encode() ([]byte, error) {
 	text, err := json.Marshal(m)
-	if err == nil && len(text) >= maxManifest {
+	if text = sealed.Seal(text); err == nil && len(text) > maxManifest {
 		err = fmt.Errorf("manifest has %d bytes", len(text))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
-	return append(text, '\n'), nil
+	return text, nil
 }
 
 func parseManifest(data []byte) (*Manifest, error) {
+	if len(data) <= maxManifest && !sealed.Whole(data) {
+		return nil, errors.New("it is not what was written")
+	}
 	m, err := strictjson.Unmarshal[Manifest](data, maxManifest)
+	m.Sum = ""
 	if err == nil {
 		err = m.validate()
 	}
@@ -200,11 +206,3 @@ func parseManifest(data []byte) (*Manifest, error) {
 }
 
 func isNotExist(err error) bool { return errors.Is(err, fs.ErrNotExist) }
-
-// clip shortens what somebody else wrote for a message.
-func clip(s string) string {
-	if len(s) > 64 {
-		return s[:64] + "..."
-	}
-	return s
-}

@@ -88,11 +88,11 @@ func (s *Store) resolve(ref string) (string, error) {
 	found := slices.DeleteFunc(ids, func(id string) bool { return ref == "" || !strings.HasPrefix(id, ref) })
 	switch len(found) {
 	case 0:
-		return "", hint.Add(fmt.Errorf("%w: %q", ErrNotFound, clip(ref)), "smartvm snapshot ls lists those that there are")
+		return "", hint.Add(fmt.Errorf("%w: %.64q", ErrNotFound, ref), "smartvm snapshot ls lists those that there are")
 	case 1:
 		return found[0], nil
 	}
-	return "", hint.Add(fmt.Errorf("%w: %q is the beginning of %d of them", ErrNotFound, clip(ref), len(found)), "give more of the id: %s", strings.Join(found[:2], " or "))
+	return "", hint.Add(fmt.Errorf("%w: %.64q is the beginning of %d of them", ErrNotFound, ref, len(found)), "give more of the id: %s", strings.Join(found[:2], " or "))
 }
 
 func (s *Store) ids() ([]string, error) {
