@@ -74,8 +74,8 @@ func (g *globals) finish(a *app) error {
 		*to = cmp.Or(*to, os.Getenv(name))
 	}
 	for _, path := range []*string{&g.runtimeDir, &g.dataDir, &g.firecracker, &g.jailer} { // for self
-		if *path == "" || path == &g.firecracker && !strings.Contains(*path, "/") {
-			continue
+		if *path == "" || (path == &g.firecracker || path == &g.jailer) && !strings.Contains(*path, "/") {
+			continue // a program in PATH
 		}
 		abs, err := filepath.Abs(*path)
 		if err != nil {
