@@ -1,18 +1,12 @@
 package smartvm_test
 
 import (
-	"errors"
-	"fmt"
-	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.zx2c4.com/wireguard/wgctrl"
-	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/testenv/nettest"
@@ -28,33 +22,7 @@ func TestLinuxNetwork_WireGuard(t *testing.T) {
 	world := nettest.New(t)
 	world.Connect(nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24")})
 	world.Serve(":80", "world")
-	var keys [2]wgtypes.Key
-	for i := range keys {
-		var err error
-		if keys[i], err = wgtypes.GeneratePrivateKey(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	world.Must(func() error {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name = "wg0"
-		if err := netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: attrs}); err != nil {
-			return err
-		}
-		client, err := wgctrl.New()
-		if err != nil {
-			return err
-		}
-		port := 51820
-		all := []net.IPNet{{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, {IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}}
-		err = client.ConfigureDevice("wg0", wgtypes.Config{PrivateKey: &keys[1], ListenPort: &port, Peers: []wgtypes.PeerConfig{{PublicKey: keys[0].PublicKey(), AllowedIPs: all}}})
-		return errors.Join(err, client.Close(), nettest.Link{Name: "wg0", Addresses: prefixes("10.7.0.1/24", "fd07::1/64", "203.0.113.77/32")}.Configure())
-	})
-	file := filepath.Join(t.TempDir(), "wg.conf")
-	text := fmt.Sprintf("[Interface]\nPrivateKey = %s\nAddress = 10.7.0.2/24, fd07::2/64\n[Peer]\nPublicKey = %s\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 198.51.100.2:51820\n", keys[0], keys[1].PublicKey())
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	file := world.WireGuard("198.51.100.2")
 	networks, err := h.Networks()
 	if err == nil {
 		_, err = networks.Create(network.Config{Name: "vpn", WireGuardConfig: file})

@@ -1,17 +1,11 @@
 package network_test
 
 import (
-	"errors"
-	"fmt"
-	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 
 	"github.com/vishvananda/netlink"
-	"golang.zx2c4.com/wireguard/wgctrl"
-	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
@@ -123,36 +117,9 @@ func TestLinuxWireGuard(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
-	keys := make([]wgtypes.Key, 2)
-	for i := range keys {
-		var err error
-		if keys[i], err = wgtypes.GeneratePrivateKey(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	file := filepath.Join(t.TempDir(), "wg.conf")
-	text := fmt.Sprintf("[Interface]\nPrivateKey = %s\nAddress = 10.7.0.2/24, fd07::2/64\n[Peer]\nPublicKey = %s\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = %s:51820\n",
-		keys[0], keys[1].PublicKey(), world4)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	s := newSite(t, func(c *network.Config) { c.WireGuardConfig = file })
+	s := newSite(t, nil)
 	s.outside.Serve(":80", "world")
-	s.outside.Must(func() error {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name = "wg0"
-		if err := netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: attrs}); err != nil {
-			return err
-		}
-		client, err := wgctrl.New()
-		if err != nil {
-			return err
-		}
-		port := 51820
-		all := []net.IPNet{{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, {IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}}
-		err = client.ConfigureDevice("wg0", wgtypes.Config{PrivateKey: &keys[1], ListenPort: &port, Peers: []wgtypes.PeerConfig{{PublicKey: keys[0].PublicKey(), AllowedIPs: all}}})
-		return errors.Join(err, client.Close(), nettest.Link{Name: "wg0", Addresses: prefixes("10.7.0.1/24", "fd07::1/64", "203.0.113.77/32")}.Configure())
-	})
+	s.config.WireGuardConfig = s.outside.WireGuard(world4)
 	before := routing(t)
 	g := s.guest(0, nil)
 	g.reaches(t, "tcp", "203.0.113.77:80", "world from 10.7.0.2\n")
