@@ -121,13 +121,17 @@ func (s *guestSite) turn(tables *filter.Tables, known bool, next func() (float64
 		return err
 	}
 	name := "no-rules"
-	measure := func() (mean float64, err error) { return s.unruled(tables, "guest-throughput-"+name, next) }
-	measureLeast := measure
 	if known {
 		name = string(conntrackOnly)
-		measureLeast = func() (mean float64, err error) { return conntrackOnly.beside(measure) }
 	}
-	without, err := measureLeast()
+	measure := func() (mean float64, err error) { return s.unruled(tables, "guest-throughput-"+name, next) }
+	var without float64
+	var err error
+	if known {
+		without, err = conntrackOnly.beside(measure)
+	} else {
+		without, err = measure()
+	}
 	if err == nil && without > 0 { // or they were restored at once
 		s.report("guest-throughput/"+name, "", with/without)
 	}
