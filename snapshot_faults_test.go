@@ -83,6 +83,24 @@ func TestSnapshot_AtOnce(t *testing.T) {
 			s.countsOn(m.ID(), 2)
 			made := map[string][2]uint64{} // by id: where the guest was before and after
 			refused := 0
+			// While one is made another is refused.
+			before := s.last(m.ID())
+			maker, err := s.at("pause", func() {
+				other, err := s.open().Machine(t.Context(), m.ID())
+				if err == nil {
+					_, err = other.Snapshot(t.Context(), smartvm.SnapshotOptions{})
+				}
+				if errors.Is(err, smartvm.ErrState) && strings.Contains(err.Error(), "a snapshot of it is being made") {
+					refused++
+				}
+			}).Machine(t.Context(), m.ID())
+			if err != nil {
+				t.Fatal(err)
+			}
+			made[s.snapshot(maker, smartvm.SnapshotOptions{}).ID] = [2]uint64{before, s.passed(m.ID())}
+			if refused != 1 {
+				t.Fatal("another is made meanwhile")
+			}
 			var mu sync.Mutex
 			for round := range 6 {
 				var all sync.WaitGroup
@@ -114,8 +132,8 @@ func TestSnapshot_AtOnce(t *testing.T) {
 			}
 			wantState(t, m, smartvm.Running)
 			t.Logf("%d made, %d refused", len(made), refused)
-			if len(made) < 6 {
-				t.Error("nobody had his turn")
+			if len(made) < 7 || refused == 0 {
+				t.Errorf("%d made, %d refused", len(made), refused)
 			}
 			diffs := 0
 			for _, sn := range s.wantSnapshots(h, len(made), "at once") {

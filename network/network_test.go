@@ -297,7 +297,10 @@ func TestNetwork_Ports(t *testing.T) {
 	s.datagram(t, "127.0.0.1", 5354)
 	s.datagram(t, uplink4, 5353)
 	var flows []string
-	for !slices.Contains(flows, uplink4) {
+	for end := time.Now().Add(10 * time.Second); !slices.Contains(flows, uplink4); {
+		if time.Now().After(end) {
+			t.Fatalf("datagrams do not arrive: %q", flows)
+		}
 		all, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 		if err != nil {
 			t.Fatal(err)
