@@ -11,11 +11,15 @@ import (
 	"syscall"
 
 	"push.rocks/smartvm/internal/guestagent"
+	"push.rocks/smartvm/internal/guestagent/process"
 )
 
 func main() {
 	child := make(chan os.Signal, 1)
 	signal.Notify(child, syscall.SIGCHLD)
+	if ignored := process.Ignored(); len(ignored) > 0 {
+		signal.Notify(make(chan os.Signal, 1), ignored...)
+	}
 	if err := run(child); err != nil {
 		fmt.Fprintln(os.Stderr, "smartvm-agent:", err)
 		os.Exit(1)

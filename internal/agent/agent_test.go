@@ -25,6 +25,7 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
 	"push.rocks/smartvm/internal/guestagent/server"
+	"push.rocks/smartvm/internal/testenv"
 )
 
 // The agent's server runs in the test itself, behind a socket that speaks as the VMM's does: no guest is needed for most of
@@ -34,6 +35,10 @@ import (
 var reaper = sync.OnceValue(func() *process.Reaper {
 	child := make(chan os.Signal, 1)
 	signal.Notify(child, syscall.SIGCHLD)
+	// As the agent does: its programs hear what we may have been started deaf to.
+	if ignored := process.Ignored(); len(ignored) > 0 {
+		signal.Notify(make(chan os.Signal, 1), ignored...)
+	}
 	r := new(process.Reaper)
 	go r.Run(child)
 	return r
@@ -66,7 +71,7 @@ func (v vmm) Accept() (net.Conn, error) {
 
 func listen(t *testing.T) (net.Listener, *agent.Client) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "vsock")
+	path := testenv.Socket(t, filepath.Join(t.TempDir(), "vsock"))
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
@@ -105,6 +110,24 @@ func run(t *testing.T, c *agent.Client, cmd agent.Cmd) (exit agent.Exit, stdout,
 
 func sh(script string) []string { return []string{"sh", "-c", script} }
 
+// tested is true for a script's loop until the test's process ends: whatever fails, no shell goes on without it.
+const tested = "kill -0 $PPID 2>/dev/null"
+
+// lifeline is a FIFO that gives no byte, and ends when the test does.
+func lifeline(t *testing.T) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "life")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return path
+}
+
 func TestExec(t *testing.T) {
 	_, c := newServer(t, &agentproto.Boot{Env: []string{"A=image", "B=image"}, WorkingDir: "/usr"})
 	dir := t.TempDir()
@@ -119,7 +142,7 @@ func TestExec(t *testing.T) {
 		"input":        {cmd: agent.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader("in\x00\xff\n")}, stdout: "in\x00\xff\n"},
 		"no input":     {cmd: agent.Cmd{Args: []string{"cat"}}},
 		"signal":       {cmd: agent.Cmd{Args: sh("kill -TERM $$")}, exit: agent.Exit{Code: 143, Signal: syscall.SIGTERM}},
-		"child stays":  {cmd: agent.Cmd{Args: sh("sleep 60 & echo over")}, stdout: "over\n"},
+		"child stays":  {cmd: agent.Cmd{Args: sh(`cat "$LIFE" & echo over`), Env: []string{"LIFE=" + lifeline(t)}}, stdout: "over\n"},
 		"input unread": {cmd: agent.Cmd{Args: []string{"true"}, Stdin: bytes.NewReader(make([]byte, 1<<20))}},
 		"much":         {cmd: agent.Cmd{Args: sh("head -c 3000000 /dev/zero | tr '\\0' x")}, stdout: strings.Repeat("x", 3000000)},
 		"terminal":     {cmd: agent.Cmd{Args: sh("tty >/dev/null && echo $TERM $(stty size); exit 3"), TTY: true, Term: "vt100", Size: agent.Size{Rows: 24, Cols: 80}}, exit: agent.Exit{Code: 3}, stdout: "vt100 24 80\r\n"},
@@ -230,7 +253,7 @@ func TestExec_Control(t *testing.T) {
 	done := make(chan agent.Exit, 1)
 	go func() {
 		exit, err := c.Exec(t.Context(), agent.Cmd{
-			Args: sh(`trap 'echo resized $(stty size)' WINCH; trap 'echo told; exit 5' USR1; echo ready; while :; do sleep 0.01; done`),
+			Args: sh(`trap 'echo resized $(stty size)' WINCH; trap 'echo told; exit 5' USR1; echo ready; while ` + tested + `; do sleep 0.01; done`),
 			TTY:  true, Stdout: in, Signals: signals, Resize: sizes,
 		})
 		if err != nil {
@@ -290,12 +313,12 @@ func TestExec_Stuck(t *testing.T) {
 // When the host goes away the program gets SIGHUP.
 func TestExec_Hangup(t *testing.T) {
 	_, c := newServer(t, nil)
-	at := filepath.Join(t.TempDir(), "hup")
+	dir := t.TempDir()
 	ctx, cancel := context.WithCancel(t.Context())
 	out, in := io.Pipe()
 	done := make(chan error, 1)
 	go func() {
-		_, err := c.Exec(ctx, agent.Cmd{Args: sh("trap 'echo hup >" + at + "; exit' HUP; echo ready; while :; do sleep 0.01; done"), Stdout: in})
+		_, err := c.Exec(ctx, agent.Cmd{Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while " + tested + "; do sleep 0.01; done"), Dir: dir, Stdout: in})
 		done <- err
 	}()
 	if _, err := out.Read(make([]byte, 6)); err != nil {
@@ -305,13 +328,8 @@ func TestExec_Hangup(t *testing.T) {
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		if text, err := os.ReadFile(at); err == nil && string(text) == "hup\n" {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatal("the program was not hung up")
-		}
+	if got := said(t, dir); got != "hup\n" {
+		t.Errorf("the program was not hung up, it said %q", got)
 	}
 }
 

@@ -26,8 +26,8 @@ func TestExec_Detach(t *testing.T) {
 		go func() {
 			defer close(done)
 			_, err = c.Exec(t.Context(), agent.Cmd{
-				Args: sh("trap 'echo hang-up >" + dir + "/said; exit' HUP; read x; echo got $x; : >" + dir + "/begun; while [ ! -e " + dir + "/go ]; do sleep 0.01; done; echo more; echo on >" + dir + "/said"),
-				TTY:  tty, Stdin: typed, Detach: detach, Stdout: writerFunc(func(p []byte) (int, error) {
+				Args: sh("trap 'echo hang-up >said; exit' HUP; read x; echo got $x; : >begun; while [ ! -e go ] && " + tested + "; do sleep 0.01; done; echo more; echo on >said"), Dir: dir,
+				TTY: tty, Stdin: typed, Detach: detach, Stdout: writerFunc(func(p []byte) (int, error) {
 					before := strings.Contains(out.String(), "got it")
 					n, err := out.Write(p)
 					if !before && strings.Contains(out.String(), "got it") {

@@ -187,7 +187,7 @@ func TestExec_CutOffControl(t *testing.T) {
 	done := make(chan error, 1)
 	go func() {
 		exit, err := c.Exec(t.Context(), agent.Cmd{
-			Args: sh(`trap 'echo told; exit 5' USR1; echo ready; while [ "$(stty size)" != "25 99" ]; do sleep 0.01; done; echo resized; while :; do sleep 0.01; done`),
+			Args: sh(`trap 'echo told; exit 5' USR1; echo ready; while [ "$(stty size)" != "25 99" ] && ` + tested + `; do sleep 0.01; done; echo resized; while ` + tested + `; do sleep 0.01; done`),
 			TTY:  true, Stdout: &out, Signals: signals, Resize: sizes,
 		})
 		if err == nil && exit.Code != 5 {
@@ -246,7 +246,7 @@ func hanging(ctx context.Context, t *testing.T, c *agent.Client, detach <-chan s
 	ended := make(chan error, 1)
 	go func() {
 		_, err := c.Exec(ctx, agent.Cmd{
-			Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while [ ! -e go ]; do [ ! -e ask ] || echo asked; sleep 0.01; done; echo on >said"), Dir: dir, Stdout: out, Detach: detach,
+			Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while [ ! -e go ] && " + tested + "; do [ ! -e ask ] || echo asked; sleep 0.01; done; echo on >said"), Dir: dir, Stdout: out, Detach: detach,
 		})
 		ended <- err
 	}()

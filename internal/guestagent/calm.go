@@ -19,7 +19,7 @@ const (
 )
 
 // slacken sets the timer slack of all threads that there are; others get that of the thread that starts them, but for programs:
-// see process.UsualSlack. It needs /proc.
+// see process.Usual. It needs /proc.
 func slacken(slack time.Duration) error {
 	tasks, err := os.ReadDir("/proc/self/task")
 	text := []byte(strconv.FormatInt(slack.Nanoseconds(), 10))

@@ -50,7 +50,7 @@ func execInit(env []string) error {
 		}
 	}
 	runtime.LockOSThread()
-	process.UsualSlack()
+	process.Usual()
 	return fmt.Errorf("run %s: %w", inits[i], syscall.Exec(inits[i], inits[i:i+1], process.Environment(env, "/")))
 }
 

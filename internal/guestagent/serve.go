@@ -135,7 +135,7 @@ func spawn(verb string, boot *os.File) (pid int, err error) {
 	defer null.Close()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	process.UsualSlack()
+	process.Usual()
 	return syscall.ForkExec(self, []string{"smartvm-agent", verb}, &syscall.ProcAttr{
 		Dir: "/", Env: []string{"PATH=" + process.DefaultPath}, Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), boot.Fd()},
 		Sys: &syscall.SysProcAttr{Setsid: true},

@@ -248,7 +248,7 @@ func start(t *testing.T, drives ...drive) *vm {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	v := &vm{socket: filepath.Join(t.TempDir(), "api.sock"), ended: make(chan error, 1)}
+	v := &vm{socket: testenv.Socket(t, filepath.Join(t.TempDir(), "api.sock")), ended: make(chan error, 1)}
 	cmd := exec.CommandContext(ctx, testenv.Firecracker(t), "--api-sock", v.socket, "--config-file", file(t, data),
 		"--level", "Error") // its log and the console are one stream, in which a line can part another
 	cmd.Stdout, cmd.Stderr = v, v

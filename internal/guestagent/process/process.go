@@ -77,7 +77,7 @@ func (r *Reaper) Start(fork func() (pid int, err error)) (int, <-chan unix.WaitS
 	defer r.mu.Unlock()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	UsualSlack()
+	Usual()
 	pid, err := fork()
 	if err != nil {
 		return 0, nil, err
@@ -89,12 +89,6 @@ func (r *Reaper) Start(fork func() (pid int, err error)) (int, <-chan unix.WaitS
 	r.waiting[pid] = done
 	return pid, done, nil
 }
-
-// UsualSlack gives the thread, and so the programs that it forks or becomes, the timer slack that the kernel gives its first one. The
-// agent's own threads may have another.
-func UsualSlack() { _ = unix.Prctl(unix.PR_SET_TIMERSLACK, usualSlack, 0, 0, 0) }
-
-const usualSlack = 50_000 // nanoseconds
 
 // Run reaps whenever there is a SIGCHLD, until there are no more.
 func (r *Reaper) Run(child <-chan os.Signal) {
