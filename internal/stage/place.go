@@ -42,7 +42,7 @@ func PlaceLinks(root string, items []Item) error {
 func PlaceJailed(ctx context.Context, root string, uid int, items []Item) ([]Bind, error) {
 	var binds []Bind
 	for _, it := range items {
-		bind, err := placeJailed(ctx, filepath.Join(root, it.Name), uid, it)
+		bind, err := placeJailed(ctx, root, uid, it)
 		if err != nil {
 			return nil, fmt.Errorf("place %s: %w", it.Source, err)
 		}
@@ -53,10 +53,17 @@ func PlaceJailed(ctx context.Context, root string, uid int, items []Item) ([]Bin
 	return binds, nil
 }
 
-func placeJailed(ctx context.Context, path string, uid int, it Item) (bind bool, err error) {
+func placeJailed(ctx context.Context, root string, uid int, it Item) (bind bool, err error) {
+	path := filepath.Join(root, it.Name)
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return false, err
+	}
+	// The VMM's user goes through it, whatever our umask is. The root itself the jailer gives to that user.
+	if dir != filepath.Clean(root) {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			return false, err
+		}
 	}
 	fi, err := os.Stat(it.Source)
 	if err != nil {

@@ -56,7 +56,7 @@ func TestPlaceJailed(t *testing.T) {
 		makeSparse(t, path(name), 1<<20, piece{0, 10})
 	}
 	err := errors.Join(
-		os.Chmod(path("private"), 0o640),
+		os.Chmod(path("public"), 0o644), os.Chmod(path("private"), 0o640),
 		os.Chmod(path("own"), 0o600), os.Chown(path("own"), vmmUser, vmmUser),
 		os.Symlink(path("public"), path("link")),
 		unix.Mknod(path("device"), unix.S_IFBLK|0o660, int(unix.Mkdev(7, 200))),
@@ -65,6 +65,7 @@ func TestPlaceJailed(t *testing.T) {
 		t.Fatal(err)
 	}
 	root := path("root")
+	defer unix.Umask(unix.Umask(0o077))
 	binds, err := stage.PlaceJailed(t.Context(), root, vmmUser, []stage.Item{
 		{Source: path("public"), Name: "kernel"},
 		{Source: path("link"), Name: "drives/link"},
@@ -81,6 +82,9 @@ func TestPlaceJailed(t *testing.T) {
 		}
 	}
 	wantOwner(t, path("public"), 0)
+	if fi, err := os.Stat(filepath.Join(root, "drives")); err != nil || fi.Mode() != fs.ModeDir|0o755 {
+		t.Errorf("the VMM's user cannot come to its drives: %v, %v", fi.Mode(), err)
+	}
 	// What others may not read is copied: its mode and owner stay.
 	copied := filepath.Join(root, "drives/private")
 	if inode(t, copied) == inode(t, path("private")) {
@@ -120,6 +124,9 @@ func TestPlaceJailed_AcrossFileSystems(t *testing.T) {
 	mountTmpfs(t, other, "size=1m")
 	source := filepath.Join(dir, "source")
 	makeSparse(t, source, 10, piece{0, 10})
+	if err := os.Chmod(source, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	binds, err := stage.PlaceJailed(t.Context(), filepath.Join(other, "root"), vmmUser, []stage.Item{
 		{Source: source, Name: "kernel"}, {Source: source, Name: "drives/a", Writable: true},
 	})
