@@ -52,10 +52,11 @@ func startReal(t *testing.T, dir, socket string) realVMM {
 			t.Logf("firecracker: %s", said.String())
 		}
 	})
+	address := testenv.Socket(t, filepath.Join(dir, socket))
 	return realVMM{dir: dir, version: version, dial: func(ctx context.Context) (net.Conn, error) {
 		var dialer net.Dialer
 		for {
-			conn, err := dialer.DialContext(ctx, "unix", filepath.Join(dir, socket))
+			conn, err := dialer.DialContext(ctx, "unix", address)
 			if err == nil || ctx.Err() != nil {
 				return conn, err
 			}

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/testenv"
 )
 
 var (
@@ -25,7 +26,7 @@ var (
 // to dial it and the number of connections so far. The test waits for every handle to end.
 func listen(t *testing.T, handle func(conn net.Conn, number int)) (firecracker.DialFunc, *atomic.Int64) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "s")
+	path := testenv.Socket(t, filepath.Join(t.TempDir(), "s"))
 	listener, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)

@@ -585,7 +585,7 @@ func TestKilled(t *testing.T) {
 	killed := 0
 	for step := 1; ; step++ {
 		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestKilled$")
-		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d,%s,%s,%s", killVariable, step, work, kernel, rootfs))
+		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d\n%s\n%s\n%s", killVariable, step, work, kernel, rootfs))
 		out, err := cmd.CombinedOutput()
 		s := open(t, dir)
 		wantSound(t, s, dir)
@@ -616,7 +616,7 @@ func TestKilled(t *testing.T) {
 }
 
 func dieAt(t *testing.T, config string) {
-	parts := strings.Split(config, ",")
+	parts := strings.Split(config, "\n")
 	fatal, err := strconv.Atoi(parts[0])
 	if err != nil {
 		t.Fatal(err)

@@ -32,7 +32,7 @@ func childOptions(dir, bucket string) base.Options {
 }
 
 func TestMain(m *testing.M) {
-	dir, bucket, child := strings.Cut(os.Getenv(childVariable), " ")
+	dir, bucket, child := strings.Cut(os.Getenv(childVariable), "\n")
 	if !child {
 		os.Exit(m.Run())
 	}
@@ -50,7 +50,7 @@ func TestMain(m *testing.M) {
 func child(t *testing.T, o base.Options) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), childVariable+"="+o.Dir+" "+o.BucketURL, "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(os.Environ(), childVariable+"="+o.Dir+"\n"+o.BucketURL, "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

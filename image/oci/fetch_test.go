@@ -299,12 +299,12 @@ func TestFetch_Killed(t *testing.T) {
 // child fetches an image in a process of its own.
 func child(ctx context.Context, ref, layers string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^TestChild$")
-	cmd.Env = append(os.Environ(), "OCI_TEST_CHILD="+ref+" "+layers)
+	cmd.Env = append(os.Environ(), "OCI_TEST_CHILD="+ref+"\n"+layers)
 	return cmd
 }
 
 func TestChild(t *testing.T) {
-	ref, layers, ok := strings.Cut(os.Getenv("OCI_TEST_CHILD"), " ")
+	ref, layers, ok := strings.Cut(os.Getenv("OCI_TEST_CHILD"), "\n")
 	if !ok {
 		t.Skip("is for child processes")
 	}

@@ -215,7 +215,7 @@ func TestFindDigest(t *testing.T) {
 const childVariable = "SMARTVM_TEST_INSTALL"
 
 func TestMain(m *testing.M) {
-	d, url, child := strings.Cut(os.Getenv(childVariable), " ")
+	d, url, child := strings.Cut(os.Getenv(childVariable), "\n")
 	if !child {
 		os.Exit(m.Run())
 	}
@@ -233,7 +233,7 @@ func TestMain(m *testing.M) {
 func child(t *testing.T, d, url string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), childVariable+"="+d+" "+url, "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(os.Environ(), childVariable+"="+d+"\n"+url, "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

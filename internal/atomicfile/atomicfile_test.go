@@ -16,14 +16,14 @@ import (
 func TestWrite_Replaces(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
 	for _, text := range []string{"first", "", "a second, longer one", "3"} {
-		if err := atomicfile.Write(path, []byte(text), 0o640); err != nil {
+		if err := atomicfile.Write(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if got, err := os.ReadFile(path); err != nil || string(got) != text {
 			t.Errorf("%q, %v, want %q", got, err, text)
 		}
 	}
-	if fi, err := os.Stat(path); err != nil || fi.Mode() != 0o640 {
+	if fi, err := os.Stat(path); err != nil || fi.Mode() != 0o600 {
 		t.Errorf("%v: %v", fi.Mode(), err)
 	}
 	alone(t, path)

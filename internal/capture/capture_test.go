@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/capture"
 	"push.rocks/smartvm/internal/fakefc"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/vmm"
 )
 
@@ -80,7 +81,7 @@ func vm(t *testing.T, g *guest, faults map[string]fakefc.Fault) *capture.VM {
 	t.Helper()
 	dir := t.TempDir()
 	listen := func(name string) net.Listener {
-		l, err := net.Listen("unix", filepath.Join(dir, name))
+		l, err := net.Listen("unix", testenv.Socket(t, filepath.Join(dir, name)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -88,8 +89,9 @@ func vm(t *testing.T, g *guest, faults map[string]fakefc.Fault) *capture.VM {
 		return l
 	}
 	dial := func(name string) func(context.Context) (net.Conn, error) {
+		address := testenv.Socket(t, filepath.Join(dir, name))
 		return func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, name))
+			return new(net.Dialer).DialContext(ctx, "unix", address)
 		}
 	}
 	fc := fakefc.New(fakefc.Config{Version: "1.12.1", Faults: faults})
@@ -275,7 +277,7 @@ func TestCapture_NobodyListens(t *testing.T) {
 
 // A hook that does not end is not waited for without end.
 func TestRunHook_Hangs(t *testing.T) {
-	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "vsock"))
+	l, err := net.Listen("unix", testenv.Socket(t, filepath.Join(t.TempDir(), "vsock")))
 	if err != nil {
 		t.Fatal(err)
 	}

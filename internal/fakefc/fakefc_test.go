@@ -18,6 +18,7 @@ import (
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/fakefc"
+	"push.rocks/smartvm/internal/testenv"
 )
 
 func TestMain(m *testing.M) {
@@ -30,7 +31,7 @@ func TestMain(m *testing.M) {
 // serve starts a server and returns a client that claims version.
 func serve(t *testing.T, config fakefc.Config, claimed string) (*fakefc.Server, *firecracker.Client) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "s")
+	path := testenv.Socket(t, filepath.Join(t.TempDir(), "s"))
 	listener, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
@@ -54,6 +55,7 @@ func dial(t *testing.T, path, claimed string) *firecracker.Client {
 	if err != nil {
 		t.Fatal(err)
 	}
+	path = testenv.Socket(t, path)
 	c := firecracker.New(func(ctx context.Context) (net.Conn, error) {
 		for {
 			conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
@@ -175,7 +177,7 @@ func TestServer_strict(t *testing.T) {
 		"chunks":        "PUT /vsock HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
 		"unknown path":  "GET /teapot HTTP/1.1\r\nHost: x\r\n\r\n",
 	} {
-		listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+		listener, err := net.Listen("unix", testenv.Socket(t, filepath.Join(t.TempDir(), "s")))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -33,7 +33,7 @@ func put(t *testing.T, dir string, files map[string]string) {
 		case isLink:
 			err = os.Symlink(to, path)
 		default:
-			err = os.WriteFile(path, []byte(text), 0o644)
+			err = errors.Join(os.WriteFile(path, []byte(text), 0o600), os.Chmod(path, 0o644))
 		}
 		if err != nil {
 			t.Fatal(err)

@@ -214,7 +214,8 @@ func TestCommit_ManyOfOneName(t *testing.T) {
 
 func TestOpen_Unsafe(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "snapshots")
-	must(t, os.Mkdir(dir, 0o755))
+	must(t, os.Mkdir(dir, 0o700))
+	must(t, os.Chmod(dir, 0o755))
 	_, err := snapshot.Open(dir)
 	wantError(t, "open to others", err, store.ErrUnsafe)
 	link := filepath.Join(t.TempDir(), "link")

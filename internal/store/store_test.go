@@ -40,7 +40,7 @@ func TestSecure(t *testing.T) {
 		{"a symbolic link", "is a symbolic link", false, func(dir string) error { return os.Symlink(filepath.Dir(dir), dir) }},
 		{"a symbolic link to nothing", "is a symbolic link", false, func(dir string) error { return os.Symlink("none", dir) }},
 		{"a file", "is not a directory", false, func(dir string) error { return os.WriteFile(dir, nil, 0o700) }},
-		{"readable to others", "has mode 0755", false, func(dir string) error { return os.Mkdir(dir, 0o755) }},
+		{"readable to others", "has mode 0755", false, func(dir string) error { return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o755)) }},
 		{"another's", "belongs to user 65534", true, func(dir string) error {
 			return errors.Join(os.Mkdir(dir, 0o700), os.Chown(dir, 65534, 65534))
 		}},

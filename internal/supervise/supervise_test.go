@@ -59,7 +59,7 @@ func TestConfig_Spawn(t *testing.T) {
 		"dies":         {`exit 3`, "its supervisor ended: exit status 3"},
 		"is killed":    {`kill -9 $$`, "its supervisor ended: signal: killed"},
 		"stops short":  {`printf '{"err' >&3`, "its supervisor ended: exit status 0"},
-		"says garbage": {`echo garbage >&3; exec sleep 600`, "its supervisor ended: invalid character"},
+		"says garbage": {`echo garbage >&3; while kill -0 $PPID; do sleep 0.01; done`, "its supervisor ended: invalid character"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := c.Spawn(t.Context(), program(t, tt.script))
@@ -71,8 +71,8 @@ func TestConfig_Spawn(t *testing.T) {
 	t.Run("context ends", func(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		cause := errors.New("enough")
-		ready := filepath.Join(t.TempDir(), "ready")
-		path := program(t, "trap 'exit 1' TERM\ntouch "+ready+"\nwhile :; do sleep 0.01; done")
+		path := program(t, "trap 'exit 1' TERM\n: >\"$0.ready\"\nwhile kill -0 $PPID; do sleep 0.01; done")
+		ready := path + ".ready"
 		go func() {
 			for ctx.Err() == nil {
 				if _, err := os.Stat(ready); err == nil {

@@ -61,13 +61,7 @@ func boot(t *testing.T, g tinyguest.Guest) *vm {
 		"machine-config": {"vcpu_count": 1, "mem_size_mib": 64}
 	}`, kernel))
 	log := write("log", nil) // Firecracker up to 1.13 does not create it.
-	// A socket's path must be short, and the test's directory may not be.
-	short, err := os.MkdirTemp("", "tg")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(short) })
-	v := &vm{socket: filepath.Join(short, "s"), log: log}
+	v := &vm{socket: testenv.Socket(t, filepath.Join(dir, "s")), log: log}
 
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	v.cmd = exec.CommandContext(ctx, bin, "--api-sock", v.socket, "--config-file", config, "--log-path", log)

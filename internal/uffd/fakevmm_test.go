@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -27,7 +28,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	args := strings.Fields(os.Getenv(childArgs))
+	args := strings.Split(os.Getenv(childArgs), "\n")
 	var err error
 	switch os.Getenv(childVariable) {
 	case "":
@@ -239,7 +240,7 @@ func startChild(t testing.TB, what string, args ...string) *vmm {
 	return startAs(t, 0, what, args...)
 }
 
-// startAs starts a child as another user, if uid is not 0.
+// startAs starts a child as another user, if uid is not 0. Its first argument is a socket.
 func startAs(t testing.TB, uid int, what string, args ...string) *vmm {
 	t.Helper()
 	program, err := os.Open(os.Args[0])
@@ -247,12 +248,18 @@ func startAs(t testing.TB, uid int, what string, args ...string) *vmm {
 		t.Fatal(err)
 	}
 	defer program.Close()
-	cmd := exec.Command("/proc/self/fd/3") //nolint:noctx // killed below
-	cmd.ExtraFiles = []*os.File{program}   // its directory may be closed to others
+	dir, err := os.Open(filepath.Dir(args[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	args = append([]string{"/proc/self/fd/4/" + filepath.Base(args[0])}, args[1:]...)
+	cmd := exec.Command("/proc/self/fd/3")    //nolint:noctx // killed below
+	cmd.ExtraFiles = []*os.File{program, dir} // what is above them may be closed to others, or too long for a socket
 	if uid != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 	}
-	cmd.Env = append(os.Environ(), childVariable+"="+what, childArgs+"="+strings.Join(args, " "), "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(os.Environ(), childVariable+"="+what, childArgs+"="+strings.Join(args, "\n"), "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	in, ierr := cmd.StdinPipe()
 	out, oerr := cmd.StdoutPipe()

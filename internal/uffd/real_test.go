@@ -151,7 +151,8 @@ func TestReal_Jailed(t *testing.T) {
 	vm := bare.StartJailed(t, t.TempDir(), uid, func(root string) {
 		data, err := os.ReadFile(state)
 		must(t, err)
-		must(t, os.WriteFile(filepath.Join(root, "state"), data, 0o444)) //nolint:gosec // another user reads it
+		must(t, os.WriteFile(filepath.Join(root, "state"), data, 0o600))
+		must(t, os.Chmod(filepath.Join(root, "state"), 0o444)) //nolint:gosec // another user reads it
 		session, err = s.Listen(uffd.Options{Socket: filepath.Join(root, "memory.socket"), Memory: memory, UID: uid, GID: uid})
 		must(t, err)
 	})

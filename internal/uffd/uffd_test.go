@@ -308,7 +308,7 @@ func TestSession_OtherUser(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	const uid = 1_900_000_000
 	dir := t.TempDir()
-	must(t, os.Chmod(filepath.Dir(dir), 0o755)) //nolint:gosec // others shall come here
+	must(t, os.Chmod(dir, 0o755)) //nolint:gosec // others shall come here
 	s := newServer(t)
 	o := uffd.Options{Memory: memoryFile(t, dir), Socket: filepath.Join(dir, "s"), UID: uid, GID: uid}
 	session, err := s.Listen(o)

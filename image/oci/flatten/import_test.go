@@ -47,7 +47,7 @@ func TestDirToExt4(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	dir := t.TempDir()
 	at := func(n string) string { return filepath.Join(dir, n) }
-	l, err := net.Listen("unix", at("socket"))
+	l, err := net.Listen("unix", testenv.Socket(t, at("socket")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +97,7 @@ func TestTreesToExt4(t *testing.T) {
 		dir := t.TempDir()
 		at := func(n string) string { return filepath.Join(dir, n) }
 		if err := errors.Join(
-			os.Mkdir(at("d"), 0o750), os.WriteFile(at("d/a"), fmt.Append(nil, i), 0o600), os.Link(at("d/a"), at("b")), os.Chown(at("d"), 5, 6),
+			os.Mkdir(at("d"), 0o700), os.Chmod(at("d"), 0o750), os.WriteFile(at("d/a"), fmt.Append(nil, i), 0o600), os.Link(at("d/a"), at("b")), os.Chown(at("d"), 5, 6),
 			os.Chtimes(at("d/a"), someTime, someTime), os.Chtimes(at("d"), someTime, someTime), os.Chtimes(dir, someTime, someTime), os.Chmod(dir, 0o711),
 		); err != nil {
 			t.Fatal(err)

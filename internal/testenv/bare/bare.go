@@ -86,10 +86,11 @@ func start(t testing.TB, cmd *exec.Cmd, socket string) *VM {
 		_ = cmd.Wait()
 		close(vm.end)
 	}()
+	address := testenv.Socket(t, filepath.Join(dir, socket))
 	vm.Client = firecracker.New(func(ctx context.Context) (net.Conn, error) {
 		var dialer net.Dialer
 		for {
-			conn, err := dialer.DialContext(ctx, "unix", filepath.Join(dir, socket))
+			conn, err := dialer.DialContext(ctx, "unix", address)
 			if err == nil || ctx.Err() != nil {
 				return conn, err
 			}

@@ -97,7 +97,12 @@ func TestDiff_Root(t *testing.T) {
 func seeEach(t *testing.T, things []thing) {
 	for _, tt := range things {
 		t.Run(tt.name, func(t *testing.T) {
-			dir := t.TempDir()
+			// A socket's address has room for it, as has a line about a process, whatever TMPDIR is.
+			dir, err := os.MkdirTemp("/tmp", "smartvm-leak-")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = os.RemoveAll(dir) })
 			write(t, filepath.Join(dir, "there"))
 			before := take(t, dir)
 			unmake := tt.make(t, dir)
