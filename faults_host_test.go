@@ -219,7 +219,11 @@ func TestFault_ConsoleFlood(t *testing.T) {
 		}
 		exited <- err
 	}()
-	<-enough // the fake waits for its console, as a pipe with somebody reading lets it
+	select {
+	case <-enough: // the fake waits for its console, as a pipe with somebody reading lets it
+	case err := <-exited:
+		t.Fatalf("it ended before: %v", err)
+	}
 	for _, name := range []string{"console.log", "console.log.1"} {
 		eventually(t, "there is "+name, func() bool { // while it gets its other name there is none
 			fi, err := os.Stat(filepath.Join(site.dir, "runtime/victim", name))

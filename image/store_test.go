@@ -32,8 +32,14 @@ import (
 
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/tinyguest"
 )
+
+func TestMain(m *testing.M) {
+	testenv.OthersOut()
+	m.Run()
+}
 
 func open(t testing.TB, dir string, change ...func(*image.Options)) *image.Store {
 	t.Helper()

@@ -21,7 +21,10 @@ import (
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
-func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"smartvm": main}) }
+func TestMain(m *testing.M) {
+	testenv.OthersOut()
+	testscript.Main(m, map[string]func(){"smartvm": main})
+}
 
 // patience bounds every wait of a script.
 const patience = 20 * time.Second

@@ -32,6 +32,7 @@ func childOptions(dir, bucket string) base.Options {
 }
 
 func TestMain(m *testing.M) {
+	testenv.OthersOut()
 	dir, bucket, child := strings.Cut(os.Getenv(childVariable), "\n")
 	if !child {
 		os.Exit(m.Run())

@@ -215,6 +215,7 @@ func TestFindDigest(t *testing.T) {
 const childVariable = "SMARTVM_TEST_INSTALL"
 
 func TestMain(m *testing.M) {
+	testenv.OthersOut()
 	d, url, child := strings.Cut(os.Getenv(childVariable), "\n")
 	if !child {
 		os.Exit(m.Run())

@@ -32,6 +32,11 @@ type guest struct {
 	fc    *firecracker.Client
 }
 
+func TestMain(m *testing.M) {
+	testenv.OthersOut()
+	m.Run()
+}
+
 func (g *guest) did(what string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -3,6 +3,7 @@ package fakefc
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -45,11 +46,25 @@ func Install(dir string, script Script) (string, error) {
 	if err := os.WriteFile(program+scriptSuffix, text, 0o600); err != nil {
 		return "", err
 	}
-	// A hard link can tell its own path however it is run. A copy would do too, but for test binaries' size.
+	// Either can tell its own path however it is run. A test binary is large, but dir may be on another file system.
 	if os.Link(self, program) == nil {
 		return program, nil
 	}
-	return program, os.Symlink(self, program)
+	return program, copyProgram(program, self)
+}
+
+func copyProgram(to, from string) (err error) {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o700)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(dst, src)
+	return errors.Join(err, dst.Close())
 }
 
 // Called reports whether the test binary was run as the fake program.

@@ -29,6 +29,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	testenv.OthersOut()
 	what := os.Getenv(childVariable)
 	if what == "" {
 		os.Exit(m.Run())

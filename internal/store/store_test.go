@@ -18,6 +18,11 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
+func TestMain(m *testing.M) {
+	testenv.OthersOut()
+	m.Run()
+}
+
 func open(t *testing.T) *store.Store {
 	t.Helper()
 	s, err := store.Open(filepath.Join(t.TempDir(), "runtime"))

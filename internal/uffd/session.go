@@ -1,6 +1,7 @@
 package uffd
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -92,10 +94,17 @@ func listen(o Options) (*net.UnixListener, error) {
 	}
 	defer unix.Close(dir)
 	name := filepath.Base(o.Socket)
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)})
+	// A socket's mode before it is bound is that of its file, whatever the umask allows.
+	private := net.ListenConfig{Control: func(_, _ string, socket syscall.RawConn) error {
+		var result error
+		err := socket.Control(func(fd uintptr) { result = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, result)
+	}}
+	bound, err := private.Listen(context.Background(), "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir, name))
 	if err != nil {
 		return nil, err
 	}
+	l := bound.(*net.UnixListener)
 	l.SetUnlinkOnClose(false) // its path is of no use when the directory is closed
 	if err := unix.Fchownat(dir, name, o.UID, o.GID, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return nil, errors.Join(fmt.Errorf("give socket to user %d: %w", o.UID, err), l.Close(), unix.Unlinkat(dir, name, 0))

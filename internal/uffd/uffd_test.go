@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/uffd"
@@ -311,9 +312,10 @@ func TestSession_OtherUser(t *testing.T) {
 	must(t, os.Chmod(dir, 0o755)) //nolint:gosec // others shall come here
 	s := newServer(t)
 	o := uffd.Options{Memory: memoryFile(t, dir), Socket: filepath.Join(dir, "s"), UID: uid, GID: uid}
+	defer unix.Umask(unix.Umask(0))
 	session, err := s.Listen(o)
 	must(t, err)
-	if fi, err := os.Lstat(o.Socket); err != nil || fi.Sys().(*syscall.Stat_t).Uid != uid || fi.Mode().Perm()&0o022 != 0 {
+	if fi, err := os.Lstat(o.Socket); err != nil || fi.Sys().(*syscall.Stat_t).Uid != uid || fi.Mode().Perm() != 0o600 {
 		t.Errorf("the socket is %v, %v", fi, err)
 	}
 	stranger := startChild(t, "vmm", o.Socket, fmt.Sprint(testPages*page))

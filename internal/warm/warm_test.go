@@ -28,6 +28,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	testenv.OthersOut()
 	what := os.Getenv(childVariable)
 	if what == "" {
 		os.Exit(m.Run())

@@ -24,7 +24,7 @@ import (
 const (
 	ownFailure  = 125 // the exit status when the program did not start
 	umask       = 0o077
-	tempName    = "odd temp directory, with more in its name than what the address of a socket can hold, which is 107 bytes in all"
+	tempName    = "odd temp directory with more in its name than what fits into the address of a socket which is 107 bytes in all"
 	descriptors = 18 // open ones beside the standard streams
 )
 
