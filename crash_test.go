@@ -338,7 +338,7 @@ func newCrashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, life
 	for name, data := range map[string][]byte{
 		"kernel": tinyguest.Image(tinyguest.Guest{Message: "up\n", Then: then}), "copied": precious(), "inplace": precious(),
 	} {
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
+		if err := writeAs(filepath.Join(dir, name), data, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -452,7 +452,7 @@ func TestFault_NoSpace(t *testing.T) {
 			site := newFaultSite(t, fakefc.Script{})
 			disk := filepath.Join(site.dir, "disk")
 			data := bytes.Repeat([]byte("precious"), tt.data/8)
-			if err := os.WriteFile(disk, data, 0o644); err != nil {
+			if err := writeAs(disk, data, 0o644); err != nil {
 				t.Fatal(err)
 			}
 			report := site.runChild(t, "no-space", tt.args...)

@@ -29,7 +29,7 @@ func TestFault_RuntimeDir(t *testing.T) {
 			return errors.Join(os.Mkdir(dir+"-there", 0o700), os.Symlink(dir+"-there", dir))
 		}},
 		{"a file", "is not a directory", false, func(dir string) error { return os.WriteFile(dir, nil, 0o700) }},
-		{"mode 0755", "has mode 0755, not 0700", false, func(dir string) error { return os.Mkdir(dir, 0o755) }},
+		{"mode 0755", "has mode 0755, not 0700", false, func(dir string) error { return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o755)) }},
 		{"mode 0500", "has mode 0500, not 0700", false, func(dir string) error { return os.Mkdir(dir, 0o500) }},
 		{"another's", "belongs to user 65534", true, func(dir string) error {
 			return errors.Join(os.Mkdir(dir, 0o700), os.Chown(dir, nobody, nobody))
@@ -128,7 +128,7 @@ func TestFault_Spec(t *testing.T) {
 	testenv.NoLeaks(t)
 	write := func(t *testing.T, site *faultSite, name, text string, mode fs.FileMode) string {
 		path := filepath.Join(site.dir, name)
-		if err := errors.Join(os.WriteFile(path, []byte(text), 0o644), os.Chmod(path, mode)); err != nil {
+		if err := writeAs(path, []byte(text), mode); err != nil {
 			t.Fatal(err)
 		}
 		return path
@@ -214,7 +214,7 @@ func TestFault_CorruptBzImage(t *testing.T) {
 	copy(image[0x248:], []byte{0, 0x10, 0, 0, 0, 64}) // payload at 0x1000
 	copy(image[5*512+0x1000:], "\x1f\x8b\x08\x00rubbish")
 	site.spec.BootSource.KernelImagePath = filepath.Join(site.dir, "bzImage")
-	if err := os.WriteFile(site.spec.BootSource.KernelImagePath, image, 0o644); err != nil {
+	if err := writeAs(site.spec.BootSource.KernelImagePath, image, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	_, err := site.open(t).Create(t.Context(), site.spec)
@@ -262,7 +262,7 @@ func TestFault_Cancelled(t *testing.T) {
 	testenv.NoLeaks(t)
 	site.spec.Name = "name"
 	site.spec.Drives = append(site.spec.Drives, smartvm.Drive{DriveID: "inplace", PathOnHost: filepath.Join(site.dir, "disk"), Ephemeral: new(bool)})
-	site.spec.Vsock = &smartvm.Vsock{GuestCID: 3, UDSPath: filepath.Join(site.dir, "vsock")}
+	site.spec.Vsock = &smartvm.Vsock{GuestCID: 3, UDSPath: filepath.Join(shortDir(t), "vsock")}
 	var step, at int
 	var last string
 	var cancel context.CancelCauseFunc

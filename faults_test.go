@@ -36,7 +36,7 @@ func newFaultSite(t *testing.T, script fakefc.Script) *faultSite {
 		"kernel": tinyguest.Image(tinyguest.Guest{Message: "up\n", Then: tinyguest.Idle}),
 		"disk":   []byte(strings.Repeat("precious", 1<<12)),
 	} {
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
+		if err := writeAs(filepath.Join(dir, name), data, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -59,15 +59,7 @@ func newSite(t *testing.T, launcher smartvm.Launcher) *site {
 	if launcher == smartvm.LaunchJailed {
 		testenv.Require(t, testenv.Root)
 	}
-	dir, err := os.MkdirTemp("/dev/shm", "smartvm-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
+	dir := shortDir(t)
 	s := &site{t: t, dir: dir}
 	s.options = smartvm.Options{
 		RuntimeDir: filepath.Join(dir, "runtime"), DataDir: filepath.Join(dir, "data"), Launcher: launcher,
@@ -119,7 +111,7 @@ func (s *site) path(name string) string { return filepath.Join(s.dir, name) }
 
 func (s *site) write(name string, data []byte) {
 	s.t.Helper()
-	if err := os.WriteFile(s.path(name), data, 0o644); err != nil {
+	if err := writeAs(s.path(name), data, 0o644); err != nil {
 		s.t.Fatal(err)
 	}
 }

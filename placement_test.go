@@ -34,7 +34,7 @@ func TestMachine_FilesElsewhere(t *testing.T) {
 				if name == "kernel" {
 					data = tinyguest.Image(tinyguest.Guest{Message: "idle is up\n", Then: tinyguest.Idle})
 				}
-				if err := os.WriteFile(filepath.Join(elsewhere, name), data, mode); err != nil {
+				if err := writeAs(filepath.Join(elsewhere, name), data, mode); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -89,7 +89,7 @@ func TestMachine_MountsStayInTheJail(t *testing.T) {
 	spec := s.spec("idle")
 	kernel, err := os.ReadFile(spec.BootSource.KernelImagePath)
 	spec.BootSource.KernelImagePath = filepath.Join(elsewhere, "kernel")
-	if err := errors.Join(err, os.WriteFile(spec.BootSource.KernelImagePath, kernel, 0o644)); err != nil {
+	if err := errors.Join(err, writeAs(spec.BootSource.KernelImagePath, kernel, 0o644)); err != nil {
 		t.Fatal(err)
 	}
 	r := s.remoteWith(sharedMounts)

@@ -65,6 +65,7 @@ func TestPlan(t *testing.T) {
 			if s.spec, err = spec.Parse([]byte(strings.ReplaceAll(sampleSpec, "$DIR", s.dir))); err != nil {
 				t.Fatal(err)
 			}
+			s.spec.Vsock.UDSPath = filepath.Join(shortDir(t), filepath.Base(s.spec.Vsock.UDSPath))
 		}},
 		{"jailed", func(t *testing.T, s *faultSite) {
 			s.options.Launcher, s.options.JailerBinary = smartvm.LaunchJailed, filepath.Join(s.dir, "jailer")
@@ -114,6 +115,9 @@ func normalPlan(t *testing.T, h *smartvm.Host, site *faultSite) []byte {
 		t.Fatal(err)
 	}
 	text := strings.ReplaceAll(out.String(), site.dir, "$DIR")
+	if v := site.spec.Vsock; v != nil {
+		text = strings.ReplaceAll(text, filepath.Dir(v.UDSPath), "$DIR")
+	}
 	for _, r := range []struct{ pattern, with string }{
 		{`"[^"]*/smartvm/` + site.spec.ID + `-[0-9a-f]{8}"`, `"$$CGROUPS/` + site.spec.ID + `-$$NONCE"`},
 		{`smartvm/` + site.spec.ID + `-[0-9a-f]{8}/`, `$$PARENT/` + site.spec.ID + `-$$NONCE/`},
