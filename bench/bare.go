@@ -2,13 +2,13 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"push.rocks/smartvm/firecracker"
@@ -23,8 +23,8 @@ type bare struct {
 }
 
 // startBare starts a VM with the kernel and the drives at these paths, and waits for the guest's first byte.
-func (b *bench) startBare(name, kernel string, drives ...string) (*bare, error) {
-	v := &bare{dir: filepath.Join(b.dir, name)}
+func (b *bench) startBare(ctx context.Context, name, kernel string, drives ...string) (*bare, error) {
+	v := &bare{dir: filepath.Join(b.Dir, name)}
 	if err := os.Mkdir(v.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -49,7 +49,7 @@ func (b *bench) startBare(name, kernel string, drives ...string) (*bare, error) 
 		return nil, err
 	}
 	v.out = read
-	v.cmd = exec.Command(b.firecracker, "--no-api", "--config-file", path, "--log-path", log, "--level", "Error")
+	v.cmd = exec.CommandContext(ctx, b.Firecracker, "--no-api", "--config-file", path, "--log-path", log, "--level", "Error")
 	v.cmd.Stdout, v.cmd.Dir = write, v.dir
 	begun := time.Now()
 	err = errors.Join(v.cmd.Start(), write.Close())
@@ -86,20 +86,53 @@ func await(f *os.File) error {
 
 func (v *bare) stop() error {
 	if v.cmd.Process != nil {
-		_ = v.cmd.Process.Signal(syscall.SIGKILL)
+		_ = v.cmd.Process.Kill()
 		_ = v.cmd.Wait()
 	}
 	return errors.Join(v.out.Close(), os.RemoveAll(v.dir))
 }
 
 // runBare runs a guest that reboots at once, as a whole process.
-func (b *bench) runBare() (time.Duration, error) {
+func (b *bench) runBare(ctx context.Context) (time.Duration, error) {
 	begun := time.Now()
-	v, err := b.startBare("bare-run", b.reboot)
+	v, err := b.startBare(ctx, "bare-run", b.reboot)
 	if err != nil {
 		return 0, err
 	}
 	err = v.cmd.Wait()
 	took := time.Since(begun)
 	return took, errors.Join(err, v.out.Close(), os.RemoveAll(v.dir))
+}
+
+// calibrationStarts are bare starts whose mean is the machine's pace.
+const calibrationStarts = 20
+
+func (b *bench) calibrate(ctx context.Context) error {
+	var sum time.Duration
+	for round := range warmup + calibrationStarts {
+		v, err := b.startBare(ctx, "bare", b.idle, b.drive)
+		if err != nil {
+			return err
+		}
+		if round >= warmup {
+			sum += v.took
+		}
+		if err := v.stop(); err != nil {
+			return err
+		}
+	}
+	b.samples.add(paceSample, "s", (sum / calibrationStarts).Seconds())
+	return nil
+}
+
+// calibrateLab runs in the lab, as soon as that is up.
+func (b *bench) calibrateLab(context.Context) error {
+	text, err := os.ReadFile("/proc/uptime")
+	if err != nil {
+		return err
+	}
+	var up float64
+	_, err = fmt.Sscan(string(text), &up)
+	b.samples.add(paceSample, "s", up)
+	return err
 }

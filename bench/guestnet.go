@@ -55,7 +55,7 @@ func (s *guestSite) network() error {
 	}
 	host, _ := config.Gateway()
 	ctx, cancel := context.WithCancel(s.ctx)
-	server := exec.CommandContext(ctx, s.iperf3, "--server", "--one-off", "--forceflush", "--bind", host.String(), "--interval", sendInterval, "--format", "k")
+	server := exec.CommandContext(ctx, s.bench.IPerf3, "--server", "--one-off", "--forceflush", "--bind", host.String(), "--interval", sendInterval, "--format", "k")
 	out, err := server.StdoutPipe()
 	if err == nil {
 		err = server.Start()
@@ -81,7 +81,7 @@ func (s *guestSite) network() error {
 		ended <- fmt.Errorf("iperf3 in the guest: %+v, %w: %s", exit, err, &told)
 	}()
 	next := func() (float64, error) {
-		defer time.AfterFunc(guestPatience, cancel).Stop() // the emulator loses guests
+		defer time.AfterFunc(s.patience(), cancel).Stop() // the emulator loses guests
 		for lines.Scan() {
 			if m := received.FindStringSubmatch(lines.Text()); m != nil {
 				kbits, err := strconv.ParseFloat(m[1], 64)
@@ -114,7 +114,7 @@ func (s *guestSite) turn(tables *filter.Tables, known bool, next func() (float64
 		if err != nil {
 			return err
 		}
-		s.report("guest-throughput", "MB/s", rate)
+		s.samples.add("guest-throughput", "MB/s", rate)
 		with += rate / sendIntervals
 	}
 	if err := tables.Revert(s.ctx); err != nil {
@@ -133,7 +133,7 @@ func (s *guestSite) turn(tables *filter.Tables, known bool, next func() (float64
 		without, err = measure()
 	}
 	if err == nil && without > 0 { // or they were restored at once
-		s.report("guest-throughput/"+name, "", with/without)
+		s.samples.add("guest-throughput/"+name, "", with/without)
 	}
 	return err
 }
@@ -151,7 +151,7 @@ func (s *guestSite) unruled(tables *filter.Tables, name string, next func() (flo
 		if there, err := tables.There(s.ctx); err != nil || there {
 			return mean / n, err
 		}
-		s.report(name, "MB/s", rate)
+		s.samples.add(name, "MB/s", rate)
 		mean += rate
 	}
 }
@@ -161,14 +161,14 @@ var library = regexp.MustCompile(`(?m)^\s+(?:(\S+) => )?(/\S+) \(0x`)
 
 // copyIperf brings iperf3 into a guest that knows nothing of its libraries.
 func (s *guestSite) copyIperf() error {
-	out, err := exec.CommandContext(s.ctx, "ldd", s.iperf3).Output()
+	out, err := exec.CommandContext(s.ctx, "ldd", s.bench.IPerf3).Output()
 	if err != nil {
-		return fmt.Errorf("ldd %s: %w", s.iperf3, err)
+		return fmt.Errorf("ldd %s: %w", s.bench.IPerf3, err)
 	}
 	if exit, err := s.client.Exec(s.ctx, agent.Cmd{Args: []string{"mkdir", iperfDir}}); err != nil || exit.Code != 0 {
 		return fmt.Errorf("make %s in the guest: %+v, %v", iperfDir, exit, err)
 	}
-	files := map[string]string{"iperf3": s.iperf3}
+	files := map[string]string{"iperf3": s.bench.IPerf3}
 	for _, m := range library.FindAllStringSubmatch(string(out), -1) {
 		name := m[1]
 		if name == "" || path.IsAbs(name) {

@@ -1,11 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,10 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
@@ -29,96 +24,18 @@ import (
 	"push.rocks/smartvm/internal/logfile"
 )
 
-// guestVerb runs the measurements of real guests, in the lab where this machine boots none.
-const guestVerb = "measure-guests"
-
-// guests measures what goes on in real guests.
-func (b *bench) guests(ctx context.Context) error {
-	if os.Geteuid() != 0 {
-		fmt.Fprintln(os.Stderr, "bench: guests need root: skipped")
-		return nil
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	// Not on the tmpfs of the others: the lab has one of its own there.
-	dir, err := os.MkdirTemp("", "smartvm-bench-guests-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	if err := b.guestImage(ctx, filepath.Join(dir, "data")); err != nil {
-		return err
-	}
-	helper := filepath.Join(dir, "inguest")
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", helper, "./inguest")
+// guestFiles makes what guests need.
+func (b *bench) guestFiles(ctx context.Context) error {
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", b.helper(), "./inguest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build what runs in guests: %w\n%s", err, out)
 	}
-	command := []string{self, guestVerb, dir, b.firecracker, b.iperf3}
-	mode, err := lab.Decide(lab.Mode(os.Getenv("SMARTVM_LAB")))
-	if err != nil {
-		return err
-	}
-	for try := 1; ; try++ {
-		err := b.hearGuests(ctx, command, mode.Lab)
-		if err == nil || try == guestTries || !mode.Lab || ctx.Err() != nil {
-			return err
-		}
-		fmt.Fprintln(os.Stderr, "bench: once more in a new lab, as what it emulates may have failed:", err)
-	}
+	return b.guestImage(ctx, b.guestData())
 }
 
-// guestTries is how often the lab may fail: its guests die in one of three runs, by a copy that breaks off.
-const guestTries = 3
-
-// hearGuests runs the command there and takes what it measures.
-func (b *bench) hearGuests(ctx context.Context, command []string, inLab bool) error {
-	out, w := io.Pipe()
-	ended := make(chan error, 1)
-	go func() {
-		err := b.runGuests(ctx, command, inLab, w)
-		ended <- err
-		_ = w.CloseWithError(err)
-	}()
-	for lines := bufio.NewScanner(out); lines.Scan(); {
-		var s sample
-		if err := json.Unmarshal(lines.Bytes(), &s); err != nil {
-			return fmt.Errorf("%q: %w", lines.Text(), err)
-		}
-		b.report.add(s.Name, s.Unit, s.Value)
-		b.report.lab[s.Name] = inLab
-	}
-	return <-ended
-}
-
-// runGuests runs the command there.
-func (b *bench) runGuests(ctx context.Context, command []string, inLab bool, out io.Writer) error {
-	if !inLab {
-		cmd := exec.CommandContext(ctx, command[0], command[1:]...)
-		cmd.Stdout, cmd.Stderr = out, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS}
-		return cmd.Run()
-	}
-	cache, err := fixtures.FromEnv(os.Getenv)
-	if err != nil {
-		return err
-	}
-	paths, err := cache.Ensure(ctx, fixtures.QEMU, fixtures.LabKernel, fixtures.LabModules, fixtures.Busybox)
-	if err != nil {
-		return err
-	}
-	status, err := lab.Run(ctx, lab.Config{
-		QEMU: paths[0], Kernel: paths[1], Modules: paths[2], Busybox: paths[3], Command: command, Dir: "/",
-		Env: []string{"PATH=" + os.Getenv("PATH")}, Stdout: out, Stderr: os.Stderr,
-	})
-	if err == nil && status != 0 {
-		err = fmt.Errorf("in the lab: exit status %d", status)
-	}
-	return err
-}
+func (b *bench) helper() string    { return filepath.Join(b.Disk, "inguest") }
+func (b *bench) guestData() string { return filepath.Join(b.Disk, "guests") }
 
 // guestImage makes the minimal image in a data directory.
 func (b *bench) guestImage(ctx context.Context, dir string) error {
@@ -130,7 +47,7 @@ func (b *bench) guestImage(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	h, err := smartvm.Open(smartvm.Options{RuntimeDir: filepath.Join(b.dir, "image"), DataDir: dir})
+	h, err := smartvm.Open(smartvm.Options{RuntimeDir: filepath.Join(b.Disk, "runtime"), DataDir: dir})
 	if err != nil {
 		return err
 	}
@@ -145,10 +62,8 @@ func (b *bench) guestImage(ctx context.Context, dir string) error {
 
 const guestImage = "minimal"
 
-// guestPatience bounds a guest's start. Of a hundred in the lab one or two stop for the emulator's faults.
+// guestPatience bounds a guest's start, and its silence. Of a hundred in the lab one or two stop for the emulator's faults.
 const guestPatience = 30 * time.Second
-
-var errTryAgain = errors.New("the guest does not boot")
 
 // How often what is measured in guests is done.
 const (
@@ -160,72 +75,56 @@ const (
 
 // guestSite is a guest that is measured.
 type guestSite struct {
-	ctx    context.Context
-	host   *smartvm.Host
-	m      *smartvm.Machine
-	client *agent.Client
-	helper string // the program that is compared with, on the host
-	iperf3 string // a program
-	report func(name, unit string, value float64)
+	ctx     context.Context
+	bench   *bench
+	host    *smartvm.Host
+	m       *smartvm.Machine // or none
+	client  *agent.Client
+	samples *samples
 }
 
-// guestHelper is where it is in the guest.
+// guestHelper is where the program is in the guest that is compared with.
 const guestHelper = "/inguest"
 
-// measureGuests prints what it measures; args are a directory with an image and inguest, the VMM, and iperf3.
-func measureGuests(args []string) (err error) {
-	out := json.NewEncoder(os.Stdout)
-	// Files that other machines share are slow: a guest is not to wait for them.
-	local, err := os.MkdirTemp("/dev/shm", "smartvm-bench-guests-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(local)
-	if out, err := exec.Command("cp", "-a", filepath.Join(args[0], "data"), local).CombinedOutput(); err != nil {
-		return fmt.Errorf("copy the image: %w\n%s", err, out)
-	}
-	s := &guestSite{ctx: context.Background(), helper: filepath.Join(args[0], "inguest"), iperf3: args[2], report: func(name, unit string, value float64) {
-		_ = out.Encode(sample{name, unit, value})
-	}}
-	s.host, err = smartvm.Open(smartvm.Options{
-		RuntimeDir: filepath.Join(local, "runtime"), DataDir: filepath.Join(local, "data"), FirecrackerBinary: args[1], Launcher: smartvm.LaunchDirect,
-	})
-	if err != nil {
-		return err
-	}
-	defer s.host.Close()
-	defer func() {
-		if err != nil && s.m != nil {
-			state, _ := s.m.State(s.ctx)
-			err = fmt.Errorf("%w; the VM is %s, and its console ends with\n%s", err, state, logfile.Tail(s.m.ConsoleLog(), 2<<10))
+// inGuest is a phase in which guests run.
+func inGuest(measure func(*guestSite) error) func(*bench, context.Context) error {
+	return func(b *bench, ctx context.Context) (err error) {
+		// Files that other machines share are slow: a guest is not to wait for them.
+		if out, err := exec.CommandContext(ctx, "cp", "-a", b.guestData(), b.dataDir()).CombinedOutput(); err != nil {
+			return fmt.Errorf("copy the image: %w\n%s", err, out)
 		}
-	}()
-	for i := range guestBoots {
-		if err := again(func() error { return s.boot(i == guestBoots-1) }); err != nil {
+		s := &guestSite{ctx: ctx, bench: b, samples: &b.samples}
+		s.host, err = smartvm.Open(smartvm.Options{
+			RuntimeDir: b.runtimeDir(), DataDir: b.dataDir(), FirecrackerBinary: b.Firecracker, Launcher: smartvm.LaunchDirect,
+		})
+		if err != nil {
 			return err
 		}
-	}
-	for _, measure := range []func() error{s.execs, s.copies, s.memory, s.remove} {
-		if err := measure(); err != nil {
+		defer s.host.Close()
+		err = measure(s)
+		if s.m == nil {
 			return err
 		}
+		if err != nil {
+			soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), guestTimeout)
+			defer cancel()
+			state, _ := s.m.State(soon)
+			return fmt.Errorf("%w; the VM is %s, and its console ends with\n%s", err, state, logfile.Tail(s.m.ConsoleLog(), 2<<10))
+		}
+		return s.remove()
 	}
-	return errors.Join(again(s.network), s.remove())
 }
 
-// again does something that the lab may fail once more.
-func again(do func() error) (err error) {
-	for range 4 {
-		if err = do(); !errors.Is(err, errTryAgain) {
-			return err
-		}
-	}
-	return err
+// patience is how long a guest may be silent at this machine's pace.
+func (s *guestSite) patience() time.Duration {
+	return time.Duration(s.bench.Pace * float64(guestPatience))
 }
 
 func (s *guestSite) remove() error {
 	_, err := s.m.Stop(s.ctx, smartvm.StopOptions{})
-	return errors.Join(err, s.m.Remove(s.ctx))
+	err = errors.Join(err, s.m.Remove(s.ctx))
+	s.m = nil
+	return err
 }
 
 // guestSpec is a guest of the minimal image that does nothing.
@@ -248,11 +147,10 @@ func (s *guestSite) started(spec smartvm.Spec) (err error) {
 	if err := s.m.Start(s.ctx); err != nil {
 		return err
 	}
-	soon, cancel := context.WithTimeout(s.ctx, guestPatience)
+	soon, cancel := context.WithTimeoutCause(s.ctx, s.patience(), late(s.patience()))
 	defer cancel()
 	if _, err := s.m.AwaitReady(soon); err != nil {
-		fmt.Fprintln(os.Stderr, "bench: once more, as the lab may have failed:", err)
-		return errors.Join(s.remove(), errTryAgain)
+		return fmt.Errorf("start a guest: %w", because(soon, err))
 	}
 	in, err := s.m.Inspect(s.ctx)
 	if err != nil {
@@ -264,8 +162,20 @@ func (s *guestSite) started(spec smartvm.Spec) (err error) {
 	return nil
 }
 
-// boot measures a guest's start. The last one stays.
-func (s *guestSite) boot(stays bool) (err error) {
+// boots measures guests' starts.
+func (s *guestSite) boots() error {
+	for range guestBoots {
+		if err := s.boot(); err != nil {
+			return err
+		}
+		if err := s.remove(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *guestSite) boot() error {
 	if err := s.started(guestSpec()); err != nil {
 		return err
 	}
@@ -275,7 +185,7 @@ func (s *guestSite) boot(stays bool) (err error) {
 	if err := s.client.Watch(ctx, func(e agentproto.Event) { told = e; heard() }); told.Phases == nil {
 		return err
 	}
-	if err := s.m.CopyTo(s.ctx, s.helper, guestHelper, nil, smartvm.CopyOptions{}); err != nil {
+	if err := s.copyHelper(); err != nil {
 		return err
 	}
 	numbers, err := s.ask("kernel")
@@ -291,13 +201,39 @@ func (s *guestSite) boot(stays bool) (err error) {
 		"guest-kernel": kernel, "guest-modules": told.Spent.Modules, "guest-mounts": told.Spent.Mounts,
 		"agent-start": told.Phases[agentproto.PhaseAgent] - kernel, "agent-boot": own,
 	} {
-		s.report(name, "ms", float64(d.Microseconds())/1000)
+		s.samples.add(name, "ms", float64(d.Microseconds())/1000)
 	}
-	s.report("agent-boot/kernel", "", 100*own.Seconds()/kernel.Seconds())
-	if !stays {
-		return s.remove()
+	s.samples.add("agent-boot/kernel", "", 100*own.Seconds()/kernel.Seconds())
+	return nil
+}
+
+// agent measures what a guest's agent does, and what it takes after that.
+func (s *guestSite) agent() error {
+	if err := s.started(guestSpec()); err != nil {
+		return err
+	}
+	if err := s.copyHelper(); err != nil {
+		return err
+	}
+	for _, measure := range []func() error{s.execs, s.copies, s.memory} {
+		if err := measure(); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+func (s *guestSite) copyHelper() error {
+	return s.m.CopyTo(s.ctx, s.bench.helper(), guestHelper, nil, smartvm.CopyOptions{})
+}
+
+// connect opens a stream to a port of the guest. It is closed when the measurement is ended.
+func (s *guestSite) connect(port uint32) (net.Conn, error) {
+	c, err := s.client.Connect(s.ctx, port)
+	if err == nil {
+		context.AfterFunc(s.ctx, func() { _ = c.Close() })
+	}
+	return c, err
 }
 
 // ask runs what is compared with in the guest, and returns the numbers that it prints.
@@ -332,7 +268,7 @@ func (s *guestSite) execs() error {
 	}
 	for i := range guestExecs {
 		begun := time.Now()
-		c, err := s.client.Connect(s.ctx, 2000)
+		c, err := s.connect(2000)
 		if err != nil {
 			return err
 		}
@@ -342,21 +278,21 @@ func (s *guestSite) execs() error {
 		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
 			return err
 		}
-		s.report("guest-connect", "ms", time.Since(begun).Seconds()*1000)
+		s.samples.add("guest-connect", "ms", time.Since(begun).Seconds()*1000)
 		_ = c.Close()
 		begun = time.Now()
 		exit, err := s.client.Exec(s.ctx, agent.Cmd{Args: []string{"true"}})
 		if err != nil || exit.Code != 0 {
 			return fmt.Errorf("%+v, %w", exit, err)
 		}
-		s.report("guest-exec", "ms", time.Since(begun).Seconds()*1000)
+		s.samples.add("guest-exec", "ms", time.Since(begun).Seconds()*1000)
 		if i%10 == 0 {
 			numbers, err := s.ask("spawn", "11")
 			if err != nil {
 				return err
 			}
 			for _, n := range numbers[1:] {
-				s.report("guest-spawn", "ms", n/1e6)
+				s.samples.add("guest-spawn", "ms", n/1e6)
 			}
 		}
 	}
@@ -365,7 +301,7 @@ func (s *guestSite) execs() error {
 
 // copies measures copies to the guest's memory and back, and bare streams of as much.
 func (s *guestSite) copies() error {
-	from := filepath.Join("/dev/shm", "smartvm-bench-copy")
+	from := filepath.Join(s.bench.Dir, "copy")
 	defer os.Remove(from)
 	if err := os.WriteFile(from, bytes.Repeat([]byte("0123456789abcdef"), guestCopy/16), 0o600); err != nil {
 		return err
@@ -377,7 +313,7 @@ func (s *guestSite) copies() error {
 	rate := func(name string, do func() error) error {
 		begun := time.Now()
 		err := do()
-		s.report(name, "MiB/s", guestCopy/(1<<20)/time.Since(begun).Seconds())
+		s.samples.add(name, "MiB/s", guestCopy/(1<<20)/time.Since(begun).Seconds())
 		return err
 	}
 	for range guestTimes {
@@ -386,7 +322,7 @@ func (s *guestSite) copies() error {
 			do   func() error
 		}{
 			{"guest-stream-to", func() error {
-				c, err := s.client.Connect(s.ctx, 2001)
+				c, err := s.connect(2001)
 				if err != nil {
 					return err
 				}
@@ -404,7 +340,7 @@ func (s *guestSite) copies() error {
 			}},
 			{"guest-copy-to", func() error { return s.m.CopyTo(s.ctx, from, "/dev/shm/copy", nil, smartvm.CopyOptions{}) }},
 			{"guest-stream-from", func() error {
-				c, err := s.client.Connect(s.ctx, 2002)
+				c, err := s.connect(2002)
 				if err != nil {
 					return err
 				}
@@ -441,7 +377,7 @@ func (s *guestSite) memory() error {
 	for line := range strings.Lines(out.String()) {
 		if f := strings.Fields(line); len(f) == 3 && f[0] == "VmRSS:" {
 			kib, err := strconv.ParseFloat(f[1], 64)
-			s.report("agent-rss", "MiB", kib/1024)
+			s.samples.add("agent-rss", "MiB", kib/1024)
 			return err
 		}
 	}

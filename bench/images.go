@@ -29,21 +29,13 @@ const (
 	pullRounds = 5
 )
 
-// disk makes a directory on a disk: what images are about does not fit onto a tmpfs.
-func disk() (string, error) { return os.MkdirTemp("", "smartvm-bench-") }
-
 // staging measures what a VM of an image costs before it starts, and what a copy of the image would.
-func (b *bench) staging(ctx context.Context) (err error) {
-	dir, err := disk()
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	root := filepath.Join(dir, "root.ext4")
+func (b *bench) staging(ctx context.Context) error {
+	root := filepath.Join(b.Disk, "root.ext4")
 	if err := makeRoot(ctx, root); err != nil {
 		return err
 	}
-	o := smartvm.Options{RuntimeDir: b.runtimeDir(), DataDir: filepath.Join(dir, "data"), FirecrackerBinary: b.firecracker, JailerBinary: b.jailer}
+	o := smartvm.Options{RuntimeDir: b.runtimeDir(), DataDir: filepath.Join(b.Disk, "data"), FirecrackerBinary: b.Firecracker, JailerBinary: b.Jailer}
 	o.Images.Agent = []byte("not started here")
 	h, err := smartvm.Open(o)
 	if err != nil {
@@ -63,14 +55,14 @@ func (b *bench) staging(ctx context.Context) (err error) {
 	}
 	spec := smartvm.Spec{Image: "large", MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}}
 	var all []*smartvm.Machine
-	for round := range warmup + b.rounds {
-		b.report.counting = round >= warmup
+	for round := range warmup + b.Rounds {
+		b.samples.counting = round >= warmup
 		begun := time.Now()
 		m, err := h.Create(ctx, spec)
 		if err != nil {
 			return err
 		}
-		b.report.time("stage", time.Since(begun))
+		b.samples.time("stage", time.Since(begun))
 		in, err := m.Inspect(ctx)
 		if err != nil {
 			return err
@@ -79,14 +71,14 @@ func (b *bench) staging(ctx context.Context) (err error) {
 		if in.Staged["rootfs"].Method != "overlay" {
 			copied = imageData
 		}
-		b.report.add("stage-copied", "bytes", copied)
+		b.samples.add("stage-copied", "bytes", copied)
 		all = append(all, m)
 		if len(all) == imageVMs {
 			after, err := used(b.runtimeDir(), o.DataDir)
 			if err != nil {
 				return err
 			}
-			b.report.add("20-vms-of-image", "%", 100*float64(after-before)/imageSize)
+			b.samples.add("20-vms-of-image", "%", 100*float64(after-before)/imageSize)
 		}
 		if len(all) > imageVMs {
 			if err := m.Remove(ctx); err != nil {
@@ -94,7 +86,7 @@ func (b *bench) staging(ctx context.Context) (err error) {
 			}
 		}
 	}
-	b.report.counting = true
+	b.samples.counting = true
 	for _, m := range all[:imageVMs] {
 		if err := m.Remove(ctx); err != nil {
 			return err
@@ -105,7 +97,7 @@ func (b *bench) staging(ctx context.Context) (err error) {
 		if err := exec.CommandContext(ctx, "cp", "--reflink=never", root, root+".copy").Run(); err != nil {
 			return fmt.Errorf("cp: %w", err)
 		}
-		b.report.time("cp", time.Since(begun))
+		b.samples.time("cp", time.Since(begun))
 		if err := os.Remove(root + ".copy"); err != nil {
 			return err
 		}
@@ -148,13 +140,8 @@ func used(dirs ...string) (sum int64, err error) {
 }
 
 // pulls measures smartvm image pull from a registry in this process, and tar with the same layers.
-func (b *bench) pulls(ctx context.Context) (err error) {
-	dir, err := disk()
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	layout := filepath.Join(dir, "layout")
+func (b *bench) pulls(ctx context.Context) error {
+	layout := filepath.Join(b.Disk, "layout")
 	var list []ocitest.Layer
 	for i := range layers {
 		list = append(list, ocitest.Mixed(layerSize, uint64(i)))
@@ -174,16 +161,16 @@ func (b *bench) pulls(ctx context.Context) (err error) {
 		return err
 	}
 	for round := range pullRounds + 1 {
-		b.report.counting = round > 0 // the first brings all into the page cache
-		data, unpacked := filepath.Join(dir, "data"), filepath.Join(dir, "unpacked")
+		b.samples.counting = round > 0 // the first brings all into the page cache
+		data, unpacked := filepath.Join(b.Disk, "data"), filepath.Join(b.Disk, "unpacked")
 		begun := time.Now()
-		cmd := exec.CommandContext(ctx, b.smartvm, "image", "pull", "--data-dir", data, "--runtime-dir", b.cliDir(), ref)
+		cmd := exec.CommandContext(ctx, b.SmartVM, "image", "pull", "--data-dir", data, "--runtime-dir", b.cliDir(), ref)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("%v: %w\n%s", cmd.Args, err, out)
 		}
 		pull := time.Since(begun)
-		b.report.time("pull", pull)
-		b.report.add("pull-memory", "MiB", float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
+		b.samples.time("pull", pull)
+		b.samples.add("pull-memory", "MiB", float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
 		if err := os.Mkdir(unpacked, 0o755); err != nil {
 			return err
 		}
@@ -194,13 +181,12 @@ func (b *bench) pulls(ctx context.Context) (err error) {
 			}
 		}
 		tar := time.Since(begun)
-		b.report.time("tar", tar)
-		b.report.add("pull/tar", "", float64(tar)/float64(pull))
+		b.samples.time("tar", tar)
+		b.samples.add("pull/tar", "", float64(tar)/float64(pull))
 		if err := errors.Join(os.RemoveAll(data), os.RemoveAll(unpacked)); err != nil {
 			return err
 		}
 	}
-	b.report.counting = true
 	return nil
 }
 

@@ -2,6 +2,11 @@
 // real VMM with a guest of some dozen instructions. It prints a table, writes it as JSON, and exits with 1 when a
 // ratio misses its bar.
 //
+// Each measurement runs in a process of its own, those of guests in a lab of their own where this machine boots none. Each has a
+// deadline: what is expected of it, times this machine's pace, times some slack. One that fails or passes its deadline is
+// ended, what it leaves is removed, and it is made once more, without what it measured before. If that fails too, the others go on;
+// the report names it, and the exit status is 2.
+//
 // Rows, all of VMs with one CPU and 128 MiB:
 //
 //   - bare: spawn of Firecracker with a configuration file and no API, until the guest's first byte arrives.
@@ -59,27 +64,19 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime/pprof"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/fixtures"
+	"push.rocks/smartvm/internal/lab"
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
 func main() {
-	if len(os.Args) == 6 && os.Args[1] == networkVerb {
-		if err := measureNetworks(os.Args[2:]); err != nil {
-			fmt.Fprintln(os.Stderr, "bench:", err)
-			os.Exit(2)
-		}
-		return
-	}
-	if len(os.Args) == 5 && os.Args[1] == guestVerb {
-		if err := measureGuests(os.Args[2:]); err != nil {
+	if len(os.Args) == 4 && os.Args[1] == phaseVerb {
+		if err := runPhase(os.Args[2], os.Args[3]); err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
 			os.Exit(2)
 		}
@@ -100,140 +97,77 @@ func main() {
 // mark is what the guest prints: a byte that the VMM never writes to its log.
 const mark = "\x07"
 
-// bench is what every measurement needs.
+// bench is what a phase needs. Its process gets the exported fields.
 type bench struct {
-	firecracker, jailer, smartvm, iperf3 string
-	dir                                  string // on a tmpfs, removed at the end
-	idle, reboot                         string // kernels: one that prints mark and stays, one that reboots at once
-	drive                                string // 64 MiB, 8 MiB of them data
-	rounds                               int
-	report                               *report
+	Firecracker, Jailer, SmartVM, IPerf3 string        // programs
+	Dir, Disk                            string        // for what the phase makes, on a tmpfs and on a disk
+	Rounds                               int           // of every start measurement
+	Pace                                 float64       // how many times slower this machine is than one with nothing else to do
+	Limit                                time.Duration // for the phase
+	Profile                              string        // what the file for a CPU profile begins with, if there is to be one
+
+	idle, reboot string // kernels: one that prints mark and stays, one that reboots at once
+	drive        string // 64 MiB, 8 MiB of them data
+	samples      samples
 }
 
 func run(ctx context.Context) (ok bool, err error) {
+	b := bench{}
 	out := flag.String("out", "results.json", "`file` for the results")
-	rounds := flag.Int("n", 150, "rounds of every start measurement")
+	flag.IntVar(&b.Rounds, "n", defaultRounds, "rounds of every start measurement")
 	cli := flag.String("smartvm", "../bin/smartvm", "the smartvm `program`")
 	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,snapshots,supervisor,command-line,staging,pulls,networks,guests")
 	base := flag.String("runtime-dir", "/dev/shm", "existing `directory` to work below, on a tmpfs")
-	profile := flag.String("cpuprofile", "", "`file` for a CPU profile of this process")
-	idleVMs := flag.Int("idle-vms", 0, "measure this process's memory with so many idle VMs, print it and exit")
+	profile := flag.String("cpuprofile", "", "what the `files` for CPU profiles begin with, one for each measurement")
 	flag.Parse()
-	b := &bench{rounds: *rounds}
-	if b.smartvm, err = filepath.Abs(*cli); err != nil {
+	if b.SmartVM, err = filepath.Abs(*cli); err != nil {
 		return false, err
-	}
-	if b.dir, err = os.MkdirTemp(*base, "smartvm-bench-"); err != nil {
-		return false, err
-	}
-	defer func() { err = errors.Join(err, b.clean(context.WithoutCancel(ctx))) }()
-	if err := b.prepare(ctx); err != nil {
-		return false, err
-	}
-	if *idleVMs > 0 {
-		return true, b.printIdleMemory(ctx, *idleVMs)
 	}
 	if *profile != "" {
-		f, err := os.Create(*profile)
-		if err != nil {
+		if b.Profile, err = filepath.Abs(*profile); err != nil {
 			return false, err
 		}
-		defer f.Close()
-		if err := pprof.StartCPUProfile(f); err != nil {
-			return false, err
-		}
-		defer pprof.StopCPUProfile()
 	}
-	b.report = newReport(ctx, b.firecracker)
-	failed := b.measure(ctx, *only)
-	b.report.ratios()
-	b.report.print(os.Stdout)
-	missed := b.report.missed()
-	if len(missed) > 0 {
-		fmt.Fprintln(os.Stderr, "bench: missed:", strings.Join(missed, ", "))
-	}
-	return len(missed) == 0, errors.Join(failed, b.report.write(*out))
-}
-
-// measure makes the measurements in a list, all if it is empty.
-func (b *bench) measure(ctx context.Context, list string) error {
-	all := []struct {
-		name string
-		make func(context.Context) error
-	}{
-		{"starts", b.starts},
-		{"loops", b.loops},
-		{"memory", b.memory},
-		{"snapshots", b.snapshots},
-		{"supervisor", b.supervisor},
-		{"command-line", b.commandLine},
-		{"staging", b.staging},
-		{"pulls", b.pulls},
-		{"networks", b.networks},
-		{"guests", b.guests},
-	}
-	wanted := strings.Split(list, ",")
-	for _, m := range all {
-		if list != "" && !slices.Contains(wanted, m.name) {
-			continue
-		}
-		begun := time.Now()
-		if err := m.make(ctx); err != nil {
-			return fmt.Errorf("%s: %w", m.name, err)
-		}
-		fmt.Fprintf(os.Stderr, "bench: %s measured in %.0f s\n", m.name, time.Since(begun).Seconds())
-	}
-	return nil
-}
-
-// clean removes everything, also after an error or a signal in the middle.
-func (b *bench) clean(ctx context.Context) error {
-	var errs []error
-	for _, dir := range []string{b.runtimeDir(), b.cliDir()} {
-		if _, err := os.Stat(dir); err != nil {
-			continue
-		}
-		errs = append(errs, b.removeVMs(ctx, dir))
-	}
-	return errors.Join(append(errs, os.RemoveAll(b.dir))...)
-}
-
-func (b *bench) removeVMs(ctx context.Context, dir string) error {
-	h, err := smartvm.Open(smartvm.Options{RuntimeDir: dir, DataDir: b.dataDir()})
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	if _, err := h.Recover(ctx); err != nil {
-		return err
-	}
-	left, err := h.Machines(ctx)
-	for _, m := range left {
-		if _, stopErr := m.Stop(ctx, smartvm.StopOptions{}); stopErr != nil && !errors.Is(stopErr, smartvm.ErrState) {
-			err = errors.Join(err, stopErr)
-		}
-		if removeErr := m.Remove(ctx); !errors.Is(removeErr, smartvm.ErrNotFound) {
-			err = errors.Join(err, removeErr)
-		}
-	}
-	return err
-}
-
-func (b *bench) runtimeDir() string { return filepath.Join(b.dir, "runtime") }
-func (b *bench) cliDir() string     { return filepath.Join(b.dir, "cli") }
-func (b *bench) dataDir() string    { return filepath.Join(b.dir, "data") }
-
-func (b *bench) prepare(ctx context.Context) error {
 	cache, err := fixtures.FromEnv(os.Getenv)
 	if err != nil {
-		return err
+		return false, err
 	}
 	cache.Messages = os.Stderr
 	paths, err := cache.Ensure(ctx, fixtures.Firecracker, fixtures.Jailer, fixtures.IPerf3)
 	if err != nil {
+		return false, err
+	}
+	b.Firecracker, b.Jailer, b.IPerf3 = paths[0], paths[1], paths[2]
+	mode, err := lab.Decide(lab.Mode(os.Getenv("SMARTVM_LAB")))
+	if err != nil {
+		return false, err
+	}
+	r := runner{rounds: b.Rounds, report: newReport(ctx, b.Firecracker), paces: map[bool]float64{}}
+	r.try = func(ctx context.Context, p phase, pace float64) ([]sample, error) {
+		of := b
+		of.Pace = pace
+		return of.process(ctx, p, *base)
+	}
+	failed := r.measure(ctx, wanted(phases(mode.Lab), *only))
+	r.report.ratios()
+	r.report.print(os.Stdout)
+	missed := r.report.missed()
+	if len(missed) > 0 {
+		fmt.Fprintln(os.Stderr, "bench: missed:", strings.Join(missed, ", "))
+	}
+	return len(missed) == 0, errors.Join(failed, r.report.write(*out))
+}
+
+func (b *bench) runtimeDir() string { return filepath.Join(b.Dir, "runtime") }
+func (b *bench) cliDir() string     { return filepath.Join(b.Dir, "cli") }
+func (b *bench) dataDir() string    { return filepath.Join(b.Dir, "data") }
+
+// prepare makes what several phases need.
+func (b *bench) prepare() error {
+	b.samples.counting = true
+	if err := os.MkdirAll(b.Dir, 0o700); err != nil { // the lab has a tmpfs of its own
 		return err
 	}
-	b.firecracker, b.jailer, b.iperf3 = paths[0], paths[1], paths[2]
 	for _, g := range []struct {
 		path  *string
 		guest tinyguest.Guest
@@ -241,12 +175,12 @@ func (b *bench) prepare(ctx context.Context) error {
 		{&b.idle, tinyguest.Guest{Message: mark, Then: tinyguest.Idle}},
 		{&b.reboot, tinyguest.Guest{Message: mark, Then: tinyguest.Reboot}},
 	} {
-		*g.path = filepath.Join(b.dir, fmt.Sprintf("guest-%d", g.guest.Then))
+		*g.path = filepath.Join(b.Dir, fmt.Sprintf("guest-%d", g.guest.Then))
 		if err := os.WriteFile(*g.path, tinyguest.Image(g.guest), 0o644); err != nil {
 			return err
 		}
 	}
-	b.drive = filepath.Join(b.dir, "drive")
+	b.drive = filepath.Join(b.Dir, "drive")
 	data := make([]byte, 8<<20)
 	for i := range data {
 		data[i] = byte(i)

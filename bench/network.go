@@ -1,78 +1,28 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/tinyguest"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/spec"
 )
-
-// networkVerb runs the measurements of networks, in a network of the process's own.
-const networkVerb = "measure-networks"
-
-// sample is a line of what that process prints.
-type sample struct {
-	Name, Unit string
-	Value      float64
-}
-
-// networks measures networks in a process that has one of its own.
-func (b *bench) networks(ctx context.Context) error {
-	if os.Geteuid() != 0 {
-		fmt.Fprintln(os.Stderr, "bench: networks need root: skipped")
-		return nil
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, self, networkVerb, filepath.Join(b.dir, "networks"), strconv.Itoa(b.rounds), b.iperf3, b.firecracker)
-	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	runtime.LockOSThread() // Pdeathsig means the thread
-	defer runtime.UnlockOSThread()
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	for lines := bufio.NewScanner(out); lines.Scan(); {
-		var s sample
-		if err := json.Unmarshal(lines.Bytes(), &s); err != nil {
-			return err
-		}
-		b.report.add(s.Name, s.Unit, s.Value)
-	}
-	return cmd.Wait()
-}
 
 // networkSite is a network with a guest and a world outside, which are namespaces.
 type networkSite struct {
@@ -85,6 +35,7 @@ type networkSite struct {
 	host         *host // whose VMs are on the network too
 	idle         string
 	iperf3       string
+	samples      *samples
 }
 
 // Addresses between the host and the world.
@@ -93,18 +44,14 @@ const (
 	benchWorld  = "198.51.100.2"
 )
 
-func measureNetworks(args []string) error {
-	rounds, err := strconv.Atoi(args[1])
-	if err != nil {
-		return err
-	}
-	b := &bench{dir: args[0], firecracker: args[3]}
-	s := &networkSite{dir: filepath.Join(b.runtimeDir(), store.NetworkDir), idle: filepath.Join(b.dir, "guest"), iperf3: args[2], ctx: network.NewContext(context.Background(), &network.Shared{Reaper: new(network.Reaper)})}
-	if err := os.MkdirAll(b.dir, 0o700); err != nil {
-		return err
-	}
-	if err := os.WriteFile(s.idle, tinyguest.Image(tinyguest.Guest{Message: mark, Then: tinyguest.Idle}), 0o644); err != nil {
-		return err
+// networks measures networks, in one that this process has for itself.
+func (b *bench) networks(ctx context.Context) (err error) {
+	s := &networkSite{
+		ctx:     network.NewContext(ctx, &network.Shared{Reaper: new(network.Reaper)}),
+		dir:     filepath.Join(b.runtimeDir(), store.NetworkDir),
+		idle:    b.idle,
+		iperf3:  b.IPerf3,
+		samples: &b.samples,
 	}
 	if s.host, err = b.host(smartvm.LaunchDirect); err != nil {
 		return err
@@ -114,25 +61,17 @@ func measureNetworks(args []string) error {
 		return err
 	}
 	for range guestTurns {
-		if err := s.guests(rounds / guestTurns); err != nil {
+		if err := s.guests(b.Rounds / guestTurns); err != nil {
 			return err
 		}
 	}
 	if err := s.teardown(); err != nil {
 		return err
 	}
-	if err := s.warm(rounds / 3); err != nil {
+	if err := s.warm(b.Rounds / 3); err != nil {
 		return err
 	}
 	return s.throughput()
-}
-
-func tell(name, unit string, value float64) error {
-	return json.NewEncoder(os.Stdout).Encode(sample{name, unit, value})
-}
-
-func tellTime(name string, d time.Duration) error {
-	return tell(name, "ms", float64(d.Microseconds())/1000)
 }
 
 // end is one end of a cable.
@@ -270,9 +209,8 @@ func (s *networkSite) guests(rounds int) error {
 			if err := part.Apply(s.ctx); err != nil {
 				return err
 			}
-			if err := errors.Join(tellTime("cold-tap"+beside.name, time.Since(begun)), tellTime("cold-rules"+beside.name, time.Since(tapped))); err != nil {
-				return err
-			}
+			s.samples.time("cold-tap"+beside.name, time.Since(begun))
+			s.samples.time("cold-rules"+beside.name, time.Since(tapped))
 			if err := s.remove(many); err != nil {
 				return err
 			}
@@ -301,7 +239,7 @@ func (s *networkSite) start(name string) error {
 	begun := time.Now()
 	first, err := s.host.start(s.ctx, m)
 	if err == nil {
-		err = tellTime(name, first.Sub(begun))
+		s.samples.time(name, first.Sub(begun))
 	}
 	_, stopErr := m.Stop(s.ctx, smartvm.StopOptions{})
 	return errors.Join(err, stopErr, m.Remove(s.ctx))
@@ -354,9 +292,7 @@ func (s *networkSite) roundTrips(name string) error {
 				return err
 			}
 		}
-		if err := tellTime(name, took/100); err != nil {
-			return err
-		}
+		s.samples.time(name, took/100)
 	}
 	return nil
 }
@@ -389,9 +325,7 @@ func (s *networkSite) warm(rounds int) error {
 				return err
 			}
 		}
-		if err := tellTime("warm-slot", time.Since(begun)); err != nil {
-			return err
-		}
+		s.samples.time("warm-slot", time.Since(begun))
 		if !all[0].Warm {
 			return errors.New("no slot was warm")
 		}
@@ -421,9 +355,7 @@ func (s *networkSite) teardown() error {
 			if err := s.each(1, count+1, s.remove); err != nil {
 				return err
 			}
-			if err := tellTime("teardown-"+strconv.Itoa(count), time.Since(begun)); err != nil {
-				return err
-			}
+			s.samples.time("teardown-"+strconv.Itoa(count), time.Since(begun))
 		}
 	}
 	return nil

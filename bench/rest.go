@@ -46,7 +46,7 @@ func (b *bench) loops(ctx context.Context) error {
 		return errors.Join(err, m.Remove(ctx))
 	}
 	bare := func(i int) error {
-		v, err := b.startBare(fmt.Sprintf("bare-loop-%d", i), b.idle)
+		v, err := b.startBare(ctx, fmt.Sprintf("bare-loop-%d", i), b.idle)
 		if err != nil {
 			return err
 		}
@@ -61,9 +61,9 @@ func (b *bench) loops(ctx context.Context) error {
 			}
 			rates[way] = loopChunk / time.Since(begun).Seconds()
 		}
-		b.report.add("loop", "VM/s", rates[0])
-		b.report.add("bare-loop", "VM/s", rates[1])
-		b.report.add("loop/bare-loop", "", rates[0]/rates[1])
+		b.samples.add("loop", "VM/s", rates[0])
+		b.samples.add("bare-loop", "VM/s", rates[1])
+		b.samples.add("loop/bare-loop", "", rates[0]/rates[1])
 	}
 	return nil
 }
@@ -88,36 +88,8 @@ func each(ctx context.Context, n int, once func(int) error) error {
 
 const idleVMs = 50
 
-// memory measures in a process of its own what an idle VM adds to it.
+// memory measures what an idle VM adds to this process, in KiB: resident, and heap and stacks of Go.
 func (b *bench) memory(ctx context.Context) error {
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, self, "-idle-vms", strconv.Itoa(idleVMs), "-runtime-dir", b.dir)
-	interruptible(cmd)
-	out, err := cmd.Output()
-	if err != nil {
-		return fmt.Errorf("run itself: %w", err)
-	}
-	var resident, heap float64
-	if _, err := fmt.Sscan(string(out), &resident, &heap); err != nil {
-		return err
-	}
-	b.report.add("memory-per-vm", "KiB", resident)
-	b.report.add("heap-per-vm", "KiB", heap)
-	return nil
-}
-
-// interruptible makes a command end in good order when its context does.
-func interruptible(cmd *exec.Cmd) {
-	cmd.Stderr = os.Stderr
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = guestTimeout
-}
-
-// printIdleMemory prints what each of n idle VMs adds to this process, in KiB: resident, and heap and stacks of Go.
-func (b *bench) printIdleMemory(ctx context.Context, n int) error {
 	h, err := b.host(smartvm.LaunchDirect)
 	if err != nil {
 		return err
@@ -137,13 +109,14 @@ func (b *bench) printIdleMemory(ctx context.Context, n int) error {
 	if err != nil {
 		return err
 	}
-	for range n {
+	for range idleVMs {
 		if err := start(); err != nil {
 			return err
 		}
 	}
 	resident, heap, err := ownMemory()
-	fmt.Printf("%.1f %.1f\n", (resident-residentBefore)/float64(n), (heap-heapBefore)/float64(n))
+	b.samples.add("memory-per-vm", "KiB", (resident-residentBefore)/idleVMs)
+	b.samples.add("heap-per-vm", "KiB", (heap-heapBefore)/idleVMs)
 	return errors.Join(err, h.StopAll(ctx, smartvm.StopOptions{}))
 }
 
@@ -164,8 +137,8 @@ func residentKiB(pid int) (float64, error) {
 // command is the smartvm program with what it needs to find its way.
 func (b *bench) command(ctx context.Context, args ...string) *exec.Cmd {
 	args = append(args, "--runtime-dir", b.cliDir(), "--data-dir", b.dataDir(),
-		"--firecracker", b.firecracker, "--jailer", b.jailer, "--launcher", "direct")
-	cmd := exec.CommandContext(ctx, b.smartvm, args...)
+		"--firecracker", b.Firecracker, "--jailer", b.Jailer, "--launcher", "direct")
+	cmd := exec.CommandContext(ctx, b.SmartVM, args...)
 	interruptible(cmd)
 	return cmd
 }
@@ -183,7 +156,7 @@ func (b *bench) supervisor(ctx context.Context) (err error) {
 	}
 	time.Sleep(time.Second)
 	kib, err := residentKiB(pid)
-	b.report.add("supervise-rss", "MiB", kib/1024)
+	b.samples.add("supervise-rss", "MiB", kib/1024)
 	return err
 }
 
@@ -216,23 +189,23 @@ func (b *bench) supervisorPID(ctx context.Context) (int, error) {
 func (b *bench) commandLine(ctx context.Context) error {
 	ways := []func() error{
 		func() error {
-			took, err := b.runBare()
-			b.report.time("bare-run", took)
+			took, err := b.runBare(ctx)
+			b.samples.time("bare-run", took)
 			return err
 		},
 		func() error {
 			cmd := b.command(ctx, "run", "--kernel", b.reboot, "--memory", "128")
 			begun := time.Now()
 			out, err := cmd.Output()
-			b.report.time("cli-run", time.Since(begun))
+			b.samples.time("cli-run", time.Since(begun))
 			if err != nil {
 				return fmt.Errorf("smartvm run: %w: %s", err, out)
 			}
 			return nil
 		},
 	}
-	for round := range warmup + b.rounds/2 {
-		b.report.counting = round >= warmup
+	for round := range warmup + b.Rounds/2 {
+		b.samples.counting = round >= warmup
 		for _, i := range rand.Perm(len(ways)) {
 			align(ctx, moment(round))
 			if ctx.Err() != nil {

@@ -70,7 +70,7 @@ func (b *bench) faults(ctx context.Context, h *host) (err error) {
 		if _, err := dots.start(ctx, m); err != nil {
 			return err
 		}
-		b.report.add(name, "faults", float64(m.MemoryStats().Faults))
+		b.samples.add(name, "faults", float64(m.MemoryStats().Faults))
 		_, err = m.Stop(ctx, smartvm.StopOptions{})
 		if err := errors.Join(err, m.Remove(ctx)); err != nil {
 			return err
@@ -81,7 +81,7 @@ func (b *bench) faults(ctx context.Context, h *host) (err error) {
 
 // template is a snapshot of a VM that has written to its memory, and is gone.
 func (b *bench) template(ctx context.Context, h *host, then tinyguest.Then) (*smartvm.Snapshot, func() error, error) {
-	kernel := filepath.Join(b.dir, "template")
+	kernel := filepath.Join(b.Dir, "template")
 	if err := os.WriteFile(kernel, tinyguest.Image(tinyguest.Guest{Pages: forkDirty, Message: mark, Then: then}), 0o644); err != nil {
 		return nil, nil, err
 	}
@@ -99,15 +99,15 @@ func (b *bench) template(ctx context.Context, h *host, then tinyguest.Then) (*sm
 	if err != nil {
 		return nil, nil, err
 	}
-	b.report.time("snapshot", time.Since(begun))
-	b.report.time("snapshot-paused", sn.Paused)
+	b.samples.time("snapshot", time.Since(begun))
+	b.samples.time("snapshot-paused", sn.Paused)
 	_, err = m.Stop(ctx, smartvm.StopOptions{})
 	return sn, func() error { return h.RemoveSnapshot(ctx, sn.ID, true) }, errors.Join(err, m.Remove(ctx))
 }
 
 func (b *bench) restores(ctx context.Context, h *host, sn *smartvm.Snapshot) error {
-	for round := range warmup + b.rounds {
-		b.report.counting = round >= warmup
+	for round := range warmup + b.Rounds {
+		b.samples.counting = round >= warmup
 		for _, way := range rand.Perm(2) {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
@@ -118,7 +118,7 @@ func (b *bench) restores(ctx context.Context, h *host, sn *smartvm.Snapshot) err
 				if err != nil {
 					return err
 				}
-				b.report.time("bare-restore", v.took)
+				b.samples.time("bare-restore", v.took)
 				if err := v.stop(); err != nil {
 					return err
 				}
@@ -135,8 +135,8 @@ func (b *bench) restores(ctx context.Context, h *host, sn *smartvm.Snapshot) err
 			if err := m.Start(ctx); err != nil {
 				return err
 			}
-			b.report.time("restore", time.Since(begun))
-			b.report.time("create-restored", created)
+			b.samples.time("restore", time.Since(begun))
+			b.samples.time("create-restored", created)
 			_, err = m.Stop(ctx, smartvm.StopOptions{})
 			if err := errors.Join(err, m.Remove(ctx)); err != nil {
 				return err
@@ -148,7 +148,7 @@ func (b *bench) restores(ctx context.Context, h *host, sn *smartvm.Snapshot) err
 
 // loadBare starts Firecracker and has it load and resume a snapshot, and nothing else.
 func (b *bench) loadBare(ctx context.Context, name string, sn *smartvm.Snapshot) (*bare, error) {
-	v := &bare{dir: filepath.Join(b.dir, name)}
+	v := &bare{dir: filepath.Join(b.Dir, name)}
 	if err := os.Mkdir(v.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -157,7 +157,7 @@ func (b *bench) loadBare(ctx context.Context, name string, sn *smartvm.Snapshot)
 		return nil, err
 	}
 	v.out = null
-	v.cmd = exec.Command(b.firecracker, "--api-sock", bareSocket, "--level", "Error")
+	v.cmd = exec.CommandContext(ctx, b.Firecracker, "--api-sock", bareSocket, "--level", "Error")
 	v.cmd.Stdout, v.cmd.Dir = null, v.dir
 	begun := time.Now()
 	if err := v.cmd.Start(); err != nil {
@@ -187,7 +187,7 @@ func (b *bench) loadBare(ctx context.Context, name string, sn *smartvm.Snapshot)
 
 // forks makes many VMs of a snapshot, and as many bare ones, in turns.
 func (b *bench) forks(ctx context.Context, snapshot string) error {
-	b.report.counting = true
+	b.samples.counting = true
 	took := make(startTimes, forks)
 	h, err := b.hostFor(smartvm.LaunchDirect, mark, slog.New(took))
 	if err != nil {
@@ -211,9 +211,9 @@ func (b *bench) forks(ctx context.Context, snapshot string) error {
 				return err
 			}
 		}
-		b.report.add("fork-rate", "VM/s", rates[0])
-		b.report.add("bare-fork-rate", "VM/s", rates[1])
-		b.report.add("fork-rate/bare", "", rates[0]/rates[1])
+		b.samples.add("fork-rate", "VM/s", rates[0])
+		b.samples.add("bare-fork-rate", "VM/s", rates[1])
+		b.samples.add("fork-rate/bare", "", rates[0]/rates[1])
 	}
 	return nil
 }
@@ -243,7 +243,12 @@ func (b *bench) forkOurs(ctx context.Context, sn *smartvm.Snapshot, took startTi
 	}
 	rate = forks / time.Since(begun).Seconds()
 	for range forks {
-		b.report.time("fork", <-took)
+		select {
+		case d := <-took:
+			b.samples.time("fork", d)
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
 	}
 	private := privateKiB("self") - before
 	for _, m := range all {
@@ -255,7 +260,7 @@ func (b *bench) forkOurs(ctx context.Context, sn *smartvm.Snapshot, took startTi
 			private += privateKiB(strconv.Itoa(pid))
 		}
 	}
-	b.report.add("fork-private", "MiB", private/1024/forks)
+	b.samples.add("fork-private", "MiB", private/1024/forks)
 	return rate, each(ctx, forks, func(i int) error {
 		_, err := all[i].Stop(ctx, smartvm.StopOptions{})
 		return errors.Join(err, all[i].Remove(ctx))
@@ -272,7 +277,7 @@ func (b *bench) forkBare(ctx context.Context, sn *smartvm.Snapshot) (rate float6
 	rate = forks / time.Since(begun).Seconds()
 	for _, v := range all {
 		if v != nil {
-			b.report.time("bare-fork", v.took)
+			b.samples.time("bare-fork", v.took)
 			err = errors.Join(err, v.stop())
 		}
 	}

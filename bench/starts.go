@@ -46,8 +46,8 @@ func (b *bench) starts(ctx context.Context) error {
 	} else {
 		fmt.Fprintln(os.Stderr, "bench: start-jailed needs root: skipped")
 	}
-	for round := range warmup + b.rounds {
-		b.report.counting = round >= warmup
+	for round := range warmup + b.Rounds {
+		b.samples.counting = round >= warmup
 		for _, i := range rand.Perm(len(ways)) {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
@@ -62,14 +62,14 @@ func (b *bench) starts(ctx context.Context) error {
 
 func (b *bench) bareStart(ctx context.Context, at float64) error {
 	align(ctx, at)
-	v, err := b.startBare("bare", b.idle, b.drive)
+	v, err := b.startBare(ctx, "bare", b.idle, b.drive)
 	if err != nil {
 		return err
 	}
-	b.report.time("bare", v.took)
+	b.samples.time("bare", v.took)
 	begun := time.Now()
 	err = v.stop()
-	b.report.time("bare-kill", time.Since(begun))
+	b.samples.time("bare-kill", time.Since(begun))
 	return err
 }
 
@@ -86,7 +86,7 @@ func (b *bench) hostFor(launcher smartvm.Launcher, mark string, log *slog.Logger
 	var err error
 	h.Host, err = smartvm.Open(smartvm.Options{
 		RuntimeDir: b.runtimeDir(), DataDir: b.dataDir(),
-		FirecrackerBinary: b.firecracker, JailerBinary: b.jailer, Launcher: launcher, Log: log,
+		FirecrackerBinary: b.Firecracker, JailerBinary: b.Jailer, Launcher: launcher, Log: log,
 		Console: func(id string) io.Writer {
 			c, _ := h.bytes.LoadOrStore(id, make(chan time.Time, 1))
 			return firstByte{c.(chan time.Time), mark}
@@ -121,6 +121,8 @@ func (h *host) start(ctx context.Context, m *smartvm.Machine) (time.Time, error)
 	select {
 	case at := <-c.(chan time.Time):
 		return at, nil
+	case <-ctx.Done():
+		return time.Time{}, context.Cause(ctx)
 	case <-time.After(guestTimeout):
 		return time.Time{}, errors.New("the guest says nothing")
 	}
@@ -146,17 +148,17 @@ func (b *bench) ourStart(ctx context.Context, at float64, name string, h *host) 
 	if err := errors.Join(err, m.Remove(ctx)); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	b.report.time(name, started)
-	b.report.time("create+"+name, created+started)
+	b.samples.time(name, started)
+	b.samples.time("create+"+name, created+started)
 	if name == "start" {
-		b.report.time("create", created)
-		b.report.time("stop", stopped)
+		b.samples.time("create", created)
+		b.samples.time("stop", stopped)
 	}
 	return nil
 }
 
 func (b *bench) sdkStart(ctx context.Context, at float64) error {
-	dir := filepath.Join(b.dir, "sdk")
+	dir := filepath.Join(b.Dir, "sdk")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
@@ -171,7 +173,7 @@ func (b *bench) sdkStart(ctx context.Context, at float64) error {
 	socket := filepath.Join(dir, "socket")
 	vmmCtx, kill := context.WithCancel(ctx)
 	defer kill()
-	cmd := sdk.VMCommandBuilder{}.WithBin(b.firecracker).WithSocketPath(socket).
+	cmd := sdk.VMCommandBuilder{}.WithBin(b.Firecracker).WithSocketPath(socket).
 		WithArgs([]string{"--level", "Off"}).WithStdout(write).WithStderr(io.Discard).Build(vmmCtx)
 	align(ctx, at)
 	begun := time.Now()
@@ -197,6 +199,6 @@ func (b *bench) sdkStart(ctx context.Context, at float64) error {
 	if err != nil {
 		return fmt.Errorf("go-sdk: %w", err)
 	}
-	b.report.time("go-sdk", took)
+	b.samples.time("go-sdk", took)
 	return nil
 }

@@ -59,10 +59,9 @@ func (s *networkSite) throughput() error {
 					return err
 				}
 			}
-			err := errors.Join(tell(w.name, "MB/s", rates[0]), tell(w.name+"-no-rules", "MB/s", rates[1]), tell(w.name+"-"+string(w.least), "MB/s", rates[2]))
-			if err != nil {
-				return err
-			}
+			s.samples.add(w.name, "MB/s", rates[0])
+			s.samples.add(w.name+"-no-rules", "MB/s", rates[1])
+			s.samples.add(w.name+"-"+string(w.least), "MB/s", rates[2])
 		}
 	}
 	return s.use.Revert(s.ctx)
