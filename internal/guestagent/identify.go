@@ -44,6 +44,8 @@ func identify(b *agentproto.Boot, id *agentproto.Identity) (errs []error) {
 			b.DNS = id.DNS
 		}
 		putNetwork(b)
+	} else {
+		putHosts(b) // its addresses are the same, but not its name
 	}
 	return errs
 }

@@ -37,6 +37,11 @@ func putNetwork(b *agentproto.Boot) {
 	if len(b.DNS) > 0 {
 		put("/etc/resolv.conf", resolvConf(b), b.ScratchDevice != "")
 	}
+	putHosts(b)
+}
+
+// putHosts writes under which address a command finds the guest's own name.
+func putHosts(b *agentproto.Boot) {
 	if len(b.Interfaces) > 0 && len(b.Command) > 0 {
 		put("/etc/hosts", hosts(b), b.ScratchDevice != "")
 	}
