@@ -3,7 +3,6 @@ package smartvm_test
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"errors"
 	"io"
 	"os"
@@ -21,16 +20,19 @@ import (
 // bootGuest starts a VM and waits until its guest is ready. The caller ends it by endGuest.
 func bootGuest(t *testing.T, h *smartvm.Host, spec smartvm.Spec) *smartvm.Machine {
 	t.Helper()
+	m := startGuest(t, h, spec)
+	ready(t, m)
+	return m
+}
+
+// startGuest starts a VM and does not wait for its guest.
+func startGuest(t *testing.T, h *smartvm.Host, spec smartvm.Spec) *smartvm.Machine {
+	t.Helper()
 	m, err := h.Create(t.Context(), spec)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := m.Start(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
-	defer cancel()
-	if _, err := m.AwaitReady(ctx); err != nil {
 		t.Fatal(err)
 	}
 	return m
@@ -46,13 +48,19 @@ func endGuest(t *testing.T, m *smartvm.Machine) {
 	}
 }
 
-// shutDown is endGuest of one that goes by itself when it is asked to.
-func shutDown(t *testing.T, m *smartvm.Machine) {
+// pressKeys ends a guest that goes by itself when it is asked to.
+func pressKeys(t *testing.T, m *smartvm.Machine) {
 	t.Helper()
 	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
 	if err != nil || how != smartvm.CtrlAltDel {
 		t.Errorf("stopped by %q, %v", how, err)
 	}
+}
+
+// shutDown is endGuest of a guest that goes by itself when it is asked to.
+func shutDown(t *testing.T, m *smartvm.Machine) {
+	t.Helper()
+	pressKeys(t, m)
 	if err := m.Remove(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -61,10 +69,8 @@ func shutDown(t *testing.T, m *smartvm.Machine) {
 // told is what a shell's script in a guest puts out.
 func told(t *testing.T, m *smartvm.Machine, script string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
-	defer cancel()
 	var out bytes.Buffer
-	exit, err := m.Exec(ctx, smartvm.Cmd{Args: sh(script), Stdout: &out, User: "root"})
+	exit, err := m.Exec(patient(t), smartvm.Cmd{Args: sh(script), Stdout: &out, User: "root"})
 	if err != nil || exit.Code != 0 {
 		t.Fatalf("%s: %+v, %v, %q", script, exit, err, &out)
 	}
@@ -92,12 +98,13 @@ func openFiles(t *testing.T) int {
 // What the agent is to a guest as its process 1, and what neither it nor we keep of what has been.
 func TestLinuxAgent(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
-	m := bootGuest(t, h, smartvm.Spec{Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256)})
+	m := restoreGuest(t, h, unconnected, smartvm.RestoreOptions{})
 	t.Run("Process1", func(t *testing.T) {
+		const reap = "(sleep 0.1 & echo $! >/tmp/orphan); while [ -d /proc/$(cat /tmp/orphan) ]; do sleep 0.1; done; "
 		for name, tt := range map[string]struct{ script, want string }{
 			"cgroup2":       {"grep -c '^cgroup2 /sys/fs/cgroup ' /proc/mounts", "1"},
-			"reaps":         {"(sh -c : & sh -c : &); sleep 1; grep -l '^State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l", "0"},
-			"stays":         {"kill -9 1; kill -HUP 1; kill -QUIT 1; kill -ABRT 1; kill -SEGV 1; sleep 1; echo lives", "lives"},
+			"reaps":         {reap + "grep -l '^State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l", "0"},
+			"stays":         {"kill -9 1; kill -HUP 1; kill -QUIT 1; kill -ABRT 1; kill -SEGV 1; " + reap + "echo lives", "lives"},
 			"timer slack":   {"cat /proc/$$/timerslack_ns", "50000"},
 			"no more drops": {"ls /init /modules 2>/dev/null | wc -l", "0"},
 		} {
@@ -111,11 +118,11 @@ func TestLinuxAgent(t *testing.T) {
 		}
 	})
 	t.Run("Large", func(t *testing.T) {
-		exit, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true", strings.Repeat("x", 1<<20)}})
+		exit, err := m.Exec(patient(t), smartvm.Cmd{Args: []string{"true", strings.Repeat("x", 1<<20)}})
 		if err != nil || exit.Code != 126 || !strings.Contains(exit.Reason, "argument list too long") {
 			t.Errorf("a long argument: %+v, %v", exit, err)
 		}
-		if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}, Env: []string{"A=" + strings.Repeat("x", 5<<20)}}); err == nil || !strings.Contains(err.Error(), "too long") {
+		if _, err := m.Exec(patient(t), smartvm.Cmd{Args: []string{"true"}, Env: []string{"A=" + strings.Repeat("x", 5<<20)}}); err == nil || !strings.Contains(err.Error(), "too long") {
 			t.Errorf("a long environment: %v", err)
 		}
 	})
@@ -146,8 +153,9 @@ func TestLinuxAgent(t *testing.T) {
 		defer keys.Close()
 		out, in := io.Pipe()
 		done := make(chan error, 1)
+		ctx := patient(t)
 		go func() {
-			exit, err := m.Exec(t.Context(), smartvm.Cmd{Args: sh("echo ready; read x; echo got $x"), Stdin: typed, Stdout: in})
+			exit, err := m.Exec(ctx, smartvm.Cmd{Args: sh("echo ready; read x; echo got $x"), Stdin: typed, Stdout: in})
 			if err == nil && exit.Code != 0 {
 				err = errors.New(exit.Reason)
 			}
@@ -162,7 +170,7 @@ func TestLinuxAgent(t *testing.T) {
 			t.Fatal(err)
 		}
 		var state *smartvm.StateError
-		if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}}); !errors.As(err, &state) || state.State != smartvm.Paused {
+		if _, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"true"}}); !errors.As(err, &state) || state.State != smartvm.Paused {
 			t.Errorf("exec in a paused VM: %v", err)
 		}
 		if _, err := io.WriteString(keys, "it\n"); err != nil {
@@ -181,8 +189,9 @@ func TestLinuxAgent(t *testing.T) {
 		archive, w := io.Pipe()
 		defer w.Close()
 		copied := make(chan error, 1)
+		ctx := patient(t)
 		go func() {
-			err := m.CopyTo(t.Context(), "-", "/dev/shm", archive, smartvm.CopyOptions{})
+			err := m.CopyTo(ctx, "-", "/dev/shm", archive, smartvm.CopyOptions{})
 			_ = archive.CloseWithError(err)
 			copied <- err
 		}()
@@ -198,9 +207,7 @@ func TestLinuxAgent(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
-		defer cancel()
-		_, err = m.Exec(ctx, smartvm.Cmd{Args: sh("until [ -d /dev/shm/sign ]; do sleep 1; done; echo last words >/dev/console; sleep 1; echo b >/proc/sysrq-trigger; sleep 100")})
+		_, err = m.Exec(ctx, smartvm.Cmd{Args: sh("until [ -d /dev/shm/sign ]; do sleep 0.1; done; echo last words >/dev/console; sleep 1; echo b >/proc/sysrq-trigger; sleep 100")})
 		for what, err := range map[string]error{"exec in": err, "copy to": <-copied} {
 			var ended *smartvm.MachineError
 			if !errors.As(err, &ended) || ended.Stage != what || ended.Exit == nil || ended.Exit.Outcome != smartvm.OutcomeExited || !strings.Contains(ended.Console, "last words") {
@@ -220,11 +227,13 @@ func TestLinuxAgent_BusyboxInit(t *testing.T) {
 	if got := told(t, m, "cat /proc/1/comm /proc/1/timerslack_ns; hostname"); got != "init\n50000\nbox" {
 		t.Errorf("process 1: %q", got)
 	}
+	checkClock(t, m)
 	checkRestart(t, m)
 	shutDown(t, m)
 }
 
-// A guest that boots by itself answers when the agent is a service of it, and its VM lives without.
+// A guest that boots by itself answers when the agent is a service of it. Its VM lives without, and the guest, if it reads its
+// keyboard, shuts down by itself when it is asked to.
 func TestLinuxAgent_Service(t *testing.T) {
 	h := linuxHost(t, smartvm.LaunchDirect)
 	disk := filepath.Join(t.TempDir(), "agent")
@@ -235,7 +244,9 @@ func TestLinuxAgent_Service(t *testing.T) {
 	if err := os.WriteFile(disk, append(program, make([]byte, -len(program)&511)...), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	spec := linuxSpec(t, linuxInitrd(t, "cat /dev/vda >/agent; chmod 755 /agent; mkdir /tmp /etc; echo root:x:0:0::/:/bin/sh >/etc/passwd\nwhile [ ! -e /tmp/over ]; do /agent serve; sleep 1; done\necho no agent\nwhile :; do sleep 1; done\n",
+	// The kernel signals init, which busybox's shell would not outlive: a trap makes it reboot.
+	spec := linuxSpec(t, linuxInitrd(t, "cat /dev/vda >/agent; chmod 755 /agent; mkdir /tmp /etc; echo root:x:0:0::/:/bin/sh >/etc/passwd\nwhile [ ! -e /tmp/over ]; do /agent serve; sleep 0.1; done\n"+
+		"echo 0 >/proc/sys/kernel/ctrl-alt-del; trap 'echo asked to stop; reboot -f' INT\necho no agent\nwhile :; do sleep 0.2; done\n",
 		"virtio_blk", "virtio_mmio", "vmw_vsock_virtio_transport"))
 	spec.Drives = []smartvm.Drive{{DriveID: "agent", PathOnHost: disk, IsReadOnly: true}}
 	spec.Vsock = &smartvm.Vsock{GuestCID: 3}
@@ -253,7 +264,7 @@ func TestLinuxAgent_Service(t *testing.T) {
 	checkCopy(t, m)
 	checkRestart(t, m)
 	// Without an agent the VM lives on, and says so.
-	if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: sh("touch /tmp/over; kill -9 $PPID; sleep 10")}); err == nil {
+	if _, err := m.Exec(patient(t), smartvm.Cmd{Args: sh("touch /tmp/over; kill -9 $PPID; sleep 10")}); err == nil {
 		t.Error("the agent was killed, and nobody noticed")
 	}
 	awaitLog(t, m, "no agent")
@@ -269,11 +280,11 @@ func TestLinuxAgent_Service(t *testing.T) {
 			t.Fatalf("the guest counts as well: %+v", g)
 		}
 	}
-	if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}}); !errors.Is(err, smartvm.ErrNoAgent) {
+	if _, err := m.Exec(patient(t), smartvm.Cmd{Args: []string{"true"}}); !errors.Is(err, smartvm.ErrNoAgent) {
 		t.Errorf("exec without an agent: %v", err)
 	}
 	if state, err := m.State(t.Context()); err != nil || state != smartvm.Running {
 		t.Errorf("the VM is %s, %v", state, err)
 	}
-	endGuest(t, m)
+	shutDown(t, m)
 }

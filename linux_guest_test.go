@@ -2,7 +2,6 @@ package smartvm_test
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -20,69 +19,78 @@ import (
 // inGuest runs a program in a guest and wants what it puts out, and its code.
 func inGuest(t *testing.T, m *smartvm.Machine, cmd smartvm.Cmd, code int, want string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
-	defer cancel()
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	exit, err := m.Exec(ctx, cmd)
+	exit, err := m.Exec(patient(t), cmd)
 	if err != nil || exit.Code != code || out.String() != want {
 		t.Errorf("%q: got %+v, %v, %q, %q, want %d and %q", cmd.Args, exit, err, &out, &errs, code, want)
 	}
 }
 
-// In guests of an OCI image, of the minimal one and of a distribution with an init of its own, programs run as they do here.
+// In guests of a squashfs and of an OCI image programs run as they do here. For a distribution with an init of its own see
+// TestLinuxImage_Systemd.
 func TestLinuxGuest(t *testing.T) {
 	for _, guest := range []struct {
 		image    string
 		command  []string
 		launcher smartvm.Launcher
-		memory   int
 		user     string // of the image
 	}{
-		{"minimal", []string{"/bin/sh", "-c", "while :; do sleep 1; done"}, smartvm.LaunchDirect, 256, "root"},
-		{"app", []string{"while :; do sleep 1; done"}, smartvm.LaunchJailed, 256, "nobody"},
-		{"debian", nil, smartvm.LaunchJailed, 512, "root"},
+		{"squashed", []string{"/bin/sh", "-c", "while :; do sleep 1; done"}, smartvm.LaunchDirect, "root"},
+		{"app", []string{"while :; do sleep 1; done"}, smartvm.LaunchJailed, "nobody"},
 	} {
 		t.Run(guest.image, func(t *testing.T) {
 			h := imageHost(t, guest.launcher)
-			m, err := h.Create(t.Context(), smartvm.Spec{Image: guest.image, Name: "box", Command: guest.command, MachineConfig: linuxMachine(guest.memory)})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := m.Start(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			// A guest that still boots is waited for.
-			inGuest(t, m, smartvm.Cmd{Args: []string{"echo", "first"}}, 0, "first\n")
-			ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
-			defer cancel()
-			state, err := m.AwaitReady(ctx)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if !state.Ready() || state.VMM <= 0 || state.Agent <= state.VMM || state.Command < state.Agent {
-				t.Errorf("phases %+v", state)
-			}
-			t.Logf("VMM %v, agent %v, command %v, skew %v", state.VMM, state.Agent, state.Command, state.Skew)
-			checkExec(t, m, guest.user)
-			checkCopy(t, m)
-			st, err := m.GuestStats(t.Context())
-			if err != nil || st.MemoryUsed == 0 || st.Disk == 0 || st.CPUs != 1 {
-				t.Errorf("%+v, %v", st, err)
-			}
-			if guest.command == nil {
-				checkRestart(t, m)
-			}
+			m := startGuest(t, h, smartvm.Spec{Image: guest.image, Name: "box", Command: guest.command, MachineConfig: linuxMachine(256)})
+			checkGuest(t, m, guest.user)
+			wantText(t, told(t, m, "grep ' / ' /proc/mounts; echo new > /etc/new && echo it can be written"), "overlay / overlay", "it can be written")
 			if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
 				t.Error(err)
 			}
-			if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}}); !errors.Is(err, smartvm.ErrState) {
-				t.Errorf("exec in a stopped VM: %v", err)
-			}
-			if err := m.Remove(t.Context()); err != nil {
-				t.Error(err)
-			}
+			checkEnded(t, m)
 		})
+	}
+}
+
+// checkGuest wants a guest that was started as "box" to boot, and programs to run in it as they do here: as user, if they do not say
+// as whom.
+func checkGuest(t *testing.T, m *smartvm.Machine, user string) {
+	t.Helper()
+	// A guest that still boots is waited for.
+	inGuest(t, m, smartvm.Cmd{Args: []string{"echo", "first"}}, 0, "first\n")
+	state := ready(t, m)
+	if !state.Ready() || state.VMM <= 0 || state.Agent <= state.VMM || state.Command < state.Agent {
+		t.Errorf("phases %+v", state)
+	}
+	t.Logf("VMM %v, agent %v, command %v, skew %v", state.VMM, state.Agent, state.Command, state.Skew)
+	checkExec(t, m, user)
+	checkCopy(t, m)
+	st, err := m.GuestStats(t.Context())
+	if err != nil || st.MemoryUsed == 0 || st.Disk == 0 || st.CPUs != 1 {
+		t.Errorf("%+v, %v", st, err)
+	}
+}
+
+// checkEnded removes a VM whose guest has ended.
+func checkEnded(t *testing.T, m *smartvm.Machine) {
+	t.Helper()
+	if _, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}}); !errors.Is(err, smartvm.ErrState) {
+		t.Errorf("exec in a stopped VM: %v", err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// checkClock wants a guest to have the time.
+func checkClock(t *testing.T, m *smartvm.Machine) {
+	t.Helper()
+	begun := time.Now()
+	text := told(t, m, "touch /run/now; stat -c %y /run/now")
+	took := time.Since(begun)
+	now, err := time.Parse("2006-01-02 15:04:05.999999999 -0700", text)
+	if err != nil || now.Before(begun.Add(-500*time.Millisecond)) || now.After(begun.Add(took+500*time.Millisecond)) {
+		t.Errorf("VM %s: its clock says %v (%v), ours %v", m.ID(), now, err, begun)
 	}
 }
 
@@ -125,8 +133,9 @@ func checkExec(t *testing.T, m *smartvm.Machine, user string) {
 	defer keys.Close()
 	signals := make(chan syscall.Signal, 1)
 	done := make(chan smartvm.CmdExit, 1)
+	ctx := patient(t)
 	go func() {
-		exit, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"sh", "-i"}, TTY: true, Stdin: typed, Stdout: in, Signals: signals, Size: smartvm.TermSize{Rows: 24, Cols: 80}})
+		exit, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"sh", "-i"}, TTY: true, Stdin: typed, Stdout: in, Signals: signals, Size: smartvm.TermSize{Rows: 24, Cols: 80}})
 		if err != nil {
 			t.Error(err)
 		}
@@ -157,7 +166,7 @@ func checkExec(t *testing.T, m *smartvm.Machine, user string) {
 	await("^C")
 	typing("echo $((6*8)); exit 5\n")
 	await("48")
-	if exit := <-done; exit.Code != 5 {
+	if exit := receive(t, done, "the end of the shell"); exit.Code != 5 {
 		t.Errorf("the shell ended with %+v", exit)
 	}
 }
@@ -173,8 +182,7 @@ func checkCopy(t *testing.T, m *smartvm.Machine) {
 	); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
-	defer cancel()
+	ctx := patient(t)
 	if err := m.CopyTo(ctx, from, "/tmp/tree", nil, smartvm.CopyOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -202,12 +210,12 @@ func checkCopy(t *testing.T, m *smartvm.Machine) {
 // checkRestart: beside an init of the image's own, a server that is killed is started again.
 func checkRestart(t *testing.T, m *smartvm.Machine) {
 	t.Helper()
-	_, err := m.Exec(t.Context(), smartvm.Cmd{Args: sh("kill -9 $PPID; sleep 10"), User: "root"})
+	_, err := m.Exec(patient(t), smartvm.Cmd{Args: sh("kill -9 $PPID; sleep 10"), User: "root"})
 	if err == nil {
 		t.Error("the agent was killed, and nobody noticed")
 	}
 	for end := time.Now().Add(linuxPatience); ; time.Sleep(100 * time.Millisecond) {
-		if exit, err := m.Exec(t.Context(), smartvm.Cmd{Args: []string{"true"}}); err == nil && exit.Code == 0 {
+		if exit, err := m.Exec(patient(t), smartvm.Cmd{Args: []string{"true"}}); err == nil && exit.Code == 0 {
 			return
 		}
 		if time.Now().After(end) {
@@ -219,11 +227,9 @@ func checkRestart(t *testing.T, m *smartvm.Machine) {
 // An image's command that is run in one call has the caller's streams, and its exit code is known.
 func TestLinuxGuest_Run(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
-	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
-	defer cancel()
 	var out, errs bytes.Buffer
 	console := new(transcript)
-	exit, err := h.Run(ctx, smartvm.Spec{Image: "minimal", Command: sh("cat; echo problem >&2; exit 9"), MachineConfig: linuxMachine(256)}, smartvm.RunOptions{
+	exit, err := h.Run(patient(t), smartvm.Spec{Image: "minimal", Command: sh("cat; echo problem >&2; exit 9"), MachineConfig: linuxMachine(256)}, smartvm.RunOptions{
 		Console: console, Command: &smartvm.Cmd{Stdin: strings.NewReader("typed"), Stdout: &out, Stderr: &errs},
 	})
 	if err != nil {

@@ -112,10 +112,7 @@ func imageHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
 			_, stopErr := m.Stop(context.Background(), smartvm.StopOptions{})
 			t.Logf("removing VM %s: %v, %v, %v", m.ID(), err, stopErr, m.Remove(context.Background()))
 		}
-		claims, err := filepath.Glob(filepath.Join(opts.DataDir, "images/objects/*/users/*"))
-		if err != nil || len(claims) > 0 {
-			t.Errorf("images are still claimed: %v, %v", claims, err)
-		}
+		checkUsers(t, h)
 		if err := errors.Join(h.Close(), os.RemoveAll(filepath.Dir(opts.RuntimeDir))); err != nil {
 			t.Error(err)
 		}
@@ -127,10 +124,8 @@ func imageHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
 func runImage(t *testing.T, h *smartvm.Host, spec smartvm.Spec) string {
 	t.Helper()
 	spec.MachineConfig = linuxMachine(256)
-	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
-	defer cancel()
 	console := new(transcript)
-	exit, err := h.Run(ctx, spec, smartvm.RunOptions{Console: console})
+	exit, err := h.Run(patient(t), spec, smartvm.RunOptions{Console: console})
 	if err != nil {
 		t.Fatalf("%v\n%s", err, console)
 	}
@@ -151,14 +146,19 @@ func wantText(t *testing.T, console string, texts ...string) {
 
 // An image that other tools made runs what it says, or what it is told, as whom it says.
 func TestLinuxImage_OCI(t *testing.T) {
-	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
-		t.Run(string(launcher), func(t *testing.T) {
-			h := imageHost(t, launcher)
-			wantText(t, runImage(t, h, smartvm.Spec{Image: "app"}), "ran as nobody in /tmp with blue")
-			wantText(t, runImage(t, h, smartvm.Spec{
-				Image: "app-archive", Name: "box", Command: []string{"echo I am $(id -un) on $(hostname), $COLOUR and $SIZE; ls -d /mnt; exit 3"},
-				User: "root", Env: []string{"SIZE=large", "COLOUR=red"},
-			}), "I am root on box, red and large", "/mnt: No such file", "exit code 3")
+	for _, tt := range []struct {
+		launcher smartvm.Launcher
+		spec     smartvm.Spec
+		want     []string
+	}{
+		{smartvm.LaunchDirect, smartvm.Spec{Image: "app"}, []string{"ran as nobody in /tmp with blue"}},
+		{smartvm.LaunchJailed, smartvm.Spec{
+			Image: "app-archive", Name: "box", Command: []string{"echo I am $(id -un) on $(hostname), $COLOUR and $SIZE; ls -d /mnt; exit 3"},
+			User: "root", Env: []string{"SIZE=large", "COLOUR=red"},
+		}, []string{"I am root on box, red and large", "/mnt: No such file", "exit code 3"}},
+	} {
+		t.Run(tt.spec.Image, func(t *testing.T) {
+			wantText(t, runImage(t, imageHost(t, tt.launcher), tt.spec), tt.want...)
 		})
 	}
 }
@@ -223,30 +223,24 @@ func digestFile(t *testing.T, path string) [sha256.Size]byte {
 	return sha256.Sum256(data)
 }
 
-func TestLinuxImage_Squashfs(t *testing.T) {
-	h := imageHost(t, smartvm.LaunchDirect)
-	wantText(t, runImage(t, h, smartvm.Spec{Image: "squashed", Command: []string{
-		"/bin/sh", "-c", "grep ' / ' /proc/mounts; echo new > /etc/new && echo it can be written",
-	}}), "overlay / overlay", "it can be written")
-}
-
-// A distribution boots as on a machine of its own, and shuts down when asked.
+// A distribution boots as on a machine of its own and has its secrets before its init begins. Programs run in it, also when the agent
+// was killed, and it shuts down when asked. All of that in one guest, as none takes longer to boot.
 func TestLinuxImage_Systemd(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
-	m, err := h.Create(t.Context(), smartvm.Spec{Image: "debian", Name: "deb", MachineConfig: linuxMachine(512)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := m.Start(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	spec := smartvm.Spec{Image: "debian", Name: "box", MachineConfig: linuxMachine(512)}
+	addSecrets(t, &spec)
+	m := startGuest(t, h, spec)
+	checkGuest(t, m, "root")
+	checkSecrets(t, m, "cat /run/secrets/key; tr '\\0' '\\n' </proc/1/environ | grep -c 'PASSWORD="+secretValue+"'", secretValue+"\n1\n")
 	awaitLog(t, m, "Multi-User")
-	awaitLog(t, m, "deb login:")
+	awaitLog(t, m, "box login:")
 	log, err := os.ReadFile(m.ConsoleLog())
 	if err != nil || bytes.Contains(log, []byte("FAILED")) {
 		t.Errorf("a unit failed: %v\n%s", err, log)
 	}
-	shutDown(t, m)
+	checkRestart(t, m)
+	pressKeys(t, m)
+	checkEnded(t, m)
 }
 
 // So does one with another init.

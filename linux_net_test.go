@@ -2,7 +2,6 @@ package smartvm_test
 
 import (
 	"errors"
-	"fmt"
 	"net/netip"
 	"os"
 	"strings"
@@ -22,7 +21,7 @@ func prefixes(all ...string) (p []netip.Prefix) {
 	return p
 }
 
-// linuxGuest starts a guest on a network whose command is a script.
+// linuxGuest starts a guest on a network whose command is a script. It is booted: see restoreGuest for guests that need not be.
 func linuxGuest(t *testing.T, h *smartvm.Host, name, net, script string, change func(*smartvm.Spec)) *smartvm.Machine {
 	t.Helper()
 	spec := smartvm.Spec{
@@ -32,14 +31,17 @@ func linuxGuest(t *testing.T, h *smartvm.Host, name, net, script string, change 
 	if change != nil {
 		change(&spec)
 	}
-	m, err := h.Create(t.Context(), spec)
-	if err != nil {
-		t.Fatal(err)
+	return startGuest(t, h, spec)
+}
+
+// asks is a script for a guest that asks the servers at all addresses, on port 80, at once. It puts out a line for each, as
+// "WHEN ADDRESS: ANSWER".
+func asks(when string, addresses ...string) string {
+	script := `ask() { echo "$1 $2: $(nc -w 5 $2 80 </dev/null 2>/dev/null | head -1)"; }; `
+	for _, a := range addresses {
+		script += "ask " + when + " " + a + " & "
 	}
-	if err := m.Start(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return m
+	return script + "wait"
 }
 
 // Real guests: they reach the world by NAT and what their policy allows, each other only on a network that is for it, and are
@@ -65,46 +67,40 @@ func TestLinuxNetwork(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	guest := func(name, net, script string, change func(*smartvm.Spec)) *smartvm.Machine {
-		t.Helper()
-		return linuxGuest(t, h, name, net, script, change)
-	}
-	server := "echo serving; while :; do echo $(hostname) | nc -l -p 80; done"
-	a := guest("a", "default", server, func(s *smartvm.Spec) { s.Ports = []smartvm.Port{{HostPort: 8080, GuestPort: 80}} })
-	b := guest("b", "lan", server, nil)
-	awaitLog(t, a, "serving")
-	awaitLog(t, b, "serving")
-	address := func(m *smartvm.Machine) netip.Addr {
+	address := func(m *smartvm.Machine) string {
 		in, err := m.Inspect(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		return in.Interfaces[0].IP4
+		return in.Interfaces[0].IP4.String()
 	}
-	ask := "ask() { echo \"$1 $2: $(nc -w 5 $1 $2 </dev/null 2>/dev/null | head -1)\"; }; "
-	c := guest("c", "default", ask+fmt.Sprintf("cat /etc/hosts; ask 198.51.100.2 80; ask 198.51.100.3 80; ask 2001:db8::2 80; ask %s 80; ask %s 80; echo over", address(a), address(b)),
-		func(s *smartvm.Spec) {
-			s.Policy = &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "198.51.100.3"}}}
-		})
-	d := guest("d", "lan", ask+fmt.Sprintf("ask %s 80; ask %s 80; echo over", address(b), address(a)), nil)
+	server := "echo serving; while :; do echo $(hostname) | nc -l -p 80; done"
+	denied := &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "198.51.100.3"}}}
+	a := restoreGuest(t, h, onBridge, smartvm.RestoreOptions{Name: "a", Ports: []smartvm.Port{{HostPort: 8080, GuestPort: 80}}})
+	begin(t, a, server)
 	// In a namespace of its own.
-	e := guest("e", "default", ask+"ip addr; ask 198.51.100.2 80; ask 198.51.100.3 80; ask 2001:db8::2 80; "+server, func(s *smartvm.Spec) {
-		s.NetworkInterfaces[0].Namespace = true
-		s.Ports = []smartvm.Port{{HostPort: 8081, GuestPort: 80}}
-		s.Policy = &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "198.51.100.3"}}}
-	})
-	awaitLog(t, e, "serving")
+	e := restoreGuest(t, h, inNamespace, smartvm.RestoreOptions{Name: "e", Ports: []smartvm.Port{{HostPort: 8081, GuestPort: 80}}, Policy: denied})
+	begin(t, e, "ip addr; "+asks("e", "198.51.100.2", "198.51.100.3", "2001:db8::2")+"; echo over; "+server)
+	b := linuxGuest(t, h, "b", "lan", server, nil)
+	awaitLog(t, a, "serving")
+	awaitLog(t, b, "serving")
+	c := linuxGuest(t, h, "c", "default", "cat /etc/hosts; "+asks("c", "198.51.100.2", "198.51.100.3", "2001:db8::2", address(a), address(b))+"; echo over",
+		func(s *smartvm.Spec) { s.Policy = denied })
+	forks, err := b.Fork(t.Context(), 1, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{Name: "d"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := forks[0]
+	begin(t, d, asks("d", address(a), address(b))+"; echo over")
 	for m, want := range map[*smartvm.Machine][]string{
-		e: {"10.255.255.2/30", "198.51.100.2 80: world from 198.51.100.1", "198.51.100.3 80: \n", "2001:db8::2 80: world from 2001:db8::1"},
+		e: {"10.255.255.2/30", "e 198.51.100.2: world from 198.51.100.1\n", "e 198.51.100.3: \n", "e 2001:db8::2: world from 2001:db8::1\n"},
 		c: {
-			"198.51.100.2 80: world from 198.51.100.1", "198.51.100.3 80: \n", "2001:db8::2 80: world from 2001:db8::1",
-			address(a).String() + " 80: \n", address(b).String() + " 80: \n", address(c).String() + " c\n",
+			"c 198.51.100.2: world from 198.51.100.1\n", "c 198.51.100.3: \n", "c 2001:db8::2: world from 2001:db8::1\n",
+			"c " + address(a) + ": \n", "c " + address(b) + ": \n", address(c) + " c\n",
 		},
-		d: {address(b).String() + " 80: b\n", address(a).String() + " 80: \n"},
+		d: {"d " + address(a) + ": \n", "d " + address(b) + ": b\n"},
 	} {
-		if m != e {
-			awaitLog(t, m, "over")
-		}
+		awaitLog(t, m, "over")
 		log, err := os.ReadFile(m.ConsoleLog())
 		if err != nil {
 			t.Fatal(err)
@@ -132,6 +128,9 @@ func TestLinuxNetwork(t *testing.T) {
 		t.Error(err)
 	}
 	if err := errors.Join(a.Remove(t.Context()), b.Remove(t.Context()), c.Remove(t.Context()), d.Remove(t.Context()), e.Remove(t.Context())); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.Sweep(t.Context()); err != nil { // what d was made from
 		t.Error(err)
 	}
 }
@@ -167,11 +166,9 @@ func TestLinuxNetwork_Names(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	script := `ask() { echo "$1 $2: $(nc -w 3 $2 80 </dev/null 2>/dev/null | head -1)"; }
-ask early 203.0.113.9; ask early 2001:db8:9::9
+	script := asks("early", "203.0.113.9", "2001:db8:9::9") + `
 for n in good bad rebind; do nslookup $n.example >/tmp/$n 2>&1; echo "$n is $(grep -c -e 203.0.113 -e 2001:db8:9 -e 10.9.9 -e fd99: /tmp/$n) $(grep -c NXDOMAIN /tmp/$n)"; done
-ask good 203.0.113.9; ask good 2001:db8:9::9; ask bad 203.0.113.10; ask bad 2001:db8:9::10; ask rebind 10.9.9.9; ask rebind fd99::9
-echo over`
+` + asks("then", "203.0.113.9", "2001:db8:9::9", "203.0.113.10", "2001:db8:9::10", "10.9.9.9", "fd99::9") + "\necho over"
 	all := []*smartvm.Machine{
 		linuxGuest(t, h, "own", "default", script, func(s *smartvm.Spec) { s.Policy = names }),
 		linuxGuest(t, h, "networks", "named", script, nil),
@@ -185,8 +182,8 @@ echo over`
 		}
 		text := strings.ReplaceAll(string(log), "\r", "")
 		wantText(t, text, "early 203.0.113.9: \n", "early 2001:db8:9::9: \n", "good is 2 0\n", "rebind is 0 0\n",
-			"good 203.0.113.9: world from 198.51.100.1\n", "good 2001:db8:9::9: world from 2001:db8::1\n",
-			"bad 203.0.113.10: \n", "bad 2001:db8:9::10: \n", "rebind 10.9.9.9: \n", "rebind fd99::9: \n")
+			"then 203.0.113.9: world from 198.51.100.1\n", "then 2001:db8:9::9: world from 2001:db8::1\n",
+			"then 203.0.113.10: \n", "then 2001:db8:9::10: \n", "then 10.9.9.9: \n", "then fd99::9: \n")
 		if strings.Contains(text, "bad is 0 0\n") || !strings.Contains(text, "bad is 0 ") {
 			t.Errorf("a name that no rule allows is not told to be none: %s", text)
 		}

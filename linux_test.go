@@ -2,6 +2,7 @@ package smartvm_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io/fs"
 	"os"
@@ -141,41 +142,38 @@ func (c *transcript) String() string {
 // linuxPatience bounds a guest's boot: under emulation it takes seconds.
 const linuxPatience = 2 * time.Minute
 
-func TestLinux_RunsToItsEnd(t *testing.T) {
-	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
-		t.Run(string(launcher), func(t *testing.T) {
-			h := linuxHost(t, launcher)
-			console := new(transcript)
-			exit, err := h.Run(t.Context(), linuxSpec(t, linuxInitrd(t, "echo release $(uname -r) end\nreboot -f\n")),
-				smartvm.RunOptions{Console: console})
-			if err != nil {
-				t.Fatalf("%v\n%s", err, console)
-			}
-			if exit.Outcome != smartvm.OutcomeExited || exit.Code != 0 {
-				t.Errorf("ended %+v, want exited with 0", exit)
-			}
-			want := "release " + filepath.Base(testenv.Fixture(t, fixtures.GuestModules)) + " end"
-			if !strings.Contains(console.String(), want) {
-				t.Errorf("console lacks %q:\n%s", want, console)
-			}
-		})
-	}
+// patient returns a context that bounds one step of a test.
+func patient(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), linuxPatience)
+	t.Cleanup(cancel)
+	return ctx
 }
 
-// A guest that reads its keyboard shuts down by itself when asked.
-func TestLinux_StopsOnCtrlAltDel(t *testing.T) {
+// receive waits for what a channel brings.
+func receive[T any](t *testing.T, from <-chan T, what string) (v T) {
+	t.Helper()
+	select {
+	case v = <-from:
+	case <-time.After(linuxPatience):
+		t.Fatalf("%s: it did not come", what)
+	}
+	return v
+}
+
+// In a jail: see TestLinux_WritesStayInTheCopy and TestLinuxImage_OCI.
+func TestLinux_RunsToItsEnd(t *testing.T) {
 	h := linuxHost(t, smartvm.LaunchDirect)
-	// The kernel signals init, which busybox's shell would not outlive: a trap makes it reboot.
-	script := "echo 0 > /proc/sys/kernel/ctrl-alt-del\ntrap 'echo asked to stop; reboot -f' INT\necho ready\nwhile :; do sleep 1; done\n"
-	m, err := h.Create(t.Context(), linuxSpec(t, linuxInitrd(t, script)))
+	console := new(transcript)
+	exit, err := h.Run(patient(t), linuxSpec(t, linuxInitrd(t, "echo release $(uname -r) end\nreboot -f\n")),
+		smartvm.RunOptions{Console: console})
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v\n%s", err, console)
 	}
-	if err := m.Start(t.Context()); err != nil {
-		t.Fatal(err)
+	if exit.Outcome != smartvm.OutcomeExited || exit.Code != 0 {
+		t.Errorf("ended %+v, want exited with 0", exit)
 	}
-	awaitLog(t, m, "ready")
-	shutDown(t, m)
+	wantText(t, console.String(), "release "+filepath.Base(testenv.Fixture(t, fixtures.GuestModules))+" end")
 }
 
 // awaitLog waits until the VM's console has text in it.
@@ -215,7 +213,7 @@ func TestLinux_WritesStayInTheCopy(t *testing.T) {
 				if err := m.Start(t.Context()); err != nil {
 					t.Fatal(err)
 				}
-				exit, err := m.Wait(t.Context())
+				exit, err := m.Wait(patient(t))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -223,7 +221,7 @@ func TestLinux_WritesStayInTheCopy(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if exit.Outcome != smartvm.OutcomeExited || !bytes.Contains(log, []byte(want)) {
+				if exit.Outcome != smartvm.OutcomeExited || exit.Code != 0 || !bytes.Contains(log, []byte(want)) {
 					t.Errorf("ended %+v; console lacks %q:\n%s", exit, want, log)
 				}
 			}
@@ -276,7 +274,7 @@ func TestLinux_Reflink(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			script := "printf modified | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null\necho now $(head -c 8 /dev/vda) end\nreboot -f\n"
+			script := "printf modified | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null\nwhile :; do echo now $(head -c 8 /dev/vda) end; sleep 1; done\n"
 			spec := linuxSpec(t, linuxInitrd(t, script, "virtio_blk", "virtio_mmio"))
 			spec.Drives = []smartvm.Drive{{DriveID: "disk", PathOnHost: source, CacheType: "Writeback"}}
 			m, err := h.Create(t.Context(), spec)
@@ -293,15 +291,11 @@ func TestLinux_Reflink(t *testing.T) {
 			if err := m.Start(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := m.Wait(t.Context()); err != nil {
-				t.Fatal(err)
+			awaitLog(t, m, "now modified end")
+			if launcher == smartvm.LaunchDirect {
+				forkReflinked(t, h, m)
 			}
-			if log, err := os.ReadFile(m.ConsoleLog()); err != nil || !bytes.Contains(log, []byte("now modified end")) {
-				t.Errorf("the guest could not write: %v\n%s", err, log)
-			}
-			if err := m.Remove(t.Context()); err != nil {
-				t.Error(err)
-			}
+			endGuest(t, m)
 			if got, err := os.ReadFile(source); err != nil || !bytes.Equal(got, content) {
 				t.Errorf("the source changed: %v", err)
 			}
@@ -310,28 +304,11 @@ func TestLinux_Reflink(t *testing.T) {
 			}
 		})
 	}
-	t.Run("Fork", func(t *testing.T) { forkReflinked(t, filepath.Join(mnt, "data"), source) })
 }
 
 // forkReflinked wants forks of a VM to share the blocks of its disk.
-func forkReflinked(t *testing.T, data, source string) {
-	h, err := smartvm.Open(smartvm.Options{
-		RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: data, Launcher: smartvm.LaunchDirect, FirecrackerBinary: testenv.Firecracker(t),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	script := "printf modified | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null\nwhile :; do echo now $(head -c 8 /dev/vda) end; sleep 1; done\n"
-	spec := linuxSpec(t, linuxInitrd(t, script, "virtio_blk", "virtio_mmio"))
-	spec.Drives = []smartvm.Drive{{DriveID: "disk", PathOnHost: source, CacheType: "Writeback"}}
-	m, err := h.Create(t.Context(), spec)
-	if err == nil {
-		err = m.Start(t.Context())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	awaitLog(t, m, "now modified end")
+func forkReflinked(t *testing.T, h *smartvm.Host, m *smartvm.Machine) {
+	t.Helper()
 	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -339,7 +316,7 @@ func forkReflinked(t *testing.T, data, source string) {
 	used := func() int64 {
 		var st unix.Statfs_t
 		unix.Sync()
-		if err := unix.Statfs(data, &st); err != nil {
+		if err := unix.Statfs(h.DataDir(), &st); err != nil {
 			t.Fatal(err)
 		}
 		return int64(st.Blocks-st.Bfree) * st.Bsize
@@ -356,20 +333,17 @@ func forkReflinked(t *testing.T, data, source string) {
 			t.Fatal(err)
 		}
 		got := i.Staged["disk"]
-		if _, err := os.Stat(got.Path); err != nil || got.Method != "reflink" || !strings.HasPrefix(got.Path, data) {
-			t.Errorf("staged %+v, %v, want a reflink below %s", got, err, data)
+		if _, err := os.Stat(got.Path); err != nil || got.Method != "reflink" || !strings.HasPrefix(got.Path, h.DataDir()) {
+			t.Errorf("staged %+v, %v, want a reflink below %s", got, err, h.DataDir())
 		}
 	}
 	if more := used() - before; more > 10<<20 {
 		t.Errorf("3 forks of a disk of 100 MiB take %d bytes", more)
 	}
-	for _, vm := range append(forks, m) {
-		endGuest(t, vm)
+	for _, f := range forks {
+		endGuest(t, f)
 	}
 	if err := h.RemoveSnapshot(t.Context(), sn.ID, false); err != nil {
 		t.Error(err)
-	}
-	if left, err := os.ReadDir(filepath.Join(data, "staging")); err != nil || len(left) > 0 {
-		t.Errorf("left beside the data directory: %v %v", left, err)
 	}
 }

@@ -18,77 +18,65 @@ import (
 // secretValue must be nowhere on the host but in the files that the user has it in.
 const secretValue = "correct horse battery staple"
 
-// A guest has its secrets before its command, or the image's own init, begins; nobody else does; and each start reads them anew.
-func TestLinuxSecrets(t *testing.T) {
-	for _, guest := range []struct {
-		image    string
-		command  []string
-		launcher smartvm.Launcher
-		memory   int
-		init     string // says in the guest what its first program had
-		saw      string // besides the secret
-	}{
-		{
-			"minimal", sh("cat /run/secrets/key >/run/seen; echo $PASSWORD $SHOWN >>/run/seen; while :; do sleep 1; done"), smartvm.LaunchDirect, 256,
-			"cat /run/seen", secretValue + " flag\n",
-		},
-		{"debian", nil, smartvm.LaunchJailed, 512, "cat /run/secrets/key; tr '\\0' '\\n' </proc/1/environ | grep -c 'PASSWORD=" + secretValue + "'", "1\n"},
-	} {
-		t.Run(guest.image, func(t *testing.T) {
-			h := imageHost(t, guest.launcher)
-			dir := t.TempDir()
-			key, env := filepath.Join(dir, "key"), filepath.Join(dir, "env")
-			if err := errors.Join(os.WriteFile(key, []byte(secretValue+"\n"), 0o600), os.WriteFile(env, []byte("PASSWORD="+secretValue+"\nSHOWN=file\n"), 0o600)); err != nil {
-				t.Fatal(err)
-			}
-			m, err := h.Create(t.Context(), smartvm.Spec{
-				Image: guest.image, Command: guest.command, MachineConfig: linuxMachine(guest.memory), Env: []string{"SHOWN=flag"},
-				EnvFiles: []string{env}, Secrets: []smartvm.Secret{{Name: "key", Path: key}, {Name: "other", Path: "/dev/null"}},
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := m.Start(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			root := func(script string) smartvm.Cmd { return smartvm.Cmd{Args: sh(script), User: "root"} }
-			inGuest(t, m, root("stat -c '%a %U %F' /run/secrets/key /run/secrets/other; touch /run/secrets/more 2>/dev/null || echo read-only; grep -c '/run/secrets tmpfs' /proc/mounts"),
-				0, "400 root regular file\n400 root regular empty file\nread-only\n1\n")
-			inGuest(t, m, root("echo $PASSWORD $SHOWN"), 0, secretValue+" flag\n")
-			inGuest(t, m, root(guest.init), 0, secretValue+"\n"+guest.saw)
-			all, err := m.GuestProcesses(t.Context())
-			if i := slices.IndexFunc(all, func(p smartvm.GuestProcess) bool { return p.PID == 1 }); err != nil || i < 0 || all[i].User != "root" || all[i].Memory == 0 {
-				t.Errorf("processes %+v, %v", all, err)
-			}
-			if out, err := exec.CommandContext(t.Context(), "grep", "-rlF", secretValue, m.RuntimeDir()).CombinedOutput(); err == nil {
-				t.Errorf("the secret stands in %s", out)
-			}
-			stop := func() {
-				if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
-					t.Error(err)
-				}
-			}
-			stop()
-			if guest.command == nil {
-				return
-			}
-			// The next start: what is in the file by then, or an error.
-			if err := os.Remove(key); err != nil {
-				t.Fatal(err)
-			}
-			if err := m.Start(t.Context()); !errors.Is(err, fs.ErrNotExist) {
-				t.Errorf("start without a secret: %v", err)
-			}
-			if err := os.WriteFile(key, []byte("another"), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if err := m.Start(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			inGuest(t, m, root("cat /run/secrets/key"), 0, "another")
-			stop()
-		})
+// addSecrets gives a guest secrets, which it has before its command, or the image's own init, begins.
+func addSecrets(t *testing.T, s *smartvm.Spec) (key string) {
+	t.Helper()
+	dir := t.TempDir()
+	key, env := filepath.Join(dir, "key"), filepath.Join(dir, "env")
+	if err := errors.Join(os.WriteFile(key, []byte(secretValue+"\n"), 0o600), os.WriteFile(env, []byte("PASSWORD="+secretValue+"\nSHOWN=file\n"), 0o600)); err != nil {
+		t.Fatal(err)
 	}
+	s.Env, s.EnvFiles = []string{"SHOWN=flag"}, []string{env}
+	s.Secrets = []smartvm.Secret{{Name: "key", Path: key}, {Name: "other", Path: "/dev/null"}}
+	return key
+}
+
+func asRoot(script string) smartvm.Cmd { return smartvm.Cmd{Args: sh(script), User: "root"} }
+
+// checkSecrets wants a guest, and nobody else, to have the secrets. The script says in the guest what its first program had.
+func checkSecrets(t *testing.T, m *smartvm.Machine, script, want string) {
+	t.Helper()
+	inGuest(t, m, asRoot("stat -c '%a %U %F' /run/secrets/key /run/secrets/other; touch /run/secrets/more 2>/dev/null || echo read-only; grep -c '/run/secrets tmpfs' /proc/mounts"),
+		0, "400 root regular file\n400 root regular empty file\nread-only\n1\n")
+	inGuest(t, m, asRoot("echo $PASSWORD $SHOWN"), 0, secretValue+" flag\n")
+	inGuest(t, m, asRoot(script), 0, want)
+	all, err := m.GuestProcesses(t.Context())
+	if i := slices.IndexFunc(all, func(p smartvm.GuestProcess) bool { return p.PID == 1 }); err != nil || i < 0 || all[i].User != "root" || all[i].Memory == 0 {
+		t.Errorf("processes %+v, %v", all, err)
+	}
+	if out, err := exec.CommandContext(t.Context(), "grep", "-rlF", secretValue, m.RuntimeDir()).CombinedOutput(); err == nil {
+		t.Errorf("the secret stands in %s", out)
+	}
+}
+
+// Each start reads secrets anew. For a guest with an init of its own see TestLinuxImage_Systemd.
+func TestLinuxSecrets(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	spec := smartvm.Spec{
+		Image: "minimal", MachineConfig: linuxMachine(256),
+		Command: sh("cat /run/secrets/key >/run/seen; echo $PASSWORD $SHOWN >>/run/seen; while :; do sleep 1; done"),
+	}
+	key := addSecrets(t, &spec)
+	m := startGuest(t, h, spec)
+	checkSecrets(t, m, "cat /run/seen", secretValue+"\n"+secretValue+" flag\n")
+	if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	// The next start: what is in the file by then, or an error.
+	if err := os.Remove(key); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("start without a secret: %v", err)
+	}
+	if err := os.WriteFile(key, []byte("another"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	inGuest(t, m, asRoot("cat /run/secrets/key"), 0, "another")
+	endGuest(t, m)
 }
 
 // volumeSource makes a directory of the host for volumes.
@@ -130,23 +118,16 @@ func TestLinuxVolumes(t *testing.T) {
 					{Source: filepath.Join(other, "conf"), Target: "/etc/app/conf", Sync: true},
 				},
 			}
-			m, err := h.Create(t.Context(), spec)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := m.Start(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			root := func(script string) smartvm.Cmd { return smartvm.Cmd{Args: sh(script), User: "root"} }
-			inGuest(t, m, root("cd /work/src; cat keep link conf; ./run; stat -c '%a %h' keep run; readlink link"), 0, "keepkeepconfran\n640 1\n755 2\nkeep\n")
-			inGuest(t, m, root("cd /made/here; cat keep; (echo x >keep) 2>/dev/null || echo read-only; cat nested/deep/keep; echo mine >nested/deep/keep; cat nested/deep/keep"), 0,
+			m := startGuest(t, h, spec)
+			inGuest(t, m, asRoot("cd /work/src; cat keep link conf; ./run; stat -c '%a %h' keep run; readlink link"), 0, "keepkeepconfran\n640 1\n755 2\nkeep\n")
+			inGuest(t, m, asRoot("cd /made/here; cat keep; (echo x >keep) 2>/dev/null || echo read-only; cat nested/deep/keep; echo mine >nested/deep/keep; cat nested/deep/keep"), 0,
 				"keepread-only\nkeepmine\n")
-			inGuest(t, m, root("cat /etc/app/conf; echo guest >/etc/app/conf; ls -d /run/smartvm 2>/dev/null; grep -c ' /made/here' /proc/mounts"), 0, "conf2\n")
+			inGuest(t, m, asRoot("cat /etc/app/conf; echo guest >/etc/app/conf; ls -d /run/smartvm 2>/dev/null; grep -c ' /made/here' /proc/mounts"), 0, "conf2\n")
 			// Both sides write.
 			if err := errors.Join(os.WriteFile(filepath.Join(src, "both"), []byte("host"), 0o644), os.WriteFile(filepath.Join(src, "late"), []byte("host"), 0o644)); err != nil {
 				t.Fatal(err)
 			}
-			inGuest(t, m, root("cd /work/src; ls late 2>&1; echo guest >both; rm -r sub conf; mkdir sub; echo new >sub/new; chmod 600 keep; ln -sf /etc/passwd link; mkfifo pipe; mknod disk b 8 0; "+
+			inGuest(t, m, asRoot("cd /work/src; ls late 2>&1; echo guest >both; rm -r sub conf; mkdir sub; echo new >sub/new; chmod 600 keep; ln -sf /etc/passwd link; mkfifo pipe; mknod disk b 8 0; "+
 				"cp /bin/busybox suid; chmod 4755 suid; mkdir -p a/b; echo deep >a/b/c; sync"), 0, "ls: late: No such file or directory\n")
 			if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
 				t.Fatal(err)
@@ -167,7 +148,7 @@ func TestLinuxVolumes(t *testing.T) {
 			if err := m.Start(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			inGuest(t, m, root("cd /work/src; cat both late; ls suid; cat /made/here/nested/deep/keep"), 0, "hosthostsuid\nkeep")
+			inGuest(t, m, asRoot("cd /work/src; cat both late; ls suid; cat /made/here/nested/deep/keep"), 0, "hosthostsuid\nkeep")
 			if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
 				t.Fatal(err)
 			}
@@ -194,7 +175,7 @@ func TestLinuxVolumes_Killed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inGuest(t, m, smartvm.Cmd{Args: sh("echo guest >/src/keep; sync"), User: "root"}, 0, "")
+	inGuest(t, m, asRoot("echo guest >/src/keep; sync"), 0, "")
 	keeper.kill()
 	in, err := m.Inspect(t.Context())
 	if err != nil || len(in.PIDs) == 0 {
