@@ -230,10 +230,11 @@ func TestLinuxImage_Systemd(t *testing.T) {
 	spec := smartvm.Spec{Image: "debian", Name: "box", MachineConfig: linuxMachine(512)}
 	addSecrets(t, &spec)
 	m := startGuest(t, h, spec)
-	checkGuest(t, m, "root")
-	checkSecrets(t, m, "cat /run/secrets/key; tr '\\0' '\\n' </proc/1/environ | grep -c 'PASSWORD="+secretValue+"'", secretValue+"\n1\n")
+	inGuest(t, m, smartvm.Cmd{Args: []string{"echo", "first"}}, 0, "first\n") // while it boots, which more would delay
 	awaitLog(t, m, "Multi-User")
 	awaitLog(t, m, "box login:")
+	checkGuest(t, m, "root")
+	checkSecrets(t, m, "cat /run/secrets/key; tr '\\0' '\\n' </proc/1/environ | grep -c 'PASSWORD="+secretValue+"'", secretValue+"\n1\n")
 	log, err := os.ReadFile(m.ConsoleLog())
 	if err != nil || bytes.Contains(log, []byte("FAILED")) {
 		t.Errorf("a unit failed: %v\n%s", err, log)
