@@ -15,8 +15,8 @@
 //	kvm_amd=OPTION   of the module
 //	sys=MODULE/PARAMETER=VALUE
 //	guest=ARG        an argument of the guest's kernel
-//	device=NAME      vsock, balloon or rng, with its drivers
-//	no-serial        the guest's kernel has no serial line
+//	device=NAME      vsock, rng or balloon, with its drivers; the VMM takes a balloon with pages=none only
+//	no-serial        the guest's kernel has no serial line, so the guest counts as up when it has ended
 //	guest-memory=MIB
 //	pages=SIZE       of the lab's memory, for guests: 2M, or none for ordinary ones
 //
@@ -114,7 +114,7 @@ func run(ctx context.Context, args []string) (err error) {
 	for range *labs {
 		for _, r := range rows {
 			if err := m.lab(ctx, r); err != nil {
-				return fmt.Errorf("variant %q: %w", r.name, err)
+				return errors.Join(fmt.Errorf("variant %q: %w", r.name, err), printRows(os.Stdout, rows))
 			}
 		}
 		if err := printRows(os.Stdout, rows); err != nil {

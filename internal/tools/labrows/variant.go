@@ -117,12 +117,7 @@ func (v variant) initramfs(path, modules, busybox string) error {
 	for _, m := range inserted {
 		fmt.Fprintf(&init, "/bin/busybox insmod %s\n", m)
 	}
-	say := "/bin/busybox echo %s\n"
-	if v["no-serial"] != nil {
-		// The VMM has the serial line all the same.
-		say = "/bin/busybox mknod /port c 1 4\n/bin/busybox echo %s | /bin/busybox dd of=/port bs=1 seek=1016\n"
-	}
-	fmt.Fprintf(&init, say+"/bin/busybox reboot -f\n", announcement)
+	fmt.Fprintf(&init, "/bin/busybox echo %s\n/bin/busybox reboot -f\n", announcement)
 	for _, e := range []kernel.Entry{
 		{Path: "/init", Mode: 0o755, Content: []byte(init.String())},
 		{Path: "/bin/busybox", Mode: 0o755, HostPath: busybox},
