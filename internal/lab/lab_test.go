@@ -3,7 +3,6 @@ package lab_test
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,8 +17,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/fixtures"
-	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/lab"
 	"push.rocks/smartvm/internal/testenv"
 )
@@ -81,9 +78,9 @@ func TestRun(t *testing.T) {
 }
 
 // TestRun_Output pushes more than 10 MB, with bytes of every kind, through both
-// streams.
+// streams, of a command that a signal ends then.
 func TestRun_Output(t *testing.T) {
-	c := shell(t, `i=0; while [ $i -lt 20 ]; do cat "$1"; i=$((i+1)); done & i=0; while [ $i -lt 20 ]; do cat "$1" >&2; i=$((i+1)); done; wait`)
+	c := shell(t, `i=0; while [ $i -lt 20 ]; do cat "$1"; i=$((i+1)); done & i=0; while [ $i -lt 20 ]; do cat "$1" >&2; i=$((i+1)); done; wait; kill -TERM $$`)
 	file := filepath.Join(t.TempDir(), "data")
 	var chunk bytes.Buffer
 	for i := range 70_000 {
@@ -95,7 +92,7 @@ func TestRun_Output(t *testing.T) {
 	c.Command = append(c.Command, file)
 	var stdout, stderr bytes.Buffer
 	c.Stdout, c.Stderr = &stdout, &stderr
-	if status, err := lab.Run(t.Context(), c); status != 0 || err != nil {
+	if status, err := lab.Run(t.Context(), c); status != 128+int(unix.SIGTERM) || err != nil {
 		t.Errorf("status %d, error %v", status, err)
 	}
 	want := bytes.Repeat(chunk.Bytes(), 20)
@@ -106,52 +103,6 @@ func TestRun_Output(t *testing.T) {
 		if !bytes.Equal(got, want) {
 			t.Errorf("%s: %d bytes that differ from the %d written", name, len(got), len(want))
 		}
-	}
-}
-
-// TestRun_LinuxGuest boots a distribution's kernel in a real Firecracker.
-func TestRun_LinuxGuest(t *testing.T) {
-	c := testenv.LabConfig(t)
-	dir := t.TempDir()
-	var a kernel.Archive
-	for _, e := range []kernel.Entry{
-		{Path: "/init", Mode: 0o755, Content: []byte("#!/bin/busybox sh\n/bin/busybox uname -r\n/bin/busybox reboot -f\n")},
-		{Path: "/bin/busybox", Mode: 0o755, HostPath: testenv.Fixture(t, fixtures.Busybox)},
-	} {
-		if err := a.Add(e); err != nil {
-			t.Fatal(err)
-		}
-	}
-	initrd, err := os.Create(filepath.Join(dir, "initrd"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(a.Write(initrd), initrd.Close()); err != nil {
-		t.Fatal(err)
-	}
-	vmlinux := testenv.Fixture(t, fixtures.GuestKernel)
-	config, err := json.Marshal(map[string]any{
-		"boot-source": map[string]string{
-			"kernel_image_path": vmlinux, "initrd_path": initrd.Name(),
-			"boot_args": "console=ttyS0 quiet reboot=k panic=-1 mitigations=off",
-		},
-		"drives":         []any{},
-		"machine-config": map[string]int{"vcpu_count": 1, "mem_size_mib": 256},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := filepath.Join(dir, "vm.json")
-	if err := os.WriteFile(file, config, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c.Command = []string{testenv.Firecracker(t), "--no-api", "--config-file", file}
-	var out bytes.Buffer
-	c.Stdout, c.Stderr = &out, t.Output()
-	status, err := lab.Run(t.Context(), c)
-	release := strings.TrimPrefix(filepath.Base(vmlinux), "vmlinux-")
-	if status != 0 || err != nil || !strings.Contains(out.String(), release) {
-		t.Errorf("status %d, error %v, no release %s in %s", status, err, release, &out)
 	}
 }
 
@@ -206,9 +157,21 @@ func TestRun_Dies(t *testing.T) {
 	}
 }
 
-func TestRun_Signal(t *testing.T) {
-	if status, err := lab.Run(t.Context(), shell(t, "kill -TERM $$")); status != 128+int(unix.SIGTERM) || err != nil {
-		t.Errorf("status %d, error %v", status, err)
+// TestRun_Stalls stops what gives the sign of life.
+func TestRun_Stalls(t *testing.T) {
+	testenv.NoLeaks(t)
+	c := shell(t, `for p in /proc/[0-9]*; do
+		case $(tr '\0' ' ' <$p/cmdline) in *sh\ /run/lab/start.sh*) [ ${p#/proc/} = $$ ] || kill -STOP ${p#/proc/};; esac
+	done; echo stopped; sleep 600`)
+	var out bytes.Buffer
+	booted := 0
+	c.Stdout, c.Booted = &out, func() { booted++ }
+	status, err := lab.Run(t.Context(), c)
+	if !errors.Is(err, lab.ErrStalled) || !strings.Contains(fmt.Sprint(err), "RIP=") {
+		t.Errorf("status %d, error %v, want that it stalled and where its processors are", status, err)
+	}
+	if got := out.String(); got != "stopped\n" || booted != 1 {
+		t.Errorf("stdout %q, booted %d times", got, booted)
 	}
 }
 
