@@ -6,26 +6,26 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 GO ?= go
-GOFLAGS_BUILD := -trimpath
-TEST_FLAGS ?=
+# Without paths of this checkout, what is compiled in one serves the next.
+export GOFLAGS := -trimpath
 export CGO_ENABLED = 0
 
 .DEFAULT_GOAL := build
-.PHONY: build agent minimal demo test test-host test-lab check bench soak fixtures clean
+.PHONY: build agent minimal demo test check bench soak fixtures clean
 
 build: agent
-	$(GO) build $(GOFLAGS_BUILD) -o bin/ ./cmd/smartvm
+	$(GO) build -o bin/ ./cmd/smartvm
 
 # The guest's first program, which the others carry, each that of its own architecture. Without disablethp a kernel that gives
 # everybody huge pages (khugepaged) makes 4 MiB resident of what Go has given back.
 AGENTS := $(foreach arch,amd64 arm64,internal/agentbin/bin/$(arch)/smartvm-agent)
 agent:
 	@for agent in $(AGENTS); do \
-	  GOARCH=$$(basename $$(dirname $$agent)) $(GO) build $(GOFLAGS_BUILD) -ldflags='-s -w -X=runtime.godebugDefault=disablethp=1' -o $$agent ./cmd/smartvm-agent; done
+	  GOARCH=$$(basename $$(dirname $$agent)) $(GO) build -ldflags='-s -w -X=runtime.godebugDefault=disablethp=1' -o $$agent ./cmd/smartvm-agent; done
 
 demo: export CMD := $(CMD)
 demo: build
-	$(GO) build $(GOFLAGS_BUILD) -o bin/ ./internal/tools/demo ./internal/tools/lab
+	$(GO) build -o bin/ ./internal/tools/demo ./internal/tools/lab
 	bin/demo
 
 fixtures:
@@ -36,19 +36,10 @@ minimal: build
 	@paths=$$($(GO) run ./internal/tools/fixtures guest-kernel guest-modules minimal | cut -d' ' -f2-); set -- $$paths; \
 	  bin/smartvm image import --kernel "$$1" --modules "$$2" --rootfs "$$3" minimal
 
-# The lab runs beside all else, as it takes one processor for long and sees nothing of the host; it is heard when it is done.
+# TESTS are flags and packages of internal/tools/testrun: make test TESTS='-run Snapshot .'
+TESTS ?=
 test: agent fixtures
-	@$(MAKE) --no-print-directory -j2 test-host test-lab
-
-# The race detector needs cgo.
-GO_TEST := CGO_ENABLED=1 $(GO) test -race -shuffle=on -timeout 60m
-test-host:
-	$(GO_TEST) -skip '^TestInLab$$' $(TEST_FLAGS) ./...
-
-test-lab:
-	@said=$$(mktemp); trap 'rm -f "$$said"' EXIT; status=0; \
-	$(GO_TEST) -p 1 -run '^TestInLab$$' $(TEST_FLAGS) $$(grep -rl --include=*_test.go testenv.RunInLab . | xargs dirname | sort -u) >"$$said" 2>&1 || status=$$?; \
-	cat "$$said"; exit $$status
+	$(GO) run ./internal/tools/testrun $(TESTS)
 
 # 500 cycles of start, kill and remove.
 soak: agent fixtures

@@ -18,13 +18,9 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// dataVariable names a data directory with images that were made before the lab was started, where that is quicker.
-const dataVariable = "SMARTVM_TEST_DATA"
-
 // makeImages makes images of what other tools made, in a data directory.
-func makeImages(t *testing.T) (dir string) {
+func makeImages(t *testing.T, dir string) {
 	t.Helper()
-	dir = filepath.Join(t.TempDir(), "data")
 	h, err := smartvm.Open(smartvm.Options{RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: dir})
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +79,6 @@ func makeImages(t *testing.T) (dir string) {
 	if umociImage.Root != skopeoImage.Root || umociImage.Root == "" {
 		t.Errorf("the same layers from a layout and an archive are %q and %q", umociImage.Root, skopeoImage.Root)
 	}
-	return dir
 }
 
 // imageHost is a host with those images.
@@ -91,10 +86,11 @@ func imageHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
 	t.Helper()
 	testenv.Require(t, testenv.KVM, testenv.LinuxGuest)
 	opts := smartvm.Options{
-		RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: os.Getenv(dataVariable), FirecrackerBinary: testenv.Firecracker(t), Launcher: launcher,
+		RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: os.Getenv(testenv.DataVariable), FirecrackerBinary: testenv.Firecracker(t), Launcher: launcher,
 	}
 	if opts.DataDir == "" {
-		opts.DataDir = makeImages(t)
+		opts.DataDir = filepath.Join(t.TempDir(), "data")
+		makeImages(t, opts.DataDir)
 	}
 	if launcher == smartvm.LaunchJailed {
 		testenv.Require(t, testenv.Root)

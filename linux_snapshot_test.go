@@ -81,8 +81,10 @@ func TestLinuxSnapshot_GoesOn(t *testing.T) {
 		}()
 		return nil
 	})
-	m := restoreGuest(t, h, inNamespace, smartvm.RestoreOptions{Name: "first"})
-	begin(t, m, paced+"exec 3>/root/open; n=0; while :; do n=$((n+1)); echo $n >&3; echo tick $n; pause; done | nc 198.51.100.2 7000")
+	m := bootGuest(t, h, smartvm.Spec{
+		Name: "first", Image: "minimal", MachineConfig: linuxMachine(128), NetworkInterfaces: templates[inNamespace],
+		Command: sh(paced + "exec 3>/root/open; n=0; while :; do n=$((n+1)); echo $n >&3; echo tick $n; pause; done | nc 198.51.100.2 7000"),
+	})
 	next := func() string { return receive(t, lines, "a line from the guest's connection") }
 	next()
 	const self = "cat /proc/sys/kernel/random/boot_id; cat /etc/hostname; sed -n 's/^10.*[0-9] //p' /etc/hosts"

@@ -23,11 +23,13 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// Tests of real Linux guests. Where this machine's KVM boots none, they run in the lab.
-func TestInLab(t *testing.T) {
-	testenv.Require(t, testenv.Lab)
-	t.Setenv(dataVariable, makeImages(t))
-	testenv.RunInLab(t, "^TestLinux")
+// TestPrepareLab makes the images outside the lab, where that takes long.
+func TestPrepareLab(t *testing.T) {
+	dir := os.Getenv(testenv.DataVariable)
+	if dir == "" {
+		t.Skip("needs: a run of tests in the lab")
+	}
+	makeImages(t, dir)
 }
 
 // linuxInitrd makes an initramfs of busybox whose init inserts the modules and then runs script.
@@ -140,7 +142,7 @@ func (c *transcript) String() string {
 }
 
 // linuxPatience bounds a guest's boot: under emulation it takes seconds.
-const linuxPatience = 2 * time.Minute
+var linuxPatience = testenv.Patience(time.Minute)
 
 // patient returns a context that bounds one step of a test.
 func patient(t *testing.T) context.Context {
@@ -260,7 +262,7 @@ func TestLinux_Reflink(t *testing.T) {
 		}
 	})
 	source := filepath.Join(mnt, "disk")
-	content := bytes.Repeat([]byte("original"), 100<<20/8)
+	content := bytes.Repeat([]byte("original"), reflinkedSize/8)
 	if err := os.WriteFile(source, content, 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -306,6 +308,9 @@ func TestLinux_Reflink(t *testing.T) {
 	}
 }
 
+// reflinkedSize is the disk's that is to be reflinked, in bytes. Larger ones take long to be hashed in the lab.
+const reflinkedSize = 32 << 20
+
 // forkReflinked wants forks of a VM to share the blocks of its disk.
 func forkReflinked(t *testing.T, h *smartvm.Host, m *smartvm.Machine) {
 	t.Helper()
@@ -338,7 +343,7 @@ func forkReflinked(t *testing.T, h *smartvm.Host, m *smartvm.Machine) {
 		}
 	}
 	if more := used() - before; more > 10<<20 {
-		t.Errorf("3 forks of a disk of 100 MiB take %d bytes", more)
+		t.Errorf("3 forks of a disk of %d bytes take %d bytes", reflinkedSize, more)
 	}
 	for _, f := range forks {
 		endGuest(t, f)

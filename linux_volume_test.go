@@ -164,7 +164,7 @@ func TestLinuxVolumes_Killed(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
 	src := volumeSource(t)
 	s := &site{t: t, options: smartvm.Options{
-		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(dataVariable), FirecrackerBinary: testenv.Firecracker(t), JailerBinary: testenv.Jailer(t), Launcher: smartvm.LaunchJailed,
+		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(testenv.DataVariable), FirecrackerBinary: testenv.Firecracker(t), JailerBinary: testenv.Jailer(t), Launcher: smartvm.LaunchJailed,
 	}}
 	keeper := s.remote()
 	id := keeper.ask(request{Op: "create", Spec: smartvm.Spec{
@@ -211,7 +211,7 @@ func TestLinuxVolumes_RunKilled(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	src := volumeSource(t)
 	s := &site{t: t, options: smartvm.Options{
-		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(dataVariable), FirecrackerBinary: testenv.Firecracker(t), Launcher: smartvm.LaunchDirect,
+		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(testenv.DataVariable), FirecrackerBinary: testenv.Firecracker(t), Launcher: smartvm.LaunchDirect,
 	}}
 	keeper := s.remote()
 	keeper.send(request{Op: "run", Spec: smartvm.Spec{

@@ -146,9 +146,3 @@ func TestLinuxWireGuard(t *testing.T) {
 		t.Errorf("before %q, after %q", before, after)
 	}
 }
-
-// The lab's kernel has WireGuard.
-func TestInLab(t *testing.T) {
-	testenv.Require(t, testenv.Lab)
-	testenv.RunInLab(t, "^TestLinux")
-}

@@ -48,7 +48,7 @@ exit 7
 
 // A command is run as whom the configuration says. What one boot leaves in the scratch is there in the next. How a guest that is root's
 // writes over a squashfs, the root package's TestLinuxGuest shows.
-func TestGuest_Command(t *testing.T) {
+func TestLinuxGuest_Command(t *testing.T) {
 	for name, c := range map[string]struct {
 		makeRoot func(*testing.T) string
 		listing  string
@@ -92,7 +92,7 @@ func TestGuest_Command(t *testing.T) {
 }
 
 // The order of drives does not matter, and the root may be the only one.
-func TestGuest_NoScratch(t *testing.T) {
+func TestLinuxGuest_NoScratch(t *testing.T) {
 	const script = "echo new >/etc/new; echo wrote $(cat /etc/new) $(id -u):$(id -g); exit 0"
 	for name, writable := range map[string]bool{"Writable": true, "ReadOnly": false} {
 		t.Run(name, func(t *testing.T) {
@@ -118,7 +118,7 @@ func TestGuest_NoScratch(t *testing.T) {
 
 // Signals from within do not end process 1, nor does any of them leave zombies. All that a command writes comes out, also just
 // before its end.
-func TestGuest_SignalsAndOutput(t *testing.T) {
+func TestLinuxGuest_SignalsAndOutput(t *testing.T) {
 	watch(t)
 	// An orphan that is gone was reaped by process 1, after the signals.
 	script := "for s in HUP QUIT ABRT PIPE ALRM USR1 USR2 TTIN TTOU XCPU SYS TRAP; do kill -$s 1; done; (sleep 0.1 & echo $! >/tmp/orphan); " +
@@ -136,7 +136,7 @@ func TestGuest_SignalsAndOutput(t *testing.T) {
 	}
 }
 
-func TestGuest_CtrlAltDel(t *testing.T) {
+func TestLinuxGuest_CtrlAltDel(t *testing.T) {
 	for name, c := range map[string]struct {
 		script, signal string
 		want           []string
@@ -160,7 +160,7 @@ func TestGuest_CtrlAltDel(t *testing.T) {
 	}
 }
 
-func TestGuest_Init(t *testing.T) {
+func TestLinuxGuest_Init(t *testing.T) {
 	watch(t)
 	root := image{
 		"sbin/init":    "->../bin/busybox",
@@ -175,7 +175,7 @@ func TestGuest_Init(t *testing.T) {
 }
 
 // Whatever is wrong, the console says so and the VM ends.
-func TestGuest_Faults(t *testing.T) {
+func TestLinuxGuest_Faults(t *testing.T) {
 	damaged := func(t *testing.T) string {
 		return file(t, append([]byte("smartvm-boot 1 9\n{\"broken\""), make([]byte, 4096)...))
 	}

@@ -25,18 +25,31 @@ import (
 )
 
 // patience bounds a guest's life: under emulation it boots in seconds.
-const patience = 2 * time.Minute
+var patience = testenv.Patience(time.Minute)
 
-// initramfsVariable names an initramfs made outside the lab, where compiling takes long.
-const initramfsVariable = "SMARTVM_TEST_INITRAMFS"
-
-// makeInitramfs returns the path of an initramfs of the agent as it is now.
-func makeInitramfs(t *testing.T) string {
-	t.Helper()
-	if path := os.Getenv(initramfsVariable); path != "" {
-		return path
+// TestPrepareLab makes the initramfs outside the lab, where compiling takes long.
+func TestPrepareLab(t *testing.T) {
+	dir := os.Getenv(testenv.DataVariable)
+	if dir == "" {
+		t.Skip("needs: a run of tests in the lab")
 	}
-	dir := t.TempDir()
+	makeInitramfs(t, dir)
+}
+
+// initramfsPath returns the path of an initramfs of the agent.
+func initramfsPath(t *testing.T) string {
+	t.Helper()
+	if dir := os.Getenv(testenv.DataVariable); dir != "" {
+		return filepath.Join(dir, initramfsFile)
+	}
+	return makeInitramfs(t, t.TempDir())
+}
+
+const initramfsFile = "initramfs"
+
+// makeInitramfs makes an initramfs of the agent as it is now, in a directory.
+func makeInitramfs(t *testing.T, dir string) string {
+	t.Helper()
 	agent := filepath.Join(dir, "agent")
 	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags=-s -w", "-o", agent, "push.rocks/smartvm/cmd/smartvm-agent")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
@@ -51,7 +64,7 @@ func makeInitramfs(t *testing.T) string {
 		t.Errorf("the agent has %d bytes, over 4 MiB", len(program))
 	}
 	modules := testenv.Fixture(t, fixtures.GuestModules)
-	path := filepath.Join(dir, "initramfs")
+	path := filepath.Join(dir, initramfsFile)
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
@@ -62,13 +75,6 @@ func makeInitramfs(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return path
-}
-
-// Tests of real guests. Where this machine's KVM boots none, they run in the lab.
-func TestInLab(t *testing.T) {
-	testenv.Require(t, testenv.Lab)
-	t.Setenv(initramfsVariable, makeInitramfs(t))
-	testenv.RunInLab(t, "^TestGuest")
 }
 
 // run runs a program of this machine.
@@ -230,7 +236,7 @@ func start(t *testing.T, drives ...drive) *vm {
 	type object map[string]any
 	doc := object{
 		"boot-source": object{
-			"kernel_image_path": testenv.Fixture(t, fixtures.GuestKernel), "initrd_path": makeInitramfs(t),
+			"kernel_image_path": testenv.Fixture(t, fixtures.GuestKernel), "initrd_path": initramfsPath(t),
 			"boot_args": "console=ttyS0 quiet reboot=k panic=1",
 		},
 		"machine-config": object{"vcpu_count": 1, "mem_size_mib": 256},

@@ -14,13 +14,16 @@ import (
 	"push.rocks/smartvm/internal/testenv/leak"
 )
 
+// settleTime is how long what a test did may take to be gone after it.
+var settleTime = 20 * time.Second
+
 const (
-	// settleTime is how long what a test did may take to be gone after it.
-	settleTime = 20 * time.Second
 	// turnTime is how long other packages' tests may keep us waiting.
-	turnTime = 45 * time.Minute
+	turnTime = 15 * time.Minute
 	// turnDir is the same for all on the machine, unlike TMPDIR.
 	turnDir = "/tmp"
+	// worthTelling is a wait that a test's output tells of.
+	worthTelling = 100 * time.Millisecond
 )
 
 // NoLeaks fails the test if the host is not, at its end, what it was at the
@@ -56,8 +59,12 @@ func NoLeaks(t testing.TB, roots ...string) {
 // waiting until the test's end.
 func Turn(t testing.TB) {
 	t.Helper()
+	begun := time.Now()
 	if err := turn.take(); err != nil {
 		t.Fatalf("wait for other packages' tests: %v", err)
+	}
+	if waited := time.Since(begun); waited > worthTelling {
+		t.Logf("waited %.1fs for other packages' tests", waited.Seconds()) // testrun adds these up
 	}
 	t.Cleanup(turn.give)
 }

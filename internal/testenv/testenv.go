@@ -1,6 +1,10 @@
 // Package testenv says what a test can expect of the machine it runs on, finds
-// its fixtures, takes it into the emulated host and watches for what it leaves
-// behind ([NoLeaks]).
+// its fixtures and watches for what it leaves behind ([NoLeaks]).
+//
+// Tests of real Linux guests call Require(t, LinuxGuest), and their names begin
+// with TestLinux. Where this machine's KVM boots no Linux, internal/tools/testrun
+// runs them in the emulated host of internal/lab, without the race detector,
+// which emulation would slow down too much.
 //
 // A test that needs what the machine has not is skipped, with the reason. For
 // the capabilities listed in SMARTVM_REQUIRE, as in "kvm,root,lab", it fails
@@ -82,6 +86,9 @@ func missing(t testing.TB, c Capability, reason error) {
 	must, err := required()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if c == LinuxGuest && !strings.HasPrefix(t.Name(), "TestLinux") {
+		t.Fatalf("%s needs real Linux guests: its name must begin with TestLinux, or it runs nowhere", t.Name())
 	}
 	if slices.Contains(must, c) {
 		t.Fatalf("%s is missing, and %s asks for it: %v", c, RequireVariable, reason)

@@ -2,6 +2,7 @@ package testenv_test
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -18,9 +19,13 @@ import (
 // recorder is a test that notes how it ends instead of ending ours.
 type recorder struct {
 	testing.TB
+	name            string
 	skipped, failed string
 	cleanups        []func()
 }
+
+// Name is that of a test of real Linux guests, unless another is set.
+func (r *recorder) Name() string { return cmp.Or(r.name, "TestLinux") }
 
 func (r *recorder) Fatal(args ...any) {
 	r.failed += fmt.Sprintln(args...)
@@ -42,7 +47,10 @@ func (r *recorder) Cleanup(f func()) { r.cleanups = append(r.cleanups, f) }
 
 // record runs a test to its end, cleanups included.
 func record(t *testing.T, test func(testing.TB)) *recorder {
-	r := &recorder{TB: t}
+	return (&recorder{TB: t}).run(test)
+}
+
+func (r *recorder) run(test func(testing.TB)) *recorder {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -94,6 +102,16 @@ func check(t *testing.T, what, got, want string) {
 	}
 }
 
+// A test of real Linux guests that testrun does not know as one would run nowhere.
+func TestRequire_Name(t *testing.T) {
+	t.Setenv("SMARTVM_LAB", "always")
+	t.Setenv("SMARTVM_IN_LAB", "")
+	r := &recorder{TB: t, name: "TestGuest"}
+	r.run(func(t testing.TB) { testenv.Require(t, testenv.LinuxGuest) })
+	check(t, "failure", r.failed, "must begin with TestLinux")
+	check(t, "skip", r.skipped, "")
+}
+
 func TestRequire_Root(t *testing.T) {
 	t.Setenv("SMARTVM_REQUIRE", "")
 	got := record(t, func(t testing.TB) { testenv.Require(t, testenv.Root) })
@@ -128,6 +146,7 @@ func TestFirecracker(t *testing.T) {
 }
 
 func TestNoLeaks(t *testing.T) {
+	defer testenv.SetSettleTime(100 * time.Millisecond)()
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
 	leave := func() {
@@ -171,6 +190,7 @@ func TestNoLeaks_Turns(t *testing.T) {
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$")
 	cmd.Env, cmd.Stdout = append(os.Environ(), turnVariable+"=1"), theirs
 	said := bufio.NewReader(out)
+	defer testenv.SetSettleTime(100 * time.Millisecond)()
 	record(t, func(r testing.TB) {
 		testenv.NoLeaks(r)
 		if err := errors.Join(cmd.Start(), theirs.Close()); err != nil {
@@ -198,8 +218,6 @@ func TestNoLeaks_Turns(t *testing.T) {
 		t.Error(err)
 	}
 }
-
-func TestInLab(t *testing.T) { testenv.RunInLab(t, "^TestLinux") }
 
 func TestLinux_Hello(t *testing.T) {
 	testenv.Require(t, testenv.LinuxGuest)
