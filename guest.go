@@ -118,6 +118,10 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 			}
 			err = do(m.guest())
 		}
+		// When the driver in a guest learns that it was restored, maybe late, it resets all connections.
+		for end := time.Now().Add(resetTime); m.rec.Restored != nil && errors.Is(err, unix.ECONNRESET) && time.Now().Before(end); err = do(m.guest()) {
+			time.Sleep(bootingPause)
+		}
 	}
 	switch {
 	case errors.Is(err, agent.ErrLost):
@@ -236,6 +240,7 @@ const (
 	bootingPause = 20 * time.Millisecond
 	lostPause    = time.Second
 	bootingTime  = time.Minute
+	resetTime    = 5 * time.Second  // of a guest that was restored
 	strangePause = 10 * time.Second // of one that may have no agent
 )
 

@@ -1,6 +1,7 @@
 package smartvm
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -147,12 +148,8 @@ func Open(opts Options) (*Host, error) {
 			opts.Launcher = LaunchJailed
 		}
 	}
-	if opts.StartTimeout == 0 {
-		opts.StartTimeout = DefaultStartTimeout
-	}
-	if opts.Log == nil {
-		opts.Log = slog.New(slog.DiscardHandler)
-	}
+	opts.StartTimeout = cmp.Or(opts.StartTimeout, DefaultStartTimeout)
+	opts.Log = cmp.Or(opts.Log, slog.New(slog.DiscardHandler))
 	for _, dir := range []*string{&opts.RuntimeDir, &opts.DataDir} {
 		abs, err := filepath.Abs(*dir)
 		if err != nil {
