@@ -108,6 +108,7 @@ func imageHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
 			_, stopErr := m.Stop(context.Background(), smartvm.StopOptions{})
 			t.Logf("removing VM %s: %v, %v, %v", m.ID(), err, stopErr, m.Remove(context.Background()))
 		}
+		removeStrays(t, h)
 		checkUsers(t, h)
 		if err := errors.Join(h.Close(), os.RemoveAll(filepath.Dir(opts.RuntimeDir))); err != nil {
 			t.Error(err)

@@ -1,6 +1,7 @@
 package smartvm_test
 
 import (
+	"context"
 	"errors"
 	"path/filepath"
 	"slices"
@@ -65,6 +66,25 @@ func (x template) prepare(t *testing.T, h *smartvm.Host) {
 	}
 	if err := m.Remove(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// removeStrays removes the snapshots of a test that failed, which would fail those after it.
+func removeStrays(t *testing.T, h *smartvm.Host) {
+	t.Helper()
+	if !t.Failed() {
+		return
+	}
+	store, err := h.Snapshots()
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	all, err := store.List()
+	for _, sn := range all {
+		if _, ok := templates[template(sn.Name)]; !ok {
+			t.Logf("removing snapshot %s: %v, %v", sn.ID, err, h.RemoveSnapshot(context.Background(), sn.ID, true))
+		}
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -35,7 +36,7 @@ const (
 	plain kind = "plain" // without the race detector: for the emulated host, and for children of tests that are many
 )
 
-// list returns the packages that patterns name, all if there is none, those with most tests first.
+// list returns the packages that patterns name, all if there is none, in the order in which to run them: those with most tests first.
 func (r *runner) list(ctx context.Context, patterns []string) ([]*pkg, error) {
 	if len(patterns) == 0 {
 		patterns = []string{"./..."}
@@ -71,9 +72,17 @@ func (r *runner) list(ctx context.Context, patterns []string) ([]*pkg, error) {
 			all = append(all, p)
 		}
 	}
-	slices.SortFunc(all, func(a, b *pkg) int { return int(b.size - a.size) })
+	slices.SortFunc(all, func(a, b *pkg) int {
+		// The lab's own tests watch the machine while hosts boot and stall, for which others would wait.
+		if last := strings.Compare(strconv.FormatBool(a.isLab()), strconv.FormatBool(b.isLab())); last != 0 {
+			return last
+		}
+		return int(b.size - a.size)
+	})
 	return all, nil
 }
+
+func (p *pkg) isLab() bool { return strings.HasSuffix(p.path, "/internal/lab") }
 
 // name is the package's among files.
 func (p *pkg) name() string { return strings.ReplaceAll(p.path, "/", "-") }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"push.rocks/smartvm/internal/fixtures"
@@ -25,6 +26,8 @@ const (
 	labLimit = 3 * time.Minute
 	// labTries is how often a test may fail.
 	labTries = 3
+	// labsAtOnce is how many emulated hosts there are at a time. The tests on this machine, beside them, mostly wait.
+	labsAtOnce = 2
 	// maxRounds bounds how often what is left is tried.
 	maxRounds = 6
 )
@@ -47,8 +50,7 @@ type planned struct {
 	Path, Dir, Binary, Env, Name string
 }
 
-// labLane runs the tests of real Linux guests in emulated hosts until none is left: in one, and in two when nothing else runs on this
-// machine any more.
+// labLane runs the tests of real Linux guests in emulated hosts until none is left.
 func (r *runner) labLane(ctx context.Context, all []*pkg) error {
 	config, err := labConfig(ctx)
 	if err != nil {
@@ -95,26 +97,20 @@ func (r *runner) labLane(ctx context.Context, all []*pkg) error {
 	return nil
 }
 
-// round runs tests in one emulated host and, once the tests on this machine are over, in a second one beside it.
+// round runs tests in emulated hosts beside each other. With one processor each they are quicker than one with two.
 func (r *runner) round(ctx context.Context, c lab.Config, tests []*labTest, data map[*pkg]string) error {
 	file, claims, err := r.writePlan(tests, data)
 	if err != nil {
 		return err
 	}
 	c.Command, c.Share = []string{r.self, inLabVerb, file}, []string{claims}
-	over := make(chan struct{})
-	second := make(chan error, 1)
-	go func() {
-		select {
-		case <-over:
-			second <- nil
-		case <-r.nativeOver:
-			second <- r.oneLab(ctx, c, tests)
-		}
-	}()
-	err = r.oneLab(ctx, c, tests)
-	close(over)
-	return errors.Join(err, <-second)
+	errs := make([]error, min(labsAtOnce, len(tests)))
+	var labs sync.WaitGroup
+	for i := range errs {
+		labs.Go(func() { errs[i] = r.oneLab(ctx, c, tests) })
+	}
+	labs.Wait()
+	return errors.Join(errs...)
 }
 
 func names(tests []*labTest) string {

@@ -1,5 +1,5 @@
 // Command testrun runs the tests of packages of this module: all of them on this machine, by the race detector's leave, and
-// beside that those of real Linux guests in an emulated host (see internal/lab), where this machine's KVM boots no Linux.
+// beside that those of real Linux guests in emulated hosts (see internal/lab), where this machine's KVM boots no Linux.
 //
 //	testrun [-native | -lab] [-odd] [-run regexp] [-v] [package...]
 //
@@ -8,8 +8,7 @@
 //
 // Everything has a deadline that fits the machine's pace: each test, each emulated host, the whole run. What passes it is ended and named.
 // Tests that an emulated host did not get to the end of, or failed, are run again in a new one, three times in all: the emulator is not
-// faultless. No process may outlive the package that started it, or in an emulated host the test. Once the tests on this machine are over,
-// a second emulated host helps the first.
+// faultless. No process may outlive the package that started it, or in an emulated host the test.
 //
 // With -odd the tests on this machine inherit an unusual environment: see internal/tools/odd.
 //
@@ -71,8 +70,6 @@ type runner struct {
 	out   *output
 	times *times
 	pace  *pace
-
-	nativeOver chan struct{} // closed when no more tests run on this machine itself
 }
 
 func run(ctx context.Context) (ok bool, err error) {
@@ -82,7 +79,7 @@ func run(ctx context.Context) (ok bool, err error) {
 	pattern := flag.String("run", ".", "`regexp` of the names of tests")
 	verbose := flag.Bool("v", false, "print the output of tests that pass, too")
 	flag.Parse()
-	r := &runner{out: &output{verbose: *verbose, w: os.Stdout}, times: newTimes(), pace: new(pace), nativeOver: make(chan struct{})}
+	r := &runner{out: &output{verbose: *verbose, w: os.Stdout}, times: newTimes(), pace: new(pace)}
 	if r.only, err = regexp.Compile(*pattern); err != nil {
 		return false, err
 	}
@@ -153,9 +150,6 @@ func (r *runner) lanes(ctx context.Context, all []*pkg, native, inLab bool) erro
 				}
 			})
 		}
-	}
-	if !native {
-		close(r.nativeOver)
 	}
 	lanes.Wait()
 	return context.Cause(ctx)

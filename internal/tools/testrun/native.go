@@ -24,7 +24,6 @@ const (
 
 // nativeLane runs the tests of packages on this machine.
 func (r *runner) nativeLane(ctx context.Context, all []*pkg) error {
-	defer close(r.nativeOver)
 	if err := r.compile(ctx, all, race); err != nil {
 		return err
 	}
