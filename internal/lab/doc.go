@@ -117,6 +117,10 @@ func (e *ConsoleError) Unwrap() error { return e.Err }
 // a wrong place, and the guest stops or dies. With pages of 2 MiB that is rare. The lab has 1280 MiB of them.
 const LargePages = "2M"
 
+// Niceness is QEMU's nice value, where we may set it. A processor that is emulated and preempted between two looks at its interrupts may take
+// one of them twice, which the guest does not survive: see docs/lab.md.
+const Niceness = -5
+
 // Run boots a lab, runs the command in it and returns the command's exit
 // status, 128+n when signal n killed it. All of the command's output has been
 // written when Run returns; processes that the command leaves behind are

@@ -95,7 +95,7 @@ func (h *host) start(cmd *exec.Cmd) error {
 		err := cmd.Start()
 		if err == nil {
 			// Its threads inherit this. Where we may not, the lab is as others are.
-			_ = unix.Setpriority(unix.PRIO_PROCESS, cmd.Process.Pid, niceness)
+			_ = unix.Setpriority(unix.PRIO_PROCESS, cmd.Process.Pid, Niceness)
 		}
 		started <- err
 		if err == nil {
@@ -109,10 +109,6 @@ func (h *host) start(cmd *exec.Cmd) error {
 	h.process = cmd.Process
 	return err
 }
-
-// niceness of QEMU. A processor that is emulated and preempted between two looks at its interrupts may take one of them twice, which
-// the guest does not survive: see docs/lab.md.
-const niceness = -5
 
 // File descriptors of QEMU, as launch passes them.
 const (

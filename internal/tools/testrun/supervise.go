@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/lab"
 )
 
 const (
@@ -41,6 +43,8 @@ func supervise(dir string, command []string) int {
 		fmt.Println("testrun:", err)
 		return 1
 	}
+	// Or those on this machine, which mostly wait, would get little beside the labs.
+	_ = unix.Setpriority(unix.PRIO_PROCESS, cmd.Process.Pid, lab.Niceness)
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	var err error
