@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -60,10 +61,10 @@ func TestWatcher(t *testing.T) {
 // Each test has its own time; what writes all the while has no more of it.
 func TestWatcher_Limit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var got error
+		var got atomic.Value
 		w := newWatcher("a", func(test string) time.Duration {
 			return map[string]time.Duration{"": time.Second, "TestOne": 10 * time.Second, "TestTwo": 5 * time.Second}[test]
-		}, func(err error) { got = err })
+		}, func(err error) { got.Store(err) })
 		defer w.stop()
 		fmt.Fprint(w, "\x16=== RUN   TestOne\n")
 		time.Sleep(9 * time.Second)
@@ -73,13 +74,13 @@ func TestWatcher_Limit(t *testing.T) {
 			fmt.Fprint(w, "still here\n")
 		}
 		synctest.Wait()
-		if got != nil {
-			t.Error(got)
+		if err := got.Load(); err != nil {
+			t.Error(err)
 		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if fmt.Sprint(got) != "a, TestTwo: over its limit of 5s" {
-			t.Errorf("got %v", got)
+		if err := got.Load(); fmt.Sprint(err) != "a, TestTwo: over its limit of 5s" {
+			t.Errorf("got %v", err)
 		}
 	})
 }
