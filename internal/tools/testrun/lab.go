@@ -107,10 +107,21 @@ func (r *runner) round(ctx context.Context, c lab.Config, tests []*labTest, data
 	errs := make([]error, min(labsAtOnce, len(tests)))
 	var labs sync.WaitGroup
 	for i := range errs {
-		labs.Go(func() { errs[i] = r.oneLab(ctx, c, tests) })
+		labs.Go(func() {
+			// What an emulated host that died has not taken is there for the next.
+			for died, n := true, 0; died && n < maxRounds && errs[i] == nil && unclaimed(claims, tests); n++ {
+				died, errs[i] = r.oneLab(ctx, c, tests)
+			}
+		})
 	}
 	labs.Wait()
 	return errors.Join(errs...)
+}
+
+// unclaimed says whether a plan has tests that no emulated host has taken.
+func unclaimed(claims string, tests []*labTest) bool {
+	taken, err := os.ReadDir(claims)
+	return err == nil && len(taken) < len(tests)
 }
 
 func names(tests []*labTest) string {
@@ -185,8 +196,8 @@ func (r *runner) prepare(ctx context.Context, p *pkg) (dir string, err error) {
 }
 
 // oneLab runs an emulated host in which tests are taken until none is left, and counts how they fare: fails is -1 for those that passed.
-// It returns an error only when there is no sense in another one.
-func (r *runner) oneLab(ctx context.Context, c lab.Config, tests []*labTest) error {
+// It returns whether the host died before, and an error only when there is no sense in another one.
+func (r *runner) oneLab(ctx context.Context, c lab.Config, tests []*labTest) (died bool, err error) {
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	w := newWatcher("lab", r.limit(labLimit), cancel)
@@ -207,16 +218,16 @@ func (r *runner) oneLab(ctx context.Context, c lab.Config, tests []*labTest) err
 	}
 	r.tally(tests, w, err)
 	if err != nil {
-		pkg, test := w.running()
-		r.out.printf("lab: ended in %s %s: %v", pkg, test, err)
+		last, _ := w.running()
+		r.out.printf("lab: ended in %s: %v", last, err)
 	}
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return true, context.Cause(ctx)
 	}
 	if errors.Is(err, lab.ErrConfig) {
-		return err
+		return true, err
 	}
-	return nil
+	return err != nil, nil
 }
 
 // tally counts how tests fared in an emulated host that ended with err.
