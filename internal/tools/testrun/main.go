@@ -58,7 +58,7 @@ func main() {
 	}
 }
 
-// runLimit is how long a whole run may take on a quiet machine, on which it takes ten minutes. CI ends at 90.
+// runLimit is how long a whole run may take on a quiet machine, on which it takes a quarter of an hour. CI ends at 90.
 const runLimit = 25 * time.Minute
 
 // runner is one run of tests.
