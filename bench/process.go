@@ -138,14 +138,13 @@ func runInLab(ctx context.Context, command []string, out *bytes.Buffer) error {
 	if err != nil {
 		return err
 	}
-	paths, err := cache.Ensure(ctx, fixtures.QEMU, fixtures.LabKernel, fixtures.LabModules, fixtures.Busybox)
+	config, err := cache.Lab(ctx)
 	if err != nil {
 		return err
 	}
-	status, err := lab.Run(ctx, lab.Config{
-		QEMU: paths[0], Kernel: paths[1], Modules: paths[2], Busybox: paths[3], Command: command, Dir: "/",
-		Env: []string{"PATH=" + os.Getenv("PATH")}, Stdout: out, Stderr: os.Stderr,
-	})
+	config.Command, config.Dir, config.Env = command, "/", []string{"PATH=" + os.Getenv("PATH")}
+	config.Stdout, config.Stderr = out, os.Stderr
+	status, err := lab.Run(ctx, config)
 	if err == nil && status != 0 {
 		err = fmt.Errorf("in the lab: exit status %d", status)
 	}

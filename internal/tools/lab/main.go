@@ -76,14 +76,9 @@ func configure(ctx context.Context) (lab.Config, error) {
 		return lab.Config{}, err
 	}
 	cache.Messages = os.Stderr
-	paths, err := cache.Ensure(ctx, fixtures.QEMU, fixtures.LabKernel, fixtures.LabModules, fixtures.Busybox)
-	if err != nil {
-		return lab.Config{}, err
-	}
-	return lab.Config{
-		QEMU: paths[0], Kernel: paths[1], Modules: paths[2], Busybox: paths[3],
-		Dir: dir, Env: environment(os.Environ()), Stdout: os.Stdout, Stderr: os.Stderr,
-	}, nil
+	c, err := cache.Lab(ctx)
+	c.Dir, c.Env, c.Stdout, c.Stderr = dir, environment(os.Environ()), os.Stdout, os.Stderr
+	return c, err
 }
 
 // environment returns the variables that mean the same in the lab.

@@ -135,16 +135,16 @@ func (m *measurement) find(ctx context.Context) error {
 		return err
 	}
 	cache.Messages = os.Stderr
-	paths, err := cache.Ensure(ctx, fixtures.QEMU, fixtures.LabKernel, fixtures.LabModules, fixtures.Busybox,
-		fixtures.Firecracker, fixtures.GuestKernel, fixtures.GuestModules)
+	if m.config, err = cache.Lab(ctx); err != nil {
+		return err
+	}
+	paths, err := cache.Ensure(ctx, fixtures.Firecracker, fixtures.GuestKernel, fixtures.GuestModules)
 	if err != nil {
 		return err
 	}
-	m.config = lab.Config{
-		Kernel: paths[1], Modules: paths[2], Busybox: paths[3], Dir: "/",
-		Command: []string{self, insideVerb}, Env: []string{"PATH=" + os.Getenv("PATH")}, Stderr: os.Stderr,
-	}
-	m.qemus[""], m.vmm, m.vmlinux, m.modules = paths[0], paths[4], paths[5], paths[6]
+	m.qemus[""], m.vmm, m.vmlinux, m.modules = m.config.QEMU, paths[0], paths[1], paths[2]
+	m.config.Dir, m.config.Command = "/", []string{self, insideVerb}
+	m.config.Env, m.config.Stderr = []string{"PATH=" + os.Getenv("PATH")}, os.Stderr
 	return nil
 }
 

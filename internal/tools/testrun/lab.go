@@ -139,13 +139,9 @@ func labConfig(ctx context.Context) (c lab.Config, err error) {
 		return c, err
 	}
 	cache.Messages = os.Stderr
-	paths, err := cache.Ensure(ctx, fixtures.QEMU, fixtures.LabKernel, fixtures.LabModules, fixtures.Busybox)
-	if err != nil {
-		return c, err
-	}
-	return lab.Config{
-		QEMU: paths[0], Kernel: paths[1], Modules: paths[2], Busybox: paths[3], Dir: "/", Env: labEnvironment(os.Environ()),
-	}, nil
+	c, err = cache.Lab(ctx)
+	c.Dir, c.Env = "/", labEnvironment(os.Environ())
+	return c, err
 }
 
 // labEnvironment returns the variables that tests in the lab are to see.
