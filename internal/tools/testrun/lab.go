@@ -185,6 +185,7 @@ func (r *runner) prepare(ctx context.Context, p *pkg) (dir string, err error) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, r.self, append([]string{superviseVerb, p.dir, r.binary(plain, p)}, "-test.run=^TestPrepareLab$", "-test.v")...)
 	cmd.Env = append(os.Environ(), testenv.DataVariable+"="+dir)
+	endInOrder(cmd)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("prepare tests of %s for the lab: %w\n%s", p.path, err, out)
 	}

@@ -68,10 +68,7 @@ func (r *runner) native(ctx context.Context, p *pkg) {
 		cmd.Env = append(cmd.Env, testenv.PlainVariable+"="+r.binary(plain, p))
 	}
 	cmd.Stdout, cmd.Stderr = w, w
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = dumpTime + leaveTime + 5*time.Second
-	// If we are killed, so are they.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	endInOrder(cmd)
 	err := cmd.Run()
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
@@ -84,6 +81,13 @@ func (r *runner) native(ctx context.Context, p *pkg) {
 		r.times.fail("%s: %v", p.path, err)
 	}
 	r.out.pkg(p.path, w.said[p.path].String(), time.Since(begun), err)
+}
+
+// endInOrder has a supervisor end what it runs when its context ends, or when we are killed.
+func endInOrder(cmd *exec.Cmd) {
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = dumpTime + leaveTime + 5*time.Second
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 }
 
 // limit returns how long each test may take, of which the longest takes so long on a quiet machine.

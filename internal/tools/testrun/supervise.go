@@ -34,6 +34,8 @@ func supervise(dir string, command []string) int {
 	}
 	asked, orphans := make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(asked, syscall.SIGTERM)
+	// A terminal tells all of its group of Ctrl-C, and its end. Whoever runs us tells us in his own way.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGINT, syscall.SIGHUP)
 	signal.Notify(orphans, syscall.SIGCHLD)
 	cmd := exec.Command(command[0], command[1:]...) //nolint:noctx // it is ended by signals, in order
 	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, os.Stdout, os.Stdout

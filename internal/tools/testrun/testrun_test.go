@@ -150,6 +150,22 @@ func TestSupervise_Left(t *testing.T) {
 	}
 }
 
+// Ctrl-C, which a terminal tells everybody, and the terminal's end leave the binary to whoever runs the supervisor.
+func TestSupervise_Interrupt(t *testing.T) {
+	cmd, out := start(t, "echo ready; sleep 0.3; echo whole")
+	if line, err := out.ReadString('\n'); line != "ready\n" {
+		t.Fatalf("got %q, %v", line, err)
+	}
+	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
+		if err := cmd.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if said, status := end(t, cmd, out); said != "whole\n" || status != 0 {
+		t.Errorf("got %q, %d", said, status)
+	}
+}
+
 // A test binary that is ended may say where it was.
 func TestSupervise_Ended(t *testing.T) {
 	cmd, out := start(t, "trap 'echo dump; exit 4' QUIT; echo ready; while :; do sleep 0.05; done")
