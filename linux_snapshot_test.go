@@ -28,9 +28,9 @@ func ask(t *testing.T, m *smartvm.Machine, script string) string {
 	return strings.TrimSpace(out.String())
 }
 
-// paced lets a script wait without a program that it would have to start each time, which an emulated processor feels: it waits 50 ms
-// in "pause".
-const paced = "mkfifo /tmp/pace$$; exec 4<>/tmp/pace$$; pause() { read -t 0.05 none <&4; }; "
+// paced lets a script wait without a program that it would have to start each time, which an emulated processor feels: it waits in
+// "pause", 50 ms or so many seconds as that is told.
+const paced = "mkfifo /tmp/pace$$; exec 4<>/tmp/pace$$; pause() { read -t ${1:-0.05} none <&4; }; "
 
 // begin starts a script in a guest, which goes on when this has returned and puts out what it does on the console.
 func begin(t *testing.T, m *smartvm.Machine, script string) {
@@ -135,7 +135,8 @@ func TestLinuxFork(t *testing.T) {
 	world := linuxWorld(t)
 	world.Serve(":80", "world")
 	m := restoreGuest(t, h, onBridge, smartvm.RestoreOptions{Name: "template"})
-	begin(t, m, paced+"while :; do read name </proc/sys/kernel/hostname; echo $name >>/root/names; pause; done")
+	// Nine of them share what one emulated processor can.
+	begin(t, m, paced+"while :; do read name </proc/sys/kernel/hostname; echo $name >>/root/names; pause 0.4; done")
 	ask(t, m, "until test -s /root/names; do sleep 0.1; done") // its program runs
 	forks, err := m.Fork(t.Context(), 8, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{Name: "fork"}, Concurrency: 2})
 	if err != nil {

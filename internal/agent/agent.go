@@ -113,9 +113,6 @@ func greeting(conn net.Conn) error {
 // open sends a request.
 func (c *Client) open(ctx context.Context, req agentproto.Request) (*agentproto.Conn, error) {
 	req.Version = agentproto.Version
-	if !req.Now.IsZero() {
-		req.Now = time.Now() // it may have taken a while to get through
-	}
 	frame, err := req.Frame()
 	if err != nil {
 		return nil, err
@@ -124,9 +121,24 @@ func (c *Client) open(ctx context.Context, req agentproto.Request) (*agentproto.
 	if req.Op == agentproto.OpResume { // the VM may be paused for long, and is not to find many requests then
 		patience = 0
 	}
-	raw, err := c.connect(ctx, agentproto.Port, frame, patience)
+	if req.Now.IsZero() {
+		raw, err := c.connect(ctx, agentproto.Port, frame, patience)
+		if err != nil {
+			return nil, err
+		}
+		return agentproto.NewConn(raw), nil
+	}
+	// What time it is, is said when the guest listens: to get there may have taken seconds.
+	raw, err := c.connect(ctx, agentproto.Port, nil, patience)
 	if err != nil {
 		return nil, err
+	}
+	req.Now = time.Now()
+	if frame, err = req.Frame(); err == nil {
+		_, err = raw.Write(frame)
+	}
+	if err != nil {
+		return nil, errors.Join(lost(err), raw.Close())
 	}
 	return agentproto.NewConn(raw), nil
 }

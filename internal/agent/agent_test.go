@@ -421,6 +421,41 @@ func TestWatch_Skew(t *testing.T) {
 	}
 }
 
+// A guest is told the time of when it listens, however long it took to get there.
+func TestIdentify_Late(t *testing.T) {
+	host, vmm := net.Pipe()
+	defer vmm.Close()
+	c := &agent.Client{Dial: func(context.Context) (net.Conn, error) { return host, nil }}
+	done := make(chan error, 1)
+	go func() {
+		_, _, err := c.Identify(t.Context(), &agentproto.Identity{})
+		done <- err
+	}()
+	// Nothing is behind the line.
+	if line, err := bufio.NewReader(vmm).ReadString('\n'); err != nil || line != fmt.Sprintf("CONNECT %d\n", agentproto.Port) {
+		t.Fatalf("got %q, %v", line, err)
+	}
+	listens := time.Now()
+	if _, err := io.WriteString(vmm, "OK 1\n"); err != nil {
+		t.Fatal(err)
+	}
+	conn := agentproto.NewConn(vmm)
+	_, payload, err := conn.Receive()
+	if err != nil {
+		t.Fatal(err)
+	}
+	req, err := agentproto.ParseJSON[agentproto.Request](payload)
+	if err != nil || req.Now.Before(listens.Round(0)) {
+		t.Errorf("told that it is %v, %v, at %v", req.Now, err, listens)
+	}
+	if err := conn.SendJSON(agentproto.KindReply, agentproto.Reply{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestDial(t *testing.T) {
 	_, c := newServer(t, nil)
 	l, err := net.Listen("tcp", "localhost:0")

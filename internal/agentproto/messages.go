@@ -36,7 +36,7 @@ const (
 const SecretDir = "/run/secrets"
 
 // FreezeTimeout is how long a guest waits, by its own clock, for a host that has frozen it.
-const FreezeTimeout = 30 * time.Second
+const FreezeTimeout = time.Minute
 
 // Request is what the host wants.
 type Request struct {

@@ -151,7 +151,7 @@ func (v *VM) stood(ctx context.Context) error {
 }
 
 // patience bounds how long a guest may take to come to rest: it has to write out what it holds in memory.
-const patience = agentproto.FreezeTimeout / 2
+const patience = agentproto.FreezeTimeout / 4
 
 // freeze brings the guest to rest. One that cannot be asked is taken as it is.
 func (v *VM) freeze(ctx context.Context, o Options) (warnings []string, err error) {
