@@ -56,10 +56,10 @@ type Step struct {
 // Trace is called at every step, before the next one. It may be nil.
 type Trace func(Step)
 
-// Bounds of what Open reads. A journal holds a handful of short records.
+// Bounds of what Open reads. A journal holds a handful of short records, but for those that have policies of hundreds of rules.
 const (
-	maxBytes = 1 << 20
-	maxLine  = 64 << 10
+	maxBytes = 16 << 20
+	maxLine  = 1 << 20
 )
 
 // RevertTimeout bounds one Revert of a whole journal.

@@ -56,12 +56,15 @@ const (
 	maxConns    = 16 // by TCP
 	idleTimeout = 10 * time.Second
 	askTimeout  = 2 * time.Second // of one upstream
+	allTimeout  = 5 * time.Second // of all, which is how long resolvers wait
 	maxUDP      = 1232            // bytes of an answer by UDP (DNS flag day 2020)
 	leastUDP    = 512
 	maxChain    = 16 // CNAMEs
 	maxAnswers  = 64
 	minTTL      = 5 * time.Second
 	maxTTL      = time.Hour
+	// guestTTL is how long a guest may keep an answer: after its network was mended, or it was restored, what it keeps leads nowhere.
+	guestTTL = time.Minute
 	// grace is how much longer than its TTL an address is let through: the guest's own caches count from later.
 	grace = time.Minute
 )
@@ -316,7 +319,7 @@ func choose(q dnsmessage.Question, all []dnsmessage.Resource, because []reason) 
 			}
 			of := min(max(time.Duration(r.Header.TTL)*time.Second, minTTL), maxTTL)
 			ttl = min(ttl, of)
-			r.Header.TTL = uint32(of / time.Second)
+			r.Header.TTL = uint32(min(of, guestTTL) / time.Second)
 			records = append(records, r)
 		}
 		if next == "" || q.Type == dnsmessage.TypeCNAME || strings.EqualFold(next, name) || len(records) >= maxAnswers {
@@ -327,11 +330,8 @@ func choose(q dnsmessage.Question, all []dnsmessage.Resource, because []reason) 
 	return records, addresses, ttl
 }
 
-// shared is the address space of carriers' NATs (RFC 6598).
-var shared = netip.MustParsePrefix("100.64.0.0/10")
-
 func unreachable(a netip.Addr, because []reason) bool {
-	if a.IsGlobalUnicast() && !a.IsPrivate() && !shared.Contains(a) {
+	if policy.Public(a) {
 		return false
 	}
 	return slices.ContainsFunc(because, func(r reason) bool { return r.Local == nil || !r.Local(a) })

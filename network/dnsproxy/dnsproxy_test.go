@@ -191,6 +191,9 @@ func (g *guest) ask(network, name string, kind dnsmessage.Type) (dnsmessage.RCod
 	}
 	var got []string
 	for _, r := range m.Answers {
+		if r.Header.TTL > 60 {
+			g.t.Errorf("the guest may keep the answer for %d seconds", r.Header.TTL)
+		}
 		switch body := r.Body.(type) {
 		case *dnsmessage.AResource:
 			got = append(got, netip.AddrFrom4(body.A).String())
@@ -380,6 +383,38 @@ func TestServe_Upstreams(t *testing.T) {
 			alone.wantAllowed()
 		})
 	}
+}
+
+// One datagram that is lost is no failure.
+func TestServe_Lost(t *testing.T) {
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { udp.Close() })
+	good := upstream(t, names(record("example.com.", "192.0.2.1")), false)
+	go func() {
+		buf := make([]byte, 4096)
+		for lost := false; ; lost = true {
+			n, peer, err := udp.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if !lost {
+				continue
+			}
+			c, err := net.Dial("udp", good.String())
+			if err != nil {
+				return
+			}
+			_, _ = c.Write(buf[:n])
+			n, _ = c.Read(buf)
+			_, _ = udp.WriteTo(buf[:n], peer)
+			_ = c.Close()
+		}
+	}()
+	g := serve(t, nil, udp.LocalAddr().(*net.UDPAddr).AddrPort())
+	g.want("udp", "example.com.", yes, "192.0.2.1")
 }
 
 // What is too long for UDP comes by TCP, from the server and to the guest.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,10 +18,15 @@ import (
 // errUnusable is an answer that is none to the question.
 var errUnusable = errors.New("unusable answer")
 
-// ask asks the upstreams in turn.
+// ask asks the upstreams in turn, and once more: a datagram may be lost, and a guest's resolver takes a failure for an answer.
 func (p *proxy) ask(ctx context.Context, q dnsmessage.Question) (code dnsmessage.RCode, records []dnsmessage.Resource, err error) {
+	ctx, cancel := context.WithTimeout(ctx, allTimeout)
+	defer cancel()
 	err = errors.New("no upstream DNS server")
-	for _, server := range p.Upstreams {
+	for _, server := range slices.Concat(p.Upstreams, p.Upstreams) {
+		if ctx.Err() != nil {
+			break
+		}
 		var truncated bool
 		code, records, truncated, err = p.exchange(ctx, "udp", server, q)
 		if err == nil && truncated {

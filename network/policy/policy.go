@@ -13,6 +13,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
+
+	"golang.org/x/net/idna"
 
 	"push.rocks/smartvm/internal/strictjson"
 )
@@ -30,8 +33,8 @@ const (
 type Policy struct {
 	DefaultAction Action `json:"defaultAction,omitempty"` // Allow, which it is if empty, or Deny
 	Rules         []Rule `json:"rules,omitempty"`
-	// AllowHost lets guests reach the host's own addresses, AllowMetadata link-local IPv4 addresses and fd00:ec2::254, behind
-	// which clouds keep credentials. Rules do not matter for the one, and do for the other.
+	// AllowHost lets guests reach the host's own addresses, AllowMetadata those behind which clouds keep credentials (Metadata). Rules are not
+	// consulted for the host's addresses; they still apply to metadata addresses.
 	AllowHost     bool `json:"allowHost,omitempty"`
 	AllowMetadata bool `json:"allowMetadata,omitempty"`
 }
@@ -157,7 +160,7 @@ func (p *Policy) compile() (all []Compiled, wrong []*FieldError) {
 		}
 		if r.Domain != "" {
 			domains++
-			c.Domain = strings.ToLower(strings.TrimSuffix(r.Domain, "."))
+			c.Domain = ascii(r.Domain)
 			switch reason := wrongDomain(c.Domain); {
 			case reason != "":
 				add(at+"domain", r.Domain, "%s", reason)
@@ -200,6 +203,21 @@ func parseDestination(text string) (netip.Prefix, error) {
 	return p, nil
 }
 
+// ascii is a name as DNS has it, without a final dot: names in other scripts become what IDNA makes of them (xn--). What is none stays for
+// wrongDomain.
+func ascii(name string) string {
+	rest, wild := strings.CutPrefix(strings.TrimSuffix(name, "."), "*.")
+	if strings.ContainsFunc(rest, func(r rune) bool { return r > unicode.MaxASCII }) {
+		if a, err := idna.Lookup.ToASCII(rest); err == nil {
+			rest = a
+		}
+	}
+	if wild {
+		rest = "*." + rest
+	}
+	return strings.ToLower(rest)
+}
+
 // wrongDomain says what is wrong with a name.
 func wrongDomain(name string) string {
 	rest := strings.TrimPrefix(name, "*.")
@@ -212,8 +230,16 @@ func wrongDomain(name string) string {
 	for label := range strings.SplitSeq(rest, ".") {
 		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' ||
 			strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
-			return "must be like example.com or *.example.com; names in other scripts in their ASCII form (xn--)"
+			return "must be like example.com or *.example.com"
 		}
+	}
+	// As for a URL: what ends with a number is meant for an address.
+	if last := rest[strings.LastIndex(rest, ".")+1:]; strings.Trim(last, "0123456789") == "" {
+		hint := "an address has four numbers, as 10.0.0.1, a network a length too, as 10.0.0.0/8"
+		if last == rest {
+			hint = "a port goes behind a destination, as in tcp:*:" + rest
+		}
+		return "no name ends with a number: " + hint
 	}
 	return ""
 }

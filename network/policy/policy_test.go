@@ -53,7 +53,10 @@ func TestLoad_Wrong(t *testing.T) {
 		`{"rules": [{"action": "deny", "destination": "::ffff:10.0.0.1"}]}`:                                              "must be an IP address",
 		`{"rules": [{"action": "deny", "domain": "example.com"}]}`:                                                       "only allow can have a name",
 		`{"rules": [{"action": "allow", "domain": "a..b"}]}`:                                                             "must be like example.com",
-		`{"rules": [{"action": "allow", "domain": "bücher.example"}]}`:                                                   "must be like example.com",
+		`{"rules": [{"action": "allow", "domain": "bü cher.example"}]}`:                                                  "must be like example.com",
+		`{"rules": [{"action": "allow", "domain": "443"}]}`:                                                              "as in tcp:*:443",
+		`{"rules": [{"action": "allow", "domain": "10.0.0"}]}`:                                                           "as 10.0.0.1",
+		`{"rules": [{"action": "allow", "domain": "10.0.0.256"}]}`:                                                       "no name ends with a number",
 		`{"rules": [{"action": "allow", "domain": "*"}]}`:                                                                "must be like example.com",
 		`{"rules": [{"action": "allow", "domain": "10.0.0.1"}]}`:                                                         "is an address",
 		`{"rules": [{"action": "allow", "domain": "a.b", "destination": "10.0.0.1"}]}`:                                   "beside destination",
@@ -94,13 +97,26 @@ func TestParseRule(t *testing.T) {
 			t.Errorf("%s: %s", in, diff)
 		}
 	}
-	for _, in := range []string{"", "tcp:", ":80", "10.0.0.0/8:", "[::1", "[::1]80", "a b", "icmp:*:1", "example.com:0", "10.0.0.1/8"} {
+	for _, in := range []string{"", "tcp:", ":80", "10.0.0.0/8:", "[::1", "[::1]80", "a b", "icmp:*:1", "example.com:0", "10.0.0.1/8", "tcp:443", "10.0.0", "10.0.0.256"} {
 		if r, err := policy.ParseRule(policy.Allow, in); err == nil {
 			t.Errorf("%q: got %+v", in, r)
 		}
 	}
 	if _, err := policy.ParseRule(policy.Deny, "example.com"); err == nil {
 		t.Error("a name can be denied")
+	}
+}
+
+// Names in other scripts are what DNS has of them.
+func TestCompile_IDNA(t *testing.T) {
+	for in, want := range map[string]string{
+		"bücher.example": "xn--bcher-kva.example", "*.BÜCHER.example.": "*.xn--bcher-kva.example", "例え.テスト": "xn--r8jz45g.xn--zckzah",
+		"xn--bcher-kva.example": "xn--bcher-kva.example", "_dmarc.Example.com": "_dmarc.example.com",
+	} {
+		p := policy.Policy{Rules: []policy.Rule{{Action: policy.Allow, Domain: in}}}
+		if got, err := p.Compile(); err != nil || got[0].Domain != want {
+			t.Errorf("%s: got %+v, %v, want %s", in, got, err, want)
+		}
 	}
 }
 
