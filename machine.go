@@ -47,16 +47,15 @@ type run struct {
 	started  time.Time
 	let      chan struct{} // closed to let go of the VM and leave it running
 	done     chan struct{} // closed when all is undone, or let go of
-	proxies  attach.Proxies
-	restored map[string]int // for attach.Heal
-	exit     *Exit          // set before done is closed, nil if let go of
-	err      error          // of undoing, likewise
-	booted   time.Time      // when the guest was made to run
-	attended chan struct{}  // closed when the guest has nothing more to say
-	secrets  *Secrets       // for the guest; nil: it has them, or there are none
-	untold   error          // why secrets could not be read for a guest that may wait for them
-	memory   *uffd.Session  // of a restored VM whose page faults are served here
-	recorded *time.Timer    // when those are recorded, by record; nil: they have been before
+	upkeep   attach.Upkeep
+	exit     *Exit         // set before done is closed, nil if let go of
+	err      error         // of undoing, likewise
+	booted   time.Time     // when the guest was made to run
+	attended chan struct{} // closed when the guest has nothing more to say
+	secrets  *Secrets      // for the guest; nil: it has them, or there are none
+	untold   error         // why secrets could not be read for a guest that may wait for them
+	memory   *uffd.Session // of a restored VM whose page faults are served here
+	recorded *time.Timer   // when those are recorded, by record; nil: they have been before
 	record   func()
 	command  *CmdExit // of the image's command, set before attended is closed; nil: nobody knows
 }

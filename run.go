@@ -63,7 +63,7 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	if r.journal != nil {
 		errs = append(errs, r.journal.Revert(ctx))
 	}
-	r.proxies.Close()
+	r.upkeep.Close()
 	errs = append(errs, r.endMemory())
 	if r.client != nil {
 		errs = append(errs, r.client.Close()) // now that no answer can be under way, for which it would wait
@@ -138,7 +138,7 @@ func (m *Machine) asOfNow(r *run, e journal.Effect) (journal.Effect, error) {
 	case *stage.Owner:
 		return stage.NewOwner(e.Path, e.UID, e.GID)
 	case *network.Guest:
-		return e, r.proxies.Add(m.host.store.Path(), e, m.rec.Interfaces, m.host.log)
+		return e, r.upkeep.Add(m.host.store.Path(), e, m.rec.Interfaces, m.host.log)
 	}
 	return e, nil
 }
@@ -153,12 +153,10 @@ func (m *Machine) trace(step string) {
 // watch waits for the VM's end, or until it is let go, and undoes the run.
 func (m *Machine) watch(r *run) {
 	defer close(r.done)
-	defer r.proxies.Close()
+	defer r.upkeep.Close()
 	ctx := m.host.networks(context.Background())
-	look := time.NewTicker(cmp.Or(m.host.opts.healInterval, defaultHealInterval))
-	defer look.Stop()
-	r.restored = map[string]int{}
 	listening, stopListening := context.WithCancel(ctx)
+	look := r.upkeep.Look(listening, m.rec.Interfaces, cmp.Or(m.host.opts.healInterval, defaultHealInterval), m.host.log)
 	defer stopListening()
 	go m.attend(listening, r)
 	for ended := false; !ended; {
@@ -169,7 +167,7 @@ func (m *Machine) watch(r *run) {
 			<-r.attended
 			r.err = errors.Join(r.client.Close(), r.journal.Close(), r.lock.Unlock())
 			return
-		case <-look.C:
+		case <-look:
 			if err := m.heal(ctx, r); err != nil {
 				m.host.log.Warn("heal", "vm", m.rec.ID, "err", err)
 			}
@@ -206,7 +204,7 @@ const hearTime = 100 * time.Millisecond
 func (m *Machine) heal(ctx context.Context, r *run) error {
 	var err error
 	if len(m.rec.Interfaces) > 0 {
-		err = attach.Heal(ctx, r.journal.Effects(), r.restored)
+		err = r.upkeep.Heal(ctx, r.journal.Effects())
 	}
 	return errors.Join(err, m.host.releaseHold(ctx, m.rec.ID))
 }

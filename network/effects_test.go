@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"net/netip"
@@ -15,11 +16,13 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/forward"
 	"push.rocks/smartvm/network/wireguard"
 )
 
@@ -70,7 +73,7 @@ func tables() *filter.Tables {
 }
 
 var effectCases = map[string]effectCase{
-	"sysctl": {describe: func(string) journal.Effect { return &network.Sysctl{Name: "ipv4/ip_forward", Value: "1", Old: "0"} }, twice: true},
+	"sysctl": {describe: func(string) journal.Effect { return &forward.Sysctl{Name: "ipv4/ip_forward", Value: "1", Old: "0"} }, twice: true},
 	"bridge": {
 		describe: func(string) journal.Effect {
 			return &network.Bridge{Name: "svbr0", MAC: "02:00:00:00:00:01", Addresses: prefixes("172.30.0.1/24", "fd00::1/64")}
@@ -107,7 +110,9 @@ var effectCases = map[string]effectCase{
 			}}
 		},
 		prepare: func(t *testing.T) {
-			if err := tables().Apply(t.Context()); err != nil {
+			addBridge(t, tables().Bridge)
+			tap := &network.Tap{Name: "svtap", Bridge: tables().Bridge}
+			if err := errors.Join(tables().Apply(t.Context()), tap.Apply(t.Context())); err != nil {
 				t.Fatal(err)
 			}
 		},
@@ -147,7 +152,7 @@ func world(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := append(append(hosts(t), routing(t)...), cables(t)...)
+	all := slices.Concat(hosts(t), routing(t), cables(t), entries(t))
 	families, err := conn.ListTables()
 	if err != nil {
 		t.Fatal(err)
@@ -175,13 +180,27 @@ func world(t *testing.T) string {
 	return string(text)
 }
 
+// entries are what bridges and the host know of neighbours for good.
+func entries(t *testing.T) (all []string) {
+	t.Helper()
+	for _, family := range []int{unix.AF_BRIDGE, unix.AF_INET, unix.AF_INET6} {
+		list, err := netlink.NeighList(0, family)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range list {
+			if n.State == netlink.NUD_NOARP && family == unix.AF_BRIDGE || n.State == netlink.NUD_PERMANENT && family != unix.AF_BRIDGE {
+				all = append(all, fmt.Sprint("entry ", family, " ", n.LinkIndex, " ", n.HardwareAddr, " ", n.IP))
+			}
+		}
+	}
+	return all
+}
+
 // cables are the ends of cables, and the files of namespaces.
 func cables(t *testing.T) (all []string) {
 	t.Helper()
-	links, err := netlink.LinkList()
-	if err != nil {
-		t.Fatal(err)
-	}
+	links := allLinks(t)
 	for _, l := range links {
 		if l.Type() == "veth" {
 			all = append(all, "cable "+l.Attrs().Name)
@@ -280,14 +299,25 @@ func TestEffects(t *testing.T) {
 	}
 }
 
+// allLinks lists the interfaces, once none goes meanwhile: namespaces end by themselves.
+func allLinks(t *testing.T) []netlink.Link {
+	t.Helper()
+	for {
+		all, err := netlink.LinkList()
+		if err == nil {
+			return all
+		}
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			t.Fatal(err)
+		}
+	}
+}
+
 // clearNetwork is for the test's own network.
 func clearNetwork(t *testing.T) {
-	links, err := netlink.LinkList()
-	if err != nil {
-		t.Fatal(err)
-	}
+	links := allLinks(t)
 	for _, l := range links {
-		if l.Type() == "bridge" {
+		if l.Type() == "bridge" || l.Type() == "tuntap" {
 			if err := netlink.LinkDel(l); err != nil {
 				t.Error(err)
 			}

@@ -3,6 +3,7 @@ package network_test
 import (
 	"errors"
 	"net"
+	"net/netip"
 	"runtime"
 	"slices"
 	"strings"
@@ -25,12 +26,20 @@ func TestNetwork_Metadata(t *testing.T) {
 		return
 	}
 	s := newSite(t, nil)
-	cloud := []string{"169.254.169.254", "169.254.170.2", "fd00:ec2::254"}
-	s.outside.Must(nettest.Link{Name: "eth0", Addresses: prefixes(cloud[0]+"/32", cloud[1]+"/32", cloud[2]+"/128")}.Configure)
-	route(t, "169.254.0.0/16", world4)
-	route(t, cloud[2]+"/128", world6)
+	// AWS's, and those of its containers; Azure's, Alibaba's, Oracle's; of IPv6 AWS's and Google's; and a way to IPv4 by IPv6.
+	cloud := []string{
+		"169.254.169.254", "169.254.170.2", "168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254",
+		"64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "64:ff9b::a83f:8110",
+	}
+	any := &policy.Policy{}
+	for _, text := range cloud {
+		a := netip.MustParseAddr(text)
+		p := netip.PrefixFrom(a, a.BitLen())
+		s.outside.Must(nettest.Link{Name: "eth0", Addresses: []netip.Prefix{p}}.Configure)
+		route(t, p.String(), map[bool]string{true: world4, false: world6}[a.Is4()])
+		any.Rules = append(any.Rules, policy.Rule{Action: policy.Allow, Destination: text})
+	}
 	s.outside.Serve(":80", "cloud")
-	any := &policy.Policy{Rules: []policy.Rule{{Action: policy.Allow, Destination: "169.254.0.0/16"}, {Action: policy.Allow, Destination: "fd00:ec2::/32"}}}
 	some := &policy.Policy{AllowMetadata: true, Rules: []policy.Rule{{Action: policy.Deny, Destination: cloud[1]}}}
 	plain := s.guest(0, nil)
 	bold := s.guest(1, func(g *filter.Guest) { g.Policy = any })
@@ -39,42 +48,175 @@ func TestNetwork_Metadata(t *testing.T) {
 		for _, g := range []*guest{plain, bold} {
 			g.misses(t, "tcp", net.JoinHostPort(a, "80"))
 		}
+		want := "cloud from " + uplink4 + "\n"
+		switch {
+		case a == cloud[1]:
+			want = ""
+		case strings.Contains(a, ":"):
+			want = "cloud from " + uplink6 + "\n"
+		}
+		trusted.reaches(t, "tcp", net.JoinHostPort(a, "80"), want)
 	}
-	trusted.reaches(t, "tcp", cloud[0]+":80", "cloud from "+uplink4+"\n")
-	trusted.reaches(t, "tcp", "["+cloud[2]+"]:80", "cloud from "+uplink6+"\n")
-	trusted.misses(t, "tcp", cloud[1]+":80")
 }
 
-// A subnet that leads elsewhere is refused with advice, and nothing is left.
+// What is denied is not reached by an IPv6 address that stands for it either.
+func TestNetwork_Embedded(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	for _, text := range []string{"64:ff9b::cb00:7109", "2002:cb00:7109::1"} { // 203.0.113.9
+		s.outside.Must(nettest.Link{Name: "eth0", Addresses: prefixes(text + "/128")}.Configure)
+		route(t, text+"/128", world6)
+	}
+	s.outside.Serve(":80", "world")
+	denied := s.guest(0, func(g *filter.Guest) {
+		g.Policy = &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "203.0.113.0/24"}}}
+	})
+	other := s.guest(1, nil)
+	for _, a := range []string{"203.0.113.9:80", "[64:ff9b::cb00:7109]:80", "[2002:cb00:7109::1]:80"} {
+		denied.misses(t, "tcp", a)
+		if got := other.Ask("tcp", a); !strings.HasPrefix(got, "world from ") {
+			t.Errorf("%s without a policy: %q", a, got)
+		}
+	}
+	denied.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
+}
+
+// A subnet that the host needs for something else is refused with advice, and nothing is left; one of which a route leads to more than it,
+// by a gateway or a tunnel, is not.
 func TestUse_Overlap(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
-	for _, to := range []string{"172.30.0.128/25", "172.16.0.0/12"} {
-		s := newSite(t, nil)
-		route(t, to, world4)
-		before := hosts(t)
-		u := s.use("a")
-		err := u.Apply(t.Context())
-		var overlap *network.OverlapError
-		var advised interface{ Hint() string }
-		if !errors.As(err, &overlap) || overlap.Code() != "INVALID_SUBNET" || overlap.Interface != "uplink" || !errors.As(err, &advised) || !strings.Contains(advised.Hint(), "--subnet") {
-			t.Errorf("got %v, hint %v", err, advised)
-		}
-		if err := u.Revert(t.Context()); err != nil {
-			t.Error(err)
-		}
-		if after := hosts(t); !slices.Equal(before, after) {
-			t.Errorf("before %q, after %q", before, after)
-		}
-		link, err := netlink.LinkByName("uplink")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := netlink.LinkDel(link); err != nil {
-			t.Fatal(err)
+	byWorld := func(t *testing.T, to ...string) {
+		for _, to := range to {
+			route(t, to, world4)
 		}
 	}
+	for name, tt := range map[string]struct {
+		prepare func(*testing.T)
+		want    string // what of the host's; "": the network comes up
+	}{
+		"part":      {func(t *testing.T) { byWorld(t, "172.30.0.128/25") }, "route to 172.30.0.128/25 by uplink"},
+		"same":      {func(t *testing.T) { byWorld(t, "172.30.0.0/24") }, "route to 172.30.0.0/24 by uplink"},
+		"neighbour": {func(t *testing.T) { addresses4(t, "uplink", "172.30.7.1/16") }, "route to 172.30.0.0/16 by uplink"},
+		"own":       {func(t *testing.T) { addresses4(t, "lo", "172.30.0.7/32") }, "route to 172.30.0.7/32 by lo"},
+		"gateway": {func(t *testing.T) {
+			addOnLink(t, "uplink", "172.30.0.9")
+		}, "gateway 172.30.0.9"},
+		"server": {func(t *testing.T) { nettest.Resolver(t, "172.30.0.2") }, "DNS server 172.30.0.2"},
+		"another table": {func(t *testing.T) {
+			_, dst, _ := net.ParseCIDR("172.30.0.64/26")
+			if err := netlink.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(world4), Table: 52}); err != nil {
+				t.Fatal(err)
+			}
+		}, "route to 172.30.0.64/26 by uplink"},
+
+		"company":  {func(t *testing.T) { byWorld(t, "172.16.0.0/12") }, ""},
+		"def1":     {func(t *testing.T) { byWorld(t, "0.0.0.0/1", "128.0.0.0/1") }, ""},
+		"tunnel":   {func(t *testing.T) { tunnel(t, "172.16.0.0/12") }, ""},
+		"unwanted": {func(t *testing.T) { blackhole(t, "172.16.0.0/12") }, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, nil)
+			t.Cleanup(func() { clearNetwork(t); cutCables(t) })
+			tt.prepare(t)
+			before := hosts(t)
+			u := s.use("a")
+			err := u.Apply(t.Context())
+			var overlap *network.OverlapError
+			var advised interface{ Hint() string }
+			switch {
+			case tt.want == "" && err != nil:
+				t.Error(err)
+			case tt.want != "" && (!errors.As(err, &overlap) || overlap.Code() != "INVALID_SUBNET" || !strings.HasSuffix(overlap.Error(), tt.want) ||
+				!errors.As(err, &advised) || !strings.Contains(advised.Hint(), "--subnet")):
+				t.Errorf("got %v, hint %v", err, advised)
+			}
+			if err := u.Revert(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if after := hosts(t); !slices.Equal(before, after) {
+				t.Errorf("before %q, after %q", before, after)
+			}
+		})
+	}
+}
+
+func addresses4(t *testing.T, link string, all ...string) {
+	t.Helper()
+	if err := (nettest.Link{Name: link, Addresses: prefixes(all...)}).Configure(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		l, err := netlink.LinkByName(link)
+		if err != nil {
+			return // gone with its addresses
+		}
+		for _, text := range all {
+			a, err := netlink.ParseAddr(text)
+			if err == nil {
+				err = netlink.AddrDel(l, a)
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// addOnLink makes a gateway, in no subnet of the link's, the way to a network far away.
+func addOnLink(t *testing.T, name, gateway string) {
+	t.Helper()
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, dst, _ := net.ParseCIDR("192.0.2.0/24")
+	if err := netlink.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(gateway), LinkIndex: link.Attrs().Index, Flags: int(netlink.FLAG_ONLINK)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// tunnel makes an interface without neighbours the way somewhere, as a VPN does.
+func tunnel(t *testing.T, to string) {
+	t.Helper()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "tun7"
+	if err := netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TUN, NonPersist: false}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if _, err := netlink.LinkByName("tun7"); err == nil {
+			removeLink(t, "tun7")
+		}
+	})
+	link, err := netlink.LinkByName("tun7")
+	if err == nil {
+		err = netlink.LinkSetUp(link)
+	}
+	if err == nil {
+		_, dst, _ := net.ParseCIDR(to)
+		err = netlink.RouteAdd(&netlink.Route{Dst: dst, LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func blackhole(t *testing.T, to string) {
+	t.Helper()
+	_, dst, _ := net.ParseCIDR(to)
+	r := &netlink.Route{Dst: dst, Type: unix.RTN_BLACKHOLE}
+	if err := netlink.RouteAdd(r); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := netlink.RouteDel(r); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // withoutNetfilter runs f on a thread whose kernel has no netfilter: it refuses the socket as one that is built without it.

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
@@ -66,7 +68,7 @@ func largest() *policy.Policy {
 			r.Ports = append(r.Ports, policy.PortRange{First: uint16(1 + n*1000), Last: uint16(500 + n*1000 + i)})
 		}
 		if i < 64 {
-			r.Domain = fmt.Sprintf("*.%s%d.example", strings.Repeat("x", 60), i)
+			r.Domain = fmt.Sprintf("*.%s%d.example", strings.Repeat(strings.Repeat("x", 55)+".", 4), i)
 		} else {
 			r.Destination = fmt.Sprintf("2001:db8:%x::/48", i)
 		}
@@ -140,5 +142,28 @@ func TestNetwork_LargestPolicy(t *testing.T) {
 	}
 	if err := own.Do(func() error { return load(t, largest()) }); err != nil {
 		t.Fatal(err)
+	}
+	// Nor for a journal: a guest's part has the network's and its own.
+	path := filepath.Join(t.TempDir(), "journal")
+	kinds := journal.Kinds{"tables": func() journal.Effect { return new(filter.Tables) }, "part": func() journal.Effect { return new(filter.Guest) }}
+	j, err := journal.Create(path, kinds, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := tables()
+	ours.Egress = largest()
+	err = own.Do(func() error {
+		return errors.Join(j.Do(t.Context(), ours), j.Do(t.Context(), &filter.Guest{
+			Table: ours.Name, Tap: "svtap", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("172.30.0.2"), Network: largest(), Policy: largest(),
+		}), j.Close())
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if j, err = journal.Open(path, kinds, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := own.Do(func() error { return j.Revert(t.Context()) }); err != nil {
+		t.Error(err)
 	}
 }

@@ -48,7 +48,20 @@ func TestNetwork_OtherFirewalls(t *testing.T) {
 		input := conn.AddChain(&nftables.Chain{
 			Table: firewalld, Name: "filter_INPUT", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityRef(10),
 		})
-		conn.AddRule(&nftables.Rule{Table: firewalld, Chain: input, Exprs: []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}})
+		reject := &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}
+		conn.AddRule(&nftables.Rule{Table: firewalld, Chain: input, Exprs: []expr.Any{reject}})
+		// For what is forwarded by an interface that is here none of ours.
+		filtered := conn.AddChain(&nftables.Chain{
+			Table: firewalld, Name: "filter_FORWARD", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityRef(10),
+		})
+		trusted := func(key expr.MetaKey) *nftables.Rule {
+			return &nftables.Rule{Table: firewalld, Chain: filtered, Exprs: []expr.Any{
+				&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte("svbr0\x00")}, &expr.Verdict{Kind: expr.VerdictAccept},
+			}}
+		}
+		conn.AddRule(trusted(expr.MetaKeyIIFNAME))
+		conn.AddRule(trusted(expr.MetaKeyOIFNAME))
+		conn.AddRule(&nftables.Rule{Table: firewalld, Chain: filtered, Exprs: []expr.Any{&expr.Counter{}, reject}})
 		if err := conn.Flush(); err != nil {
 			t.Fatal(err)
 		}
@@ -60,7 +73,7 @@ func TestNetwork_OtherFirewalls(t *testing.T) {
 	if err := u.Apply(network.NewContext(t.Context(), &network.Shared{Log: slog.New(slog.NewTextHandler(&log, nil))})); err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(log.String(), "ip filter FORWARD") {
+	if !strings.Contains(log.String(), `"[inet firewalld filter_FORWARD ip filter FORWARD]"`) {
 		t.Errorf("the log says %q", &log)
 	}
 	g := s.guest(0, nil)

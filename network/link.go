@@ -13,9 +13,11 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/network/filter"
 )
 
 // Bridge is a network's bridge, as an effect on the host. Its MAC tells it from another of its name.
@@ -37,7 +39,7 @@ func (b *Bridge) Apply(context.Context) error {
 		return err
 	}
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.HardwareAddr, attrs.MTU = b.Name, mac, b.MTU
+	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.Group = b.Name, mac, b.MTU, filter.Group
 	off := false
 	link := &netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &off}
 	switch err := netlink.LinkAdd(link); {
@@ -47,14 +49,18 @@ func (b *Bridge) Apply(context.Context) error {
 	case err != nil:
 		return fmt.Errorf("make bridge %s: %w", b.Name, err)
 	}
-	// A router that a guest claims to be is not for the host.
-	if err := writeInterface(b.Name, "ipv6", "accept_ra", "0"); err != nil {
-		return err
-	}
-	// So that ports which are published on 127.0.0.1 can be reached from there. What comes from a guest for such an address
-	// is dropped by the tables.
-	if err := writeInterface(b.Name, "ipv4", "route_localnet", "1"); err != nil {
-		return err
+	for _, v := range [][3]string{
+		// A router that a guest claims to be is not for the host.
+		{"ipv6", "accept_ra", "0"},
+		// Guests are not told which addresses the host has elsewhere.
+		{"ipv4", "arp_ignore", "1"},
+		// So that ports which are published on 127.0.0.1 can be reached from there. What comes from a guest for such an address is dropped
+		// by the tables.
+		{"ipv4", "route_localnet", "1"},
+	} {
+		if err := writeInterface(b.Name, v[0], v[1], v[2]); err != nil {
+			return err
+		}
 	}
 	if err := addAddresses(link, b.Addresses); err != nil {
 		return fmt.Errorf("give bridge %s its %w", b.Name, err)
@@ -165,15 +171,53 @@ func (t *Tap) Join() error {
 	if err := netlink.LinkSetMaster(link, bridge); err != nil {
 		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
 	}
-	if !t.Mutual {
-		if err := netlink.LinkSetIsolated(link, true); err != nil {
-			return fmt.Errorf("isolate tap %s: %w", t.Name, err)
-		}
+	if err := t.bound(link); err != nil {
+		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
 	}
-	if err := netlink.LinkSetUp(link); err != nil {
+	// Without ARP of its own: what a bridge passes by (see filter), the host's protocols would answer.
+	up := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	up.Index, up.Flags, up.Change = int32(link.Attrs().Index), unix.IFF_UP|unix.IFF_NOARP, unix.IFF_UP|unix.IFF_NOARP
+	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+	req.AddData(up)
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
 		return fmt.Errorf("set tap %s up: %w", t.Name, err)
 	}
 	return nil
+}
+
+// Joined says whether the tap is a port of its bridge.
+func (t *Tap) Joined() (bool, error) {
+	link, err := netlink.LinkByName(t.Name)
+	if err != nil {
+		return false, fmt.Errorf("find tap %s: %w", t.Name, err)
+	}
+	bridge, err := netlink.LinkByName(t.Bridge)
+	if err != nil {
+		return false, fmt.Errorf("find bridge %s: %w", t.Bridge, err)
+	}
+	return link.Attrs().MasterIndex == bridge.Attrs().Index, nil
+}
+
+// bound keeps a port to the addresses that its guest's entries give it (see Guest): the bridge learns none from what the guest sends, and
+// sends it nothing that is for others.
+func (t *Tap) bound(link netlink.Link) error {
+	msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
+	msg.Index = int32(link.Attrs().Index)
+	port := nl.NewRtAttr(unix.IFLA_PROTINFO|unix.NLA_F_NESTED, nil)
+	set := func(attribute int, on bool) {
+		port.AddRtAttr(attribute, map[bool][]byte{true: {1}, false: {0}}[on])
+	}
+	set(nl.IFLA_BRPORT_LEARNING, false)
+	set(nl.IFLA_BRPORT_UNICAST_FLOOD, false)
+	// Guests of a mutual network find each other by these.
+	set(nl.IFLA_BRPORT_MCAST_FLOOD, t.Mutual)
+	set(nl.IFLA_BRPORT_BCAST_FLOOD, t.Mutual)
+	set(nl.IFLA_BRPORT_ISOLATED, !t.Mutual)
+	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	req.AddData(msg)
+	req.AddData(port)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
 }
 
 // create makes a tap that outlives the descriptor, and belongs to a user before it does: one without an owner is

@@ -84,7 +84,7 @@ func TestNetwork_Names(t *testing.T) {
 	s := newSite(t, nil)
 	s.nameServer(map[string]string{"good.example.": "203.0.113.9", "bad.example.": world4, "inner.example.": "172.30.0.1"})
 	s.outside.Serve(":80", "world")
-	var proxies attach.Proxies
+	var proxies attach.Upkeep
 	t.Cleanup(proxies.Close)
 	g := s.guestWith(0, func(g *filter.Guest) {
 		g.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{
@@ -116,9 +116,9 @@ func TestNetwork_Names(t *testing.T) {
 }
 
 // namedGuest is a guest of a network whose policy has names, with its own proxy.
-func (s *site) namedGuest(n int, own *policy.Policy) (*guest, *attach.Proxies) {
+func (s *site) namedGuest(n int, own *policy.Policy) (*guest, *attach.Upkeep) {
 	s.t.Helper()
-	proxies := new(attach.Proxies)
+	proxies := new(attach.Upkeep)
 	s.t.Cleanup(proxies.Close)
 	g := s.guestWith(n, func(g *filter.Guest) { g.Network, g.Policy = s.config.GuestPolicy(), own }, func(g *guest) error {
 		return proxies.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))

@@ -91,6 +91,9 @@ func (c *Config) Validate() error {
 			errs = append(errs, errors.New("wireguard: an interface that is there, or the configuration of another, not both"))
 		}
 	}
+	if c.Inside && (c.WireGuard != "" || c.WireGuardConfig != "") {
+		errs = append(errs, errors.New("internal: nothing leaves the network, not by WireGuard either"))
+	}
 	if c.WireGuardConfig != "" && !filepath.IsAbs(c.WireGuardConfig) {
 		errs = append(errs, fmt.Errorf("wireguard configuration %q: must be an absolute path", c.WireGuardConfig))
 	}
@@ -188,6 +191,6 @@ func (c *Config) via(owner string) string {
 func (c *Config) tables(owner string) *filter.Tables {
 	return &filter.Tables{
 		Name: c.Table(), Owner: owner, Bridge: c.Bridge, Taps: tapPrefix(c.Bridge), Subnet: c.Subnet, Subnet6: c.Subnet6,
-		Mutual: c.Mutual, Inside: c.Inside, Via: c.via(owner), Egress: c.Policy,
+		Mutual: c.Mutual, Inside: c.Inside, Via: c.via(owner), Tunnel: c.WireGuardConfig != "", Egress: c.Policy,
 	}
 }

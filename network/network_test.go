@@ -10,10 +10,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -101,8 +103,7 @@ func (s *site) guestWith(n int, change func(*filter.Guest), more func(*guest) er
 	name := string(rune('a' + n))
 	ip4, ip6 := s.config.Guest(n)
 	g := &guest{Namespace: nettest.New(s.t), use: s.use(name)}
-	mac := network.MAC(name, "eth0")
-	g.filter.Guest = filter.Guest{Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, name, "", "eth0"), MAC: mac.String(), IP4: ip4, IP6: ip6}
+	g.filter.Guest = filter.Guest{Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, name, "", "eth0"), MAC: network.MAC(name, "eth0").String(), IP4: ip4, IP6: ip6}
 	if change != nil {
 		change(&g.filter.Guest)
 	}
@@ -112,35 +113,22 @@ func (s *site) guestWith(n int, change func(*filter.Guest), more func(*guest) er
 	if err := more(g); err != nil {
 		s.t.Fatal(err)
 	}
-	if err := g.filter.Apply(s.t.Context()); err != nil {
+	gateway4, gateway6 := s.config.Gateway()
+	mac, err := net.ParseMAC(g.filter.MAC) // it may be another now
+	if err != nil {
 		s.t.Fatal(err)
 	}
-	gateway4, gateway6 := s.config.Gateway()
 	far := nettest.Link{
 		Name: "eth0", MAC: mac, Gateways: []netip.Addr{gateway4, gateway6},
 		Addresses: []netip.Prefix{netip.PrefixFrom(ip4, s.config.Subnet.Bits()), netip.PrefixFrom(ip6, 64)},
 	}
-	near := nettest.Link{Name: g.filter.Tap}
-	g.plug(s, near, far)
-	return g
-}
-
-// plug makes the cable a port of the bridge before it is up.
-func (g *guest) plug(s *site, near, far nettest.Link) {
-	s.t.Helper()
-	g.Connect(near, nettest.Link{Name: far.Name, MAC: far.MAC})
-	port, err := netlink.LinkByName(near.Name)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	bridge, err := netlink.LinkByName(s.config.Bridge)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	if err := errors.Join(netlink.LinkSetMaster(port, bridge), netlink.LinkSetIsolated(port, !s.config.Mutual)); err != nil {
+	g.Connect(nettest.Link{Name: g.filter.Tap}, nettest.Link{Name: far.Name, MAC: far.MAC})
+	tap := network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge, Mutual: s.config.Mutual}
+	if err := errors.Join(tap.Join(), g.filter.Apply(s.t.Context())); err != nil {
 		s.t.Fatal(err)
 	}
 	g.Must(far.Configure)
+	return g
 }
 
 func (s *site) remove(g *guest) {
@@ -150,13 +138,38 @@ func (s *site) remove(g *guest) {
 	}
 }
 
+// hostVariables are those that a network may change, or that change with one of them.
+var hostVariables = func() (all []string) {
+	for _, of := range []string{"all", "default", "uplink"} {
+		for _, name := range []string{"ipv4/forwarding", "ipv4/accept_redirects", "ipv4/send_redirects", "ipv4/rp_filter", "ipv6/forwarding", "ipv6/force_forwarding", "ipv6/accept_ra", "ipv6/accept_redirects"} {
+			protocol, name, _ := strings.Cut(name, "/")
+			all = append(all, protocol+"/conf/"+of+"/"+name)
+		}
+	}
+	return all
+}()
+
+// variable is what one of the kernel's network has, "" where this kernel has none.
+func variable(t *testing.T, name string) string {
+	t.Helper()
+	value, err := os.ReadFile("/proc/sys/net/" + name)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(value))
+}
+
+func setVariable(t *testing.T, name, value string) {
+	t.Helper()
+	if err := os.WriteFile("/proc/sys/net/"+name, []byte(value), 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // hosts is what a network may change.
 func hosts(t *testing.T) (all []string) {
 	t.Helper()
-	links, err := netlink.LinkList()
-	if err != nil {
-		t.Fatal(err)
-	}
+	links := allLinks(t)
 	for _, l := range links {
 		if l.Type() != "veth" {
 			all = append(all, "link "+l.Attrs().Name)
@@ -173,12 +186,8 @@ func hosts(t *testing.T) (all []string) {
 	for _, table := range tables {
 		all = append(all, "table "+table.Name)
 	}
-	for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv6/conf/uplink/accept_ra"} {
-		value, err := os.ReadFile("/proc/sys/net/" + name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, name+" "+string(value))
+	for _, name := range hostVariables {
+		all = append(all, name+" "+variable(t, name))
 	}
 	return all
 }
@@ -319,6 +328,216 @@ func TestNetwork_Ports(t *testing.T) {
 	if !s.outside.Silent("tcp", uplink4+":8000") {
 		t.Error("a port is published still")
 	}
+}
+
+// A published port leads to the guest that has it now, at once: the host does not go on with the MAC of the one before.
+func TestNetwork_PortsReplaced(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	publish := func(g *filter.Guest) { g.Ports = []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}} }
+	a, _ := s.guest(0, publish), s.guest(1, nil) // the other keeps the network up
+	for _, name := range []string{"first", "second", "third"} {
+		a.Serve(":80", name)
+		for _, address := range []string{uplink4 + ":8000", "[" + uplink6 + "]:8000"} {
+			if got := s.outside.Ask("tcp", address); !strings.HasPrefix(got, name+" from ") {
+				t.Errorf("%s: got %q, want %q", address, got, name)
+			}
+		}
+		s.remove(a)
+		removeLink(t, a.filter.Tap)
+		a = s.guest(0, func(g *filter.Guest) {
+			publish(g)
+			g.MAC = network.MAC(name, "another").String()
+		})
+	}
+}
+
+// From guest to guest by what is published: on a network whose guests reach each other, and on one whose guests do not, as what is published is
+// for all; but not past a policy.
+func TestNetwork_Hairpin(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	for _, mutual := range []bool{false, true} {
+		for _, on := range []bool{false, true} {
+			t.Run(fmt.Sprintf("mutual %v, bridge netfilter %v", mutual, on), func(t *testing.T) {
+				s := newSite(t, func(c *network.Config) { c.Mutual = mutual })
+				t.Cleanup(func() { clearNetwork(t); cutCables(t) })
+				bridgeNetfilter(t, on)
+				a := s.guest(0, func(g *filter.Guest) { g.Ports = []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}} })
+				b := s.guest(1, nil)
+				c := s.guest(2, func(g *filter.Guest) { g.Policy = &policy.Policy{DefaultAction: policy.Deny} })
+				a.Serve(":80", "web")
+				for _, g := range []*guest{a, b} {
+					// Where IP rules see bridged packets, the bridge takes those that lead back to it for its own: not from a port to itself, nor
+					// between ports that are isolated.
+					if on && (!mutual || g == a) {
+						g.misses(t, "tcp", uplink4+":8000")
+						continue
+					}
+					for _, address := range []string{uplink4 + ":8000", "172.30.0.1:8000"} {
+						g.reaches(t, "tcp", address, "web from 172.30.0.1\n")
+					}
+					if got := g.Ask("tcp", "["+uplink6+"]:8000"); !strings.HasPrefix(got, "web from ") {
+						t.Errorf("by IPv6: %q", got)
+					}
+				}
+				c.misses(t, "tcp", uplink4+":8000")
+				if mutual {
+					b.reaches(t, "tcp", "172.30.0.2:80", "web from 172.30.0.3\n")
+				} else {
+					b.misses(t, "tcp", "172.30.0.2:80")
+				}
+				if got := s.outside.Ask("tcp", uplink4+":8000"); got != "web from "+world4+"\n" {
+					t.Errorf("from outside: %q", got)
+				}
+			})
+		}
+	}
+}
+
+// What begins while somebody has flushed the rules ends when they are back.
+func TestNetwork_FlushedMeanwhile(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	if err := nettest.Serve(t, ":22", "host"); err != nil {
+		t.Fatal(err)
+	}
+	g := s.guest(0, nil)
+	echo, err := net.ListenPacket("udp", ":9000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer echo.Close()
+	go func() {
+		buf := make([]byte, 64)
+		for {
+			n, peer, err := echo.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = echo.WriteTo(buf[:n], peer)
+		}
+	}()
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Another's rules go on to have the kernel know connections.
+	keep := func() {
+		table := conn.AddTable(&nftables.Table{Name: "other", Family: nftables.TableFamilyINet})
+		chain := conn.AddChain(&nftables.Chain{Table: table, Name: "in", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter})
+		conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}, &expr.Counter{}}})
+	}
+	g.misses(t, "tcp", "172.30.0.1:22")
+	conn.FlushRuleset()
+	keep()
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	var c net.Conn
+	g.Must(func() (err error) { c, err = net.Dial("udp", "172.30.0.1:9000"); return err })
+	defer c.Close()
+	says := func(wait time.Duration) bool {
+		buf := make([]byte, 64)
+		_, err := c.Write([]byte("?"))
+		if err == nil {
+			err = c.SetReadDeadline(time.Now().Add(wait))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, _ := c.Read(buf)
+		return n > 0
+	}
+	if !says(5 * time.Second) {
+		t.Fatal("without rules the host does not answer either")
+	}
+	g.reaches(t, "tcp", "172.30.0.1:22", "host from 172.30.0.2\n")
+	if n, err := g.use.Check(t.Context()); err != nil || n != 1 {
+		t.Fatalf("restored %d times, %v", n, err)
+	}
+	if err := g.filter.Apply(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if says(300 * time.Millisecond) {
+		t.Error("a connection that the rules do not allow goes on")
+	}
+	g.misses(t, "tcp", "172.30.0.1:22")
+	s.remove(g)
+}
+
+// Rules of an earlier version are replaced while guests use them, and what is under way goes on.
+func TestNetwork_Upgrade(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	setVariable(t, "netfilter/nf_conntrack_acct", "1")
+	s.outside.Serve(":80", "world")
+	g := s.guest(0, nil)
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := &nftables.Table{Name: s.config.Table(), Family: nftables.TableFamilyINet}
+	chain := &nftables.Chain{Table: table, Name: "forward"}
+	rules, err := conn.GetRules(table, chain)
+	if err != nil || len(rules) == 0 {
+		t.Fatal(rules, err)
+	}
+	// As before there were versions: the last rule says nothing of one, and a set is missing.
+	if err := conn.DelRule(rules[len(rules)-1]); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	var c net.Conn
+	g.Must(func() (err error) { c, err = net.Dial("udp", world4+":80"); return err })
+	defer c.Close()
+	ask := func() string {
+		buf := make([]byte, 64)
+		_, err := c.Write([]byte("?"))
+		if err == nil {
+			err = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, _ := c.Read(buf)
+		return string(buf[:n])
+	}
+	packets := func() uint64 {
+		all, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range all {
+			if f.Forward.DstIP.String() == world4 && f.Forward.Protocol == unix.IPPROTO_UDP {
+				return f.Forward.Packets
+			}
+		}
+		return 0
+	}
+	ask()
+	if n, err := g.use.Check(t.Context()); err != nil || n != 1 {
+		t.Fatalf("restored %d times, %v", n, err)
+	}
+	if err := g.filter.Apply(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := g.use.Check(t.Context()); err != nil || n != 1 {
+		t.Errorf("restored %d times, %v", n, err)
+	}
+	if got := ask(); got != "world from "+uplink4+"\n" || packets() != 2 {
+		t.Errorf("the connection says %q, and has had %d packets, want 2", got, packets())
+	}
+	s.remove(g)
 }
 
 // Who has an address after another guest has none of its connections: by what is known he would pass his own policy.

@@ -5,22 +5,18 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
-
-	"push.rocks/smartvm/internal/hint"
-	"push.rocks/smartvm/network/filter"
 )
 
 // Reaper removes taps and guests, those together that are asked for at the same time: the kernel waits as long for one as for
 // a hundred. The zero value serves. It is safe for concurrent use.
 type Reaper struct {
 	taps   batch[string]
-	guests batch[*filter.Guest]
+	guests batch[*Guest]
 }
 
 // batch does to many at once what several ask for: while one call is under way, the others gather.
@@ -99,40 +95,3 @@ func removeTaps(names []string) error {
 }
 
 func isTap(l netlink.Link) bool { return l.Type() == "tuntap" || l.Type() == "tun" }
-
-// free says whether the host has other routes into the network's subnets.
-func (c *Config) free() error {
-	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return fmt.Errorf("look at routes: %w", err)
-	}
-	for _, r := range routes {
-		if r.Dst == nil {
-			continue
-		}
-		a, ok := netip.AddrFromSlice(r.Dst.IP)
-		bits, _ := r.Dst.Mask.Size()
-		to := netip.PrefixFrom(a.Unmap(), bits)
-		if !ok || bits == 0 {
-			continue
-		}
-		for _, subnet := range []netip.Prefix{c.Subnet, c.Subnet6} {
-			if !subnet.IsValid() || !subnet.Overlaps(to) {
-				continue
-			}
-			by := "another interface"
-			if l, err := netlink.LinkByIndex(r.LinkIndex); err == nil {
-				if by = l.Attrs().Name; by == c.Bridge {
-					continue // that it is there already is said better elsewhere
-				}
-			}
-			return hint.Add(&OverlapError{subnet.String(), to.String(), by},
-				"name another subnet with --subnet, such as 172.31.77.0/24, or use a network of your own: smartvm network create")
-		}
-	}
-	return nil
-}
-
-func prefixOf(a netip.Addr, of netip.Prefix) netip.Prefix { return netip.PrefixFrom(a, of.Bits()) }
-
-func randomWord() string { return rand.Text()[:12] }

@@ -14,6 +14,7 @@ import (
 
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
+	"push.rocks/smartvm/network/rtnl"
 )
 
 // What is in every namespace of a VM's own: the same for all, so that a snapshot's clones find what they knew.
@@ -47,10 +48,8 @@ type Slot struct {
 	Warm    bool         `json:"warm,omitempty"`
 }
 
-func (s *Slot) port() *Tap { return &Tap{Name: s.Name, Bridge: s.Bridge, MTU: s.MTU, Mutual: s.Mutual} }
-
-// Join makes the cable a port of its bridge, and sets it up.
-func (s *Slot) Join() error { return s.port().Join() }
+// Port is the cable's end at the bridge.
+func (s *Slot) Port() *Tap { return &Tap{Name: s.Name, Bridge: s.Bridge, MTU: s.MTU, Mutual: s.Mutual} }
 
 // Apply makes the namespace and what is in it; of a warm one it notes what has gone through it before. Returns an error that is fs.ErrExist where
 // its file or an interface of its name is there.
@@ -81,7 +80,7 @@ func (s *Slot) Apply(ctx context.Context) error {
 	if err := ns.Do(func() error { return s.furnish(ctx) }); err != nil {
 		return fmt.Errorf("make namespace %s: %w", s.File, err)
 	}
-	return s.Join()
+	return s.Port().Join()
 }
 
 // furnish makes what is in the namespace, on a thread that is there.
@@ -130,7 +129,7 @@ func (s *Slot) furnish(ctx context.Context) error {
 	}
 	for _, g := range s.Gateway {
 		err := netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: g.AsSlice()})
-		if err != nil && !(g.Is6() && noIPv6(err)) {
+		if err != nil && !(g.Is6() && rtnl.NoIPv6(err)) {
 			return fmt.Errorf("route by %s: %w", g, err)
 		}
 	}
@@ -195,14 +194,14 @@ func (s *Slot) Revert(context.Context) error {
 	}
 	defer ns.Close()
 	err = ns.Do(func() error {
-		if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
-			return fmt.Errorf("forget connections: %w", err)
+		if err := filter.ForgetAll(); err != nil {
+			return err
 		}
 		link, err := netlink.LinkByName(InnerTap)
 		if err != nil {
 			return err
 		}
-		neighbours, err := netlink.NeighList(link.Attrs().Index, netlink.FAMILY_ALL)
+		neighbours, err := rtnl.Whole(func() ([]netlink.Neigh, error) { return netlink.NeighList(link.Attrs().Index, netlink.FAMILY_ALL) })
 		if err != nil {
 			return err
 		}
@@ -224,9 +223,6 @@ func (s *Slot) cut() error {
 	return remove(s.Name, func(l netlink.Link) bool { return l.Type() == "veth" })
 }
 
-// noIPv6 says whether an error means that the kernel has IPv6 switched off.
-func noIPv6(err error) bool { return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES) }
-
 // addAddresses gives an interface addresses, IPv6 ones only where the kernel has it.
 func addAddresses(link netlink.Link, all []netip.Prefix) error {
 	for _, p := range all {
@@ -234,7 +230,7 @@ func addAddresses(link netlink.Link, all []netip.Prefix) error {
 		if p.Addr().Is6() {
 			a.Flags = unix.IFA_F_NODAD
 		}
-		if err := netlink.AddrAdd(link, a); err != nil && !(p.Addr().Is6() && noIPv6(err)) {
+		if err := netlink.AddrAdd(link, a); err != nil && !(p.Addr().Is6() && rtnl.NoIPv6(err)) {
 			return fmt.Errorf("address %s: %w", p, err)
 		}
 	}

@@ -3,8 +3,13 @@ package network_test
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
+	"io/fs"
 	"net"
 	"net/netip"
+	"os"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -12,24 +17,33 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/network"
 )
 
-// frame puts an Ethernet frame together.
+// frame puts an Ethernet frame together that is for all.
 func frame(source string, kind uint16, payload ...[]byte) []byte {
-	mac, err := net.ParseMAC(source)
-	if err != nil {
-		panic(err)
+	return frameTo("ff:ff:ff:ff:ff:ff", source, kind, payload...)
+}
+
+func frameTo(to, source string, kind uint16, payload ...[]byte) (f []byte) {
+	for _, text := range []string{to, source} {
+		mac, err := net.ParseMAC(text)
+		if err != nil {
+			panic(err)
+		}
+		f = append(f, mac...)
 	}
-	f := append(bytes.Repeat([]byte{0xff}, 6), mac...)
 	f = binary.BigEndian.AppendUint16(f, kind)
 	return append(f, bytes.Join(payload, nil)...)
 }
 
-func arp(mac, ip string) []byte {
+// arp says, or asks, where target is.
+func arp(mac, ip, target string) []byte {
 	hw, _ := net.ParseMAC(mac)
-	b := append([]byte{0, 1, 8, 0, 6, 4, 0, 2}, hw...)
+	b := append([]byte{0, 1, 8, 0, 6, 4, 0, 1}, hw...)
 	b = append(b, netip.MustParseAddr(ip).AsSlice()...)
-	return append(b, make([]byte, 10)...)
+	b = append(b, make([]byte, 6)...)
+	return append(b, netip.MustParseAddr(target).AsSlice()...)
 }
 
 // udp4 and packet6 have no checksums: nobody on the way looks.
@@ -75,86 +89,142 @@ func packet6(source string, proto byte, payload ...byte) []byte {
 	return append(b, payload...)
 }
 
+// extended is an IPv6 packet with headers before its payload: of each its kind, and what it has but for the next one's kind, which comes first.
+func extended(source string, proto byte, payload []byte, headers ...[]byte) []byte {
+	var all []byte
+	for i, h := range headers {
+		next := proto
+		if i+1 < len(headers) {
+			next = headers[i+1][0]
+		}
+		all = append(append(all, next), h[1:]...)
+	}
+	return packet6(source, headers[0][0], append(all, payload...)...)
+}
+
+// Extension headers as extended takes them. The first fragment's and the later one's are of one packet.
+var (
+	hopByHop      = []byte{0, 0, 1, 4, 0, 0, 0, 0}
+	options       = []byte{60, 0, 1, 4, 0, 0, 0, 0}
+	atomic        = []byte{44, 0, 0, 0, 0, 0, 0, 7}
+	firstFragment = []byte{44, 0, 0, 1, 0, 0, 0, 7}
+	laterFragment = []byte{44, 0, 0, 8, 0, 0, 0, 7}
+)
+
 // icmp6 is a message with a target.
 func icmp6(kind byte, target string) []byte {
 	return append([]byte{kind, 0, 0, 0, 0, 0, 0, 0}, netip.MustParseAddr(target).AsSlice()...)
 }
 
-// What a guest sends under another's MAC or address, or as a router or DHCP server, ends at its tap.
+// wire is a guest's own socket for frames, as it sends and gets them.
+type wire struct {
+	t  *testing.T
+	fd int
+}
+
+var everything = binary.NativeEndian.Uint16([]byte{0, unix.ETH_P_ALL})
+
+// openWire opens a socket on an interface of the thread's network.
+func openWire(t *testing.T, name string) *wire {
+	t.Helper()
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(everything))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: everything, Ifindex: link.Attrs().Index}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
+		t.Fatal(err)
+	}
+	return &wire{t, fd}
+}
+
+func (g *guest) wire(t *testing.T) (w *wire) {
+	t.Helper()
+	g.Must(func() error { w = openWire(t, "eth0"); return nil })
+	return w
+}
+
+func (w *wire) send(frames ...[]byte) {
+	w.t.Helper()
+	for _, f := range frames {
+		if _, err := unix.Write(w.fd, f); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+}
+
+// until returns the ends of what comes, up to one that ends so.
+func (w *wire) until(end []byte) (ends []string) {
+	w.t.Helper()
+	buf := make([]byte, 2048)
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+		n, _, err := unix.Recvfrom(w.fd, buf, 0)
+		if err != nil {
+			w.t.Fatalf("wait for a frame: %v", err)
+		}
+		if bytes.HasSuffix(buf[:n], end) {
+			return ends
+		}
+		ends = append(ends, string(buf[max(0, n-len(end)):n]))
+	}
+	w.t.Fatal("what is genuine does not arrive")
+	return nil
+}
+
+func mark(name string) []byte { return []byte((name + "................")[:16]) }
+
+// bridgeNetfilter says whether the rules for IP packets see those that are only bridged, as on a host that has had Docker.
+func bridgeNetfilter(t *testing.T, on bool) {
+	t.Helper()
+	for _, v := range []string{"iptables", "ip6tables", "arptables"} {
+		err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+v, []byte(map[bool]string{true: "1", false: "0"}[on]), 0)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// What a guest sends under another's MAC or address, or as a router or DHCP server, ends at its tap: neither its network's other guests
+// nor the host see it.
 func TestNetwork_Spoofing(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
-	s := newSite(t, nil)
-	g := s.guest(0, nil)
-	s.guest(1, nil)
-	mac, own6 := g.filter.MAC, g.filter.IP6.String()
+	s := newSite(t, func(c *network.Config) { c.Mutual = true })
+	g, other := s.guest(0, nil), s.guest(1, nil)
+	mac, own6, other6 := g.filter.MAC, g.filter.IP6.String(), other.filter.IP6.String()
 	const otherMAC = "02:00:00:00:00:99"
-	bridge, err := netlink.LinkByName(s.config.Bridge)
-	if err != nil {
-		t.Fatal(err)
-	}
-	seen, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(binary.NativeEndian.Uint16([]byte{0, unix.ETH_P_ALL})))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(seen)
-	if err := unix.Bind(seen, &unix.SockaddrLinklayer{Protocol: binary.NativeEndian.Uint16([]byte{0, unix.ETH_P_ALL}), Ifindex: bridge.Attrs().Index}); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.SetsockoptTimeval(seen, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
-		t.Fatal(err)
-	}
-	var out int
-	g.Must(func() (err error) {
-		if out, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
-			return err
-		}
-		link, err := netlink.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		return unix.Bind(out, &unix.SockaddrLinklayer{Ifindex: link.Attrs().Index})
-	})
-	defer unix.Close(out)
-	mark := func(name string) []byte { return []byte((name + "................")[:16]) }
-	// passes says whether the frame arrives at the bridge, before one that does.
-	passes := func(name string, f []byte) bool {
+	out, host, neighbour := g.wire(t), openWire(t, s.config.Bridge), other.wire(t)
+	// passes says whether the frame arrives, before one that does.
+	passes := func(name string, f []byte) (atHost, atOther bool) {
 		t.Helper()
-		for _, f := range [][]byte{append(f[:len(f):len(f)], mark(name)...), frame(mac, unix.ETH_P_IP, udp4("172.30.0.2", 9), mark("end"))} {
-			if _, err := unix.Write(out, f); err != nil {
-				t.Fatal(err)
-			}
-		}
-		buf := make([]byte, 2048)
-		arrived := false
-		for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
-			n, _, err := unix.Recvfrom(seen, buf, 0)
-			if err != nil {
-				t.Fatalf("%s: %v", name, err)
-			}
-			if bytes.HasSuffix(buf[:n], mark("end")) {
-				return arrived
-			}
-			arrived = arrived || bytes.HasSuffix(buf[:n], mark(name))
-		}
-		t.Fatalf("%s: what is genuine does not arrive", name)
-		return false
+		out.send(append(f[:len(f):len(f)], mark(name)...), frame(mac, unix.ETH_P_IP, udp4("172.30.0.2", 9), mark("end")))
+		return slices.Contains(host.until(mark("end")), string(mark(name))), slices.Contains(neighbour.until(mark("end")), string(mark(name)))
 	}
 	for _, tt := range []struct {
 		name  string
 		frame []byte
 		want  bool
 	}{
-		{"arp", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.2")), true},
-		{"arp probe", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0")), true},
+		{"arp", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.2", "172.30.0.3")), true},
+		{"arp probe", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0", "172.30.0.2")), true},
 		{"ip4", frame(mac, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), true},
 		{"ip6", frame(mac, unix.ETH_P_IPV6, packet6(own6, 17, 0, 1, 0, 2, 0, 8, 0, 0)), true},
 		{"tcp", frame(mac, unix.ETH_P_IP, tcp4("172.30.0.2")), true},
 		{"tcp6", frame(mac, unix.ETH_P_IPV6, packet6(own6, unix.IPPROTO_TCP, tcp(547)...)), true},
-		{"tcp under vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, tcp4("172.30.0.2")), true},
 		{"neighbour", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(136, own6)...)), true},
 		{"address check", frame(mac, unix.ETH_P_IPV6, packet6("::", 58, icmp6(135, own6)...)), true},
+		{"group", frame(mac, unix.ETH_P_IPV6, extended("::", 58, icmp6(143, "::"), hopByHop)), true},
+		{"fragment", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{0, 1, 0, 2, 0, 99, 0, 0}, firstFragment)), true},
+		{"fragment, later", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, make([]byte, 32), laterFragment)), true},
+		{"fragment of echo", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(128, "::"), firstFragment)), true},
 
 		{"mac", frame(otherMAC, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
 		{"tcp with mac", frame(otherMAC, unix.ETH_P_IP, tcp4("172.30.0.2")), false},
@@ -162,7 +232,6 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"tcp of gateway", frame(mac, unix.ETH_P_IP, tcp4("172.30.0.1")), false},
 		{"tcp6 with mac", frame(otherMAC, unix.ETH_P_IPV6, packet6(own6, unix.IPPROTO_TCP, tcp(1)...)), false},
 		{"tcp6 of other", frame(mac, unix.ETH_P_IPV6, packet6("fd00::99", unix.IPPROTO_TCP, tcp(1)...)), false},
-		{"tcp of other under vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, tcp4("172.30.0.3")), false},
 		// Where an IPv4 packet has its source, and its protocol, these have the guest's own.
 		{"like tcp", frame(mac, unix.ETH_P_ARP, tcp4("172.30.0.2")), false},
 		{"like tcp, mpls", frame(mac, 0x8847, tcp4("172.30.0.2")), false},
@@ -170,18 +239,42 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"gateway's ip4", frame(mac, unix.ETH_P_IP, udp4("172.30.0.1", 1000)), false},
 		{"no ip4", frame(mac, unix.ETH_P_IP, udp4("0.0.0.0", 68)), false},
 		{"dhcp server", frame(mac, unix.ETH_P_IP, udp4("172.30.0.2", 67)), false},
-		{"arp for other", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.1")), false},
-		{"arp with mac", frame(mac, unix.ETH_P_ARP, arp(otherMAC, "172.30.0.2")), false},
+		{"arp for other", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.1", "172.30.0.3")), false},
+		{"arp with mac", frame(mac, unix.ETH_P_ARP, arp(otherMAC, "172.30.0.2", "172.30.0.3")), false},
+		{"probe of other", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0", "172.30.0.3")), false},
 		{"other's ip6", frame(mac, unix.ETH_P_IPV6, packet6("fd00::99", 17, 0, 1, 0, 2, 0, 8, 0, 0)), false},
 		{"router", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(134, own6)...)), false},
 		{"redirect", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(137, own6)...)), false},
 		{"dhcp6 server", frame(mac, unix.ETH_P_IPV6, packet6(own6, 17, 2, 35, 2, 34, 0, 8, 0, 0)), false},
 		{"neighbour other", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(136, "fe80::1")...)), false},
-		{"vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, udp4("172.30.0.3", 1)), false},
+		{"check of other", frame(mac, unix.ETH_P_IPV6, packet6("::", 58, icmp6(135, other6)...)), false},
 		{"lldp", frame(mac, 0x88cc), false},
+
+		// What stands before it hides nothing.
+		{"router, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), hopByHop, options)), false},
+		{"router, atomic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), atomic)), false},
+		{"neighbour, atomic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6), atomic)), false},
+		{"solicit, atomic", frame(mac, unix.ETH_P_IPV6, extended("::", 58, icmp6(135, own6), atomic)), false},
+		{"neighbour, short", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6)[:8], options, firstFragment)), false},
+		{"router, fragment", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), firstFragment)), false},
+		// The message itself is in the second fragment, which says only that options come first.
+		{"hidden, second", frame(mac, unix.ETH_P_IPV6, extended(own6, 60, append([]byte{58, 0, 1, 4, 0, 0, 0, 0}, icmp6(134, own6)...), laterFragment)), false},
+
+		// A tag: no VLAN of a host begins in a guest.
+		{"vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, tcp4("172.30.0.2")), false},
+		{"vlan 0", frame(mac, unix.ETH_P_8021Q, []byte{0, 0, 8, 0}, udp4("172.30.0.2", 1)), false},
+		{"other under vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, tcp4("172.30.0.3")), false},
+		{"vlan 802.1ad", frame(mac, unix.ETH_P_8021AD, []byte{0, 1, 8, 0}, tcp4("172.30.0.2")), false},
+		{"qinq", frame(mac, unix.ETH_P_8021AD, []byte{0, 1, 0x81, 0, 0, 2, 8, 0}, tcp4("172.30.0.2")), false},
+		{"arp under vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 6}, arp(mac, "172.30.0.2", "172.30.0.3")), false},
 	} {
-		if got := passes(tt.name, tt.frame); got != tt.want {
-			t.Errorf("%s: passes: %v, want %v", tt.name, got, tt.want)
+		for _, on := range []bool{false, true} {
+			bridgeNetfilter(t, on)
+			// Where IP rules see bridged packets, they see whole ones: a fragment waits for the others.
+			want := tt.want && !(on && strings.HasPrefix(tt.name, "fragment"))
+			if atHost, atOther := passes(tt.name, tt.frame); atHost != want || atOther != want {
+				t.Errorf("%s, bridge netfilter %v: passes to the host: %v, to another guest: %v, want %v", tt.name, on, atHost, atOther, want)
+			}
 		}
 	}
 }

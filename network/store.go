@@ -127,17 +127,6 @@ func (s *Store) Create(c Config) (Config, error) {
 	return c, atomicfile.WriteJSON(s.path(c.Name), c)
 }
 
-// unused finds a /24 that no network has, beside the default one.
-func unused(others []Config) (netip.Prefix, error) {
-	for n := range 256 {
-		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 31, byte(n), 0}), 24)
-		if !slices.ContainsFunc(others, func(o Config) bool { return o.Subnet.Overlaps(p) }) && (&Config{Subnet: p}).free() == nil {
-			return p, nil
-		}
-	}
-	return netip.Prefix{}, hint.Add(fmt.Errorf("choose a subnet: %w", ErrExhausted), "name one with --subnet")
-}
-
 // Remove forgets a network. Returns ErrNotFound; whether VMs use it is for the caller to know.
 func (s *Store) Remove(name string) error {
 	if name == s.Default.Name {

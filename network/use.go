@@ -3,12 +3,14 @@ package network
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,6 +22,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/forward"
 	"push.rocks/smartvm/network/wireguard"
 )
 
@@ -34,7 +37,7 @@ const (
 // Kinds are the effects in those journals.
 func Kinds() journal.Kinds {
 	return journal.Kinds{
-		"sysctl":    func() journal.Effect { return new(Sysctl) },
+		"sysctl":    func() journal.Effect { return new(forward.Sysctl) },
 		"bridge":    func() journal.Effect { return new(Bridge) },
 		"tables":    func() journal.Effect { return new(filter.Tables) },
 		"wireguard": func() journal.Effect { return new(wireguard.Link) },
@@ -58,18 +61,6 @@ type up struct {
 }
 
 const maxUp = 1 << 20
-
-// OverlapError says that an address of a network leads elsewhere.
-type OverlapError struct {
-	Subnet, Route, Interface string
-}
-
-func (e *OverlapError) Error() string {
-	return fmt.Sprintf("subnet %s overlaps the host's route to %s by %s", e.Subnet, e.Route, e.Interface)
-}
-
-// Code is the original's word for it.
-func (*OverlapError) Code() string { return "INVALID_SUBNET" }
 
 func (u *Use) path(names ...string) string {
 	return filepath.Join(append([]string{u.Dir, u.Network.Name}, names...)...)
@@ -113,16 +104,20 @@ func (u *Use) bringUp(ctx context.Context) error {
 	if was != nil {
 		return u.repair(ctx, was)
 	}
+	if err := filter.Allowed(); err != nil { // said before anything is done
+		return err
+	}
 	if err := u.takeDown(ctx); err != nil { // what a crash left
 		return err
 	}
-	if err := u.Network.free(); err != nil {
+	shadowed, err := u.Network.free()
+	if err != nil {
 		return err
+	}
+	if len(shadowed) > 0 {
+		sharedOf(ctx).log().Warn("the network's subnet hides a part of where other routes of the host lead", "network", u.Network.Name, "subnet", u.Network.Subnet, "routes", shadowed)
 	}
 	if err := os.MkdirAll(u.path(usersDir), 0o700); err != nil {
-		return err
-	}
-	if err := u.forward(ctx); err != nil {
 		return err
 	}
 	now := up{Owner: randomWord(), Network: u.Network}
@@ -138,12 +133,18 @@ func (u *Use) bringUp(ctx context.Context) error {
 	if err := j.Close(); err != nil {
 		return err
 	}
+	if err := atomicfile.WriteJSON(u.path(upFile), now); err != nil {
+		return errors.Join(err, u.takeDown(ctx))
+	}
+	if err := forwards(ctx, u.Dir); err != nil {
+		return errors.Join(err, u.takeDown(ctx))
+	}
 	sharedOf(ctx).log().Info("network is up", "network", u.Network.Name, "bridge", u.Network.Bridge)
 	if blockers, err := filter.Blockers(); err == nil && len(blockers) > 0 {
 		sharedOf(ctx).log().Warn("another firewall drops what it does not know: if VMs do not reach the outside, let what comes from and goes to the bridge through there",
 			"network", u.Network.Name, "bridge", u.Network.Bridge, "chains", blockers)
 	}
-	return atomicfile.WriteJSON(u.path(upFile), now)
+	return nil
 }
 
 // effects are what a network is on its host.
@@ -167,36 +168,15 @@ func (n *up) effects() []journal.Effect {
 	return append(all, b)
 }
 
+func prefixOf(a netip.Addr, of netip.Prefix) netip.Prefix { return netip.PrefixFrom(a, of.Bits()) }
+
+func randomWord() string { return rand.Text()[:12] }
+
 // routeTable draws a table of routes from a random word, far from those that people number.
 func routeTable(owner string) int {
 	h := fnv.New32a()
 	_, _ = h.Write([]byte(owner)) // never fails
 	return 1<<30 | int(h.Sum32()>>3)
-}
-
-// forward lets the host forward, once for all networks.
-func (u *Use) forward(ctx context.Context) error {
-	path := filepath.Join(u.Dir, forwardingFile)
-	if others, err := filepath.Glob(filepath.Join(u.Dir, "*", upFile)); err != nil || len(others) > 0 {
-		return err
-	}
-	if err := undo(ctx, path); err != nil { // what a crash left
-		return err
-	}
-	needed, err := forwarding(u.Network.Subnet6.IsValid())
-	if err != nil {
-		return err
-	}
-	j, err := journal.Create(path, Kinds(), sharedOf(ctx).Trace)
-	if err != nil {
-		return err
-	}
-	for _, s := range needed {
-		if err := j.Do(ctx, s); err != nil {
-			return errors.Join(err, j.Close(), undo(ctx, path))
-		}
-	}
-	return j.Close()
 }
 
 // Revert takes the VM out, and the network down when it was the last.
@@ -223,22 +203,9 @@ func (u *Use) takeDown(ctx context.Context) error {
 	if err := os.Remove(u.path(upFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("take down network %s: %w", u.Network.Name, err)
 	}
-	if err := undo(ctx, u.path(journalFile)); err != nil {
+	// Forwarding ends before the rules that bound it.
+	if err := errors.Join(unforward(ctx, u.Dir), undo(ctx, u.path(journalFile)), os.RemoveAll(u.path())); err != nil {
 		return fmt.Errorf("take down network %s: %w", u.Network.Name, err)
-	}
-	if err := os.RemoveAll(u.path()); err != nil {
-		return fmt.Errorf("take down network %s: %w", u.Network.Name, err)
-	}
-	return unforward(ctx, u.Dir)
-}
-
-// unforward undoes what all networks needed, when there is none.
-func unforward(ctx context.Context, dir string) error {
-	if others, err := filepath.Glob(filepath.Join(dir, "*", upFile)); err != nil || len(others) > 0 {
-		return err
-	}
-	if err := undo(ctx, filepath.Join(dir, forwardingFile)); err != nil {
-		return fmt.Errorf("undo forwarding: %w", err)
 	}
 	return nil
 }
@@ -255,6 +222,18 @@ func undo(ctx context.Context, path string) error {
 		return errors.Join(err, j.Close())
 	}
 	return nil
+}
+
+// networksUp lists the networks of a directory that are up.
+func networksUp(dir string) (all []*up) {
+	files, _ := filepath.Glob(filepath.Join(dir, "*", upFile))
+	for _, f := range files {
+		u := Use{Dir: dir, Network: Config{Name: filepath.Base(filepath.Dir(f))}}
+		if now, err := u.state(); err == nil && now != nil {
+			all = append(all, now)
+		}
+	}
+	return all
 }
 
 // state returns how the network is up, nil if it is not.
@@ -299,8 +278,14 @@ func (u *Use) Check(ctx context.Context) (restored int, err error) {
 	if was == nil || err != nil {
 		return 0, err
 	}
-	err = u.repair(ctx, was)
-	return was.Restored, err
+	before := was.Restored
+	if err = u.repair(ctx, was); err != nil {
+		return was.Restored, err
+	}
+	if was.Restored > before || !forwardsSeen(u.Dir, was.Network.Subnet6.IsValid()) {
+		return was.Restored, forwards(ctx, u.Dir)
+	}
+	return was.Restored, nil
 }
 
 // repair counts first: if it does not come to its end, the guests look all the same.
@@ -323,7 +308,12 @@ func (u *Use) repair(ctx context.Context, n *up) error {
 				return err
 			}
 		}
-		if err := errors.Join(e.Revert(ctx), e.Apply(ctx)); err != nil {
+		if t, ok := e.(*filter.Tables); ok {
+			err = t.Replace(ctx)
+		} else {
+			err = errors.Join(e.Revert(ctx), e.Apply(ctx))
+		}
+		if err != nil {
 			return fmt.Errorf("restore network %s: %w", n.Network.Name, err)
 		}
 	}

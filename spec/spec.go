@@ -77,6 +77,14 @@ type Port struct {
 	Protocol  string     `json:"protocol,omitempty"` // "tcp", which it is if empty, or "udp"
 }
 
+// Addresses are those of the host at which the port is: one, or all of a family, as which 0.0.0.0 and :: stand for them.
+func (p Port) Addresses() []netip.Addr {
+	if p.HostIP.IsValid() {
+		return []netip.Addr{p.HostIP}
+	}
+	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+}
+
 // Scratch is a sparse disk. The zero value is one of DefaultScratchMiB that goes with the VM.
 type Scratch struct {
 	SizeMiB int `json:"sizeMib,omitempty"` // MiB, ≥ 16; of one that is kept, only when it is made

@@ -230,7 +230,13 @@ func (s Spec) checkPorts(p *problems) {
 		if port.Protocol != "" {
 			p.oneOf(at+"protocol", port.Protocol, "tcp", "udp")
 		}
-		p.unique(at+"hostPort", fmt.Sprint(cmp.Or(port.Protocol, "tcp"), port.HostIP, port.HostPort), seen)
+		p.require(!port.HostIP.Is4In6() && port.HostIP.Zone() == "", at+"hostIp", port.HostIP, "must be an IPv4 or IPv6 address without a zone")
+		for _, a := range port.Addresses() {
+			key := fmt.Sprint(cmp.Or(port.Protocol, "tcp"), a, port.HostPort)
+			if p.unique(at+"hostPort", key, seen); seen[key] != at+"hostPort" {
+				break // said once
+			}
+		}
 	}
 	if s.Policy != nil {
 		for _, e := range s.Policy.Validate() {

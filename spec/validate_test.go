@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -171,6 +172,9 @@ func networkRules() []breakage {
 		{"ports[0].guestPort", "from 1 to 65535", ports(vmspec.Port{HostPort: 1})},
 		{"ports[0].protocol", "tcp", ports(vmspec.Port{HostPort: 1, GuestPort: 1, Protocol: "sctp"})},
 		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2, Protocol: "tcp"})},
+		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv4Unspecified(), HostPort: 1, GuestPort: 2})},
+		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostIP: netip.IPv6Unspecified(), HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2})},
+		{"ports[0].hostIp", "without a zone", ports(vmspec.Port{HostIP: netip.MustParseAddr("::ffff:127.0.0.1"), HostPort: 1, GuestPort: 1})},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("sixteen_bytes_ab")},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("a/b")},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("a:1")},

@@ -217,18 +217,16 @@ func Ports(s *spec.Spec) (all []filter.Port) {
 
 // Effects are what running the VM with its interfaces does to the host. The ports are those of the first.
 func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
-	ports := Ports(s)
 	for n, i := range all {
 		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Network: i.Network.GuestPolicy(), Policy: s.Policy}}
 		if n == 0 {
-			for _, port := range ports {
-				name := strconv.Itoa(int(port.Host)) + "/" + port.Protocol
-				if port.Address.IsValid() {
-					name = port.Address.String() + " " + name
+			for _, port := range s.Ports {
+				for _, a := range port.Addresses() {
+					name := fmt.Sprintf("%s %d/%s", a, port.HostPort, cmp.Or(port.Protocol, "tcp"))
+					effects = append(effects, vm.Store.Lease("port", name, vm.ID))
 				}
-				effects = append(effects, vm.Store.Lease("port", name, vm.ID))
 			}
-			g.Ports = ports
+			g.Ports = Ports(s)
 		}
 		var link journal.Effect = &network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU, Mutual: i.Network.Mutual}
 		if i.File != "" {
@@ -306,36 +304,4 @@ func InUse(s *spec.Spec) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// Heal restores a VM's part in its networks when those had to be restored themselves. Effects are those of its run, restored
-// is for Heal alone: how often the network of each tap was.
-func Heal(ctx context.Context, effects []journal.Effect, restored map[string]int) error {
-	now := 0
-	for _, e := range effects {
-		var err error
-		switch e := e.(type) {
-		case *network.Use:
-			now, err = e.Check(ctx)
-		case *network.Tap:
-			if now > restored[e.Name] {
-				err = e.Join()
-			}
-		case *network.Slot:
-			if now > restored[e.Name] {
-				err = e.Join()
-			}
-		case *network.Guest:
-			if now > restored[e.Tap] {
-				err = e.Apply(ctx)
-			}
-			if err == nil {
-				restored[e.Tap] = now
-			}
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }

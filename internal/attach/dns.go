@@ -7,18 +7,16 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
-	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/dnsproxy"
@@ -26,15 +24,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// Proxies are the DNS proxies of one VM, in the process that looks after it. Without them the names that policies allow have
-// no addresses.
-type Proxies struct {
-	cancel context.CancelFunc
-	work   sync.WaitGroup
-}
-
 // Add starts the proxy of a guest one of whose policies needs one, on the port that the guest has, or one that it then has.
-func (p *Proxies) Add(runtimeDir string, g *network.Guest, all []Interface, log *slog.Logger) error {
+func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *slog.Logger) error {
 	n := slices.IndexFunc(all, func(i Interface) bool { return i.Tap == g.Tap })
 	if n < 0 || !needsProxy(&all[n].Network, g.Policy) {
 		return nil
@@ -56,20 +47,17 @@ func (p *Proxies) Add(runtimeDir string, g *network.Guest, all []Interface, log 
 		c.Control = bindTo(via)
 	}
 	var err error
-	for _, a := range nameservers("/etc/resolv.conf") {
+	for _, a := range resolvconf.Servers(resolvconf.Path) {
 		c.Upstreams = append(c.Upstreams, netip.AddrPortFrom(a, 53))
 	}
 	if c.TCP, c.UDP, err = listenDNS(all[n].Network.Bridge, g.DNS); err != nil {
 		return fmt.Errorf("listen for DNS queries: %w", err)
 	}
 	g.DNS = c.TCP.Addr().(*net.TCPAddr).AddrPort().Port()
+	u.sockets = append(u.sockets, socket{all[n].Network.Bridge, c.TCP.(*net.TCPListener)}, socket{all[n].Network.Bridge, c.UDP.(*net.UDPConn)})
 	ctx, cancel := context.WithCancel(context.Background())
-	if before := p.cancel; before != nil {
-		p.cancel = func() { before(); cancel() }
-	} else {
-		p.cancel = cancel
-	}
-	p.work.Go(func() {
+	u.cancel = append(u.cancel, cancel)
+	u.work.Go(func() {
 		if err := dnsproxy.Serve(ctx, c); err != nil {
 			log.Warn("DNS proxy", "tap", g.Tap, "err", err)
 		}
@@ -110,22 +98,14 @@ func namesOf(g filter.Guest, layer filter.Layer, p *policy.Policy) (n dnsproxy.N
 }
 
 // Adopt starts the proxies of the guests among the effects of a VM's run, where they were.
-func (p *Proxies) Adopt(runtimeDir string, effects []journal.Effect, all []Interface, log *slog.Logger) {
+func (u *Upkeep) Adopt(runtimeDir string, effects []journal.Effect, all []Interface, log *slog.Logger) {
 	for _, e := range effects {
 		if g, ok := e.(*network.Guest); ok {
-			if err := p.Add(runtimeDir, g, all, log); err != nil {
+			if err := u.Add(runtimeDir, g, all, log); err != nil {
 				log.Warn("names of the policy have no addresses", "tap", g.Tap, "err", err)
 			}
 		}
 	}
-}
-
-// Close ends them. Names have no addresses then until somebody else looks after the VM.
-func (p *Proxies) Close() {
-	if p.cancel != nil {
-		p.cancel()
-	}
-	p.work.Wait()
 }
 
 // bindTo binds a socket to an interface.
@@ -167,32 +147,12 @@ func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
 	if needsProxy(&i.Network, p) {
 		return []netip.Addr{gateway4}
 	}
-	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
-		all = slices.DeleteFunc(nameservers(path), func(a netip.Addr) bool {
+	for _, path := range []string{resolvconf.Path, resolvconf.Stub} {
+		all = slices.DeleteFunc(resolvconf.Servers(path), func(a netip.Addr) bool {
 			return a.IsLoopback() || a.IsLinkLocalUnicast() || a.Is6() && !gateway6.IsValid()
 		})
 		if len(all) > 0 {
 			break
-		}
-	}
-	return all
-}
-
-const maxNameservers = 3 // what resolvers read
-
-// nameservers are those of a resolv.conf, none where it does not read.
-func nameservers(path string) (all []netip.Addr) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil
-	}
-	for line := range strings.Lines(string(data)) {
-		f := strings.Fields(line)
-		if len(f) < 2 || f[0] != "nameserver" || len(all) == maxNameservers {
-			continue
-		}
-		if a, err := netip.ParseAddr(f[1]); err == nil {
-			all = append(all, a)
 		}
 	}
 	return all

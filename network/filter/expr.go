@@ -51,9 +51,9 @@ func tapOf(prefix string) exprs {
 
 func l4(proto byte) exprs    { return metaIs(expr.MetaKeyL4PROTO, []byte{proto}) }
 func nfproto(fam byte) exprs { return metaIs(expr.MetaKeyNFPROTO, []byte{fam}) }
-func ether(proto uint16) exprs {
-	return metaIs(expr.MetaKeyPROTOCOL, binary.BigEndian.AppendUint16(nil, proto))
-}
+
+// ether matches what a frame says that it carries. With a VLAN tag that is the tag: the kernel's own word for the protocol looks behind it.
+func ether(proto uint16) exprs { return is(etherType, binary.BigEndian.AppendUint16(nil, proto)) }
 
 // field is a part of a packet.
 type field struct {
@@ -64,9 +64,11 @@ type field struct {
 // Parts of packets that rules look at.
 var (
 	etherSource = field{expr.PayloadBaseLLHeader, 6, 6}
+	etherType   = field{expr.PayloadBaseLLHeader, 12, 2}
 	arpFormat   = field{expr.PayloadBaseNetworkHeader, 0, 6}
 	arpMAC      = field{expr.PayloadBaseNetworkHeader, 8, 6}
 	arpIP       = field{expr.PayloadBaseNetworkHeader, 14, 4}
+	arpTarget   = field{expr.PayloadBaseNetworkHeader, 24, 4}
 	source4     = field{expr.PayloadBaseNetworkHeader, 12, 4}
 	dest4       = field{expr.PayloadBaseNetworkHeader, 16, 4}
 	source6     = field{expr.PayloadBaseNetworkHeader, 8, 16}
@@ -145,10 +147,21 @@ func connection(key expr.CtKey, bits uint32) exprs {
 // statusDNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
 const statusDNAT = 1 << 5
 
+// fragment matches IPv6 packets that have a fragment header.
+func fragment() exprs {
+	return exprs{&expr.Exthdr{DestRegister: reg, Type: unix.IPPROTO_FRAGMENT, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6}, equal([]byte{1})}
+}
+
 func known() exprs {
 	return connection(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
 }
 func redirected() exprs { return connection(expr.CtKeySTATUS, statusDNAT) }
+
+func notRedirected() exprs {
+	e := redirected()
+	e[2].(*expr.Cmp).Op = expr.CmpOpEq
+	return e
+}
 
 func verdict(k expr.VerdictKind) exprs { return exprs{&expr.Verdict{Kind: k}} }
 func accept() exprs                    { return verdict(expr.VerdictAccept) }

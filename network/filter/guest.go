@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -29,6 +30,9 @@ type Guest struct {
 	Policy  *policy.Policy `json:"policy,omitempty"`
 	DNS     uint16         `json:"dns,omitempty"` // the port of its proxy on the bridge; 0: it has none
 }
+
+// Bridge is that of the guest's network.
+func (g *Guest) Bridge() string { return strings.TrimPrefix(g.Table, tablePrefix) }
 
 // Port is a port of the host that leads to one of a guest's.
 type Port struct {
@@ -148,7 +152,7 @@ func removeAll(guests []*Guest) error {
 	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove guests: %w", err)
 	}
-	return forget(guests)
+	return forgetGuests(guests)
 }
 
 // remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch. The elements of

@@ -51,8 +51,8 @@ func (n *Inner) Apply(context.Context) error {
 		join(nfproto(unix.NFPROTO_IPV4), l4(unix.IPPROTO_ICMP), is(icmpType, []byte{8}), accept()),
 		drop())
 	err = addChains(conn, []ruled{
-		{base(table, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), plain(in...)},
-		{base(table, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(out...)},
+		{nat(table, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), plain(in...)},
+		{nat(table, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(out...)},
 		{base(table, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), plain(forward...)},
 		{base(table, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), input},
 	})

@@ -16,8 +16,8 @@ const tablePrefix = "smartvm-"
 // TableName is that of a bridge's tables.
 func TableName(bridge string) string { return tablePrefix + bridge }
 
-// Blockers lists chains of others that drop what is forwarded unless a rule of theirs accepts it, as Docker's and many firewalls'
-// do: "FAMILY TABLE CHAIN".
+// Blockers lists chains of others that drop what is forwarded unless a rule of theirs accepts it, by their policy (Docker's, ufw's) or a last rule
+// (firewalld's): "FAMILY TABLE CHAIN".
 func Blockers() ([]string, error) {
 	conn, err := open()
 	if err != nil {
@@ -31,13 +31,39 @@ func Blockers() ([]string, error) {
 	var all []string
 	for _, c := range chains {
 		family := families[c.Table.Family]
-		if family != "" && !strings.HasPrefix(c.Table.Name, tablePrefix) && c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookForward &&
-			c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop {
+		if family == "" || strings.HasPrefix(c.Table.Name, tablePrefix) || c.Hooknum == nil || *c.Hooknum != *nftables.ChainHookForward {
+			continue
+		}
+		blocks := c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop
+		if !blocks {
+			rules, err := conn.GetRules(c.Table, c)
+			if err != nil {
+				return nil, fmt.Errorf("list rules of %s: %w", c.Table.Name, err)
+			}
+			blocks = len(rules) > 0 && refusesAll(rules[len(rules)-1])
+		}
+		if blocks {
 			all = append(all, family+" "+c.Table.Name+" "+c.Name)
 		}
 	}
 	slices.Sort(all)
 	return all, nil
+}
+
+// refusesAll says whether a rule drops or rejects whatever comes to it.
+func refusesAll(r *nftables.Rule) bool {
+	for _, e := range r.Exprs {
+		switch e := e.(type) {
+		case *expr.Counter, *expr.Log:
+		case *expr.Reject:
+			return true
+		case *expr.Verdict:
+			return e.Kind == expr.VerdictDrop
+		default:
+			return false
+		}
+	}
+	return false
 }
 
 // Count is what a rule of a policy has matched.

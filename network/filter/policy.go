@@ -164,6 +164,11 @@ func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
 			}
 		case c.Prefix.IsValid():
 			where = []exprs{toPrefix(c.Prefix)}
+			if !c.Allow {
+				for _, p := range policy.Embedding(c.Prefix) {
+					where = append(where, toPrefix(p))
+				}
+			}
 		}
 		what := []rule{{}}
 		if len(c.Protocols) > 0 {

@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/network/rtnl"
 )
 
 // Egress leads what comes from a bridge to an interface and nowhere else, as an effect on the host. What WireGuard itself sends
@@ -48,11 +50,6 @@ func (e *Egress) rules() (all []*netlink.Rule) {
 	return all
 }
 
-// missingProtocol says that a kernel has IPv6 switched off.
-func missingProtocol(err error) bool {
-	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES)
-}
-
 // Apply makes the routes, then the rules that lead to them.
 func (e *Egress) Apply(context.Context) error {
 	link, err := netlink.LinkByName(e.Interface)
@@ -60,12 +57,12 @@ func (e *Egress) Apply(context.Context) error {
 		return fmt.Errorf("find WireGuard interface %s: %w", e.Interface, err)
 	}
 	for _, r := range e.routes(link.Attrs().Index) {
-		if err := netlink.RouteReplace(r); err != nil && !(r.Dst.IP.To4() == nil && missingProtocol(err)) {
+		if err := netlink.RouteReplace(r); err != nil && !(r.Dst.IP.To4() == nil && rtnl.NoIPv6(err)) {
 			return fmt.Errorf("make route by %s: %w", e.Interface, err)
 		}
 	}
 	for _, r := range e.rules() {
-		if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) && !(r.Family == netlink.FAMILY_V6 && missingProtocol(err)) {
+		if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) && !(r.Family == netlink.FAMILY_V6 && rtnl.NoIPv6(err)) {
 			return fmt.Errorf("make rule for %s: %w", e.Bridge, err)
 		}
 	}
@@ -75,7 +72,7 @@ func (e *Egress) Apply(context.Context) error {
 // Revert removes them.
 func (e *Egress) Revert(context.Context) error {
 	gone := func(err error) bool {
-		return err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) || missingProtocol(err)
+		return err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) || rtnl.NoIPv6(err)
 	}
 	for _, r := range e.rules() {
 		if err := netlink.RuleDel(r); !gone(err) {

@@ -138,7 +138,7 @@ func (s *Shell) createNetwork() *cobra.Command {
 				}
 				var err error
 				if *to, err = netip.ParsePrefix(text); err != nil {
-					return s.Usage(&network.SubnetError{Subnet: text, Reason: "must be like 172.31.5.0/24 or fd00:5::/64"}, "")
+					return s.Usage(&network.SubnetError{Subnet: text, Reason: "must be like 172.30.5.0/24 or fd00:5::/64"}, "")
 				}
 			}
 			if c.WireGuardConfig != "" {

@@ -1,0 +1,151 @@
+package attach
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"syscall"
+	"time"
+
+	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/network"
+)
+
+// Upkeep is what the process that looks after a VM does for its networks: it answers for names (without that the names that policies allow have
+// no addresses), and mends what others have removed. Its zero value serves.
+type Upkeep struct {
+	cancel   []context.CancelFunc
+	work     sync.WaitGroup
+	sockets  []socket
+	restored map[string]int // how often the network of each tap was
+}
+
+// socket is a DNS proxy's, on a bridge.
+type socket struct {
+	bridge string
+	syscall.Conn
+}
+
+// settleTime is how long it is waited for more to change.
+const settleTime = 5 * time.Millisecond
+
+// Look tells when to Heal: at intervals, and when somebody has changed something, until ctx ends.
+func (u *Upkeep) Look(ctx context.Context, all []Interface, every time.Duration, log *slog.Logger) <-chan struct{} {
+	now := make(chan struct{}, 1)
+	tell := func() {
+		select {
+		case now <- struct{}{}:
+		default: // it is told already
+		}
+	}
+	var networks []network.Config
+	for _, i := range all {
+		networks = append(networks, i.Network)
+	}
+	u.work.Go(func() {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			watching, stop := context.WithCancel(ctx)
+			changed := time.NewTimer(0)
+			<-changed.C
+			done := make(chan error, 1)
+			if len(networks) > 0 {
+				go func() { done <- network.Watch(watching, networks, func() { changed.Reset(settleTime) }) }()
+			}
+			for again := false; !again; {
+				select {
+				case <-ctx.Done():
+				case <-tick.C:
+					tell()
+					continue
+				case <-changed.C:
+					tell()
+					// A bridge that was removed will be another.
+				case err := <-done:
+					if err != nil && ctx.Err() == nil {
+						log.Debug("watch networks: changes are seen later", "err", err)
+					}
+					networks = nil
+				}
+				again = true
+			}
+			stop()
+			if ctx.Err() != nil {
+				return
+			}
+		}
+	})
+	return now
+}
+
+// Heal restores a VM's part in its networks when those had to be restored themselves, or when others have removed it. Effects are those of
+// its run.
+func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
+	if u.restored == nil {
+		u.restored = map[string]int{}
+	}
+	now, again := 0, false
+	for _, e := range effects {
+		var err error
+		switch e := e.(type) {
+		case *network.Use:
+			now, err = e.Check(ctx)
+			if err == nil {
+				err = u.rebind(e.Network.Bridge)
+			}
+		case *network.Tap:
+			again, err = rejoin(e, now > u.restored[e.Name])
+		case *network.Slot:
+			again, err = rejoin(e.Port(), now > u.restored[e.Name])
+		case *network.Guest:
+			if again {
+				err = e.Apply(ctx)
+			}
+			if err == nil {
+				u.restored[e.Tap] = now
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rejoin makes a tap a port of its bridge again, where it is none or is to be made one in any case.
+func rejoin(t *network.Tap, always bool) (done bool, err error) {
+	if !always {
+		joined, err := t.Joined()
+		if joined || err != nil {
+			return false, err
+		}
+	}
+	return true, t.Join()
+}
+
+// rebind has the DNS proxies on a bridge serve there again, if it is another of its name now.
+func (u *Upkeep) rebind(bridge string) error {
+	for _, s := range u.sockets {
+		if s.bridge != bridge {
+			continue
+		}
+		raw, err := s.SyscallConn()
+		if err == nil {
+			err = bindTo(bridge)("", "", raw)
+		}
+		if err != nil {
+			return fmt.Errorf("serve DNS on bridge %s: %w", bridge, err)
+		}
+	}
+	return nil
+}
+
+// Close ends the DNS proxies, and waits for Look to end. Names have no addresses then until somebody else looks after the VM.
+func (u *Upkeep) Close() {
+	for _, cancel := range u.cancel {
+		cancel()
+	}
+	u.work.Wait()
+}

@@ -1,0 +1,84 @@
+package filter
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+)
+
+// Group is the interface group that the bridges of all networks are in, of this host and others of ours beside it: by it rules tell them from
+// the host's other interfaces.
+const Group = 0x5356
+
+// Narrow says where the host forwards only for guests: what comes in there, and goes to no network of ours, is dropped.
+type Narrow struct {
+	IP4, IP6 []string // by what interfaces it comes in
+	AllIP6   bool     // or IPv6 by any that is no network of ours
+}
+
+// String names them.
+func (n Narrow) String() string { return strings.Join(n.texts(), ", ") }
+
+func (n Narrow) texts() (all []string) {
+	for _, name := range n.IP4 {
+		all = append(all, "ipv4 "+name)
+	}
+	for _, name := range n.IP6 {
+		all = append(all, "ipv6 "+name)
+	}
+	if n.AllIP6 {
+		all = append(all, "ipv6")
+	}
+	return all
+}
+
+func (n Narrow) rules() (all []rule) {
+	elsewhere := metaIsNot(expr.MetaKeyOIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
+	for _, text := range n.texts() {
+		protocol, name, _ := strings.Cut(text, " ")
+		from := iif(name)
+		if name == "" {
+			from = metaIsNot(expr.MetaKeyIIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
+		}
+		family := map[string]byte{"ipv4": unix.NFPROTO_IPV4, "ipv6": unix.NFPROTO_IPV6}[protocol]
+		all = append(all, rule{exprs: join(nfproto(family), from, elsewhere, drop()), text: text})
+	}
+	return all
+}
+
+// Narrow sets it. Returns an error that is fs.ErrNotExist where the tables are gone.
+func (t *Tables) Narrow(n Narrow) error {
+	conn, err := open()
+	if err != nil {
+		return err
+	}
+	chain := nftables.Chain{Table: newLayout(t.Name).inet, Name: narrow}
+	rules, err := conn.GetRules(chain.Table, &chain)
+	var now []string
+	for _, r := range rules {
+		text, _ := userdata.GetString(r.UserData, userdata.TypeComment)
+		now = append(now, text)
+	}
+	if err == nil && !slices.Equal(now, n.texts()) {
+		conn.FlushChain(&chain)
+		err = (&ruled{chain, n.rules()}).addRules(conn)
+		if err == nil {
+			err = conn.Flush()
+		}
+	}
+	if errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("narrow forwarding in table %s: %w", t.Name, fs.ErrNotExist)
+	}
+	if err != nil {
+		return fmt.Errorf("narrow forwarding in table %s: %w", t.Name, err)
+	}
+	return nil
+}

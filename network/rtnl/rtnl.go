@@ -1,0 +1,27 @@
+// Package rtnl is what all need that speak to the kernel of interfaces, addresses and routes (rtnetlink(7)).
+package rtnl
+
+import (
+	"errors"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// maxLists is how often something is listed that changes meanwhile.
+const maxLists = 20
+
+// Whole lists until nothing changes meanwhile: the kernel says so when a list may lack something. One that never comes to rest serves as it is.
+func Whole[T any](list func() ([]T, error)) (all []T, err error) {
+	for range maxLists {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return all, err
+		}
+	}
+	return all, nil
+}
+
+// NoIPv6 says whether an error means that the kernel, or an interface, has IPv6 switched off.
+func NoIPv6(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EAFNOSUPPORT)
+}

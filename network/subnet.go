@@ -1,0 +1,156 @@
+package network
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/resolvconf"
+	"push.rocks/smartvm/network/rtnl"
+)
+
+// OverlapError says that an address of a network leads elsewhere.
+type OverlapError struct {
+	Subnet string
+	Route  string // what of the host's is in it: a route, a gateway or a DNS server
+	// Interface is that of the route.
+	Interface string
+}
+
+func (e *OverlapError) Error() string {
+	by := ""
+	if e.Interface != "" {
+		by = " by " + e.Interface
+	}
+	return fmt.Sprintf("subnet %s overlaps the host's %s%s", e.Subnet, e.Route, by)
+}
+
+// Code is the original's word for it.
+func (*OverlapError) Code() string { return "INVALID_SUBNET" }
+
+// free says whether the host needs addresses of the network's subnets for something else: routes into them, neighbours, gateways, DNS servers.
+// Routes to more than that by way of gateways (a VPN's, a company's) serve for all else as before; they are returned as shadowed.
+func (c *Config) free() (shadowed []string, err error) {
+	host, err := lookAtHost(c.Bridge)
+	if err != nil {
+		return nil, err
+	}
+	for _, subnet := range []netip.Prefix{c.Subnet, c.Subnet6} {
+		if !subnet.IsValid() {
+			continue
+		}
+		s, err := host.free(subnet)
+		if err != nil {
+			return nil, hint.Add(err, "name another subnet with --subnet, such as 172.30.77.0/24, or use a network of your own: smartvm network create")
+		}
+		shadowed = append(shadowed, s...)
+	}
+	return shadowed, nil
+}
+
+// destinations are what a host reaches, and how.
+type destinations struct {
+	routes  []destination
+	servers map[netip.Addr]string // which stand in no route: gateways and DNS servers
+}
+
+type destination struct {
+	to       netip.Prefix
+	by       string // an interface
+	directly bool   // its neighbours are there
+}
+
+// lookAtHost lists the host's, of all tables, but for what a bridge has, if it is there already: that is said better elsewhere.
+func lookAtHost(bridge string) (*destinations, error) {
+	routes, err := rtnl.Whole(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("look at routes: %w", err)
+	}
+	h := &destinations{servers: map[netip.Addr]string{}}
+	for _, path := range []string{resolvconf.Path, resolvconf.Stub} {
+		for _, a := range resolvconf.Servers(path) {
+			h.servers[a.WithZone("")] = "DNS server"
+		}
+	}
+	links := map[int]netlink.LinkAttrs{}
+	for _, r := range routes {
+		link, known := links[r.LinkIndex]
+		if l, err := netlink.LinkByIndex(r.LinkIndex); err == nil && !known {
+			link = *l.Attrs()
+			links[r.LinkIndex] = link
+		}
+		if link.Name == bridge && bridge != "" {
+			continue
+		}
+		if a, ok := netip.AddrFromSlice(r.Gw); ok {
+			h.servers[a.Unmap()] = "gateway"
+		}
+		for _, hop := range r.MultiPath {
+			if a, ok := netip.AddrFromSlice(hop.Gw); ok {
+				h.servers[a.Unmap()] = "gateway"
+			}
+		}
+		if r.Dst == nil {
+			continue
+		}
+		a, ok := netip.AddrFromSlice(r.Dst.IP)
+		if bits, _ := r.Dst.Mask.Size(); ok && bits > 0 {
+			directly := r.Gw == nil && len(r.MultiPath) == 0 && r.Type == unix.RTN_UNICAST && link.Flags&net.FlagPointToPoint == 0
+			h.routes = append(h.routes, destination{netip.PrefixFrom(a.Unmap(), bits), link.Name, directly})
+		}
+	}
+	return h, nil
+}
+
+// free returns the routes that lead to more than a subnet, or an *OverlapError.
+func (h *destinations) free(subnet netip.Prefix) (shadowed []string, err error) {
+	for a, what := range h.servers {
+		if subnet.Contains(a) {
+			return nil, &OverlapError{Subnet: subnet.String(), Route: what + " " + a.String()}
+		}
+	}
+	for _, r := range h.routes {
+		switch {
+		case !r.to.Overlaps(subnet):
+		case r.to.Bits() >= subnet.Bits() || r.directly:
+			return nil, &OverlapError{subnet.String(), "route to " + r.to.String(), r.by}
+		default:
+			shadowed = append(shadowed, r.to.String()+" by "+r.by)
+		}
+	}
+	return shadowed, nil
+}
+
+// unused finds a /24 that no network has and that the host does not need: beside the default one, far from those that clouds give their
+// networks (172.31.0.0/16 is AWS's, and has its DNS server). It shadows a route of the host's only if there is no other.
+func unused(others []Config) (netip.Prefix, error) {
+	host, err := lookAtHost("")
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	var second netip.Prefix
+	for n := range 255 {
+		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 30, byte(n + 1), 0}), 24)
+		if slices.ContainsFunc(others, func(o Config) bool { return o.Subnet.Overlaps(p) }) {
+			continue
+		}
+		shadowed, err := host.free(p)
+		if err == nil && shadowed == nil {
+			return p, nil
+		}
+		if err == nil && !second.IsValid() {
+			second = p
+		}
+	}
+	if second.IsValid() {
+		return second, nil
+	}
+	return netip.Prefix{}, hint.Add(fmt.Errorf("choose a subnet: %w", ErrExhausted), "name one with --subnet")
+}
