@@ -357,8 +357,12 @@ func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error 
 	conn.Resumable(agentproto.WatchPingTime, agentproto.GiveUp)
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	asked := time.Now()
 	if _, err := answer(conn); err != nil {
 		return err
+	}
+	if time.Since(asked) > closeEnough {
+		_, _ = c.SetClock(ctx) // if that cannot be, the guest has the time as late as it heard it
 	}
 	for range maxEvents {
 		k, payload, err := conn.Receive()

@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -421,38 +422,67 @@ func TestWatch_Skew(t *testing.T) {
 	}
 }
 
-// A guest is told the time of when it listens, however long it took to get there.
-func TestIdentify_Late(t *testing.T) {
-	host, vmm := net.Pipe()
-	defer vmm.Close()
-	c := &agent.Client{Dial: func(context.Context) (net.Conn, error) { return host, nil }}
-	done := make(chan error, 1)
+// fakeAgent answers requests as a guest's agent would, each by a function.
+func fakeAgent(t *testing.T, answer func(agentproto.Request) agentproto.Reply) *agent.Client {
+	t.Helper()
+	l, c := listen(t)
 	go func() {
-		_, _, err := c.Identify(t.Context(), &agentproto.Identity{})
-		done <- err
+		for {
+			raw, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conn := agentproto.NewConn(raw)
+			if _, payload, err := conn.Receive(); err == nil {
+				if req, err := agentproto.ParseJSON[agentproto.Request](payload); err == nil {
+					_ = conn.SendJSON(agentproto.KindReply, answer(req))
+				}
+			}
+			_ = conn.Close()
+		}
 	}()
-	// Nothing is behind the line.
-	if line, err := bufio.NewReader(vmm).ReadString('\n'); err != nil || line != fmt.Sprintf("CONNECT %d\n", agentproto.Port) {
-		t.Fatalf("got %q, %v", line, err)
+	return c
+}
+
+// A guest that is slow to hear what time it is hears it again, before it is told who it is and its programs go on.
+func TestIdentify_Late(t *testing.T) {
+	var asked []agentproto.Op
+	c := fakeAgent(t, func(req agentproto.Request) agentproto.Reply {
+		asked = append(asked, req.Op)
+		if req.Op != agentproto.OpClock {
+			if !req.Now.IsZero() {
+				t.Errorf("%s has a time, which may be late", req.Op)
+			}
+			return agentproto.Reply{}
+		}
+		if late := time.Since(req.Now); late > 200*time.Millisecond {
+			t.Errorf("told the time of %v ago", late)
+		}
+		if len(asked) == 1 {
+			time.Sleep(300 * time.Millisecond) // as long as such a guest takes
+			return agentproto.Reply{Skew: time.Hour}
+		}
+		return agentproto.Reply{Skew: -time.Second}
+	})
+	skew, _, err := c.Identify(t.Context(), &agentproto.Identity{})
+	if want := []agentproto.Op{agentproto.OpClock, agentproto.OpClock, agentproto.OpIdentify}; err != nil || !slices.Equal(asked, want) || skew != time.Hour-time.Second {
+		t.Errorf("asked %q, want %q; skew %v, %v", asked, want, skew, err)
 	}
-	listens := time.Now()
-	if _, err := io.WriteString(vmm, "OK 1\n"); err != nil {
-		t.Fatal(err)
-	}
-	conn := agentproto.NewConn(vmm)
-	_, payload, err := conn.Receive()
-	if err != nil {
-		t.Fatal(err)
-	}
-	req, err := agentproto.ParseJSON[agentproto.Request](payload)
-	if err != nil || req.Now.Before(listens.Round(0)) {
-		t.Errorf("told that it is %v, %v, at %v", req.Now, err, listens)
-	}
-	if err := conn.SendJSON(agentproto.KindReply, agentproto.Reply{}); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-done; err != nil {
-		t.Error(err)
+}
+
+// An agent of before, in a snapshot, hears the time as it is told who it is.
+func TestIdentify_OldAgent(t *testing.T) {
+	c := fakeAgent(t, func(req agentproto.Request) agentproto.Reply {
+		if req.Op == agentproto.OpClock {
+			return agentproto.Reply{Error: `the agent does not know how to "clock"`}
+		}
+		if late := time.Since(req.Now); late > time.Minute {
+			t.Errorf("told the time of %v ago", late)
+		}
+		return agentproto.Reply{Skew: time.Hour}
+	})
+	if skew, _, err := c.Identify(t.Context(), &agentproto.Identity{}); err != nil || skew != time.Hour {
+		t.Errorf("got %v, %v", skew, err)
 	}
 }
 

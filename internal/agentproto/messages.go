@@ -22,6 +22,8 @@ const (
 
 	OpProcesses Op = "processes" // a Reply with Processes
 
+	OpClock Op = "clock" // set the clock to Now: a Reply with Skew
+
 	OpSecrets Op = "secrets" // Env and Files for the command, which waits for them: see Boot.Secrets
 
 	OpResume Op = "resume" // go on with an OpExec or OpMain whose connection was lost: a Reply with Received, then its frames
@@ -76,7 +78,7 @@ type Request struct {
 	// Of OpIdentify:
 	Identity *Identity `json:"identity,omitempty"`
 
-	// Of OpWatch and OpIdentify: the host's clock, and 64 random bytes.
+	// Of OpWatch, OpIdentify and OpClock: the host's clock; of the first two, 64 random bytes.
 	Now     time.Time `json:"now,omitzero"`
 	Entropy []byte    `json:"entropy,omitempty"`
 }
@@ -106,7 +108,7 @@ type Reply struct {
 	IsDir bool `json:"isDir,omitempty"` // of OpWrite: Path is a directory
 	// Of OpResume: how many bytes of frames, but for the requests, the guest has.
 	Received uint64 `json:"received,omitempty"`
-	// Of OpIdentify: by how much the clock was wrong, nanoseconds; and what could not be done.
+	// Of OpIdentify and OpClock: by how much the clock was wrong, nanoseconds; and what could not be done.
 	Skew     time.Duration `json:"skew,omitempty"`
 	Warnings []string      `json:"warnings,omitempty"`
 }

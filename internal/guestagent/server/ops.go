@@ -107,6 +107,17 @@ func (s *Server) welcome(req agentproto.Request) (skew time.Duration) {
 	return skew
 }
 
+// clock sets the clock and nothing else, so that the host soon knows how late that was heard.
+func (s *Server) clock(ss *session) error {
+	skew := s.welcome(ss.req)
+	s.update(func() {
+		if skew != 0 {
+			s.skew = skew
+		}
+	})
+	return ss.reply(agentproto.Reply{Skew: skew})
+}
+
 // setClock sets that of this machine.
 func setClock(to time.Time) error {
 	ts := unix.NsecToTimespec(to.UnixNano())

@@ -176,7 +176,7 @@ func (s *Server) answer(raw net.Conn) {
 	do := map[agentproto.Op]func(*session) error{
 		agentproto.OpExec: s.exec, agentproto.OpMain: s.command, agentproto.OpWatch: s.watch,
 		agentproto.OpRead: s.read, agentproto.OpWrite: s.write, agentproto.OpDial: dial, agentproto.OpStats: stats,
-		agentproto.OpSecrets: s.secrets, agentproto.OpProcesses: processes,
+		agentproto.OpSecrets: s.secrets, agentproto.OpProcesses: processes, agentproto.OpClock: s.clock,
 		agentproto.OpFreeze: s.freeze, agentproto.OpThaw: s.thaw, agentproto.OpIdentify: s.identify,
 	}[req.Op]
 	if err == nil && do == nil && req.Op != agentproto.OpResume {
