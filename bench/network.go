@@ -128,9 +128,6 @@ func (s *networkSite) open() (err error) {
 		return err
 	}
 	s.cable = s.part(0)
-	if err := s.cable.Apply(s.ctx); err != nil {
-		return err
-	}
 	mac, err := net.ParseMAC(s.cable.MAC)
 	if err != nil {
 		return err
@@ -138,15 +135,7 @@ func (s *networkSite) open() (err error) {
 	if err := connect(s.guest, end{name: s.cable.Tap}, end{name: "eth0", mac: mac, address: netip.PrefixFrom(s.cable.IP4, 24).String()}); err != nil {
 		return err
 	}
-	port, err := netlink.LinkByName(s.cable.Tap)
-	if err != nil {
-		return err
-	}
-	bridge, err := netlink.LinkByName(s.config.Bridge)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(netlink.LinkSetMaster(port, bridge), netlink.LinkSetIsolated(port, true)); err != nil {
+	if err := errors.Join(s.tap(0).Join(), s.cable.Apply(s.ctx)); err != nil {
 		return err
 	}
 	gateway, _ := s.config.Gateway()

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
 )
@@ -298,4 +299,64 @@ func TestAttack_Loopback(t *testing.T) {
 			}
 		}
 	}
+}
+
+// One guest that opens connections without end, to the world or to the host, takes them from nobody else, and keeps those that it has.
+func TestAttack_Connections(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	const most = 50
+	s := newSite(t, func(c *network.Config) { c.MaxConnections = most })
+	s.outside.Serve(":80", "world")
+	greedy, other := s.guest(0, func(g *filter.Guest) { g.Policy = allowHost }), s.guest(1, nil)
+	if err := nettest.Serve(t, ":9000", "host"); err != nil {
+		t.Fatal(err)
+	}
+	// open opens n connections and returns those that are answered.
+	open := func(address string, n int) (answered []net.Conn) {
+		for range n {
+			var c net.Conn
+			greedy.Must(func() (err error) { c, err = net.Dial("udp", address); return err })
+			t.Cleanup(func() { c.Close() })
+			if answers(t, c, 50*time.Millisecond) {
+				answered = append(answered, c)
+			}
+		}
+		return answered
+	}
+	got := open(world4+":80", most-10)
+	if len(got) != most-10 {
+		t.Errorf("%d of %d are answered", len(got), most-10)
+	}
+	got = append(got, open("172.30.0.1:9000", 30)...)
+	if len(got) < most || len(got) > most+2 { // the kernel counts before it knows the newest
+		t.Errorf("%d connections at once, want %d", len(got), most)
+	}
+	for _, c := range got[:3] {
+		if !answers(t, c, 5*time.Second) {
+			t.Error("a connection that was there is not any more")
+		}
+	}
+	other.reaches(t, "udp", world4+":80", "world from "+uplink4+"\n")
+	other.reaches(t, "tcp", "["+world6+"]:80", "world from "+uplink6+"\n")
+	// When its connections end it has others.
+	if err := filter.ForgetAll(); err != nil {
+		t.Fatal(err)
+	}
+	greedy.reaches(t, "udp", world4+":80", "world from "+uplink4+"\n")
+}
+
+// answers says whether a datagram on a connection has one for an answer.
+func answers(t *testing.T, c net.Conn, wait time.Duration) bool {
+	t.Helper()
+	_, err := c.Write([]byte("?"))
+	if err == nil {
+		err = c.SetReadDeadline(time.Now().Add(wait))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, _ := c.Read(make([]byte, 64))
+	return n > 0
 }

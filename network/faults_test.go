@@ -59,6 +59,42 @@ func TestNetwork_Metadata(t *testing.T) {
 	}
 }
 
+// A guest of the internet alone reaches no private network, not even the host's LAN, but what its own rules say; other guests do.
+func TestNetwork_EgressPublic(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	private := []string{"10.1.2.3", "172.20.0.1", "192.168.1.1", "100.64.0.9", "198.18.0.1", "fd12::1", "64:ff9b::a01:203", "2002:c0a8:101::1"}
+	for _, text := range append(private, "192.168.1.2", "1.1.1.1", "2606:4700::1111") {
+		a := netip.MustParseAddr(text)
+		p := netip.PrefixFrom(a, a.BitLen())
+		s.outside.Must(nettest.Link{Name: "eth0", Addresses: []netip.Prefix{p}}.Configure)
+		route(t, p.String(), map[bool]string{true: world4, false: world6}[a.Is4()])
+	}
+	s.outside.Serve(":80", "world")
+	public := s.guest(0, func(g *filter.Guest) {
+		g.Policy = &policy.Policy{Egress: policy.EgressPublic, Rules: []policy.Rule{{Action: policy.Allow, Destination: "192.168.1.2"}}}
+	})
+	other := s.guest(1, nil)
+	ask := func(g *guest, address string) string { return g.Ask("tcp", net.JoinHostPort(address, "80")) }
+	for _, a := range private {
+		public.misses(t, "tcp", net.JoinHostPort(a, "80"))
+		if got := ask(other, a); !strings.HasPrefix(got, "world from ") {
+			t.Errorf("%s without a policy: %q", a, got)
+		}
+	}
+	for _, a := range []string{"1.1.1.1", "2606:4700::1111", world4, world6, "192.168.1.2"} {
+		if got := ask(public, a); !strings.HasPrefix(got, "world from ") {
+			t.Errorf("%s: got %q", a, got)
+		}
+	}
+	counts, err := filter.Counts(s.config.Table(), public.filter.Tap)
+	if err != nil || len(counts) != 3 || counts[1].Rule != "egress public" || counts[1].Packets == 0 {
+		t.Errorf("counters %+v, %v", counts, err)
+	}
+}
+
 // What is denied is not reached by an IPv6 address that stands for it either.
 func TestNetwork_Embedded(t *testing.T) {
 	if !nettest.Alone(t) {

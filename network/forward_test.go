@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
 )
 
 // A host that did not forward forwards for guests alone, and is as before in the end; where somebody else switches forwarding on
@@ -180,6 +182,67 @@ func removeLink(t *testing.T, name string) {
 	if err != nil {
 		t.Error(err)
 	}
+}
+
+// What somebody changes of a bridge comes back, and its ports stay.
+func TestNetwork_BridgeChanged(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, func(c *network.Config) { c.MTU = 1400 })
+	s.outside.Serve(":80", "world")
+	g := s.guest(0, func(g *filter.Guest) { g.Ports = []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}} })
+	g.Serve(":80", "web")
+	bridge, err := netlink.LinkByName(s.config.Bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	restored := 0
+	for name, change := range map[string]func() error{
+		"address": func() error {
+			a, err := netlink.ParseAddr("172.30.0.1/24")
+			if err != nil {
+				return err
+			}
+			return netlink.AddrDel(bridge, a)
+		},
+		"all addresses": func() error {
+			list, err := netlink.AddrList(bridge, netlink.FAMILY_ALL)
+			for _, a := range list {
+				err = errors.Join(err, netlink.AddrDel(bridge, &a))
+			}
+			return err
+		},
+		"down":           func() error { return netlink.LinkSetDown(bridge) },
+		"mtu":            func() error { return netlink.LinkSetMTU(bridge, 1300) },
+		"route_localnet": func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/svbr0/route_localnet", []byte("0"), 0) },
+	} {
+		if err := change(); err != nil {
+			t.Fatal(name, err)
+		}
+		if name == "down" {
+			restored++ // the kernel forgets neighbours then
+		}
+		if n, err := g.use.Check(t.Context()); err != nil || n != restored {
+			t.Fatalf("%s: restored %d times, %v, want %d", name, n, err, restored)
+		}
+		if name == "down" {
+			if err := g.filter.Apply(t.Context()); err != nil {
+				t.Fatal(name, err)
+			}
+		}
+		if got := g.Ask("tcp", world4+":80"); got != "world from "+uplink4+"\n" {
+			t.Errorf("%s: the guest hears %q", name, got)
+		}
+		if got := nettest.Ask("tcp", "127.0.0.1:8000", 5e9); got != "web from 172.30.0.1\n" {
+			t.Errorf("%s: by the loopback: %q", name, got)
+		}
+		now, err := netlink.LinkByName(s.config.Bridge)
+		if err != nil || now.Attrs().MTU != 1400 || now.Attrs().Index != bridge.Attrs().Index {
+			t.Errorf("%s: the bridge is %+v, %v", name, now.Attrs(), err)
+		}
+	}
+	s.remove(g)
 }
 
 func addresses(all ...string) (a []netip.Addr) {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -18,6 +19,7 @@ import (
 
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/rtnl"
 )
 
 // Bridge is a network's bridge, as an effect on the host. Its MAC tells it from another of its name.
@@ -49,6 +51,11 @@ func (b *Bridge) Apply(context.Context) error {
 	case err != nil:
 		return fmt.Errorf("make bridge %s: %w", b.Name, err)
 	}
+	return b.settle(link)
+}
+
+// settle makes the bridge what it shall be, whatever of that it is already.
+func (b *Bridge) settle(link netlink.Link) error {
 	for _, v := range [][3]string{
 		// A router that a guest claims to be is not for the host.
 		{"ipv6", "accept_ra", "0"},
@@ -59,14 +66,28 @@ func (b *Bridge) Apply(context.Context) error {
 		{"ipv4", "route_localnet", "1"},
 	} {
 		if err := writeInterface(b.Name, v[0], v[1], v[2]); err != nil {
-			return err
+			return fmt.Errorf("set up bridge %s: %w", b.Name, err)
 		}
 	}
-	if err := addAddresses(link, b.Addresses); err != nil {
+	if now := link.Attrs().MTU; b.MTU != 0 && now != 0 && now != b.MTU {
+		if err := netlink.LinkSetMTU(link, b.MTU); err != nil {
+			return fmt.Errorf("set MTU of bridge %s: %w", b.Name, err)
+		}
+	}
+	has, err := rtnl.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
+	if err != nil {
+		return fmt.Errorf("list addresses of bridge %s: %w", b.Name, err)
+	}
+	missing := slices.DeleteFunc(slices.Clone(b.Addresses), func(p netip.Prefix) bool {
+		return slices.ContainsFunc(has, func(a netlink.Addr) bool { return a.IP.Equal(p.Addr().AsSlice()) })
+	})
+	if err := addAddresses(link, missing); err != nil {
 		return fmt.Errorf("give bridge %s its %w", b.Name, err)
 	}
-	if err := netlink.LinkSetUp(link); err != nil {
-		return fmt.Errorf("set bridge %s up: %w", b.Name, err)
+	if link.Attrs().Flags&net.FlagUp == 0 {
+		if err := netlink.LinkSetUp(link); err != nil {
+			return fmt.Errorf("set bridge %s up: %w", b.Name, err)
+		}
 	}
 	return nil
 }
@@ -88,12 +109,26 @@ func (b *Bridge) There(context.Context) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("find bridge %s: %w", b.Name, err)
 	}
-	return l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == b.MAC && l.Attrs().Flags&net.FlagUp != 0, nil
+	return l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == b.MAC, nil
 }
 
-// writeInterface sets a variable of an interface, where the kernel has its protocol.
+// Settle makes a bridge that is there what it shall be again, with its ports. It says whether the bridge was down: then the kernel has forgotten what
+// guests' entries told it.
+func (b *Bridge) Settle() (wasDown bool, err error) {
+	l, err := netlink.LinkByName(b.Name)
+	if err != nil {
+		return false, fmt.Errorf("find bridge %s: %w", b.Name, err)
+	}
+	return l.Attrs().Flags&net.FlagUp == 0, b.settle(l)
+}
+
+// writeInterface sets a variable of an interface, unless it is so, where the kernel has its protocol.
 func writeInterface(name, protocol, variable, value string) error {
-	err := os.WriteFile("/proc/sys/net/"+protocol+"/conf/"+name+"/"+variable, []byte(value), 0)
+	path := "/proc/sys/net/" + protocol + "/conf/" + name + "/" + variable
+	now, err := os.ReadFile(path)
+	if err == nil && strings.TrimSpace(string(now)) != value {
+		err = os.WriteFile(path, []byte(value), 0)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

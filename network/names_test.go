@@ -5,14 +5,17 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
@@ -111,6 +114,81 @@ func TestNetwork_Names(t *testing.T) {
 	proxies.Close()
 	if got := g.resolve(t, "172.30.0.1:53", "good.example."); got == "203.0.113.9" {
 		t.Error("there is an answer without a proxy")
+	}
+	s.remove(g)
+}
+
+// A guest has names whatever server its host asks, where only the host reaches that too, and as it is now; what it asks others itself goes there.
+func TestNetwork_Resolver(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	s.outside.ServeNames(world4, map[string]string{"who.example.": "192.0.2.1"})
+	s.outside.Must(nettest.Link{Name: "eth0", Addresses: prefixes("169.254.169.254/32")}.Configure)
+	route(t, "169.254.169.254/32", world4)
+	s.outside.ServeNames("169.254.169.254", map[string]string{"who.example.": "192.0.2.2"})
+	g, _ := s.namedGuest(0, nil)
+	here := map[string]string{"127.0.0.1": "192.0.2.3", "127.0.0.53": "192.0.2.4", uplink4: "192.0.2.5"}
+	for server, answer := range here {
+		if err := nettest.ServeNames(t, server, map[string]string{"who.example.": answer}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	here[world4], here["169.254.169.254"] = "192.0.2.1", "192.0.2.2"
+	for server, want := range here {
+		nettest.Resolver(t, server)
+		if got := g.resolve(t, "172.30.0.1:53", "who.example."); got != want {
+			t.Errorf("with %s as the host's server: got %s, want %s", server, got, want)
+		}
+	}
+	var proxies attach.Upkeep
+	t.Cleanup(proxies.Close)
+	own := s.guestWith(1, nil, func(g *guest) error {
+		i := attach.Interface{Tap: g.filter.Tap, Network: s.config, DNS: addresses(world4)}
+		return proxies.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{i}, slog.New(slog.DiscardHandler))
+	})
+	nettest.Resolver(t, "127.0.0.1")
+	if got := own.resolve(t, "172.30.0.1:53", "who.example."); got != "192.0.2.1" {
+		t.Errorf("with a server of its own: got %s", got)
+	}
+	s.remove(own)
+	if got := g.resolve(t, world4+":53", "who.example."); got != "192.0.2.1" {
+		t.Errorf("of another server: got %s", got)
+	}
+	s.remove(g)
+}
+
+// By a tunnel guests ask the servers that it has, else those of the host that can be beyond it: never the host's own.
+func TestNetwork_ResolverVia(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
+	beyond := nettest.New(t)
+	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
+	beyond.Must(func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/proxy_arp", []byte("1"), 0) })
+	beyond.ServeNames(world4, map[string]string{"who.example.": "203.0.113.8"})
+	// As systemd-resolved has it: a stub on the host's loopback, and beside it what that asks.
+	if err := nettest.ServeNames(t, "127.0.0.53", map[string]string{"who.example.": "203.0.113.66"}); err != nil {
+		t.Fatal(err)
+	}
+	nettest.Resolver(t, "127.0.0.53")
+	if err := unix.Mount("none", "/run", "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	g, _ := s.namedGuest(0, nil)
+	if got := g.resolve(t, "172.30.0.1:53", "who.example."); got != "RCodeServerFailure" {
+		t.Errorf("with nothing but the stub: got %s", got)
+	}
+	if err := os.MkdirAll(filepath.Dir(resolvconf.Stub), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(resolvconf.Stub, []byte("nameserver "+world4+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got := g.resolve(t, "172.30.0.1:53", "who.example."); got != "203.0.113.8" {
+		t.Errorf("by the tunnel: got %s", got)
 	}
 	s.remove(g)
 }

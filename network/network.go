@@ -1,14 +1,19 @@
 package network
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
+	"strings"
 
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
@@ -31,6 +36,8 @@ type Config struct {
 	Mutual  bool           `json:"mutual,omitempty"` // guests reach each other
 	Inside  bool           `json:"internal,omitempty"`
 	Policy  *policy.Policy `json:"policy,omitempty"` // what all its guests may reach at most
+	// MaxConnections is how many the host may have to know of one guest, of IPv4 and of IPv6. 0: an eighth of what it can know of all.
+	MaxConnections int `json:"maxConnections,omitempty"`
 	// WireGuard is the interface by which alone guests leave. "": any. WireGuardConfig is a file as wg-quick has it, absolute, of
 	// which such an interface is made.
 	WireGuard       string `json:"wireguard,omitempty"`
@@ -84,6 +91,9 @@ func (c *Config) Validate() error {
 	}
 	if c.MTU != 0 && (c.MTU < 1280 || c.MTU > 65535) {
 		errs = append(errs, fmt.Errorf("mtu %d: must be from 1280 to 65535", c.MTU))
+	}
+	if c.MaxConnections < 0 || c.MaxConnections > math.MaxInt32 {
+		errs = append(errs, fmt.Errorf("maxConnections %d: must be from 0 to %d", c.MaxConnections, math.MaxInt32))
 	}
 	if c.WireGuard != "" {
 		errs = append(errs, ValidInterface(c.WireGuard))
@@ -192,5 +202,15 @@ func (c *Config) tables(owner string) *filter.Tables {
 	return &filter.Tables{
 		Name: c.Table(), Owner: owner, Bridge: c.Bridge, Taps: tapPrefix(c.Bridge), Subnet: c.Subnet, Subnet6: c.Subnet6,
 		Mutual: c.Mutual, Inside: c.Inside, Via: c.via(owner), Tunnel: c.WireGuardConfig != "", Egress: c.Policy,
+		Connections: cmp.Or(c.MaxConnections, connectionsOfHost()/8),
 	}
+}
+
+// connectionsOfHost is how many the kernel can know.
+func connectionsOfHost() int {
+	data, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
+	if n, err2 := strconv.Atoi(strings.TrimSpace(string(data))); err == nil && err2 == nil && n > 0 {
+		return n
+	}
+	return 1 << 18 // a kernel's default, while it does not track any
 }

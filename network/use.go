@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/atomicfile"
@@ -140,7 +141,7 @@ func (u *Use) bringUp(ctx context.Context) error {
 		return errors.Join(err, u.takeDown(ctx))
 	}
 	sharedOf(ctx).log().Info("network is up", "network", u.Network.Name, "bridge", u.Network.Bridge)
-	if blockers, err := filter.Blockers(); err == nil && len(blockers) > 0 {
+	if blockers, err := filter.Blockers(nftables.ChainHookForward); err == nil && len(blockers) > 0 {
 		sharedOf(ctx).log().Warn("another firewall drops what it does not know: if VMs do not reach the outside, let what comes from and goes to the bridge through there",
 			"network", u.Network.Name, "bridge", u.Network.Bridge, "chains", blockers)
 	}
@@ -291,6 +292,14 @@ func (u *Use) Check(ctx context.Context) (restored int, err error) {
 // repair counts first: if it does not come to its end, the guests look all the same.
 func (u *Use) repair(ctx context.Context, n *up) error {
 	counted := false
+	count := func() error {
+		if counted {
+			return nil
+		}
+		counted = true
+		n.Restored++
+		return atomicfile.WriteJSON(u.path(upFile), n)
+	}
 	for _, e := range n.effects() { // one may be whole again only after those before it
 		there, err := e.(interface {
 			There(context.Context) (bool, error)
@@ -298,15 +307,20 @@ func (u *Use) repair(ctx context.Context, n *up) error {
 		if err != nil {
 			return err
 		}
+		if b, ok := e.(*Bridge); ok && there {
+			wasDown, err := b.Settle()
+			if err == nil && wasDown {
+				err = count()
+			}
+			if err != nil {
+				return fmt.Errorf("restore network %s: %w", n.Network.Name, err)
+			}
+		}
 		if there {
 			continue
 		}
-		if !counted {
-			counted = true
-			n.Restored++
-			if err := atomicfile.WriteJSON(u.path(upFile), n); err != nil {
-				return err
-			}
+		if err := count(); err != nil {
+			return err
 		}
 		if t, ok := e.(*filter.Tables); ok {
 			err = t.Replace(ctx)

@@ -124,6 +124,16 @@ func TestLinuxWireGuard(t *testing.T) {
 	g := s.guest(0, nil)
 	g.reaches(t, "tcp", "203.0.113.77:80", "world from 10.7.0.2\n")
 	g.reaches(t, "udp", "[fd07::1]:80", "world from fd07::2\n")
+	// Who is at the other end reaches nothing of the host by it, which he does by the host's own address.
+	if err := nettest.Serve(t, ":22", "host"); err != nil {
+		t.Fatal(err)
+	}
+	if !s.outside.Silent("tcp", "10.7.0.2:22") || !s.outside.Silent("udp", "[fd07::2]:22") {
+		t.Error("the host is open to the tunnel's other end")
+	}
+	if got := s.outside.Ask("tcp", uplink4+":22"); got != "host from "+world4+"\n" {
+		t.Errorf("by the uplink: got %q", got)
+	}
 	via := network.Via(s.dir, s.config.Name)
 	tunnel, err := netlink.LinkByName(via)
 	if err != nil {

@@ -52,7 +52,8 @@ const oursSpec = `{
   "machineConfig": {"vcpuCount": 1, "memSizeMib": 128},
   "networkInterfaces": [{"ifaceId": "eth0", "hostDevName": "tap0", "mtu": 1400}, {"ifaceId": "eth1", "network": "lan"}],
   "ports": [{"hostIp": "127.0.0.1", "hostPort": 8080, "guestPort": 80, "protocol": "udp"}],
-  "policy": {"defaultAction": "deny", "rules": [{"action": "allow", "protocol": "tcp", "destination": "10.0.0.0/8"}], "allowHost": true},
+  "policy": {"defaultAction": "deny", "rules": [{"action": "allow", "protocol": "tcp", "destination": "10.0.0.0/8"}], "allowHost": true, "egress": "public"},
+  "dns": ["1.1.1.1", "fd00::53"],
   "balloon": {"amountMib": 128, "deflateOnOom": false, "freePageHinting": true, "freePageReporting": true},
   "mmds": {"networkInterfaces": ["eth0"], "imdsCompat": true},
   "entropy": {"rateLimiter": {"bandwidth": {"size": 1, "refillTime": 1}}},
@@ -68,7 +69,7 @@ const oursSpec = `{
 const imageSpec = `{
   "networkInterfaces": [{"ifaceId": "eth0", "namespace": true}],
   "bootSource": {}, "machineConfig": {"vcpuCount": 1, "memSizeMib": 512},
-  "image": "debian:12", "kernel": "host", "scratch": {"sizeMib": 512, "keep": "db"}, "hostname": "web",
+  "image": "debian:12", "kernel": "host", "scratch": {"sizeMib": 512, "keep": "db"}, "hostname": "web", "dnsSearch": ["a.example", "b.example"],
   "entrypoint": ["/bin/sh", "-c"], "command": ["id"], "env": ["A=b"], "user": "nobody", "workingDir": "/tmp",
   "envFiles": ["/srv/env"], "secrets": [{"name": "key", "path": "/srv/key"}],
   "volumes": [{"source": "/srv/www", "target": "/www", "readOnly": true}, {"source": "/srv/src", "target": "/src", "sync": true}]

@@ -58,6 +58,10 @@ type Spec struct {
 	// Ports are published on the host. Policy says what the guest may reach, on all its networks.
 	Ports  []Port         `json:"ports,omitempty"`
 	Policy *policy.Policy `json:"policy,omitempty"`
+	// DNS are the servers that answer the guest for names, at most 3, in place of the host's. DNSSearch are the domains in which the guest of an
+	// image looks for names that are not whole, at most 6.
+	DNS       []netip.Addr `json:"dns,omitempty"`
+	DNSSearch []string     `json:"dnsSearch,omitempty"`
 
 	Entropy       *Entropy        `json:"entropy,omitempty"`
 	Serial        *Serial         `json:"serial,omitempty"`        // Firecracker ≥ 1.16

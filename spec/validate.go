@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -221,6 +222,18 @@ func (s Spec) checkPorts(p *problems) {
 	ours := slices.ContainsFunc(s.NetworkInterfaces, func(n NetworkInterface) bool { return n.HostDevName == "" })
 	p.require(len(s.Ports) == 0 || ours, "ports", nil, "must not be there without an interface on one of our networks")
 	p.require(s.Policy == nil || ours, "policy", nil, "must not be there without an interface on one of our networks")
+	p.require(len(s.DNS) == 0 || ours, "dns", nil, "must not be there without an interface on one of our networks")
+	p.require(len(s.DNS) <= maxDNS, "dns", len(s.DNS), fmt.Sprintf("must be at most %d", maxDNS))
+	for i, a := range s.DNS {
+		usable := a.IsValid() && a.Zone() == "" && !a.Is4In6() && !a.IsUnspecified() && !a.IsMulticast()
+		p.require(usable, fmt.Sprintf("dns[%d]", i), a, "must be the address of a server, without a zone")
+	}
+	p.require(len(s.DNSSearch) == 0 || s.Image != "", "dnsSearch", nil, "must not be there without an image")
+	p.require(len(s.DNSSearch) <= maxSearch, "dnsSearch", len(s.DNSSearch), fmt.Sprintf("must be at most %d", maxSearch))
+	for i, d := range s.DNSSearch {
+		usable := len(d) <= 253 && domain.MatchString(d)
+		p.require(usable, fmt.Sprintf("dnsSearch[%d]", i), d, "must be a domain, such as example.com")
+	}
 	p.require(len(s.Ports) <= maxPorts, "ports", len(s.Ports), fmt.Sprintf("must be at most %d", maxPorts))
 	seen := map[string]string{}
 	for i, port := range s.Ports {
@@ -245,7 +258,13 @@ func (s Spec) checkPorts(p *problems) {
 	}
 }
 
-const maxPorts = 256
+const (
+	maxPorts  = 256
+	maxDNS    = 3 // what resolvers read
+	maxSearch = 6
+)
+
+var domain = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?$`)
 
 func (p *problems) mac(path, value string, seen map[string]string) {
 	mac, err := net.ParseMAC(value)

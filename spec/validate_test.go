@@ -152,6 +152,14 @@ func networkRules() []breakage {
 	ports := func(all ...vmspec.Port) func(*vmspec.Spec) {
 		return func(s *vmspec.Spec) { s.NetworkInterfaces[1].HostDevName, s.Ports = "", all }
 	}
+	dns := func(all ...string) func(*vmspec.Spec) {
+		return func(s *vmspec.Spec) {
+			s.NetworkInterfaces[1].HostDevName = ""
+			for _, text := range all {
+				s.DNS = append(s.DNS, netip.MustParseAddr(text))
+			}
+		}
+	}
 	iface := func(edit func(*vmspec.NetworkInterface)) func(*vmspec.Spec) {
 		return func(s *vmspec.Spec) { edit(&s.NetworkInterfaces[1]) }
 	}
@@ -174,6 +182,10 @@ func networkRules() []breakage {
 		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2, Protocol: "tcp"})},
 		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv4Unspecified(), HostPort: 1, GuestPort: 2})},
 		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostIP: netip.IPv6Unspecified(), HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2})},
+		{"dns", "at most 3", dns("1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4")},
+		{"dns[1]", "address of a server", dns("1.1.1.1", "fe80::1%eth0")},
+		{"dns", "without an interface on one of our networks", func(s *vmspec.Spec) { s.DNS = []netip.Addr{netip.MustParseAddr("1.1.1.1")} }},
+		{"dnsSearch", "without an image", func(s *vmspec.Spec) { s.DNSSearch = []string{"example.com"} }},
 		{"ports[0].hostIp", "without a zone", ports(vmspec.Port{HostIP: netip.MustParseAddr("::ffff:127.0.0.1"), HostPort: 1, GuestPort: 1})},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("sixteen_bytes_ab")},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("a/b")},

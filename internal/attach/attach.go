@@ -45,6 +45,8 @@ type Interface struct {
 	// guest's are network.InnerMAC and InnerGuest.
 	File string `json:"namespace,omitempty"`
 	Warm bool   `json:"warm,omitempty"` // the namespace is a pool's
+	// DNS are the servers that the guest's questions go to. Empty: those of the network, or of the host.
+	DNS []netip.Addr `json:"dns,omitempty"`
 
 	// Wish is what it had in a VM that this one is restored from: it gets that again where it is free. It may be nil.
 	Wish *Interface `json:"-"`
@@ -68,7 +70,7 @@ func Resolve(vm VM, s *spec.Spec, networks *network.Store) (all []Interface, err
 		}
 		n.HostDevName = network.TapName(config.Bridge, vm.ID, vm.Nonce, n.IfaceID)
 		n.GuestMAC = strings.ToLower(cmp.Or(n.GuestMAC, network.MAC(vm.ID, n.IfaceID).String()))
-		i := Interface{ID: n.IfaceID, Network: config, Tap: n.HostDevName, MAC: n.GuestMAC, MTU: config.MTU}
+		i := Interface{ID: n.IfaceID, Network: config, Tap: n.HostDevName, MAC: n.GuestMAC, MTU: config.MTU, DNS: s.DNS}
 		if n.Namespace {
 			i.File = filepath.Join(vm.Store.Dir(vm.ID), store.NetNSFile)
 			n.HostDevName, n.GuestMAC = network.InnerTap, network.InnerMAC
@@ -197,7 +199,7 @@ func (i *Interface) address(ctx context.Context, vm VM, do Do) error {
 // Tell tells the guest of its interfaces: its first program, nil if it has none of ours, or else its kernel.
 func Tell(s *spec.Spec, guest *agentproto.Boot, all []Interface) error {
 	if guest != nil {
-		guest.Interfaces, guest.DNS = guestInterfaces(all), resolvers(all[0], s.Policy)
+		guest.Interfaces, guest.DNS, guest.Search = guestInterfaces(all), resolvers(all[0], s.Policy), s.DNSSearch
 		_, err := guest.Encode()
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/journal"
@@ -22,39 +23,50 @@ import (
 	"push.rocks/smartvm/network/dnsproxy"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/network/wireguard"
 )
 
-// Add starts the proxy of a guest one of whose policies needs one, on the port that the guest has, or one that it then has.
+// Add starts the DNS proxy of a guest, on the port that the guest has, or one that it then has. From a network that nothing leaves, questions
+// do not either.
 func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *slog.Logger) error {
 	n := slices.IndexFunc(all, func(i Interface) bool { return i.Tap == g.Tap })
-	if n < 0 || !needsProxy(&all[n].Network, g.Policy) {
+	if n < 0 || all[n].Network.Inside {
 		return nil
 	}
-	c := dnsproxy.Config{Log: log.With("vm", g.Tap)}
-	for layer, of := range []*policy.Policy{filter.OfNetwork: all[n].Network.Policy, filter.Own: g.Policy} {
-		names, err := namesOf(g.Guest, filter.Layer(layer), of)
-		if err != nil {
-			return err
+	of := &all[n].Network
+	c := dnsproxy.Config{Log: log.With("vm", g.Tap), Upstreams: newServers(all[n].DNS, false).all}
+	if of.Policy.Names() || g.Policy.Names() {
+		for layer, p := range []*policy.Policy{filter.OfNetwork: of.Policy, filter.Own: g.Policy} {
+			names, err := namesOf(g.Guest, filter.Layer(layer), p)
+			if err != nil {
+				return err
+			}
+			c.Names = append(c.Names, names)
 		}
-		c.Names = append(c.Names, names)
 	}
-	if net := &all[n].Network; net.WireGuard != "" || net.WireGuardConfig != "" {
+	if of.WireGuard != "" || of.WireGuardConfig != "" {
 		// What guests ask leaves by no other way than all else of theirs.
-		via := network.Via(filepath.Join(runtimeDir, store.NetworkDir), net.Name)
+		via := network.Via(filepath.Join(runtimeDir, store.NetworkDir), of.Name)
 		if via == "" {
-			return fmt.Errorf("ask for names: network %s has no tunnel", net.Name)
+			return fmt.Errorf("ask for names: network %s has no tunnel", of.Name)
 		}
 		c.Control = bindTo(via)
+		own := all[n].DNS
+		if own == nil && of.WireGuardConfig != "" {
+			config, err := wireguard.Load(of.WireGuardConfig)
+			if err != nil {
+				return err
+			}
+			own = config.DNS
+		}
+		c.Upstreams = newServers(own, true).all
 	}
 	var err error
-	for _, a := range resolvconf.Servers(resolvconf.Path) {
-		c.Upstreams = append(c.Upstreams, netip.AddrPortFrom(a, 53))
-	}
-	if c.TCP, c.UDP, err = listenDNS(all[n].Network.Bridge, g.DNS); err != nil {
+	if c.TCP, c.UDP, err = listenDNS(of.Bridge, g.DNS); err != nil {
 		return fmt.Errorf("listen for DNS queries: %w", err)
 	}
 	g.DNS = c.TCP.Addr().(*net.TCPAddr).AddrPort().Port()
-	u.sockets = append(u.sockets, socket{all[n].Network.Bridge, c.TCP.(*net.TCPListener)}, socket{all[n].Network.Bridge, c.UDP.(*net.UDPConn)})
+	u.sockets = append(u.sockets, socket{of.Bridge, c.TCP.(*net.TCPListener)}, socket{of.Bridge, c.UDP.(*net.UDPConn)})
 	ctx, cancel := context.WithCancel(context.Background())
 	u.cancel = append(u.cancel, cancel)
 	u.work.Go(func() {
@@ -64,6 +76,34 @@ func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *
 	})
 	return nil
 }
+
+// servers are those that a guest's questions go to.
+type servers struct {
+	own       []netip.Addr // empty: the host's, as they are now
+	elsewhere bool         // but for those that only the host itself reaches
+	files     []*resolvconf.File
+}
+
+func newServers(own []netip.Addr, elsewhere bool) *servers {
+	return &servers{own, elsewhere, []*resolvconf.File{{Path: resolvconf.Path}, {Path: resolvconf.Stub}}}
+}
+
+func (s *servers) all() (all []netip.AddrPort) {
+	addresses := s.own
+	for i := 0; i < len(s.files) && len(addresses) == 0; i++ {
+		addresses = slices.Clone(s.files[i].Servers())
+		if s.elsewhere {
+			addresses = slices.DeleteFunc(addresses, onHost)
+		}
+	}
+	for _, a := range addresses {
+		all = append(all, netip.AddrPortFrom(a, 53))
+	}
+	return all
+}
+
+// onHost says whether only the host itself reaches a server.
+func onHost(a netip.Addr) bool { return a.IsLoopback() || a.IsLinkLocalUnicast() }
 
 // namesOf is what a guest's policy says of names, which may be nothing.
 func namesOf(g filter.Guest, layer filter.Layer, p *policy.Policy) (n dnsproxy.Names, err error) {
@@ -102,7 +142,7 @@ func (u *Upkeep) Adopt(runtimeDir string, effects []journal.Effect, all []Interf
 	for _, e := range effects {
 		if g, ok := e.(*network.Guest); ok {
 			if err := u.Add(runtimeDir, g, all, log); err != nil {
-				log.Warn("names of the policy have no addresses", "tap", g.Tap, "err", err)
+				log.Warn("the guest has no names", "tap", g.Tap, "err", err)
 			}
 		}
 	}
@@ -137,28 +177,26 @@ func listenDNS(device string, port uint16) (net.Listener, net.PacketConn, error)
 	return nil, nil, errors.Join(errs...)
 }
 
-// resolvers are the DNS servers that a guest is told of: the network's own proxy where names are part of its policy, else the
-// host's, but for those that only the host itself reaches.
+// resolvers are the DNS servers that a guest is told of: its network's own. Where another firewall drops what comes to the host, that may be out of
+// reach: then, if no name depends on it, the host's, but for those that only the host itself reaches.
 func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
 	gateway4, gateway6 := i.Network.Gateway()
-	if i.Network.Inside {
-		return nil
+	if i.Network.Inside { // one of the network's own guests may be such a server
+		return i.DNS
 	}
-	if needsProxy(&i.Network, p) {
-		return []netip.Addr{gateway4}
+	gateway := []netip.Addr{gateway4}
+	blockers, err := filter.Blockers(nftables.ChainHookInput)
+	if i.Network.Policy.Names() || p.Names() || err != nil || len(blockers) == 0 || i.Network.WireGuard != "" || i.Network.WireGuardConfig != "" {
+		return gateway
+	}
+	if i.DNS != nil {
+		return i.DNS
 	}
 	for _, path := range []string{resolvconf.Path, resolvconf.Stub} {
-		all = slices.DeleteFunc(resolvconf.Servers(path), func(a netip.Addr) bool {
-			return a.IsLoopback() || a.IsLinkLocalUnicast() || a.Is6() && !gateway6.IsValid()
-		})
+		all = slices.DeleteFunc(resolvconf.Servers(path), func(a netip.Addr) bool { return onHost(a) || a.Is6() && !gateway6.IsValid() })
 		if len(all) > 0 {
-			break
+			return all
 		}
 	}
-	return all
-}
-
-// needsProxy says whether a guest may reach names. From a network that nothing leaves, questions do not either.
-func needsProxy(c *network.Config, own *policy.Policy) bool {
-	return !c.Inside && (c.Policy.Names() || own.Names())
+	return gateway
 }

@@ -10,6 +10,7 @@ import (
 
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/watch"
 )
 
 // Upkeep is what the process that looks after a VM does for its networks: it answers for names (without that the names that policies allow have
@@ -39,45 +40,52 @@ func (u *Upkeep) Look(ctx context.Context, all []Interface, every time.Duration,
 		default: // it is told already
 		}
 	}
-	var networks []network.Config
+	var tables, bridges []string
 	for _, i := range all {
-		networks = append(networks, i.Network)
+		tables, bridges = append(tables, i.Network.Table()), append(bridges, i.Network.Bridge)
 	}
 	u.work.Go(func() {
 		tick := time.NewTicker(every)
 		defer tick.Stop()
-		for {
-			watching, stop := context.WithCancel(ctx)
-			changed := time.NewTimer(0)
-			<-changed.C
-			done := make(chan error, 1)
-			if len(networks) > 0 {
-				go func() { done <- network.Watch(watching, networks, func() { changed.Reset(settleTime) }) }()
+		listen := func(ctx context.Context, event func()) error { return watch.Watch(ctx, tables, bridges, tell, event) }
+		for ctx.Err() == nil {
+			if tables == nil {
+				listen = nil
 			}
-			for again := false; !again; {
-				select {
-				case <-ctx.Done():
-				case <-tick.C:
-					tell()
-					continue
-				case <-changed.C:
-					tell()
-					// A bridge that was removed will be another.
-				case err := <-done:
-					if err != nil && ctx.Err() == nil {
-						log.Debug("watch networks: changes are seen later", "err", err)
-					}
-					networks = nil
-				}
-				again = true
-			}
-			stop()
-			if ctx.Err() != nil {
-				return
+			if err := await(ctx, tick.C, listen, tell); err != nil && ctx.Err() == nil {
+				log.Debug("watch networks: changes are seen later", "err", err)
+				tables = nil
 			}
 		}
 	})
 	return now
+}
+
+// await tells at each tick, and when something has changed: then it is over, as a bridge that was removed will be another. Listen nil: no changes.
+func await(ctx context.Context, tick <-chan time.Time, listen func(context.Context, func()) error, tell func()) error {
+	var work sync.WaitGroup
+	defer work.Wait()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	changed := time.NewTimer(settleTime)
+	changed.Stop()
+	done := make(chan error, 1)
+	if listen != nil {
+		work.Go(func() { done <- listen(ctx, func() { changed.Reset(settleTime) }) })
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick:
+			tell()
+		case <-changed.C:
+			tell()
+			return nil
+		case err := <-done:
+			return err
+		}
+	}
 }
 
 // Heal restores a VM's part in its networks when those had to be restored themselves, or when others have removed it. Effects are those of

@@ -6,6 +6,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 )
 
 // Path is the host's own file. Stub is one that systemd-resolved keeps beside it, of the servers that it asks itself.
@@ -33,4 +35,28 @@ func Servers(path string) (all []netip.Addr) {
 		}
 	}
 	return all
+}
+
+// File is such a file, read again when it has changed. It is safe for concurrent use.
+type File struct {
+	Path string
+
+	mu      sync.Mutex
+	changed time.Time
+	size    int64
+	servers []netip.Addr
+}
+
+// Servers are those that it has now.
+func (f *File) Servers() []netip.Addr {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	info, err := os.Stat(f.Path)
+	if err != nil {
+		return nil
+	}
+	if f.servers == nil || !info.ModTime().Equal(f.changed) || info.Size() != f.size {
+		f.servers, f.changed, f.size = Servers(f.Path), info.ModTime(), info.Size()
+	}
+	return f.servers
 }

@@ -1,6 +1,7 @@
 package vmflags
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -37,7 +38,7 @@ func (s *Flags) policy(vm *spec.Spec) error {
 			return fmt.Errorf("--policy %s: %w", s.policyFile, err)
 		}
 	}
-	if s.rules == nil && s.fallback == "" {
+	if s.rules == nil && s.fallback == "" && s.egress == "" {
 		return nil
 	}
 	own := policy.Policy{}
@@ -45,6 +46,10 @@ func (s *Flags) policy(vm *spec.Spec) error {
 		own = *vm.Policy
 	}
 	own.Rules = slices.Concat(s.rules, own.Rules)
+	if s.egress != "" && s.egress != policy.EgressPublic {
+		return fmt.Errorf("--egress %q: want %s", s.egress, policy.EgressPublic)
+	}
+	own.Egress = cmp.Or(s.egress, own.Egress)
 	switch action := policy.Action(s.fallback); action {
 	case policy.Allow, policy.Deny:
 		own.DefaultAction = action

@@ -24,16 +24,17 @@ import (
 type Flags struct {
 	set *pflag.FlagSet
 
-	file                   string
-	kernel, initrd, append string
-	cpus                   int
-	memory                 Memory
-	drives                 []string
-	name, id               string
-	labels, nets, publish  []string
-	rules                  []policy.Rule
-	fallback, policyFile   string
-	vsock                  string
+	file                         string
+	kernel, initrd, append       string
+	cpus                         int
+	memory                       Memory
+	drives                       []string
+	name, id                     string
+	labels, nets, publish        []string
+	dns, search                  []string
+	rules                        []policy.Rule
+	fallback, policyFile, egress string
+	vsock                        string
 
 	entrypoint, user, workdir, hostname, keep string
 	env, envFiles, secrets, volumes           []string
@@ -66,9 +67,12 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
 	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, netns[:NAME] for a namespace of its own, tap:DEV or none, [,id=NAME][,mac=ADDRESS][,rx=RATE][,tx=RATE]; may be repeated")
 	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`; may be repeated")
+	f.StringArrayVar(&s.dns, "dns", nil, "`address` of a server that answers the guest for names, in place of the host's; may be repeated")
+	f.StringArrayVar(&s.search, "dns-search", nil, "of an image: `domain` in which its guest looks for names that are not whole; may be repeated")
 	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [tcp:|udp:|icmp:]ADDRESS|CIDR|NAME|*[:PORTS]; may be repeated, and the first rule that matches decides")
 	f.Var(&ruleFlag{&s.rules, policy.Deny}, "deny", "keep the guest from a `destination`, likewise")
 	f.StringVar(&s.fallback, "default", "", "what is done where no rule matches: `action` allow (without this) or deny")
+	f.StringVar(&s.egress, "egress", "", "`public`: of what no rule is about, let the guest reach the internet alone: no private network, no cloud's services for its machines")
 	f.StringVar(&s.policyFile, "policy", "", "JSON `file` with the rules; those of --allow and --deny go before them")
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it; may be repeated")
@@ -273,6 +277,14 @@ func (s *Flags) networks(vm *spec.Spec) error {
 		errs = append(errs, err)
 		vm.Ports = append(vm.Ports, port)
 	}
+	for _, text := range s.dns {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("--dns %q: want an IP address", text))
+		}
+		vm.DNS = append(vm.DNS, a)
+	}
+	vm.DNSSearch = append(vm.DNSSearch, s.search...)
 	return errors.Join(errs...)
 }
 

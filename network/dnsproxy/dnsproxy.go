@@ -1,5 +1,5 @@
-// Package dnsproxy answers one guest's DNS queries, so that rules about names can be kept: the addresses in an answer are let
-// through before the guest has it, and a name that no rule is about is not asked for where all else is denied.
+// Package dnsproxy answers one guest's DNS queries by asking the servers that its host has at the time. Where a policy has rules about names, the
+// addresses in an answer are let through before the guest has it, and a name that no rule is about is not asked for where all else is denied.
 //
 // Both sides are foreign: what comes in is parsed, and what goes out is made anew from what was understood.
 package dnsproxy
@@ -28,12 +28,13 @@ import (
 type Config struct {
 	UDP net.PacketConn // both are closed by Serve
 	TCP net.Listener
-	// Upstreams are asked one after the other.
-	Upstreams []netip.AddrPort
+	// Upstreams are asked one after the other, as they are at that time.
+	Upstreams func() []netip.AddrPort
 	// Control is that of net.Dialer, for the sockets by which they are asked. It may be nil.
 	Control func(network, address string, socket syscall.RawConn) error
-	Names   []Names      // what policies say, each of which must allow a name and what it leads to
-	Log     *slog.Logger // nil: nobody
+	// Names are what policies say, each of which must allow a name and what it leads to. Empty: all is asked for, of whatever type.
+	Names []Names
+	Log   *slog.Logger // nil: nobody
 }
 
 // Names is what one policy says of names.
@@ -184,7 +185,8 @@ type query struct {
 	id       uint16
 	desired  bool // recursion
 	question dnsmessage.Question
-	size     int // of the largest answer
+	size     int  // of the largest answer
+	edns     bool // it is asked by EDNS (RFC 6891), and answered so
 }
 
 // errForeign is what is no query at all.
@@ -215,7 +217,7 @@ func parseQuery(message []byte) (q query, code dnsmessage.RCode, err error) {
 			break
 		}
 		if h.Type == dnsmessage.TypeOPT { // its class is a size
-			q.size = min(max(int(h.Class), leastUDP), maxUDP)
+			q.size, q.edns = min(max(int(h.Class), leastUDP), maxUDP), true
 		}
 		if parser.SkipAdditional() != nil {
 			break
@@ -252,7 +254,7 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 			because = append(because, r)
 		}
 	}
-	if !known(q.question.Type) {
+	if len(p.Names) > 0 && !known(q.question.Type) {
 		// Among them HTTPS and SVCB, whose hints are addresses too. A name without them is usual.
 		return q.reply(dnsmessage.RCodeSuccess, nil)
 	}
@@ -345,6 +347,12 @@ func (q query) reply(code dnsmessage.RCode, records []dnsmessage.Resource) []byt
 	}
 	if q.question.Name.Length > 0 {
 		m.Questions = []dnsmessage.Question{q.question}
+	}
+	if q.edns {
+		h := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(".")}
+		if h.SetEDNS0(maxUDP, dnsmessage.RCodeSuccess, false) == nil { // it errs for codes that are none
+			m.Additionals = []dnsmessage.Resource{{Header: h, Body: &dnsmessage.OPTResource{}}}
+		}
 	}
 	packed, err := m.Pack()
 	if err == nil && len(packed) <= q.size {

@@ -133,7 +133,7 @@ func serve(t *testing.T, change func(*dnsproxy.Config), upstreams ...netip.AddrP
 	tcp, udp := sockets(t)
 	g := &guest{t: t, address: tcp.Addr().String()}
 	c := dnsproxy.Config{
-		UDP: udp, TCP: tcp, Upstreams: upstreams,
+		UDP: udp, TCP: tcp, Upstreams: func() []netip.AddrPort { return upstreams },
 		Names: []dnsproxy.Names{{Domains: []string{"example.com", "*.example.org"}, Closed: true, Allow: g.allow("exact", "wild")}},
 	}
 	if change != nil {
@@ -382,6 +382,61 @@ func TestServe_Upstreams(t *testing.T) {
 			alone.want("udp", "example.com.", dnsmessage.RCodeServerFailure)
 			alone.wantAllowed()
 		})
+	}
+}
+
+// Without policies whatever is asked is answered, types that nobody here knows too; by EDNS where it was asked so.
+func TestServe_NoPolicy(t *testing.T) {
+	const caa = dnsmessage.Type(257)
+	body := &dnsmessage.UnknownResource{Type: caa, Data: []byte("\x00\x05issueca.example")}
+	up := upstream(t, func(q dnsmessage.Question) dnsmessage.Message {
+		h := dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: dnsmessage.ClassINET, TTL: 30}
+		if q.Type == caa {
+			return dnsmessage.Message{Answers: []dnsmessage.Resource{{Header: h, Body: body}}}
+		}
+		return dnsmessage.Message{Answers: []dnsmessage.Resource{record(q.Name.String(), "10.0.0.1")}}
+	}, false)
+	open := serve(t, func(c *dnsproxy.Config) { c.Names = nil }, up)
+	open.want("udp", "any.example.", yes, "10.0.0.1")
+	closed := serve(t, nil, up)
+	for _, tt := range []struct {
+		guest *guest
+		want  int
+	}{{open, 1}, {closed, 0}} {
+		q := dnsmessage.Message{
+			Header:    dnsmessage.Header{ID: 4711},
+			Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName("example.com."), Type: caa, Class: dnsmessage.ClassINET}},
+		}
+		h := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(".")}
+		if err := h.SetEDNS0(4096, dnsmessage.RCodeSuccess, false); err != nil {
+			t.Fatal(err)
+		}
+		q.Additionals = []dnsmessage.Resource{{Header: h, Body: &dnsmessage.OPTResource{}}}
+		packed, err := q.Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := net.Dial("tcp", tt.guest.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeTCP(c, packed)
+		answer, err := readTCP(c)
+		var m dnsmessage.Message
+		if err := errors.Join(err, m.Unpack(answer), c.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if len(m.Answers) != tt.want || m.RCode != dnsmessage.RCodeSuccess {
+			t.Errorf("got %+v, want %d records", m, tt.want)
+		}
+		if tt.want == 1 {
+			if got, ok := m.Answers[0].Body.(*dnsmessage.UnknownResource); !ok || string(got.Data) != string(body.Data) {
+				t.Errorf("got %+v", m.Answers[0].Body)
+			}
+		}
+		if len(m.Additionals) != 1 || m.Additionals[0].Header.Type != dnsmessage.TypeOPT {
+			t.Errorf("additional records %+v, want EDNS's", m.Additionals)
+		}
 	}
 }
 

@@ -23,7 +23,8 @@ func (p *proxy) ask(ctx context.Context, q dnsmessage.Question) (code dnsmessage
 	ctx, cancel := context.WithTimeout(ctx, allTimeout)
 	defer cancel()
 	err = errors.New("no upstream DNS server")
-	for _, server := range slices.Concat(p.Upstreams, p.Upstreams) {
+	servers := p.Upstreams()
+	for _, server := range slices.Concat(servers, servers) {
 		if ctx.Err() != nil {
 			break
 		}
@@ -69,7 +70,7 @@ func (p *proxy) exchange(ctx context.Context, network string, server netip.AddrP
 		if err != nil {
 			return 0, nil, false, err
 		}
-		return parseAnswer(answer, id, q)
+		return p.parseAnswer(answer, id, q)
 	}
 	if _, err := conn.Write(packed); err != nil {
 		return 0, nil, false, err
@@ -81,15 +82,15 @@ func (p *proxy) exchange(ctx context.Context, network string, server netip.AddrP
 			return 0, nil, false, err
 		}
 		// What is not the answer may be somebody's guess.
-		code, records, truncated, err = parseAnswer(buf[:n], id, q)
+		code, records, truncated, err = p.parseAnswer(buf[:n], id, q)
 		if !errors.Is(err, errUnusable) {
 			return code, records, truncated, err
 		}
 	}
 }
 
-// parseAnswer takes the records of known types. Returns errUnusable for what is no answer to the question.
-func parseAnswer(message []byte, id uint16, q dnsmessage.Question) (code dnsmessage.RCode, records []dnsmessage.Resource, truncated bool, err error) {
+// parseAnswer takes the records of known types, of all where nothing depends on it. Returns errUnusable for what is no answer to the question.
+func (p *proxy) parseAnswer(message []byte, id uint16, q dnsmessage.Question) (code dnsmessage.RCode, records []dnsmessage.Resource, truncated bool, err error) {
 	var parser dnsmessage.Parser
 	h, err := parser.Start(message)
 	if err != nil || !h.Response || h.ID != id {
@@ -111,7 +112,7 @@ func parseAnswer(message []byte, id uint16, q dnsmessage.Question) (code dnsmess
 		if err != nil {
 			return 0, nil, false, errUnusable
 		}
-		if h.Class != dnsmessage.ClassINET || !known(h.Type) {
+		if h.Class != dnsmessage.ClassINET || len(p.Names) > 0 && !known(h.Type) {
 			if parser.SkipAnswer() != nil {
 				return 0, nil, false, errUnusable
 			}

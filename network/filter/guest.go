@@ -32,7 +32,7 @@ type Guest struct {
 }
 
 // Bridge is that of the guest's network.
-func (g *Guest) Bridge() string { return strings.TrimPrefix(g.Table, tablePrefix) }
+func (g *Guest) Bridge() string { return strings.TrimPrefix(g.Table, TablePrefix) }
 
 // Port is a port of the host that leads to one of a guest's.
 type Port struct {
@@ -236,9 +236,12 @@ func (g *Guest) members(l *layout) ([]member, error) {
 		all = append(all, member{l.policies, []nftables.SetElement{{Key: mac, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain(Own)}}}})
 	}
 	for _, a := range addresses {
-		hosts, metadata, dns := l.host4, l.metadata4, l.dns4
+		hosts, metadata, dns, resolver := l.host4, l.metadata4, l.dns4, l.resolver4
 		if a.Is6() {
-			hosts, metadata, dns = l.host6, l.metadata6, l.dns6
+			hosts, metadata, dns, resolver = l.host6, l.metadata6, l.dns6, l.resolver6
+		}
+		if !g.Network.Names() && !g.Policy.Names() {
+			dns = resolver
 		}
 		if g.DNS != 0 {
 			all = append(all, member{dns, []nftables.SetElement{{Key: a.AsSlice(), Val: port(g.DNS)}}})

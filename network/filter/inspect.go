@@ -10,15 +10,20 @@ import (
 	"github.com/google/nftables/userdata"
 )
 
-// tablePrefix is how the names of all our tables begin.
-const tablePrefix = "smartvm-"
+// TablePrefix is how the names of all our tables begin.
+const TablePrefix = "smartvm-"
+
+// Changes says whether what is in a chain changes while nobody does anything to the network: it is a guest's, or follows the host's interfaces.
+func Changes(chain string) bool {
+	return chain == narrow || strings.HasPrefix(chain, (&Guest{}).chain(Own)) || strings.HasPrefix(chain, (&Guest{}).chain(OfNetwork))
+}
 
 // TableName is that of a bridge's tables.
-func TableName(bridge string) string { return tablePrefix + bridge }
+func TableName(bridge string) string { return TablePrefix + bridge }
 
-// Blockers lists chains of others that drop what is forwarded unless a rule of theirs accepts it, by their policy (Docker's, ufw's) or a last rule
-// (firewalld's): "FAMILY TABLE CHAIN".
-func Blockers() ([]string, error) {
+// Blockers lists chains of others that drop what is forwarded, or what comes to the host itself, unless a rule of theirs accepts it, by their
+// policy (Docker's, ufw's) or a last rule (firewalld's): "FAMILY TABLE CHAIN".
+func Blockers(hook *nftables.ChainHook) ([]string, error) {
 	conn, err := open()
 	if err != nil {
 		return nil, err
@@ -31,7 +36,7 @@ func Blockers() ([]string, error) {
 	var all []string
 	for _, c := range chains {
 		family := families[c.Table.Family]
-		if family == "" || strings.HasPrefix(c.Table.Name, tablePrefix) || c.Hooknum == nil || *c.Hooknum != *nftables.ChainHookForward {
+		if family == "" || strings.HasPrefix(c.Table.Name, TablePrefix) || c.Hooknum == nil || *c.Hooknum != *hook {
 			continue
 		}
 		blocks := c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop

@@ -1,8 +1,10 @@
 package filter
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 
@@ -156,6 +158,16 @@ func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
 	for i, c := range compiled {
 		where := []exprs{nil}
 		switch {
+		case c.Prefixes != nil:
+			for _, set := range prefixSets(p.table, c.Prefixes) {
+				end := p.end(compiled, i)
+				to, fam := dest4, byte(unix.NFPROTO_IPV4)
+				if set.set.KeyType == nftables.TypeIP6Addr {
+					to, fam = dest6, unix.NFPROTO_IPV6
+				}
+				all = append(all, rule{exprs: join(nfproto(fam), exprs{load(to, reg), inSet(set.set)}, end.exprs), text: end.text, set: set})
+			}
+			continue
 		case c.Domain != "":
 			ip4, ip6 := p.part.names(i)
 			where = []exprs{
@@ -177,15 +189,15 @@ func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
 		for _, proto := range c.Protocols {
 			r := rule{exprs: l4(proto)}
 			if len(c.Ports) > 0 {
-				r.ports = portSet(p.table, c.Ports)
-				r.exprs = join(r.exprs, exprs{load(destPort, reg)}, exprs{inSet(r.ports.set)})
+				r.set = portSet(p.table, c.Ports)
+				r.exprs = join(r.exprs, exprs{load(destPort, reg)}, exprs{inSet(r.set.set)})
 			}
 			what = append(what, r)
 		}
 		for _, w := range where {
 			for _, r := range what {
 				end := p.end(compiled, i)
-				all = append(all, rule{exprs: join(w, r.exprs, end.exprs), text: end.text, ports: r.ports})
+				all = append(all, rule{exprs: join(w, r.exprs, end.exprs), text: end.text, set: r.set})
 			}
 		}
 	}
@@ -201,4 +213,53 @@ func portSet(table *nftables.Table, ranges []policy.PortRange) *member {
 		}
 	}
 	return m
+}
+
+// prefixSets are two sets, of IPv4 and of IPv6, that hold the addresses of prefixes, and those that embed them.
+func prefixSets(table *nftables.Table, prefixes []netip.Prefix) []*member {
+	byKind := map[bool][]netip.Prefix{}
+	for _, p := range prefixes {
+		for _, p := range append(policy.Embedding(p), p) {
+			byKind[p.Addr().Is4()] = append(byKind[p.Addr().Is4()], p)
+		}
+	}
+	var all []*member
+	for _, is4 := range []bool{true, false} {
+		kind := map[bool]nftables.SetDatatype{true: nftables.TypeIPAddr, false: nftables.TypeIP6Addr}[is4]
+		m := &member{set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: kind}}
+		sorted := slices.SortedFunc(slices.Values(byKind[is4]), func(a, b netip.Prefix) int {
+			return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+		})
+		var next netip.Addr // the first behind the last range, which is open while that is valid
+		for i, p := range sorted {
+			if i > 0 && !next.IsValid() {
+				break // it goes to the end
+			}
+			if i > 0 && p.Addr().Less(next) {
+				continue // within the one before
+			}
+			if i > 0 && p.Addr() != next {
+				m.elements = append(m.elements, nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
+			}
+			if i == 0 || p.Addr() != next {
+				m.elements = append(m.elements, nftables.SetElement{Key: p.Addr().AsSlice()})
+			}
+			next = lastOf(p).Next()
+		}
+		if next.IsValid() {
+			m.elements = append(m.elements, nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
+		}
+		all = append(all, m)
+	}
+	return all
+}
+
+// lastOf is the last address of a prefix.
+func lastOf(p netip.Prefix) netip.Addr {
+	a := p.Addr().AsSlice()
+	for bit := p.Bits(); bit < len(a)*8; bit++ {
+		a[bit/8] |= 0x80 >> (bit % 8)
+	}
+	last, _ := netip.AddrFromSlice(a)
+	return last
 }

@@ -63,16 +63,26 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 // egressEnd is the chain in which the i-th rule of a network's policy ends that each guest has a copy of, so that it counts for all.
 func egressEnd(i int) string { return egress + "-" + strconv.Itoa(i) }
 
-// proxied sends a guest's queries to its DNS proxy, on the bridge's own address.
+// proxied sends a guest's queries to its DNS proxy, on the bridge's own address: all of them where its policies have names, else those to the
+// gateway.
 func (t *Tables) proxied(l *layout) (all []exprs) {
 	for _, f := range []struct {
-		family byte
-		source field
-		set    *nftables.Set
-	}{{unix.NFPROTO_IPV4, source4, l.dns4}, {unix.NFPROTO_IPV6, source6, l.dns6}} {
+		subnet    netip.Prefix
+		source    field
+		all, some *nftables.Set
+	}{{t.Subnet, source4, l.dns4, l.resolver4}, {t.Subnet6, source6, l.dns6, l.resolver6}} {
+		if !f.subnet.IsValid() {
+			continue
+		}
+		gateway := t.gateway(f.subnet)
 		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
-			all = append(all, join(iif(t.Bridge), nfproto(f.family), l4(proto), is(destPort, port(53)),
-				exprs{load(f.source, reg), mapped(f.set), &expr.Redir{RegisterProtoMin: reg}}))
+			to := func(s *nftables.Set) exprs {
+				return exprs{load(f.source, reg), mapped(s), &expr.Redir{RegisterProtoMin: reg}}
+			}
+			query := join(l4(proto), is(destPort, port(53)))
+			all = append(all,
+				join(iif(t.Bridge), family(gateway), query, to(f.all)),
+				join(iif(t.Bridge), toPrefix(netip.PrefixFrom(gateway, gateway.BitLen())), query, to(f.some)))
 		}
 	}
 	return all
@@ -140,12 +150,31 @@ func (t *Tables) tunnel() []exprs {
 	return []exprs{join(iif(t.Via), drop())}
 }
 
+// bounded drops what begins one connection too many of a guest's: the kernel knows so many of all together, and who takes them all takes the network
+// from the others and the host.
+func (t *Tables) bounded(l *layout) (all []exprs) {
+	if t.Connections == 0 {
+		return nil
+	}
+	for _, f := range []struct {
+		family byte
+		source field
+		set    *nftables.Set
+	}{{unix.NFPROTO_IPV4, source4, l.counted4}, {unix.NFPROTO_IPV6, source6, l.counted6}} {
+		over := &expr.Connlimit{Count: uint32(t.Connections), Flags: expr.NFT_CONNLIMIT_F_INV}
+		count := &expr.Dynset{SrcRegKey: reg, SetName: f.set.Name, SetID: f.set.ID, Operation: uint32(unix.NFT_DYNSET_OP_ADD), Exprs: []expr.Any{over}}
+		all = append(all, join(nfproto(f.family), exprs{load(f.source, reg), count}, drop()))
+	}
+	return all
+}
+
 // leaving is what a guest may send through the host.
 func (t *Tables) leaving(l *layout) (all []exprs) {
 	within := drop()
 	if t.Mutual {
 		within = accept()
 	}
+	all = t.bounded(l)
 	// What another guest has published is reached as anything outside: by the host, and as the policies have it.
 	all = append(all, join(oif(t.Bridge), notRedirected(), within))
 	for _, p := range policy.Metadata {
@@ -174,13 +203,12 @@ func (t *Tables) leaving(l *layout) (all []exprs) {
 
 // entering is what a guest may send to the host itself: answers, echo requests, neighbour discovery, and to its DNS proxy.
 func (t *Tables) entering(l *layout) []exprs {
-	all := []exprs{
+	all := append(t.bounded(l),
 		join(toLoopback(), drop()), // also for those who may reach the host: what listens there listens to nobody else
 		join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{135}), accept()),
 		join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{136}), accept()),
 		join(toPrefix(netip.PrefixFrom(t.gateway(t.Subnet), 32)), l4(unix.IPPROTO_ICMP), is(icmpType, []byte{8}), accept()),
-		join(toPrefix(linkLocal6), l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{128}), accept()),
-	}
+		join(toPrefix(linkLocal6), l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{128}), accept()))
 	if t.Subnet6.IsValid() {
 		all = append(all, join(toPrefix(netip.PrefixFrom(t.gateway(t.Subnet6), 128)), l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{128}), accept()))
 	}

@@ -31,6 +31,8 @@ type Tables struct {
 	Via     string         `json:"via,omitempty"`      // the one interface by which guests leave; "": any
 	Tunnel  bool           `json:"tunnel,omitempty"`   // Via is ours, in the host's network for guests alone
 	Egress  *policy.Policy `json:"policy,omitempty"`   // what all guests may reach at most; where it has names, each guest has a copy
+	// Connections is how many the kernel may know of each guest, of IPv4 and of IPv6; what would be over is dropped. 0: as many as there are.
+	Connections int `json:"connections,omitempty"`
 }
 
 // ErrTooOld says that the kernel's nftables lacks what is needed.
@@ -58,9 +60,11 @@ type layout struct {
 	policies             *nftables.Set // MAC -> the chain of its policies
 	host4, host6         *nftables.Set // sources that may reach the host
 	metadata4, metadata6 *nftables.Set // sources that may reach link-local and metadata addresses
-	dns4, dns6           *nftables.Set // source -> the port of its DNS proxy
+	dns4, dns6           *nftables.Set // source -> the port of its DNS proxy, whomever it asks
+	resolver4, resolver6 *nftables.Set // likewise, where it asks the gateway
 	ports4, ports6       *nftables.Set // protocol . port -> guest . port
 	portsAt4, portsAt6   *nftables.Set // address . protocol . port -> guest . port
+	counted4, counted6   *nftables.Set // source, with its number of connections
 }
 
 func newLayout(name string) *layout {
@@ -87,20 +91,27 @@ func newLayout(name string) *layout {
 		{&l.metadata6, l.inet, "metadata6", addr6, nftables.SetDatatype{}},
 		{&l.dns4, l.inet, "dns4", addr4, service},
 		{&l.dns6, l.inet, "dns6", addr6, service},
+		{&l.resolver4, l.inet, "resolver4", addr4, service},
+		{&l.resolver6, l.inet, "resolver6", addr6, service},
 		{&l.ports4, l.inet, "ports4", key(proto, service), key(addr4, service)},
 		{&l.ports6, l.inet, "ports6", key(proto, service), key(addr6, service)},
 		{&l.portsAt4, l.inet, "ports-at4", key(addr4, proto, service), key(addr4, service)},
 		{&l.portsAt6, l.inet, "ports-at6", key(addr6, proto, service), key(addr6, service)},
+		{&l.counted4, l.inet, "counted4", addr4, nftables.SetDatatype{}},
+		{&l.counted6, l.inet, "counted6", addr6, nftables.SetDatatype{}},
 	} {
 		*s.set = &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.data.Bytes > 0 || s.data.Name != ""}
+	}
+	for _, s := range []*nftables.Set{l.counted4, l.counted6} { // rules add to it
+		s.Dynamic, s.Size = true, 1<<16
 	}
 	return l
 }
 
 func (l *layout) sets() []*nftables.Set {
 	return []*nftables.Set{
-		l.macs, l.senders4, l.senders6, l.policies, l.host4, l.host6, l.metadata4, l.metadata6, l.dns4, l.dns6,
-		l.ports4, l.ports6, l.portsAt4, l.portsAt6,
+		l.macs, l.senders4, l.senders6, l.policies, l.host4, l.host6, l.metadata4, l.metadata6, l.dns4, l.dns6, l.resolver4, l.resolver6,
+		l.ports4, l.ports6, l.portsAt4, l.portsAt6, l.counted4, l.counted6,
 	}
 }
 
@@ -265,7 +276,7 @@ type ruled struct {
 type rule struct {
 	exprs exprs
 	text  string  // for Counters
-	ports *member // an anonymous set that exprs look into
+	set   *member // an anonymous set that exprs look into
 }
 
 func plain(all ...exprs) (rules []rule) {
@@ -293,13 +304,13 @@ func addChains(conn *nftables.Conn, chains []ruled) error {
 // addRules adds the rules of a chain that is there. To add the chain twice would make the kernel wait for 10 ms.
 func (c *ruled) addRules(conn *nftables.Conn) error {
 	for _, rule := range c.rules {
-		if rule.ports != nil {
-			if err := conn.AddSet(rule.ports.set, rule.ports.elements); err != nil {
+		if rule.set != nil {
+			if err := conn.AddSet(rule.set.set, rule.set.elements); err != nil {
 				return err
 			}
 			for _, e := range rule.exprs {
 				if lookup, ok := e.(*expr.Lookup); ok && lookup.SetName == "" {
-					lookup.SetName, lookup.SetID = rule.ports.set.Name, rule.ports.set.ID
+					lookup.SetName, lookup.SetID = rule.set.set.Name, rule.set.set.ID
 				}
 			}
 		}

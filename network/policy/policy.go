@@ -33,11 +33,16 @@ const (
 type Policy struct {
 	DefaultAction Action `json:"defaultAction,omitempty"` // Allow, which it is if empty, or Deny
 	Rules         []Rule `json:"rules,omitempty"`
+	// Egress is EgressPublic or empty: of what no rule is about, only what can be a host of the internet's is allowed (Public).
+	Egress string `json:"egress,omitempty"`
 	// AllowHost lets guests reach the host's own addresses, AllowMetadata those behind which clouds keep credentials (Metadata). Rules are not
 	// consulted for the host's addresses; they still apply to metadata addresses.
 	AllowHost     bool `json:"allowHost,omitempty"`
 	AllowMetadata bool `json:"allowMetadata,omitempty"`
 }
+
+// EgressPublic keeps a guest from private networks, the host's LAN and others', and from what clouds have for their machines alone.
+const EgressPublic = "public"
 
 // Rule matches what a guest sends by all that it names.
 type Rule struct {
@@ -114,11 +119,12 @@ func (p *Policy) Names() bool {
 // Compiled is a rule ready for use.
 type Compiled struct {
 	Allow     bool
-	Protocols []uint8      // IP protocol numbers; empty: any
-	Prefix    netip.Prefix // zero: any
-	Ports     []PortRange  // sorted, apart; empty: any. Only with Protocols of TCP and UDP
-	Domain    string       // lower-case, without a final dot; "*." before it: what ends with it
-	Text      string       // the rule as Rule.String has it
+	Protocols []uint8        // IP protocol numbers; empty: any
+	Prefix    netip.Prefix   // zero: any
+	Prefixes  []netip.Prefix // in place of Prefix: one of them
+	Ports     []PortRange    // sorted, apart; empty: any. Only with Protocols of TCP and UDP
+	Domain    string         // lower-case, without a final dot; "*." before it: what ends with it
+	Text      string         // the rule as Rule.String has it
 }
 
 // Compile returns the rules in order, for IP addresses and names alike. It errs where Validate does.
@@ -182,6 +188,13 @@ func (p *Policy) compile() (all []Compiled, wrong []*FieldError) {
 			}
 		}
 		all = append(all, c)
+	}
+	switch p.Egress {
+	case "":
+	case EgressPublic:
+		all = append(all, Compiled{Prefixes: slices.Concat(special, Metadata), Text: "egress public"})
+	default:
+		add("egress", p.Egress, "must be %s, or not be there", EgressPublic)
 	}
 	if domains > maxDomains {
 		add("rules", domains, "must be at most %d with a domain", maxDomains)

@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,6 +26,7 @@ type Config struct {
 	Addresses  []netip.Prefix
 	MTU        int // 0: chosen
 	ListenPort int // 0: chosen
+	DNS        []netip.Addr
 	Peers      []Peer
 }
 
@@ -42,7 +44,21 @@ const (
 	maxConfig   = 64 << 10 // bytes
 	maxPeers    = 64
 	maxPrefixes = 256 // of one line
+	maxDNS      = 3
 )
+
+// Load is Parse of a file.
+func Load(path string) (*Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read WireGuard configuration: %w", err)
+	}
+	c, err := Parse(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
 
 // ErrConfig means that a configuration does not read.
 var ErrConfig = errors.New("invalid WireGuard configuration")
@@ -156,8 +172,15 @@ func (p *parser) set(key, value string) {
 		p.config.MTU, err = parseNumber(value, 576, 65535)
 	case "interface listenport":
 		p.config.ListenPort, err = parseNumber(value, 1, 65535)
-	case "interface dns", "interface table", "interface fwmark":
-		// What guests ask and where they go is their network's affair.
+	case "interface dns":
+		for text := range strings.SplitSeq(value, ",") {
+			// What is no address is a search domain, as for wg-quick.
+			if a, err := netip.ParseAddr(strings.TrimSpace(text)); err == nil && len(p.config.DNS) < maxDNS {
+				p.config.DNS = append(p.config.DNS, a)
+			}
+		}
+	case "interface table", "interface fwmark":
+		// Where guests go is their network's affair.
 	case "peer publickey":
 		p.peer.publicKey, err = parseKey(value)
 		for _, other := range p.config.Peers[:len(p.config.Peers)-1] {

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -32,13 +31,9 @@ type Link struct {
 
 // Apply makes the interface. Returns an error that is fs.ErrExist where one of its name is there, ErrConfig, ErrNoKernel.
 func (l *Link) Apply(ctx context.Context) error {
-	f, err := os.Open(l.File)
+	c, err := Load(l.File)
 	if err != nil {
-		return fmt.Errorf("read WireGuard configuration: %w", err)
-	}
-	c, err := Parse(f)
-	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("%s: %w", l.File, err)
+		return err
 	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU = l.Name, c.MTU

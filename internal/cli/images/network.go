@@ -132,7 +132,7 @@ func (s *Shell) createNetwork() *cobra.Command {
 		Args: s.Takes(1, 1, "a name"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			c.Name, c.Mutual = args[0], !isolate
-			for text, to := range map[string]*netip.Prefix{subnet: &c.Subnet, subnet6: &c.Subnet6} {
+			for to, text := range map[*netip.Prefix]string{&c.Subnet: subnet, &c.Subnet6: subnet6} {
 				if text == "" {
 					continue
 				}
@@ -172,6 +172,7 @@ func (s *Shell) createNetwork() *cobra.Command {
 	f.StringVar(&subnet6, "subnet6", "", "IPv6 `subnet`, a /64; without it one is made up")
 	f.StringVar(&c.Bridge, "interface", "", "`name` of its bridge on the host")
 	f.IntVar(&c.MTU, "mtu", 0, "largest packet in `bytes` (1500)")
+	f.IntVar(&c.MaxConnections, "max-connections", 0, "most `connections` of one VM that the host keeps track of (an eighth of what it can)")
 	f.BoolVar(&isolate, "isolate", false, "keep its VMs from each other")
 	f.BoolVar(&c.Inside, "internal", false, "let nothing leave the network")
 	f.StringVar(&c.WireGuard, "wireguard", "", "`interface` of WireGuard's by which alone its VMs reach the outside")
