@@ -367,6 +367,15 @@ func TestNetwork_PortTaken(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "is taken by VM "+first.ID()) {
 		t.Errorf("got %v", err)
 	}
+	for _, all := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+		m, err := start(smartvm.Port{HostIP: all, HostPort: 8080, GuestPort: 81})
+		if err == nil || !strings.Contains(err.Error(), "is taken by VM "+first.ID()) {
+			t.Errorf("%s: got %v", all, err)
+		}
+		if err := m.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:7070")
 	if err != nil {
 		t.Fatal(err)

@@ -180,6 +180,32 @@ func TestUse_Overlap(t *testing.T) {
 	}
 }
 
+// A network that names no subnet gets one that the host does not need, and a route is hidden only where there is no other way.
+func TestStore_Subnets(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	newSite(t, nil)
+	store := &network.Store{Dir: t.TempDir()}
+	var err error
+	if store.Default, err = network.NewDefault("", ""); err != nil {
+		t.Fatal(err)
+	}
+	next := func(name, want string) {
+		t.Helper()
+		c, err := store.Create(network.Config{Name: name})
+		if err != nil || c.Subnet.String() != want {
+			t.Errorf("%s: got %v, %v, want %s", name, c.Subnet, err, want)
+		}
+	}
+	next("first", "172.30.1.0/24")
+	route(t, "172.30.2.128/25", world4)
+	nettest.Resolver(t, "172.30.3.2")
+	next("second", "172.30.4.0/24")
+	route(t, "172.30.0.0/16", world4)
+	next("third", "172.30.5.0/24")
+}
+
 func addresses4(t *testing.T, link string, all ...string) {
 	t.Helper()
 	if err := (nettest.Link{Name: link, Addresses: prefixes(all...)}).Configure(); err != nil {

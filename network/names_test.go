@@ -11,10 +11,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
@@ -155,6 +157,45 @@ func TestNetwork_Resolver(t *testing.T) {
 	s.remove(own)
 	if got := g.resolve(t, world4+":53", "who.example."); got != "192.0.2.1" {
 		t.Errorf("of another server: got %s", got)
+	}
+	s.remove(g)
+}
+
+// When a bridge has been removed and is another, the proxies serve there.
+func TestNetwork_ResolverNewBridge(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	s.nameServer(map[string]string{"who.example.": "192.0.2.1"})
+	g, upkeep := s.namedGuest(0, nil)
+	if got := g.resolve(t, "172.30.0.1:53", "who.example."); got != "192.0.2.1" {
+		t.Fatalf("before: got %s", got)
+	}
+	removeLink(t, s.config.Bridge)
+	// The cable stands for the tap.
+	effects := []journal.Effect{g.use, &network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge}, &g.filter}
+	for range 2 { // the second finds nothing to do
+		if err := upkeep.Heal(t.Context(), effects); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := g.resolve(t, "172.30.0.1:53", "who.example."); got != "192.0.2.1" {
+		t.Errorf("on the new bridge: got %s", got)
+	}
+	// A port that somebody has taken from it is one again.
+	port, err := netlink.LinkByName(g.filter.Tap)
+	if err == nil {
+		err = netlink.LinkSetNoMaster(port)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := upkeep.Heal(t.Context(), effects); err != nil {
+		t.Fatal(err)
+	}
+	if got := g.resolve(t, "172.30.0.1:53", "who.example."); got != "192.0.2.1" {
+		t.Errorf("after the port was taken: got %s", got)
 	}
 	s.remove(g)
 }
