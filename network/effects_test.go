@@ -121,7 +121,7 @@ var effectCases = map[string]effectCase{
 	"wireguard": {}, // has a test in the lab
 	"egress": {
 		describe: func(string) journal.Effect {
-			return &wireguard.Egress{Bridge: "br", Interface: "tunnel", Table: 1<<30 | 7}
+			return &wireguard.Egress{Bridge: "br", Interface: "tunnel", Table: 1<<30 | 7, Local: prefixes("172.30.0.0/24", "fd00::/64")}
 		},
 		prepare: func(t *testing.T) {
 			addBridge(t, "tunnel")

@@ -164,7 +164,11 @@ func (n *up) effects() []journal.Effect {
 		all = append(all, &wireguard.Link{Name: via, File: c.WireGuardConfig})
 	}
 	if via != "" {
-		all = append(all, &wireguard.Egress{Bridge: c.Bridge, Interface: via, Table: routeTable(n.Owner)})
+		e := &wireguard.Egress{Bridge: c.Bridge, Interface: via, Table: routeTable(n.Owner), Local: []netip.Prefix{c.Subnet}}
+		if c.Subnet6.IsValid() {
+			e.Local = append(e.Local, c.Subnet6)
+		}
+		all = append(all, e)
 	}
 	return append(all, b)
 }

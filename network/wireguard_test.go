@@ -10,6 +10,7 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -76,6 +77,49 @@ func TestNetwork_Via(t *testing.T) {
 	g.misses(t, "tcp", world4+":80")
 	s.remove(g)
 	s.remove(g)
+	if after := routing(t); !slices.Equal(before, after) {
+		t.Errorf("before %q, after %q", before, after)
+	}
+}
+
+// What is published on a network that leaves by a tunnel is reached from outside and from beyond, by neighbours and the host, and answered
+// where each is.
+func TestNetwork_ViaPorts(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	bridgeNetfilter(t, false) // or neighbours do not: see TestNetwork_Hairpin
+	s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
+	beyond := nettest.New(t)
+	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24", "fd07::1/64")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32", "fd07::2/64")})
+	beyond.Must(func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/proxy_arp", []byte("1"), 0) })
+	beyond.Serve(":80", "beyond")
+	s.outside.Serve(":80", "world")
+	before := routing(t)
+	a := s.guest(0, func(g *filter.Guest) { g.Ports = []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}} })
+	b := s.guest(1, nil)
+	a.Serve(":80", "web")
+	for _, of := range []struct {
+		who     *nettest.Namespace
+		address string
+		want    string
+	}{
+		{s.outside, uplink4 + ":8000", "web from " + world4},
+		{s.outside, "[" + uplink6 + "]:8000", "web from " + world6},
+		{beyond, "10.7.0.1:8000", "web from 10.7.0.2"},
+		{b.Namespace, uplink4 + ":8000", "web from 172.30.0.1"},
+		{b.Namespace, world4 + ":80", "beyond from 10.7.0.1"},
+		{a.Namespace, world4 + ":80", "beyond from 10.7.0.1"},
+	} {
+		if got := of.who.Ask("tcp", of.address); got != of.want+"\n" {
+			t.Errorf("%s: got %q, want %q", of.address, got, of.want)
+		}
+	}
+	if got := nettest.Ask("tcp", "127.0.0.1:8000", 5e9); got != "web from 172.30.0.1\n" {
+		t.Errorf("from the host: %q", got)
+	}
+	s.remove(a)
+	s.remove(b)
 	if after := routing(t); !slices.Equal(before, after) {
 		t.Errorf("before %q, after %q", before, after)
 	}

@@ -163,6 +163,16 @@ func notRedirected() exprs {
 	return e
 }
 
+// AnswerMark is that of connections to what guests have published, on a network that leaves by one interface, and of what guests send in them.
+const AnswerMark = 0x53560001
+
+func mark() []byte { return binaryutil.NativeEndian.PutUint32(AnswerMark) }
+
+// ofAnswer matches what belongs to such a connection, or does not.
+func ofAnswer(op expr.CmpOp) exprs {
+	return exprs{&expr.Ct{Key: expr.CtKeyMARK, Register: reg}, &expr.Cmp{Op: op, Register: reg, Data: mark()}}
+}
+
 func verdict(k expr.VerdictKind) exprs { return exprs{&expr.Verdict{Kind: k}} }
 func accept() exprs                    { return verdict(expr.VerdictAccept) }
 func jump(chain string) exprs          { return exprs{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}} }

@@ -28,7 +28,7 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 		{nat(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(t.masqueraded()...)},
 		{nftables.Chain{Table: l.inet, Name: fromGuest}, plain(t.leaving(l)...)},
 		{nftables.Chain{Table: l.inet, Name: narrow}, nil},
-		{nftables.Chain{Table: l.inet, Name: toGuest}, plain(join(redirected(), accept()), drop())},
+		{nftables.Chain{Table: l.inet, Name: toGuest}, plain(append(t.answered(), join(redirected(), accept()), drop())...)},
 		{nftables.Chain{Table: l.inet, Name: toHost}, plain(t.entering(l)...)},
 		// What most of all traffic is goes first here too; only taps of the network are in these sets.
 		{base(l.bridge, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(-300)), plain(
@@ -36,6 +36,10 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 			join(ether(unix.ETH_P_IPV6), l4(unix.IPPROTO_TCP), sender(etherSource, source6), exprs{inSet(l.senders6)}, accept()),
 			join(tapOf(t.Taps), jump(fromGuest)))},
 		{nftables.Chain{Table: l.bridge, Name: fromGuest}, plain(t.genuine(l)...)},
+	}
+	if t.Via != "" {
+		all = append(all, ruled{base(l.inet, "answers", nftables.ChainHookPrerouting, nftables.ChainPriorityMangle), plain(
+			join(iif(t.Bridge), ofAnswer(expr.CmpOpEq), exprs{&expr.Immediate{Register: reg, Data: mark()}, &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg}}))})
 	}
 	for _, c := range all {
 		if c.chain.Name == entry(c.chain.Table) {
@@ -136,10 +140,19 @@ func (t *Tables) beside() exprs { return join(tapOf(t.Taps), drop()) }
 func (t *Tables) forwarded() (all []exprs) {
 	all = append(all, t.beside())
 	if t.Via != "" { // known connections too: the way may have changed. Bridged frames come here where br_netfilter is loaded.
-		all = append(all, join(iif(t.Bridge), oifNot(t.Via), oifNot(t.Bridge), drop()))
+		all = append(all, join(iif(t.Bridge), oifNot(t.Via), oifNot(t.Bridge), ofAnswer(expr.CmpOpNeq), drop()))
 	}
 	all = append(all, join(known(), accept()), join(iif(t.Bridge), jump(fromGuest)), join(oif(t.Bridge), jump(toGuest)))
 	return append(append(all, t.tunnel()...), jump(narrow))
+}
+
+// answered has what comes to a published port by another interface than that by which guests leave be answered where it came from.
+func (t *Tables) answered() []exprs {
+	if t.Via == "" {
+		return nil
+	}
+	return []exprs{join(metaIsNot(expr.MetaKeyIIFNAME, ifname(t.Via)), redirected(),
+		exprs{&expr.Immediate{Register: reg, Data: mark()}, &expr.Ct{Key: expr.CtKeyMARK, SourceRegister: true, Register: reg}})}
 }
 
 // tunnel keeps who is at the other end of an interface of ours from all that is not published.

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/rtnl"
 )
 
@@ -21,6 +23,8 @@ type Egress struct {
 	Bridge    string `json:"bridge"`
 	Interface string `json:"interface"`
 	Table     int    `json:"table"` // of routes, drawn for it
+	// Local are the bridge's own subnets: what a guest has published leads others there.
+	Local []netip.Prefix `json:"local,omitempty"`
 }
 
 const (
@@ -45,6 +49,18 @@ func (e *Egress) rules() (all []*netlink.Rule) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		r := netlink.NewRule()
 		r.Family, r.Priority, r.IifName, r.Table = family, rulePriority, e.Bridge, e.Table
+		// What answers somebody who came to a published port goes where he is.
+		answer := netlink.NewRule()
+		answer.Family, answer.Priority, answer.IifName, answer.Mark, answer.Table = family, rulePriority-1, e.Bridge, filter.AnswerMark, unix.RT_TABLE_MAIN
+		all = append(all, r, answer)
+	}
+	for _, p := range e.Local {
+		r := netlink.NewRule()
+		r.Family, r.Priority, r.IifName, r.Table = netlink.FAMILY_V6, rulePriority-1, e.Bridge, unix.RT_TABLE_MAIN
+		if p.Addr().Is4() {
+			r.Family = netlink.FAMILY_V4
+		}
+		r.Dst = &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 		all = append(all, r)
 	}
 	return all

@@ -80,7 +80,7 @@ func (c *Config) configure(ctx context.Context, name string) error {
 			if err != nil {
 				return err
 			}
-			addresses, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+			addresses, err := lookup(ctx, host)
 			if err != nil {
 				return fmt.Errorf("find endpoint: %w", err)
 			}
@@ -100,6 +100,15 @@ func (c *Config) configure(ctx context.Context, name string) error {
 		return err
 	}
 	return errors.Join(client.ConfigureDevice(name, device), client.Close())
+}
+
+// lookupTime bounds how long an endpoint's name is looked for: all networks wait meanwhile.
+const lookupTime = 3 * time.Second
+
+func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookupTime)
+	defer cancel()
+	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 }
 
 // Revert removes the interface.
