@@ -1,6 +1,7 @@
 package network_test
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -159,6 +160,52 @@ func TestNetwork_Resolver(t *testing.T) {
 		t.Errorf("of another server: got %s", got)
 	}
 	s.remove(g)
+}
+
+// Guests of a mutual network find each other by name, whatever their policies say of other names; those of an isolated one do not.
+func TestNetwork_Neighbours(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	for _, mutual := range []bool{true, false} {
+		s := newSite(t, func(c *network.Config) { c.Mutual = mutual })
+		s.nameServer(map[string]string{"web.": "192.0.2.66", "WEB.": "192.0.2.66"})
+		named, err := os.MkdirTemp(t.TempDir(), "vm")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ip4, ip6 := s.config.Guest(7)
+		web := &network.Use{Dir: s.dir, Network: s.config, VM: "web", VMDir: named, Name: "Web", Addresses: []netip.Addr{ip4, ip6}}
+		if err := web.Apply(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		free, _ := s.namedGuest(0, nil)
+		closed, _ := s.namedGuest(1, &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}}})
+		want := map[bool][3]string{true: {"172.30.0.9", ip6.String(), "172.30.0.9"}, false: {"192.0.2.66", "RCodeSuccess", "RCodeNameError"}}[mutual]
+		got := [3]string{
+			free.resolve(t, "172.30.0.1:53", "WEB."), free.resolveType(t, "172.30.0.1:53", "web.", dnsmessage.TypeAAAA), closed.resolve(t, "172.30.0.1:53", "web."),
+		}
+		if got != want {
+			t.Errorf("mutual %v: got %q, want %q", mutual, got, want)
+		}
+		again := *web
+		again.VM, again.Addresses = "web-2", []netip.Addr{ip4.Next()}
+		if err := errors.Join(again.Apply(t.Context()), web.Revert(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		if got := free.resolve(t, "172.30.0.1:53", "web."); mutual && got != ip4.Next().String() {
+			t.Errorf("of the VM that has the name now: got %s", got)
+		}
+		if err := again.Revert(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := free.resolve(t, "172.30.0.1:53", "web."); got != "192.0.2.66" {
+			t.Errorf("of a VM that is gone: got %s", got)
+		}
+		s.remove(free)
+		s.remove(closed)
+		cutCables(t)
+	}
 }
 
 // When a bridge has been removed and is another, the proxies serve there.

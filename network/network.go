@@ -17,6 +17,7 @@ import (
 
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/network/subnet"
 )
 
 // What the default network is, unless told otherwise.
@@ -50,6 +51,9 @@ var (
 	ErrTaken     = errors.New("interface is somebody else's")
 )
 
+// OverlapError says that an address of a network leads elsewhere.
+type OverlapError = subnet.OverlapError
+
 // SubnetError says what is wrong with a subnet. Its Code is INVALID_SUBNET.
 type SubnetError struct {
 	Subnet string
@@ -62,8 +66,8 @@ func (e *SubnetError) Error() string { return fmt.Sprintf("subnet %s: %s", e.Sub
 func (*SubnetError) Code() string { return "INVALID_SUBNET" }
 
 // New returns a network with the rest of its settings as they are by default. An invalid subnet is a matter of Validate.
-func New(name, bridge string, subnet netip.Prefix) Config {
-	return Config{Name: name, Bridge: bridge, Subnet: subnet.Masked(), Subnet6: LocalSubnet(bridge)}
+func New(name, bridge string, ip4 netip.Prefix) Config {
+	return Config{Name: name, Bridge: bridge, Subnet: ip4.Masked(), Subnet6: LocalSubnet(bridge)}
 }
 
 // LocalSubnet is the unique local IPv6 subnet (RFC 4193) of a bridge: always the same for one name.

@@ -671,6 +671,62 @@ func TestNetwork_Policy(t *testing.T) {
 	s.remove(a)
 }
 
+// What a guest may not reach says so at once, and is not waited for; what comes from outside is told nothing.
+func TestNetwork_Refused(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	s.outside.Serve(":80", "world")
+	s.outside.Must(nettest.Link{Name: "eth0", Addresses: prefixes("169.254.169.254/32")}.Configure)
+	route(t, "169.254.169.254/32", world4)
+	g := s.guest(0, func(g *filter.Guest) {
+		g.Policy = &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: world4}, {Action: policy.Deny, Destination: world6}}}
+	})
+	other := s.guest(1, nil)
+	for _, tt := range []struct {
+		network, address string
+		want             error
+	}{
+		{"tcp", world4 + ":80", unix.ECONNREFUSED},
+		{"tcp", "[" + world6 + "]:80", unix.ECONNREFUSED},
+		{"udp", world4 + ":80", unix.EHOSTUNREACH},
+		{"tcp", "172.30.0.1:22", unix.ECONNREFUSED},
+		{"tcp", uplink4 + ":22", unix.ECONNREFUSED},
+		{"tcp", "169.254.169.254:80", unix.ECONNREFUSED},
+	} {
+		g.Must(func() error {
+			c, err := net.DialTimeout(tt.network, tt.address, 10*time.Second)
+			if err == nil {
+				_, err = c.Write([]byte("?"))
+				if err == nil {
+					_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+					_, err = c.Read(make([]byte, 64))
+				}
+				_ = c.Close()
+			}
+			if !errors.Is(err, tt.want) {
+				t.Errorf("%s %s: got %v, want %v", tt.network, tt.address, err, tt.want)
+			}
+			return nil
+		})
+	}
+	other.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
+	s.outside.Must(func() error {
+		_, dst, _ := net.ParseCIDR("172.30.0.0/24")
+		return netlink.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(uplink4)})
+	})
+	s.outside.Must(func() error {
+		c, err := net.DialTimeout("tcp", "172.30.0.2:80", 300*time.Millisecond)
+		var late net.Error
+		if !errors.As(err, &late) || !late.Timeout() {
+			t.Errorf("from outside: %v, %v, want silence", c, err)
+		}
+		return nil
+	})
+	s.remove(g)
+}
+
 // A bridge or tables that somebody else has made are neither taken over nor removed.
 func TestUse_Foreign(t *testing.T) {
 	if !nettest.Alone(t) {

@@ -14,6 +14,7 @@ import (
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/network/subnet"
 )
 
 // Store keeps the networks that somebody has made, a file each, and knows the default one, which is always there, and whose
@@ -98,7 +99,13 @@ func (s *Store) Create(c Config) (Config, error) {
 		c.Bridge = "sv-" + c.Name[:min(len(c.Name), 12)]
 	}
 	if !c.Subnet.IsValid() {
-		if c.Subnet, err = unused(others); err != nil {
+		c.Subnet, err = subnet.Choose(func(p netip.Prefix) bool {
+			return slices.ContainsFunc(others, func(o Config) bool { return o.Subnet.Overlaps(p) })
+		})
+		if err == nil && !c.Subnet.IsValid() {
+			err = hint.Add(fmt.Errorf("choose a subnet: %w", ErrExhausted), "name one with --subnet")
+		}
+		if err != nil {
 			return c, err
 		}
 	}
@@ -143,10 +150,10 @@ func (s *Store) Remove(name string) error {
 
 // NewDefault returns the default network. Empty values stand for DefaultBridge and DefaultSubnet; a subnet that does not
 // read is a *SubnetError.
-func NewDefault(bridge, subnet string) (Config, error) {
-	p, err := netip.ParsePrefix(cmp.Or(subnet, DefaultSubnet))
+func NewDefault(bridge, ip4 string) (Config, error) {
+	p, err := netip.ParsePrefix(cmp.Or(ip4, DefaultSubnet))
 	if err != nil {
-		return Config{}, &SubnetError{subnet, "must be an IPv4 network such as " + DefaultSubnet}
+		return Config{}, &SubnetError{ip4, "must be an IPv4 network such as " + DefaultSubnet}
 	}
 	if err := ValidSubnet(p); err != nil {
 		return Config{}, err

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -24,6 +25,7 @@ import (
 	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"
+	"push.rocks/smartvm/network/subnet"
 	"push.rocks/smartvm/network/wireguard"
 )
 
@@ -33,6 +35,7 @@ const (
 	journalFile    = "journal"            // what one did
 	upFile         = "up.json"            // it is up, and as this says
 	usersDir       = "users"              // a symbolic link a VM, to the VM's directory
+	namesDir       = "names"              // a symbolic link a VM with a name, to its addresses
 )
 
 // Kinds are the effects in those journals.
@@ -52,6 +55,9 @@ type Use struct {
 	Network Config `json:"network"`
 	VM      string `json:"vm"`    // a file name that no other VM has
 	VMDir   string `json:"vmDir"` // the VM is gone when this is
+	// Name is that by which other guests of a mutual network find Addresses, a file name. It may be empty.
+	Name      string       `json:"name,omitempty"`
+	Addresses []netip.Addr `json:"addresses,omitempty"`
 }
 
 // up is upFile.
@@ -88,7 +94,52 @@ func (u *Use) Apply(ctx context.Context) error {
 	if err := os.Symlink(u.VMDir, u.path(usersDir, u.VM)); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("use network %s: %w", u.Network.Name, err)
 	}
+	if err := u.call(); err != nil {
+		return fmt.Errorf("name VM %s on network %s: %w", u.Name, u.Network.Name, err)
+	}
 	return nil
+}
+
+// call makes the VM's name known. One that is there is that of a VM that is gone, or this one's.
+func (u *Use) call() error {
+	if u.Name == "" || !u.Network.Mutual {
+		return nil
+	}
+	path := u.path(namesDir, strings.ToLower(u.Name))
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.Symlink(u.called(), path)
+}
+
+// called are the VM's addresses, as they stand behind its name.
+func (u *Use) called() string {
+	var all []string
+	for _, a := range u.Addresses {
+		all = append(all, a.String())
+	}
+	return strings.Join(all, ",")
+}
+
+// Named returns the addresses of the VM of a name on a network that is up.
+func Named(dir, network, name string) (all []netip.Addr) {
+	if strings.ContainsAny(name, "/\x00") || name == "" || name[0] == '.' {
+		return nil
+	}
+	u := Use{Dir: dir, Network: Config{Name: network}}
+	text, err := os.Readlink(u.path(namesDir, strings.ToLower(name)))
+	if err != nil {
+		return nil
+	}
+	for part := range strings.SplitSeq(text, ",") {
+		if a, err := netip.ParseAddr(part); err == nil {
+			all = append(all, a)
+		}
+	}
+	return all
 }
 
 func (u *Use) bringUp(ctx context.Context) error {
@@ -111,7 +162,7 @@ func (u *Use) bringUp(ctx context.Context) error {
 	if err := u.takeDown(ctx); err != nil { // what a crash left
 		return err
 	}
-	shadowed, err := u.Network.free()
+	shadowed, err := subnet.Free(u.Network.Bridge, u.Network.Subnet, u.Network.Subnet6)
 	if err != nil {
 		return err
 	}
@@ -196,6 +247,13 @@ func (u *Use) Revert(ctx context.Context) error {
 	defer unlock()
 	if err := os.Remove(u.path(usersDir, u.VM)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("leave network %s: %w", u.Network.Name, err)
+	}
+	if u.Name != "" {
+		// Another VM of the name may have come since.
+		path := u.path(namesDir, strings.ToLower(u.Name))
+		if is, err := os.Readlink(path); err == nil && is == u.called() {
+			_ = os.Remove(path) // if it stays, it goes with the network, or a VM of its name
+		}
 	}
 	if len(u.users()) > 0 {
 		return nil

@@ -235,10 +235,21 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 			link = i.slot()
 		}
 		effects = append(effects,
-			&network.Use{Dir: filepath.Join(vm.Store.Path(), store.NetworkDir), Network: i.Network, VM: vm.ID + "-" + vm.Nonce + "-" + i.ID, VMDir: vm.Store.Dir(vm.ID)},
+			&network.Use{
+				Dir: filepath.Join(vm.Store.Path(), store.NetworkDir), Network: i.Network, VM: vm.ID + "-" + vm.Nonce + "-" + i.ID, VMDir: vm.Store.Dir(vm.ID),
+				Name: cmp.Or(s.Name, vm.ID), Addresses: i.addresses(),
+			},
 			link, g)
 	}
 	return effects
+}
+
+// addresses are those by which others on its network reach it.
+func (i *Interface) addresses() []netip.Addr {
+	if !i.IP6.IsValid() {
+		return []netip.Addr{i.IP4}
+	}
+	return []netip.Addr{i.IP4, i.IP6}
 }
 
 // bootArgs configure an interface for a kernel that does so itself (CONFIG_IP_PNP).

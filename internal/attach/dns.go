@@ -35,6 +35,10 @@ func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *
 	}
 	of := &all[n].Network
 	c := dnsproxy.Config{Log: log.With("vm", g.Tap), Upstreams: newServers(all[n].DNS, false).all}
+	networks := filepath.Join(runtimeDir, store.NetworkDir)
+	if of.Mutual {
+		c.Local = func(name string) []netip.Addr { return network.Named(networks, of.Name, name) }
+	}
 	if of.Policy.Names() || g.Policy.Names() {
 		for layer, p := range []*policy.Policy{filter.OfNetwork: of.Policy, filter.Own: g.Policy} {
 			names, err := namesOf(g.Guest, filter.Layer(layer), p)
@@ -46,7 +50,7 @@ func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *
 	}
 	if of.WireGuard != "" || of.WireGuardConfig != "" {
 		// What guests ask leaves by no other way than all else of theirs.
-		via := network.Via(filepath.Join(runtimeDir, store.NetworkDir), of.Name)
+		via := network.Via(networks, of.Name)
 		if via == "" {
 			return fmt.Errorf("ask for names: network %s has no tunnel", of.Name)
 		}

@@ -66,7 +66,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringVar(&s.id, "id", "", "the VM's `id`; without it one is drawn")
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
 	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, netns[:NAME] for a namespace of its own, tap:DEV or none, [,id=NAME][,mac=ADDRESS][,rx=RATE][,tx=RATE]; may be repeated")
-	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`; may be repeated")
+	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`, or ranges of as many; may be repeated")
 	f.StringArrayVar(&s.dns, "dns", nil, "`address` of a server that answers the guest for names, in place of the host's; may be repeated")
 	f.StringArrayVar(&s.search, "dns-search", nil, "of an image: `domain` in which its guest looks for names that are not whole; may be repeated")
 	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [tcp:|udp:|icmp:]ADDRESS|CIDR|NAME|*[:PORTS]; may be repeated, and the first rule that matches decides")
@@ -273,9 +273,9 @@ func (s *Flags) networks(vm *spec.Spec) error {
 		errs = append(errs, addNet(vm, text))
 	}
 	for _, text := range s.publish {
-		port, err := ParsePort(text)
+		ports, err := ParsePorts(text)
 		errs = append(errs, err)
-		vm.Ports = append(vm.Ports, port)
+		vm.Ports = append(vm.Ports, ports...)
 	}
 	for _, text := range s.dns {
 		a, err := netip.ParseAddr(text)
@@ -325,25 +325,40 @@ func addNet(vm *spec.Spec, text string) error {
 	return err
 }
 
-// ParsePort takes [IP:]HOST:GUEST[/udp], with an IPv6 address in brackets.
-func ParsePort(text string) (p spec.Port, err error) {
+// ParsePorts takes [IP:]HOST:GUEST[/udp], with an IPv6 address in brackets. HOST and GUEST may be ranges of as many ports, FIRST-LAST.
+func ParsePorts(text string) (all []spec.Port, err error) {
 	rest, protocol, _ := strings.Cut(text, "/")
-	p.Protocol = protocol
 	host, guest, found := cutLast(rest, ":")
+	var at netip.Addr
 	if ip, port, has := cutLast(host, ":"); has {
 		host = port
-		if p.HostIP, err = netip.ParseAddr(strings.Trim(ip, "[]")); err != nil {
-			return p, fmt.Errorf("-p %s: %q is no IP address", text, ip)
+		if at, err = netip.ParseAddr(strings.Trim(ip, "[]")); err != nil {
+			return nil, fmt.Errorf("-p %s: %q is no IP address", text, ip)
 		}
 	}
-	for to, from := range map[*uint16]string{&p.HostPort: host, &p.GuestPort: guest} {
-		n, err := strconv.ParseUint(from, 10, 16)
-		if err != nil || n == 0 || !found {
-			return p, fmt.Errorf("-p %s: want [IP:]HOST:GUEST[/udp], ports from 1 to 65535", text)
-		}
-		*to = uint16(n)
+	first, last, ok := portRange(host)
+	guestFirst, guestLast, guestOK := portRange(guest)
+	if !found || !ok || !guestOK {
+		return nil, fmt.Errorf("-p %s: want [IP:]HOST:GUEST[/udp], ports from 1 to 65535, or ranges of them such as 8000-8009", text)
 	}
-	return p, nil
+	if last-first != guestLast-guestFirst {
+		return nil, fmt.Errorf("-p %s: %d ports of the host lead to %d of the guest", text, last-first+1, guestLast-guestFirst+1)
+	}
+	for n := 0; first+n <= last; n++ {
+		all = append(all, spec.Port{HostIP: at, HostPort: uint16(first + n), GuestPort: uint16(guestFirst + n), Protocol: protocol})
+	}
+	return all, nil
+}
+
+// portRange takes a port, or FIRST-LAST.
+func portRange(text string) (first, last int, ok bool) {
+	from, to, ranged := strings.Cut(text, "-")
+	if !ranged {
+		to = from
+	}
+	a, errA := strconv.ParseUint(from, 10, 16)
+	b, errB := strconv.ParseUint(to, 10, 16)
+	return int(a), int(b), errA == nil && errB == nil && a > 0 && a <= b
 }
 
 func cutLast(s, sep string) (before, after string, found bool) {

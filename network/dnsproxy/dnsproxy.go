@@ -32,6 +32,8 @@ type Config struct {
 	Upstreams func() []netip.AddrPort
 	// Control is that of net.Dialer, for the sockets by which they are asked. It may be nil.
 	Control func(network, address string, socket syscall.RawConn) error
+	// Local are the addresses of who has a name on the guest's own network, none if nobody has. It may be nil.
+	Local func(name string) []netip.Addr
 	// Names are what policies say, each of which must allow a name and what it leads to. Empty: all is asked for, of whatever type.
 	Names []Names
 	Log   *slog.Logger // nil: nobody
@@ -239,6 +241,11 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 		return q.reply(code, nil)
 	}
 	name := strings.ToLower(q.question.Name.String())
+	if p.Local != nil {
+		if addresses := p.Local(strings.TrimSuffix(name, ".")); addresses != nil {
+			return q.reply(dnsmessage.RCodeSuccess, localRecords(q.question, addresses))
+		}
+	}
 	var because []reason
 	for _, n := range p.Names {
 		r := reason{Names: n}
@@ -274,6 +281,26 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 		}
 	}
 	return q.reply(code, records)
+}
+
+// localTTL is short: who has the name may be another soon.
+const localTTL = 5 * time.Second
+
+// localRecords are the addresses of the kind that is asked for.
+func localRecords(q dnsmessage.Question, addresses []netip.Addr) (records []dnsmessage.Resource) {
+	for _, a := range addresses {
+		r := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: dnsmessage.ClassINET, TTL: uint32(localTTL / time.Second)}}
+		switch {
+		case a.Is4() && q.Type == dnsmessage.TypeA:
+			r.Body = &dnsmessage.AResource{A: a.As4()}
+		case a.Is6() && q.Type == dnsmessage.TypeAAAA:
+			r.Body = &dnsmessage.AAAAResource{AAAA: a.As16()}
+		default:
+			continue
+		}
+		records = append(records, r)
+	}
+	return records
 }
 
 // reason is a policy with rules about a name.

@@ -182,6 +182,11 @@ func goTo(chain string) exprs { return exprs{&expr.Verdict{Kind: expr.VerdictGot
 // drop counts what it drops, for people who wonder.
 func drop() exprs { return exprs{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}} }
 
+// refuse is drop that tells the guest, so that it need not wait for who does not answer.
+func refuse() exprs {
+	return exprs{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictGoto, Chain: refused}}
+}
+
 // isLocal matches what goes to one of the host's addresses.
 func isLocal() exprs {
 	return exprs{&expr.Fib{Register: reg, ResultADDRTYPE: true, FlagDADDR: true}, equal(binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL))}

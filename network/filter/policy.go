@@ -151,7 +151,7 @@ func (p policyRules) end(compiled []policy.Compiled, i int) rule {
 	case yes:
 		return rule{exprs: exprs{&expr.Counter{}, &expr.Verdict{Kind: p.allow}}, text: text}
 	}
-	return rule{exprs: drop(), text: text}
+	return rule{exprs: refuse(), text: text}
 }
 
 func (p policyRules) of(compiled []policy.Compiled) (all []rule) {

@@ -27,6 +27,7 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 		{nat(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), plain(published(l)...)},
 		{nat(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(t.masqueraded()...)},
 		{nftables.Chain{Table: l.inet, Name: fromGuest}, plain(t.leaving(l)...)},
+		{nftables.Chain{Table: l.inet, Name: refused}, plain(refusal()...)},
 		{nftables.Chain{Table: l.inet, Name: narrow}, nil},
 		{nftables.Chain{Table: l.inet, Name: toGuest}, plain(append(t.answered(), join(redirected(), accept()), drop())...)},
 		{nftables.Chain{Table: l.inet, Name: toHost}, plain(t.entering(l)...)},
@@ -181,9 +182,19 @@ func (t *Tables) bounded(l *layout) (all []exprs) {
 	return all
 }
 
+// refusal ends what is not allowed: at once, but for floods, which nobody is to be made to answer.
+func refusal() []exprs {
+	limited := &expr.Limit{Type: expr.LimitTypePkts, Rate: 1000, Unit: expr.LimitTimeSecond, Burst: 1000}
+	return []exprs{
+		join(l4(unix.IPPROTO_TCP), exprs{limited, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}),
+		{limited, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}},
+		verdict(expr.VerdictDrop),
+	}
+}
+
 // leaving is what a guest may send through the host.
 func (t *Tables) leaving(l *layout) (all []exprs) {
-	within := drop()
+	within := refuse()
 	if t.Mutual {
 		within = accept()
 	}
@@ -196,16 +207,16 @@ func (t *Tables) leaving(l *layout) (all []exprs) {
 			if p.Addr().Is4() {
 				source, set = source4, l.metadata4
 			}
-			all = append(all, join(toPrefix(p), exprs{load(source, reg), notInSet(set)}, drop()))
+			all = append(all, join(toPrefix(p), exprs{load(source, reg), notInSet(set)}, refuse()))
 		}
 	}
 	if t.Inside {
-		return append(all, drop())
+		return append(all, refuse())
 	}
 	last := accept()
 	switch {
 	case t.Egress.Names(): // each guest has a chain
-		last = drop()
+		last = refuse()
 	case t.Egress != nil: // what the network allows, a guest's own policy may still forbid
 		all = append(all, jump(egress))
 	}
@@ -229,7 +240,7 @@ func (t *Tables) entering(l *layout) []exprs {
 		join(redirected(), accept()),
 		join(nfproto(unix.NFPROTO_IPV4), exprs{load(source4, reg), inSet(l.host4)}, accept()),
 		join(nfproto(unix.NFPROTO_IPV6), exprs{load(source6, reg), inSet(l.host6)}, accept()),
-		drop())
+		refuse())
 }
 
 var linkLocal6 = netip.MustParsePrefix("fe80::/10")

@@ -49,6 +49,7 @@ const (
 	toHost        = "to-host"
 	egress        = "egress"
 	narrow        = "narrow"
+	refused       = "refused"
 )
 
 // layout is a network's tables, with the sets that guests have elements in.

@@ -464,11 +464,11 @@ func (d *differs) finish() (err error) {
 		return fmt.Errorf("--memory %s: want file or uffd", d.Memory)
 	}
 	for _, text := range d.publish {
-		port, err := vmflags.ParsePort(text)
+		ports, err := vmflags.ParsePorts(text)
 		if err != nil {
 			return err
 		}
-		d.Ports = append(d.Ports, port)
+		d.Ports = append(d.Ports, ports...)
 	}
 	d.Labels, err = parseLabels(d.labels)
 	return err

@@ -1,10 +1,10 @@
-package network
+// Package subnet knows which addresses a host needs for something else than our networks.
+package subnet
 
 import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -33,14 +33,15 @@ func (e *OverlapError) Error() string {
 // Code is the original's word for it.
 func (*OverlapError) Code() string { return "INVALID_SUBNET" }
 
-// free says whether the host needs addresses of the network's subnets for something else: routes into them, neighbours, gateways, DNS servers.
-// Routes to more than that by way of gateways (a VPN's, a company's) serve for all else as before; they are returned as shadowed.
-func (c *Config) free() (shadowed []string, err error) {
-	host, err := lookAtHost(c.Bridge)
+// Free says whether a host, but for one of its bridges, needs addresses of subnets for something else: routes into them, neighbours, gateways, DNS
+// servers. Then it returns an *OverlapError. Routes to more than that by way of gateways (a VPN's, a company's) serve for all else as before; they
+// are returned as shadowed.
+func Free(bridge string, subnets ...netip.Prefix) (shadowed []string, err error) {
+	host, err := lookAtHost(bridge)
 	if err != nil {
 		return nil, err
 	}
-	for _, subnet := range []netip.Prefix{c.Subnet, c.Subnet6} {
+	for _, subnet := range subnets {
 		if !subnet.IsValid() {
 			continue
 		}
@@ -128,9 +129,9 @@ func (h *destinations) free(subnet netip.Prefix) (shadowed []string, err error) 
 	return shadowed, nil
 }
 
-// unused finds a /24 that no network has and that the host does not need: beside the default one, far from those that clouds give their
-// networks (172.31.0.0/16 is AWS's, and has its DNS server). It shadows a route of the host's only if there is no other.
-func unused(others []Config) (netip.Prefix, error) {
+// Choose finds a /24 that is not taken and that the host does not need: below 172.30.0.0/16, far from those that clouds give their networks
+// (172.31.0.0/16 is AWS's, and has its DNS server). It shadows a route of the host's only if there is no other. It is invalid if there is none.
+func Choose(taken func(netip.Prefix) bool) (netip.Prefix, error) {
 	host, err := lookAtHost("")
 	if err != nil {
 		return netip.Prefix{}, err
@@ -138,7 +139,7 @@ func unused(others []Config) (netip.Prefix, error) {
 	var second netip.Prefix
 	for n := range 255 {
 		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 30, byte(n + 1), 0}), 24)
-		if slices.ContainsFunc(others, func(o Config) bool { return o.Subnet.Overlaps(p) }) {
+		if taken(p) {
 			continue
 		}
 		shadowed, err := host.free(p)
@@ -149,8 +150,5 @@ func unused(others []Config) (netip.Prefix, error) {
 			second = p
 		}
 	}
-	if second.IsValid() {
-		return second, nil
-	}
-	return netip.Prefix{}, hint.Add(fmt.Errorf("choose a subnet: %w", ErrExhausted), "name one with --subnet")
+	return second, nil
 }
