@@ -20,38 +20,39 @@ type Guest struct{ filter.Guest }
 
 // Apply adds it. Returns an error that is fs.ErrNotExist where the tables are gone.
 func (g *Guest) Apply(ctx context.Context) error {
-	entries, err := g.entries()
+	port, err := netlink.LinkByName(g.Tap)
+	if err != nil {
+		return fmt.Errorf("find port %s of bridge %s: %w", g.Tap, g.Bridge(), err)
+	}
+	bridge, err := netlink.LinkByName(g.Bridge())
+	if err != nil {
+		return fmt.Errorf("find bridge %s: %w", g.Bridge(), err)
+	}
+	entries, err := g.entries(port, bridge)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		// That an interface has no IPv6 is an invalid argument here.
-		if err := netlink.NeighSet(e); err != nil && !(e.Family == unix.AF_INET6 && (rtnl.NoIPv6(err) || errors.Is(err, unix.EINVAL))) {
+		if err := netlink.NeighSet(e); err != nil && !without(e, err) {
 			return fmt.Errorf("add guest %s to bridge %s: %w", g.Tap, g.Bridge(), err)
 		}
 	}
 	return g.Guest.Apply(ctx)
 }
 
-// entries are where the bridge has the guest's MAC, and the host its addresses. They are empty where the bridge or its port is gone.
-func (g *Guest) entries() ([]*netlink.Neigh, error) {
+// entries are at which port a bridge has the guest's MAC, and where the host has its addresses. Either link may be nil.
+func (g *Guest) entries(port, bridge netlink.Link) (all []*netlink.Neigh, err error) {
 	mac, err := net.ParseMAC(g.MAC)
 	if err != nil {
 		return nil, err
 	}
-	port, err := netlink.LinkByName(g.Tap)
-	if err != nil {
-		return nil, fmt.Errorf("find port %s of bridge %s: %w", g.Tap, g.Bridge(), err)
+	if port != nil {
+		all = append(all, &netlink.Neigh{
+			LinkIndex: port.Attrs().Index, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER, HardwareAddr: mac,
+		})
 	}
-	bridge, err := netlink.LinkByName(g.Bridge())
-	if err != nil {
-		return nil, fmt.Errorf("find bridge %s: %w", g.Bridge(), err)
-	}
-	all := []*netlink.Neigh{{
-		LinkIndex: port.Attrs().Index, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER, HardwareAddr: mac,
-	}}
 	for _, a := range []netip.Addr{g.IP4, g.IP6} {
-		if a.IsValid() {
+		if a.IsValid() && bridge != nil {
 			family := map[bool]int{true: unix.AF_INET, false: unix.AF_INET6}[a.Is4()]
 			all = append(all, &netlink.Neigh{
 				LinkIndex: bridge.Attrs().Index, Family: family, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac,
@@ -59,6 +60,11 @@ func (g *Guest) entries() ([]*netlink.Neigh, error) {
 		}
 	}
 	return all, nil
+}
+
+// without says whether there is no such entry as the interface has no IPv6, which is an invalid argument here.
+func without(e *netlink.Neigh, err error) bool {
+	return e.Family == unix.AF_INET6 && (rtnl.NoIPv6(err) || errors.Is(err, unix.EINVAL))
 }
 
 // Revert takes it out, with others whose turn it is too.
@@ -74,17 +80,32 @@ func removeGuests(guests []*Guest) error {
 	parts := make([]*filter.Guest, len(guests))
 	for i, g := range guests {
 		parts[i] = &g.Guest
-		entries, err := g.entries()
-		var missing netlink.LinkNotFoundError
-		if errors.As(err, &missing) {
-			continue // gone with its port or bridge
-		}
-		errs = append(errs, err)
-		for _, e := range entries {
-			if err := netlink.NeighDel(e); err != nil && !errors.Is(err, unix.ENOENT) && !(e.Family == unix.AF_INET6 && (rtnl.NoIPv6(err) || errors.Is(err, unix.EINVAL))) {
-				errs = append(errs, fmt.Errorf("remove guest %s from bridge %s: %w", g.Tap, g.Bridge(), err))
-			}
-		}
+		errs = append(errs, g.removeEntries())
 	}
 	return errors.Join(append(errs, filter.Remove(parts))...)
+}
+
+func (g *Guest) removeEntries() error {
+	var links [2]netlink.Link
+	for i, name := range []string{g.Tap, g.Bridge()} {
+		var missing netlink.LinkNotFoundError
+		l, err := netlink.LinkByName(name)
+		if err != nil && !errors.As(err, &missing) {
+			return fmt.Errorf("find interface %s: %w", name, err)
+		}
+		if err == nil {
+			links[i] = l
+		}
+	}
+	if port, bridge := links[0], links[1]; port != nil && (bridge == nil || port.Attrs().MasterIndex != bridge.Attrs().Index) {
+		links[0] = nil // what a bridge knows of a port goes when it is none any more
+	}
+	entries, err := g.entries(links[0], links[1])
+	errs := []error{err}
+	for _, e := range entries {
+		if err := netlink.NeighDel(e); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) && !without(e, err) {
+			errs = append(errs, fmt.Errorf("remove guest %s from bridge %s: %w", g.Tap, g.Bridge(), err))
+		}
+	}
+	return errors.Join(errs...)
 }

@@ -203,6 +203,12 @@ func (t *Tap) Join() error {
 			return fmt.Errorf("set MTU of tap %s: %w", t.Name, err)
 		}
 	}
+	// One that joins again is up, and must not be while it is a port like any other.
+	if link.Attrs().Flags&net.FlagUp != 0 {
+		if err := netlink.LinkSetDown(link); err != nil {
+			return fmt.Errorf("set tap %s down: %w", t.Name, err)
+		}
+	}
 	if err := netlink.LinkSetMaster(link, bridge); err != nil {
 		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
 	}
