@@ -20,46 +20,52 @@ type Guest struct{ filter.Guest }
 
 // Apply adds it. Returns an error that is fs.ErrNotExist where the tables are gone.
 func (g *Guest) Apply(ctx context.Context) error {
-	port, err := netlink.LinkByName(g.Tap)
-	if err != nil {
-		return fmt.Errorf("find port %s of bridge %s: %w", g.Tap, g.Bridge(), err)
-	}
-	bridge, err := netlink.LinkByName(g.Bridge())
-	if err != nil {
-		return fmt.Errorf("find bridge %s: %w", g.Bridge(), err)
-	}
-	entries, err := g.entries(port, bridge)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if err := netlink.NeighSet(e); err != nil && !without(e, err) {
-			return fmt.Errorf("add guest %s to bridge %s: %w", g.Tap, g.Bridge(), err)
+	err := g.eachEntry(func(h *netlink.Handle, e *netlink.Neigh) error {
+		if e.LinkIndex == 0 {
+			return errors.New("its port or the bridge is gone")
 		}
+		return h.NeighSet(e)
+	})
+	if err != nil {
+		return fmt.Errorf("add guest %s to bridge %s: %w", g.Tap, g.Bridge(), err)
 	}
 	return g.Guest.Apply(ctx)
 }
 
-// entries are at which port a bridge has the guest's MAC, and where the host has its addresses. Either link may be nil.
-func (g *Guest) entries(port, bridge netlink.Link) (all []*netlink.Neigh, err error) {
+// eachEntry calls f for what says at which port the bridge has the guest's MAC, and where the host has its addresses. The index of an interface
+// that is gone is 0.
+func (g *Guest) eachEntry(f func(*netlink.Handle, *netlink.Neigh) error) error {
 	mac, err := net.ParseMAC(g.MAC)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if port != nil {
-		all = append(all, &netlink.Neigh{
-			LinkIndex: port.Attrs().Index, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER, HardwareAddr: mac,
-		})
+	port, err := rtnl.Index(g.Tap)
+	if err != nil {
+		return err
 	}
+	bridge, err := rtnl.Index(g.Bridge())
+	if err != nil {
+		return err
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	entries := []*netlink.Neigh{{LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER, HardwareAddr: mac}}
 	for _, a := range []netip.Addr{g.IP4, g.IP6} {
-		if a.IsValid() && bridge != nil {
+		if a.IsValid() {
 			family := map[bool]int{true: unix.AF_INET, false: unix.AF_INET6}[a.Is4()]
-			all = append(all, &netlink.Neigh{
-				LinkIndex: bridge.Attrs().Index, Family: family, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac,
-			})
+			entries = append(entries, &netlink.Neigh{LinkIndex: bridge, Family: family, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac})
 		}
 	}
-	return all, nil
+	var errs []error
+	for _, e := range entries {
+		if err := f(h, e); err != nil && !without(e, err) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // without says whether there is no such entry as the interface has no IPv6, which is an invalid argument here.
@@ -86,26 +92,19 @@ func removeGuests(guests []*Guest) error {
 }
 
 func (g *Guest) removeEntries() error {
-	var links [2]netlink.Link
-	for i, name := range []string{g.Tap, g.Bridge()} {
-		var missing netlink.LinkNotFoundError
-		l, err := netlink.LinkByName(name)
-		if err != nil && !errors.As(err, &missing) {
-			return fmt.Errorf("find interface %s: %w", name, err)
+	err := g.eachEntry(func(h *netlink.Handle, e *netlink.Neigh) error {
+		if e.LinkIndex == 0 {
+			return nil
 		}
-		if err == nil {
-			links[i] = l
+		err := h.NeighDel(e)
+		// What a bridge knows of a port goes when it is none any more.
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || e.Family == unix.AF_BRIDGE && errors.Is(err, unix.EOPNOTSUPP) {
+			return nil
 		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("remove guest %s from bridge %s: %w", g.Tap, g.Bridge(), err)
 	}
-	if port, bridge := links[0], links[1]; port != nil && (bridge == nil || port.Attrs().MasterIndex != bridge.Attrs().Index) {
-		links[0] = nil // what a bridge knows of a port goes when it is none any more
-	}
-	entries, err := g.entries(links[0], links[1])
-	errs := []error{err}
-	for _, e := range entries {
-		if err := netlink.NeighDel(e); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) && !without(e, err) {
-			errs = append(errs, fmt.Errorf("remove guest %s from bridge %s: %w", g.Tap, g.Bridge(), err))
-		}
-	}
-	return errors.Join(errs...)
+	return nil
 }

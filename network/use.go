@@ -154,7 +154,7 @@ func (u *Use) bringUp(ctx context.Context) error {
 		was = nil
 	}
 	if was != nil {
-		return u.repair(ctx, was)
+		return u.repair(ctx, was, false)
 	}
 	if err := filter.Allowed(); err != nil { // said before anything is done
 		return err
@@ -342,7 +342,7 @@ func (u *Use) Check(ctx context.Context) (restored int, err error) {
 		return 0, err
 	}
 	before := was.Restored
-	if err = u.repair(ctx, was); err != nil {
+	if err = u.repair(ctx, was, true); err != nil {
 		return was.Restored, err
 	}
 	if was.Restored > before || !forwardsSeen(u.Dir, was.Network.Subnet6.IsValid()) {
@@ -351,8 +351,9 @@ func (u *Use) Check(ctx context.Context) (restored int, err error) {
 	return was.Restored, nil
 }
 
-// repair counts first: if it does not come to its end, the guests look all the same.
-func (u *Use) repair(ctx context.Context, n *up) error {
+// repair counts first: if it does not come to its end, the guests look all the same. What a bridge is besides is for who looks now and then, and
+// no start waits for it.
+func (u *Use) repair(ctx context.Context, n *up, settle bool) error {
 	counted := false
 	count := func() error {
 		if counted {
@@ -369,7 +370,7 @@ func (u *Use) repair(ctx context.Context, n *up) error {
 		if err != nil {
 			return err
 		}
-		if b, ok := e.(*Bridge); ok && there {
+		if b, ok := e.(*Bridge); ok && there && settle {
 			wasDown, err := b.Settle()
 			if err == nil && wasDown {
 				err = count()
