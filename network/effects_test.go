@@ -23,6 +23,7 @@ import (
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"
+	"push.rocks/smartvm/network/rtnl"
 	"push.rocks/smartvm/network/wireguard"
 )
 
@@ -302,15 +303,11 @@ func TestEffects(t *testing.T) {
 // allLinks lists the interfaces, once none goes meanwhile: namespaces end by themselves.
 func allLinks(t *testing.T) []netlink.Link {
 	t.Helper()
-	for {
-		all, err := netlink.LinkList()
-		if err == nil {
-			return all
-		}
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			t.Fatal(err)
-		}
+	all, err := rtnl.Whole(netlink.LinkList)
+	if err != nil {
+		t.Fatal(err)
 	}
+	return all
 }
 
 // clearNetwork is for the test's own network.

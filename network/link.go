@@ -51,11 +51,11 @@ func (b *Bridge) Apply(context.Context) error {
 	case err != nil:
 		return fmt.Errorf("make bridge %s: %w", b.Name, err)
 	}
-	return b.settle(link)
+	return b.configure(link)
 }
 
-// settle makes the bridge what it shall be, whatever of that it is already.
-func (b *Bridge) settle(link netlink.Link) error {
+// configure makes the bridge what it shall be, whatever of that it is already.
+func (b *Bridge) configure(link netlink.Link) error {
 	for _, v := range [][3]string{
 		// A router that a guest claims to be is not for the host.
 		{"ipv6", "accept_ra", "0"},
@@ -112,14 +112,14 @@ func (b *Bridge) There(context.Context) (bool, error) {
 	return l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == b.MAC, nil
 }
 
-// Settle makes a bridge that is there what it shall be again, with its ports. It says whether the bridge was down: then the kernel has forgotten what
+// Repair makes a bridge that is there what it shall be again, with its ports. It says whether the bridge was down: then the kernel has forgotten what
 // guests' entries told it.
-func (b *Bridge) Settle() (wasDown bool, err error) {
+func (b *Bridge) Repair() (wasDown bool, err error) {
 	l, err := netlink.LinkByName(b.Name)
 	if err != nil {
 		return false, fmt.Errorf("find bridge %s: %w", b.Name, err)
 	}
-	return l.Attrs().Flags&net.FlagUp == 0, b.settle(l)
+	return l.Attrs().Flags&net.FlagUp == 0, b.configure(l)
 }
 
 // writeInterface sets a variable of an interface, unless it is so, where the kernel has its protocol.

@@ -442,19 +442,7 @@ func TestNetwork_FlushedMeanwhile(t *testing.T) {
 	var c net.Conn
 	g.Must(func() (err error) { c, err = net.Dial("udp", "172.30.0.1:9000"); return err })
 	defer c.Close()
-	says := func(wait time.Duration) bool {
-		buf := make([]byte, 64)
-		_, err := c.Write([]byte("?"))
-		if err == nil {
-			err = c.SetReadDeadline(time.Now().Add(wait))
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		n, _ := c.Read(buf)
-		return n > 0
-	}
-	if !says(5 * time.Second) {
+	if !answers(t, c, 5*time.Second) {
 		t.Fatal("without rules the host does not answer either")
 	}
 	g.reaches(t, "tcp", "172.30.0.1:22", "host from 172.30.0.2\n")
@@ -464,7 +452,7 @@ func TestNetwork_FlushedMeanwhile(t *testing.T) {
 	if err := g.filter.Apply(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if says(300 * time.Millisecond) {
+	if answers(t, c, 300*time.Millisecond) {
 		t.Error("a connection that the rules do not allow goes on")
 	}
 	g.misses(t, "tcp", "172.30.0.1:22")

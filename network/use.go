@@ -353,7 +353,7 @@ func (u *Use) Check(ctx context.Context) (restored int, err error) {
 
 // repair counts first: if it does not come to its end, the guests look all the same. What a bridge is besides is for who looks now and then, and
 // no start waits for it.
-func (u *Use) repair(ctx context.Context, n *up, settle bool) error {
+func (u *Use) repair(ctx context.Context, n *up, bridges bool) error {
 	counted := false
 	count := func() error {
 		if counted {
@@ -370,8 +370,8 @@ func (u *Use) repair(ctx context.Context, n *up, settle bool) error {
 		if err != nil {
 			return err
 		}
-		if b, ok := e.(*Bridge); ok && there && settle {
-			wasDown, err := b.Settle()
+		if b, ok := e.(*Bridge); ok && there && bridges {
+			wasDown, err := b.Repair()
 			if err == nil && wasDown {
 				err = count()
 			}

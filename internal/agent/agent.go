@@ -121,24 +121,23 @@ func (c *Client) open(ctx context.Context, req agentproto.Request) (*agentproto.
 	if req.Op == agentproto.OpResume { // the VM may be paused for long, and is not to find many requests then
 		patience = 0
 	}
-	if req.Now.IsZero() {
-		raw, err := c.connect(ctx, agentproto.Port, frame, patience)
-		if err != nil {
-			return nil, err
-		}
-		return agentproto.NewConn(raw), nil
+	// What time it is, is sent when the guest listens: to get there may take seconds.
+	timed := !req.Now.IsZero()
+	if timed {
+		frame = nil
 	}
-	// What time it is, is said when the guest listens: to get there may have taken seconds.
-	raw, err := c.connect(ctx, agentproto.Port, nil, patience)
+	raw, err := c.connect(ctx, agentproto.Port, frame, patience)
 	if err != nil {
 		return nil, err
 	}
-	req.Now = time.Now()
-	if frame, err = req.Frame(); err == nil {
-		_, err = raw.Write(frame)
-	}
-	if err != nil {
-		return nil, errors.Join(lost(err), raw.Close())
+	if timed {
+		req.Now = time.Now()
+		if frame, err = req.Frame(); err == nil {
+			_, err = raw.Write(frame)
+		}
+		if err != nil {
+			return nil, errors.Join(lost(err), raw.Close())
+		}
 	}
 	return agentproto.NewConn(raw), nil
 }

@@ -189,8 +189,10 @@ func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
 		return i.DNS
 	}
 	gateway := []netip.Addr{gateway4}
-	blockers, err := filter.Blockers(nftables.ChainHookInput)
-	if i.Network.Policy.Names() || p.Names() || err != nil || len(blockers) == 0 || i.Network.WireGuard != "" || i.Network.WireGuardConfig != "" {
+	if i.Network.Policy.Names() || p.Names() || i.Network.WireGuard != "" || i.Network.WireGuardConfig != "" {
+		return gateway
+	}
+	if blockers, err := filter.Blockers(nftables.ChainHookInput); err != nil || len(blockers) == 0 {
 		return gateway
 	}
 	if i.DNS != nil {

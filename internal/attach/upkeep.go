@@ -13,8 +13,8 @@ import (
 	"push.rocks/smartvm/network/watch"
 )
 
-// Upkeep is what the process that looks after a VM does for its networks: it answers for names (without that the names that policies allow have
-// no addresses), and mends what others have removed. Its zero value serves.
+// Upkeep is what the process that supervises a VM does for its networks: it answers DNS queries, and repairs what others have removed. Its zero
+// value serves.
 type Upkeep struct {
 	cancel   []context.CancelFunc
 	work     sync.WaitGroup
@@ -28,8 +28,8 @@ type socket struct {
 	syscall.Conn
 }
 
-// settleTime is how long it is waited for more to change.
-const settleTime = 5 * time.Millisecond
+// quietTime is how long nothing more must change before it is told.
+const quietTime = 5 * time.Millisecond
 
 // Look tells when to Heal: at intervals, and when somebody has changed something, until ctx ends.
 func (u *Upkeep) Look(ctx context.Context, all []Interface, every time.Duration, log *slog.Logger) <-chan struct{} {
@@ -47,14 +47,14 @@ func (u *Upkeep) Look(ctx context.Context, all []Interface, every time.Duration,
 	u.work.Go(func() {
 		tick := time.NewTicker(every)
 		defer tick.Stop()
-		listen := func(ctx context.Context, event func()) error { return watch.Watch(ctx, tables, bridges, tell, event) }
+		var listen func(context.Context, func()) error
+		if len(tables) > 0 {
+			listen = func(ctx context.Context, event func()) error { return watch.Watch(ctx, tables, bridges, tell, event) }
+		}
 		for ctx.Err() == nil {
-			if tables == nil {
-				listen = nil
-			}
 			if err := await(ctx, tick.C, listen, tell); err != nil && ctx.Err() == nil {
 				log.Debug("watch networks: changes are seen later", "err", err)
-				tables = nil
+				listen = nil
 			}
 		}
 	})
@@ -67,11 +67,11 @@ func await(ctx context.Context, tick <-chan time.Time, listen func(context.Conte
 	defer work.Wait()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	changed := time.NewTimer(settleTime)
+	changed := time.NewTimer(quietTime)
 	changed.Stop()
 	done := make(chan error, 1)
 	if listen != nil {
-		work.Go(func() { done <- listen(ctx, func() { changed.Reset(settleTime) }) })
+		work.Go(func() { done <- listen(ctx, func() { changed.Reset(quietTime) }) })
 	}
 	for {
 		select {
@@ -150,7 +150,7 @@ func (u *Upkeep) rebind(bridge string) error {
 	return nil
 }
 
-// Close ends the DNS proxies, and waits for Look to end. Names have no addresses then until somebody else looks after the VM.
+// Close ends the DNS proxies, and waits for Look to end. Names have no addresses then until another process supervises the VM.
 func (u *Upkeep) Close() {
 	for _, cancel := range u.cancel {
 		cancel()
