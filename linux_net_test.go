@@ -158,7 +158,7 @@ func TestLinuxNetwork_Names(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := networks.Create(network.Config{Name: "named", Policy: names}); err != nil {
+	if _, err := networks.Create(network.Config{Name: "named", Settings: network.Settings{Policy: names}}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

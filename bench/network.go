@@ -21,6 +21,7 @@ import (
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/network/subnet"
 	"push.rocks/smartvm/spec"
 )
 
@@ -294,7 +295,7 @@ func (s *networkSite) warm(rounds int) error {
 	}
 	c := s.config
 	c.Name, c.Bridge, c.Subnet = "warm", "svwarm", netip.MustParsePrefix("172.30.1.0/24")
-	c.Subnet6 = network.LocalSubnet(c.Bridge)
+	c.Subnet6 = subnet.Local(c.Bridge)
 	pool := &attach.Pool{Store: st, Network: c}
 	if _, err := pool.Resize(s.ctx, 8); err != nil {
 		return err

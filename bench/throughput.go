@@ -77,7 +77,7 @@ func (s *networkSite) without(f func() (float64, error)) (float64, error) {
 		return 0, err
 	}
 	result, err := f()
-	_, restoreErr := s.use.Check(s.ctx)
+	_, _, restoreErr := s.use.Check(s.ctx)
 	return result, errors.Join(err, restoreErr, s.cable.Apply(s.ctx))
 }
 

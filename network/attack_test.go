@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/conntrack"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
 )
@@ -355,8 +356,15 @@ func TestAttack_Connections(t *testing.T) {
 	}
 	other.reaches(t, "udp", world4+":80", "world from "+uplink4+"\n")
 	other.reaches(t, "tcp", "["+world6+"]:80", "world from "+uplink6+"\n")
+	counts, err := filter.Counts(s.config.Table(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(counts) != 1 || counts[0].Rule != "over 50 connections" || counts[0].Packets < 15 {
+		t.Errorf("counted %+v, want what was over 50 connections alone", counts)
+	}
 	// When its connections end it has others.
-	if err := filter.ForgetAll(); err != nil {
+	if err := conntrack.ForgetAll(); err != nil {
 		t.Fatal(err)
 	}
 	greedy.reaches(t, "udp", world4+":80", "world from "+uplink4+"\n")
@@ -374,4 +382,41 @@ func answers(t *testing.T, c net.Conn, wait time.Duration) bool {
 	}
 	n, _ := c.Read(make([]byte, 64))
 	return n > 0
+}
+
+// Who begins connections faster than is allowed is refused those, and takes nothing from others.
+func TestAttack_NewConnections(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	const most = 100
+	s := newSite(t, func(c *network.Config) { c.NewConnections = most })
+	s.outside.Serve(":80", "world")
+	greedy, other := s.guest(0, nil), s.guest(1, nil)
+	var through int
+	begun := time.Now()
+	greedy.Must(func() error {
+		for range 10 * most {
+			c, err := net.DialTimeout("tcp", world4+":80", time.Second)
+			if err != nil {
+				continue // it is refused at once
+			}
+			through++
+			if err := c.Close(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if allowed := most + int(most*time.Since(begun).Seconds()) + 1; through < most || through > allowed {
+		t.Errorf("%d of %d connections that were begun at once are let through, want from %d to %d", through, 10*most, most, allowed)
+	}
+	other.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
+	counts, err := filter.Counts(s.config.Table(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "over 100 new connections a second"; len(counts) != 1 || counts[0].Rule != want || counts[0].Packets < most {
+		t.Errorf("counted %+v, want what was %s", counts, want)
+	}
 }

@@ -103,7 +103,7 @@ func TestNetwork_Forwarding(t *testing.T) {
 				if err := os.Chtimes(journal, time.Time{}, time.Now().Add(-time.Hour)); err != nil {
 					t.Fatal(err)
 				}
-				if _, err := g.use.Check(t.Context()); err != nil {
+				if _, _, err := g.use.Check(t.Context()); err != nil {
 					t.Fatal(err)
 				}
 				across(true)
@@ -139,7 +139,7 @@ func TestNetwork_ForwardingComesBack(t *testing.T) {
 	setVariable(t, "ipv4/ip_forward", "0")
 	setVariable(t, "ipv6/conf/all/forwarding", "0")
 	g.misses(t, "tcp", world4+":80")
-	if _, err := g.use.Check(t.Context()); err != nil {
+	if _, _, err := g.use.Check(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	g.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
@@ -151,7 +151,7 @@ func TestNetwork_ForwardingComesBack(t *testing.T) {
 	if err := os.Chtimes(filepath.Join(s.dir, "forwarding.journal"), time.Time{}, time.Now().Add(-time.Hour)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := g.use.Check(t.Context()); err != nil {
+	if _, _, err := g.use.Check(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	g.reaches(t, "tcp", "192.0.2.2:80", "late from 192.0.2.1\n")
@@ -223,7 +223,7 @@ func TestNetwork_BridgeChanged(t *testing.T) {
 		if name == "down" {
 			restored++ // the kernel forgets neighbours then
 		}
-		if n, err := g.use.Check(t.Context()); err != nil || n != restored {
+		if n, _, err := g.use.Check(t.Context()); err != nil || n != restored {
 			t.Fatalf("%s: restored %d times, %v, want %d", name, n, err, restored)
 		}
 		if name == "down" {

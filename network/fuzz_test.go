@@ -11,7 +11,6 @@ import (
 
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/testenv"
-	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"
@@ -81,10 +80,9 @@ func largest() *policy.Policy {
 func load(t *testing.T, p *policy.Policy) error {
 	ours := tables()
 	ours.Egress = p
-	c := network.Config{Policy: p}
 	g := &filter.Guest{
 		Table: ours.Name, Tap: "svtap", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("172.30.0.2"), IP6: netip.MustParseAddr("fd00::2"),
-		Network: c.GuestPolicy(), Policy: p,
+		Policy: p,
 	}
 	if err := errors.Join(ours.Apply(t.Context()), g.Apply(t.Context())); err != nil {
 		return errors.Join(err, ours.Revert(t.Context()))
@@ -154,7 +152,7 @@ func TestNetwork_LargestPolicy(t *testing.T) {
 	ours.Egress = largest()
 	err = own.Do(func() error {
 		return errors.Join(j.Do(t.Context(), ours), j.Do(t.Context(), &filter.Guest{
-			Table: ours.Name, Tap: "svtap", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("172.30.0.2"), Network: largest(), Policy: largest(),
+			Table: ours.Name, Tap: "svtap", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("172.30.0.2"), Policy: largest(),
 		}), j.Close())
 	})
 	if err != nil {

@@ -286,7 +286,7 @@ func (s *site) namedGuest(n int, own *policy.Policy) (*guest, *attach.Upkeep) {
 	s.t.Helper()
 	proxies := new(attach.Upkeep)
 	s.t.Cleanup(proxies.Close)
-	g := s.guestWith(n, func(g *filter.Guest) { g.Network, g.Policy = s.config.GuestPolicy(), own }, func(g *guest) error {
+	g := s.guestWith(n, func(g *filter.Guest) { g.Policy = own }, func(g *guest) error {
 		return proxies.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
 	})
 	return g, proxies
@@ -324,7 +324,7 @@ func TestNetwork_NamesForAll(t *testing.T) {
 		{Action: policy.Allow, Domain: "world.example"}, {Action: policy.Allow, Domain: "bad.example"}, {Action: policy.Allow, Destination: "10.0.0.0/8"},
 	}})
 	mute, _ := s.namedGuest(4, &policy.Policy{DefaultAction: policy.Deny})
-	bare := s.guest(5, nil) // without its part in the network's policy
+	bare := s.guest(5, nil) // without anybody to ask
 	bare.misses(t, "tcp", world4+":80")
 	free.misses(t, "tcp", "203.0.113.9:80")
 	for g, answers := range map[*guest]map[string]string{

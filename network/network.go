@@ -29,21 +29,31 @@ const (
 
 // Config is a network of VMs. Its JSON is the file that keeps it.
 type Config struct {
-	Name    string         `json:"name"`             // [a-z0-9-], at most 32 bytes
-	Bridge  string         `json:"bridge"`           // the interface, at most 15 bytes
-	Subnet  netip.Prefix   `json:"subnet"`           // IPv4, /8 to /30; the host has its first address
-	Subnet6 netip.Prefix   `json:"subnet6,omitzero"` // a /64; zero: no IPv6
-	MTU     int            `json:"mtu,omitempty"`    // 0: 1500
-	Mutual  bool           `json:"mutual,omitempty"` // guests reach each other
-	Inside  bool           `json:"internal,omitempty"`
-	Policy  *policy.Policy `json:"policy,omitempty"` // what all its guests may reach at most
-	// MaxConnections is how many the host may have to know of one guest, of IPv4 and of IPv6. 0: an eighth of what it can know of all.
-	MaxConnections int `json:"maxConnections,omitempty"`
+	Name    string       `json:"name"`             // [a-z0-9-], at most 32 bytes
+	Bridge  string       `json:"bridge"`           // the interface, at most 15 bytes
+	Subnet  netip.Prefix `json:"subnet"`           // IPv4, /8 to /30; the host has its first address
+	Subnet6 netip.Prefix `json:"subnet6,omitzero"` // a /64; zero: no IPv6
+	MTU     int          `json:"mtu,omitempty"`    // 0: 1500
+	Mutual  bool         `json:"mutual,omitempty"` // guests reach each other
+	Inside  bool         `json:"internal,omitempty"`
+	Settings
 	// WireGuard is the interface by which alone guests leave. "": any. WireGuardConfig is a file as wg-quick has it, absolute, of
 	// which such an interface is made.
 	WireGuard       string `json:"wireguard,omitempty"`
 	WireGuardConfig string `json:"wireguardConfig,omitempty"`
 }
+
+// Settings are what may be changed while a network is up.
+type Settings struct {
+	Policy *policy.Policy `json:"policy,omitempty"` // what all its guests may reach at most
+	// MaxConnections is how many the host may have to know of one guest, of IPv4 and of IPv6. 0: an eighth of what it can know of all.
+	MaxConnections int `json:"maxConnections,omitempty"`
+	// NewConnections is how many a guest may begin in a second. 0: DefaultNewConnections.
+	NewConnections int `json:"newConnections,omitempty"`
+}
+
+// DefaultNewConnections is far above what ordinary programs begin in a second, and a tenth of what keeps a processor busy.
+const DefaultNewConnections = 2000
 
 // Errors of this package.
 var (
@@ -54,31 +64,12 @@ var (
 // OverlapError says that an address of a network leads elsewhere.
 type OverlapError = subnet.OverlapError
 
-// SubnetError says what is wrong with a subnet. Its Code is INVALID_SUBNET.
-type SubnetError struct {
-	Subnet string
-	Reason string
-}
-
-func (e *SubnetError) Error() string { return fmt.Sprintf("subnet %s: %s", e.Subnet, e.Reason) }
-
-// Code is the original's word for it.
-func (*SubnetError) Code() string { return "INVALID_SUBNET" }
-
 // New returns a network with the rest of its settings as they are by default. An invalid subnet is a matter of Validate.
 func New(name, bridge string, ip4 netip.Prefix) Config {
-	return Config{Name: name, Bridge: bridge, Subnet: ip4.Masked(), Subnet6: LocalSubnet(bridge)}
+	return Config{Name: name, Bridge: bridge, Subnet: ip4.Masked(), Subnet6: subnet.Local(bridge)}
 }
 
-// LocalSubnet is the unique local IPv6 subnet (RFC 4193) of a bridge: always the same for one name.
-func LocalSubnet(bridge string) netip.Prefix {
-	sum := sha256.Sum256([]byte("smartvm network " + bridge))
-	a := [16]byte{0: 0xfd}
-	copy(a[1:8], sum[:])
-	return netip.PrefixFrom(netip.AddrFrom16(a), 64)
-}
-
-// Validate returns all that is wrong, joined. Subnets give *SubnetErrors.
+// Validate returns all that is wrong, joined. Subnets give *subnet.Errors.
 func (c *Config) Validate() error {
 	var errs []error
 	if !regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`).MatchString(c.Name) {
@@ -87,18 +78,16 @@ func (c *Config) Validate() error {
 	if err := ValidInterface(c.Bridge); err != nil {
 		errs = append(errs, err)
 	}
-	if err := ValidSubnet(c.Subnet); err != nil {
+	if err := subnet.Validate(c.Subnet); err != nil {
 		errs = append(errs, err)
 	}
 	if p := c.Subnet6; p.IsValid() && (!p.Addr().Is6() || p.Bits() != 64 || p != p.Masked() || !p.Addr().IsGlobalUnicast()) {
-		errs = append(errs, &SubnetError{p.String(), "must be an IPv6 /64 without host bits, such as " + LocalSubnet(c.Bridge).String()})
+		errs = append(errs, &subnet.Error{Subnet: p.String(), Reason: "must be an IPv6 /64 without host bits, such as " + subnet.Local(c.Bridge).String()})
 	}
 	if c.MTU != 0 && (c.MTU < 1280 || c.MTU > 65535) {
 		errs = append(errs, fmt.Errorf("mtu %d: must be from 1280 to 65535", c.MTU))
 	}
-	if c.MaxConnections < 0 || c.MaxConnections > math.MaxInt32 {
-		errs = append(errs, fmt.Errorf("maxConnections %d: must be from 0 to %d", c.MaxConnections, math.MaxInt32))
-	}
+	errs = append(errs, c.Settings.Validate())
 	if c.WireGuard != "" {
 		errs = append(errs, ValidInterface(c.WireGuard))
 		if c.WireGuardConfig != "" {
@@ -111,38 +100,29 @@ func (c *Config) Validate() error {
 	if c.WireGuardConfig != "" && !filepath.IsAbs(c.WireGuardConfig) {
 		errs = append(errs, fmt.Errorf("wireguard configuration %q: must be an absolute path", c.WireGuardConfig))
 	}
-	if c.Policy != nil {
-		for _, e := range c.Policy.Validate() {
+	return errors.Join(errs...)
+}
+
+// Validate returns all that is wrong, joined.
+func (s *Settings) Validate() error {
+	var errs []error
+	for name, n := range map[string]int{"maxConnections": s.MaxConnections, "newConnections": s.NewConnections} {
+		if n < 0 || n > math.MaxInt32 {
+			errs = append(errs, fmt.Errorf("%s %d: must be from 0 to %d", name, n, math.MaxInt32))
+		}
+	}
+	if s.Policy != nil {
+		for _, e := range s.Policy.Validate() {
 			errs = append(errs, fmt.Errorf("policy.%w", e))
 		}
-		if c.Policy.AllowHost {
+		if s.Policy.AllowHost {
 			errs = append(errs, errors.New("policy.allowHost: is for the policies of VMs"))
 		}
-		if c.Policy.AllowMetadata {
+		if s.Policy.AllowMetadata {
 			errs = append(errs, errors.New("policy.allowMetadata: is for the policies of VMs"))
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// ValidSubnet returns a *SubnetError if guests cannot have addresses of p.
-func ValidSubnet(p netip.Prefix) error {
-	reason := ""
-	a := p.Addr()
-	switch {
-	case !p.IsValid() || !a.Is4():
-		reason = "must be an IPv4 network such as " + DefaultSubnet
-	case p != p.Masked():
-		reason = fmt.Sprintf("has host bits: %s is meant?", p.Masked())
-	case p.Bits() < 8 || p.Bits() > 30:
-		reason = "must be from /8 to /30"
-	case a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.As4()[0] == 0 || a.As4()[0] >= 224:
-		reason = "is not for ordinary hosts"
-	}
-	if reason == "" {
-		return nil
-	}
-	return &SubnetError{p.String(), reason}
 }
 
 // ValidInterface says whether an interface may be called so.
@@ -183,14 +163,6 @@ func MAC(vm, iface string) net.HardwareAddr {
 	return net.HardwareAddr{sum[0]&0xfc | 2, sum[1], sum[2], sum[3], sum[4], sum[5]}
 }
 
-// GuestPolicy is the network's policy where each guest has a copy of it, as the addresses of names are each guest's; else nil.
-func (c *Config) GuestPolicy() *policy.Policy {
-	if c.Inside || !c.Policy.Names() {
-		return nil
-	}
-	return c.Policy
-}
-
 // Table is the name of the network's nftables tables.
 func (c *Config) Table() string { return filter.TableName(c.Bridge) }
 
@@ -206,7 +178,7 @@ func (c *Config) tables(owner string) *filter.Tables {
 	return &filter.Tables{
 		Name: c.Table(), Owner: owner, Bridge: c.Bridge, Taps: tapPrefix(c.Bridge), Subnet: c.Subnet, Subnet6: c.Subnet6,
 		Mutual: c.Mutual, Inside: c.Inside, Via: c.via(owner), Tunnel: c.WireGuardConfig != "", Egress: c.Policy,
-		Connections: cmp.Or(c.MaxConnections, connectionsOfHost()/8),
+		Connections: cmp.Or(c.MaxConnections, connectionsOfHost()/8), NewConnections: cmp.Or(c.NewConnections, DefaultNewConnections),
 	}
 }
 

@@ -446,7 +446,7 @@ func TestNetwork_FlushedMeanwhile(t *testing.T) {
 		t.Fatal("without rules the host does not answer either")
 	}
 	g.reaches(t, "tcp", "172.30.0.1:22", "host from 172.30.0.2\n")
-	if n, err := g.use.Check(t.Context()); err != nil || n != 1 {
+	if n, _, err := g.use.Check(t.Context()); err != nil || n != 1 {
 		t.Fatalf("restored %d times, %v", n, err)
 	}
 	if err := g.filter.Apply(t.Context()); err != nil {
@@ -513,13 +513,13 @@ func TestNetwork_Upgrade(t *testing.T) {
 		return 0
 	}
 	ask()
-	if n, err := g.use.Check(t.Context()); err != nil || n != 1 {
+	if n, _, err := g.use.Check(t.Context()); err != nil || n != 1 {
 		t.Fatalf("restored %d times, %v", n, err)
 	}
 	if err := g.filter.Apply(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := g.use.Check(t.Context()); err != nil || n != 1 {
+	if n, _, err := g.use.Check(t.Context()); err != nil || n != 1 {
 		t.Errorf("restored %d times, %v", n, err)
 	}
 	if got := ask(); got != "world from "+uplink4+"\n" || packets() != 2 {

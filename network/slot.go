@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network/conntrack"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/rtnl"
@@ -194,7 +195,7 @@ func (s *Slot) Revert(context.Context) error {
 	}
 	defer ns.Close()
 	err = ns.Do(func() error {
-		if err := filter.ForgetAll(); err != nil {
+		if err := conntrack.ForgetAll(); err != nil {
 			return err
 		}
 		link, err := netlink.LinkByName(InnerTap)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -35,21 +36,20 @@ func (s *Store) path(name string) string { return filepath.Join(s.Dir, name+".js
 // Get returns a network. Returns ErrNotFound.
 func (s *Store) Get(name string) (Config, error) {
 	if name == s.Default.Name {
-		return s.Default, s.Default.Validate()
+		c := s.Default
+		own, err := readConfig[Settings](s.path(name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return Config{}, fmt.Errorf("network %q: %w", name, err)
+		}
+		if err == nil {
+			own.Policy = cmp.Or(own.Policy, c.Policy)
+			c.Settings = own
+		}
+		return c, c.Validate()
 	}
-	data, err := os.ReadFile(s.path(name))
+	c, err := readConfig[Config](s.path(name))
 	if strings.Contains(name, "/") || errors.Is(err, fs.ErrNotExist) {
 		return Config{}, hint.Add(fmt.Errorf("network %q: %w", name, ErrNotFound), "smartvm network ls lists them; smartvm network create %s makes it", name)
-	}
-	if err != nil {
-		return Config{}, fmt.Errorf("network %q: %w", name, err)
-	}
-	if len(data) > maxConfig {
-		return Config{}, fmt.Errorf("network %q: file is over %d bytes", name, maxConfig)
-	}
-	c, err := strictjson.Unmarshal[Config](data, maxConfig)
-	if c.Policy == nil {
-		c.Policy = s.Default.Policy
 	}
 	if err == nil && c.Name != name {
 		err = fmt.Errorf("file is of network %q", c.Name)
@@ -57,19 +57,68 @@ func (s *Store) Get(name string) (Config, error) {
 	if err != nil {
 		return Config{}, fmt.Errorf("network %q: %w", name, err)
 	}
+	c.Policy = cmp.Or(c.Policy, s.Default.Policy)
 	return c, c.Validate()
+}
+
+func readConfig[T any](path string) (c T, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return c, err
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+	if err := errors.Join(err, f.Close()); err != nil {
+		return c, err
+	}
+	return strictjson.Unmarshal[T](data, maxConfig)
+}
+
+// Update gives a network other settings, for VMs that start from now on: see also Update for one that is up. Returns ErrNotFound, and all that is wrong
+// with them, joined.
+func (s *Store) Update(name string, change func(*Settings)) (Config, error) {
+	unlock, err := Lock(s.Dir)
+	if err != nil {
+		return Config{}, err
+	}
+	defer unlock()
+	c, err := s.Get(name)
+	if err != nil {
+		return c, err
+	}
+	if c.Policy == s.Default.Policy {
+		c.Policy = nil // it follows that
+	}
+	change(&c.Settings)
+	if err := c.Validate(); err != nil {
+		return c, fmt.Errorf("change network %s: %w", name, err)
+	}
+	if name == s.Default.Name {
+		err = atomicfile.WriteJSON(s.path(name), c.Settings)
+	} else {
+		err = atomicfile.WriteJSON(s.path(name), c)
+	}
+	c.Policy = cmp.Or(c.Policy, s.Default.Policy)
+	return c, err
 }
 
 // List returns all networks by name, the default one first.
 func (s *Store) List() ([]Config, error) {
-	all := []Config{s.Default}
+	first, err := s.Get(s.Default.Name)
+	if err != nil {
+		return nil, err
+	}
+	all := []Config{first}
 	files, err := filepath.Glob(s.path("*"))
 	if err != nil {
 		return nil, fmt.Errorf("list networks: %w", err)
 	}
 	slices.Sort(files)
 	for _, f := range files {
-		c, err := s.Get(strings.TrimSuffix(filepath.Base(f), ".json"))
+		name := strings.TrimSuffix(filepath.Base(f), ".json")
+		if name == s.Default.Name {
+			continue
+		}
+		c, err := s.Get(name)
 		if err != nil && !errors.Is(err, ErrNotFound) {
 			return nil, err
 		}
@@ -110,7 +159,7 @@ func (s *Store) Create(c Config) (Config, error) {
 		}
 	}
 	if !c.Subnet6.IsValid() {
-		c.Subnet6 = LocalSubnet(c.Bridge)
+		c.Subnet6 = subnet.Local(c.Bridge)
 	}
 	if err := c.Validate(); err != nil {
 		return c, err
@@ -149,13 +198,13 @@ func (s *Store) Remove(name string) error {
 }
 
 // NewDefault returns the default network. Empty values stand for DefaultBridge and DefaultSubnet; a subnet that does not
-// read is a *SubnetError.
+// read is a *subnet.Error.
 func NewDefault(bridge, ip4 string) (Config, error) {
 	p, err := netip.ParsePrefix(cmp.Or(ip4, DefaultSubnet))
 	if err != nil {
-		return Config{}, &SubnetError{ip4, "must be an IPv4 network such as " + DefaultSubnet}
+		return Config{}, &subnet.Error{Subnet: ip4, Reason: "must be an IPv4 network such as " + DefaultSubnet}
 	}
-	if err := ValidSubnet(p); err != nil {
+	if err := subnet.Validate(p); err != nil {
 		return Config{}, err
 	}
 	return New(DefaultName, cmp.Or(bridge, DefaultBridge), p), nil

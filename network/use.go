@@ -25,6 +25,7 @@ import (
 	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/subnet"
 	"push.rocks/smartvm/network/wireguard"
 )
@@ -192,7 +193,7 @@ func (u *Use) bringUp(ctx context.Context) error {
 		return errors.Join(err, u.takeDown(ctx))
 	}
 	sharedOf(ctx).log().Info("network is up", "network", u.Network.Name, "bridge", u.Network.Bridge)
-	if blockers, err := filter.Blockers(nftables.ChainHookForward); err == nil && len(blockers) > 0 {
+	if blockers, err := inspect.Blockers(nftables.ChainHookForward); err == nil && len(blockers) > 0 {
 		sharedOf(ctx).log().Warn("another firewall drops what it does not know: if VMs do not reach the outside, let what comes from and goes to the bridge through there",
 			"network", u.Network.Name, "bridge", u.Network.Bridge, "chains", blockers)
 	}
@@ -327,77 +328,6 @@ func (u *Use) users() (vms []string) {
 		vms = append(vms, e.Name())
 	}
 	return vms
-}
-
-// Check makes the network whole again where somebody has flushed its rules or removed its bridge, and returns how often that
-// was done: when it is more than before, guests add their part again.
-func (u *Use) Check(ctx context.Context) (restored int, err error) {
-	unlock, err := Lock(u.Dir)
-	if err != nil {
-		return 0, err
-	}
-	defer unlock()
-	was, err := u.state()
-	if was == nil || err != nil {
-		return 0, err
-	}
-	before := was.Restored
-	if err = u.repair(ctx, was, true); err != nil {
-		return was.Restored, err
-	}
-	if was.Restored > before || !forwardsSeen(u.Dir, was.Network.Subnet6.IsValid()) {
-		return was.Restored, forwards(ctx, u.Dir)
-	}
-	return was.Restored, nil
-}
-
-// repair counts first: if it does not come to its end, the guests look all the same. What a bridge is besides is for who looks now and then, and
-// no start waits for it.
-func (u *Use) repair(ctx context.Context, n *up, bridges bool) error {
-	counted := false
-	count := func() error {
-		if counted {
-			return nil
-		}
-		counted = true
-		n.Restored++
-		return atomicfile.WriteJSON(u.path(upFile), n)
-	}
-	for _, e := range n.effects() { // one may be whole again only after those before it
-		there, err := e.(interface {
-			There(context.Context) (bool, error)
-		}).There(ctx)
-		if err != nil {
-			return err
-		}
-		if b, ok := e.(*Bridge); ok && there && bridges {
-			wasDown, err := b.Repair()
-			if err == nil && wasDown {
-				err = count()
-			}
-			if err != nil {
-				return fmt.Errorf("restore network %s: %w", n.Network.Name, err)
-			}
-		}
-		if there {
-			continue
-		}
-		if err := count(); err != nil {
-			return err
-		}
-		if t, ok := e.(*filter.Tables); ok {
-			err = t.Replace(ctx)
-		} else {
-			err = errors.Join(e.Revert(ctx), e.Apply(ctx))
-		}
-		if err != nil {
-			return fmt.Errorf("restore network %s: %w", n.Network.Name, err)
-		}
-	}
-	if counted {
-		sharedOf(ctx).log().Warn("restored what somebody had removed", "network", n.Network.Name)
-	}
-	return nil
 }
 
 // Sweep takes down the networks of a directory that no VM uses.

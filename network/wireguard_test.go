@@ -64,7 +64,7 @@ func TestNetwork_Via(t *testing.T) {
 	if err := netlink.LinkSetUp(tunnel); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := g.use.Check(t.Context()); err != nil {
+	if _, _, err := g.use.Check(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if err := g.filter.Apply(t.Context()); err != nil {
@@ -188,7 +188,7 @@ func TestLinuxWireGuard(t *testing.T) {
 	}
 	g.misses(t, "tcp", "203.0.113.9:80")
 	g.misses(t, "tcp", world4+":80")
-	if _, err := g.use.Check(t.Context()); err != nil { // made anew
+	if _, _, err := g.use.Check(t.Context()); err != nil { // made anew
 		t.Fatal(err)
 	}
 	if err := g.filter.Apply(t.Context()); err != nil {

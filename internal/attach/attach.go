@@ -220,7 +220,7 @@ func Ports(s *spec.Spec) (all []filter.Port) {
 // Effects are what running the VM with its interfaces does to the host. The ports are those of the first.
 func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 	for n, i := range all {
-		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Network: i.Network.GuestPolicy(), Policy: s.Policy}}
+		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Policy: s.Policy}}
 		if n == 0 {
 			for _, port := range s.Ports {
 				for _, a := range port.Addresses() {

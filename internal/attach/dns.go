@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"syscall"
-	"time"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -21,7 +20,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/dnsproxy"
-	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/network/wireguard"
 )
@@ -39,15 +38,11 @@ func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *
 	if of.Mutual {
 		c.Local = func(name string) []netip.Addr { return network.Named(networks, of.Name, name) }
 	}
-	if of.Policy.Names() || g.Policy.Names() {
-		for layer, p := range []*policy.Policy{filter.OfNetwork: of.Policy, filter.Own: g.Policy} {
-			names, err := namesOf(g.Guest, filter.Layer(layer), p)
-			if err != nil {
-				return err
-			}
-			c.Names = append(c.Names, names)
-		}
+	own := &names{guest: g.Guest}
+	if err := own.follow(of.Policy, g.Policy); err != nil {
+		return err
 	}
+	c.Names = own.current
 	if of.WireGuard != "" || of.WireGuardConfig != "" {
 		// What guests ask leaves by no other way than all else of theirs.
 		via := network.Via(networks, of.Name)
@@ -70,6 +65,10 @@ func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *
 		return fmt.Errorf("listen for DNS queries: %w", err)
 	}
 	g.DNS = c.TCP.Addr().(*net.TCPAddr).AddrPort().Port()
+	if u.names == nil {
+		u.names = map[string]*names{}
+	}
+	u.names[g.Tap] = own
 	u.sockets = append(u.sockets, socket{of.Bridge, c.TCP.(*net.TCPListener)}, socket{of.Bridge, c.UDP.(*net.UDPConn)})
 	ctx, cancel := context.WithCancel(context.Background())
 	u.cancel = append(u.cancel, cancel)
@@ -108,38 +107,6 @@ func (s *servers) all() (all []netip.AddrPort) {
 
 // onHost says whether only the host itself reaches a server.
 func onHost(a netip.Addr) bool { return a.IsLoopback() || a.IsLinkLocalUnicast() }
-
-// namesOf is what a guest's policy says of names, which may be nothing.
-func namesOf(g filter.Guest, layer filter.Layer, p *policy.Policy) (n dnsproxy.Names, err error) {
-	if p == nil {
-		return n, nil
-	}
-	rules, err := p.Compile()
-	if err != nil {
-		return n, err
-	}
-	var ruleOf []int // by domain
-	for i, r := range rules {
-		if r.Domain != "" {
-			n.Domains, ruleOf = append(n.Domains, r.Domain), append(ruleOf, i)
-		}
-	}
-	// One that allows addresses alone says nothing of names; one that allows nothing at all does.
-	n.Closed = p.DefaultAction == policy.Deny && (n.Domains != nil || !slices.ContainsFunc(rules, func(r policy.Compiled) bool { return r.Allow }))
-	// Addresses that the policy names itself are no surprise.
-	n.Local = func(a netip.Addr) bool {
-		return slices.ContainsFunc(rules, func(r policy.Compiled) bool { return r.Allow && r.Prefix.Bits() > 0 && r.Prefix.Contains(a) })
-	}
-	n.Allow = func(_ context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
-		for _, d := range domains {
-			if err := g.Name(layer, ruleOf[d], addresses, ttl); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	return n, nil
-}
 
 // Adopt starts the proxies of the guests among the effects of a VM's run, where they were.
 func (u *Upkeep) Adopt(runtimeDir string, effects []journal.Effect, all []Interface, log *slog.Logger) {
@@ -192,7 +159,7 @@ func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
 	if i.Network.Policy.Names() || p.Names() || i.Network.WireGuard != "" || i.Network.WireGuardConfig != "" {
 		return gateway
 	}
-	if blockers, err := filter.Blockers(nftables.ChainHookInput); err != nil || len(blockers) == 0 {
+	if blockers, err := inspect.Blockers(nftables.ChainHookInput); err != nil || len(blockers) == 0 {
 		return gateway
 	}
 	if i.DNS != nil {

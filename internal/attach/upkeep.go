@@ -10,6 +10,7 @@ import (
 
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/network/watch"
 )
 
@@ -19,7 +20,8 @@ type Upkeep struct {
 	cancel   []context.CancelFunc
 	work     sync.WaitGroup
 	sockets  []socket
-	restored map[string]int // how often the network of each tap was
+	restored map[string]int    // how often the network of each tap was
+	names    map[string]*names // by tap
 }
 
 // socket is a DNS proxy's, on a bridge.
@@ -95,11 +97,12 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 		u.restored = map[string]int{}
 	}
 	now, again := 0, false
+	var of *policy.Policy
 	for _, e := range effects {
 		var err error
 		switch e := e.(type) {
 		case *network.Use:
-			now, err = e.Check(ctx)
+			now, of, err = e.Check(ctx)
 			if err == nil {
 				err = u.rebind(e.Network.Bridge)
 			}
@@ -108,8 +111,15 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 		case *network.Slot:
 			again, err = rejoin(e.Port(), now > u.restored[e.Name])
 		case *network.Guest:
+			names := u.names[e.Tap]
 			if again {
 				err = e.Apply(ctx)
+			}
+			if again && names != nil {
+				names.forget()
+			}
+			if err == nil && names != nil {
+				err = names.follow(of, e.Policy)
 			}
 			if err == nil {
 				u.restored[e.Tap] = now

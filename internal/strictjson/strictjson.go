@@ -203,6 +203,10 @@ func structFields(t reflect.Type) map[string]reflect.Type {
 	for field := range t.Fields() {
 		tag := field.Tag.Get("json")
 		name, _, _ := strings.Cut(tag, ",")
+		if field.Anonymous && name == "" && field.Type.Kind() == reflect.Struct {
+			maps.Copy(fields, structFields(field.Type))
+			continue
+		}
 		if field.IsExported() && tag != "-" {
 			fields[cmp.Or(name, field.Name)] = field.Type
 		}

@@ -34,8 +34,8 @@ type Config struct {
 	Control func(network, address string, socket syscall.RawConn) error
 	// Local are the addresses of who has a name on the guest's own network, none if nobody has. It may be nil.
 	Local func(name string) []netip.Addr
-	// Names are what policies say, each of which must allow a name and what it leads to. Empty: all is asked for, of whatever type.
-	Names []Names
+	// Names are what policies say at the time, each of which must allow a name and what it leads to. Nil or none: all is asked for, of whatever type.
+	Names func() []Names
 	Log   *slog.Logger // nil: nobody
 }
 
@@ -98,6 +98,14 @@ type proxy struct {
 	Config
 	work         sync.WaitGroup
 	slots, conns chan struct{}
+}
+
+// policies are what policies say now.
+func (p *proxy) policies() []Names {
+	if p.Names == nil {
+		return nil
+	}
+	return p.Names()
 }
 
 func (p *proxy) serveUDP(ctx context.Context) error {
@@ -246,8 +254,9 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 			return q.reply(dnsmessage.RCodeSuccess, localRecords(q.question, addresses))
 		}
 	}
+	policies := p.policies()
 	var because []reason
-	for _, n := range p.Names {
+	for _, n := range policies {
 		r := reason{Names: n}
 		for i, d := range n.Domains {
 			if policy.MatchDomain(d, name) {
@@ -261,7 +270,7 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 			because = append(because, r)
 		}
 	}
-	if len(p.Names) > 0 && !known(q.question.Type) {
+	if len(policies) > 0 && !known(q.question.Type) {
 		// Among them HTTPS and SVCB, whose hints are addresses too. A name without them is usual.
 		return q.reply(dnsmessage.RCodeSuccess, nil)
 	}

@@ -134,7 +134,7 @@ func serve(t *testing.T, change func(*dnsproxy.Config), upstreams ...netip.AddrP
 	g := &guest{t: t, address: tcp.Addr().String()}
 	c := dnsproxy.Config{
 		UDP: udp, TCP: tcp, Upstreams: func() []netip.AddrPort { return upstreams },
-		Names: []dnsproxy.Names{{Domains: []string{"example.com", "*.example.org"}, Closed: true, Allow: g.allow("exact", "wild")}},
+		Names: always(dnsproxy.Names{Domains: []string{"example.com", "*.example.org"}, Closed: true, Allow: g.allow("exact", "wild")}),
 	}
 	if change != nil {
 		change(&c)
@@ -270,9 +270,16 @@ func TestServe(t *testing.T) {
 	}
 }
 
+// always are policies that stay the same.
+func always(policies ...dnsproxy.Names) func() []dnsproxy.Names {
+	return func() []dnsproxy.Names { return policies }
+}
+
 // Where other names are no concern, they are answered too, and nothing is let through for them.
 func TestServe_Open(t *testing.T) {
-	g := serve(t, func(c *dnsproxy.Config) { c.Names[0].Closed = false }, upstream(t, names(record("other.test.", "10.0.0.1")), false))
+	g := serve(t, func(c *dnsproxy.Config) {
+		c.Names()[0].Closed = false
+	}, upstream(t, names(record("other.test.", "10.0.0.1")), false))
 	g.want("udp", "other.test.", yes, "10.0.0.1")
 	g.wantAllowed()
 }
@@ -304,11 +311,11 @@ func TestServe_Policies(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var second func(context.Context, []int, []netip.Addr, time.Duration) error
 			g := serve(t, func(c *dnsproxy.Config) {
-				c.Names[0].Local = ten
+				c.Names()[0].Local = ten
 				tt.second.Allow = func(ctx context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
 					return second(ctx, domains, addresses, ttl)
 				}
-				c.Names = append(c.Names, tt.second)
+				c.Names = always(append(c.Names(), tt.second)...)
 			}, server)
 			second = g.allow("second")
 			g.want("udp", tt.ask, tt.code, tt.answer...)
@@ -348,7 +355,7 @@ func TestServe_Rebinding(t *testing.T) {
 		t.Errorf("IPv6: got %q", got)
 	}
 	local := serve(t, func(c *dnsproxy.Config) {
-		c.Names[0].Local = netip.MustParsePrefix("10.0.0.0/8").Contains
+		c.Names()[0].Local = netip.MustParsePrefix("10.0.0.0/8").Contains
 	}, server)
 	local.want("udp", "example.com.", yes, "10.0.0.1", "192.0.2.9")
 }

@@ -19,7 +19,7 @@ func ParseAnswer(message []byte, q dnsmessage.Question) []netip.Addr {
 	if len(message) > 1 {
 		id = uint16(message[0])<<8 | uint16(message[1])
 	}
-	_, records, _, err := (&proxy{Config: Config{Names: []Names{{}}}}).parseAnswer(message, id, q)
+	_, records, _, err := (&proxy{Config: Config{Names: func() []Names { return []Names{{}} }}}).parseAnswer(message, id, q)
 	if err != nil {
 		return nil
 	}

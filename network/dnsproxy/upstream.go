@@ -112,7 +112,7 @@ func (p *proxy) parseAnswer(message []byte, id uint16, q dnsmessage.Question) (c
 		if err != nil {
 			return 0, nil, false, errUnusable
 		}
-		if h.Class != dnsmessage.ClassINET || len(p.Names) > 0 && !known(h.Type) {
+		if h.Class != dnsmessage.ClassINET || len(p.policies()) > 0 && !known(h.Type) {
 			if parser.SkipAnswer() != nil {
 				return 0, nil, false, errUnusable
 			}

@@ -14,6 +14,8 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network/conntrack"
+	"push.rocks/smartvm/network/internal/nft"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -25,10 +27,9 @@ type Guest struct {
 	IP4   netip.Addr `json:"ip4"`
 	IP6   netip.Addr `json:"ip6,omitzero"`
 	Ports []Port     `json:"ports,omitempty"`
-	// Network is the policy of the network where that has names, whose addresses are each guest's own. It goes before Policy.
-	Network *policy.Policy `json:"networkPolicy,omitempty"`
-	Policy  *policy.Policy `json:"policy,omitempty"`
-	DNS     uint16         `json:"dns,omitempty"` // the port of its proxy on the bridge; 0: it has none
+	// Policy is the guest's own. What it sends must pass that of its network, too.
+	Policy *policy.Policy `json:"policy,omitempty"`
+	DNS    uint16         `json:"dns,omitempty"` // the port of its proxy on the bridge; 0: it has none
 }
 
 // Bridge is that of the guest's network.
@@ -58,43 +59,80 @@ func (p Port) String() string {
 type member struct {
 	set      *nftables.Set
 	elements []nftables.SetElement
+	absent   bool // they are not there, as the guest is now
 }
 
 // Apply adds the guest's elements and chain, all or none. Returns an error that is fs.ErrNotExist where the tables are
 // gone.
 func (g *Guest) Apply(context.Context) error {
-	conn, err := open()
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
-	if err := g.add(conn, newLayout(g.Table)); err != nil {
-		return fmt.Errorf("add guest %s to table %s: %w", g.Tap, g.Table, err)
+	err = g.add(conn, newLayout(g.Table))
+	if err == nil {
+		err = conn.Flush()
 	}
-	if err := conn.Flush(); err != nil {
+	if err != nil {
 		return fmt.Errorf("add guest %s to table %s: %w", g.Tap, g.Table, err)
 	}
 	return nil
 }
 
-func (g *Guest) add(conn *nftables.Conn, l *layout) error {
-	parts, err := g.parts()
+// Replace puts what the guest is now in place of what it was, at once. Connections end that are not allowed any more. Returns what Apply does.
+func (g *Guest) Replace(context.Context) error {
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
-	for _, p := range parts {
-		for _, s := range p.sets(l) {
-			if err := conn.AddSet(s, nil); err != nil {
-				return err
-			}
+	l := newLayout(g.Table)
+	compiled, err := g.compile()
+	if err != nil {
+		return err
+	}
+	err = remove(conn, map[string]*layout{g.Table: l}, []*Guest{g}, l.namesOf(g.Tap, compiled))
+	if err == nil {
+		err = g.add(conn, l)
+	}
+	if err == nil {
+		err = conn.Flush()
+	}
+	if err == nil {
+		err = g.forgetDenied(conn, l)
+	}
+	if err != nil {
+		return fmt.Errorf("change guest %s in table %s: %w", g.Tap, g.Table, err)
+	}
+	return nil
+}
+
+// compile returns the rules of the guest's own policy.
+func (g *Guest) compile() ([]policy.Compiled, error) {
+	if g.Policy == nil {
+		return nil, nil
+	}
+	return g.Policy.Compile()
+}
+
+// chain is that of the guest's own policy.
+func (g *Guest) chain() string { return "guest-" + g.Tap }
+
+func (g *Guest) add(conn *nftables.Conn, l *layout) error {
+	compiled, err := g.compile()
+	if err != nil {
+		return err
+	}
+	for _, s := range l.namesOf(g.Tap, compiled) {
+		if err := conn.AddSet(s, nil); err != nil {
+			return err
 		}
 	}
-	chains := g.chains(l, parts)
-	for i := range chains {
-		conn.AddChain(&chains[i].chain)
-		conn.FlushChain(&chains[i].chain) // it may be half of an earlier life
-	}
-	for i := range chains {
-		if err := chains[i].addRules(conn); err != nil {
+	if g.Policy != nil {
+		rules := policyRules{l.inet, g.Tap, g.Policy.DefaultAction != policy.Deny, expr.VerdictAccept}
+		own := ruled{nftables.Chain{Table: l.inet, Name: g.chain()}, rules.of(compiled)}
+		conn.AddChain(&own.chain)
+		conn.FlushChain(&own.chain) // it may be half of an earlier life
+		if err := own.addRules(conn); err != nil {
 			return err
 		}
 	}
@@ -102,7 +140,10 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 	if err != nil {
 		return err
 	}
-	for _, m := range members {
+	for _, m := range append(members, g.published(l)...) {
+		if m.absent {
+			continue
+		}
 		if err := conn.SetAddElements(m.set, m.elements); err != nil {
 			return err
 		}
@@ -110,13 +151,13 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 	return nil
 }
 
-// Revert removes what Apply added, as far as it is there.
+// Revert removes what Apply or Replace added, as far as it is there.
 func (g *Guest) Revert(context.Context) error { return Remove([]*Guest{g}) }
 
 // maxBatch is how many guests go into one message: a socket takes some 200 KiB.
 const maxBatch = 64
 
-// Remove removes guests at once: the kernel takes as long for one as for many.
+// Remove removes guests at once: the kernel takes as long for one as for many. What they had is looked for: it may have been replaced.
 func Remove(guests []*Guest) error {
 	var errs []error
 	for some := range slices.Chunk(guests, maxBatch) {
@@ -126,7 +167,7 @@ func Remove(guests []*Guest) error {
 }
 
 func removeAll(guests []*Guest) error {
-	conn, err := open()
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
@@ -146,44 +187,61 @@ func removeAll(guests []*Guest) error {
 		layouts[g.Table] = l
 	}
 	present := slices.DeleteFunc(slices.Clone(guests), func(g *Guest) bool { return layouts[g.Table] == nil })
-	if err := remove(conn, layouts, present); err != nil {
+	if err := remove(conn, layouts, present, nil); err != nil {
 		return fmt.Errorf("remove guests: %w", err)
 	}
 	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove guests: %w", err)
 	}
-	return forgetGuests(guests)
+	// Whoever has the address next is neither to go on with a connection nor to be reached by it.
+	addresses := map[netip.Addr]bool{}
+	for _, g := range guests {
+		addresses[g.IP4], addresses[g.IP6] = true, true
+	}
+	return conntrack.Forget(func(a netip.Addr) bool { return addresses[a] })
 }
 
 // remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch. The elements of
-// all guests go together, as the kernel acknowledges each message, and a socket takes only so many of those.
-func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest) error {
+// all guests go together, as the kernel acknowledges each message, and a socket takes only so many of those. Sets of names to keep stay.
+func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, keep []*nftables.Set) error {
 	elements := map[*nftables.Set][]nftables.SetElement{}
+	addresses := map[string][]netip.Addr{} // by table
 	var chains []*nftables.Chain
 	var sets []*nftables.Set
 	for _, g := range guests {
 		l := layouts[g.Table]
+		chain := &nftables.Chain{Table: l.inet, Name: g.chain()}
+		rules, err := rulesOf(conn, chain)
+		if err != nil {
+			return err
+		}
+		hasChain := g.Policy != nil || len(rules) > 0
+		if hasChain {
+			chains = append(chains, conn.AddChain(chain))
+		}
+		for _, name := range lookedInto(rules, "names-") {
+			if !slices.ContainsFunc(keep, func(s *nftables.Set) bool { return s.Name == name }) {
+				sets = append(sets, &nftables.Set{Table: l.inet, Name: name})
+			}
+		}
 		members, err := g.members(l)
 		if err != nil {
 			return err
 		}
 		for _, m := range members {
-			elements[m.set] = append(elements[m.set], m.elements...)
+			if hasChain || m.set != l.policies { // no element leads to a chain that is not there
+				elements[m.set] = append(elements[m.set], m.elements...)
+			}
 		}
-		parts, err := g.parts()
+		addresses[g.Table] = append(addresses[g.Table], g.IP4, g.IP6)
+	}
+	for table, of := range addresses {
+		members, err := layouts[table].theirs(conn, of, keep == nil)
 		if err != nil {
 			return err
 		}
-		for _, c := range g.chains(l, parts) {
-			chains = append(chains, conn.AddChain(&c.chain))
-		}
-		for _, p := range parts {
-			for _, s := range p.sets(l) {
-				if err := conn.AddSet(s, nil); err != nil {
-					return err
-				}
-				sets = append(sets, s)
-			}
+		for _, m := range members {
+			elements[m.set] = append(elements[m.set], m.elements...)
 		}
 	}
 	for set, all := range elements {
@@ -199,6 +257,39 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest) er
 		conn.DelSet(s)
 	}
 	return nil
+}
+
+// theirs are the elements of guests that come and go while they run: published ports, and with names the addresses of the network's names.
+func (l *layout) theirs(conn *nftables.Conn, addresses []netip.Addr, names bool) (all []member, err error) {
+	find := func(set *nftables.Set, of func(nftables.SetElement) []byte, bytes int) error {
+		elements, err := conn.GetSetElements(set)
+		if err != nil {
+			return fmt.Errorf("look at set %s: %w", set.Name, err)
+		}
+		elements = slices.DeleteFunc(elements, func(e nftables.SetElement) bool {
+			a, ok := netip.AddrFromSlice(of(e)[:min(bytes, len(of(e)))])
+			return !ok || !slices.Contains(addresses, a)
+		})
+		if len(elements) > 0 {
+			all = append(all, member{set: set, elements: elements})
+		}
+		return nil
+	}
+	leadsTo := func(e nftables.SetElement) []byte { return e.Val }
+	from := func(e nftables.SetElement) []byte { return e.Key }
+	err = errors.Join(find(l.ports4, leadsTo, 4), find(l.portsAt4, leadsTo, 4), find(l.ports6, leadsTo, 16), find(l.portsAt6, leadsTo, 16))
+	if err != nil || !names {
+		return all, err
+	}
+	rules, err := rulesOf(conn, &nftables.Chain{Table: l.inet, Name: egress})
+	for _, name := range lookedInto(rules, networkNames) {
+		kind, bytes := nftables.TypeIPAddr, 4
+		if strings.HasSuffix(name, "-6") {
+			kind, bytes = nftables.TypeIP6Addr, 16
+		}
+		err = errors.Join(err, find(l.names("", name, kind), from, bytes))
+	}
+	return all, err
 }
 
 // complete says whether both tables are there.
@@ -220,59 +311,58 @@ func (g *Guest) members(l *layout) ([]member, error) {
 	if err != nil {
 		return nil, err
 	}
-	sender := append(ifname(g.Tap), mac...)
+	sender := append(nft.Ifname(g.Tap), mac...)
 	sender = append(sender, 0, 0) // to whole registers
 	element := func(key []byte) []nftables.SetElement { return []nftables.SetElement{{Key: key}} }
 	from := func(a netip.Addr) []nftables.SetElement {
 		return element(append(sender[:len(sender):len(sender)], a.AsSlice()...))
 	}
-	all := []member{{l.macs, element(sender)}, {l.senders4, from(g.IP4)}, {l.senders6, from(LinkLocal(mac))}}
+	all := []member{{l.macs, element(sender), false}, {l.senders4, from(g.IP4), false}, {l.senders6, from(LinkLocal(mac)), false}}
 	addresses := []netip.Addr{g.IP4}
 	if g.IP6.IsValid() {
-		all = append(all, member{l.senders6, from(g.IP6)})
+		all = append(all, member{l.senders6, from(g.IP6), false})
 		addresses = append(addresses, g.IP6)
 	}
-	if g.Policy != nil || g.Network != nil {
-		all = append(all, member{l.policies, []nftables.SetElement{{Key: mac, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain(Own)}}}})
-	}
+	own := []nftables.SetElement{{Key: mac, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain()}}}
+	all = append(all, member{l.policies, own, g.Policy == nil})
 	for _, a := range addresses {
 		hosts, metadata, dns, resolver := l.host4, l.metadata4, l.dns4, l.resolver4
 		if a.Is6() {
 			hosts, metadata, dns, resolver = l.host6, l.metadata6, l.dns6, l.resolver6
 		}
-		if !g.Network.Names() && !g.Policy.Names() {
-			dns = resolver
-		}
 		if g.DNS != 0 {
-			all = append(all, member{dns, []nftables.SetElement{{Key: a.AsSlice(), Val: port(g.DNS)}}})
+			proxy := []nftables.SetElement{{Key: a.AsSlice(), Val: nft.Port(g.DNS)}}
+			all = append(all, member{resolver, proxy, false}, member{dns, proxy, !g.Policy.Names()})
 		}
-		if g.Policy == nil {
-			continue
-		}
-		if g.Policy.AllowHost {
-			all = append(all, member{hosts, element(a.AsSlice())})
-		}
-		if g.Policy.AllowMetadata {
-			all = append(all, member{metadata, element(a.AsSlice())})
-		}
-	}
-	for _, p := range g.Ports {
-		for _, a := range addresses {
-			if p.Address.IsValid() && p.Address.Is4() != a.Is4() {
-				continue
-			}
-			all = append(all, p.member(l, a))
-		}
+		all = append(all,
+			member{hosts, element(a.AsSlice()), g.Policy == nil || !g.Policy.AllowHost},
+			member{metadata, element(a.AsSlice()), g.Policy == nil || !g.Policy.AllowMetadata})
 	}
 	return all, nil
 }
 
+// published are the elements of its ports.
+func (g *Guest) published(l *layout) (all []member) {
+	for _, p := range g.Ports {
+		for _, a := range []netip.Addr{g.IP4, g.IP6} {
+			if a.IsValid() && !(p.Address.IsValid() && p.Address.Is4() != a.Is4()) {
+				all = append(all, p.member(l, a))
+			}
+		}
+	}
+	return all
+}
+
+// number is that of its protocol.
+func (p Port) number() uint8 {
+	return map[string]uint8{"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP}[p.Protocol]
+}
+
 // member leads a port to a guest's address of the same family.
 func (p Port) member(l *layout, to netip.Addr) member {
-	proto := map[string]byte{"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP}[p.Protocol]
 	padded := func(b ...byte) []byte { return append(b, make([]byte, -len(b)&3)...) }
-	e := nftables.SetElement{Val: append(to.AsSlice(), padded(port(p.Guest)...)...)}
-	e.Key = append(padded(proto), padded(port(p.Host)...)...)
+	e := nftables.SetElement{Val: append(to.AsSlice(), padded(nft.Port(p.Guest)...)...)}
+	e.Key = append(padded(p.number()), padded(nft.Port(p.Host)...)...)
 	set := l.ports4
 	one := p.Address.IsValid() && !p.Address.IsUnspecified()
 	switch {
@@ -286,7 +376,7 @@ func (p Port) member(l *layout, to netip.Addr) member {
 	if one {
 		e.Key = append(p.Address.AsSlice(), e.Key...)
 	}
-	return member{set, []nftables.SetElement{e}}
+	return member{set: set, elements: []nftables.SetElement{e}}
 }
 
 // LinkLocal is the address that a guest's kernel makes from a MAC (RFC 4291, appendix A).

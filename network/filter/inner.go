@@ -8,6 +8,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/network/internal/nft"
 )
 
 // Inner is the table of a namespace with one guest in it, whose addresses there are always the same: outside it has others.
@@ -19,37 +21,39 @@ type Inner struct {
 
 // Apply makes the table in the network of the calling thread.
 func (n *Inner) Apply(context.Context) error {
-	conn, err := open()
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
 	table := conn.AddTable(&nftables.Table{Name: "smartvm", Family: nftables.TableFamilyINet})
-	var in, out, forward []exprs
+	var in, out, forward []nft.Exprs
 	for _, a := range []struct {
 		inside, outside netip.Addr
-		source, dest    field
-	}{{n.Inside4, n.IP4, source4, dest4}, {n.Inside6, n.IP6, source6, dest6}} {
+		source, dest    nft.Field
+	}{{n.Inside4, n.IP4, nft.Source4, nft.Dest4}, {n.Inside6, n.IP6, nft.Source6, nft.Dest6}} {
 		if !a.outside.IsValid() {
 			continue
 		}
-		to := func(to netip.Addr, kind expr.NATType) exprs {
+		to := func(to netip.Addr, kind expr.NATType) nft.Exprs {
 			fam := uint32(unix.NFPROTO_IPV4)
 			if to.Is6() {
 				fam = unix.NFPROTO_IPV6
 			}
-			return exprs{&expr.Immediate{Register: reg, Data: to.AsSlice()}, &expr.NAT{Type: kind, Family: fam, RegAddrMin: reg}}
+			return nft.Exprs{&expr.Immediate{Register: nft.Reg, Data: to.AsSlice()}, &expr.NAT{Type: kind, Family: fam, RegAddrMin: nft.Reg}}
 		}
-		in = append(in, join(iif(n.Uplink), family(a.outside), is(a.dest, a.outside.AsSlice()), to(a.inside, expr.NATTypeDestNAT)))
-		out = append(out, join(oif(n.Uplink), family(a.inside), is(a.source, a.inside.AsSlice()), to(a.outside, expr.NATTypeSourceNAT)))
-		forward = append(forward, join(iif(n.Tap), oif(n.Uplink), family(a.inside), is(a.source, a.inside.AsSlice()), accept()))
+		in = append(in, nft.Join(nft.Iif(n.Uplink), nft.Family(a.outside), nft.Is(a.dest, a.outside.AsSlice()), to(a.inside, expr.NATTypeDestNAT)))
+		out = append(out, nft.Join(nft.Oif(n.Uplink), nft.Family(a.inside), nft.Is(a.source, a.inside.AsSlice()), to(a.outside, expr.NATTypeSourceNAT)))
+		forward = append(forward, nft.Join(nft.Iif(n.Tap), nft.Oif(n.Uplink), nft.Family(a.inside), nft.Is(a.source, a.inside.AsSlice()), nft.Accept()))
 	}
-	forward = append(forward, join(iif(n.Uplink), known(), accept()), join(iif(n.Uplink), redirected(), accept()), drop())
-	icmp := func(kind byte) exprs { return join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{kind}), accept()) }
+	forward = append(forward, nft.Join(nft.Iif(n.Uplink), nft.Known(), nft.Accept()), nft.Join(nft.Iif(n.Uplink), nft.Redirected(), nft.Accept()), nft.Drop())
+	icmp := func(kind byte) nft.Exprs {
+		return nft.Join(nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{kind}), nft.Accept())
+	}
 	input := plain(
-		join(known(), accept()),
+		nft.Join(nft.Known(), nft.Accept()),
 		icmp(135), icmp(136), icmp(128), // neighbour discovery, echo
-		join(nfproto(unix.NFPROTO_IPV4), l4(unix.IPPROTO_ICMP), is(icmpType, []byte{8}), accept()),
-		drop())
+		nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.L4(unix.IPPROTO_ICMP), nft.Is(nft.ICMPType, []byte{8}), nft.Accept()),
+		nft.Drop())
 	err = addChains(conn, []ruled{
 		{nat(table, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), plain(in...)},
 		{nat(table, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(out...)},

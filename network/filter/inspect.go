@@ -1,13 +1,14 @@
 package filter
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
+
+	"push.rocks/smartvm/network/internal/nft"
 )
 
 // TablePrefix is how the names of all our tables begin.
@@ -15,61 +16,11 @@ const TablePrefix = "smartvm-"
 
 // Changes says whether what is in a chain changes while nobody does anything to the network: it is a guest's, or follows the host's interfaces.
 func Changes(chain string) bool {
-	return chain == narrow || strings.HasPrefix(chain, (&Guest{}).chain(Own)) || strings.HasPrefix(chain, (&Guest{}).chain(OfNetwork))
+	return chain == narrow || strings.HasPrefix(chain, (&Guest{}).chain())
 }
 
 // TableName is that of a bridge's tables.
 func TableName(bridge string) string { return TablePrefix + bridge }
-
-// Blockers lists chains of others that drop what is forwarded, or what comes to the host itself, unless a rule of theirs accepts it, by their
-// policy (Docker's, ufw's) or a last rule (firewalld's): "FAMILY TABLE CHAIN".
-func Blockers(hook *nftables.ChainHook) ([]string, error) {
-	conn, err := open()
-	if err != nil {
-		return nil, err
-	}
-	chains, err := conn.ListChains()
-	if err != nil {
-		return nil, fmt.Errorf("list chains: %w", err)
-	}
-	families := map[nftables.TableFamily]string{nftables.TableFamilyINet: "inet", nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6"}
-	var all []string
-	for _, c := range chains {
-		family := families[c.Table.Family]
-		if family == "" || strings.HasPrefix(c.Table.Name, TablePrefix) || c.Hooknum == nil || *c.Hooknum != *hook {
-			continue
-		}
-		blocks := c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop
-		if !blocks {
-			rules, err := conn.GetRules(c.Table, c)
-			if err != nil {
-				return nil, fmt.Errorf("list rules of %s: %w", c.Table.Name, err)
-			}
-			blocks = len(rules) > 0 && refusesAll(rules[len(rules)-1])
-		}
-		if blocks {
-			all = append(all, family+" "+c.Table.Name+" "+c.Name)
-		}
-	}
-	slices.Sort(all)
-	return all, nil
-}
-
-// refusesAll says whether a rule drops or rejects whatever comes to it.
-func refusesAll(r *nftables.Rule) bool {
-	for _, e := range r.Exprs {
-		switch e := e.(type) {
-		case *expr.Counter, *expr.Log:
-		case *expr.Reject:
-			return true
-		case *expr.Verdict:
-			return e.Kind == expr.VerdictDrop
-		default:
-			return false
-		}
-	}
-	return false
-}
 
 // Count is what a rule of a policy has matched.
 type Count struct {
@@ -79,38 +30,22 @@ type Count struct {
 }
 
 // Counts returns what the rules of a policy have matched, in their order: a guest's, by its tap, or with an empty one the
-// network's own. It is empty where there is no policy.
+// network's own, and what was over its bounds. It is empty where there is no policy.
 func Counts(table, tap string) ([]Count, error) {
-	conn, err := open()
+	conn, err := nft.Open()
 	if err != nil {
 		return nil, err
 	}
 	inet := newLayout(table).inet
-	list, err := conn.ListChainsOfTableFamily(inet.Family)
-	if err != nil {
-		return nil, fmt.Errorf("list chains: %w", err)
-	}
-	chains := map[string]*nftables.Chain{}
-	for _, c := range list {
-		if c.Table.Name == table {
-			chains[c.Name] = c
-		}
-	}
-	names := []string{egress}
+	names := []string{egress, bounds}
 	if tap != "" {
-		names[0] = (&Guest{Tap: tap}).chain(Own)
-	}
-	for i := 0; tap == "" && chains[egressEnd(i)] != nil; i++ {
-		names = append(names, egressEnd(i))
+		names = []string{(&Guest{Tap: tap}).chain()}
 	}
 	var rules []*nftables.Rule
 	for _, name := range names {
-		if chains[name] == nil {
-			continue
-		}
-		of, err := conn.GetRules(inet, chains[name])
+		of, err := rulesOf(conn, &nftables.Chain{Table: inet, Name: name})
 		if err != nil {
-			return nil, fmt.Errorf("list rules of %s: %w", table, err)
+			return nil, err
 		}
 		rules = append(rules, of...)
 	}
@@ -130,5 +65,6 @@ func Counts(table, tap string) ([]Count, error) {
 			}
 		}
 	}
-	return all, nil
+	// Bounds are of interest where something was over them.
+	return slices.DeleteFunc(all, func(c Count) bool { return c.Packets == 0 && strings.HasPrefix(c.Rule, overPrefix) }), nil
 }

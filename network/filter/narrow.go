@@ -12,6 +12,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/network/internal/nft"
 )
 
 // Group is the interface group that the bridges of all networks are in, of this host and others of ours beside it: by it rules tell them from
@@ -41,22 +43,22 @@ func (n Narrow) texts() (all []string) {
 }
 
 func (n Narrow) rules() (all []rule) {
-	elsewhere := metaIsNot(expr.MetaKeyOIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
+	elsewhere := nft.MetaIsNot(expr.MetaKeyOIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
 	for _, text := range n.texts() {
 		protocol, name, _ := strings.Cut(text, " ")
-		from := iif(name)
+		from := nft.Iif(name)
 		if name == "" {
-			from = metaIsNot(expr.MetaKeyIIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
+			from = nft.MetaIsNot(expr.MetaKeyIIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
 		}
 		family := map[string]byte{"ipv4": unix.NFPROTO_IPV4, "ipv6": unix.NFPROTO_IPV6}[protocol]
-		all = append(all, rule{exprs: join(nfproto(family), from, elsewhere, drop()), text: text})
+		all = append(all, rule{exprs: nft.Join(nft.Nfproto(family), from, elsewhere, nft.Drop()), text: text})
 	}
 	return all
 }
 
 // Narrow sets it. Returns an error that is fs.ErrNotExist where the tables are gone.
 func (t *Tables) Narrow(n Narrow) error {
-	conn, err := open()
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}

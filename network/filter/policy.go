@@ -2,119 +2,96 @@ package filter
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/base32"
 	"fmt"
 	"net/netip"
 	"slices"
-	"strconv"
+	"strings"
 	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network/internal/nft"
 	"push.rocks/smartvm/network/policy"
 )
 
-// Layer tells the policies that a guest's packets must pass, in order.
+// Names tells whose rules about names are meant: those of a network, for a guest's address, or a guest's own.
 type Layer int
 
-// The layers.
+// The layers, in the order in which a packet must pass them.
 const (
 	OfNetwork Layer = iota
 	Own
 )
 
-// part is one policy in a guest's chains.
-type part struct {
-	guest    *Guest
-	layer    Layer
-	policy   *policy.Policy
-	compiled []policy.Compiled
-}
-
-// parts are the policies that are in chains of the guest's own.
-func (g *Guest) parts() (all []part, err error) {
-	for layer, p := range []*policy.Policy{OfNetwork: g.Network, Own: g.Policy} {
-		if p == nil {
-			continue
-		}
-		compiled, err := p.Compile()
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, part{g, Layer(layer), p, compiled})
+// nameSets returns the names of the sets that hold, by guest, the addresses of a domain: of those of a guest's own policy, or with no tap of the
+// network's.
+func nameSets(tap, domain string) (ip4, ip6 string) {
+	sum := sha256.Sum256([]byte(domain))
+	name := networkNames
+	if tap != "" {
+		name = "names-" + tap + "-"
 	}
-	return all, nil
-}
-
-func (g *Guest) chain(l Layer) string {
-	return map[Layer]string{OfNetwork: "network-", Own: "guest-"}[l] + g.Tap
-}
-
-// chains are those of the guest, none where no policy is its own: the first is that which packets come to.
-func (g *Guest) chains(l *layout, parts []part) []ruled {
-	if len(parts) == 0 {
-		return nil
-	}
-	entry := ruled{chain: nftables.Chain{Table: l.inet, Name: g.chain(Own)}}
-	var all []ruled
-	for i, p := range parts {
-		rules := policyRules{l.inet, p.policy.DefaultAction != policy.Deny, expr.VerdictAccept, &parts[i]}.of(p.compiled)
-		if p.layer == Own {
-			entry.rules = append(entry.rules, rules...)
-			continue
-		}
-		entry.rules = plain(jump(g.chain(p.layer)))
-		all = append(all, ruled{nftables.Chain{Table: l.inet, Name: g.chain(p.layer)}, rules})
-	}
-	if g.Policy == nil {
-		entry.rules = append(entry.rules, rule{exprs: accept()})
-	}
-	return append([]ruled{entry}, all...)
-}
-
-// names returns the names of the sets that hold the addresses of the i-th rule's domain.
-func (p *part) names(i int) (ip4, ip6 string) {
-	return p.guest.names(p.layer, i)
-}
-
-func (g *Guest) names(l Layer, i int) (ip4, ip6 string) {
-	name := map[Layer]string{OfNetwork: "network-names-", Own: "names-"}[l] + g.Tap + "-" + strconv.Itoa(i)
+	name += strings.ToLower(base32.StdEncoding.EncodeToString(sum[:10]))
 	return name + "-4", name + "-6"
 }
 
-func (p *part) sets(l *layout) (all []*nftables.Set) {
-	for i, c := range p.compiled {
+const (
+	networkNames = "network-names-"
+	// maxNames bounds the addresses of one domain and guest, maxNetworkNames those of all a network's.
+	maxNames        = 1024
+	maxNetworkNames = 1 << 20
+)
+
+// namesOf are the sets of a policy's domains.
+func (l *layout) namesOf(tap string, compiled []policy.Compiled) (all []*nftables.Set) {
+	for _, c := range compiled {
 		if c.Domain == "" {
 			continue
 		}
-		ip4, ip6 := p.names(i)
-		all = append(all, l.names(ip4, nftables.TypeIPAddr), l.names(ip6, nftables.TypeIP6Addr))
+		ip4, ip6 := nameSets(tap, c.Domain)
+		for _, s := range []*nftables.Set{l.names(tap, ip4, nftables.TypeIPAddr), l.names(tap, ip6, nftables.TypeIP6Addr)} {
+			if !slices.ContainsFunc(all, func(o *nftables.Set) bool { return o.Name == s.Name }) {
+				all = append(all, s)
+			}
+		}
 	}
 	return all
 }
 
-// maxNames bounds the addresses of one domain rule.
-const maxNames = 1024
-
-func (l *layout) names(name string, kind nftables.SetDatatype) *nftables.Set {
-	return &nftables.Set{Table: l.inet, Name: name, KeyType: kind, HasTimeout: true, Size: maxNames}
+// names is a set whose keys are a guest's address and one that it may reach.
+func (l *layout) names(tap, name string, kind nftables.SetDatatype) *nftables.Set {
+	size := uint32(maxNames)
+	if tap == "" {
+		size = maxNetworkNames
+	}
+	return &nftables.Set{Table: l.inet, Name: name, KeyType: nftables.MustConcatSetType(kind, kind), HasTimeout: true, Size: size}
 }
 
-// Name lets the guest reach addresses, because of the i-th rule of a policy, a domain's, for a time.
-func (g *Guest) Name(of Layer, i int, addresses []netip.Addr, ttl time.Duration) error {
-	conn, err := open()
+// Name lets the guest reach addresses, because of a domain of a policy's, for a time.
+func (g *Guest) Name(of Layer, domain string, addresses []netip.Addr, ttl time.Duration) error {
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
 	l := newLayout(g.Table)
-	ip4, ip6 := g.names(of, i)
+	tap := g.Tap
+	if of == OfNetwork {
+		tap = ""
+	}
+	ip4, ip6 := nameSets(tap, domain)
 	for _, a := range addresses {
-		set := l.names(ip4, nftables.TypeIPAddr)
+		set, from := l.names(tap, ip4, nftables.TypeIPAddr), g.IP4
 		if a = a.Unmap(); a.Is6() {
-			set = l.names(ip6, nftables.TypeIP6Addr)
+			set, from = l.names(tap, ip6, nftables.TypeIP6Addr), g.IP6
 		}
-		element := []nftables.SetElement{{Key: a.AsSlice(), Timeout: ttl}}
+		if !from.IsValid() {
+			continue // it has no way there
+		}
+		element := []nftables.SetElement{{Key: append(from.AsSlice(), a.AsSlice()...), Timeout: ttl}}
 		// An element that is there keeps its old end unless it is made anew.
 		for _, do := range []func(*nftables.Set, []nftables.SetElement) error{conn.SetAddElements, conn.SetDeleteElements, conn.SetAddElements} {
 			if err := do(set, element); err != nil {
@@ -131,9 +108,9 @@ func (g *Guest) Name(of Layer, i int, addresses []netip.Addr, ttl time.Duration)
 // policyRules make rules of a policy: the first that matches decides.
 type policyRules struct {
 	table   *nftables.Table
+	tap     string           // whose it is; "": the network's
 	allowed bool             // what no rule is about
 	allow   expr.VerdictKind // what "allow" means
-	part    *part            // whose names' addresses are meant
 }
 
 // end is what the i-th rule does, or what is done when none matches.
@@ -145,40 +122,37 @@ func (p policyRules) end(compiled []policy.Compiled, i int) rule {
 	if i < len(compiled) {
 		yes, text = compiled[i].Allow, compiled[i].Text
 	}
-	switch {
-	case p.part != nil && p.part.layer == OfNetwork:
-		return rule{exprs: goTo(egressEnd(i))}
-	case yes:
-		return rule{exprs: exprs{&expr.Counter{}, &expr.Verdict{Kind: p.allow}}, text: text}
+	if yes {
+		return rule{exprs: nft.Exprs{&expr.Counter{}, &expr.Verdict{Kind: p.allow}}, text: text}
 	}
 	return rule{exprs: refuse(), text: text}
 }
 
 func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
 	for i, c := range compiled {
-		where := []exprs{nil}
+		where := []nft.Exprs{nil}
 		switch {
 		case c.Prefixes != nil:
 			for _, set := range prefixSets(p.table, c.Prefixes) {
 				end := p.end(compiled, i)
-				to, fam := dest4, byte(unix.NFPROTO_IPV4)
+				to, fam := nft.Dest4, byte(unix.NFPROTO_IPV4)
 				if set.set.KeyType == nftables.TypeIP6Addr {
-					to, fam = dest6, unix.NFPROTO_IPV6
+					to, fam = nft.Dest6, unix.NFPROTO_IPV6
 				}
-				all = append(all, rule{exprs: join(nfproto(fam), exprs{load(to, reg), inSet(set.set)}, end.exprs), text: end.text, set: set})
+				all = append(all, rule{exprs: nft.Join(nft.Nfproto(fam), nft.Exprs{nft.Load(to, nft.Reg), nft.InSet(set.set)}, end.exprs), text: end.text, set: set})
 			}
 			continue
 		case c.Domain != "":
-			ip4, ip6 := p.part.names(i)
-			where = []exprs{
-				join(nfproto(unix.NFPROTO_IPV4), exprs{load(dest4, reg), &expr.Lookup{SourceRegister: reg, SetName: ip4}}),
-				join(nfproto(unix.NFPROTO_IPV6), exprs{load(dest6, reg), &expr.Lookup{SourceRegister: reg, SetName: ip6}}),
+			ip4, ip6 := nameSets(p.tap, c.Domain)
+			where = []nft.Exprs{
+				nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.Exprs{nft.Load(nft.Source4, nft.Reg), nft.Load(nft.Dest4, nft.Reg+1), &expr.Lookup{SourceRegister: nft.Reg, SetName: ip4}}),
+				nft.Join(nft.Nfproto(unix.NFPROTO_IPV6), nft.Exprs{nft.Load(nft.Source6, nft.Reg), nft.Load(nft.Dest6, nft.Reg+4), &expr.Lookup{SourceRegister: nft.Reg, SetName: ip6}}),
 			}
 		case c.Prefix.IsValid():
-			where = []exprs{toPrefix(c.Prefix)}
+			where = []nft.Exprs{nft.ToPrefix(c.Prefix)}
 			if !c.Allow {
 				for _, p := range policy.Embedding(c.Prefix) {
-					where = append(where, toPrefix(p))
+					where = append(where, nft.ToPrefix(p))
 				}
 			}
 		}
@@ -187,17 +161,17 @@ func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
 			what = nil
 		}
 		for _, proto := range c.Protocols {
-			r := rule{exprs: l4(proto)}
+			r := rule{exprs: nft.L4(proto)}
 			if len(c.Ports) > 0 {
 				r.set = portSet(p.table, c.Ports)
-				r.exprs = join(r.exprs, exprs{load(destPort, reg)}, exprs{inSet(r.set.set)})
+				r.exprs = nft.Join(r.exprs, nft.Exprs{nft.Load(nft.DestPort, nft.Reg)}, nft.Exprs{nft.InSet(r.set.set)})
 			}
 			what = append(what, r)
 		}
 		for _, w := range where {
 			for _, r := range what {
 				end := p.end(compiled, i)
-				all = append(all, rule{exprs: join(w, r.exprs, end.exprs), text: end.text, set: r.set})
+				all = append(all, rule{exprs: nft.Join(w, r.exprs, end.exprs), text: end.text, set: r.set})
 			}
 		}
 	}
@@ -207,9 +181,9 @@ func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
 func portSet(table *nftables.Table, ranges []policy.PortRange) *member {
 	m := &member{set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeInetService}}
 	for _, r := range ranges {
-		m.elements = append(m.elements, nftables.SetElement{Key: port(r.First)})
+		m.elements = append(m.elements, nftables.SetElement{Key: nft.Port(r.First)})
 		if r.Last < 65535 { // the last interval may be open
-			m.elements = append(m.elements, nftables.SetElement{Key: port(r.Last + 1), IntervalEnd: true})
+			m.elements = append(m.elements, nftables.SetElement{Key: nft.Port(r.Last + 1), IntervalEnd: true})
 		}
 	}
 	return m

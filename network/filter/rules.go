@@ -1,14 +1,19 @@
 package filter
 
 import (
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network/internal/nft"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -16,230 +21,255 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 	all := []ruled{
 		{base(l.inet, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), plain(t.forwarded()...)},
 		// What is known goes first, whoever sends it: a rule that does not match costs each packet, and what goes on here is accepted anyhow.
-		{base(l.inet, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), plain(append([]exprs{
+		{base(l.inet, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), plain(append([]nft.Exprs{
 			t.beside(),
-			join(known(), accept()),
-			join(iif(t.Bridge), jump(toHost)),
+			nft.Join(nft.Known(), nft.Accept()),
+			nft.Join(nft.Iif(t.Bridge), nft.Jump(toHost)),
 		}, t.tunnel()...)...)},
 		// Before the chains of others, who may lead what goes to their ports on the host's loopback elsewhere (Docker before 28).
 		{nat(l.inet, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest-1)), plain(
-			slices.Concat([]exprs{join(iif(t.Bridge), toLoopback(), drop())}, t.proxied(l), []exprs{join(toLoopback(), accept())}, published(l))...)},
+			slices.Concat([]nft.Exprs{nft.Join(nft.Iif(t.Bridge), toLoopback(), nft.Drop())}, t.proxied(l), []nft.Exprs{nft.Join(toLoopback(), nft.Accept())}, published(l))...)},
 		{nat(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), plain(published(l)...)},
 		{nat(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(t.masqueraded()...)},
 		{nftables.Chain{Table: l.inet, Name: fromGuest}, plain(t.leaving(l)...)},
 		{nftables.Chain{Table: l.inet, Name: refused}, plain(refusal()...)},
 		{nftables.Chain{Table: l.inet, Name: narrow}, nil},
-		{nftables.Chain{Table: l.inet, Name: toGuest}, plain(append(t.answered(), join(redirected(), accept()), drop())...)},
+		{nftables.Chain{Table: l.inet, Name: toGuest}, plain(append(t.answered(), nft.Join(nft.Redirected(), nft.Accept()), nft.Drop())...)},
 		{nftables.Chain{Table: l.inet, Name: toHost}, plain(t.entering(l)...)},
 		// What most of all traffic is goes first here too; only taps of the network are in these sets.
 		{base(l.bridge, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(-300)), plain(
-			join(ether(unix.ETH_P_IP), l4(unix.IPPROTO_TCP), sender(etherSource, source4), exprs{inSet(l.senders4)}, accept()),
-			join(ether(unix.ETH_P_IPV6), l4(unix.IPPROTO_TCP), sender(etherSource, source6), exprs{inSet(l.senders6)}, accept()),
-			join(tapOf(t.Taps), jump(fromGuest)))},
+			nft.Join(nft.Ether(unix.ETH_P_IP), nft.L4(unix.IPPROTO_TCP), sender(nft.EtherSource, nft.Source4), nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
+			nft.Join(nft.Ether(unix.ETH_P_IPV6), nft.L4(unix.IPPROTO_TCP), sender(nft.EtherSource, nft.Source6), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),
+			nft.Join(nft.IifPrefix(t.Taps), nft.Jump(fromGuest)))},
 		{nftables.Chain{Table: l.bridge, Name: fromGuest}, plain(t.genuine(l)...)},
 	}
 	if t.Via != "" {
 		all = append(all, ruled{base(l.inet, "answers", nftables.ChainHookPrerouting, nftables.ChainPriorityMangle), plain(
-			join(iif(t.Bridge), ofAnswer(expr.CmpOpEq), exprs{&expr.Immediate{Register: reg, Data: mark()}, &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg}}))})
+			nft.Join(nft.Iif(t.Bridge), ofAnswer(expr.CmpOpEq), nft.Exprs{&expr.Immediate{Register: nft.Reg, Data: mark()}, &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: nft.Reg}}))})
+	}
+	outward, err := t.outward(l)
+	if err != nil {
+		return nil, err
+	}
+	all = append(all, ruled{nftables.Chain{Table: l.inet, Name: bounds}, t.bounded(l)}, ruled{nftables.Chain{Table: l.inet, Name: egress}, outward})
+	settings, err := t.settings()
+	if err != nil {
+		return nil, err
 	}
 	for _, c := range all {
 		if c.chain.Name == entry(c.chain.Table) {
 			c.rules[0].text = ownerPrefix + t.Owner // for There
-			c.rules[len(c.rules)-1].text = versionPrefix + strconv.Itoa(version)
+			c.rules[len(c.rules)-1].text = versionPrefix + strconv.Itoa(version) + " " + settings
 		}
 	}
+	return all, nil
+}
+
+// settings tells those that may be changed from others.
+func (t *Tables) settings() (string, error) {
+	data, err := json.Marshal([]any{t.Egress, t.Connections, t.NewConnections})
+	if err != nil {
+		return "", fmt.Errorf("make table %s: %w", t.Name, err)
+	}
+	return fmt.Sprintf("%.8x", sha256.Sum256(data)), nil
+}
+
+// outward is the network's policy. What it allows, a guest's own policy may still forbid.
+func (t *Tables) outward(l *layout) ([]rule, error) {
+	if t.Inside {
+		return []rule{{exprs: refuse()}}, nil
+	}
 	if t.Egress == nil {
-		return all, nil
+		return nil, nil
 	}
 	compiled, err := t.Egress.Compile()
 	if err != nil {
 		return nil, err
 	}
-	rules := policyRules{table: l.inet, allowed: t.Egress.DefaultAction != policy.Deny, allow: expr.VerdictReturn}
-	if !t.Egress.Names() {
-		return append(all, ruled{nftables.Chain{Table: l.inet, Name: egress}, rules.of(compiled)}), nil
-	}
-	for i := range len(compiled) + 1 {
-		all = append(all, ruled{nftables.Chain{Table: l.inet, Name: egressEnd(i)}, []rule{rules.end(compiled, i)}})
-	}
-	return all, nil
+	return policyRules{l.inet, "", t.Egress.DefaultAction != policy.Deny, expr.VerdictReturn}.of(compiled), nil
 }
 
-// egressEnd is the chain in which the i-th rule of a network's policy ends that each guest has a copy of, so that it counts for all.
-func egressEnd(i int) string { return egress + "-" + strconv.Itoa(i) }
-
-// proxied sends a guest's queries to its DNS proxy, on the bridge's own address: all of them where its policies have names, else those to the
-// gateway.
-func (t *Tables) proxied(l *layout) (all []exprs) {
+// proxied sends a guest's queries to its DNS proxy, on the bridge's own address: all of them where its policy or the network's has names, else those
+// to the gateway.
+func (t *Tables) proxied(l *layout) (all []nft.Exprs) {
 	for _, f := range []struct {
-		subnet    netip.Prefix
-		source    field
-		all, some *nftables.Set
-	}{{t.Subnet, source4, l.dns4, l.resolver4}, {t.Subnet6, source6, l.dns6, l.resolver6}} {
+		subnet     netip.Prefix
+		source     nft.Field
+		named, any *nftables.Set
+	}{{t.Subnet, nft.Source4, l.dns4, l.resolver4}, {t.Subnet6, nft.Source6, l.dns6, l.resolver6}} {
 		if !f.subnet.IsValid() {
 			continue
 		}
 		gateway := t.gateway(f.subnet)
 		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
-			to := func(s *nftables.Set) exprs {
-				return exprs{load(f.source, reg), mapped(s), &expr.Redir{RegisterProtoMin: reg}}
+			to := func(s *nftables.Set) nft.Exprs {
+				return nft.Exprs{nft.Load(f.source, nft.Reg), nft.Mapped(s), &expr.Redir{RegisterProtoMin: nft.Reg}}
 			}
-			query := join(l4(proto), is(destPort, port(53)))
-			all = append(all,
-				join(iif(t.Bridge), family(gateway), query, to(f.all)),
-				join(iif(t.Bridge), toPrefix(netip.PrefixFrom(gateway, gateway.BitLen())), query, to(f.some)))
+			query := nft.Join(nft.L4(proto), nft.Is(nft.DestPort, nft.Port(53)))
+			asked := nft.ToPrefix(netip.PrefixFrom(gateway, gateway.BitLen()))
+			if t.Egress.Names() {
+				asked = nft.Family(gateway)
+			}
+			all = append(all, nft.Join(nft.Iif(t.Bridge), nft.Family(gateway), query, to(f.named)), nft.Join(nft.Iif(t.Bridge), asked, query, to(f.any)))
 		}
 	}
 	return all
 }
 
 // published sends what comes to a published port of the host to its guest.
-func published(l *layout) (all []exprs) {
+func published(l *layout) (all []nft.Exprs) {
 	for _, f := range []struct {
 		family      byte
-		dest        field
+		dest        nft.Field
 		ports, at   *nftables.Set
 		addressRegs uint32
-	}{{unix.NFPROTO_IPV4, dest4, l.ports4, l.portsAt4, 1}, {unix.NFPROTO_IPV6, dest6, l.ports6, l.portsAt6, 4}} {
-		nat := &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.family), RegAddrMin: reg, RegProtoMin: reg + f.addressRegs, Specified: true}
+	}{{unix.NFPROTO_IPV4, nft.Dest4, l.ports4, l.portsAt4, 1}, {unix.NFPROTO_IPV6, nft.Dest6, l.ports6, l.portsAt6, 4}} {
+		nat := &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.family), RegAddrMin: nft.Reg, RegProtoMin: nft.Reg + f.addressRegs, Specified: true}
 		all = append(all,
-			join(nfproto(f.family), isLocal(), exprs{load(f.dest, reg), meta(expr.MetaKeyL4PROTO, reg+f.addressRegs), load(destPort, reg+f.addressRegs+1), mapped(f.at), nat}),
-			join(nfproto(f.family), isLocal(), exprs{meta(expr.MetaKeyL4PROTO, reg), load(destPort, reg+1), mapped(f.ports), nat}))
+			nft.Join(nft.Nfproto(f.family), nft.IsLocal(), nft.Exprs{nft.Load(f.dest, nft.Reg), nft.Meta(expr.MetaKeyL4PROTO, nft.Reg+f.addressRegs), nft.Load(nft.DestPort, nft.Reg+f.addressRegs+1), nft.Mapped(f.at), nat}),
+			nft.Join(nft.Nfproto(f.family), nft.IsLocal(), nft.Exprs{nft.Meta(expr.MetaKeyL4PROTO, nft.Reg), nft.Load(nft.DestPort, nft.Reg+1), nft.Mapped(f.ports), nat}))
 	}
 	return all
 }
 
 // toLoopback matches what comes from outside for the host's loopback. Nothing that is published there is for those who send it: the kernel drops
 // such a packet, but only after the chains for NAT, and not where it comes from our bridge. What the host sends there goes by output.
-func toLoopback() exprs { return join(nfproto(unix.NFPROTO_IPV4), within(dest4, loopback4)) }
+func toLoopback() nft.Exprs {
+	return nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.Within(nft.Dest4, loopback4))
+}
 
 // loopback4 has no counterpart: the kernel drops what comes for ::1 at once.
 var loopback4 = netip.MustParsePrefix("127.0.0.0/8")
 
 // masqueraded gives what leaves the network, or comes from the host's loopback, an address to which answers come back.
-func (t *Tables) masqueraded() []exprs {
-	masquerade := exprs{&expr.Masq{}}
-	all := []exprs{
-		join(oifNot(t.Bridge), nfproto(unix.NFPROTO_IPV4), within(source4, t.Subnet), masquerade),
-		join(oif(t.Bridge), nfproto(unix.NFPROTO_IPV4), within(source4, loopback4), masquerade),
+func (t *Tables) masqueraded() []nft.Exprs {
+	masquerade := nft.Exprs{&expr.Masq{}}
+	all := []nft.Exprs{
+		nft.Join(nft.OifNot(t.Bridge), nft.Nfproto(unix.NFPROTO_IPV4), nft.Within(nft.Source4, t.Subnet), masquerade),
+		nft.Join(nft.Oif(t.Bridge), nft.Nfproto(unix.NFPROTO_IPV4), nft.Within(nft.Source4, loopback4), masquerade),
 		// From guest to guest by a published port: the answer would go by the bridge alone, from an address that was not asked.
-		join(oif(t.Bridge), nfproto(unix.NFPROTO_IPV4), within(source4, t.Subnet), redirected(), masquerade),
+		nft.Join(nft.Oif(t.Bridge), nft.Nfproto(unix.NFPROTO_IPV4), nft.Within(nft.Source4, t.Subnet), nft.Redirected(), masquerade),
 	}
 	if t.Subnet6.IsValid() {
 		all = append(all,
-			join(oifNot(t.Bridge), nfproto(unix.NFPROTO_IPV6), within(source6, t.Subnet6), masquerade),
-			join(oif(t.Bridge), nfproto(unix.NFPROTO_IPV6), within(source6, t.Subnet6), redirected(), masquerade))
+			nft.Join(nft.OifNot(t.Bridge), nft.Nfproto(unix.NFPROTO_IPV6), nft.Within(nft.Source6, t.Subnet6), masquerade),
+			nft.Join(nft.Oif(t.Bridge), nft.Nfproto(unix.NFPROTO_IPV6), nft.Within(nft.Source6, t.Subnet6), nft.Redirected(), masquerade))
 	}
 	return all
 }
 
 // beside drops what comes from a tap and not from its bridge. A bridge leaves frames for 01:80:c2:00:00:02 to :0f to the host's protocols, as
 // they come, and without a look at the tables of the family bridge; a tap whose bridge is gone is an interface as any other.
-func (t *Tables) beside() exprs { return join(tapOf(t.Taps), drop()) }
+func (t *Tables) beside() nft.Exprs { return nft.Join(nft.IifPrefix(t.Taps), nft.Drop()) }
 
 // forwarded is what comes from guests and what goes to them.
-func (t *Tables) forwarded() (all []exprs) {
+func (t *Tables) forwarded() (all []nft.Exprs) {
 	all = append(all, t.beside())
 	if t.Via != "" { // known connections too: the way may have changed. Bridged frames come here where br_netfilter is loaded.
-		all = append(all, join(iif(t.Bridge), oifNot(t.Via), oifNot(t.Bridge), ofAnswer(expr.CmpOpNeq), drop()))
+		all = append(all, nft.Join(nft.Iif(t.Bridge), nft.OifNot(t.Via), nft.OifNot(t.Bridge), ofAnswer(expr.CmpOpNeq), nft.Drop()))
 	}
-	all = append(all, join(known(), accept()), join(iif(t.Bridge), jump(fromGuest)), join(oif(t.Bridge), jump(toGuest)))
-	return append(append(all, t.tunnel()...), jump(narrow))
+	all = append(all, nft.Join(nft.Known(), nft.Accept()), nft.Join(nft.Iif(t.Bridge), nft.Jump(fromGuest)), nft.Join(nft.Oif(t.Bridge), nft.Jump(toGuest)))
+	return append(append(all, t.tunnel()...), nft.Jump(narrow))
 }
 
 // answered has what comes to a published port by another interface than that by which guests leave be answered where it came from.
-func (t *Tables) answered() []exprs {
+func (t *Tables) answered() []nft.Exprs {
 	if t.Via == "" {
 		return nil
 	}
-	return []exprs{join(metaIsNot(expr.MetaKeyIIFNAME, ifname(t.Via)), redirected(),
-		exprs{&expr.Immediate{Register: reg, Data: mark()}, &expr.Ct{Key: expr.CtKeyMARK, SourceRegister: true, Register: reg}})}
+	return []nft.Exprs{nft.Join(nft.MetaIsNot(expr.MetaKeyIIFNAME, nft.Ifname(t.Via)), nft.Redirected(),
+		nft.Exprs{&expr.Immediate{Register: nft.Reg, Data: mark()}, &expr.Ct{Key: expr.CtKeyMARK, SourceRegister: true, Register: nft.Reg}})}
 }
 
 // tunnel keeps who is at the other end of an interface of ours from all that is not published.
-func (t *Tables) tunnel() []exprs {
+func (t *Tables) tunnel() []nft.Exprs {
 	if !t.Tunnel {
 		return nil
 	}
-	return []exprs{join(iif(t.Via), drop())}
+	return []nft.Exprs{nft.Join(nft.Iif(t.Via), nft.Drop())}
 }
 
-// bounded drops what begins one connection too many of a guest's: the kernel knows so many of all together, and who takes them all takes the network
-// from the others and the host.
-func (t *Tables) bounded(l *layout) (all []exprs) {
-	if t.Connections == 0 {
-		return nil
-	}
-	for _, f := range []struct {
-		family byte
-		source field
-		set    *nftables.Set
-	}{{unix.NFPROTO_IPV4, source4, l.counted4}, {unix.NFPROTO_IPV6, source6, l.counted6}} {
-		over := &expr.Connlimit{Count: uint32(t.Connections), Flags: expr.NFT_CONNLIMIT_F_INV}
-		count := &expr.Dynset{SrcRegKey: reg, SetName: f.set.Name, SetID: f.set.ID, Operation: uint32(unix.NFT_DYNSET_OP_ADD), Exprs: []expr.Any{over}}
-		all = append(all, join(nfproto(f.family), exprs{load(f.source, reg), count}, drop()))
+// bounded refuses what begins one connection too many of a guest's, or too soon: the kernel knows so many of all together, and who takes them all, or
+// the processor's time, takes the network from the others and the host.
+func (t *Tables) bounded(l *layout) (all []rule) {
+	for _, b := range []struct {
+		most       int
+		what       string
+		of         expr.Any // of one guest
+		set4, set6 *nftables.Set
+	}{
+		{
+			t.NewConnections, "new connections a second",
+			&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(t.NewConnections), Unit: expr.LimitTimeSecond, Burst: uint32(t.NewConnections), Over: true}, l.paced4, l.paced6,
+		},
+		{t.Connections, "connections", &expr.Connlimit{Count: uint32(t.Connections), Flags: expr.NFT_CONNLIMIT_F_INV}, l.counted4, l.counted6},
+	} {
+		if b.most == 0 {
+			continue
+		}
+		for _, f := range []struct {
+			family byte
+			source nft.Field
+			set    *nftables.Set
+		}{{unix.NFPROTO_IPV4, nft.Source4, b.set4}, {unix.NFPROTO_IPV6, nft.Source6, b.set6}} {
+			count := &expr.Dynset{SrcRegKey: nft.Reg, SetName: f.set.Name, SetID: f.set.ID, Operation: uint32(unix.NFT_DYNSET_OP_ADD), Exprs: []expr.Any{b.of}}
+			all = append(all, rule{exprs: nft.Join(nft.Nfproto(f.family), nft.Exprs{nft.Load(f.source, nft.Reg), count}, refuse()), text: fmt.Sprint(overPrefix, b.most, " ", b.what)})
+		}
 	}
 	return all
 }
 
 // refusal ends what is not allowed: at once, but for floods, which nobody is to be made to answer.
-func refusal() []exprs {
+func refusal() []nft.Exprs {
 	limited := &expr.Limit{Type: expr.LimitTypePkts, Rate: 1000, Unit: expr.LimitTimeSecond, Burst: 1000}
-	return []exprs{
-		join(l4(unix.IPPROTO_TCP), exprs{limited, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}),
+	return []nft.Exprs{
+		nft.Join(nft.L4(unix.IPPROTO_TCP), nft.Exprs{limited, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}),
 		{limited, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}},
-		verdict(expr.VerdictDrop),
+		nft.Verdict(expr.VerdictDrop),
 	}
 }
 
 // leaving is what a guest may send through the host.
-func (t *Tables) leaving(l *layout) (all []exprs) {
+func (t *Tables) leaving(l *layout) (all []nft.Exprs) {
 	within := refuse()
 	if t.Mutual {
-		within = accept()
+		within = nft.Accept()
 	}
-	all = t.bounded(l)
+	all = []nft.Exprs{nft.Jump(bounds)}
 	// What another guest has published is reached as anything outside: by the host, and as the policies have it.
-	all = append(all, join(oif(t.Bridge), notRedirected(), within))
+	all = append(all, nft.Join(nft.Oif(t.Bridge), nft.NotRedirected(), within))
 	for _, p := range policy.Metadata {
 		for _, p := range append(policy.Embedding(p), p) {
-			source, set := source6, l.metadata6
+			source, set := nft.Source6, l.metadata6
 			if p.Addr().Is4() {
-				source, set = source4, l.metadata4
+				source, set = nft.Source4, l.metadata4
 			}
-			all = append(all, join(toPrefix(p), exprs{load(source, reg), notInSet(set)}, refuse()))
+			all = append(all, nft.Join(nft.ToPrefix(p), nft.Exprs{nft.Load(source, nft.Reg), nft.NotInSet(set)}, refuse()))
 		}
 	}
-	if t.Inside {
-		return append(all, refuse())
-	}
-	last := accept()
-	switch {
-	case t.Egress.Names(): // each guest has a chain
-		last = refuse()
-	case t.Egress != nil: // what the network allows, a guest's own policy may still forbid
-		all = append(all, jump(egress))
-	}
+	all = append(all, nft.Jump(egress))
 	// By its MAC, which the bridge table has seen to, a guest is one element for IPv4 and IPv6: the kernel goes through all that a map
 	// leads to when any rule is added.
-	return append(all, exprs{load(etherSource, reg), verdictOf(l.policies)}, last)
+	return append(all, nft.Exprs{nft.Load(nft.EtherSource, nft.Reg), nft.VerdictOf(l.policies)}, nft.Accept())
 }
 
 // entering is what a guest may send to the host itself: answers, echo requests, neighbour discovery, and to its DNS proxy.
-func (t *Tables) entering(l *layout) []exprs {
-	all := append(t.bounded(l),
-		join(toLoopback(), drop()), // also for those who may reach the host: what listens there listens to nobody else
-		join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{135}), accept()),
-		join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{136}), accept()),
-		join(toPrefix(netip.PrefixFrom(t.gateway(t.Subnet), 32)), l4(unix.IPPROTO_ICMP), is(icmpType, []byte{8}), accept()),
-		join(toPrefix(linkLocal6), l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{128}), accept()))
+func (t *Tables) entering(l *layout) []nft.Exprs {
+	all := []nft.Exprs{
+		nft.Jump(bounds),
+		nft.Join(toLoopback(), nft.Drop()), // also for those who may reach the host: what listens there listens to nobody else
+		nft.Join(nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{135}), nft.Accept()),
+		nft.Join(nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{136}), nft.Accept()),
+		nft.Join(nft.ToPrefix(netip.PrefixFrom(t.gateway(t.Subnet), 32)), nft.L4(unix.IPPROTO_ICMP), nft.Is(nft.ICMPType, []byte{8}), nft.Accept()),
+		nft.Join(nft.ToPrefix(linkLocal6), nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{128}), nft.Accept()),
+	}
 	if t.Subnet6.IsValid() {
-		all = append(all, join(toPrefix(netip.PrefixFrom(t.gateway(t.Subnet6), 128)), l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{128}), accept()))
+		all = append(all, nft.Join(nft.ToPrefix(netip.PrefixFrom(t.gateway(t.Subnet6), 128)), nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{128}), nft.Accept()))
 	}
 	return append(all,
-		join(redirected(), accept()),
-		join(nfproto(unix.NFPROTO_IPV4), exprs{load(source4, reg), inSet(l.host4)}, accept()),
-		join(nfproto(unix.NFPROTO_IPV6), exprs{load(source6, reg), inSet(l.host6)}, accept()),
+		nft.Join(nft.Redirected(), nft.Accept()),
+		nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.Exprs{nft.Load(nft.Source4, nft.Reg), nft.InSet(l.host4)}, nft.Accept()),
+		nft.Join(nft.Nfproto(unix.NFPROTO_IPV6), nft.Exprs{nft.Load(nft.Source6, nft.Reg), nft.InSet(l.host6)}, nft.Accept()),
 		refuse())
 }
 
@@ -249,41 +279,60 @@ var linkLocal6 = netip.MustParsePrefix("fe80::/10")
 func (t *Tables) gateway(p netip.Prefix) netip.Addr { return p.Masked().Addr().Next() }
 
 // Where the key of a set of senders is put together: the tap takes four registers, a MAC two.
-const atMAC, atAddress = reg + 4, reg + 6
+const atMAC, atAddress = nft.Reg + 4, nft.Reg + 6
 
 // sender loads who sends a frame.
-func sender(mac, address field) exprs {
-	return exprs{meta(expr.MetaKeyIIFNAME, reg), load(mac, atMAC), load(address, atAddress)}
+func sender(mac, address nft.Field) nft.Exprs {
+	return nft.Exprs{nft.Meta(expr.MetaKeyIIFNAME, nft.Reg), nft.Load(mac, atMAC), nft.Load(address, atAddress)}
 }
 
 // genuine is what a guest's frames must look like.
-func (t *Tables) genuine(l *layout) []exprs {
-	tap := exprs{meta(expr.MetaKeyIIFNAME, reg)}
-	udpFrom := func(n uint16) exprs { return join(l4(unix.IPPROTO_UDP), is(sourcePort, port(n))) }
-	icmp := func(kind byte) exprs { return join(l4(unix.IPPROTO_ICMPV6), is(icmpType, []byte{kind})) }
-	unspecified := is(source6, make([]byte, 16))
-	v6 := ether(unix.ETH_P_IPV6)
-	return []exprs{
-		join(tap, exprs{load(etherSource, atMAC), notInSet(l.macs)}, drop()),
-
-		join(ether(unix.ETH_P_ARP), is(arpFormat, []byte{0, 1, 8, 0, 6, 4}), sender(arpMAC, arpIP), exprs{inSet(l.senders4)}, accept()),
-		// Who looks whether its address is in use has none yet. To look for another's would be to deny it.
-		join(ether(unix.ETH_P_ARP), is(arpFormat, []byte{0, 1, 8, 0, 6, 4}), is(arpIP, make([]byte, 4)), sender(arpMAC, arpTarget),
-			exprs{inSet(l.senders4)}, accept()),
-
-		join(ether(unix.ETH_P_IP), udpFrom(67), drop()),
-		join(ether(unix.ETH_P_IP), sender(etherSource, source4), exprs{inSet(l.senders4)}, accept()),
-
-		join(v6, icmp(134), drop()),    // router advertisement
-		join(v6, icmp(137), drop()),    // redirect
-		join(v6, udpFrom(547), drop()), // DHCP server
-		// In fragments neighbour discovery has no place (RFC 6980), and not all there is of it to look at.
-		join(v6, fragment(), icmp(133), drop()), join(v6, fragment(), icmp(135), drop()), join(v6, fragment(), icmp(136), drop()),
-		join(v6, icmp(136), sender(etherSource, ndTarget), exprs{notInSet(l.senders6)}, drop()),
-		join(v6, unspecified, icmp(135), sender(etherSource, ndTarget), exprs{inSet(l.senders6)}, accept()),
-		join(v6, unspecified, icmp(143), accept()),
-		// A fragment that does not say what it is of matches no rule that asks, this one neither.
-		join(v6, metaIsNot(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_RAW}), sender(etherSource, source6), exprs{inSet(l.senders6)}, accept()),
-		drop(),
+func (t *Tables) genuine(l *layout) []nft.Exprs {
+	tap := nft.Exprs{nft.Meta(expr.MetaKeyIIFNAME, nft.Reg)}
+	udpFrom := func(n uint16) nft.Exprs {
+		return nft.Join(nft.L4(unix.IPPROTO_UDP), nft.Is(nft.SourcePort, nft.Port(n)))
 	}
+	icmp := func(kind byte) nft.Exprs {
+		return nft.Join(nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{kind}))
+	}
+	unspecified := nft.Is(nft.Source6, make([]byte, 16))
+	v6 := nft.Ether(unix.ETH_P_IPV6)
+	return []nft.Exprs{
+		nft.Join(tap, nft.Exprs{nft.Load(nft.EtherSource, atMAC), nft.NotInSet(l.macs)}, nft.Drop()),
+
+		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}), sender(nft.ArpMAC, nft.ArpIP), nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
+		// Who looks whether its address is in use has none yet. To look for another's would be to deny it.
+		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}), nft.Is(nft.ArpIP, make([]byte, 4)), sender(nft.ArpMAC, nft.ArpTarget),
+			nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
+
+		nft.Join(nft.Ether(unix.ETH_P_IP), udpFrom(67), nft.Drop()),
+		nft.Join(nft.Ether(unix.ETH_P_IP), sender(nft.EtherSource, nft.Source4), nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
+
+		nft.Join(v6, icmp(134), nft.Drop()),    // router advertisement
+		nft.Join(v6, icmp(137), nft.Drop()),    // redirect
+		nft.Join(v6, udpFrom(547), nft.Drop()), // DHCP server
+		// In fragments neighbour discovery has no place (RFC 6980), and not all there is of it to look at.
+		nft.Join(v6, nft.Fragment(), icmp(133), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(135), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(136), nft.Drop()),
+		nft.Join(v6, icmp(136), sender(nft.EtherSource, nft.NDTarget), nft.Exprs{nft.NotInSet(l.senders6)}, nft.Drop()),
+		nft.Join(v6, unspecified, icmp(135), sender(nft.EtherSource, nft.NDTarget), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),
+		nft.Join(v6, unspecified, icmp(143), nft.Accept()),
+		// A fragment that does not say what it is of matches no rule that asks, this one neither.
+		nft.Join(v6, nft.MetaIsNot(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_RAW}), sender(nft.EtherSource, nft.Source6), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),
+		nft.Drop(),
+	}
+}
+
+// AnswerMark is that of connections to what guests have published, on a network that leaves by one interface, and of what guests send in them.
+const AnswerMark = 0x53560001
+
+func mark() []byte { return binaryutil.NativeEndian.PutUint32(AnswerMark) }
+
+// ofAnswer matches what belongs to such a connection, or does not.
+func ofAnswer(op expr.CmpOp) nft.Exprs {
+	return nft.Exprs{&expr.Ct{Key: expr.CtKeyMARK, Register: nft.Reg}, &expr.Cmp{Op: op, Register: nft.Reg, Data: mark()}}
+}
+
+// refuse is drop that tells the guest, so that it need not wait for who does not answer.
+func refuse() nft.Exprs {
+	return nft.Exprs{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictGoto, Chain: refused}}
 }

@@ -15,6 +15,8 @@ import (
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network/conntrack"
+	"push.rocks/smartvm/network/internal/nft"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -30,9 +32,11 @@ type Tables struct {
 	Inside  bool           `json:"internal,omitempty"` // nothing leaves the network
 	Via     string         `json:"via,omitempty"`      // the one interface by which guests leave; "": any
 	Tunnel  bool           `json:"tunnel,omitempty"`   // Via is ours, in the host's network for guests alone
-	Egress  *policy.Policy `json:"policy,omitempty"`   // what all guests may reach at most; where it has names, each guest has a copy
-	// Connections is how many the kernel may know of each guest, of IPv4 and of IPv6; what would be over is dropped. 0: as many as there are.
-	Connections int `json:"connections,omitempty"`
+	Egress  *policy.Policy `json:"policy,omitempty"`   // what all guests may reach at most
+	// Connections is how many the kernel may know of each guest, of IPv4 and of IPv6, and NewConnections how many may begin in a second; what
+	// would be over is refused. 0: as many as there are.
+	Connections    int `json:"connections,omitempty"`
+	NewConnections int `json:"newConnections,omitempty"`
 }
 
 // ErrTooOld says that the kernel's nftables lacks what is needed.
@@ -43,13 +47,15 @@ const (
 	ownerPrefix = "owner-"
 	// Rules of an earlier version are replaced when somebody looks who has these. Later ones stay: they have all sets of the earlier.
 	versionPrefix = "rules "
-	version       = 2
+	version       = 3
 	fromGuest     = "from-guest"
 	toGuest       = "to-guest"
 	toHost        = "to-host"
 	egress        = "egress"
+	bounds        = "bounds"
 	narrow        = "narrow"
 	refused       = "refused"
+	overPrefix    = "over " // how rules of bounds are called
 )
 
 // layout is a network's tables, with the sets that guests have elements in.
@@ -61,11 +67,12 @@ type layout struct {
 	policies             *nftables.Set // MAC -> the chain of its policies
 	host4, host6         *nftables.Set // sources that may reach the host
 	metadata4, metadata6 *nftables.Set // sources that may reach link-local and metadata addresses
-	dns4, dns6           *nftables.Set // source -> the port of its DNS proxy, whomever it asks
-	resolver4, resolver6 *nftables.Set // likewise, where it asks the gateway
+	dns4, dns6           *nftables.Set // source -> the port of its DNS proxy, whomever it asks, as its own policy has names
+	resolver4, resolver6 *nftables.Set // source -> the port of its DNS proxy
 	ports4, ports6       *nftables.Set // protocol . port -> guest . port
 	portsAt4, portsAt6   *nftables.Set // address . protocol . port -> guest . port
 	counted4, counted6   *nftables.Set // source, with its number of connections
+	paced4, paced6       *nftables.Set // source, with how many it began of late
 }
 
 func newLayout(name string) *layout {
@@ -100,10 +107,12 @@ func newLayout(name string) *layout {
 		{&l.portsAt6, l.inet, "ports-at6", key(addr6, proto, service), key(addr6, service)},
 		{&l.counted4, l.inet, "counted4", addr4, nftables.SetDatatype{}},
 		{&l.counted6, l.inet, "counted6", addr6, nftables.SetDatatype{}},
+		{&l.paced4, l.inet, "paced4", addr4, nftables.SetDatatype{}},
+		{&l.paced6, l.inet, "paced6", addr6, nftables.SetDatatype{}},
 	} {
 		*s.set = &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.data.Bytes > 0 || s.data.Name != ""}
 	}
-	for _, s := range []*nftables.Set{l.counted4, l.counted6} { // rules add to it
+	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6} { // rules add to it
 		s.Dynamic, s.Size = true, 1<<16
 	}
 	return l
@@ -112,25 +121,25 @@ func newLayout(name string) *layout {
 func (l *layout) sets() []*nftables.Set {
 	return []*nftables.Set{
 		l.macs, l.senders4, l.senders6, l.policies, l.host4, l.host6, l.metadata4, l.metadata6, l.dns4, l.dns6, l.resolver4, l.resolver6,
-		l.ports4, l.ports6, l.portsAt4, l.portsAt6, l.counted4, l.counted6,
+		l.ports4, l.ports6, l.portsAt4, l.portsAt6, l.counted4, l.counted6, l.paced4, l.paced6,
 	}
 }
 
 // Apply makes both tables at once. Returns an error that is fs.ErrExist if either is there, ErrTooOld where the kernel lacks
 // something.
 func (t *Tables) Apply(context.Context) error {
-	conn, err := open()
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
 	return t.make(conn)
 }
 
-// Replace makes both tables anew, in place of what is left of them: at no time is there less. Where rules were missing it has the kernel forget
-// its guests' connections, as some may have begun that the rules do not allow. Returns what Apply does, where a table of the name is
-// somebody else's.
+// Replace makes both tables anew, in place of what is left of them: at no time is there less. Guests must add their part again. Where rules were missing
+// it has the kernel forget the guests' connections, as some may have begun that the rules do not allow. Returns what Apply does, where a table of the
+// name is somebody else's.
 func (t *Tables) Replace(context.Context) error {
-	conn, err := open()
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
@@ -144,7 +153,97 @@ func (t *Tables) Replace(context.Context) error {
 	if err := t.make(conn); err != nil || was != missing {
 		return err
 	}
-	return forget(func(a netip.Addr) bool { return t.Subnet.Contains(a) || t.Subnet6.Contains(a) })
+	return conntrack.Forget(func(a netip.Addr) bool { return t.Subnet.Contains(a) || t.Subnet6.Contains(a) })
+}
+
+// Renew puts the rules of these settings in place of those of others, at once, where the tables are whole but for that, and says whether they are. The
+// guests' parts stay, and connections end that are not allowed any more.
+func (t *Tables) Renew(context.Context) (done bool, err error) {
+	conn, err := nft.Open()
+	if err != nil {
+		return false, err
+	}
+	is, err := t.state(conn)
+	if err != nil || is != otherSettings {
+		return is == current, err
+	}
+	return true, t.renew(conn)
+}
+
+func (t *Tables) renew(conn *nftables.Conn) error {
+	l := newLayout(t.Name)
+	before, err := rulesOf(conn, &nftables.Chain{Table: l.inet, Name: egress})
+	if err != nil {
+		return err
+	}
+	rules, err := t.rules(l)
+	if err != nil {
+		return err
+	}
+	now, err := t.nameSets(l)
+	if err != nil {
+		return err
+	}
+	for _, s := range now {
+		if err := conn.AddSet(s, nil); err != nil {
+			return fmt.Errorf("change table %s: set %s: %w", t.Name, s.Name, err)
+		}
+	}
+	// What has been counted is bound as it was when that began.
+	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6} {
+		conn.FlushSet(s)
+	}
+	for i := range rules {
+		if rules[i].chain.Name == narrow {
+			continue
+		}
+		conn.FlushChain(&rules[i].chain)
+		if err := rules[i].addRules(conn); err != nil {
+			return fmt.Errorf("change table %s: %w", t.Name, err)
+		}
+	}
+	for _, name := range lookedInto(before, networkNames) {
+		if !slices.ContainsFunc(now, func(s *nftables.Set) bool { return s.Name == name }) {
+			conn.DelSet(&nftables.Set{Table: l.inet, Name: name})
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("change table %s: %w", t.Name, err)
+	}
+	return t.forgetDenied(conn, l)
+}
+
+// nameSets are those of the network's policy.
+func (t *Tables) nameSets(l *layout) ([]*nftables.Set, error) {
+	if t.Egress == nil || t.Inside {
+		return nil, nil
+	}
+	compiled, err := t.Egress.Compile()
+	if err != nil {
+		return nil, err
+	}
+	return l.namesOf("", compiled), nil
+}
+
+// rulesOf lists the rules of a chain, none where it is not there.
+func rulesOf(conn *nftables.Conn, chain *nftables.Chain) ([]*nftables.Rule, error) {
+	rules, err := conn.GetRules(chain.Table, chain)
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("look at chain %s of table %s: %w", chain.Name, chain.Table.Name, err)
+	}
+	return rules, nil
+}
+
+// lookedInto lists the sets of a prefix that rules look into.
+func lookedInto(rules []*nftables.Rule, prefix string) (names []string) {
+	for _, r := range rules {
+		for _, e := range r.Exprs {
+			if l, ok := e.(*expr.Lookup); ok && strings.HasPrefix(l.SetName, prefix) && !slices.Contains(names, l.SetName) {
+				names = append(names, l.SetName)
+			}
+		}
+	}
+	return names
 }
 
 func (t *Tables) make(conn *nftables.Conn) error {
@@ -153,14 +252,18 @@ func (t *Tables) make(conn *nftables.Conn) error {
 		conn.CreateTable(table)
 		conn.AddChain(&nftables.Chain{Table: table, Name: ownerPrefix + t.Owner})
 	}
-	for _, s := range l.sets() {
-		if err := conn.AddSet(s, nil); err != nil {
-			return fmt.Errorf("make table %s: set %s: %w", t.Name, s.Name, err)
-		}
-	}
 	rules, err := t.rules(l)
 	if err != nil {
 		return err
+	}
+	names, err := t.nameSets(l)
+	if err != nil {
+		return err
+	}
+	for _, s := range append(l.sets(), names...) {
+		if err := conn.AddSet(s, nil); err != nil {
+			return fmt.Errorf("make table %s: set %s: %w", t.Name, s.Name, err)
+		}
 	}
 	if err := addChains(conn, rules); err != nil {
 		return fmt.Errorf("make table %s: %w", t.Name, err)
@@ -178,7 +281,7 @@ func (t *Tables) make(conn *nftables.Conn) error {
 
 // Revert removes those of the two tables that are this network's.
 func (t *Tables) Revert(context.Context) error {
-	conn, err := open()
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
@@ -216,9 +319,9 @@ func (t *Tables) owns(conn *nftables.Conn, table *nftables.Table) (bool, error) 
 	}), nil
 }
 
-// There says whether both tables are, and are this network's, with the rules of this version or a later one.
+// There says whether both tables are, and are this network's, with the rules of this version or a later one and of these settings.
 func (t *Tables) There(context.Context) (bool, error) {
-	conn, err := open(nftables.AsLasting())
+	conn, err := nft.Open(nftables.AsLasting())
 	if err != nil {
 		return false, err
 	}
@@ -231,20 +334,25 @@ func (t *Tables) There(context.Context) (bool, error) {
 type tablesState int
 
 const (
-	missing  tablesState = iota // something is
-	outdated                    // rules of an earlier version are in force
+	missing       tablesState = iota // something is
+	outdated                         // rules of an earlier version are in force
+	otherSettings                    // rules of other settings are
 	current
 )
 
 func (t *Tables) state(conn *nftables.Conn) (tablesState, error) {
 	l := newLayout(t.Name)
+	settings, err := t.settings()
+	if err != nil {
+		return missing, err
+	}
 	is := current
 	for _, table := range []*nftables.Table{l.inet, l.bridge} {
 		// A flush leaves tables and chains: a table without rules lets everything through. That the first rule names the owner is
 		// quick to see: other chains are many, or long.
-		rules, err := conn.GetRules(table, &nftables.Chain{Table: table, Name: entry(table)})
-		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return missing, fmt.Errorf("look at table %s: %w", t.Name, err)
+		rules, err := rulesOf(conn, &nftables.Chain{Table: table, Name: entry(table)})
+		if err != nil {
+			return missing, err
 		}
 		if len(rules) == 0 {
 			return missing, nil
@@ -253,8 +361,11 @@ func (t *Tables) state(conn *nftables.Conn) (tablesState, error) {
 			return missing, nil
 		}
 		text, _ := userdata.GetString(rules[len(rules)-1].UserData, userdata.TypeComment)
-		if v, err := strconv.Atoi(strings.TrimPrefix(text, versionPrefix)); err != nil || v < version {
-			is = outdated
+		of, with, _ := strings.Cut(strings.TrimPrefix(text, versionPrefix), " ")
+		if v, err := strconv.Atoi(of); err != nil || v < version {
+			is = min(is, outdated)
+		} else if with != settings && v == version {
+			is = min(is, otherSettings)
 		}
 	}
 	return is, nil
@@ -275,12 +386,12 @@ type ruled struct {
 }
 
 type rule struct {
-	exprs exprs
+	exprs nft.Exprs
 	text  string  // for Counters
 	set   *member // an anonymous set that exprs look into
 }
 
-func plain(all ...exprs) (rules []rule) {
+func plain(all ...nft.Exprs) (rules []rule) {
 	for _, e := range all {
 		rules = append(rules, rule{exprs: e})
 	}

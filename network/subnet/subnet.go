@@ -2,6 +2,7 @@
 package subnet
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"net"
 	"net/netip"
@@ -151,4 +152,43 @@ func Choose(taken func(netip.Prefix) bool) (netip.Prefix, error) {
 		}
 	}
 	return second, nil
+}
+
+// Error says what is wrong with a subnet. Its Code is INVALID_SUBNET.
+type Error struct {
+	Subnet string
+	Reason string
+}
+
+func (e *Error) Error() string { return fmt.Sprintf("subnet %s: %s", e.Subnet, e.Reason) }
+
+// Code is the original's word for it.
+func (*Error) Code() string { return "INVALID_SUBNET" }
+
+// Local is the unique local IPv6 subnet (RFC 4193) of a bridge: always the same for one name.
+func Local(bridge string) netip.Prefix {
+	sum := sha256.Sum256([]byte("smartvm network " + bridge))
+	a := [16]byte{0: 0xfd}
+	copy(a[1:8], sum[:])
+	return netip.PrefixFrom(netip.AddrFrom16(a), 64)
+}
+
+// Validate returns a *Error if guests cannot have addresses of p.
+func Validate(p netip.Prefix) error {
+	reason := ""
+	a := p.Addr()
+	switch {
+	case !p.IsValid() || !a.Is4():
+		reason = "must be an IPv4 network such as " + "172.30.0.0/24"
+	case p != p.Masked():
+		reason = fmt.Sprintf("has host bits: %s is meant?", p.Masked())
+	case p.Bits() < 8 || p.Bits() > 30:
+		reason = "must be from /8 to /30"
+	case a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.As4()[0] == 0 || a.As4()[0] >= 224:
+		reason = "is not for ordinary hosts"
+	}
+	if reason == "" {
+		return nil
+	}
+	return &Error{p.String(), reason}
 }

@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/network/subnet"
 	"push.rocks/smartvm/network/wireguard"
 )
 
@@ -120,7 +121,7 @@ func (s *Shell) inspectNetworks() *cobra.Command {
 
 func (s *Shell) createNetwork() *cobra.Command {
 	var c network.Config
-	var subnet, subnet6, policyFile string
+	var net4, net6, policyFile string
 	var isolate bool
 	cmd := &cobra.Command{
 		Use:   "create [flags] NAME",
@@ -132,13 +133,13 @@ func (s *Shell) createNetwork() *cobra.Command {
 		Args: s.Takes(1, 1, "a name"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			c.Name, c.Mutual = args[0], !isolate
-			for to, text := range map[*netip.Prefix]string{&c.Subnet: subnet, &c.Subnet6: subnet6} {
+			for to, text := range map[*netip.Prefix]string{&c.Subnet: net4, &c.Subnet6: net6} {
 				if text == "" {
 					continue
 				}
 				var err error
 				if *to, err = netip.ParsePrefix(text); err != nil {
-					return s.Usage(&network.SubnetError{Subnet: text, Reason: "must be like 172.30.5.0/24 or fd00:5::/64"}, "")
+					return s.Usage(&subnet.Error{Subnet: text, Reason: "must be like 172.30.5.0/24 or fd00:5::/64"}, "")
 				}
 			}
 			if c.WireGuardConfig != "" {
@@ -168,11 +169,12 @@ func (s *Shell) createNetwork() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&subnet, "subnet", "", "IPv4 `subnet`, /8 to /30; without it one that is free is chosen")
-	f.StringVar(&subnet6, "subnet6", "", "IPv6 `subnet`, a /64; without it one is made up")
+	f.StringVar(&net4, "subnet", "", "IPv4 `subnet`, /8 to /30; without it one that is free is chosen")
+	f.StringVar(&net6, "subnet6", "", "IPv6 `subnet`, a /64; without it one is made up")
 	f.StringVar(&c.Bridge, "interface", "", "`name` of its bridge on the host")
 	f.IntVar(&c.MTU, "mtu", 0, "largest packet in `bytes` (1500)")
 	f.IntVar(&c.MaxConnections, "max-connections", 0, "most `connections` of one VM that the host keeps track of (an eighth of what it can)")
+	f.IntVar(&c.NewConnections, "new-connections", 0, "most `connections` that one VM may begin in a second (2000)")
 	f.BoolVar(&isolate, "isolate", false, "keep its VMs from each other")
 	f.BoolVar(&c.Inside, "internal", false, "let nothing leave the network")
 	f.StringVar(&c.WireGuard, "wireguard", "", "`interface` of WireGuard's by which alone its VMs reach the outside")
