@@ -14,11 +14,8 @@ import (
 // Networks are those that VMs of this host can join.
 func (h *Host) Networks() (*network.Store, error) {
 	d, err := network.NewDefault(h.opts.BridgeName, h.opts.Subnet)
-	if err != nil {
-		return nil, err
-	}
 	d.Policy = h.opts.Firewall
-	return &network.Store{Dir: filepath.Join(h.opts.DataDir, store.NetworksDir), Default: d}, nil
+	return &network.Store{Dir: filepath.Join(h.opts.DataDir, store.NetworksDir), Default: d}, err
 }
 
 // Warm makes or removes warm slots of a network, until it has n of them: namespaces that VMs of NetworkInterface.Namespace need

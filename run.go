@@ -132,11 +132,17 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 }
 
 // asOfNow completes an effect: whose a file is that is to be lent, until its lease was taken it may have been another VM's;
-// where a guest's DNS proxy is.
+// where a guest's DNS proxy is; what its network's policy is.
 func (m *Machine) asOfNow(r *run, e journal.Effect) (journal.Effect, error) {
 	switch e := e.(type) {
 	case *stage.Owner:
 		return stage.NewOwner(e.Path, e.UID, e.GID)
+	case *network.Use:
+		networks, err := m.host.Networks()
+		if err == nil {
+			err = networks.Refresh(&e.Network)
+		}
+		return e, err
 	case *network.Guest:
 		return e, r.upkeep.Add(m.host.store.Path(), e, m.rec.Interfaces, m.host.log)
 	}

@@ -76,7 +76,7 @@ func without(e *netlink.Neigh, err error) bool {
 // Revert takes it out, with others whose turn it is too.
 func (g *Guest) Revert(ctx context.Context) error {
 	if r := sharedOf(ctx).Reaper; r != nil {
-		return r.guests.do(g, removeGuests)
+		return r.guests.Do(g, removeGuests)
 	}
 	return removeGuests([]*Guest{g})
 }

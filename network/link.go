@@ -303,7 +303,7 @@ const anybody = -1
 // Revert removes the tap.
 func (t *Tap) Revert(ctx context.Context) error {
 	if r := sharedOf(ctx).Reaper; r != nil {
-		return r.taps.do(t.Name, removeTaps)
+		return r.taps.Do(t.Name, removeTaps)
 	}
 	return remove(t.Name, isTap)
 }

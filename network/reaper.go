@@ -5,58 +5,19 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/network/internal/batch"
 )
 
 // Reaper removes taps and guests, those together that are asked for at the same time: the kernel waits as long for one as for
 // a hundred. The zero value serves. It is safe for concurrent use.
 type Reaper struct {
-	taps   batch[string]
-	guests batch[*Guest]
-}
-
-// batch does to many at once what several ask for: while one call is under way, the others gather.
-type batch[T any] struct {
-	mu      sync.Mutex
-	busy    bool
-	waiting []request[T]
-}
-
-type request[T any] struct {
-	what T
-	done chan error
-}
-
-func (b *batch[T]) do(what T, all func([]T) error) error {
-	mine := request[T]{what, make(chan error, 1)}
-	b.mu.Lock()
-	b.waiting = append(b.waiting, mine)
-	if b.busy {
-		b.mu.Unlock()
-		return <-mine.done
-	}
-	b.busy = true
-	for len(b.waiting) > 0 {
-		now := b.waiting
-		b.waiting = nil
-		b.mu.Unlock()
-		things := make([]T, len(now))
-		for i, r := range now {
-			things[i] = r.what
-		}
-		err := all(things)
-		for _, r := range now {
-			r.done <- err
-		}
-		b.mu.Lock()
-	}
-	b.busy = false
-	b.mu.Unlock()
-	return <-mine.done
+	taps   batch.Batch[string]
+	guests batch.Batch[*Guest]
 }
 
 // removeTaps puts taps into a group of interfaces and removes that.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/network/filter"
@@ -35,6 +37,9 @@ func (u *Use) Check(ctx context.Context) (restored int, now *policy.Policy, err 
 // Update gives a network other settings, if it is up: its guests go on, and connections end that are not allowed any more. Who supervises guests
 // is told by Check.
 func Update(ctx context.Context, dir, network string, settings Settings) error {
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	unlock, err := Lock(dir)
 	if err != nil {
 		return err

@@ -73,6 +73,16 @@ func readConfig[T any](path string) (c T, err error) {
 	return strictjson.Unmarshal[T](data, maxConfig)
 }
 
+// Refresh gives a network the settings that it has now, if it is kept.
+func (s *Store) Refresh(c *Config) error {
+	now, err := s.Get(c.Name)
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	c.Settings = now.Settings
+	return err
+}
+
 // Update gives a network other settings, for VMs that start from now on: see also Update for one that is up. Returns ErrNotFound, and all that is wrong
 // with them, joined.
 func (s *Store) Update(name string, change func(*Settings)) (Config, error) {

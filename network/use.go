@@ -354,14 +354,14 @@ func Sweep(ctx context.Context, dir string) error {
 	return errors.Join(append(errs, unforward(ctx, dir))...)
 }
 
-// Via returns the interface by which alone the guests of a network that is up leave, "" if it is any.
-func Via(dir, network string) string {
+// Current returns a network as it is up, one without anything where it is not, and the interface by which alone its guests leave, "" if it is any.
+func Current(dir, network string) (now Config, via string, err error) {
 	u := Use{Dir: dir, Network: Config{Name: network}}
-	now, err := u.state()
-	if now == nil || err != nil {
-		return ""
+	is, err := u.state()
+	if is == nil || err != nil {
+		return now, "", err
 	}
-	return now.Network.via(now.Owner)
+	return is.Network, is.Network.via(is.Owner), nil
 }
 
 // Users lists the directories of the VMs that use a network. Users whose names begin with a dot are none.

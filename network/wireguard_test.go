@@ -178,7 +178,10 @@ func TestLinuxWireGuard(t *testing.T) {
 	if got := s.outside.Ask("tcp", uplink4+":22"); got != "host from "+world4+"\n" {
 		t.Errorf("by the uplink: got %q", got)
 	}
-	via := network.Via(s.dir, s.config.Name)
+	_, via, err := network.Current(s.dir, s.config.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
 	tunnel, err := netlink.LinkByName(via)
 	if err != nil {
 		t.Fatal(err)

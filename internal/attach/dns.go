@@ -33,19 +33,22 @@ func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *
 		return nil
 	}
 	of := &all[n].Network
-	c := dnsproxy.Config{Log: log.With("vm", g.Tap), Upstreams: newServers(all[n].DNS, false).all}
 	networks := filepath.Join(runtimeDir, store.NetworkDir)
+	c := dnsproxy.Config{Log: log.With("vm", g.Tap), Upstreams: newServers(all[n].DNS, false).all}
 	if of.Mutual {
 		c.Local = func(name string) []netip.Addr { return network.Named(networks, of.Name, name) }
 	}
 	own := &names{guest: g.Guest}
-	if err := own.follow(of.Policy, g.Policy); err != nil {
+	now, via, err := network.Current(networks, of.Name) // it may have been changed since the VM was made
+	if err == nil {
+		err = own.follow(now.Policy, g.Policy)
+	}
+	if err != nil {
 		return err
 	}
 	c.Names = own.current
 	if of.WireGuard != "" || of.WireGuardConfig != "" {
 		// What guests ask leaves by no other way than all else of theirs.
-		via := network.Via(networks, of.Name)
 		if via == "" {
 			return fmt.Errorf("ask for names: network %s has no tunnel", of.Name)
 		}
@@ -60,7 +63,6 @@ func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *
 		}
 		c.Upstreams = newServers(own, true).all
 	}
-	var err error
 	if c.TCP, c.UDP, err = listenDNS(of.Bridge, g.DNS); err != nil {
 		return fmt.Errorf("listen for DNS queries: %w", err)
 	}

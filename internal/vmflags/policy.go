@@ -5,8 +5,9 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/spf13/pflag"
+
 	"push.rocks/smartvm/network/policy"
-	"push.rocks/smartvm/spec"
 )
 
 // ruleFlag adds rules of one action to a list, in the order of the command line.
@@ -30,24 +31,40 @@ func (r *ruleFlag) Set(text string) error {
 	return err
 }
 
-// policy sets what the guest may reach.
-func (s *Flags) policy(vm *spec.Spec) error {
-	if s.policyFile != "" {
+// Policy are the flags that say what guests may reach.
+type Policy struct {
+	rules                  []policy.Rule
+	fallback, file, egress string
+}
+
+// Add adds the flags to f.
+func (s *Policy) Add(f *pflag.FlagSet) {
+	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [tcp:|udp:|icmp:]ADDRESS|CIDR|NAME|*[:PORTS]; may be repeated, and the first rule that matches decides")
+	f.Var(&ruleFlag{&s.rules, policy.Deny}, "deny", "keep the guest from a `destination`, likewise")
+	f.StringVar(&s.fallback, "default", "", "what is done where no rule matches: `action` allow (without this) or deny")
+	f.StringVar(&s.egress, "egress", "", "`public`: of what no rule is about, let the guest reach the internet alone: no private network, no cloud's services for its machines")
+	f.StringVar(&s.file, "policy", "", "JSON `file` with the rules; those of --allow and --deny go before them")
+}
+
+// Of returns what the flags say, with what was said before where they say nothing.
+func (s *Policy) Of(before *policy.Policy) (*policy.Policy, error) {
+	p := before
+	if s.file != "" {
 		var err error
-		if vm.Policy, err = policy.LoadFile(s.policyFile); err != nil {
-			return fmt.Errorf("--policy %s: %w", s.policyFile, err)
+		if p, err = policy.LoadFile(s.file); err != nil {
+			return nil, fmt.Errorf("--policy %s: %w", s.file, err)
 		}
 	}
 	if s.rules == nil && s.fallback == "" && s.egress == "" {
-		return nil
+		return p, nil
 	}
 	own := policy.Policy{}
-	if vm.Policy != nil {
-		own = *vm.Policy
+	if p != nil {
+		own = *p
 	}
 	own.Rules = slices.Concat(s.rules, own.Rules)
 	if s.egress != "" && s.egress != policy.EgressPublic {
-		return fmt.Errorf("--egress %q: want %s", s.egress, policy.EgressPublic)
+		return nil, fmt.Errorf("--egress %q: want %s", s.egress, policy.EgressPublic)
 	}
 	own.Egress = cmp.Or(s.egress, own.Egress)
 	switch action := policy.Action(s.fallback); action {
@@ -55,8 +72,7 @@ func (s *Flags) policy(vm *spec.Spec) error {
 		own.DefaultAction = action
 	case "":
 	default:
-		return fmt.Errorf("--default %q: want allow or deny", s.fallback)
+		return nil, fmt.Errorf("--default %q: want allow or deny", s.fallback)
 	}
-	vm.Policy = &own
-	return nil
+	return &own, nil
 }

@@ -16,7 +16,6 @@ import (
 
 	"github.com/spf13/pflag"
 
-	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/spec"
 )
 
@@ -24,17 +23,16 @@ import (
 type Flags struct {
 	set *pflag.FlagSet
 
-	file                         string
-	kernel, initrd, append       string
-	cpus                         int
-	memory                       Memory
-	drives                       []string
-	name, id                     string
-	labels, nets, publish        []string
-	dns, search                  []string
-	rules                        []policy.Rule
-	fallback, policyFile, egress string
-	vsock                        string
+	file                   string
+	kernel, initrd, append string
+	cpus                   int
+	memory                 Memory
+	drives                 []string
+	name, id               string
+	labels, nets, publish  []string
+	dns, search            []string
+	policy                 Policy
+	vsock                  string
 
 	entrypoint, user, workdir, hostname, keep string
 	env, envFiles, secrets, volumes           []string
@@ -69,11 +67,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`, or ranges of as many; may be repeated")
 	f.StringArrayVar(&s.dns, "dns", nil, "`address` of a server that answers the guest for names, in place of the host's; may be repeated")
 	f.StringArrayVar(&s.search, "dns-search", nil, "of an image: `domain` in which its guest looks for names that are not whole; may be repeated")
-	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [tcp:|udp:|icmp:]ADDRESS|CIDR|NAME|*[:PORTS]; may be repeated, and the first rule that matches decides")
-	f.Var(&ruleFlag{&s.rules, policy.Deny}, "deny", "keep the guest from a `destination`, likewise")
-	f.StringVar(&s.fallback, "default", "", "what is done where no rule matches: `action` allow (without this) or deny")
-	f.StringVar(&s.egress, "egress", "", "`public`: of what no rule is about, let the guest reach the internet alone: no private network, no cloud's services for its machines")
-	f.StringVar(&s.policyFile, "policy", "", "JSON `file` with the rules; those of --allow and --deny go before them")
+	s.policy.Add(f)
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it; may be repeated")
 	f.StringArrayVar(&s.envFiles, "env-file", nil, "of an image: `file` with NAME=VALUE lines, kept secret; may be repeated, -e counts before it")
@@ -117,7 +111,9 @@ func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 	for _, text := range s.drives {
 		errs = append(errs, addDrive(&vm, text))
 	}
-	errs = append(errs, s.networks(&vm), s.policy(&vm), s.secret(&vm), s.volume(&vm))
+	own, err := s.policy.Of(vm.Policy)
+	vm.Policy = own
+	errs = append(errs, err, s.networks(&vm), s.secret(&vm), s.volume(&vm))
 	for _, text := range s.labels {
 		key, value, _ := strings.Cut(text, "=")
 		if vm.Labels == nil {

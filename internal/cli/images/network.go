@@ -19,7 +19,6 @@ import (
 	"push.rocks/smartvm/internal/vmflags"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
-	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/network/subnet"
 	"push.rocks/smartvm/network/wireguard"
 )
@@ -28,7 +27,7 @@ func (s *Shell) network() *cobra.Command {
 	return s.group("network", "Make and remove networks",
 		"Manage the networks that run --net NAME joins. The network default is always there.\n"+
 			"A network takes no room on the host while no VM runs on it.",
-		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork(), s.limit())
+		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.updateNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork(), s.limit())
 }
 
 // networkState is a network as the commands show it.
@@ -62,7 +61,7 @@ func stateOf(h *smartvm.Host, c network.Config) networkState {
 	}
 	slots, _ := h.Slots(c.Name) // that is there: none otherwise
 	state := networkState{Config: c, Up: len(vms) > 0 || slots.All > 0, VMs: vms, Slots: slots}
-	if via := network.Via(filepath.Join(h.RuntimeDir(), store.NetworkDir), c.Name); via != "" {
+	if _, via, err := network.Current(filepath.Join(h.RuntimeDir(), store.NetworkDir), c.Name); err == nil && via != "" {
 		state.WireGuard, _ = wireguard.Status(via) // likewise
 	}
 	if state.Up {
@@ -121,8 +120,9 @@ func (s *Shell) inspectNetworks() *cobra.Command {
 
 func (s *Shell) createNetwork() *cobra.Command {
 	var c network.Config
-	var net4, net6, policyFile string
+	var net4, net6 string
 	var isolate bool
+	var rules vmflags.Policy
 	cmd := &cobra.Command{
 		Use:   "create [flags] NAME",
 		Short: "Make a network",
@@ -147,11 +147,9 @@ func (s *Shell) createNetwork() *cobra.Command {
 					return s.Usage(err, "")
 				}
 			}
-			if policyFile != "" {
-				var err error
-				if c.Policy, err = policy.LoadFile(policyFile); err != nil {
-					return s.Usage(fmt.Errorf("%s: %w", policyFile, err), "")
-				}
+			var err error
+			if c.Policy, err = rules.Of(nil); err != nil {
+				return s.Usage(err, "")
 			}
 			return s.networks(func(_ *smartvm.Host, all *network.Store) error {
 				made, err := all.Create(c)
@@ -173,13 +171,11 @@ func (s *Shell) createNetwork() *cobra.Command {
 	f.StringVar(&net6, "subnet6", "", "IPv6 `subnet`, a /64; without it one is made up")
 	f.StringVar(&c.Bridge, "interface", "", "`name` of its bridge on the host")
 	f.IntVar(&c.MTU, "mtu", 0, "largest packet in `bytes` (1500)")
-	f.IntVar(&c.MaxConnections, "max-connections", 0, "most `connections` of one VM that the host keeps track of (an eighth of what it can)")
-	f.IntVar(&c.NewConnections, "new-connections", 0, "most `connections` that one VM may begin in a second (2000)")
 	f.BoolVar(&isolate, "isolate", false, "keep its VMs from each other")
 	f.BoolVar(&c.Inside, "internal", false, "let nothing leave the network")
 	f.StringVar(&c.WireGuard, "wireguard", "", "`interface` of WireGuard's by which alone its VMs reach the outside")
 	f.StringVar(&c.WireGuardConfig, "wireguard-config", "", "the same, made of a `file` as wg-quick has it")
-	f.StringVar(&policyFile, "policy", "", "JSON `file` with what its VMs may reach at most")
+	settingFlags(f, &c.Settings, &rules)
 	return cmd
 }
 

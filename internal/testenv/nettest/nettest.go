@@ -213,3 +213,21 @@ func Ask(network, address string, wait time.Duration) string {
 	data, _ := io.ReadAll(c)
 	return string(data)
 }
+
+// Echo sends back what comes by TCP, in the namespace.
+func (n *Namespace) Echo(address string) {
+	n.t.Helper()
+	var l net.Listener
+	n.Must(func() (err error) { l, err = net.Listen("tcp", address); return err })
+	n.t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			n.t.Cleanup(func() { c.Close() })
+			go func() { _, _ = io.Copy(c, c) }()
+		}
+	}()
+}
