@@ -203,8 +203,9 @@ func (t *Tap) Join() error {
 			return fmt.Errorf("set MTU of tap %s: %w", t.Name, err)
 		}
 	}
-	// One that joins again is up, and must not be while it is a port like any other.
-	if link.Attrs().Flags&net.FlagUp != 0 {
+	// One that was taken from it is up, and must not be while it is a port like any other. One that is its port still stays up: to set it down
+	// is to cut a guest's cable, and what is behind it would ask for its gateway again, perhaps before the rules let it.
+	if link.Attrs().Flags&net.FlagUp != 0 && link.Attrs().MasterIndex != bridge.Attrs().Index {
 		if err := netlink.LinkSetDown(link); err != nil {
 			return fmt.Errorf("set tap %s down: %w", t.Name, err)
 		}

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
@@ -245,6 +246,52 @@ func TestNetwork_ResolverNewBridge(t *testing.T) {
 		t.Errorf("after the port was taken: got %s", got)
 	}
 	s.remove(g)
+}
+
+// Rules that are put back cut no guest's cable: what is behind it would look for its gateway again, perhaps before its part is there.
+func TestNetwork_FlushedCable(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	s.outside.Serve(":80", "world")
+	g, upkeep := s.namedGuest(0, nil)
+	effects := []journal.Effect{g.use, &network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge}, &g.filter}
+	heal := func() (cut bool) {
+		t.Helper()
+		before := carrierChanges(t, g.filter.Tap)
+		if err := upkeep.Heal(t.Context(), effects); err != nil {
+			t.Fatal(err)
+		}
+		g.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
+		return carrierChanges(t, g.filter.Tap) != before
+	}
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.FlushRuleset()
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if heal() {
+		t.Error("the cable was cut, though the bridge is the same")
+	}
+	// A port of another bridge is none like any other, not for a moment.
+	removeLink(t, s.config.Bridge)
+	if !heal() {
+		t.Error("the cable was not cut when it was led to another bridge")
+	}
+	s.remove(g)
+}
+
+func carrierChanges(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("/sys/class/net", name, "carrier_changes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }
 
 // By a tunnel guests ask the servers that it has, else those of the host that can be beyond it: never the host's own.
