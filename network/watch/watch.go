@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -16,11 +15,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/rtnl"
 )
 
-// Watch calls event when somebody has removed rules of tables, bridges or their addresses, or has changed whether the host forwards, until ctx
-// ends. It calls ready when it begins to hear, which may be more than once: what was before that is for who looks then. What it does not see
-// (a guest's own part, a port) is for whoever looks now and then.
+// Watch calls event when somebody has removed rules of tables, bridges or their addresses, or has changed whether the host forwards, and waits until
+// ctx ends: what comes after an event of tables or one of links is not heard any more, as a flush is thousands of messages to each who listens. It
+// calls ready when it begins to hear, which may be more than once: what was before that is for who looks then. What it does not see (a guest's own part, a
+// port) is for whoever looks now and then.
 func Watch(ctx context.Context, tables, bridges []string, ready, event func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -48,14 +49,17 @@ func watchLinks(ctx context.Context, bridges []string, ready, event func()) erro
 		return bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder16(kind), SkipTrue: skip}
 	}
 	var program []bpf.Instruction
-	for _, n := range []uint16{unix.RTM_DELLINK, unix.RTM_NEWLINK, unix.RTM_DELADDR} {
-		for _, name := range bridges {
-			bridge, err := net.InterfaceByName(name)
-			if err != nil {
-				continue // whoever looks will make it
-			}
+	for _, name := range bridges {
+		bridge, err := rtnl.Index(name)
+		if err != nil {
+			return err
+		}
+		if bridge == 0 {
+			continue // whoever looks will make it
+		}
+		for _, n := range []uint16{unix.RTM_DELLINK, unix.RTM_NEWLINK, unix.RTM_DELADDR} {
 			program = append(program, bpf.LoadAbsolute{Off: 4, Size: 2}, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: networkOrder16(n), SkipTrue: 3},
-				bpf.LoadAbsolute{Off: index, Size: 4}, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: networkOrder32(uint32(bridge.Index)), SkipTrue: 1},
+				bpf.LoadAbsolute{Off: index, Size: 4}, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: networkOrder32(uint32(bridge)), SkipTrue: 1},
 				bpf.RetConstant{Val: 1 << 20})
 		}
 	}
@@ -66,12 +70,13 @@ func watchLinks(ctx context.Context, bridges []string, ready, event func()) erro
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder32(byDefault), SkipTrue: 1},
 		bpf.RetConstant{Val: 0}, bpf.RetConstant{Val: 1 << 20})
 	groups := []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF}
-	return listen(ctx, subject{unix.NETLINK_ROUTE, groups, program}, ready, func(m netlink.Message) {
+	return listen(ctx, subject{unix.NETLINK_ROUTE, groups, program}, ready, func(m netlink.Message) bool {
 		const flags = 8 // in a link's header
 		if m.Header.Type == unix.RTM_NEWLINK && len(m.Data) > flags && m.Data[flags]&unix.IFF_UP != 0 {
-			return // it is as it was, as far as we mind
+			return false // it is as it was, as far as we mind
 		}
 		event()
+		return true
 	})
 }
 
@@ -88,10 +93,12 @@ func watchTables(ctx context.Context, tables []string, ready, event func()) erro
 		bpf.LoadAbsolute{Off: 24, Size: 4}, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32([]byte(filter.TablePrefix)), SkipTrue: 3},
 		bpf.LoadAbsolute{Off: 28, Size: 4}, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32([]byte(filter.TablePrefix[4:])), SkipTrue: 1},
 		bpf.RetConstant{Val: 1 << 20}, bpf.RetConstant{Val: 0})
-	return listen(ctx, subject{unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, program}, ready, func(m netlink.Message) {
-		if concerns(m, tables) {
-			event()
+	return listen(ctx, subject{unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, program}, ready, func(m netlink.Message) bool {
+		if len(m.Data) > 0 && !concerns(m, tables) {
+			return false
 		}
+		event()
+		return true
 	})
 }
 
@@ -131,8 +138,9 @@ type subject struct {
 	program  []bpf.Instruction // lets through what it is about
 }
 
-// listen calls ready, and then message with what the kernel tells, until ctx ends. What was lost comes as a message without data.
-func listen(ctx context.Context, to subject, ready func(), message func(netlink.Message)) error {
+// listen calls ready, and then message with what the kernel tells until that returns true, and waits until ctx ends. What was lost comes as a message
+// without data.
+func listen(ctx context.Context, to subject, ready func(), message func(netlink.Message) bool) error {
 	assembled, err := bpf.Assemble(to.program)
 	if err != nil {
 		return fmt.Errorf("listen to the kernel: %w", err)
@@ -163,8 +171,9 @@ func listen(ctx context.Context, to subject, ready func(), message func(netlink.
 		if err != nil {
 			return fmt.Errorf("listen to the kernel: %w", err)
 		}
-		for _, m := range all {
-			message(m)
+		if slices.ContainsFunc(all, message) {
+			<-ctx.Done()
+			return nil
 		}
 	}
 }
