@@ -72,6 +72,12 @@ func (b *bench) networks(ctx context.Context) (err error) {
 	if err := s.warm(b.Rounds / 3); err != nil {
 		return err
 	}
+	if err := s.names(b.Rounds); err != nil {
+		return err
+	}
+	if err := s.heal(); err != nil {
+		return err
+	}
 	return s.throughput()
 }
 
