@@ -52,6 +52,9 @@
 //     gets through and what it denies does not, and each guest has its part; with one guest and with a hundred, for each of which the process
 //     that supervises it is a goroutine of this one. heal-open-*: for how long what is denied got through.
 //
+//   - policy-change, own-policy-change: the calls that give a network, and a guest, another policy of a hundred rules and a name while they are up, with
+//     one guest and with five hundred; a tenth of a second between them.
+//
 //   - restore: the call of Machine.Start of a VM of a snapshot, 256 MiB with 64 MiB written to, until it goes on; create-restored:
 //     the call of Host.Restore before; bare-restore: spawn of Firecracker until it has loaded the same and resumed.
 //

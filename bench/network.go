@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"path/filepath"
@@ -219,8 +220,39 @@ func (s *networkSite) guests(rounds int) error {
 		if err := s.roundTrips("round-trip" + beside.name); err != nil {
 			return err
 		}
+		if err := s.changes(beside.name, rounds/5); err != nil {
+			return err
+		}
 	}
 	return s.each(1, many, s.remove)
+}
+
+// changeRest is how long the kernel has to clear away what a change has replaced: it takes another one after some 20 ms.
+const changeRest = 100 * time.Millisecond
+
+// changes gives the network and the guest other policies, of a hundred rules, while they are up.
+func (s *networkSite) changes(suffix string, rounds int) error {
+	part := s.cable
+	for n := range rounds {
+		p := &policy.Policy{Rules: []policy.Rule{{Action: policy.Allow, Domain: fmt.Sprintf("n%d.example.com", n%2)}}}
+		for i := range 100 {
+			p.Rules = append(p.Rules, policy.Rule{Action: policy.Deny, Protocol: "tcp", Destination: fmt.Sprintf("10.%d.%d.0/24", n%2, i), Ports: policy.Ports{{First: 80, Last: 443}}})
+		}
+		nap(changeRest)
+		begun := time.Now()
+		if err := network.Update(s.ctx, s.dir, s.config.Name, network.Settings{Policy: p}); err != nil {
+			return err
+		}
+		s.samples.time("policy-change"+suffix, time.Since(begun))
+		part.Policy = p
+		nap(changeRest)
+		begun = time.Now()
+		if err := part.Replace(s.ctx); err != nil {
+			return err
+		}
+		s.samples.time("own-policy-change"+suffix, time.Since(begun))
+	}
+	return errors.Join(network.Update(s.ctx, s.dir, s.config.Name, network.Settings{}), s.cable.Replace(s.ctx))
 }
 
 // start starts a VM on the network, and removes it.

@@ -190,6 +190,7 @@ func (r *report) ratios() {
 		{Name: "rules-500/1", Value: r.p50("round-trip-500") / r.p50("round-trip-1"), Op: "<=", Bar: 1.2},
 		{Name: "teardown-100/1", Value: r.p50("teardown-100") / r.p50("teardown-1"), Op: "<=", Bar: 10},
 		{Name: "dns/direct", Value: max(r.p50("dns-new"), r.p50("dns-again")) / r.p50("dns-direct"), Op: "<=", Bar: 1.5},
+		{Name: "policy-change-ms", Value: max(r.p50("policy-change-500"), r.p50("own-policy-change-500")), Op: "<=", Bar: 50},
 		{Name: "heal-ms", Value: r.p50("heal-1"), Op: "<=", Bar: 100},
 		// What else the machine does only takes away from a rate: the best are compared.
 		{Name: "throughput/no-rules", Value: r.p95("throughput") / r.p95("throughput-no-rules"), Op: ">=", Bar: 0.95},

@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/dnsproxy"
+	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/network/wireguard"
@@ -38,7 +39,7 @@ func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *
 	if of.Mutual {
 		c.Local = func(name string) []netip.Addr { return network.Named(networks, of.Name, name) }
 	}
-	own := &names{guest: g.Guest}
+	own := &names{guest: filter.Names{Guest: g.Guest}}
 	now, via, err := network.Current(networks, of.Name) // it may have been changed since the VM was made
 	if err == nil {
 		err = own.follow(now.Policy, g.Policy)

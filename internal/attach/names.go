@@ -16,7 +16,7 @@ import (
 
 // names are what the policies of a guest and of its network say of names, as they are at the time, and what the guest may reach because of that.
 type names struct {
-	guest filter.Guest
+	guest filter.Names
 
 	mu       sync.Mutex
 	policies [2]*policy.Policy // by layer
@@ -132,7 +132,7 @@ func (n *names) allow(d domain, addresses []netip.Addr, ttl time.Duration) error
 	if len(all)+len(addresses) > maxReached {
 		return fmt.Errorf("allow %s: its names have led to %d addresses already", d.name, len(all))
 	}
-	if err := n.guest.Name(d.layer, d.name, addresses, ttl); err != nil {
+	if err := n.guest.Allow(d.layer, d.name, addresses, ttl); err != nil {
 		return err
 	}
 	for _, a := range addresses {

@@ -166,4 +166,7 @@ func (u *Upkeep) Close() {
 		cancel()
 	}
 	u.work.Wait()
+	for _, n := range u.names {
+		_ = n.guest.Close() // it asks for nothing any more
+	}
 }

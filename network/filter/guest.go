@@ -81,10 +81,11 @@ func (g *Guest) Apply(context.Context) error {
 
 // Replace puts what the guest is now in place of what it was, at once. Connections end that are not allowed any more. Returns what Apply does.
 func (g *Guest) Replace(context.Context) error {
-	conn, err := nft.Open()
+	conn, closeLater, err := nft.OpenOnce()
 	if err != nil {
 		return err
 	}
+	defer closeLater()
 	l := newLayout(g.Table)
 	compiled, err := g.compile()
 	if err != nil {
@@ -167,10 +168,11 @@ func Remove(guests []*Guest) error {
 }
 
 func removeAll(guests []*Guest) error {
-	conn, err := nft.Open()
+	conn, closeLater, err := nft.OpenOnce()
 	if err != nil {
 		return err
 	}
+	defer closeLater()
 	layouts := map[string]*layout{}
 	for _, g := range guests {
 		if _, asked := layouts[g.Table]; asked {

@@ -71,38 +71,42 @@ func (l *layout) names(tap, name string, kind nftables.SetDatatype) *nftables.Se
 	return &nftables.Set{Table: l.inet, Name: name, KeyType: nftables.MustConcatSetType(kind, kind), HasTimeout: true, Size: size}
 }
 
-// Name lets the guest reach addresses, because of a domain of a policy's, for a time.
-func (g *Guest) Name(of Layer, domain string, addresses []netip.Addr, ttl time.Duration) error {
-	conn, err := nft.Open()
-	if err != nil {
-		return err
-	}
-	l := newLayout(g.Table)
-	tap := g.Tap
-	if of == OfNetwork {
-		tap = ""
-	}
-	ip4, ip6 := nameSets(tap, domain)
-	for _, a := range addresses {
-		set, from := l.names(tap, ip4, nftables.TypeIPAddr), g.IP4
-		if a = a.Unmap(); a.Is6() {
-			set, from = l.names(tap, ip6, nftables.TypeIP6Addr), g.IP6
+// Names is a guest that reaches addresses of names, by a connection of its own, which the caller closes.
+type Names struct {
+	Guest
+	nft.Lasting
+}
+
+// Allow lets the guest reach addresses, because of a domain of a policy's, for a time.
+func (g *Names) Allow(of Layer, domain string, addresses []netip.Addr, ttl time.Duration) error {
+	return g.Do(func(conn *nftables.Conn) error {
+		l := newLayout(g.Table)
+		tap := g.Tap
+		if of == OfNetwork {
+			tap = ""
 		}
-		if !from.IsValid() {
-			continue // it has no way there
-		}
-		element := []nftables.SetElement{{Key: append(from.AsSlice(), a.AsSlice()...), Timeout: ttl}}
-		// An element that is there keeps its old end unless it is made anew.
-		for _, do := range []func(*nftables.Set, []nftables.SetElement) error{conn.SetAddElements, conn.SetDeleteElements, conn.SetAddElements} {
-			if err := do(set, element); err != nil {
-				return fmt.Errorf("allow %s: %w", a, err)
+		ip4, ip6 := nameSets(tap, domain)
+		for _, a := range addresses {
+			set, from := l.names(tap, ip4, nftables.TypeIPAddr), g.IP4
+			if a = a.Unmap(); a.Is6() {
+				set, from = l.names(tap, ip6, nftables.TypeIP6Addr), g.IP6
+			}
+			if !from.IsValid() {
+				continue // it has no way there
+			}
+			element := []nftables.SetElement{{Key: append(from.AsSlice(), a.AsSlice()...), Timeout: ttl}}
+			// An element that is there keeps its old end unless it is made anew.
+			for _, do := range []func(*nftables.Set, []nftables.SetElement) error{conn.SetAddElements, conn.SetDeleteElements, conn.SetAddElements} {
+				if err := do(set, element); err != nil {
+					return fmt.Errorf("allow %s: %w", a, err)
+				}
 			}
 		}
-	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("allow addresses of a name: %w", err)
-	}
-	return nil
+		if err := conn.Flush(); err != nil {
+			return fmt.Errorf("allow addresses of a name: %w", err)
+		}
+		return nil
+	})
 }
 
 // policyRules make rules of a policy: the first that matches decides.
@@ -162,9 +166,12 @@ func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
 		}
 		for _, proto := range c.Protocols {
 			r := rule{exprs: nft.L4(proto)}
-			if len(c.Ports) > 0 {
+			switch {
+			case len(c.Ports) == 1: // a set of its own takes the kernel twice as long
+				r.exprs = nft.Join(r.exprs, nft.InRange(nft.DestPort, nft.Port(c.Ports[0].First), nft.Port(c.Ports[0].Last)))
+			case len(c.Ports) > 1:
 				r.set = portSet(p.table, c.Ports)
-				r.exprs = nft.Join(r.exprs, nft.Exprs{nft.Load(nft.DestPort, nft.Reg)}, nft.Exprs{nft.InSet(r.set.set)})
+				r.exprs = nft.Join(r.exprs, nft.Exprs{nft.Load(nft.DestPort, nft.Reg), nft.InSet(r.set.set)})
 			}
 			what = append(what, r)
 		}

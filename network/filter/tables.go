@@ -61,6 +61,7 @@ const (
 // layout is a network's tables, with the sets that guests have elements in.
 type layout struct {
 	inet, bridge *nftables.Table
+	all          []*nftables.Set
 
 	macs                 *nftables.Set // bridge: tap . MAC that a guest may send from
 	senders4, senders6   *nftables.Set // bridge: tap . MAC . address, likewise
@@ -111,18 +112,12 @@ func newLayout(name string) *layout {
 		{&l.paced6, l.inet, "paced6", addr6, nftables.SetDatatype{}},
 	} {
 		*s.set = &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.data.Bytes > 0 || s.data.Name != ""}
+		l.all = append(l.all, *s.set)
 	}
 	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6} { // rules add to it
 		s.Dynamic, s.Size = true, 1<<16
 	}
 	return l
-}
-
-func (l *layout) sets() []*nftables.Set {
-	return []*nftables.Set{
-		l.macs, l.senders4, l.senders6, l.policies, l.host4, l.host6, l.metadata4, l.metadata6, l.dns4, l.dns6, l.resolver4, l.resolver6,
-		l.ports4, l.ports6, l.portsAt4, l.portsAt6, l.counted4, l.counted6, l.paced4, l.paced6,
-	}
 }
 
 // Apply makes both tables at once. Returns an error that is fs.ErrExist if either is there, ErrTooOld where the kernel lacks
@@ -159,10 +154,11 @@ func (t *Tables) Replace(context.Context) error {
 // Renew puts the rules of these settings in place of those of others, at once, where the tables are whole but for that, and says whether they are. The
 // guests' parts stay, and connections end that are not allowed any more.
 func (t *Tables) Renew(context.Context) (done bool, err error) {
-	conn, err := nft.Open()
+	conn, closeLater, err := nft.OpenOnce()
 	if err != nil {
 		return false, err
 	}
+	defer closeLater()
 	is, err := t.state(conn)
 	if err != nil || is != otherSettings {
 		return is == current, err
@@ -260,7 +256,7 @@ func (t *Tables) make(conn *nftables.Conn) error {
 	if err != nil {
 		return err
 	}
-	for _, s := range append(l.sets(), names...) {
+	for _, s := range append(l.all, names...) {
 		if err := conn.AddSet(s, nil); err != nil {
 			return fmt.Errorf("make table %s: set %s: %w", t.Name, s.Name, err)
 		}

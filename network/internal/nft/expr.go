@@ -3,9 +3,11 @@ package nft
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -96,6 +98,11 @@ func Load(f Field, at uint32) expr.Any {
 
 // Is compares a part of a packet.
 func Is(f Field, data []byte) Exprs { return Exprs{Load(f, Reg), Equal(data)} }
+
+// InRange matches values from one to another.
+func InRange(f Field, first, last []byte) Exprs {
+	return Exprs{Load(f, Reg), &expr.Cmp{Op: expr.CmpOpGte, Register: Reg, Data: first}, &expr.Cmp{Op: expr.CmpOpLte, Register: Reg, Data: last}}
+}
 
 // Within matches addresses of a prefix.
 func Within(f Field, p netip.Prefix) Exprs {
@@ -207,4 +214,50 @@ func Open(opts ...nftables.ConnOption) (*nftables.Conn, error) {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
 	return conn, nil
+}
+
+// OpenOnce returns a connection for some calls, and what closes it. That waits until all is gone that was removed by it (10 to 20 ms), for which nobody
+// else need wait.
+func OpenOnce() (conn *nftables.Conn, closeLater func(), err error) {
+	if conn, err = Open(nftables.AsLasting()); err != nil {
+		return nil, nil, err
+	}
+	return conn, func() { go func() { _ = conn.CloseLasting() }() }, nil
+}
+
+// Lasting is a connection that stays open, as to close one waits until all is gone that anybody has removed just before (10 to 20 ms). Its zero
+// value serves, also several at once.
+type Lasting struct {
+	mu   sync.Mutex
+	conn *nftables.Conn // nil: not open
+}
+
+// Do calls f with the connection, opened if need be.
+func (l *Lasting) Do(f func(*nftables.Conn) error) (err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn == nil {
+		if l.conn, err = Open(nftables.AsLasting()); err != nil {
+			return err
+		}
+	}
+	if err = f(l.conn); err != nil { // what the kernel has still to say of it would be taken for the next one's answer
+		err = errors.Join(err, l.close())
+	}
+	return err
+}
+
+// Close closes it.
+func (l *Lasting) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.close()
+}
+
+func (l *Lasting) close() (err error) {
+	if l.conn != nil {
+		err = l.conn.CloseLasting()
+	}
+	l.conn = nil
+	return err
 }
