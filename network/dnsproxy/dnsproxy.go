@@ -1,10 +1,13 @@
 // Package dnsproxy answers one guest's DNS queries by asking the servers that its host has at the time. Where a policy has rules about names, the
 // addresses in an answer are let through before the guest has it, and a name that no rule is about is not asked for where all else is denied.
 //
-// Both sides are foreign: what comes in is parsed, and what goes out is made anew from what was understood.
+// Both sides are foreign: what comes in is parsed, and what goes out is made anew from what was understood. Records of types that nobody here
+// knows go on as they are, with signatures among them, so that a guest can validate (DNSSEC), but for names that a rule is about: their answers
+// are chosen from. The proxy itself validates nothing, and never says that it did (AD).
 package dnsproxy
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -16,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -36,7 +40,11 @@ type Config struct {
 	Local func(name string) []netip.Addr
 	// Names are what policies say at the time, each of which must allow a name and what it leads to. Nil or none: all is asked for, of whatever type.
 	Names func() []Names
-	Log   *slog.Logger // nil: nobody
+	// Rate bounds the guest's questions: more are dropped by UDP, and wait by TCP.
+	Rate Rate
+	// Dropped counts the questions that were not answered because there were too many. It may be nil.
+	Dropped *atomic.Uint64
+	Log     *slog.Logger // nil: nobody
 }
 
 // Names is what one policy says of names.
@@ -62,8 +70,8 @@ const (
 	allTimeout  = 5 * time.Second // of all, which is how long resolvers wait
 	maxUDP      = 1232            // bytes of an answer by UDP (DNS flag day 2020)
 	leastUDP    = 512
-	maxChain    = 16 // CNAMEs
-	maxAnswers  = 64
+	maxChain    = 16  // CNAMEs
+	maxRecords  = 256 // of an answer, and of what a guest sends besides its question
 	minTTL      = 5 * time.Second
 	maxTTL      = time.Hour
 	// guestTTL is how long a guest may keep an answer: after its network was mended, or it was restored, what it keeps leads nowhere.
@@ -77,7 +85,11 @@ func Serve(ctx context.Context, c Config) error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	p := &proxy{Config: c, slots: make(chan struct{}, maxQueries), conns: make(chan struct{}, maxConns)}
+	c.Rate = Rate{cmp.Or(c.Rate.PerSecond, DefaultPerSecond), cmp.Or(c.Rate.Burst, DefaultBurst)}
+	if c.Dropped == nil {
+		c.Dropped = new(atomic.Uint64)
+	}
+	p := &proxy{Config: c, slots: make(chan struct{}, maxQueries), conns: make(chan struct{}, maxConns), bucket: newBucket(c.Rate)}
 	ctx, cancel := context.WithCancel(ctx)
 	defer p.work.Wait()
 	defer cancel()
@@ -98,6 +110,8 @@ type proxy struct {
 	Config
 	work         sync.WaitGroup
 	slots, conns chan struct{}
+	bucket       *bucket
+	warned       time.Time // of dropped questions; serveUDP's
 }
 
 // policies are what policies say now.
@@ -115,10 +129,15 @@ func (p *proxy) serveUDP(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if p.bucket.take(time.Now()) > 0 {
+			p.drop()
+			continue
+		}
 		select {
 		case p.slots <- struct{}{}:
 		default:
-			continue // a resolver asks again
+			p.drop()
+			continue
 		}
 		query := append([]byte(nil), buf[:n]...)
 		p.work.Go(func() {
@@ -127,6 +146,17 @@ func (p *proxy) serveUDP(ctx context.Context) error {
 				_, _ = p.UDP.WriteTo(answer, peer)
 			}
 		})
+	}
+}
+
+// drop counts a question that has no answer. A refusal would be worse: glibc (resolv/res_send.c), c-ares (ares_process.c) and systemd-resolved
+// (resolved-dns-transaction.c) ask the next server at once, or the same, which makes more questions of too many, and soon tell their
+// program that the name cannot be found; musl (res_msend.c) takes no notice. When nothing comes all of them wait, and ask again.
+func (p *proxy) drop() {
+	n := p.Dropped.Add(1)
+	if now := time.Now(); now.Sub(p.warned) >= warnEvery {
+		p.warned = now
+		p.Log.Warn("drop DNS questions: there are too many", "dropped", n, "perSecond", p.Rate.PerSecond)
 	}
 }
 
@@ -158,6 +188,13 @@ func (p *proxy) serveConn(ctx context.Context, conn net.Conn) {
 		if err != nil {
 			return
 		}
+		for wait := p.bucket.take(time.Now()); wait > 0; wait = p.bucket.take(time.Now()) {
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done():
+				return
+			}
+		}
 		select {
 		case p.slots <- struct{}{}:
 		case <-ctx.Done():
@@ -165,6 +202,7 @@ func (p *proxy) serveConn(ctx context.Context, conn net.Conn) {
 		}
 		answer := p.answer(ctx, query, true)
 		<-p.slots
+		_ = conn.SetDeadline(time.Now().Add(idleTimeout))
 		if answer == nil || writeMessage(conn, answer) != nil {
 			return
 		}
@@ -192,11 +230,13 @@ func writeMessage(w io.Writer, message []byte) error {
 
 // query is what a guest asks.
 type query struct {
-	id       uint16
-	desired  bool // recursion
-	question dnsmessage.Question
-	size     int  // of the largest answer
-	edns     bool // it is asked by EDNS (RFC 6891), and answered so
+	id        uint16
+	desired   bool // recursion
+	unchecked bool // a server that validates is not to (CD, RFC 4035)
+	question  dnsmessage.Question
+	size      int  // of the largest answer
+	edns      bool // it is asked by EDNS (RFC 6891), and answered so
+	signed    bool // with signatures (DO, RFC 3225)
 }
 
 // errForeign is what is no query at all.
@@ -209,7 +249,7 @@ func parseQuery(message []byte) (q query, code dnsmessage.RCode, err error) {
 	if err != nil || h.Response {
 		return q, 0, errForeign
 	}
-	q = query{id: h.ID, desired: h.RecursionDesired, size: leastUDP}
+	q = query{id: h.ID, desired: h.RecursionDesired, unchecked: h.CheckingDisabled, size: leastUDP}
 	if h.OpCode != 0 {
 		return q, dnsmessage.RCodeNotImplemented, nil
 	}
@@ -221,13 +261,13 @@ func parseQuery(message []byte) (q query, code dnsmessage.RCode, err error) {
 	if parser.SkipAllAnswers() != nil || parser.SkipAllAuthorities() != nil {
 		return q, dnsmessage.RCodeFormatError, nil
 	}
-	for range maxAnswers {
+	for range maxRecords {
 		h, err := parser.AdditionalHeader()
 		if err != nil {
 			break
 		}
 		if h.Type == dnsmessage.TypeOPT { // its class is a size
-			q.size, q.edns = min(max(int(h.Class), leastUDP), maxUDP), true
+			q.size, q.edns, q.signed = min(max(int(h.Class), leastUDP), maxUDP), true, h.DNSSECAllowed()
 		}
 		if parser.SkipAdditional() != nil {
 			break
@@ -246,17 +286,16 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 		q.size = 0xffff
 	}
 	if code != dnsmessage.RCodeSuccess {
-		return q.reply(code, nil)
+		return q.reply(reply{code: code})
 	}
 	name := strings.ToLower(q.question.Name.String())
 	if p.Local != nil {
 		if addresses := p.Local(strings.TrimSuffix(name, ".")); addresses != nil {
-			return q.reply(dnsmessage.RCodeSuccess, localRecords(q.question, addresses))
+			return q.reply(reply{answers: localRecords(q.question, addresses)})
 		}
 	}
-	policies := p.policies()
 	var because []reason
-	for _, n := range policies {
+	for _, n := range p.policies() {
 		r := reason{Names: n}
 		for i, d := range n.Domains {
 			if policy.MatchDomain(d, name) {
@@ -264,32 +303,35 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 			}
 		}
 		if r.domains == nil && n.Closed {
-			return q.reply(dnsmessage.RCodeNameError, nil)
+			return q.reply(reply{code: dnsmessage.RCodeNameError})
 		}
 		if r.domains != nil {
 			because = append(because, r)
 		}
 	}
-	if len(policies) > 0 && !known(q.question.Type) {
+	if because != nil && !known(q.question.Type) {
 		// Among them HTTPS and SVCB, whose hints are addresses too. A name without them is usual.
-		return q.reply(dnsmessage.RCodeSuccess, nil)
+		return q.reply(reply{})
 	}
-	code, records, err := p.ask(ctx, q.question)
+	got, err := p.ask(ctx, q)
 	if err != nil {
 		p.Log.Debug("ask for name", "err", err)
-		return q.reply(dnsmessage.RCodeServerFailure, nil)
+		return q.reply(reply{code: dnsmessage.RCodeServerFailure})
 	}
-	records, addresses, ttl := choose(q.question, records, because)
+	if because == nil {
+		return q.reply(got.capped())
+	}
+	records, addresses, ttl := choose(q.question, got.answers, because)
 	for _, r := range because {
 		if len(addresses) == 0 {
 			break
 		}
 		if err := r.Allow(ctx, r.domains, addresses, ttl+grace); err != nil {
 			p.Log.Warn("let a name's addresses through", "err", err)
-			return q.reply(dnsmessage.RCodeServerFailure, nil)
+			return q.reply(reply{code: dnsmessage.RCodeServerFailure})
 		}
 	}
-	return q.reply(code, records)
+	return q.reply(reply{code: got.code, answers: records})
 }
 
 // localTTL is short: who has the name may be another soon.
@@ -360,7 +402,7 @@ func choose(q dnsmessage.Question, all []dnsmessage.Resource, because []reason) 
 			r.Header.TTL = uint32(min(of, guestTTL) / time.Second)
 			records = append(records, r)
 		}
-		if next == "" || q.Type == dnsmessage.TypeCNAME || strings.EqualFold(next, name) || len(records) >= maxAnswers {
+		if next == "" || q.Type == dnsmessage.TypeCNAME || strings.EqualFold(next, name) {
 			break
 		}
 		name = next
@@ -375,28 +417,51 @@ func unreachable(a netip.Addr, because []reason) bool {
 	return slices.ContainsFunc(because, func(r reason) bool { return r.Local == nil || !r.Local(a) })
 }
 
+// reply is what is answered.
+type reply struct {
+	code dnsmessage.RCode
+	// authorities say for how long a name is not there (SOA, RFC 2308), and prove it (NSEC, RFC 4035).
+	answers, authorities []dnsmessage.Resource
+}
+
+// capped is a reply that a guest keeps no longer than it may.
+func (r reply) capped() reply {
+	for _, section := range [][]dnsmessage.Resource{r.answers, r.authorities} {
+		for i := range section {
+			section[i].Header.TTL = min(section[i].Header.TTL, uint32(guestTTL/time.Second))
+		}
+	}
+	return r
+}
+
 // reply packs an answer. One that is too long says so in place of its records: the guest asks again by TCP.
-func (q query) reply(code dnsmessage.RCode, records []dnsmessage.Resource) []byte {
+func (q query) reply(r reply) []byte {
 	m := dnsmessage.Message{
-		Header:  dnsmessage.Header{ID: q.id, Response: true, RecursionDesired: q.desired, RecursionAvailable: true, RCode: code},
-		Answers: records,
+		Header: dnsmessage.Header{
+			ID: q.id, Response: true, RecursionDesired: q.desired, RecursionAvailable: true, CheckingDisabled: q.unchecked, RCode: r.code,
+		},
+		Answers: r.answers, Authorities: r.authorities,
 	}
 	if q.question.Name.Length > 0 {
 		m.Questions = []dnsmessage.Question{q.question}
 	}
 	if q.edns {
-		h := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(".")}
-		if h.SetEDNS0(maxUDP, dnsmessage.RCodeSuccess, false) == nil { // it errs for codes that are none
-			m.Additionals = []dnsmessage.Resource{{Header: h, Body: &dnsmessage.OPTResource{}}}
-		}
+		m.Additionals = []dnsmessage.Resource{edns(q.signed)}
 	}
 	packed, err := m.Pack()
 	if err == nil && len(packed) <= q.size {
 		return packed
 	}
-	m.Answers, m.Truncated = nil, true
+	m.Answers, m.Authorities, m.Truncated = nil, nil, true
 	if packed, err = m.Pack(); err != nil {
 		return nil
 	}
 	return packed
+}
+
+// edns is the record by which either side says what it takes.
+func edns(signed bool) dnsmessage.Resource {
+	h := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(".")}
+	_ = h.SetEDNS0(maxUDP, dnsmessage.RCodeSuccess, signed) // it errs for no code
+	return dnsmessage.Resource{Header: h, Body: &dnsmessage.OPTResource{}}
 }

@@ -41,13 +41,8 @@ func names(records ...dnsmessage.Resource) zone {
 // upstream serves a zone by UDP and TCP. Large answers are truncated by UDP.
 func upstream(t *testing.T, z zone, large bool) netip.AddrPort {
 	t.Helper()
-	tcp, udp := sockets(t)
-	t.Cleanup(func() { tcp.Close(); udp.Close() })
-	answer := func(packed []byte, truncate bool) []byte {
-		var m dnsmessage.Message
-		if err := m.Unpack(packed); err != nil {
-			return nil
-		}
+	return server(t, func(m dnsmessage.Message, stream bool) []byte {
+		truncate := large && !stream
 		a := z(m.Questions[0])
 		a.ID, a.Response = m.ID+a.ID, true
 		if a.Questions == nil {
@@ -61,6 +56,20 @@ func upstream(t *testing.T, z zone, large bool) netip.AddrPort {
 			t.Error(err)
 		}
 		return out
+	})
+}
+
+// server answers messages by UDP and TCP.
+func server(t *testing.T, z func(m dnsmessage.Message, stream bool) []byte) netip.AddrPort {
+	t.Helper()
+	tcp, udp := sockets(t)
+	t.Cleanup(func() { tcp.Close(); udp.Close() })
+	answer := func(packed []byte, stream bool) []byte {
+		var m dnsmessage.Message
+		if err := m.Unpack(packed); err != nil {
+			return nil
+		}
+		return z(m, stream)
 	}
 	go func() {
 		buf := make([]byte, 4096)
@@ -69,7 +78,7 @@ func upstream(t *testing.T, z zone, large bool) netip.AddrPort {
 			if err != nil {
 				return
 			}
-			_, _ = udp.WriteTo(answer(buf[:n], large), peer)
+			_, _ = udp.WriteTo(answer(buf[:n], false), peer)
 		}
 	}()
 	go func() {
@@ -79,7 +88,7 @@ func upstream(t *testing.T, z zone, large bool) netip.AddrPort {
 				return
 			}
 			if q, err := readTCP(c); err == nil {
-				writeTCP(c, answer(q, false))
+				writeTCP(c, answer(q, true))
 			}
 			c.Close()
 		}
@@ -154,10 +163,35 @@ func serve(t *testing.T, change func(*dnsproxy.Config), upstreams ...netip.AddrP
 // ask returns what is answered: the code and the addresses.
 func (g *guest) ask(network, name string, kind dnsmessage.Type) (dnsmessage.RCode, []string) {
 	g.t.Helper()
-	q := dnsmessage.Message{
+	m := g.exchange(network, question(name, kind))
+	if m.Truncated {
+		return m.RCode, []string{"truncated"}
+	}
+	var got []string
+	for _, r := range m.Answers {
+		if r.Header.TTL > 60 {
+			g.t.Errorf("the guest may keep the answer for %d seconds", r.Header.TTL)
+		}
+		switch body := r.Body.(type) {
+		case *dnsmessage.AResource:
+			got = append(got, netip.AddrFrom4(body.A).String())
+		case *dnsmessage.AAAAResource:
+			got = append(got, netip.AddrFrom16(body.AAAA).String())
+		}
+	}
+	return m.RCode, got
+}
+
+func question(name string, kind dnsmessage.Type) dnsmessage.Message {
+	return dnsmessage.Message{
 		Header:    dnsmessage.Header{ID: 4711, RecursionDesired: true},
 		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name), Type: kind, Class: dnsmessage.ClassINET}},
 	}
+}
+
+// exchange returns what is answered to a question.
+func (g *guest) exchange(network string, q dnsmessage.Message) (m dnsmessage.Message) {
+	g.t.Helper()
 	packed, err := q.Pack()
 	if err != nil {
 		g.t.Fatal(err)
@@ -182,26 +216,10 @@ func (g *guest) ask(network, name string, kind dnsmessage.Type) (dnsmessage.RCod
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	var m dnsmessage.Message
-	if err := m.Unpack(answer); err != nil || m.ID != 4711 || !m.Response || len(m.Questions) != 1 || m.Questions[0] != q.Questions[0] {
+	if err := m.Unpack(answer); err != nil || m.ID != q.ID || !m.Response || len(m.Questions) != 1 || m.Questions[0] != q.Questions[0] {
 		g.t.Fatalf("answer %+v, %v", m, err)
 	}
-	if m.Truncated {
-		return m.RCode, []string{"truncated"}
-	}
-	var got []string
-	for _, r := range m.Answers {
-		if r.Header.TTL > 60 {
-			g.t.Errorf("the guest may keep the answer for %d seconds", r.Header.TTL)
-		}
-		switch body := r.Body.(type) {
-		case *dnsmessage.AResource:
-			got = append(got, netip.AddrFrom4(body.A).String())
-		case *dnsmessage.AAAAResource:
-			got = append(got, netip.AddrFrom16(body.AAAA).String())
-		}
-	}
-	return m.RCode, got
+	return m
 }
 
 func (g *guest) want(network, name string, code dnsmessage.RCode, addresses ...string) {
@@ -410,29 +428,9 @@ func TestServe_NoPolicy(t *testing.T) {
 		guest *guest
 		want  int
 	}{{open, 1}, {closed, 0}} {
-		q := dnsmessage.Message{
-			Header:    dnsmessage.Header{ID: 4711},
-			Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName("example.com."), Type: caa, Class: dnsmessage.ClassINET}},
-		}
-		h := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(".")}
-		if err := h.SetEDNS0(4096, dnsmessage.RCodeSuccess, false); err != nil {
-			t.Fatal(err)
-		}
-		q.Additionals = []dnsmessage.Resource{{Header: h, Body: &dnsmessage.OPTResource{}}}
-		packed, err := q.Pack()
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := net.Dial("tcp", tt.guest.address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		writeTCP(c, packed)
-		answer, err := readTCP(c)
-		var m dnsmessage.Message
-		if err := errors.Join(err, m.Unpack(answer), c.Close()); err != nil {
-			t.Fatal(err)
-		}
+		q := question("example.com.", caa)
+		q.Additionals = edns(t, false)
+		m := tt.guest.exchange("tcp", q)
 		if len(m.Answers) != tt.want || m.RCode != dnsmessage.RCodeSuccess {
 			t.Errorf("got %+v, want %d records", m, tt.want)
 		}
@@ -445,6 +443,16 @@ func TestServe_NoPolicy(t *testing.T) {
 			t.Errorf("additional records %+v, want EDNS's", m.Additionals)
 		}
 	}
+}
+
+// edns is what a question has that is asked by EDNS.
+func edns(t *testing.T, signed bool) []dnsmessage.Resource {
+	t.Helper()
+	h := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(".")}
+	if err := h.SetEDNS0(4096, dnsmessage.RCodeSuccess, signed); err != nil {
+		t.Fatal(err)
+	}
+	return []dnsmessage.Resource{{Header: h, Body: &dnsmessage.OPTResource{}}}
 }
 
 // One datagram that is lost is no failure.
@@ -490,6 +498,27 @@ func TestServe_Truncated(t *testing.T) {
 	g := serve(t, nil, upstream(t, names(records...), true))
 	g.want("udp", "example.com.", yes, "truncated")
 	g.want("tcp", "example.com.", yes, want...)
+}
+
+// A name has all of its addresses or none: a part of them is no answer.
+func TestServe_Many(t *testing.T) {
+	many := func(n int) (records []dnsmessage.Resource, addresses []string) {
+		for i := range n {
+			a := netip.AddrFrom4([4]byte{198, 51, byte(100 + i>>8), byte(i)}).String()
+			records, addresses = append(records, record("example.com.", a)), append(addresses, a)
+		}
+		return records, addresses
+	}
+	for name, change := range map[string]func(*dnsproxy.Config){
+		"Policy": nil, "NoPolicy": func(c *dnsproxy.Config) { c.Names = nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			records, addresses := many(256)
+			serve(t, change, upstream(t, names(records...), true)).want("tcp", "example.com.", yes, addresses...)
+			records, _ = many(257)
+			serve(t, change, upstream(t, names(records...), true)).want("tcp", "example.com.", dnsmessage.RCodeServerFailure)
+		})
+	}
 }
 
 // What cannot be let through is not answered.

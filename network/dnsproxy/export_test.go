@@ -9,7 +9,7 @@ import (
 // ParseQuery parses a guest's message.
 func ParseQuery(message []byte) {
 	if q, code, err := parseQuery(message); err == nil {
-		q.reply(code, nil)
+		q.reply(reply{code: code})
 	}
 }
 
@@ -19,11 +19,13 @@ func ParseAnswer(message []byte, q dnsmessage.Question) []netip.Addr {
 	if len(message) > 1 {
 		id = uint16(message[0])<<8 | uint16(message[1])
 	}
-	_, records, _, err := (&proxy{Config: Config{Names: func() []Names { return []Names{{}} }}}).parseAnswer(message, id, q)
+	r, _, err := parseAnswer(message, id, q)
 	if err != nil {
 		return nil
 	}
-	records, addresses, _ := choose(q, records, []reason{{}})
-	query{question: q, size: maxUDP}.reply(dnsmessage.RCodeSuccess, records)
+	asked := query{question: q, size: maxUDP}
+	asked.reply(r.capped())
+	records, addresses, _ := choose(q, r.answers, []reason{{}})
+	asked.reply(reply{answers: records})
 	return addresses
 }
