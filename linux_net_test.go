@@ -81,24 +81,26 @@ func TestLinuxNetwork(t *testing.T) {
 	// In a namespace of its own.
 	e := restoreGuest(t, h, inNamespace, smartvm.RestoreOptions{Name: "e", Ports: []smartvm.Port{{HostPort: 8081, GuestPort: 80}}, Policy: denied})
 	begin(t, e, "ip addr; "+asks("e", "198.51.100.2", "198.51.100.3", "2001:db8::2")+"; echo over; "+server)
-	b := linuxGuest(t, h, "b", "lan", server, nil)
+	extra := []smartvm.ExtraHost{{Name: "db.example", IP: netip.MustParseAddr("2001:db8::2")}, {Name: "gateway.example", HostGateway: true}}
+	b := linuxGuest(t, h, "b", "lan", server, func(s *smartvm.Spec) { s.ExtraHosts = extra })
 	awaitLog(t, a, "serving")
 	awaitLog(t, b, "serving")
 	c := linuxGuest(t, h, "c", "default", "cat /etc/hosts; "+asks("c", "198.51.100.2", "198.51.100.3", "2001:db8::2", address(a), address(b))+"; echo over",
-		func(s *smartvm.Spec) { s.Policy = denied })
+		func(s *smartvm.Spec) { s.Policy, s.ExtraHosts = denied, extra })
 	forks, err := b.Fork(t.Context(), 1, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{Name: "d"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	d := forks[0]
-	begin(t, d, asks("d", address(a), address(b))+"; echo over")
+	begin(t, d, "cat /etc/hosts; "+asks("d", address(a), address(b))+"; echo over")
 	for m, want := range map[*smartvm.Machine][]string{
 		e: {"10.255.255.2/30", "e 198.51.100.2: world from 198.51.100.1\n", "e 198.51.100.3: \n", "e 2001:db8::2: world from 2001:db8::1\n"},
 		c: {
 			"c 198.51.100.2: world from 198.51.100.1\n", "c 198.51.100.3: \n", "c 2001:db8::2: world from 2001:db8::1\n",
 			"c " + address(a) + ": \n", "c " + address(b) + ": \n", address(c) + " c\n",
+			"2001:db8::2 db.example\n172.30.0.1 gateway.example\n",
 		},
-		d: {"d " + address(a) + ": \n", "d " + address(b) + ": b\n"},
+		d: {"d " + address(a) + ": \n", "d " + address(b) + ": b\n", address(d) + " d\n2001:db8::2 db.example\n"},
 	} {
 		awaitLog(t, m, "over")
 		log, err := os.ReadFile(m.ConsoleLog())

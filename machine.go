@@ -1,6 +1,7 @@
 package smartvm
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/firecracker"
-	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
@@ -123,10 +123,7 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 		if err := attach.Address(ctx, attach.VM{ID: rec.ID, Store: m.host.store}, rec.Interfaces, j.Do); err != nil {
 			return err
 		}
-		var told *agentproto.Boot
-		if rec.Boot != nil {
-			told = rec.Boot.Guest
-		}
+		told := cmp.Or(rec.Boot, &boot{}).Guest
 		if r := rec.Restored; r != nil {
 			if err := r.readdress(rec, told != nil); err != nil {
 				return err

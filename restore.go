@@ -303,7 +303,7 @@ func (r *restored) readdress(rec *record, agent bool) error {
 // identity is what the guest is told.
 func (m *Machine) identity() *agentproto.Identity {
 	b, r := m.rec.Boot.Guest, m.rec.Restored
-	return &agentproto.Identity{Hostname: b.Hostname, MachineID: b.MachineID, Interfaces: attach.Rekey(r.Was, m.rec.Interfaces), DNS: b.DNS}
+	return &agentproto.Identity{Hostname: b.Hostname, MachineID: b.MachineID, Interfaces: attach.Rekey(r.Was, m.rec.Interfaces), DNS: b.DNS, Hosts: b.Hosts}
 }
 
 // identify tells a restored guest who it is, as soon as it listens, and writes down when that was.

@@ -9,6 +9,7 @@ type (
 	MachineConfig    = spec.MachineConfig
 	Drive            = spec.Drive
 	Port             = spec.Port
+	ExtraHost        = spec.ExtraHost
 	NetworkInterface = spec.NetworkInterface
 	RateLimiter      = spec.RateLimiter
 	TokenBucket      = spec.TokenBucket

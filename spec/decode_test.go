@@ -70,6 +70,7 @@ const imageSpec = `{
   "networkInterfaces": [{"ifaceId": "eth0", "namespace": true}],
   "bootSource": {}, "machineConfig": {"vcpuCount": 1, "memSizeMib": 512},
   "image": "debian:12", "kernel": "host", "scratch": {"sizeMib": 512, "keep": "db"}, "hostname": "web", "dnsSearch": ["a.example", "b.example"],
+  "extraHosts": [{"name": "db.example", "ip": "fd00::7"}, {"name": "host", "hostGateway": true}],
   "entrypoint": ["/bin/sh", "-c"], "command": ["id"], "env": ["A=b"], "user": "nobody", "workingDir": "/tmp",
   "envFiles": ["/srv/env"], "secrets": [{"name": "key", "path": "/srv/key"}],
   "volumes": [{"source": "/srv/www", "target": "/www", "readOnly": true}, {"source": "/srv/src", "target": "/src", "sync": true}]

@@ -1,6 +1,7 @@
 package spec_test
 
 import (
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -42,6 +43,23 @@ func TestValidate_Image(t *testing.T) {
 			s.Image, s.BootSource.KernelImagePath = "", "vmlinux"
 			s.Kernel, s.Scratch, s.User, s.Command = "k", &vmspec.Scratch{}, "u", []string{"c"}
 		}, []string{"kernel: is only for", "scratch: is only for", "command: is only for", "user: is only for"}},
+		"extra hosts": {func(s *vmspec.Spec) {
+			s.NetworkInterfaces = []vmspec.NetworkInterface{{IfaceID: "eth0"}}
+			s.ExtraHosts = []vmspec.ExtraHost{
+				{Name: "db", HostGateway: true},
+				{Name: "a b", IP: netip.IPv6Loopback()},
+				{Name: "db.", HostGateway: true},
+				{Name: "db"},
+				{Name: "db", IP: netip.MustParseAddr("fe80::1%eth0")},
+				{Name: "db", IP: netip.IPv6Loopback(), HostGateway: true},
+			}
+		}, []string{
+			"extraHosts[1].name: must be a name", "extraHosts[2].name: must be a name", "extraHosts[3].ip: must be an IPv4 or IPv6 address", "extraHosts[4].ip: must be",
+			"extraHosts[5].hostGateway: must not be there beside ip",
+		}},
+		"many extra hosts, no network": {func(s *vmspec.Spec) {
+			s.ExtraHosts = slices.Repeat([]vmspec.ExtraHost{{Name: "db", HostGateway: true}}, 65)
+		}, []string{"extraHosts: must be at most 64", "extraHosts: must not be there without"}},
 		"nothing": {func(s *vmspec.Spec) { s.Image = "" }, []string{"bootSource.kernelImagePath: is required"}},
 	} {
 		t.Run(name, func(t *testing.T) {

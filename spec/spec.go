@@ -62,6 +62,8 @@ type Spec struct {
 	// image looks for names that are not whole, at most 6.
 	DNS       []netip.Addr `json:"dns,omitempty"`
 	DNSSearch []string     `json:"dnsSearch,omitempty"`
+	// ExtraHosts are names that the guest of an image finds in its /etc/hosts, at most 64. With them that file is made anew, whatever the image has.
+	ExtraHosts []ExtraHost `json:"extraHosts,omitempty"`
 
 	Entropy       *Entropy        `json:"entropy,omitempty"`
 	Serial        *Serial         `json:"serial,omitempty"`        // Firecracker ≥ 1.16
@@ -87,6 +89,14 @@ func (p Port) Addresses() []netip.Addr {
 		return []netip.Addr{p.HostIP}
 	}
 	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+}
+
+// ExtraHost is a name and its address, one of two: a name may stand there twice, with an address of each IP version.
+type ExtraHost struct {
+	Name string     `json:"name"` // such as db.example
+	IP   netip.Addr `json:"ip,omitzero"`
+	// HostGateway stands for the gateway of the VM's first network, which is the host. It answers there where a policy says AllowHost.
+	HostGateway bool `json:"hostGateway,omitempty"`
 }
 
 // Scratch is a sparse disk. The zero value is one of DefaultScratchMiB that goes with the VM.

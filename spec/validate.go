@@ -234,6 +234,7 @@ func (s Spec) checkPorts(p *problems) {
 		usable := len(d) <= 253 && domain.MatchString(d)
 		p.require(usable, fmt.Sprintf("dnsSearch[%d]", i), d, "must be a domain, such as example.com")
 	}
+	s.checkExtraHosts(p, ours)
 	p.require(len(s.Ports) <= maxPorts, "ports", len(s.Ports), fmt.Sprintf("must be at most %d", maxPorts))
 	seen := map[string]string{}
 	for i, port := range s.Ports {
@@ -258,10 +259,26 @@ func (s Spec) checkPorts(p *problems) {
 	}
 }
 
+func (s Spec) checkExtraHosts(p *problems, ours bool) {
+	if len(s.ExtraHosts) == 0 {
+		return
+	}
+	p.require(s.Image != "" && ours, "extraHosts", nil, "must not be there without an image and an interface on one of our networks")
+	p.require(len(s.ExtraHosts) <= maxExtraHosts, "extraHosts", len(s.ExtraHosts), fmt.Sprintf("must be at most %d", maxExtraHosts))
+	for i, h := range s.ExtraHosts {
+		at := fmt.Sprintf("extraHosts[%d].", i)
+		p.require(len(h.Name) <= 253 && domain.MatchString(h.Name) && !strings.HasSuffix(h.Name, "."), at+"name", h.Name, "must be a name, such as db.example")
+		usable := h.IP.IsValid() && h.IP.Zone() == "" && !h.IP.Is4In6()
+		p.require(h.HostGateway || usable, at+"ip", h.IP, "must be an IPv4 or IPv6 address without a zone, unless hostGateway is true")
+		p.require(!h.HostGateway || !h.IP.IsValid(), at+"hostGateway", true, "must not be there beside ip")
+	}
+}
+
 const (
-	maxPorts  = 256
-	maxDNS    = 3 // what resolvers read
-	maxSearch = 6
+	maxPorts      = 256
+	maxDNS        = 3 // what resolvers read
+	maxSearch     = 6
+	maxExtraHosts = 64
 )
 
 var domain = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?$`)

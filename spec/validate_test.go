@@ -160,6 +160,12 @@ func networkRules() []breakage {
 			}
 		}
 	}
+	extra := func(all ...vmspec.ExtraHost) func(*vmspec.Spec) {
+		return func(s *vmspec.Spec) {
+			s.NetworkInterfaces[1].HostDevName = ""
+			s.ExtraHosts = all
+		}
+	}
 	iface := func(edit func(*vmspec.NetworkInterface)) func(*vmspec.Spec) {
 		return func(s *vmspec.Spec) { edit(&s.NetworkInterfaces[1]) }
 	}
@@ -186,6 +192,7 @@ func networkRules() []breakage {
 		{"dns[1]", "address of a server", dns("1.1.1.1", "fe80::1%eth0")},
 		{"dns", "without an interface on one of our networks", func(s *vmspec.Spec) { s.DNS = []netip.Addr{netip.MustParseAddr("1.1.1.1")} }},
 		{"dnsSearch", "without an image", func(s *vmspec.Spec) { s.DNSSearch = []string{"example.com"} }},
+		{"extraHosts", "without an image", extra(vmspec.ExtraHost{Name: "db", IP: netip.IPv6Loopback()})},
 		{"ports[0].hostIp", "without a zone", ports(vmspec.Port{HostIP: netip.MustParseAddr("::ffff:127.0.0.1"), HostPort: 1, GuestPort: 1})},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("sixteen_bytes_ab")},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("a/b")},

@@ -81,6 +81,13 @@ type Boot struct {
 	Interfaces []Interface  `json:"interfaces,omitempty"`
 	DNS        []netip.Addr `json:"dns,omitempty"` // servers, for resolv.conf. Empty: the image's own stay
 	Search     []string     `json:"search,omitempty"`
+	Hosts      []Host       `json:"hosts,omitempty"` // for /etc/hosts, which is then made anew
+}
+
+// Host is a name that a guest knows without asking.
+type Host struct {
+	Name    string     `json:"name"`
+	Address netip.Addr `json:"address"`
 }
 
 // Volume is a copy of a directory or a file of the host.
@@ -114,6 +121,7 @@ const (
 	maxAddresses  = 16 // of one interface
 	maxDNS        = 3  // what resolvers read
 	maxSearch     = 6
+	maxHosts      = 128
 )
 
 // Encode returns the block for the drive: a multiple of 4096 bytes, at most MaxSize. Returns ErrInvalid, ErrTooLarge.
@@ -210,8 +218,8 @@ func (b *Boot) validate() error {
 }
 
 func (b *Boot) validateNetwork(invalid func(string, ...any) error) error {
-	if len(b.Interfaces) > maxInterfaces || len(b.DNS) > maxDNS || len(b.Search) > maxSearch {
-		return invalid("%d interfaces, %d DNS servers, %d search domains", len(b.Interfaces), len(b.DNS), len(b.Search))
+	if len(b.Interfaces) > maxInterfaces || len(b.DNS) > maxDNS || len(b.Search) > maxSearch || len(b.Hosts) > maxHosts {
+		return invalid("%d interfaces, %d DNS servers, %d search domains, %d hosts", len(b.Interfaces), len(b.DNS), len(b.Search), len(b.Hosts))
 	}
 	for _, i := range b.Interfaces {
 		mac, err := net.ParseMAC(i.MAC)
@@ -240,11 +248,20 @@ func (b *Boot) validateNetwork(invalid func(string, ...any) error) error {
 		}
 	}
 	for _, s := range b.Search {
-		if s == "" || len(s) > 253 || strings.Trim(s, letters+digits+"-_.") != "" {
+		if !isDomain(s) {
 			return invalid("search domain %q", s)
 		}
 	}
+	for _, h := range b.Hosts {
+		if !isDomain(h.Name) || !h.Address.IsValid() || h.Address.Zone() != "" {
+			return invalid("host %q at %s", h.Name, h.Address)
+		}
+	}
 	return nil
+}
+
+func isDomain(s string) bool {
+	return s != "" && len(s) <= 253 && strings.Trim(s, letters+digits+"-_.") == ""
 }
 
 const (

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -31,6 +32,7 @@ func full() *agentproto.Boot {
 			Gateways:  []netip.Addr{netip.MustParseAddr("172.30.0.1"), netip.MustParseAddr("fd00::1")},
 		}},
 		DNS: []netip.Addr{netip.MustParseAddr("172.30.0.1")}, Search: []string{"example.com"},
+		Hosts: []agentproto.Host{{Name: "db.example", Address: netip.MustParseAddr("fd00::7")}},
 	}
 }
 
@@ -87,6 +89,9 @@ func TestEncode_Invalid(t *testing.T) {
 		"Gateways":        func(b *agentproto.Boot) { b.Interfaces[0].Gateways[1] = b.Interfaces[0].Gateways[0] },
 		"DNS":             func(b *agentproto.Boot) { b.DNS = make([]netip.Addr, 4) },
 		"Search":          func(b *agentproto.Boot) { b.Search = []string{"a\nnameserver"} },
+		"HostName":        func(b *agentproto.Boot) { b.Hosts[0].Name = "db\n127.0.0.1 bank.example" },
+		"HostAddress":     func(b *agentproto.Boot) { b.Hosts[0].Address = netip.Addr{} },
+		"Hosts":           func(b *agentproto.Boot) { b.Hosts = slices.Repeat(b.Hosts, 129) },
 		"StopSignal":      func(b *agentproto.Boot) { b.StopSignal = "SIGSTOPPED" },
 	} {
 		b := full()

@@ -89,6 +89,7 @@ type Identity struct {
 	MachineID  string       `json:"machineId,omitempty"`
 	Interfaces []Rekey      `json:"interfaces,omitempty"`
 	DNS        []netip.Addr `json:"dns,omitempty"`
+	Hosts      []Host       `json:"hosts,omitempty"`
 }
 
 // Rekey is an interface that gets another identity.

@@ -200,13 +200,34 @@ func (i *Interface) address(ctx context.Context, vm VM, do Do) error {
 func Tell(s *spec.Spec, guest *agentproto.Boot, all []Interface) error {
 	if guest != nil {
 		guest.Interfaces, guest.DNS, guest.Search = guestInterfaces(all), resolvers(all[0], s.Policy), s.DNSSearch
+		guest.Hosts = hosts(s, &all[0].Network)
 		_, err := guest.Encode()
 		return err
+	}
+	if len(s.ExtraHosts) > 0 {
+		return fmt.Errorf("image %s boots by itself: %w: extra hosts are for our own agent", s.Image, spec.ErrNotSupported)
 	}
 	if args := &s.BootSource.BootArgs; !strings.Contains(" "+*args, " ip=") {
 		*args = cmp.Or(*args, spec.DefaultBootArgs) + " " + bootArgs(all[0], cmp.Or(s.Hostname, s.Name, s.ID))
 	}
 	return nil
+}
+
+// hosts are the names that a guest is told. The host is at its network's gateway, also for a guest in a namespace, whose own gateway is in that.
+func hosts(s *spec.Spec, of *network.Config) (all []agentproto.Host) {
+	gateway4, gateway6 := of.Gateway()
+	for _, h := range s.ExtraHosts {
+		addresses := []netip.Addr{h.IP}
+		if h.HostGateway {
+			addresses = []netip.Addr{gateway4, gateway6}
+		}
+		for _, a := range addresses {
+			if a.IsValid() {
+				all = append(all, agentproto.Host{Name: h.Name, Address: a})
+			}
+		}
+	}
+	return all
 }
 
 // Ports are those of a spec, as the tables have them.

@@ -31,6 +31,9 @@ func identify(b *agentproto.Boot, id *agentproto.Identity) (errs []error) {
 	if id.MachineID != "" {
 		b.MachineID = id.MachineID
 	}
+	if len(id.Hosts) > 0 { // the host's gateway may have another address here
+		b.Hosts = id.Hosts
+	}
 	errs = append(errs, nameGuest(b)...)
 	if len(id.Interfaces) > 0 {
 		for _, i := range id.Interfaces {

@@ -40,9 +40,9 @@ func putNetwork(b *agentproto.Boot) {
 	putHosts(b)
 }
 
-// putHosts writes under which address a command finds the guest's own name.
+// putHosts writes under which address a command finds the guest's own name, and what else the guest is told of names.
 func putHosts(b *agentproto.Boot) {
-	if len(b.Interfaces) > 0 && len(b.Command) > 0 {
+	if len(b.Interfaces) > 0 && len(b.Command) > 0 || len(b.Hosts) > 0 {
 		put("/etc/hosts", hosts(b), b.ScratchDevice != "")
 	}
 }
@@ -60,9 +60,6 @@ func resolvConf(b *agentproto.Boot) string {
 
 func hosts(b *agentproto.Boot) string {
 	text := "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
-	if b.Hostname == "" {
-		return text
-	}
 	own := "127.0.1.1"
 	for _, i := range b.Interfaces {
 		if n := slices.IndexFunc(i.Addresses, func(p netip.Prefix) bool { return p.Addr().Is4() }); n >= 0 {
@@ -70,7 +67,13 @@ func hosts(b *agentproto.Boot) string {
 			break
 		}
 	}
-	return text + own + " " + b.Hostname + "\n"
+	if b.Hostname != "" {
+		text += own + " " + b.Hostname + "\n"
+	}
+	for _, h := range b.Hosts {
+		text += h.Address.String() + " " + h.Name + "\n"
+	}
+	return text
 }
 
 // put makes a file of the image this text: in place of what is there, or, where nothing can be written, over it.

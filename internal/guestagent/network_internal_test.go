@@ -106,7 +106,13 @@ func TestHosts(t *testing.T) {
 	if got := hosts(b); !strings.HasSuffix(got, "\n172.30.0.2 web\n") || !strings.HasPrefix(got, "127.0.0.1 localhost\n::1 localhost ") {
 		t.Errorf("got %q", got)
 	}
-	b.Interfaces = nil
+	b.Hosts = []agentproto.Host{
+		{Name: "db.example", Address: netip.MustParseAddr("192.0.2.7")}, {Name: "db.example", Address: netip.MustParseAddr("2001:db8::7")},
+	}
+	if got := hosts(b); !strings.HasSuffix(got, "\n172.30.0.2 web\n192.0.2.7 db.example\n2001:db8::7 db.example\n") {
+		t.Errorf("with more names: %q", got)
+	}
+	b.Interfaces, b.Hosts = nil, nil
 	if got := hosts(b); !strings.HasSuffix(got, "\n127.0.1.1 web\n") {
 		t.Errorf("without an interface: %q", got)
 	}

@@ -30,7 +30,7 @@ type Flags struct {
 	drives                 []string
 	name, id               string
 	labels, nets, publish  []string
-	dns, search            []string
+	dns, search, hosts     []string
 	policy                 Policy
 	vsock                  string
 
@@ -67,6 +67,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`, or ranges of as many; may be repeated")
 	f.StringArrayVar(&s.dns, "dns", nil, "`address` of a server that answers the guest for names, in place of the host's; may be repeated")
 	f.StringArrayVar(&s.search, "dns-search", nil, "of an image: `domain` in which its guest looks for names that are not whole; may be repeated")
+	f.StringArrayVar(&s.hosts, "add-host", nil, "of an image: `NAME:IP` to have in its guest's /etc/hosts, or NAME:host-gateway for the host's address on the network; may be repeated")
 	s.policy.Add(f)
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it; may be repeated")
@@ -281,6 +282,11 @@ func (s *Flags) networks(vm *spec.Spec) error {
 		vm.DNS = append(vm.DNS, a)
 	}
 	vm.DNSSearch = append(vm.DNSSearch, s.search...)
+	for _, text := range s.hosts {
+		h, err := parseHost(text)
+		errs = append(errs, err)
+		vm.ExtraHosts = append(vm.ExtraHosts, h)
+	}
 	return errors.Join(errs...)
 }
 
@@ -344,6 +350,21 @@ func ParsePorts(text string) (all []spec.Port, err error) {
 		all = append(all, spec.Port{HostIP: at, HostPort: uint16(first + n), GuestPort: uint16(guestFirst + n), Protocol: protocol})
 	}
 	return all, nil
+}
+
+// parseHost takes NAME:IP or NAME=IP, with or without brackets, as docker does.
+func parseHost(text string) (h spec.ExtraHost, err error) {
+	ip := text
+	if i := strings.IndexAny(text, ":="); i > 0 {
+		h.Name, ip = text[:i], text[i+1:]
+	}
+	if h.HostGateway = ip == "host-gateway"; !h.HostGateway {
+		h.IP, err = netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(ip, "["), "]"))
+	}
+	if err != nil || h.Name == "" {
+		return h, fmt.Errorf("--add-host %q: want NAME:IP, such as db.example:192.0.2.7 or db.example:[2001:db8::7], or NAME:host-gateway", text)
+	}
+	return h, nil
 }
 
 // portRange takes a port, or FIRST-LAST.

@@ -2,6 +2,7 @@ package vmflags_test
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/spf13/pflag"
 
 	"push.rocks/smartvm/internal/vmflags"
@@ -76,6 +78,28 @@ func TestBuild(t *testing.T) {
 				t.Errorf("-want +got:\n%s", diff)
 			}
 		})
+	}
+}
+
+func TestBuild_ExtraHosts(t *testing.T) {
+	six := netip.MustParseAddr("2001:db8::7")
+	got, err := build(t, "", "--add-host", "a.example:192.0.2.7", "--add-host", "b:2001:db8::7", "--add-host", "c=[2001:db8::7]", "--add-host", "d:::1",
+		"--add-host", "host.docker.internal:host-gateway")
+	want := []spec.ExtraHost{
+		{Name: "a.example", IP: netip.MustParseAddr("192.0.2.7")},
+		{Name: "b", IP: six},
+		{Name: "c", IP: six},
+		{Name: "d", IP: netip.IPv6Loopback()},
+		{Name: "host.docker.internal", HostGateway: true},
+	}
+	if diff := cmp.Diff(want, got.ExtraHosts, cmpopts.EquateComparable(netip.Addr{})); diff != "" || err != nil {
+		t.Errorf("%v, -want +got:\n%s", err, diff)
+	}
+	_, err = build(t, "", "--add-host", "a", "--add-host", ":192.0.2.7", "--add-host", "a:b", "--add-host", "192.0.2.7", "--add-host", "::1")
+	for _, text := range []string{"a", ":192.0.2.7", "a:b", "192.0.2.7", "::1"} {
+		if want := "--add-host \"" + text + "\": want NAME:IP"; err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
 	}
 }
 
