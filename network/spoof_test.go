@@ -214,6 +214,7 @@ func TestNetwork_Spoofing(t *testing.T) {
 		want  bool
 	}{
 		{"arp", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.2", "172.30.0.3")), true},
+		{"arp announcement", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.2", "172.30.0.2")), true},
 		{"arp probe", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0", "172.30.0.2")), true},
 		{"ip4", frame(mac, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), true},
 		{"ip6", frame(mac, unix.ETH_P_IPV6, packet6(own6, 17, 0, 1, 0, 2, 0, 8, 0, 0)), true},

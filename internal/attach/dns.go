@@ -26,10 +26,13 @@ import (
 	"push.rocks/smartvm/network/wireguard"
 )
 
-// Add starts the DNS proxy of a guest, on the port that the guest has, or one that it then has. From a network that nothing leaves, questions
-// do not either.
+// Add has the other guests of a network know where this one is, if they reach it, and starts its DNS proxy, on the port that the guest has, or one
+// that it then has. From a network that nothing leaves, questions do not either.
 func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *slog.Logger) error {
 	n := slices.IndexFunc(all, func(i Interface) bool { return i.Tap == g.Tap })
+	if n >= 0 && all[n].Network.Mutual {
+		u.announce(g, log)
+	}
 	if n < 0 || all[n].Network.Inside {
 		return nil
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/netip"
 	"sync"
 	"syscall"
 	"time"
@@ -11,6 +13,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/network/rtnl"
 	"push.rocks/smartvm/network/watch"
 )
 
@@ -141,6 +144,20 @@ func rejoin(t *network.Tap, always bool) (done bool, err error) {
 		}
 	}
 	return true, t.Join()
+}
+
+// announce has the other guests of a network know where this one is. It does not hold up the start: without it they find it later.
+func (u *Upkeep) announce(g *network.Guest, log *slog.Logger) {
+	bridge, text, addresses := g.Bridge(), g.MAC, []netip.Addr{g.IP4, g.IP6}
+	u.work.Go(func() {
+		mac, err := net.ParseMAC(text)
+		if err == nil {
+			err = rtnl.Announce(bridge, mac, addresses...)
+		}
+		if err != nil {
+			log.Debug("announce guest", "err", err)
+		}
+	})
 }
 
 // rebind has the DNS proxies on a bridge serve there again, if it is another of its name now.
