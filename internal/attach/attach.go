@@ -100,11 +100,11 @@ func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 				continue
 			}
 		}
-		if err := all[i].regain(ctx, vm, do); err != nil {
+		regained, err := all[i].regain(ctx, vm, do)
+		if err != nil {
 			return err
 		}
-		// Two of a MAC on one bridge would get each other's frames.
-		if wish := all[i].Wish; wish == nil || all[i].MAC != wish.MAC {
+		if !regained { // two of a MAC on one bridge would get each other's frames
 			if err := do(ctx, vm.Store.Lease("mac", all[i].Network.Name+"/"+all[i].MAC, vm.ID)); err != nil {
 				return err
 			}
@@ -118,15 +118,15 @@ func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 	return nil
 }
 
-// regain leases what an interface wishes to have again, as far as that is free and of its network.
-func (i *Interface) regain(ctx context.Context, vm VM, do Do) error {
+// regain leases what an interface wishes to have again, as far as that is free and of its network: a MAC, and then addresses.
+func (i *Interface) regain(ctx context.Context, vm VM, do Do) (mac bool, err error) {
 	w := i.Wish
 	if w == nil {
-		return nil
+		return false, nil
 	}
-	mac, err := net.ParseMAC(w.MAC)
-	if err != nil || mac.String() != w.MAC || mac[0]&1 != 0 || !i.isGuest(w.IP4, w.IP6) {
-		return nil
+	parsed, err := net.ParseMAC(w.MAC)
+	if err != nil || parsed.String() != w.MAC || parsed[0]&1 != 0 || !i.isGuest(w.IP4, w.IP6) {
+		return false, nil
 	}
 	lease := func(kind, name string) (bool, error) {
 		if vm.Store.Holder(kind, name) != "" {
@@ -138,15 +138,16 @@ func (i *Interface) regain(ctx context.Context, vm VM, do Do) error {
 		}
 		return err == nil, err
 	}
-	got, err := lease("mac", i.Network.Name+"/"+w.MAC)
-	if got {
-		i.MAC = w.MAC
-		got, err = lease(leaseKind, i.Network.Name+"/"+w.IP4.String())
+	mac, err = lease("mac", i.Network.Name+"/"+w.MAC)
+	if !mac {
+		return false, err
 	}
-	if got {
+	i.MAC = w.MAC
+	address, err := lease(leaseKind, i.Network.Name+"/"+w.IP4.String())
+	if address {
 		i.IP4, i.IP6 = w.IP4, w.IP6
 	}
-	return err
+	return true, err
 }
 
 // isGuest says whether the network has a guest with these addresses.
