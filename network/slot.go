@@ -16,6 +16,7 @@ import (
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/rtnl"
+	"push.rocks/smartvm/network/subnet"
 )
 
 // What is in every namespace of a VM's own: the same for all, so that a snapshot's clones find what they knew.
@@ -27,8 +28,8 @@ const (
 
 // The two ends of the cable between a guest and its namespace.
 var (
-	InnerGuest    = []netip.Prefix{netip.MustParsePrefix("10.255.255.2/30"), netip.MustParsePrefix("fd00:ff:ff::2/64")}
-	InnerGateways = []netip.Addr{netip.MustParseAddr("10.255.255.1"), netip.MustParseAddr("fd00:ff:ff::1")}
+	InnerGuest    = []netip.Prefix{netip.PrefixFrom(subnet.Inner.Addr().Next().Next(), subnet.Inner.Bits()), netip.MustParsePrefix("fd00:ff:ff::2/64")}
+	InnerGateways = []netip.Addr{subnet.Inner.Addr().Next(), netip.MustParseAddr("fd00:ff:ff::1")}
 )
 
 // Slot is a namespace with a tap for one VM, joined to a bridge by a cable whose end there stands for the tap, as an effect on

@@ -173,6 +173,9 @@ func Local(bridge string) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom16(a), 64)
 }
 
+// Inner is what a guest in a namespace of its own is in, with its gateway there: where that were the network's too, it would not be reached.
+var Inner = netip.MustParsePrefix("10.255.255.0/30")
+
 // Validate returns a *Error if guests cannot have addresses of p.
 func Validate(p netip.Prefix) error {
 	reason := ""
@@ -186,6 +189,8 @@ func Validate(p netip.Prefix) error {
 		reason = "must be from /8 to /30"
 	case a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.As4()[0] == 0 || a.As4()[0] >= 224:
 		reason = "is not for ordinary hosts"
+	case a == Inner.Addr():
+		reason = "begins with " + Inner.String() + ", which guests in namespaces of their own have"
 	}
 	if reason == "" {
 		return nil
