@@ -5,6 +5,11 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -50,7 +55,41 @@ func identify(b *agentproto.Boot, id *agentproto.Identity) (errs []error) {
 	} else {
 		putHosts(b) // its addresses are the same, but not its name
 	}
+	forgetNames("/usr/lib/systemd/systemd-resolved", "/lib/systemd/systemd-resolved")
 	return errs
+}
+
+// forgetNames has the programs that keep answers for names forget them, which they do at a SIGUSR2 (systemd-resolved(8)): to what those say a
+// policy may let nothing through here before it is asked for. Programs that would end by the signal do not get it.
+func forgetNames(programs ...string) {
+	exes, _ := filepath.Glob("/proc/[0-9]*/exe") // the pattern is good
+	for _, exe := range exes {
+		if of, err := os.Readlink(exe); err != nil || !slices.Contains(programs, of) {
+			continue
+		}
+		dir := filepath.Dir(exe)
+		if pid, err := strconv.Atoi(filepath.Base(dir)); err == nil && expects(dir, unix.SIGUSR2) {
+			_ = unix.Kill(pid, unix.SIGUSR2) // it may be gone
+		}
+	}
+}
+
+// expects says whether a process, that has a directory in /proc, has a handler for a signal, or blocks it to wait for it.
+func expects(dir string, s unix.Signal) bool {
+	status, err := os.ReadFile(filepath.Join(dir, "status"))
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(status)) {
+		name, mask, _ := strings.Cut(line, ":")
+		if name != "SigBlk" && name != "SigCgt" {
+			continue
+		}
+		if bits, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64); err == nil && bits>>(s-1)&1 == 1 {
+			return true
+		}
+	}
+	return false
 }
 
 // nameGuest writes the guest's names into files that images carry from the machine that they were made on, and that their init
