@@ -464,6 +464,7 @@ func randomImage(t testing.TB, layers int64) v1.Image {
 			}
 			c.OS, c.Architecture = "linux", "amd64"
 			c.Config.Entrypoint, c.Config.Cmd, c.Config.Env = []string{"/init"}, []string{"--help"}, []string{"A=a"}
+			c.Config.ExposedPorts = map[string]struct{}{"8080/tcp": {}}
 			return c
 		}())
 	}
@@ -514,7 +515,7 @@ func TestPull_Shared(t *testing.T) {
 		t.Errorf("%d objects, want 2", got)
 	}
 	in, err := s.Inspect("mine")
-	if err != nil || cmp.Diff([]string{"/init"}, in.Config.Entrypoint) != "" || len(in.Layers) != 9 {
+	if err != nil || cmp.Diff([]string{"/init"}, in.Config.Entrypoint) != "" || cmp.Diff([]string{"8080/tcp"}, in.Config.ExposedPorts) != "" || len(in.Layers) != 9 {
 		t.Errorf("%+v, %v", in, err)
 	}
 	wantSound(t, s, dir)

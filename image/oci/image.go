@@ -13,6 +13,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -43,7 +45,12 @@ type Config struct {
 	User       string   `json:"user,omitempty"`
 	WorkingDir string   `json:"workingDir,omitempty"`
 	StopSignal string   `json:"stopSignal,omitempty"`
+	// ExposedPorts are those of TCP and UDP that it says it serves, "80/tcp", in order. At most maxExposed.
+	ExposedPorts []string `json:"exposedPorts,omitempty"`
 }
+
+// maxExposed is more than can be published.
+const maxExposed = 1024
 
 // Layer is one of an image's, a tar.
 type Layer struct {
@@ -264,6 +271,7 @@ func (i *Image) configure(text []byte, want platform) (diffIDs []string, err err
 		Config struct {
 			Entrypoint, Cmd, Env         []string
 			User, WorkingDir, StopSignal string
+			ExposedPorts                 map[string]json.RawMessage
 		} `json:"config"`
 	}
 	if err := json.Unmarshal(text, &c); err != nil {
@@ -273,8 +281,37 @@ func (i *Image) configure(text []byte, want platform) (diffIDs []string, err err
 	if c.OS != "" && c.OS != want.OS || c.Architecture != "" && c.Architecture != want.Architecture {
 		return nil, &PlatformError{want.String(), []string{c.platform.String()}}
 	}
-	i.Config = Config(c.Config)
+	i.Config = Config{
+		Entrypoint: c.Config.Entrypoint, Cmd: c.Config.Cmd, Env: c.Config.Env, User: c.Config.User, WorkingDir: c.Config.WorkingDir,
+		StopSignal: c.Config.StopSignal, ExposedPorts: exposed(c.Config.ExposedPorts),
+	}
 	return c.RootFS.DiffIDs, nil
+}
+
+// exposed takes "PORT", "PORT/tcp" and "PORT/udp", and leaves out what is none of these.
+func exposed(ports map[string]json.RawMessage) []string {
+	type port struct {
+		number   uint64
+		protocol string
+	}
+	var all []port
+	for text := range ports {
+		number, protocol, _ := strings.Cut(text, "/")
+		p := port{protocol: cmp.Or(protocol, "tcp")}
+		var err error
+		if p.number, err = strconv.ParseUint(number, 10, 16); err == nil && p.number > 0 && (p.protocol == "tcp" || p.protocol == "udp") {
+			all = append(all, p)
+		}
+	}
+	slices.SortFunc(all, func(a, b port) int {
+		return cmp.Or(cmp.Compare(a.number, b.number), cmp.Compare(a.protocol, b.protocol))
+	})
+	all = slices.Compact(all)
+	var texts []string
+	for _, p := range all[:min(len(all), maxExposed)] {
+		texts = append(texts, fmt.Sprintf("%d/%s", p.number, p.protocol))
+	}
+	return texts
 }
 
 // chain is the chain ID of layers: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid

@@ -23,7 +23,7 @@ import (
 
 var wantConfig = oci.Config{
 	Entrypoint: []string{"/bin/init"}, Cmd: []string{"--quiet"}, Env: []string{"PATH=/bin"},
-	User: "1:2", WorkingDir: "/srv", StopSignal: "SIGINT",
+	User: "1:2", WorkingDir: "/srv", StopSignal: "SIGINT", ExposedPorts: []string{"53/udp", "80/tcp", "443/tcp"},
 }
 
 func TestResolve_Registry(t *testing.T) {

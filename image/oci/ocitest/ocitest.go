@@ -43,6 +43,9 @@ func config() map[string]any {
 	return map[string]any{
 		"Entrypoint": []string{"/bin/init"}, "Cmd": []string{"--quiet"}, "Env": []string{"PATH=/bin"},
 		"User": "1:2", "WorkingDir": "/srv", "StopSignal": "SIGINT",
+		"ExposedPorts": map[string]any{
+			"443/tcp": struct{}{}, "80": struct{}{}, "80/tcp": struct{}{}, "53/udp": struct{}{}, "70000/tcp": struct{}{}, "5000/sctp": struct{}{}, "x": nil,
+		},
 	}
 }
 
