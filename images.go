@@ -13,6 +13,7 @@ import (
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/agentbin"
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/spec"
@@ -120,6 +121,9 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 		return nil, err
 	}
 	boot := &boot{Users: b.Users, Guest: b.Guest, release: b.Release}
+	if err := attach.Expose(s, b.Image.Config.ExposedPorts, h.log); err != nil {
+		return nil, errors.Join(err, boot.release())
+	}
 	if n := len(s.Secrets) + len(s.EnvFiles) + len(s.Volumes); n > 0 && b.Guest == nil {
 		return nil, errors.Join(fmt.Errorf("image %s boots by itself: %w: secrets, env files and volumes are for our own agent", s.Image, ErrNotSupported), boot.release())
 	}

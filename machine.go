@@ -395,7 +395,7 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 	i := &Inspection{
 		ID: r.ID, Name: r.Spec.Name, State: state, Created: r.Created, Launcher: LaunchDirect, UID: r.UID,
 		Firecracker: r.Binary, FirecrackerVersion: r.BinaryVersion, RuntimeDir: m.RuntimeDir(), Cgroup: r.Cgroup,
-		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Interfaces: attach.States(r.Interfaces), Spec: r.Spec,
+		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Interfaces: attach.States(r.Interfaces, m.RuntimeDir()), Spec: r.Spec,
 	}
 	if i.Guest, err = m.Guest(); err != nil {
 		return nil, err

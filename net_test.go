@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
@@ -387,11 +388,99 @@ func TestNetwork_PortTaken(t *testing.T) {
 	if err := errors.Join(l.Close(), third.Start(t.Context())); err != nil {
 		t.Error(err)
 	}
+	fourth, err := start(smartvm.Port{HostIP: netip.MustParseAddr("127.0.0.1"), HostPort: 7070, GuestPort: 80})
+	if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "is taken by VM "+third.ID()) {
+		t.Errorf("got %v", err)
+	}
+	if err := fourth.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if l, err := net.Listen("tcp", "127.0.0.1:7070"); !errors.Is(err, unix.EADDRINUSE) {
+		t.Errorf("a service that comes later has %v, %v", l, err)
+	}
 	if err := h.StopAll(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
 		t.Error(err)
 	}
 	if err := errors.Join(first.Remove(t.Context()), second.Remove(t.Context()), third.Remove(t.Context())); err != nil {
 		t.Error(err)
+	}
+	wantNoNetwork(t)
+}
+
+// A port that is free is chosen at each start, is shown while the VM runs, and stays when another process takes up the VM.
+func TestNetwork_PortFree(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchDirect)
+	h := s.open()
+	ports := func(m *smartvm.Machine) []attach.Port {
+		t.Helper()
+		in, err := m.Inspect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return in.Interfaces[0].Ports
+	}
+	spec := netSpec(s.spec("idle"), 1)
+	spec.Ports = []smartvm.Port{{GuestPort: 80}, {HostPort: 8080, GuestPort: 81}}
+	var all []*smartvm.Machine
+	for range 2 {
+		m, err := h.Create(t.Context(), spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p := ports(m); p != nil {
+			t.Errorf("before it runs it has %v", p)
+		}
+		if err := m.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		all, spec.Ports = append(all, m), spec.Ports[:1]
+	}
+	a, b := ports(all[0]), ports(all[1])
+	if len(a) != 2 || len(b) != 1 || a[0].Host == 0 || a[0].Guest != 80 || a[1].Host != 8080 || b[0].Host == 0 || a[0].Host == b[0].Host {
+		t.Fatalf("got %v and %v", a, b)
+	}
+	if l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", a[0].Host)); !errors.Is(err, unix.EADDRINUSE) {
+		t.Errorf("a service that comes later has %v, %v", l, err)
+	}
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	h = s.open()
+	if _, err := h.Recover(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m, err := h.Machine(t.Context(), all[0].ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := ports(m); !slices.Equal(p, a) {
+		t.Errorf("taken up it has %v, had %v", p, a)
+	}
+	if l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", a[0].Host)); !errors.Is(err, unix.EADDRINUSE) {
+		t.Errorf("a service that comes after the VM was taken up has %v, %v", l, err)
+	}
+	if err := h.StopAll(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
+		t.Error(err)
+	}
+	if p := ports(m); p != nil {
+		t.Errorf("stopped it has %v", p)
+	}
+	if l, err := net.Listen("tcp", fmt.Sprint(":", a[0].Host)); err != nil {
+		t.Error(err)
+	} else if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, m := range all {
+		if m, err = h.Machine(t.Context(), m.ID()); err == nil {
+			err = m.Remove(t.Context())
+		}
+		if err != nil {
+			t.Error(err)
+		}
 	}
 	wantNoNetwork(t)
 }

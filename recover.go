@@ -146,7 +146,7 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 	if r.proc, err = vmm.Adopt(&config); err != nil {
 		return errors.Join(err, config.Streams.Close(), r.journal.Close())
 	}
-	r.upkeep.Adopt(m.host.store.Path(), r.journal.Effects(), m.rec.Interfaces, m.host.log)
+	r.upkeep.Adopt(attach.VM{ID: m.rec.ID, Store: m.host.store}, r.journal.Effects(), m.rec.Interfaces, m.host.log)
 	r.client = m.dialClient()
 	m.host.mu.Lock()
 	m.host.machines[m.rec.ID] = m

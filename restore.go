@@ -246,28 +246,13 @@ func (from *origin) resolve(rec *record, o RestoreOptions) error {
 	if err != nil {
 		return err
 	}
-	ours := map[string]*attach.Interface{}
-	for i := range rec.Restored.Was {
-		was := &rec.Restored.Was[i]
-		ours[was.ID] = was
-	}
-	n := slices.Clone(rec.Spec.NetworkInterfaces)
-	rec.Restored.Load.Taps = map[string]string{}
-	for i := range n {
-		if ours[n[i].IfaceID] != nil {
-			rec.Restored.Load.Taps[n[i].IfaceID] = n[i].HostDevName // what it was
-			n[i].HostDevName, n[i].GuestMAC = "", ""
-		}
-	}
-	rec.Spec.NetworkInterfaces = n
+	rec.Restored.Load.Taps = attach.Anew(&rec.Spec, rec.Restored.Was)
 	rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: h.store}, &rec.Spec, networks)
 	if err != nil {
 		return err
 	}
-	for i := range rec.Interfaces {
-		if !o.anew && !from.stranger {
-			rec.Interfaces[i].Wish = ours[rec.Interfaces[i].ID]
-		}
+	if !o.anew && !from.stranger {
+		attach.Wish(rec.Interfaces, rec.Restored.Was)
 	}
 	for _, i := range rec.Spec.NetworkInterfaces {
 		if rec.Restored.Load.Taps[i.IfaceID] == i.HostDevName {

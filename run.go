@@ -60,10 +60,10 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	}
 	errs := []error{m.fail(stage, err, ended), atomicfile.WriteJSON(m.path(store.ExitFile), exit)}
 	_ = os.Remove(m.path(store.PendingFile)) // no guest has written anything
+	r.upkeep.Close()                         // before others can have its ports
 	if r.journal != nil {
 		errs = append(errs, r.journal.Revert(ctx))
 	}
-	r.upkeep.Close()
 	errs = append(errs, r.endMemory())
 	if r.client != nil {
 		errs = append(errs, r.client.Close()) // now that no answer can be under way, for which it would wait
@@ -74,7 +74,7 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 
 // launch brings the VM up and says at which stage it failed. What it did is in r for the caller to undo.
 func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage string, err error) {
-	if err := errors.Join(vmm.CheckKVM(), attach.InUse(&m.rec.Spec)); err != nil {
+	if err := vmm.CheckKVM(); err != nil {
 		return "start", err
 	}
 	if r.secrets, err = m.takeSecrets(); err != nil {
@@ -96,7 +96,7 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 		return "start", err
 	}
 	for _, e := range pl.Run {
-		if e, err = m.asOfNow(r, e); err != nil {
+		if e, err = m.asOfNow(ctx, r, e); err != nil {
 			return "prepare", err
 		}
 		if err := r.journal.Do(ctx, e); err != nil {
@@ -132,8 +132,8 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 }
 
 // asOfNow completes an effect: whose a file is that is to be lent, until its lease was taken it may have been another VM's;
-// where a guest's DNS proxy is; what its network's policy is.
-func (m *Machine) asOfNow(r *run, e journal.Effect) (journal.Effect, error) {
+// where a guest's DNS proxy is, and at which ports it is published; what its network's policy is.
+func (m *Machine) asOfNow(ctx context.Context, r *run, e journal.Effect) (journal.Effect, error) {
 	switch e := e.(type) {
 	case *stage.Owner:
 		return stage.NewOwner(e.Path, e.UID, e.GID)
@@ -144,7 +144,8 @@ func (m *Machine) asOfNow(r *run, e journal.Effect) (journal.Effect, error) {
 		}
 		return e, err
 	case *network.Guest:
-		return e, r.upkeep.Add(m.host.store.Path(), e, m.rec.Interfaces, m.host.log)
+		vm := attach.VM{ID: m.rec.ID, Store: m.host.store}
+		return e, errors.Join(r.upkeep.Publish(ctx, vm, e, r.journal.Do), r.upkeep.Add(vm.Store.Path(), e, m.rec.Interfaces, m.host.log))
 	}
 	return e, nil
 }
@@ -159,11 +160,9 @@ func (m *Machine) trace(step string) {
 // watch waits for the VM's end, or until it is let go, and undoes the run.
 func (m *Machine) watch(r *run) {
 	defer close(r.done)
-	defer r.upkeep.Close()
 	ctx := m.host.networks(context.Background())
 	listening, stopListening := context.WithCancel(ctx)
 	look := r.upkeep.Look(listening, m.rec.Interfaces, cmp.Or(m.host.opts.healInterval, defaultHealInterval), m.host.log)
-	defer stopListening()
 	go m.attend(listening, r)
 	for ended := false; !ended; {
 		select {
@@ -171,6 +170,7 @@ func (m *Machine) watch(r *run) {
 			m.set("", nil)
 			stopListening()
 			<-r.attended
+			r.upkeep.Close()
 			r.err = errors.Join(r.client.Close(), r.journal.Close(), r.lock.Unlock())
 			return
 		case <-look:
@@ -189,6 +189,8 @@ func (m *Machine) watch(r *run) {
 	hurry := time.AfterFunc(hearTime, stopListening)
 	<-r.attended
 	hurry.Stop()
+	stopListening()
+	r.upkeep.Close() // before others can have its ports
 	exit.Command = r.command
 	r.exit = exit
 	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)

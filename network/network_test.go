@@ -1,6 +1,7 @@
 package network_test
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -19,6 +20,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
@@ -327,6 +330,53 @@ func TestNetwork_Ports(t *testing.T) {
 	s.remove(a)
 	if !s.outside.Silent("tcp", uplink4+":8000") {
 		t.Error("a port is published still")
+	}
+}
+
+// What is published is reached by ::1 too, as by 127.0.0.1, whether IP rules see bridged packets or not, and by nobody but the host.
+func TestNetwork_PortsLoopback6(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	for _, on := range []bool{false, true} {
+		t.Run(fmt.Sprintf("bridge netfilter %v", on), func(t *testing.T) {
+			s := newSite(t, nil)
+			t.Cleanup(func() { clearNetwork(t); cutCables(t) })
+			bridgeNetfilter(t, on)
+			st, err := store.Open(filepath.Join(t.TempDir(), "runtime"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(st.Dir("vm"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			var ports attach.Upkeep
+			defer ports.Close()
+			a := s.guestWith(0, func(g *filter.Guest) {
+				g.Ports = []filter.Port{
+					{Host: 8000, Guest: 80, Protocol: "tcp"},
+					{Host: 8000, Guest: 80, Protocol: "udp"},
+					{Address: netip.IPv6Loopback(), Host: 9001, Guest: 80, Protocol: "tcp"},
+				}
+			}, func(g *guest) error {
+				return ports.Publish(t.Context(), attach.VM{ID: "vm", Store: st}, &g.filter, func(ctx context.Context, e journal.Effect) error { return e.Apply(ctx) })
+			})
+			a.Serve(":80", "web")
+			for _, address := range []string{"[::1]:8000", "127.0.0.1:8000", "[::1]:9001"} {
+				if got := nettest.Ask("tcp", address, 5*time.Second); got != "web from 172.30.0.1\n" {
+					t.Errorf("%s: got %q", address, got)
+				}
+			}
+			if got := nettest.Ask("udp", "[::1]:8000", 5*time.Second); got != "web from 172.30.0.1\n" {
+				t.Errorf("by UDP: got %q", got)
+			}
+			if got := s.outside.Ask("tcp", "["+uplink6+"]:8000"); got != "web from "+world6+"\n" {
+				t.Errorf("from outside: got %q", got)
+			}
+			if !s.outside.Silent("tcp", "["+uplink6+"]:9001") {
+				t.Error("what is published on ::1 is open to others")
+			}
+		})
 	}
 }
 

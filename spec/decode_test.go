@@ -3,11 +3,13 @@ package spec_test
 import (
 	"encoding/json"
 	"errors"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	vmspec "push.rocks/smartvm/spec"
 )
@@ -69,6 +71,7 @@ const oursSpec = `{
 const imageSpec = `{
   "networkInterfaces": [{"ifaceId": "eth0", "namespace": true}],
   "bootSource": {}, "machineConfig": {"vcpuCount": 1, "memSizeMib": 512},
+  "ports": [{"hostPort": 0, "guestPort": 443}], "publishAll": true,
   "image": "debian:12", "kernel": "host", "scratch": {"sizeMib": 512, "keep": "db"}, "hostname": "web", "dnsSearch": ["a.example", "b.example"],
   "extraHosts": [{"name": "db.example", "ip": "fd00::7"}, {"name": "host", "hostGateway": true}],
   "entrypoint": ["/bin/sh", "-c"], "command": ["id"], "env": ["A=b"], "user": "nobody", "workingDir": "/tmp",
@@ -122,7 +125,7 @@ func TestParseSpec_NullIsAbsence(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := vmspec.Spec{NetworkInterfaces: []vmspec.NetworkInterface{{IfaceID: "a"}}}
-	if diff := cmp.Diff(want, got); diff != "" {
+	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 }
@@ -164,7 +167,7 @@ func TestParseSpec_Refuses(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			spec, err := vmspec.Parse([]byte(tt.in))
-			if diff := cmp.Diff(vmspec.Spec{}, spec); diff != "" {
+			if diff := cmp.Diff(vmspec.Spec{}, spec, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 				t.Errorf("an error came with a value:\n%s", diff)
 			}
 			if diff := cmp.Diff(tt.want, fieldErrors(t, err)); diff != "" {

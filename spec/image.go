@@ -34,6 +34,7 @@ func (s Spec) checkImage(p *problems) {
 			{"user", s.User != ""},
 			{"workingDir", s.WorkingDir != ""},
 			{"hostname", s.Hostname != ""},
+			{"publishAll", s.PublishAll},
 		} {
 			p.require(!f.given, f.path, nil, "is only for a VM with an image")
 		}

@@ -1,8 +1,10 @@
 package spec
 
 import (
+	"cmp"
 	"encoding/json"
 	"net/netip"
+	"slices"
 
 	"push.rocks/smartvm/network/policy"
 )
@@ -55,9 +57,11 @@ type Spec struct {
 	Secrets  []Secret `json:"secrets,omitempty"`
 	Volumes  []Volume `json:"volumes,omitempty"`
 
-	// Ports are published on the host. Policy says what the guest may reach, on all its networks.
-	Ports  []Port         `json:"ports,omitempty"`
-	Policy *policy.Policy `json:"policy,omitempty"`
+	// Ports are published on the host. PublishAll publishes also those that the image exposes and no element of Ports leads to, each at a free port
+	// of the host. Policy says what the guest may reach, on all its networks.
+	Ports      []Port         `json:"ports,omitempty"`
+	PublishAll bool           `json:"publishAll,omitempty"`
+	Policy     *policy.Policy `json:"policy,omitempty"`
 	// DNS are the servers that answer the guest for names, at most 3, in place of the host's. DNSSearch are the domains in which the guest of an
 	// image looks for names that are not whole, at most 6.
 	DNS       []netip.Addr `json:"dns,omitempty"`
@@ -77,8 +81,8 @@ const DefaultNetwork = "default"
 
 // Port is a port of the host that leads to one of the guest's, on the VM's first interface.
 type Port struct {
-	HostIP    netip.Addr `json:"hostIp,omitzero"` // zero: all of the host's addresses
-	HostPort  uint16     `json:"hostPort"`
+	HostIP    netip.Addr `json:"hostIp,omitzero"` // zero: all of the host's addresses, of both families
+	HostPort  uint16     `json:"hostPort"`        // 0: one that is free, chosen at each start
 	GuestPort uint16     `json:"guestPort"`
 	Protocol  string     `json:"protocol,omitempty"` // "tcp", which it is if empty, or "udp"
 }
@@ -89,6 +93,18 @@ func (p Port) Addresses() []netip.Addr {
 		return []netip.Addr{p.HostIP}
 	}
 	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+}
+
+// Overlaps says whether two ports are the same on an address of the host. One that is chosen at the start never is.
+func (p Port) Overlaps(q Port) bool {
+	if p.HostPort == 0 || p.HostPort != q.HostPort || cmp.Or(p.Protocol, "tcp") != cmp.Or(q.Protocol, "tcp") {
+		return false
+	}
+	return slices.ContainsFunc(p.Addresses(), func(a netip.Addr) bool {
+		return slices.ContainsFunc(q.Addresses(), func(b netip.Addr) bool {
+			return a == b || a.Is4() == b.Is4() && (a.IsUnspecified() || b.IsUnspecified())
+		})
+	})
 }
 
 // ExtraHost is a name and its address, one of two: a name may stand there twice, with an address of each IP version.

@@ -221,6 +221,7 @@ func (s Spec) checkNetwork(p *problems) {
 func (s Spec) checkPorts(p *problems) {
 	ours := slices.ContainsFunc(s.NetworkInterfaces, func(n NetworkInterface) bool { return n.HostDevName == "" })
 	p.require(len(s.Ports) == 0 || ours, "ports", nil, "must not be there without an interface on one of our networks")
+	p.require(!s.PublishAll || ours, "publishAll", nil, "must not be there without an interface on one of our networks")
 	p.require(s.Policy == nil || ours, "policy", nil, "must not be there without an interface on one of our networks")
 	p.require(len(s.DNS) == 0 || ours, "dns", nil, "must not be there without an interface on one of our networks")
 	p.require(len(s.DNS) <= maxDNS, "dns", len(s.DNS), fmt.Sprintf("must be at most %d", maxDNS))
@@ -235,21 +236,16 @@ func (s Spec) checkPorts(p *problems) {
 		p.require(usable, fmt.Sprintf("dnsSearch[%d]", i), d, "must be a domain, such as example.com")
 	}
 	s.checkExtraHosts(p, ours)
-	p.require(len(s.Ports) <= maxPorts, "ports", len(s.Ports), fmt.Sprintf("must be at most %d", maxPorts))
-	seen := map[string]string{}
+	p.require(len(s.Ports) <= MaxPorts, "ports", len(s.Ports), fmt.Sprintf("must be at most %d", MaxPorts))
 	for i, port := range s.Ports {
 		at := fmt.Sprintf("ports[%d].", i)
-		p.require(port.HostPort > 0, at+"hostPort", port.HostPort, "must be from 1 to 65535")
 		p.require(port.GuestPort > 0, at+"guestPort", port.GuestPort, "must be from 1 to 65535")
 		if port.Protocol != "" {
 			p.oneOf(at+"protocol", port.Protocol, "tcp", "udp")
 		}
 		p.require(!port.HostIP.Is4In6() && port.HostIP.Zone() == "", at+"hostIp", port.HostIP, "must be an IPv4 or IPv6 address without a zone")
-		for _, a := range port.Addresses() {
-			key := fmt.Sprint(cmp.Or(port.Protocol, "tcp"), a, port.HostPort)
-			if p.unique(at+"hostPort", key, seen); seen[key] != at+"hostPort" {
-				break // said once
-			}
+		if j := slices.IndexFunc(s.Ports[:i], port.Overlaps); j >= 0 {
+			p.require(false, at+"hostPort", port.HostPort, fmt.Sprintf("is the same as ports[%d].hostPort", j))
 		}
 	}
 	if s.Policy != nil {
@@ -274,8 +270,10 @@ func (s Spec) checkExtraHosts(p *problems, ours bool) {
 	}
 }
 
+// MaxPorts is how many ports a VM can publish.
+const MaxPorts = 256
+
 const (
-	maxPorts      = 256
 	maxDNS        = 3 // what resolvers read
 	maxSearch     = 6
 	maxExtraHosts = 64

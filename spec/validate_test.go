@@ -182,12 +182,16 @@ func networkRules() []breakage {
 		{"networkInterfaces[1].namespace", "must not be there beside", iface(func(n *vmspec.NetworkInterface) { n.Namespace = true })},
 		{"networkInterfaces[1].network", "must not be there beside hostDevName", iface(func(n *vmspec.NetworkInterface) { n.HostDevName, n.Network = "tap7", "lan" })},
 		{"ports", "without an interface on one of our networks", func(s *vmspec.Spec) { s.Ports = []vmspec.Port{{HostPort: 1, GuestPort: 1}} }},
-		{"ports[0].hostPort", "from 1 to 65535", ports(vmspec.Port{GuestPort: 1})},
 		{"ports[0].guestPort", "from 1 to 65535", ports(vmspec.Port{HostPort: 1})},
 		{"ports[0].protocol", "tcp", ports(vmspec.Port{HostPort: 1, GuestPort: 1, Protocol: "sctp"})},
 		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2, Protocol: "tcp"})},
 		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv4Unspecified(), HostPort: 1, GuestPort: 2})},
 		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostIP: netip.IPv6Unspecified(), HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2})},
+		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv6Loopback(), HostPort: 1, GuestPort: 2})},
+		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostIP: netip.MustParseAddr("127.0.0.1"), HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv4Unspecified(), HostPort: 1, GuestPort: 2})},
+		{"publishAll", "only for a VM with an image", func(s *vmspec.Spec) {
+			s.NetworkInterfaces[1].HostDevName, s.PublishAll = "", true
+		}},
 		{"dns", "at most 3", dns("1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4")},
 		{"dns[1]", "address of a server", dns("1.1.1.1", "fe80::1%eth0")},
 		{"dns", "without an interface on one of our networks", func(s *vmspec.Spec) { s.DNS = []netip.Addr{netip.MustParseAddr("1.1.1.1")} }},
@@ -264,13 +268,25 @@ func TestSpec_Validate_Accepts(t *testing.T) {
 		"root on pmem":    func(s *vmspec.Spec) { s.Drives, s.Pmem[1].IsRootDevice = nil, true },
 		"id in two kinds": func(s *vmspec.Spec) { s.Drives[1].DriveID = "eth0" },
 		"longest tap":     func(s *vmspec.Spec) { s.NetworkInterfaces[0].HostDevName = "fifteen-bytes.x" },
-		"least mtu":       func(s *vmspec.Spec) { s.NetworkInterfaces[0].MTU = 68 },
-		"most mtu":        func(s *vmspec.Spec) { s.NetworkInterfaces[0].MTU = 65535 },
-		"lowest mmds":     func(s *vmspec.Spec) { s.MMDS.Version, s.MMDS.IPv4Address = "", "169.254.1.0" },
-		"highest mmds":    func(s *vmspec.Spec) { s.MMDS.Version, s.MMDS.IPv4Address = "V1", "169.254.254.255" },
-		"log level":       func(s *vmspec.Spec) { s.Logger = &vmspec.Logger{Level: "wARNING"} },
-		"empty logger":    func(s *vmspec.Spec) { s.Logger = &vmspec.Logger{} },
-		"longest socket":  func(s *vmspec.Spec) { s.Vsock.UDSPath = strings.Repeat("a", 107) },
+		"free ports": func(s *vmspec.Spec) {
+			s.NetworkInterfaces = append(s.NetworkInterfaces, vmspec.NetworkInterface{IfaceID: "net0"})
+			s.Ports = []vmspec.Port{{GuestPort: 80}, {GuestPort: 80}, {HostIP: netip.IPv6Loopback(), GuestPort: 80}}
+		},
+		"one port, other addresses": func(s *vmspec.Spec) {
+			s.NetworkInterfaces = append(s.NetworkInterfaces, vmspec.NetworkInterface{IfaceID: "net0"})
+			s.Ports = []vmspec.Port{
+				{HostIP: netip.IPv4Unspecified(), HostPort: 80, GuestPort: 80},
+				{HostIP: netip.IPv6Unspecified(), HostPort: 80, GuestPort: 80},
+				{HostPort: 80, GuestPort: 80, Protocol: "udp"},
+			}
+		},
+		"least mtu":      func(s *vmspec.Spec) { s.NetworkInterfaces[0].MTU = 68 },
+		"most mtu":       func(s *vmspec.Spec) { s.NetworkInterfaces[0].MTU = 65535 },
+		"lowest mmds":    func(s *vmspec.Spec) { s.MMDS.Version, s.MMDS.IPv4Address = "", "169.254.1.0" },
+		"highest mmds":   func(s *vmspec.Spec) { s.MMDS.Version, s.MMDS.IPv4Address = "V1", "169.254.254.255" },
+		"log level":      func(s *vmspec.Spec) { s.Logger = &vmspec.Logger{Level: "wARNING"} },
+		"empty logger":   func(s *vmspec.Spec) { s.Logger = &vmspec.Logger{} },
+		"longest socket": func(s *vmspec.Spec) { s.Vsock.UDSPath = strings.Repeat("a", 107) },
 		"big slots": func(s *vmspec.Spec) {
 			s.MemoryHotplug = &vmspec.MemoryHotplug{TotalSizeMiB: 1024, SlotSizeMiB: 512, BlockSizeMiB: 512}
 		},

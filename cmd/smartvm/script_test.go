@@ -18,6 +18,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/testenv"
+	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
@@ -30,7 +31,17 @@ func TestMain(m *testing.M) {
 const patience = 20 * time.Second
 
 // TestScript is the contract of the command line. Each script has a runtime directory of its own, in which no VM may be left.
-func TestScript(t *testing.T) {
+func TestScript(t *testing.T) { runScripts(t, "../../testdata/script") }
+
+// TestScript_Network is the same for VMs on networks, in a network of its own.
+func TestScript_Network(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if nettest.Alone(t) {
+		runScripts(t, "../../testdata/script/alone")
+	}
+}
+
+func runScripts(t *testing.T, dir string) {
 	testenv.Require(t, testenv.KVM, testenv.Root)
 	// Short, and on the tmpfs that VMs are kept on otherwise.
 	base, err := os.MkdirTemp("/dev/shm", "smartvm-script-")
@@ -41,7 +52,7 @@ func TestScript(t *testing.T) {
 	testenv.NoLeaks(t, base)
 	firecracker, jailer := testenv.Firecracker(t), testenv.Jailer(t)
 	testscript.Run(t, testscript.Params{
-		Dir:                 "../../testdata/script",
+		Dir:                 dir,
 		RequireExplicitExec: true,
 		Setup: func(e *testscript.Env) error {
 			name := strings.TrimPrefix(filepath.Base(e.WorkDir), "script-")
@@ -100,7 +111,7 @@ func leave(t testing.TB, dir string) {
 			t.Error(err)
 		}
 	}
-	for _, empty := range []string{filepath.Join(dir, ".leases"), dir, filepath.Join(dir+".data", "staging")} {
+	for _, empty := range []string{filepath.Join(dir, ".leases"), filepath.Join(dir, ".networks"), dir, filepath.Join(dir+".data", "staging")} {
 		if err := os.Remove(empty); err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Error(err)
 		}

@@ -244,13 +244,12 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 	for n, i := range all {
 		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Policy: s.Policy}}
 		if n == 0 {
-			for _, port := range s.Ports {
-				for _, a := range port.Addresses() {
-					name := fmt.Sprintf("%s %d/%s", a, port.HostPort, cmp.Or(port.Protocol, "tcp"))
-					effects = append(effects, vm.Store.Lease("port", name, vm.ID))
+			g.Ports = Ports(s)
+			for _, p := range g.Ports {
+				if p.Host != 0 {
+					effects = append(effects, portLeases(vm, p)...)
 				}
 			}
-			g.Ports = Ports(s)
 		}
 		var link journal.Effect = &network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU, Mutual: i.Network.Mutual}
 		if i.File != "" {
@@ -311,32 +310,4 @@ func guestInterfaces(all []Interface) (interfaces []agentproto.Interface) {
 		interfaces = append(interfaces, g)
 	}
 	return interfaces
-}
-
-// InUse says whether something on the host listens on one of the ports of a spec. The answer holds for the moment alone.
-func InUse(s *spec.Spec) error {
-	var errs []error
-	for _, p := range Ports(s) {
-		host := ""
-		if p.Address.IsValid() {
-			host = p.Address.String()
-		}
-		at := net.JoinHostPort(host, strconv.Itoa(int(p.Host)))
-		var err error
-		if p.Protocol == "udp" {
-			var c net.PacketConn
-			if c, err = net.ListenPacket("udp", at); err == nil {
-				err = c.Close()
-			}
-		} else {
-			var l net.Listener
-			if l, err = net.Listen("tcp", at); err == nil {
-				err = l.Close()
-			}
-		}
-		if err != nil {
-			errs = append(errs, hint.Add(fmt.Errorf("publish port %s: %w", p, err), "stop what listens there (ss -ltnup), or publish another port: -p HOST:%d", p.Guest))
-		}
-	}
-	return errors.Join(errs...)
 }

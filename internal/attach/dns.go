@@ -114,13 +114,18 @@ func (s *servers) all() (all []netip.AddrPort) {
 // onHost says whether only the host itself reaches a server.
 func onHost(a netip.Addr) bool { return a.IsLoopback() || a.IsLinkLocalUnicast() }
 
-// Adopt starts the proxies of the guests among the effects of a VM's run, where they were.
-func (u *Upkeep) Adopt(runtimeDir string, effects []journal.Effect, all []Interface, log *slog.Logger) {
+// Adopt starts the proxies of the guests among the effects of a VM's run, where they were, and reserves their ports again.
+func (u *Upkeep) Adopt(vm VM, effects []journal.Effect, all []Interface, log *slog.Logger) {
 	for _, e := range effects {
-		if g, ok := e.(*network.Guest); ok {
-			if err := u.Add(runtimeDir, g, all, log); err != nil {
-				log.Warn("the guest has no names", "tap", g.Tap, "err", err)
-			}
+		g, ok := e.(*network.Guest)
+		if !ok {
+			continue
+		}
+		if err := u.adopt(vm, g, log); err != nil {
+			log.Warn("published ports", "vm", vm.ID, "err", err)
+		}
+		if err := u.Add(vm.Store.Path(), g, all, log); err != nil {
+			log.Warn("the guest has no names", "tap", g.Tap, "err", err)
 		}
 	}
 }

@@ -1,6 +1,9 @@
 package attach
 
 import (
+	"fmt"
+	"strings"
+
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 )
@@ -11,12 +14,16 @@ type State struct {
 	SentBytes     uint64         `json:"sentBytes"` // by the guest
 	ReceivedBytes uint64         `json:"receivedBytes"`
 	Rules         []filter.Count `json:"rules,omitempty"` // of the VM's policy
+	Ports         []Port         `json:"ports,omitempty"` // published, while the VM runs
 }
 
-// States looks at interfaces. Those of a VM that does not run have sent nothing.
-func States(all []Interface) (states []State) {
-	for _, i := range all {
+// States looks at interfaces of a VM whose directory is dir. Those of one that does not run have sent nothing.
+func States(all []Interface, dir string) (states []State) {
+	for n, i := range all {
 		s := State{Interface: i}
+		if n == 0 {
+			s.Ports, _ = Published(dir)
+		}
 		warm := ""
 		if i.Warm {
 			warm = i.File
@@ -29,4 +36,25 @@ func States(all []Interface) (states []State) {
 		states = append(states, s)
 	}
 	return states
+}
+
+// PortsOf are those that are published of a VM with these interfaces.
+func PortsOf(all []State) (ports []Port) {
+	for _, i := range all {
+		ports = append(ports, i.Ports...)
+	}
+	return ports
+}
+
+// Short is the first of some ports, as text.
+func Short(ports []Port) string {
+	const shown = 3
+	var all []string
+	for _, p := range ports[:min(len(ports), shown)] {
+		all = append(all, p.String())
+	}
+	if more := len(ports) - shown; more > 0 {
+		all = append(all, fmt.Sprintf("%d more", more))
+	}
+	return strings.Join(all, ", ")
 }

@@ -17,12 +17,14 @@ import (
 	"push.rocks/smartvm/network/watch"
 )
 
-// Upkeep is what the process that supervises a VM does for its networks: it answers DNS queries, and repairs what others have removed. Its zero
-// value serves.
+// Upkeep is what the process that supervises a VM does for its networks: it answers DNS queries, keeps published ports from other
+// programs, and repairs what others have removed. Its zero value serves.
 type Upkeep struct {
 	cancel   []context.CancelFunc
 	work     sync.WaitGroup
 	sockets  []socket
+	ports    []Port            // published
+	lost     func() error      // looks again for those that could not be reserved; nil: there are none
 	restored map[string]int    // how often the network of each tap was
 	names    map[string]*names // by tap
 }
@@ -98,6 +100,11 @@ func await(ctx context.Context, tick <-chan time.Time, listen func(context.Conte
 func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 	if u.restored == nil {
 		u.restored = map[string]int{}
+	}
+	if u.lost != nil {
+		if err := u.lost(); err != nil {
+			return err
+		}
 	}
 	now, again := 0, false
 	var of *policy.Policy
@@ -177,7 +184,7 @@ func (u *Upkeep) rebind(bridge string) error {
 	return nil
 }
 
-// Close ends the DNS proxies, and waits for Look to end. Names have no addresses then until another process supervises the VM.
+// Close ends the DNS proxies, gives up ports, and waits for Look to end. Names have no addresses then until another process supervises the VM.
 func (u *Upkeep) Close() {
 	for _, cancel := range u.cancel {
 		cancel()

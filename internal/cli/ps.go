@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/human"
 )
 
@@ -32,7 +33,8 @@ type listed struct {
 	Created    time.Time           `json:"created"`
 	Started    time.Time           `json:"started,omitzero"` // while it runs
 	Addresses  []netip.Addr        `json:"addresses,omitempty"`
-	Received   uint64              `json:"receivedBytes"` // by the guest, since its start
+	Ports      []attach.Port       `json:"ports,omitempty"` // published, while it runs
+	Received   uint64              `json:"receivedBytes"`   // by the guest, since its start
 	Sent       uint64              `json:"sentBytes"`
 	Exit       *smartvm.Exit       `json:"exit,omitempty"`  // of its last run
 	Guest      *smartvm.GuestState `json:"guest,omitempty"` // as its agent says
@@ -46,8 +48,10 @@ func newPS(a *app) *cobra.Command {
 		Short:   "List VMs",
 		Long: "List the VMs that run.\n\n" +
 			"The fields of -o json: id, name, state, supervised (a process looks after it),\n" +
-			"vcpuCount, memSizeMib, labels, created, started, addresses, receivedBytes and\n" +
-			"sentBytes (by the guest), guest (how far it has come), exit (outcome, code, signal, started, ended, error).",
+			"vcpuCount, memSizeMib, labels, created, started, addresses, ports (published:\n" +
+			"address, host, guest, protocol, shadows), receivedBytes and sentBytes (by the\n" +
+			"guest), guest (how far it has come), exit (outcome, code, signal, started, ended,\n" +
+			"error).",
 		Args: takes(0, 0, "flags only"),
 		RunE: c.run,
 	}
@@ -115,6 +119,7 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 					l.Addresses = append(l.Addresses, i.IP4)
 				}
 			}
+			l.Ports = attach.PortsOf(in.Interfaces)
 			l.Received, l.Sent = in.Traffic()
 			list[i] = l
 		})
@@ -128,7 +133,7 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 
 func (c *psCommand) table(list []*listed) error {
 	w := tabwriter.NewWriter(c.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "ID\tNAME\tCPUS\tMEMORY\tADDRESS\tNET IN/OUT\tSTATUS")
+	fmt.Fprintln(w, "ID\tNAME\tCPUS\tMEMORY\tADDRESS\tPORTS\tNET IN/OUT\tSTATUS")
 	alone := 0
 	for _, l := range list {
 		if l.State == smartvm.Running && !l.Supervised {
@@ -139,13 +144,18 @@ func (c *psCommand) table(list []*listed) error {
 			address = l.Addresses[0].String()
 			traffic = human.Size(int64(l.Received)) + "/" + human.Size(int64(l.Sent))
 		}
-		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%s\n",
-			l.ID, l.Name, l.VCPUs, human.Size(int64(l.MemoryMiB)<<20), address, traffic, l.status())
+		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n",
+			l.ID, l.Name, l.VCPUs, human.Size(int64(l.MemoryMiB)<<20), address, attach.Short(l.Ports), traffic, l.status())
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
 	for _, l := range list {
+		for _, p := range l.Ports {
+			if p.Shadows {
+				fmt.Fprintf(c.Stderr, "smartvm: something else listens at a port of %s (%s): what is sent there goes to the VM\n", l.ID, p)
+			}
+		}
 		if l.Guest != nil && l.Guest.Degraded != "" && runs(l.State) {
 			fmt.Fprintf(c.Stderr, "smartvm: %s is degraded: %s\n", l.ID, l.Guest.Degraded)
 		}

@@ -70,3 +70,20 @@ func (l *Lease) holder() string {
 
 // Holder returns the VM that has a name, "" if none has.
 func (s *Store) Holder(kind, name string) string { return s.Lease(kind, name, "").holder() }
+
+// Leases are all of a kind: the owner of each name.
+func (s *Store) Leases(kind string) map[string]string {
+	entries, _ := os.ReadDir(filepath.Join(s.dir, LeaseDir))
+	all := map[string]string{}
+	for _, e := range entries {
+		name, ok := strings.CutPrefix(e.Name(), kind+".")
+		if !ok {
+			continue
+		}
+		name = strings.NewReplacer("%2f", "/", "%25", "%").Replace(name)
+		if owner := s.Holder(kind, name); owner != "" {
+			all[name] = owner
+		}
+	}
+	return all
+}

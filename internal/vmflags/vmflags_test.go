@@ -50,6 +50,16 @@ func TestBuild(t *testing.T) {
 				NetworkInterfaces: []spec.NetworkInterface{{IfaceID: "eth0", HostDevName: "tap0"}, {IfaceID: "lan", HostDevName: "tap1", GuestMAC: "06:00:00:00:00:01"}},
 			},
 		},
+		"free ports": {
+			args: []string{"--net", "lan", "--net", "tap:tap0", "-p", "80", "-P"},
+			want: spec.Spec{
+				MachineConfig: spec.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+				NetworkInterfaces: []spec.NetworkInterface{
+					{IfaceID: "eth0", Network: "lan"}, {IfaceID: "eth1", HostDevName: "tap0"},
+				},
+				Ports: []spec.Port{{GuestPort: 80}}, PublishAll: true,
+			},
+		},
 		"a file that flags override": {
 			stdin: `{"name":"old","machineConfig":{"vcpuCount":2,"memSizeMib":64},
 				"drives":[{"driveId":"drive1","pathOnHost":"one","isRootDevice":true},{"driveId":"data","pathOnHost":"two","isRootDevice":false}]}`,
@@ -74,7 +84,7 @@ func TestBuild(t *testing.T) {
 			} else if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(tt.want, got); diff != "" {
+			if diff := cmp.Diff(tt.want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
 			}
 		})

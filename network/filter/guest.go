@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/google/nftables"
@@ -38,21 +37,9 @@ func (g *Guest) Bridge() string { return strings.TrimPrefix(g.Table, TablePrefix
 // Port is a port of the host that leads to one of a guest's.
 type Port struct {
 	Address  netip.Addr `json:"address,omitzero"` // of the host; zero: all, 0.0.0.0 or ::: all of that family
-	Host     uint16     `json:"host"`
+	Host     uint16     `json:"host"`             // 0: yet to be chosen
 	Guest    uint16     `json:"guest"`
 	Protocol string     `json:"protocol"` // "tcp" or "udp"
-}
-
-// String is the port as -p takes it.
-func (p Port) String() string {
-	text := fmt.Sprintf("%d:%d", p.Host, p.Guest)
-	if p.Address.IsValid() {
-		text = netip.AddrPortFrom(p.Address, p.Host).String() + ":" + strconv.Itoa(int(p.Guest))
-	}
-	if p.Protocol == "udp" {
-		text += "/udp"
-	}
-	return text
 }
 
 // member is elements of one set.

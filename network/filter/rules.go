@@ -29,7 +29,7 @@ func (t *Tables) rules(l *layout) ([]ruled, error) {
 		// Before the chains of others, who may lead what goes to their ports on the host's loopback elsewhere (Docker before 28).
 		{nat(l.inet, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest-1)), plain(
 			slices.Concat([]nft.Exprs{nft.Join(nft.Iif(t.Bridge), toLoopback(), nft.Drop())}, t.proxied(l), []nft.Exprs{nft.Join(toLoopback(), nft.Accept())}, published(l))...)},
-		{nat(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), plain(published(l)...)},
+		{nat(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), plain(append([]nft.Exprs{toLoopback6()}, published(l)...)...)},
 		{nat(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(t.masqueraded()...)},
 		{nftables.Chain{Table: l.inet, Name: fromGuest}, plain(t.leaving(l)...)},
 		{nftables.Chain{Table: l.inet, Name: refused}, plain(refusal()...)},
@@ -138,8 +138,12 @@ func toLoopback() nft.Exprs {
 	return nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.Within(nft.Dest4, loopback4))
 }
 
-// loopback4 has no counterpart: the kernel drops what comes for ::1 at once.
-var loopback4 = netip.MustParsePrefix("127.0.0.0/8")
+// toLoopback6 leaves what the host sends to ::1 to the process that supervises the VM. Led on by NAT its answers would be lost: they are for ::1, which
+// the kernel has no route to from another interface than lo; and where IP rules see bridged packets (br_netfilter) it drops them before it looks for one.
+func toLoopback6() nft.Exprs { return nft.Join(nft.ToPrefix(loopback6), nft.Accept()) }
+
+// The kernel drops what comes for ::1 from elsewhere at once.
+var loopback4, loopback6 = netip.MustParsePrefix("127.0.0.0/8"), netip.PrefixFrom(netip.IPv6Loopback(), 128)
 
 // masqueraded gives what leaves the network, or comes from the host's loopback, an address to which answers come back.
 func (t *Tables) masqueraded() []nft.Exprs {

@@ -11,6 +11,7 @@ import (
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/supervise"
+	"push.rocks/smartvm/internal/vmflags"
 )
 
 // forked is a VM in the output of restore and fork.
@@ -78,7 +79,7 @@ func (s *Shell) restore() *cobra.Command {
 		},
 	}
 	d.flags(cmd, "")
-	cmd.Flags().StringArrayVarP(&d.publish, "publish", "p", nil, "port of the host that leads to the guest's: `[IP:]HOST:GUEST[/udp]`; may be repeated")
+	cmd.Flags().StringArrayVarP(&d.publish, "publish", "p", nil, "port of the host that leads to the guest's: `"+vmflags.PublishForms+"`; may be repeated")
 	return cmd
 }
 
