@@ -485,6 +485,133 @@ func TestNetwork_PortFree(t *testing.T) {
 	wantNoNetwork(t)
 }
 
+// An address that is asked for is the VM's from its making to its removal, or is refused with who has it or what it is; others get other addresses.
+func TestNetwork_FixedAddress(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchDirect)
+	h := s.open()
+	create := func(address string, namespace bool) (*smartvm.Machine, error) {
+		t.Helper()
+		spec := netSpec(s.spec("idle"), 1)
+		spec.NetworkInterfaces[0].Namespace = namespace
+		if address != "" {
+			spec.NetworkInterfaces[0].IP = netip.MustParseAddr(address)
+		}
+		return h.Create(t.Context(), spec)
+	}
+	for address, want := range map[string]string{
+		"172.30.0.0": "the address of network default itself", "172.30.0.1": "the gateway of network default", "172.30.0.255": "the broadcast address",
+		"172.30.1.2": "must be of network default: of 172.30.0.0/24",
+	} {
+		var field *smartvm.FieldError
+		if _, err := create(address, false); !errors.As(err, &field) || field.Path != "networkInterfaces[0].ip" || !strings.Contains(field.Reason, want) {
+			t.Errorf("%s: got %v", address, err)
+		}
+	}
+	if slots, err := h.Warm(t.Context(), "default", 1); err != nil || slots.Free != 1 {
+		t.Fatalf("%+v, %v", slots, err)
+	}
+	if _, err := create("172.30.0.2", false); err == nil || !strings.Contains(err.Error(), "is that of a warm slot") {
+		t.Errorf("got %v", err)
+	}
+	var all []*smartvm.Machine
+	for i, address := range []string{"172.30.0.3", "172.30.0.254", "", "172.30.0.77"} {
+		m, err := create(address, i == 3)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, m)
+		for range 2 {
+			if err := m.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			want := address
+			if want == "" {
+				want = "172.30.0.4"
+			}
+			in, err := m.Inspect(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := in.Interfaces[0]; n.IP4.String() != want || n.Warm || n.IP6.As16()[15] != n.IP4.As4()[3] {
+				t.Errorf("got %s and %s, want %s", n.IP4, n.IP6, want)
+			}
+			if _, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	_, err := create("172.30.0.3", false)
+	if !errors.Is(err, smartvm.ErrExists) || !strings.Contains(err.Error(), "is taken by VM "+all[0].ID()) {
+		t.Errorf("got %v", err)
+	}
+	if err := all[0].Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if all[0], err = create("172.30.0.3", false); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range all {
+		if err := m.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := h.Warm(t.Context(), "default", 0); err != nil {
+		t.Error(err)
+	}
+	wantNoNetwork(t)
+}
+
+// An address that was asked for is that VM's alone: its forks have others, and a VM of its snapshot has it where it is free, as any.
+func TestNetwork_FixedAddressForked(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchDirect)
+	h := s.open()
+	spec := netSpec(s.spec("count"), 1)
+	spec.NetworkInterfaces[0].Namespace, spec.NetworkInterfaces[0].IP = true, netip.MustParseAddr("172.30.0.50")
+	m := s.started(h, spec)
+	s.snapshot(m, smartvm.SnapshotOptions{Name: "warm"})
+	wantAddress := func(m *smartvm.Machine, want string) {
+		t.Helper()
+		in, err := m.Inspect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := in.Interfaces[0].IP4.String(); got != want {
+			t.Errorf("VM %s has address %s, want %s", m.ID(), got, want)
+		}
+		if asked := in.Spec.NetworkInterfaces[0].IP; asked.IsValid() {
+			t.Errorf("VM %s asks for %s", m.ID(), asked)
+		}
+	}
+	forks, err := m.Fork(t.Context(), 2, smartvm.ForkOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	restored := s.restored(h, "warm", smartvm.RestoreOptions{})
+	for i, m := range append(forks, restored) {
+		wantAddress(m, fmt.Sprint("172.30.0.", 2+i))
+		s.stopAndRemove(m)
+	}
+	s.stopAndRemove(m)
+	restored = s.restored(h, "warm", smartvm.RestoreOptions{})
+	wantAddress(restored, "172.30.0.50")
+	s.stopAndRemove(restored)
+	if err := h.RemoveSnapshot(t.Context(), "warm", false); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.Sweep(t.Context()); err != nil {
+		t.Error(err)
+	}
+	wantNoNetwork(t)
+}
+
 func wantNoNetwork(t *testing.T) {
 	t.Helper()
 	links, err := netlink.LinkList()

@@ -52,7 +52,7 @@ const oursSpec = `{
   "id": "my-vm-2", "name": "web.1", "labels": {"team": "a", "empty": ""},
   "bootSource": {"kernelImagePath": "vmlinux"},
   "machineConfig": {"vcpuCount": 1, "memSizeMib": 128},
-  "networkInterfaces": [{"ifaceId": "eth0", "hostDevName": "tap0", "mtu": 1400}, {"ifaceId": "eth1", "network": "lan"}],
+  "networkInterfaces": [{"ifaceId": "eth0", "hostDevName": "tap0", "mtu": 1400}, {"ifaceId": "eth1", "network": "lan", "ip": "10.77.0.5"}],
   "ports": [{"hostIp": "127.0.0.1", "hostPort": 8080, "guestPort": 80, "protocol": "udp"}],
   "policy": {"defaultAction": "deny", "rules": [{"action": "allow", "protocol": "tcp", "destination": "10.0.0.0/8"}], "allowHost": true, "egress": "public"},
   "dns": ["1.1.1.1", "fd00::53"],

@@ -173,6 +173,9 @@ type NetworkInterface struct {
 	// HostDevName is an existing TAP, at most 15 bytes. Empty: one is made, and the interface gets an address of Network.
 	HostDevName string `json:"hostDevName,omitempty"`
 	Network     string `json:"network,omitempty"` // empty: DefaultNetwork. Ours
+	// IP is the interface's IPv4 address in Network, as long as the VM is there; the IPv6 address follows from it. Zero: one that is free. In a
+	// Namespace it is the address by which others reach the VM. Ours
+	IP netip.Addr `json:"ip,omitzero"`
 	// Namespace says that the VM has a network namespace of its own, joined to Network: in it the guest has always the same
 	// addresses. Such an interface is a VM's only one. Ours
 	Namespace     bool         `json:"namespace,omitempty"`

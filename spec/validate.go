@@ -192,11 +192,16 @@ func (s Spec) checkStorage(p *problems) {
 }
 
 func (s Spec) checkNetwork(p *problems) {
-	ids, taps, macs := map[string]string{}, map[string]string{}, map[string]string{}
+	ids, taps, macs, ips := map[string]string{}, map[string]string{}, map[string]string{}, map[string]string{}
 	for i, n := range s.NetworkInterfaces {
 		at := fmt.Sprintf("networkInterfaces[%d].", i)
 		p.deviceID(at+"ifaceId", n.IfaceID, ids)
 		p.require(n.HostDevName == "" || n.Network == "", at+"network", n.Network, "must not be there beside hostDevName")
+		if n.IP.IsValid() {
+			p.require(n.HostDevName == "", at+"ip", n.IP, "must not be there beside hostDevName")
+			p.require(n.IP.Is4(), at+"ip", n.IP, "must be an IPv4 address: the IPv6 address follows from it")
+			p.unique(at+"ip", cmp.Or(n.Network, DefaultNetwork)+" "+n.IP.String(), ips)
+		}
 		if n.Namespace {
 			p.require(n.HostDevName == "" && n.GuestMAC == "" && len(s.NetworkInterfaces) == 1, at+"namespace", true,
 				"must not be there beside hostDevName, guestMac or another interface")

@@ -152,6 +152,15 @@ func networkRules() []breakage {
 	ports := func(all ...vmspec.Port) func(*vmspec.Spec) {
 		return func(s *vmspec.Spec) { s.NetworkInterfaces[1].HostDevName, s.Ports = "", all }
 	}
+	ip := func(all ...string) func(*vmspec.Spec) {
+		return func(s *vmspec.Spec) {
+			for i, text := range all {
+				if a, err := netip.ParseAddr(text); err == nil {
+					s.NetworkInterfaces = append(s.NetworkInterfaces, vmspec.NetworkInterface{IfaceID: fmt.Sprint("net", i), Network: "lan", IP: a})
+				}
+			}
+		}
+	}
 	dns := func(all ...string) func(*vmspec.Spec) {
 		return func(s *vmspec.Spec) {
 			s.NetworkInterfaces[1].HostDevName = ""
@@ -192,6 +201,9 @@ func networkRules() []breakage {
 		{"publishAll", "only for a VM with an image", func(s *vmspec.Spec) {
 			s.NetworkInterfaces[1].HostDevName, s.PublishAll = "", true
 		}},
+		{"networkInterfaces[2].ip", "must be an IPv4 address", ip("fd00::5", "")},
+		{"networkInterfaces[1].ip", "beside hostDevName", iface(func(n *vmspec.NetworkInterface) { n.IP = netip.MustParseAddr("10.0.0.5") })},
+		{"networkInterfaces[3].ip", "is the same as networkInterfaces[2].ip", ip("10.0.0.5", "10.0.0.5")},
 		{"dns", "at most 3", dns("1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4")},
 		{"dns[1]", "address of a server", dns("1.1.1.1", "fe80::1%eth0")},
 		{"dns", "without an interface on one of our networks", func(s *vmspec.Spec) { s.DNS = []netip.Addr{netip.MustParseAddr("1.1.1.1")} }},
@@ -278,6 +290,11 @@ func TestSpec_Validate_Accepts(t *testing.T) {
 				{HostIP: netip.IPv4Unspecified(), HostPort: 80, GuestPort: 80},
 				{HostIP: netip.IPv6Unspecified(), HostPort: 80, GuestPort: 80},
 				{HostPort: 80, GuestPort: 80, Protocol: "udp"},
+			}
+		},
+		"one address, other networks": func(s *vmspec.Spec) {
+			for _, name := range []string{"a", "b"} {
+				s.NetworkInterfaces = append(s.NetworkInterfaces, vmspec.NetworkInterface{IfaceID: name, Network: name, IP: netip.MustParseAddr("10.0.0.5")})
 			}
 		},
 		"least mtu":      func(s *vmspec.Spec) { s.NetworkInterfaces[0].MTU = 68 },

@@ -57,20 +57,23 @@ type Interface struct {
 func Resolve(vm VM, s *spec.Spec, networks *network.Store) (all []Interface, err error) {
 	s.NetworkInterfaces = slices.Clone(s.NetworkInterfaces) // the caller's own stay as they are
 	var errs []error
-	for i := range s.NetworkInterfaces {
-		n := &s.NetworkInterfaces[i]
+	for at := range s.NetworkInterfaces {
+		n := &s.NetworkInterfaces[at]
 		if n.HostDevName != "" {
 			continue
 		}
 		n.Network = cmp.Or(n.Network, network.DefaultName)
 		config, err := networks.Get(n.Network)
 		if err != nil {
-			errs = append(errs, &spec.FieldError{Path: fmt.Sprintf("networkInterfaces[%d].network", i), Value: n.Network, Reason: err.Error(), Err: err})
+			errs = append(errs, &spec.FieldError{Path: fmt.Sprintf("networkInterfaces[%d].network", at), Value: n.Network, Reason: err.Error(), Err: err})
 			continue
 		}
 		n.HostDevName = network.TapName(config.Bridge, vm.ID, vm.Nonce, n.IfaceID)
 		n.GuestMAC = strings.ToLower(cmp.Or(n.GuestMAC, network.MAC(vm.ID, n.IfaceID).String()))
 		i := Interface{ID: n.IfaceID, Network: config, Tap: n.HostDevName, MAC: n.GuestMAC, MTU: config.MTU, DNS: s.DNS}
+		if reason := i.want(n.IP); reason != "" {
+			errs = append(errs, &spec.FieldError{Path: fmt.Sprintf("networkInterfaces[%d].ip", at), Value: n.IP, Reason: reason})
+		}
 		if n.Namespace {
 			i.File = filepath.Join(vm.Store.Dir(vm.ID), store.NetNSFile)
 			n.HostDevName, n.GuestMAC = network.InnerTap, network.InnerMAC
@@ -86,10 +89,14 @@ const leaseKind = "address"
 // Do carries out an effect, in the journal that lasts as long as the VM.
 type Do func(context.Context, journal.Effect) error
 
-// Address leases addresses for interfaces. Returns network.ErrExhausted.
+// Address leases addresses for interfaces: those that they want, or free ones. Returns network.ErrExhausted, *store.TakenError.
 func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 	for i := range all {
-		if all[i].File != "" {
+		if all[i].IP4.IsValid() {
+			if err := all[i].leaseWanted(ctx, vm, do); err != nil {
+				return err
+			}
+		} else if all[i].File != "" {
 			slot, err := (&Pool{Store: vm.Store, Network: all[i].Network}).take(ctx, vm.ID, all[i].Wish, do)
 			if err != nil {
 				return err
@@ -121,7 +128,7 @@ func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 // regain leases what an interface wishes to have again, as far as that is free and of its network: a MAC, and then addresses.
 func (i *Interface) regain(ctx context.Context, vm VM, do Do) (mac bool, err error) {
 	w := i.Wish
-	if w == nil {
+	if w == nil || i.IP4.IsValid() {
 		return false, nil
 	}
 	parsed, err := net.ParseMAC(w.MAC)

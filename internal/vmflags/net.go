@@ -29,6 +29,7 @@ func (s *Flags) networks(vm *spec.Spec) error {
 		vm.Ports = append(vm.Ports, ports...)
 	}
 	vm.PublishAll = vm.PublishAll || s.publishAll
+	errs = append(errs, s.address(vm))
 	for _, text := range s.dns {
 		a, err := netip.ParseAddr(text)
 		if err != nil {
@@ -43,6 +44,27 @@ func (s *Flags) networks(vm *spec.Spec) error {
 		vm.ExtraHosts = append(vm.ExtraHosts, h)
 	}
 	return errors.Join(errs...)
+}
+
+// address sets that of the only interface.
+func (s *Flags) address(vm *spec.Spec) error {
+	if s.ip == "" {
+		return nil
+	}
+	a, err := netip.ParseAddr(s.ip)
+	ours := slices.DeleteFunc(slices.Clone(vm.NetworkInterfaces), func(n spec.NetworkInterface) bool { return n.HostDevName != "" })
+	switch {
+	case err != nil:
+		return fmt.Errorf("--ip %q: want an IPv4 address", s.ip)
+	case len(ours) != 1:
+		return fmt.Errorf("--ip %s: the VM is on %d networks, and it says not on which: want --net NAME,ip=%s", s.ip, len(ours), s.ip)
+	}
+	for i := range vm.NetworkInterfaces {
+		if n := &vm.NetworkInterfaces[i]; n.HostDevName == "" {
+			n.IP = a
+		}
+	}
+	return nil
 }
 
 // addNet adds an interface, in place of one of its id.
@@ -70,6 +92,7 @@ func addNet(vm *spec.Spec, text string) error {
 	}
 	err := eachOption(options, "--net "+text, map[string]func(string) error{
 		"id":  func(v string) error { n.IfaceID = v; return nil },
+		"ip":  func(v string) (err error) { n.IP, err = netip.ParseAddr(v); return err },
 		"mac": func(v string) error { n.GuestMAC = v; return nil },
 		"rx":  func(v string) (err error) { n.RxRateLimiter, err = ParseRate(v); return err },
 		"tx":  func(v string) (err error) { n.TxRateLimiter, err = ParseRate(v); return err },

@@ -50,14 +50,23 @@ func TestBuild(t *testing.T) {
 				NetworkInterfaces: []spec.NetworkInterface{{IfaceID: "eth0", HostDevName: "tap0"}, {IfaceID: "lan", HostDevName: "tap1", GuestMAC: "06:00:00:00:00:01"}},
 			},
 		},
-		"free ports": {
-			args: []string{"--net", "lan", "--net", "tap:tap0", "-p", "80", "-P"},
+		"an address and a free port": {
+			args: []string{"--net", "lan", "--net", "tap:tap0", "--ip", "10.7.0.9", "-p", "80"},
 			want: spec.Spec{
 				MachineConfig: spec.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
 				NetworkInterfaces: []spec.NetworkInterface{
-					{IfaceID: "eth0", Network: "lan"}, {IfaceID: "eth1", HostDevName: "tap0"},
+					{IfaceID: "eth0", Network: "lan", IP: netip.MustParseAddr("10.7.0.9")}, {IfaceID: "eth1", HostDevName: "tap0"},
 				},
-				Ports: []spec.Port{{GuestPort: 80}}, PublishAll: true,
+				Ports: []spec.Port{{GuestPort: 80}},
+			},
+		},
+		"an address of each network": {
+			args: []string{"--net", "lan,ip=10.7.0.9", "--net", "bridge", "-P"},
+			want: spec.Spec{
+				MachineConfig: spec.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}, PublishAll: true,
+				NetworkInterfaces: []spec.NetworkInterface{
+					{IfaceID: "eth0", Network: "lan", IP: netip.MustParseAddr("10.7.0.9")}, {IfaceID: "eth1", Network: "default"},
+				},
 			},
 		},
 		"a file that flags override": {
