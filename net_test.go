@@ -407,6 +407,46 @@ func TestNetwork_PortTaken(t *testing.T) {
 	wantNoNetwork(t)
 }
 
+// A port is somebody else's to have when its lease has ended: no socket of the VM that had it is in the way then.
+func TestNetwork_PortPassedOn(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, smartvm.LaunchDirect)
+	undone := 0
+	s.options = smartvm.WithTrace(s.options, func(step string) {
+		if !strings.HasPrefix(step, "unlink") {
+			return
+		}
+		undone++
+		l, err := net.Listen("tcp4", "0.0.0.0:8080")
+		if err != nil {
+			t.Error(err)
+		} else if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	h := s.open()
+	spec := netSpec(s.spec("idle"), 1)
+	spec.Ports = []smartvm.Port{{HostPort: 8080, GuestPort: 80}}
+	m, err := h.Create(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := net.Listen("tcp4", "0.0.0.0:8080"); err == nil {
+		t.Errorf("the port of a VM is free: %v", l.Close())
+	}
+	s.stopAndRemove(m)
+	if undone == 0 {
+		t.Error("no journal was undone")
+	}
+	wantNoNetwork(t)
+}
+
 // A port that is free is chosen at each start, is shown while the VM runs, and stays when another process takes up the VM.
 func TestNetwork_PortFree(t *testing.T) {
 	testenv.Require(t, testenv.KVM)

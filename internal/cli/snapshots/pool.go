@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 	"text/tabwriter"
 
@@ -57,6 +58,10 @@ func (s *Shell) createPool() *cobra.Command {
 			spec, err := s.Build(ctx, &vm, args)
 			if err != nil {
 				return err
+			}
+			asked := slices.ContainsFunc(spec.NetworkInterfaces, func(n smartvm.NetworkInterface) bool { return n.IP.IsValid() })
+			if asked || spec.PublishAll || len(spec.Ports) > 0 {
+				return s.Usage(errors.New("pool create: ports (-p, -P) and an address (--ip) are one VM's, and a pool has many that are alike"), "")
 			}
 			return s.pools(ctx, func(h *smartvm.Host, all *warm.Store) error {
 				done := s.Status(human.Doing("booting the first"))
