@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/oci/ocitest"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/testenv"
@@ -131,5 +133,41 @@ func TestImage_Plan(t *testing.T) {
 	}
 	if _, err := images.Remove(t.Context(), "tiny", false); err != nil {
 		t.Errorf("after a plan: %v", err)
+	}
+}
+
+// A VM publishes what its image exposes, each at a port that is chosen when it starts, but for what it publishes anyhow.
+func TestImage_PublishAll(t *testing.T) {
+	s := newSite(t, smartvm.LaunchDirect)
+	h := tinyImages(t, s)
+	layout := t.TempDir()
+	d, err := ocitest.Add(layout, "amd64", ocitest.Mixed(4096, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ocitest.Tag(layout, "web", d); err != nil {
+		t.Fatal(err)
+	}
+	images, err := h.Images()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := images.Pull(t.Context(), "oci:"+layout+":web", "web"); err != nil {
+		t.Fatal(err)
+	}
+	spec := netSpec(smartvm.Spec{
+		Image: "web", Kernel: "tiny", PublishAll: true, Ports: []smartvm.Port{{HostPort: 8443, GuestPort: 443}},
+		MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+	}, 1)
+	m, err := h.Create(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []smartvm.Port{{HostPort: 8443, GuestPort: 443}, {GuestPort: 53, Protocol: "udp"}, {GuestPort: 80, Protocol: "tcp"}}
+	if got := m.Spec(); !slices.Equal(got.Ports, want) {
+		t.Errorf("got %v, want %v", got.Ports, want)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
