@@ -22,6 +22,7 @@ import (
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/uffd"
+	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/internal/vmm"
 )
 
@@ -47,7 +48,7 @@ type run struct {
 	started  time.Time
 	let      chan struct{} // closed to let go of the VM and leave it running
 	done     chan struct{} // closed when all is undone, or let go of
-	upkeep   attach.Upkeep
+	upkeep   upkeep.Upkeep
 	exit     *Exit         // set before done is closed, nil if let go of
 	err      error         // of undoing, likewise
 	booted   time.Time     // when the guest was made to run

@@ -17,6 +17,7 @@ import (
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"
@@ -140,7 +141,7 @@ type healers struct {
 
 func (h *healers) start(ctx context.Context, i attach.Interface, effects []journal.Effect) {
 	h.work.Go(func() {
-		upkeep := new(attach.Upkeep)
+		upkeep := new(upkeep.Upkeep)
 		defer upkeep.Close()
 		look := upkeep.Look(ctx, []attach.Interface{i}, healInterval, slog.New(slog.DiscardHandler))
 		for {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"
 )
@@ -38,7 +39,7 @@ func (s *networkSite) names(rounds int) (err error) {
 	if err := s.resolver(benchWorld); err != nil {
 		return err
 	}
-	upkeep := new(attach.Upkeep)
+	upkeep := new(upkeep.Upkeep)
 	defer upkeep.Close()
 	plain := s.cable
 	s.cable.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "*." + benchDomain}}}

@@ -12,6 +12,7 @@ import (
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 )
@@ -55,7 +56,7 @@ func TestNetwork_Replaced(t *testing.T) {
 	}
 	s.remove(b)
 	removeLink(t, b.filter.Tap)
-	var upkeep attach.Upkeep
+	var upkeep upkeep.Upkeep
 	t.Cleanup(upkeep.Close)
 	next := s.guestWith(1, func(g *filter.Guest) { g.MAC = network.MAC("next", "eth0").String() }, func(g *guest) error {
 		return upkeep.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))

@@ -24,6 +24,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
@@ -350,7 +351,7 @@ func TestNetwork_PortsLoopback6(t *testing.T) {
 			if err := os.Mkdir(st.Dir("vm"), 0o700); err != nil {
 				t.Fatal(err)
 			}
-			var ports attach.Upkeep
+			var ports upkeep.Upkeep
 			defer ports.Close()
 			a := s.guestWith(0, func(g *filter.Guest) {
 				g.Ports = []filter.Port{

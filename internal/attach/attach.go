@@ -16,12 +16,17 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/google/nftables"
+
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
+	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/spec"
 )
 
@@ -254,7 +259,7 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 			g.Ports = Ports(s)
 			for _, p := range g.Ports {
 				if p.Host != 0 {
-					effects = append(effects, portLeases(vm, p)...)
+					effects = append(effects, PortLeases(vm, p)...)
 				}
 			}
 		}
@@ -318,3 +323,32 @@ func guestInterfaces(all []Interface) (interfaces []agentproto.Interface) {
 	}
 	return interfaces
 }
+
+// resolvers are the DNS servers that a guest is told of: its network's own. Where another firewall drops what comes to the host, that may be out of
+// reach: then, if no name depends on it, the host's, but for those that only the host itself reaches.
+func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
+	gateway4, gateway6 := i.Network.Gateway()
+	if i.Network.Inside { // one of the network's own guests may be such a server
+		return i.DNS
+	}
+	gateway := []netip.Addr{gateway4}
+	if i.Network.Policy.Names() || p.Names() || i.Network.WireGuard != "" || i.Network.WireGuardConfig != "" {
+		return gateway
+	}
+	if blockers, err := inspect.Blockers(nftables.ChainHookInput); err != nil || len(blockers) == 0 {
+		return gateway
+	}
+	if i.DNS != nil {
+		return i.DNS
+	}
+	for _, path := range []string{resolvconf.Path, resolvconf.Stub} {
+		all = slices.DeleteFunc(resolvconf.Servers(path), func(a netip.Addr) bool { return OnHost(a) || a.Is6() && !gateway6.IsValid() })
+		if len(all) > 0 {
+			return all
+		}
+	}
+	return gateway
+}
+
+// OnHost says whether only the host itself reaches a server.
+func OnHost(a netip.Addr) bool { return a.IsLoopback() || a.IsLinkLocalUnicast() }

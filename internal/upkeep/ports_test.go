@@ -1,4 +1,4 @@
-package attach_test
+package upkeep_test
 
 import (
 	"context"
@@ -23,6 +23,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 )
@@ -60,9 +61,9 @@ func (s *site) vm(id string, ipv6 bool, ports ...filter.Port) (attach.VM, *netwo
 func do(ctx context.Context, e journal.Effect) error { return e.Apply(ctx) }
 
 // publish returns what Publish says, with what to end it with.
-func (s *site) publish(vm attach.VM, g *network.Guest) (*attach.Upkeep, error) {
+func (s *site) publish(vm attach.VM, g *network.Guest) (*upkeep.Upkeep, error) {
 	s.t.Helper()
-	u := new(attach.Upkeep)
+	u := new(upkeep.Upkeep)
 	s.t.Cleanup(u.Close)
 	return u, u.Publish(s.t.Context(), vm, g, do)
 }
@@ -408,7 +409,7 @@ func TestUpkeep_AdoptShadowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	var log strings.Builder
-	var u attach.Upkeep
+	var u upkeep.Upkeep
 	defer u.Close()
 	u.Adopt(vm, []journal.Effect{g}, nil, slog.New(slog.NewTextHandler(&log, nil)))
 	shadows := func(want ...bool) {

@@ -1,4 +1,4 @@
-package attach
+package upkeep
 
 import (
 	"context"
@@ -12,24 +12,22 @@ import (
 	"strconv"
 	"syscall"
 
-	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/dnsproxy"
 	"push.rocks/smartvm/network/filter"
-	"push.rocks/smartvm/network/inspect"
-	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/network/wireguard"
 )
 
 // Add has the other guests of a network know where this one is, if they reach it, and starts its DNS proxy, on the port that the guest has, or one
 // that it then has. From a network that nothing leaves, questions do not either.
-func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []Interface, log *slog.Logger) error {
-	n := slices.IndexFunc(all, func(i Interface) bool { return i.Tap == g.Tap })
+func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []attach.Interface, log *slog.Logger) error {
+	n := slices.IndexFunc(all, func(i attach.Interface) bool { return i.Tap == g.Tap })
 	if n >= 0 && all[n].Network.Mutual {
 		u.announce(g, log)
 	}
@@ -102,7 +100,7 @@ func (s *servers) all() (all []netip.AddrPort) {
 	for i := 0; i < len(s.files) && len(addresses) == 0; i++ {
 		addresses = slices.Clone(s.files[i].Servers())
 		if s.elsewhere {
-			addresses = slices.DeleteFunc(addresses, onHost)
+			addresses = slices.DeleteFunc(addresses, attach.OnHost)
 		}
 	}
 	for _, a := range addresses {
@@ -111,11 +109,8 @@ func (s *servers) all() (all []netip.AddrPort) {
 	return all
 }
 
-// onHost says whether only the host itself reaches a server.
-func onHost(a netip.Addr) bool { return a.IsLoopback() || a.IsLinkLocalUnicast() }
-
 // Adopt starts the proxies of the guests among the effects of a VM's run, where they were, and reserves their ports again.
-func (u *Upkeep) Adopt(vm VM, effects []journal.Effect, all []Interface, log *slog.Logger) {
+func (u *Upkeep) Adopt(vm attach.VM, effects []journal.Effect, all []attach.Interface, log *slog.Logger) {
 	for _, e := range effects {
 		g, ok := e.(*network.Guest)
 		if !ok {
@@ -157,30 +152,4 @@ func listenDNS(device string, port uint16) (net.Listener, net.PacketConn, error)
 		}
 	}
 	return nil, nil, errors.Join(errs...)
-}
-
-// resolvers are the DNS servers that a guest is told of: its network's own. Where another firewall drops what comes to the host, that may be out of
-// reach: then, if no name depends on it, the host's, but for those that only the host itself reaches.
-func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
-	gateway4, gateway6 := i.Network.Gateway()
-	if i.Network.Inside { // one of the network's own guests may be such a server
-		return i.DNS
-	}
-	gateway := []netip.Addr{gateway4}
-	if i.Network.Policy.Names() || p.Names() || i.Network.WireGuard != "" || i.Network.WireGuardConfig != "" {
-		return gateway
-	}
-	if blockers, err := inspect.Blockers(nftables.ChainHookInput); err != nil || len(blockers) == 0 {
-		return gateway
-	}
-	if i.DNS != nil {
-		return i.DNS
-	}
-	for _, path := range []string{resolvconf.Path, resolvconf.Stub} {
-		all = slices.DeleteFunc(resolvconf.Servers(path), func(a netip.Addr) bool { return onHost(a) || a.Is6() && !gateway6.IsValid() })
-		if len(all) > 0 {
-			return all
-		}
-	}
-	return gateway
 }

@@ -1,23 +1,21 @@
-package attach
+package upkeep
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/relay"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 )
@@ -32,7 +30,7 @@ type reserved struct {
 // reserve reserves a port on its addresses. Port 0: one that is free on all of them. Where nothing says which addresses, those of IPv6 may be missing, as
 // the host may have none. With an error it returns those that were made before.
 func reserve(p filter.Port) (all []reserved, err error) {
-	for _, a := range specPort(p).Addresses() {
+	for _, a := range attach.SpecPort(p).Addresses() {
 		at := netip.AddrPortFrom(a, p.Host)
 		var r reserved
 		switch {
@@ -136,7 +134,7 @@ func bind(at netip.AddrPort) (r reserved, err error) {
 
 // keep has a guest's port, with its sockets, until Close.
 func (u *Upkeep) keep(g *network.Guest, p filter.Port, sockets []reserved) {
-	u.ports = append(u.ports, newPort(p, false))
+	u.ports = append(u.ports, attach.NewPort(p, false))
 	to := netip.AddrPortFrom(g.IP4, p.Guest)
 	for _, s := range sockets {
 		ctx, cancel := context.WithCancel(context.Background())
@@ -153,7 +151,7 @@ func (u *Upkeep) keep(g *network.Guest, p filter.Port, sockets []reserved) {
 }
 
 // adopt reserves a guest's ports that nobody has kept from others for some time.
-func (u *Upkeep) adopt(vm VM, g *network.Guest, log *slog.Logger) error {
+func (u *Upkeep) adopt(vm attach.VM, g *network.Guest, log *slog.Logger) error {
 	for _, p := range g.Ports {
 		sockets, err := reserve(p)
 		if err == nil {
@@ -161,15 +159,15 @@ func (u *Upkeep) adopt(vm VM, g *network.Guest, log *slog.Logger) error {
 			continue
 		}
 		release(sockets)
-		log.Warn("something else listens at a published port: what is sent there goes to the VM", "vm", vm.ID, "port", flag(p), "err", err)
-		u.ports = append(u.ports, newPort(p, true))
+		log.Warn("something else listens at a published port: what is sent there goes to the VM", "vm", vm.ID, "port", attach.Flag(p), "err", err)
+		u.ports = append(u.ports, attach.NewPort(p, true))
 		u.lost = func() error { return u.regain(vm, g) }
 	}
 	return u.note(vm)
 }
 
 // regain reserves what could not be adopted, as far as that is possible now.
-func (u *Upkeep) regain(vm VM, g *network.Guest) error {
+func (u *Upkeep) regain(vm attach.VM, g *network.Guest) error {
 	was, found := u.ports, false
 	u.ports, u.lost = nil, nil
 	for _, p := range was {
@@ -177,14 +175,14 @@ func (u *Upkeep) regain(vm VM, g *network.Guest) error {
 			u.ports = append(u.ports, p)
 			continue
 		}
-		sockets, err := reserve(p.filter())
+		sockets, err := reserve(p.Filter())
 		if err != nil {
 			release(sockets)
 			u.ports = append(u.ports, p)
 			u.lost = func() error { return u.regain(vm, g) }
 			continue
 		}
-		u.keep(g, p.filter(), sockets)
+		u.keep(g, p.Filter(), sockets)
 		found = true
 	}
 	if !found {
@@ -193,27 +191,10 @@ func (u *Upkeep) regain(vm VM, g *network.Guest) error {
 	return u.note(vm)
 }
 
-const maxPorts = 1 << 20 // bytes of the file with them
-
 // note writes down a VM's ports for Ports.
-func (u *Upkeep) note(vm VM) error {
+func (u *Upkeep) note(vm attach.VM) error {
 	if len(u.ports) == 0 {
 		return nil
 	}
 	return atomicfile.WriteJSON(filepath.Join(vm.Store.Dir(vm.ID), store.PortsFile), u.ports)
-}
-
-// Published are the ports of a VM that runs, whose directory is dir; none of another.
-func Published(dir string) ([]Port, error) {
-	if _, err := os.Stat(filepath.Join(dir, store.RunJournal)); err != nil {
-		return nil, nil
-	}
-	data, err := os.ReadFile(filepath.Join(dir, store.PortsFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	return strictjson.Unmarshal[[]Port](data, maxPorts)
 }

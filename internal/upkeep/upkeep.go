@@ -1,4 +1,5 @@
-package attach
+// Package upkeep is what the process that supervises a VM does for its networks while it runs.
+package upkeep
 
 import (
 	"context"
@@ -10,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/policy"
@@ -23,7 +25,7 @@ type Upkeep struct {
 	cancel   []context.CancelFunc
 	work     sync.WaitGroup
 	sockets  []socket
-	ports    []Port            // published
+	ports    []attach.Port     // published
 	lost     func() error      // looks again for those that could not be reserved; nil: there are none
 	restored map[string]int    // how often the network of each tap was
 	names    map[string]*names // by tap
@@ -39,7 +41,7 @@ type socket struct {
 const quietTime = 5 * time.Millisecond
 
 // Look tells when to Heal: at intervals, and when somebody has changed something, until ctx ends.
-func (u *Upkeep) Look(ctx context.Context, all []Interface, every time.Duration, log *slog.Logger) <-chan struct{} {
+func (u *Upkeep) Look(ctx context.Context, all []attach.Interface, every time.Duration, log *slog.Logger) <-chan struct{} {
 	now := make(chan struct{}, 1)
 	tell := func() {
 		select {
