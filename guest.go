@@ -70,7 +70,7 @@ func (m *Machine) guest() *agent.Client {
 }
 
 // hasAgent says whether an agent of ours is in the guest.
-func (m *Machine) hasAgent() bool { return m.rec.Boot != nil && m.rec.Boot.Guest != nil }
+func (m *Machine) hasAgent() bool { return m.rec().Boot != nil && m.rec().Boot.Guest != nil }
 
 // exitPatience is how long it may take until a VM that has cut off its connections is known to have ended.
 const exitPatience = 2 * time.Second
@@ -82,7 +82,7 @@ func (m *Machine) ended(ctx context.Context, op string, lost error) error {
 			return m.fail(op, lost, exit)
 		}
 		if errors.Is(m.exists(), ErrNotFound) {
-			return fmt.Errorf("%s VM %s, which has ended and is removed: %w", op, m.rec.ID, lost)
+			return fmt.Errorf("%s VM %s, which has ended and is removed: %w", op, m.rec().ID, lost)
 		}
 	}
 	return nil
@@ -95,13 +95,13 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 		return err
 	}
 	if sure && state != Running {
-		return hint.Add(&StateError{ID: m.rec.ID, Op: op, State: state, Want: []State{Running}}, "smartvm %s %s", map[bool]string{false: "start", true: "resume"}[state == Paused], m.rec.ID)
+		return hint.Add(&StateError{ID: m.rec().ID, Op: op, State: state, Want: []State{Running}}, "smartvm %s %s", map[bool]string{false: "start", true: "resume"}[state == Paused], m.rec().ID)
 	}
-	if m.rec.Spec.Vsock == nil {
-		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, m.rec.ID, ErrNoAgent), "VMs of images have one; others get it by --vsock, and an agent by smartvm agent")
+	if m.rec().Spec.Vsock == nil {
+		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, m.rec().ID, ErrNoAgent), "VMs of images have one; others get it by --vsock, and an agent by smartvm agent")
 	}
 	// Programs have the secrets too, and in a VM that is restored they know who it is.
-	if m.hasAgent() && (m.rec.Boot.Guest.Secrets || m.rec.Restored != nil) {
+	if m.hasAgent() && (m.rec().Boot.Guest.Secrets || m.rec().Restored != nil) {
 		if g, err := m.Guest(); err == nil && (g == nil || g.Command == 0) {
 			soon, cancel := context.WithTimeout(ctx, bootingTime) // who tells it may have died
 			defer cancel()
@@ -119,7 +119,7 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 			err = do(m.guest())
 		}
 		// When the driver in a guest learns that it was restored, maybe late, it resets all connections.
-		for end := time.Now().Add(resetTime); m.rec.Restored != nil && errors.Is(err, unix.ECONNRESET) && time.Now().Before(end); err = do(m.guest()) {
+		for end := time.Now().Add(resetTime); m.rec().Restored != nil && errors.Is(err, unix.ECONNRESET) && time.Now().Before(end); err = do(m.guest()) {
 			time.Sleep(bootingPause)
 		}
 	}
@@ -133,10 +133,10 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 	case errors.Is(err, ErrNoAgent) && !m.hasAgent():
 		err = hint.Add(err, "a guest that boots by itself needs it as a service: smartvm agent --help")
 	case errors.Is(err, ErrNoAgent):
-		err = hint.Add(err, "smartvm logs %s shows its console", m.rec.ID)
+		err = hint.Add(err, "smartvm logs %s shows its console", m.rec().ID)
 	}
 	if err != nil {
-		return fmt.Errorf("%s VM %s: %w", op, m.rec.ID, err)
+		return fmt.Errorf("%s VM %s: %w", op, m.rec().ID, err)
 	}
 	return nil
 }
@@ -210,8 +210,8 @@ const readyPoll = 10 * time.Millisecond
 // AwaitReady returns when the guest says that its command runs, or that it serves, where its agent is a service. A VM that
 // ends before is a *MachineError with the last of its console; so is the context's end.
 func (m *Machine) AwaitReady(ctx context.Context) (*GuestState, error) {
-	if m.rec.Spec.Vsock == nil {
-		return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, ErrNoAgent)
+	if m.rec().Spec.Vsock == nil {
+		return nil, fmt.Errorf("wait for VM %s: %w", m.rec().ID, ErrNoAgent)
 	}
 	tick := time.NewTicker(readyPoll)
 	defer tick.Stop()
@@ -247,14 +247,14 @@ const (
 // attend hears what the guest says of itself, writes it down for all processes, and returns when its command has ended, or ctx.
 func (m *Machine) attend(ctx context.Context, r *run) {
 	defer close(r.attended)
-	if m.rec.Spec.Vsock == nil {
+	if m.rec().Spec.Vsock == nil {
 		return
 	}
 	before := r.booted.Sub(r.started)
 	g := GuestState{VMM: before}
 	note := func() {
 		if err := atomicfile.WriteJSON(m.path(store.GuestStateFile), g); err != nil {
-			m.host.log.Warn("note what the guest says", "vm", m.rec.ID, "err", err)
+			m.host.log.Warn("note what the guest says", "vm", m.rec().ID, "err", err)
 		}
 	}
 	known, err := m.Guest()
@@ -266,7 +266,7 @@ func (m *Machine) attend(ctx context.Context, r *run) {
 	}
 	if known != nil { // it was looked after before, by a process that died
 		g = *known
-	} else if m.rec.Restored != nil && m.hasAgent() {
+	} else if m.rec().Restored != nil && m.hasAgent() {
 		m.identify(ctx, r, &g)
 		note()
 	}

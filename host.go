@@ -26,6 +26,7 @@ import (
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/locate"
+	"push.rocks/smartvm/internal/resolve"
 	"push.rocks/smartvm/internal/secret"
 	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/snapshot"
@@ -304,7 +305,7 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal
 		return nil, nil, err
 	}
 	rec.Ephemeral = h.opts.EphemeralWritableDrives == nil || *h.opts.EphemeralWritableDrives
-	if rec.Extract, err = resolve(&rec.Spec, bin.Version, rec.Ephemeral); err != nil {
+	if rec.Extract, err = resolve.Spec(&rec.Spec, bin.Version, rec.Ephemeral); err != nil {
 		return nil, nil, err
 	}
 	if rec.Boot != nil && rec.Boot.Guest != nil { // on files that are made with the VM, or its run

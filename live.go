@@ -16,7 +16,7 @@ import (
 )
 
 func (m *Machine) version() firecracker.Version {
-	v, _ := firecracker.ParseVersion(m.rec.BinaryVersion) // written by us
+	v, _ := firecracker.ParseVersion(m.rec().BinaryVersion) // written by us
 	return v
 }
 
@@ -31,7 +31,7 @@ func (m *Machine) dialClient() *firecracker.Client {
 func (m *Machine) allowed(ctx context.Context, op, name string) error {
 	state, sure, err := m.look(ctx)
 	if err == nil && sure { // else the VMM will say what it thinks of it
-		err = allow(m.rec.ID, op, name, state)
+		err = allow(m.rec().ID, op, name, state)
 	}
 	return err
 }
@@ -53,21 +53,21 @@ func (m *Machine) call(ctx context.Context, op, name string, f func(*firecracker
 	}
 	defer proc.EndIfHung()()
 	if err := f(c); err != nil {
-		return &MachineError{ID: m.rec.ID, Stage: name, Err: err}
+		return &MachineError{ID: m.rec().ID, Stage: name, Err: err}
 	}
 	return nil
 }
 
 // hold keeps other processes from making a snapshot of the VM, pausing or resuming it meanwhile. Op is what for.
 func (m *Machine) hold(op string) (*store.Hold, error) {
-	hold, err := m.host.store.Hold(m.rec.ID)
+	hold, err := m.host.store.Hold(m.rec().ID)
 	switch {
 	case errors.Is(err, store.ErrLocked):
-		return nil, fmt.Errorf("%s VM %s: %w: a snapshot of it is being made", op, m.rec.ID, ErrState)
+		return nil, fmt.Errorf("%s VM %s: %w: a snapshot of it is being made", op, m.rec().ID, ErrState)
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+		return nil, fmt.Errorf("VM %s: %w", m.rec().ID, ErrNotFound)
 	case err != nil:
-		return nil, fmt.Errorf("%s VM %s: %w", op, m.rec.ID, err)
+		return nil, fmt.Errorf("%s VM %s: %w", op, m.rec().ID, err)
 	}
 	return hold, nil
 }

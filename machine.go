@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,8 +30,8 @@ import (
 // Machine is one VM. Whichever process started it looks after it; from any other it can be used all the same.
 // It is safe for concurrent use.
 type Machine struct {
-	host *Host
-	rec  *record
+	host   *Host
+	record atomic.Pointer[record] // see Update
 
 	mu   sync.Mutex
 	busy State // what this process is doing to the VM, "" if nothing
@@ -49,6 +50,7 @@ type run struct {
 	let      chan struct{} // closed to let go of the VM and leave it running
 	done     chan struct{} // closed when all is undone, or let go of
 	upkeep   upkeep.Upkeep
+	followed time.Time     // when the record was written that the run is after, zero: nobody has looked
 	exit     *Exit         // set before done is closed, nil if let go of
 	err      error         // of undoing, likewise
 	booted   time.Time     // when the guest was made to run
@@ -61,22 +63,28 @@ type run struct {
 	command  *CmdExit // of the image's command, set before attended is closed; nil: nobody knows
 }
 
-func (h *Host) machine(rec *record) *Machine { return &Machine{host: h, rec: rec} }
+func (h *Host) machine(rec *record) *Machine {
+	m := &Machine{host: h}
+	m.record.Store(rec)
+	return m
+}
+
+func (m *Machine) rec() *record { return m.record.Load() }
 
 // ID is the VM's id.
-func (m *Machine) ID() string { return m.rec.ID }
+func (m *Machine) ID() string { return m.rec().ID }
 
 // Name is the VM's second name, "" if it has none.
-func (m *Machine) Name() string { return m.rec.Spec.Name }
+func (m *Machine) Name() string { return m.rec().Spec.Name }
 
 // Spec is what was asked for, with absolute paths. It must not be changed.
-func (m *Machine) Spec() Spec { return m.rec.Spec }
+func (m *Machine) Spec() Spec { return m.rec().Spec }
 
 // Firecracker is the path of the VMM that the VM was made with.
-func (m *Machine) Firecracker() string { return m.rec.Binary }
+func (m *Machine) Firecracker() string { return m.rec().Binary }
 
 // RuntimeDir is the VM's own directory.
-func (m *Machine) RuntimeDir() string { return m.host.store.Dir(m.rec.ID) }
+func (m *Machine) RuntimeDir() string { return m.host.store.Dir(m.rec().ID) }
 
 func (m *Machine) path(name string) string { return filepath.Join(m.RuntimeDir(), name) }
 
@@ -86,7 +94,7 @@ func (m *Machine) ConsoleLog() string { return m.path(store.ConsoleLog) }
 
 // VMMLog: see ConsoleLog.
 func (m *Machine) VMMLog() string {
-	if l := m.rec.Spec.Logger; l != nil && l.LogPath != "" {
+	if l := m.rec().Spec.Logger; l != nil && l.LogPath != "" {
 		return l.LogPath
 	}
 	return m.path(store.VMMLog)
@@ -94,7 +102,7 @@ func (m *Machine) VMMLog() string {
 
 // root is the VMM's working directory while it runs.
 func (m *Machine) root() string {
-	return vmm.Root(m.path(store.RunDir), m.rec.ID, m.rec.Binary, m.rec.Jailer != "")
+	return vmm.Root(m.path(store.RunDir), m.rec().ID, m.rec().Binary, m.rec().Jailer != "")
 }
 
 // SocketPath is the VMM's API socket while it runs. It may be too long for a socket address.
@@ -189,13 +197,13 @@ func (m *Machine) erase(ctx context.Context, lock *store.Lock) error {
 	// The VM is gone from here on, whatever happens; what is left is for Recover.
 	err := os.Remove(m.path(store.MachineFile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(fmt.Errorf("remove VM %s: %w", m.rec.ID, err), lock.Unlock())
+		return errors.Join(fmt.Errorf("remove VM %s: %w", m.rec().ID, err), lock.Unlock())
 	}
 	if err := m.replay(ctx, store.CreateJournal); err != nil {
-		return errors.Join(fmt.Errorf("remove VM %s: %w", m.rec.ID, err), lock.Unlock())
+		return errors.Join(fmt.Errorf("remove VM %s: %w", m.rec().ID, err), lock.Unlock())
 	}
 	m.trace("remove")
-	return m.host.store.Remove(m.rec.ID, lock)
+	return m.host.store.Remove(m.rec().ID, lock)
 }
 
 // replay undoes a journal of the VM, if there is one. The caller has the lock.
@@ -238,14 +246,14 @@ func (m *Machine) look(ctx context.Context) (state State, sure bool, err error) 
 	p := m.attach()
 	alive, err := p.Alive()
 	if err != nil {
-		return "", false, fmt.Errorf("VM %s: %w", m.rec.ID, err)
+		return "", false, fmt.Errorf("VM %s: %w", m.rec().ID, err)
 	}
 	if alive {
 		c := m.dialClient()
 		defer c.Close()
 		return m.ask(ctx, c, p)
 	}
-	lock, err := m.host.store.TryLock(m.rec.ID)
+	lock, err := m.host.store.TryLock(m.rec().ID)
 	if err == nil {
 		return Lost, true, lock.Unlock()
 	}
@@ -269,34 +277,34 @@ func (m *Machine) exists() error {
 		err = json.Unmarshal(data, &now)
 	}
 	switch {
-	case errors.Is(err, fs.ErrNotExist), err == nil && now.Nonce != m.rec.Nonce:
-		return fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+	case errors.Is(err, fs.ErrNotExist), err == nil && now.Nonce != m.rec().Nonce:
+		return fmt.Errorf("VM %s: %w", m.rec().ID, ErrNotFound)
 	case err != nil:
-		return fmt.Errorf("VM %s: %w", m.rec.ID, err)
+		return fmt.Errorf("VM %s: %w", m.rec().ID, err)
 	}
 	return nil
 }
 
 // Supervised says whether a process looks after the VM. One that runs without goes on, but what its guest writes is lost.
 func (m *Machine) Supervised() (bool, error) {
-	lock, err := m.host.store.TryLock(m.rec.ID)
+	lock, err := m.host.store.TryLock(m.rec().ID)
 	switch {
 	case errors.Is(err, store.ErrLocked):
 		return true, nil
 	case errors.Is(err, fs.ErrNotExist):
 		return false, nil
 	case err != nil:
-		return false, fmt.Errorf("VM %s: %w", m.rec.ID, err)
+		return false, fmt.Errorf("VM %s: %w", m.rec().ID, err)
 	}
 	return false, lock.Unlock()
 }
 
 // rested tells the states of a VM that has no run.
 func (m *Machine) rested() (State, error) {
-	exit, err := readExit(m.host.store, m.rec.ID)
+	exit, err := readExit(m.host.store, m.rec().ID)
 	switch {
 	case err != nil:
-		return "", fmt.Errorf("VM %s: %w", m.rec.ID, err)
+		return "", fmt.Errorf("VM %s: %w", m.rec().ID, err)
 	case exit != nil && exit.Outcome == OutcomeFailed:
 		return Failed, nil
 	case exit != nil && exit.Outcome == OutcomeLost:
@@ -314,7 +322,7 @@ func (m *Machine) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process
 	info, err := c.GetInstanceInfo(short)
 	switch {
 	case ctx.Err() != nil:
-		return "", false, fmt.Errorf("VM %s: %w", m.rec.ID, context.Cause(ctx))
+		return "", false, fmt.Errorf("VM %s: %w", m.rec().ID, context.Cause(ctx))
 	case err != nil:
 		if p.Hung() {
 			_ = p.Revert(ctx) // the guest has ended; whoever looks after it sees the end now
@@ -347,10 +355,10 @@ func (m *Machine) ran() bool {
 }
 
 // attach is the VM's process, as any process sees it.
-func (m *Machine) attach() *vmm.Process { return vmm.Attach(m.path(store.RunDir), m.rec.Cgroup) }
+func (m *Machine) attach() *vmm.Process { return vmm.Attach(m.path(store.RunDir), m.rec().Cgroup) }
 
 // Exit tells how the VM's last run ended, nil if it has not.
-func (m *Machine) Exit() (*Exit, error) { return readExit(m.host.store, m.rec.ID) }
+func (m *Machine) Exit() (*Exit, error) { return readExit(m.host.store, m.rec().ID) }
 
 // Inspection is all there is to know about a VM. Its JSON form is stable.
 type Inspection struct {
@@ -392,7 +400,7 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := m.rec
+	r := m.rec()
 	i := &Inspection{
 		ID: r.ID, Name: r.Spec.Name, State: state, Created: r.Created, Launcher: LaunchDirect, UID: r.UID,
 		Firecracker: r.Binary, FirecrackerVersion: r.BinaryVersion, RuntimeDir: m.RuntimeDir(), Cgroup: r.Cgroup,
@@ -428,7 +436,7 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 // fail wraps what went wrong with what the VMM and the guest last said.
 func (m *Machine) fail(stage string, err error, exit *Exit) error {
 	return &MachineError{
-		ID: m.rec.ID, Stage: stage, Err: err, Exit: exit,
+		ID: m.rec().ID, Stage: stage, Err: err, Exit: exit,
 		Log: logfile.Tail(m.VMMLog(), tailBytes), Console: logfile.Tail(m.ConsoleLog(), tailBytes),
 	}
 }

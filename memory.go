@@ -27,20 +27,20 @@ const touchedTime = 10 * time.Second
 
 // serveMemory serves a restored VM's page faults, if that is how it gets its memory.
 func (m *Machine) serveMemory(r *run) (err error) {
-	from := m.rec.Restored
+	from := m.rec().Restored
 	if from == nil || from.Load.MemorySocket == "" {
 		return nil
 	}
 	o := uffd.Options{
 		Socket: filepath.Join(m.root(), from.Load.MemorySocket), Memory: filepath.Join(from.Dir, snapshot.MemoryFile), UID: os.Geteuid(), GID: os.Getegid(),
-		Failed: func(err error) { m.host.log.Error("serve memory", "vm", m.rec.ID, "err", err) },
+		Failed: func(err error) { m.host.log.Error("serve memory", "vm", m.rec().ID, "err", err) },
 	}
-	if m.rec.Jailer != "" {
-		o.UID, o.GID = m.rec.UID, m.rec.UID
+	if m.rec().Jailer != "" {
+		o.UID, o.GID = m.rec().UID, m.rec().UID
 	}
 	set := filepath.Join(from.Dir, store.TouchedFile)
 	if o.Prefetch, err = uffd.ReadSet(set); err != nil { // that costs page faults, no more
-		m.host.log.Debug("no pages to fetch before", "vm", m.rec.ID, "err", err)
+		m.host.log.Debug("no pages to fetch before", "vm", m.rec().ID, "err", err)
 	}
 	if r.memory, err = m.host.memory().Listen(o); err != nil {
 		return err
@@ -49,7 +49,7 @@ func (m *Machine) serveMemory(r *run) (err error) {
 		record := func() {
 			if touched := r.memory.Touched(); touched != nil {
 				if err := uffd.WriteSet(set, touched); err != nil {
-					m.host.log.Warn("record pages", "vm", m.rec.ID, "err", err)
+					m.host.log.Warn("record pages", "vm", m.rec().ID, "err", err)
 				}
 			}
 		}

@@ -62,14 +62,6 @@ type device struct {
 	source             string // what the VMM opens: the path, or its copy
 }
 
-// staged is the original's rule of who gets a copy, but that a device's own wish wins over the host's switch.
-func stagedRule(host, readOnly bool, own *bool) bool {
-	if own != nil {
-		return *own
-	}
-	return host && !readOnly
-}
-
 func devices(s *Spec, p *proposal) []device {
 	var all []device
 	for _, d := range s.Drives {
@@ -81,7 +73,7 @@ func devices(s *Spec, p *proposal) []device {
 	for i := range all {
 		d := &all[i]
 		d.source = d.path
-		if d.staged = stagedRule(p.ephemeral, d.readOnly, d.ephemeral); !d.staged {
+		if d.staged = stage.Wanted(p.ephemeral, d.readOnly, d.ephemeral); !d.staged {
 			continue
 		}
 		dir := filepath.Join(p.store.Dir(p.id), store.DriveDir)

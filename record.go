@@ -14,8 +14,8 @@ import (
 	"push.rocks/smartvm/internal/strictjson"
 )
 
-// record is machine.json: what was asked for and what was decided when the VM was made. It never changes; whether the VM
-// runs is not in it.
+// record is machine.json: what was asked for and what was decided when the VM was made. Of it Update alone changes
+// anything; whether the VM runs is not in it.
 type record struct {
 	Version       int       `json:"version"` // recordVersion
 	ID            string    `json:"id"`

@@ -112,9 +112,9 @@ func (m *Machine) Adopt(ctx context.Context) error {
 	if err := m.allowed(ctx, "call", "adopt"); err != nil {
 		return err
 	}
-	lock, err := m.host.store.TryLock(m.rec.ID)
+	lock, err := m.host.store.TryLock(m.rec().ID)
 	if err != nil {
-		return fmt.Errorf("adopt VM %s: %w: %w", m.rec.ID, ErrState, err)
+		return fmt.Errorf("adopt VM %s: %w: %w", m.rec().ID, ErrState, err)
 	}
 	return m.adopt(lock)
 }
@@ -124,7 +124,7 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 	r := &run{lock: lock, started: time.Now().UTC(), let: make(chan struct{}), done: make(chan struct{}), attended: make(chan struct{})}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("adopt VM %s: %w", m.rec.ID, err), lock.Unlock())
+			err = errors.Join(fmt.Errorf("adopt VM %s: %w", m.rec().ID, err), lock.Unlock())
 		}
 	}()
 	if fi, err := os.Stat(m.path(store.RunJournal)); err == nil {
@@ -136,9 +136,9 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 		return err
 	}
 	// No plan: what that looks at, as the files of drives, need not have a name any more.
-	config := vmm.Config{ID: m.rec.ID, Binary: m.rec.Binary, Dir: m.path(store.RunDir), Cgroup: m.rec.Cgroup}
-	if m.rec.Jailer != "" {
-		config.Jailer = &vmm.Jailer{Binary: m.rec.Jailer, UID: m.rec.UID}
+	config := vmm.Config{ID: m.rec().ID, Binary: m.rec().Binary, Dir: m.path(store.RunDir), Cgroup: m.rec().Cgroup}
+	if m.rec().Jailer != "" {
+		config.Jailer = &vmm.Jailer{Binary: m.rec().Jailer, UID: m.rec().UID}
 	}
 	if config.Streams, err = m.streams(nil); err != nil {
 		return errors.Join(err, r.journal.Close())
@@ -146,14 +146,14 @@ func (m *Machine) adopt(lock *store.Lock) (err error) {
 	if r.proc, err = vmm.Adopt(&config); err != nil {
 		return errors.Join(err, config.Streams.Close(), r.journal.Close())
 	}
-	r.upkeep.Adopt(attach.VM{ID: m.rec.ID, Store: m.host.store}, r.journal.Effects(), m.rec.Interfaces, m.host.log)
+	r.upkeep.Adopt(attach.VM{ID: m.rec().ID, Store: m.host.store}, r.journal.Effects(), m.rec().Interfaces, m.host.log)
 	r.client = m.dialClient()
 	m.host.mu.Lock()
-	m.host.machines[m.rec.ID] = m
+	m.host.machines[m.rec().ID] = m
 	m.host.mu.Unlock()
 	m.set("", r)
 	go m.watch(r)
-	m.host.log.Info("adopted", "vm", m.rec.ID)
+	m.host.log.Info("adopted", "vm", m.rec().ID)
 	return nil
 }
 
@@ -175,7 +175,7 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 		return nil, err
 	}
 	down := context.WithoutCancel(ctx)
-	if m.hasAgent() && m.rec.Boot.Guest.Attach {
+	if m.hasAgent() && m.rec().Boot.Guest.Attach {
 		opts.Console = nil // the command's streams are what counts
 	}
 	r, err := m.start(ctx, lock, opts.Console)
@@ -183,7 +183,7 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 		return nil, errors.Join(err, m.vanish(down))
 	}
 	var commandErr error
-	if m.hasAgent() && m.rec.Boot.Guest.Attach {
+	if m.hasAgent() && m.rec().Boot.Guest.Attach {
 		commandErr = m.runCommand(ctx, r, *opts.Command)
 		if commandErr != nil && ctx.Err() == nil {
 			// Nobody takes what it puts out: it is not to go on.

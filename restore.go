@@ -287,8 +287,8 @@ func (r *restored) readdress(rec *record, agent bool) error {
 
 // identity is what the guest is told.
 func (m *Machine) identity() *agentproto.Identity {
-	b, r := m.rec.Boot.Guest, m.rec.Restored
-	return &agentproto.Identity{Hostname: b.Hostname, MachineID: b.MachineID, Interfaces: attach.Rekey(r.Was, m.rec.Interfaces), DNS: b.DNS, Hosts: b.Hosts}
+	b, r := m.rec().Boot.Guest, m.rec().Restored
+	return &agentproto.Identity{Hostname: b.Hostname, MachineID: b.MachineID, Interfaces: attach.Rekey(r.Was, m.rec().Interfaces), DNS: b.DNS, Hosts: b.Hosts}
 }
 
 // identify tells a restored guest who it is, as soon as it listens, and writes down when that was.
@@ -304,10 +304,10 @@ func (m *Machine) identify(ctx context.Context, r *run, g *GuestState) {
 		return // the context has ended: so has the VM
 	}
 	for _, w := range warnings {
-		m.host.log.Warn("restored guest", "vm", m.rec.ID, "err", w)
+		m.host.log.Warn("restored guest", "vm", m.rec().ID, "err", w)
 	}
-	if err := capture.RunHook(ctx, m.guest(), m.rec.Restored.Hook, capture.HookThaw); err != nil {
-		m.host.log.Warn("restored guest", "vm", m.rec.ID, "err", err)
+	if err := capture.RunHook(ctx, m.guest(), m.rec().Restored.Hook, capture.HookThaw); err != nil {
+		m.host.log.Warn("restored guest", "vm", m.rec().ID, "err", err)
 	}
 	g.Agent = time.Since(r.started)
 	g.Command = g.Agent

@@ -45,12 +45,12 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 	stage, err := m.launch(ctx, r, console)
 	if err == nil {
 		m.host.mu.Lock()
-		m.host.machines[m.rec.ID] = m
+		m.host.machines[m.rec().ID] = m
 		m.host.mu.Unlock()
 		r.booted = time.Now()
 		m.set("", r)
 		go m.watch(r)
-		m.host.log.Info("started", "vm", m.rec.ID, "dur", time.Since(begun))
+		m.host.log.Info("started", "vm", m.rec().ID, "dur", time.Since(begun))
 		return r, nil
 	}
 	exit := &Exit{Outcome: OutcomeFailed, Code: -1, Started: r.started, Ended: time.Now().UTC(), Error: err.Error()}
@@ -80,7 +80,7 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	if r.secrets, err = m.takeSecrets(); err != nil {
 		return "read secrets", err
 	}
-	p, err := m.host.proposal(m.rec)
+	p, err := m.host.proposal(m.rec())
 	if err != nil {
 		return "start", err
 	}
@@ -91,7 +91,7 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 	if err := m.renewChanges(ctx); err != nil {
 		return "prepare", err
 	}
-	pl := makePlan(&m.rec.Spec, p)
+	pl := makePlan(&m.rec().Spec, p)
 	if r.journal, err = journal.Create(m.path(store.RunJournal), effects, m.host.opts.trace); err != nil {
 		return "start", err
 	}
@@ -124,7 +124,7 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 			return "PUT " + c.Path, err
 		}
 	}
-	if m.rec.Restored != nil {
+	if m.rec().Restored != nil {
 		return "", nil
 	}
 	m.trace("InstanceStart")
@@ -144,8 +144,8 @@ func (m *Machine) asOfNow(ctx context.Context, r *run, e journal.Effect) (journa
 		}
 		return e, err
 	case *network.Guest:
-		vm := attach.VM{ID: m.rec.ID, Store: m.host.store}
-		return e, errors.Join(r.upkeep.Publish(ctx, vm, e, r.journal.Do), r.upkeep.Add(vm.Store.Path(), e, m.rec.Interfaces, m.host.log))
+		vm := attach.VM{ID: m.rec().ID, Store: m.host.store}
+		return e, errors.Join(r.upkeep.Publish(ctx, vm, e, r.journal.Do), r.upkeep.Add(vm.Store.Path(), e, m.rec().Interfaces, m.host.log))
 	}
 	return e, nil
 }
@@ -162,7 +162,7 @@ func (m *Machine) watch(r *run) {
 	defer close(r.done)
 	ctx := m.host.networks(context.Background())
 	listening, stopListening := context.WithCancel(ctx)
-	look := r.upkeep.Look(listening, m.rec.Interfaces, cmp.Or(m.host.opts.healInterval, defaultHealInterval), m.host.log)
+	look := r.upkeep.Look(listening, m.RuntimeDir(), m.rec().Interfaces, cmp.Or(m.host.opts.healInterval, defaultHealInterval), m.host.log)
 	go m.attend(listening, r)
 	for ended := false; !ended; {
 		select {
@@ -173,10 +173,8 @@ func (m *Machine) watch(r *run) {
 			r.upkeep.Close()
 			r.err = errors.Join(r.client.Close(), r.journal.Close(), r.lock.Unlock())
 			return
-		case <-look:
-			if err := m.heal(ctx, r); err != nil {
-				m.host.log.Warn("heal", "vm", m.rec.ID, "err", err)
-			}
+		case answer := <-look:
+			answer(m.heal(ctx, r))
 		case <-r.proc.Done():
 			ended = true
 		}
@@ -193,13 +191,13 @@ func (m *Machine) watch(r *run) {
 	r.upkeep.Close() // before others can have its ports
 	exit.Command = r.command
 	r.exit = exit
-	m.host.log.Info("ended", "vm", m.rec.ID, "outcome", exit.Outcome, "code", exit.Code)
+	m.host.log.Info("ended", "vm", m.rec().ID, "outcome", exit.Outcome, "code", exit.Code)
 	r.err = errors.Join(r.client.Close(), r.endMemory(), atomicfile.WriteJSON(m.path(store.ExitFile), exit), m.syncBack(ctx), r.journal.Revert(ctx))
 	if r.err != nil {
-		m.host.log.Warn("undo", "vm", m.rec.ID, "err", r.err)
+		m.host.log.Warn("undo", "vm", m.rec().ID, "err", r.err)
 	}
 	m.host.mu.Lock()
-	delete(m.host.machines, m.rec.ID)
+	delete(m.host.machines, m.rec().ID)
 	m.host.mu.Unlock()
 	m.set("", nil)
 	r.err = errors.Join(r.err, r.lock.Unlock())
@@ -210,11 +208,14 @@ const hearTime = 100 * time.Millisecond
 
 // heal mends what others have done to a VM that runs: flushed rules of its networks, or died while they held it still.
 func (m *Machine) heal(ctx context.Context, r *run) error {
-	var err error
-	if len(m.rec.Interfaces) > 0 {
+	err := m.follow(ctx, r)
+	if err == nil && len(m.rec().Interfaces) > 0 {
 		err = r.upkeep.Heal(ctx, r.journal.Effects())
 	}
-	return errors.Join(err, m.host.releaseHold(ctx, m.rec.ID))
+	if err != nil {
+		m.host.log.Warn("heal", "vm", m.rec().ID, "err", err)
+	}
+	return errors.Join(err, m.host.releaseHold(ctx, m.rec().ID))
 }
 
 // release leaves the VM running and to others.
@@ -292,7 +293,7 @@ func (m *Machine) stopForeign(ctx context.Context, opts StopOptions) (how string
 	if err != nil {
 		return "", err
 	}
-	if err := allow(m.rec.ID, "stop", "stop", state); err != nil {
+	if err := allow(m.rec().ID, "stop", "stop", state); err != nil {
 		return "", err
 	}
 	if how, err = m.attach().Stop(ctx, m.stopSteps(opts)...); err != nil {
@@ -324,7 +325,7 @@ func (m *Machine) stopSteps(opts StopOptions) []vmm.Step {
 func (m *Machine) settle(ctx context.Context) error {
 	for {
 		patience, cancel := context.WithTimeout(ctx, settlePoll)
-		lock, err := m.host.store.Lock(patience, m.rec.ID)
+		lock, err := m.host.store.Lock(patience, m.rec().ID)
 		cancel()
 		switch {
 		case err == nil:
@@ -332,7 +333,7 @@ func (m *Machine) settle(ctx context.Context) error {
 		case errors.Is(err, fs.ErrNotExist):
 			return nil // and removed it
 		case ctx.Err() != nil || !errors.Is(err, store.ErrLocked):
-			return fmt.Errorf("VM %s: %w", m.rec.ID, err)
+			return fmt.Errorf("VM %s: %w", m.rec().ID, err)
 		}
 		if err := m.attach().Revert(ctx); err != nil {
 			return m.fail("stop", err, nil)
@@ -372,14 +373,14 @@ func (m *Machine) Wait(ctx context.Context) (*Exit, error) {
 		case <-r.done:
 			return m.exited()
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, context.Cause(ctx))
+			return nil, fmt.Errorf("wait for VM %s: %w", m.rec().ID, context.Cause(ctx))
 		}
 	}
 	tick := time.NewTicker(waitPoll)
 	defer tick.Stop()
 	for {
 		if err := m.attach().Wait(ctx); err != nil {
-			return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, err)
+			return nil, fmt.Errorf("wait for VM %s: %w", m.rec().ID, err)
 		}
 		state, err := m.State(ctx)
 		switch {
@@ -395,7 +396,7 @@ func (m *Machine) Wait(ctx context.Context) (*Exit, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for VM %s: %w", m.rec.ID, context.Cause(ctx))
+			return nil, fmt.Errorf("wait for VM %s: %w", m.rec().ID, context.Cause(ctx))
 		case <-tick.C:
 		}
 	}
@@ -407,11 +408,11 @@ const waitPoll = 10 * time.Millisecond
 func (m *Machine) exited() (*Exit, error) {
 	exit, err := m.Exit()
 	if err != nil {
-		return nil, fmt.Errorf("VM %s: %w", m.rec.ID, err)
+		return nil, fmt.Errorf("VM %s: %w", m.rec().ID, err)
 	}
 	if exit == nil {
 		if _, err := os.Stat(m.path(store.MachineFile)); err != nil {
-			return nil, fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+			return nil, fmt.Errorf("VM %s: %w", m.rec().ID, ErrNotFound)
 		}
 	}
 	return exit, nil
@@ -428,7 +429,7 @@ func (m *Machine) Remove(ctx context.Context) error {
 	if err := m.erase(ctx, lock); err != nil {
 		return err
 	}
-	m.host.log.Info("removed", "vm", m.rec.ID)
+	m.host.log.Info("removed", "vm", m.rec().ID)
 	return nil
 }
 
@@ -441,26 +442,26 @@ func (m *Machine) acquire(ctx context.Context, op string) (*store.Lock, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, acquireTimeout, errors.New("another operation on it does not end"))
 	defer cancel()
 	for {
-		lock, err := m.host.store.TryLock(m.rec.ID)
+		lock, err := m.host.store.TryLock(m.rec().ID)
 		switch {
 		case err == nil:
 			return m.acquired(call, op, lock) // copying back may take longer
 		case errors.Is(err, fs.ErrNotExist):
-			return nil, fmt.Errorf("VM %s: %w", m.rec.ID, ErrNotFound)
+			return nil, fmt.Errorf("VM %s: %w", m.rec().ID, ErrNotFound)
 		case !errors.Is(err, store.ErrLocked):
-			return nil, fmt.Errorf("%s VM %s: %w", op, m.rec.ID, err)
+			return nil, fmt.Errorf("%s VM %s: %w", op, m.rec().ID, err)
 		}
 		state, err := m.State(ctx)
 		if err != nil {
 			return nil, err
 		}
 		// What is about to have stopped is worth the wait.
-		if err := allow(m.rec.ID, op, op, state); err != nil && state != Stopping {
+		if err := allow(m.rec().ID, op, op, state); err != nil && state != Stopping {
 			return nil, err
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%s VM %s: %w", op, m.rec.ID, context.Cause(ctx))
+			return nil, fmt.Errorf("%s VM %s: %w", op, m.rec().ID, context.Cause(ctx))
 		case <-time.After(waitPoll):
 		}
 	}
@@ -474,7 +475,7 @@ func (m *Machine) acquired(ctx context.Context, op string, lock *store.Lock) (*s
 		}
 		alive, err := m.attach().Alive()
 		if err == nil && alive {
-			err = &StateError{ID: m.rec.ID, Op: op, State: Running, Want: transitions[op]}
+			err = &StateError{ID: m.rec().ID, Op: op, State: Running, Want: transitions[op]}
 		}
 		if err != nil {
 			return err

@@ -12,7 +12,7 @@ func (m *Machine) Secrets() (*Secrets, error) {
 	if m.secrets != nil {
 		return m.secrets, nil // read when the VM was made: from a pipe they come once
 	}
-	return secret.Load(&m.rec.Spec, secret.Options{LookupEnv: m.host.opts.LookupEnv})
+	return secret.Load(&m.rec().Spec, secret.Options{LookupEnv: m.host.opts.LookupEnv})
 }
 
 // Provide gives the next Start in this process what Secrets has returned in another.

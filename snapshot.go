@@ -130,7 +130,7 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 	if err != nil {
 		return nil, errors.Join(m.fail("snapshot", err, nil), draft.Abort())
 	}
-	m.host.log.Info("snapshot", "vm", m.rec.ID, "snapshot", sn.ID, "paused", manifest.Paused)
+	m.host.log.Info("snapshot", "vm", m.rec().ID, "snapshot", sn.ID, "paused", manifest.Paused)
 	return &Snapshot{Snapshot: sn, Warnings: warnings, host: m.host}, nil
 }
 
@@ -139,9 +139,9 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 	if !o.Diff {
 		return nil, nil
 	}
-	tracked := m.rec.Spec.MachineConfig.TrackDirtyPages
+	tracked := m.rec().Spec.MachineConfig.TrackDirtyPages
 	if !tracked && !m.version().AtLeast(firecracker.Version{Major: 1, Minor: 13}) {
-		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, Firecracker %s", ErrNotSupported, m.rec.BinaryVersion),
+		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, Firecracker %s", ErrNotSupported, m.rec().BinaryVersion),
 			"make the VM with trackDirtyPages, use Firecracker 1.13 or newer, or make a full snapshot")
 	}
 	if !tracked && capture.Swaps() {
@@ -160,7 +160,7 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 		err = last.Check(ctx)
 	}
 	if errors.Is(err, snapshot.ErrNotFound) || errors.Is(err, snapshot.ErrDamaged) { // then all of the memory is written
-		m.host.log.Debug("no base for a diff", "vm", m.rec.ID, "err", err)
+		m.host.log.Debug("no base for a diff", "vm", m.rec().ID, "err", err)
 		return nil, nil
 	}
 	if err != nil {
@@ -175,7 +175,7 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	if err != nil {
 		return sm, nil, err
 	}
-	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec.Spec.Name, m.rec.ID), m.dialClient(), m.attach(), m.root(), m.trace
+	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec().Spec.Name, m.rec().ID), m.dialClient(), m.attach(), m.root(), m.trace
 	defer func() { err = errors.Join(err, v.Client.Close()) }()
 	defer v.Process.EndIfHung()()
 	info, err := v.Client.GetInstanceInfo(ctx) // however long it takes to say so
@@ -183,8 +183,8 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 		return sm, nil, err
 	}
 	v.Running = info.State == firecracker.StateRunning || v.Hold.Resumes() // who held it still has died
-	if m.rec.Jailer != "" {
-		v.UID = m.rec.UID
+	if m.rec().Jailer != "" {
+		v.UID = m.rec().UID
 	}
 	g, err := m.Guest()
 	if err != nil {
@@ -195,16 +195,16 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	}
 	// What is written from then on is what has changed since this snapshot. If it does not come to be, a diff finds none.
 	v.Forget = func() error { return atomicfile.Write(m.path(store.LastSnapshot), []byte(draft.ID()), 0o600) }
-	v.Metadata, v.Balloon, v.Drives = m.rec.Spec.MMDS != nil, m.rec.Spec.Balloon != nil, map[string]string{}
-	p, err := m.host.proposal(m.rec)
+	v.Metadata, v.Balloon, v.Drives = m.rec().Spec.MMDS != nil, m.rec().Spec.Balloon != nil, map[string]string{}
+	p, err := m.host.proposal(m.rec())
 	if err != nil {
 		return sm, nil, err
 	}
-	keep := saved{Hook: o.Hook, Interfaces: m.rec.Interfaces, Spec: m.rec.Spec}
+	keep := saved{Hook: o.Hook, Interfaces: m.rec().Interfaces, Spec: m.rec().Spec}
 	if m.hasAgent() {
-		keep.Guest = m.rec.Boot.Guest
+		keep.Guest = m.rec().Boot.Guest
 	}
-	for _, d := range devices(&m.rec.Spec, p) {
+	for _, d := range devices(&m.rec().Spec, p) {
 		if !d.readOnly || d.staged || strings.HasPrefix(d.source, m.RuntimeDir()+"/") { // what it only reads of others stays where it is
 			v.Drives[d.id] = d.source
 			keep.Drives = append(keep.Drives, d.id)
@@ -222,7 +222,7 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	sm = snapshot.Manifest{Name: o.Name, Labels: o.Labels, Ephemeral: o.ephemeral, Paused: result.Paused}
 	if last != nil {
 		sm.Parent = last.ID
-	} else if r := m.rec.Restored; r != nil {
+	} else if r := m.rec().Restored; r != nil {
 		sm.Parent = r.Snapshot
 	}
 	return sm, result.Warnings, m.describe(&sm, &keep)
@@ -250,10 +250,10 @@ func (m *Machine) describe(sm *snapshot.Manifest, keep *saved) error {
 		if *path = m.host.portable(*path); *path == whole { // what is in the data directory is looked for in that
 			sm.External = append(sm.External, snapshot.External{Device: id, Path: whole, Size: fi.Size()})
 		}
-		if m.rec.Boot == nil {
+		if m.rec().Boot == nil {
 			continue
 		}
-		for _, users := range m.rec.Boot.Users {
+		for _, users := range m.rec().Boot.Users {
 			if users = m.host.portable(users); strings.HasPrefix(*path, filepath.Dir(users)+"/") {
 				keep.Images = append(keep.Images, users)
 			}
@@ -263,13 +263,13 @@ func (m *Machine) describe(sm *snapshot.Manifest, keep *saved) error {
 	if err != nil {
 		return err
 	}
-	c := m.rec.Spec.MachineConfig
-	sm.Firecracker, sm.CPUVendor, sm.CPUModel, sm.HostKernel = m.rec.BinaryVersion, facts.CPUVendor, facts.CPUModel, facts.Kernel
+	c := m.rec().Spec.MachineConfig
+	sm.Firecracker, sm.CPUVendor, sm.CPUModel, sm.HostKernel = m.rec().BinaryVersion, facts.CPUVendor, facts.CPUModel, facts.Kernel
 	sm.MemSizeMiB, sm.CPUTemplate = c.MemSizeMiB, c.CPUTemplate
 	if c.HugePages != "None" {
 		sm.HugePages = c.HugePages
 	}
-	if m.rec.Spec.CPUConfig != nil {
+	if m.rec().Spec.CPUConfig != nil {
 		sm.CPUTemplate = cmp.Or(sm.CPUTemplate, "custom")
 	}
 	sm.Machine, err = json.Marshal(keep)

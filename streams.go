@@ -20,7 +20,7 @@ const (
 // streams opens the files that take what the VMM writes. Console, if not nil, gets the guest's part as it comes.
 func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
 	if console == nil && m.host.opts.Console != nil {
-		console = m.host.opts.Console(m.rec.ID)
+		console = m.host.opts.Console(m.rec().ID)
 	}
 	files := make([]*logfile.Writer, 3)
 	for i, f := range []struct {
@@ -49,10 +49,10 @@ func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
 }
 
 func (m *Machine) metricsPath() string {
-	if m.rec.Spec.Metrics == nil {
+	if m.rec().Spec.Metrics == nil {
 		return ""
 	}
-	return m.rec.Spec.Metrics.MetricsPath
+	return m.rec().Spec.Metrics.MetricsPath
 }
 
 // CommandLog is what the command of a Run put out, kept as ConsoleLog is; there is none where the console has it.

@@ -52,15 +52,15 @@ func (h *Host) addVolumes(ctx context.Context, rec *record) error {
 
 // renewChanges makes ready what the guest writes in volumes: what it wrote in its last run is copied back, or gone.
 func (m *Machine) renewChanges(ctx context.Context) error {
-	i := slices.IndexFunc(m.rec.Spec.Drives, func(d Drive) bool { return d.DriveID == spec.ChangesDrive })
-	if len(m.rec.Spec.Volumes) == 0 || i < 0 {
+	i := slices.IndexFunc(m.rec().Spec.Drives, func(d Drive) bool { return d.DriveID == spec.ChangesDrive })
+	if len(m.rec().Spec.Volumes) == 0 || i < 0 {
 		return nil
 	}
-	f := &stage.File{Source: m.rec.Spec.Drives[i].PathOnHost, Target: m.rec.Staged[spec.ChangesDrive].Path, UID: -1}
-	if m.rec.Jailer != "" {
-		f.UID = m.rec.UID
+	f := &stage.File{Source: m.rec().Spec.Drives[i].PathOnHost, Target: m.rec().Staged[spec.ChangesDrive].Path, UID: -1}
+	if m.rec().Jailer != "" {
+		f.UID = m.rec().UID
 	}
-	if err := errors.Join(f.Revert(ctx), f.Apply(ctx)); err != nil || !share.Synced(m.rec.Spec.Volumes) {
+	if err := errors.Join(f.Revert(ctx), f.Apply(ctx)); err != nil || !share.Synced(m.rec().Spec.Volumes) {
 		return err
 	}
 	return atomicfile.WriteJSON(m.path(store.PendingFile), share.Pending{Taken: time.Now()})
@@ -88,13 +88,13 @@ func (m *Machine) syncBack(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, syncTimeout, fmt.Errorf("it takes more than %s", syncTimeout))
 	defer cancel()
-	changes := m.rec.Staged[spec.ChangesDrive].Path
+	changes := m.rec().Staged[spec.ChangesDrive].Path
 	fi, err := os.Stat(changes)
 	if err != nil {
 		return fmt.Errorf("copy back: %w", err)
 	}
 	merge := share.Merge{
-		Volumes: m.rec.Spec.Volumes, Told: m.rec.Boot.Guest.Volumes, Taken: pending.Taken, Suffix: ".guest-" + m.rec.ID, MaxBytes: fi.Size(),
+		Volumes: m.rec().Spec.Volumes, Told: m.rec().Boot.Guest.Volumes, Taken: pending.Taken, Suffix: ".guest-" + m.rec().ID, MaxBytes: fi.Size(),
 	}
 	var report share.Report
 	if err = merge.Check(); err == nil { // before a VM is made for it
@@ -104,21 +104,21 @@ func (m *Machine) syncBack(ctx context.Context) error {
 		})
 	}
 	for _, path := range report.Conflicts {
-		m.host.log.Warn("the host has changed it too, and its version stays", "vm", m.rec.ID, "path", path)
+		m.host.log.Warn("the host has changed it too, and its version stays", "vm", m.rec().ID, "path", path)
 	}
 	if err != nil {
-		return hint.Add(fmt.Errorf("VM %s: %w", m.rec.ID, err),
-			"smartvm stop %s tries again; smartvm rm --discard %s does without what its guest has changed", m.rec.ID, m.rec.ID)
+		return hint.Add(fmt.Errorf("VM %s: %w", m.rec().ID, err),
+			"smartvm stop %s tries again; smartvm rm --discard %s does without what its guest has changed", m.rec().ID, m.rec().ID)
 	}
-	m.host.log.Info("copied back", "vm", m.rec.ID, "written", report.Written, "removed", report.Removed, "left", report.Left)
+	m.host.log.Info("copied back", "vm", m.rec().ID, "written", report.Written, "removed", report.Removed, "left", report.Left)
 	return os.Remove(m.path(store.PendingFile))
 }
 
 // Discard forgets what the guest of a VM that does not run has changed in volumes and could not be copied back.
 func (m *Machine) Discard() error {
-	lock, err := m.host.store.TryLock(m.rec.ID)
+	lock, err := m.host.store.TryLock(m.rec().ID)
 	if err != nil {
-		return fmt.Errorf("discard changes of VM %s: %w: %w", m.rec.ID, ErrState, err)
+		return fmt.Errorf("discard changes of VM %s: %w: %w", m.rec().ID, ErrState, err)
 	}
 	if err := os.Remove(m.path(store.PendingFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return errors.Join(err, lock.Unlock())
@@ -167,26 +167,26 @@ func (m *Machine) readChanges(ctx context.Context, changes string, take func(io.
 
 // reader describes a VM that shows what is on a drive of changes: the image's, with nobody's command in it and no network.
 func (m *Machine) reader(changes string) *record {
-	was, no, yes := &m.rec.Spec, false, true
+	was, no, yes := &m.rec().Spec, false, true
 	scratch := was.Drives[slices.IndexFunc(was.Drives, func(d Drive) bool { return d.DriveID == spec.ChangesDrive })]
 	scratch.DriveID, scratch.Ephemeral = spec.ScratchDrive, &yes
 	s := Spec{
-		ID: randomHex(6), Labels: map[string]string{"reads": m.rec.ID}, BootSource: was.BootSource, MachineConfig: was.MachineConfig,
+		ID: randomHex(6), Labels: map[string]string{"reads": m.rec().ID}, BootSource: was.BootSource, MachineConfig: was.MachineConfig,
 		Vsock:  &Vsock{GuestCID: agentCID},
 		Drives: []Drive{was.Drives[0], scratch, {DriveID: spec.ChangesDrive, PathOnHost: changes, Ephemeral: &no}},
 	}
 	s.MachineConfig.VCPUCount, s.MachineConfig.SMT = 1, false
 	rec := &record{
 		Version: recordVersion, ID: s.ID, Nonce: randomHex(4), Created: time.Now().UTC(), Attached: true,
-		Binary: m.rec.Binary, BinaryVersion: m.rec.BinaryVersion, Jailer: m.rec.Jailer, Extract: m.rec.Extract,
-		Boot: &boot{Users: m.rec.Boot.Users, Guest: &agentproto.Boot{
-			RootDevice: "/dev/vda", RootType: m.rec.Boot.Guest.RootType, ScratchDevice: "/dev/vdb", ChangesDevice: "/dev/vdc",
+		Binary: m.rec().Binary, BinaryVersion: m.rec().BinaryVersion, Jailer: m.rec().Jailer, Extract: m.rec().Extract,
+		Boot: &boot{Users: m.rec().Boot.Users, Guest: &agentproto.Boot{
+			RootDevice: "/dev/vda", RootType: m.rec().Boot.Guest.RootType, ScratchDevice: "/dev/vdb", ChangesDevice: "/dev/vdc",
 			Command: []string{"-"}, Attach: true, // which nobody asks for
 		}},
 	}
 	s.Drives = append(s.Drives, Drive{DriveID: guestDrive, PathOnHost: filepath.Join(m.host.store.Dir(s.ID), store.GuestFile), IsReadOnly: true})
-	if rec.Spec = s; m.rec.Cgroup != "" {
-		rec.Cgroup = filepath.Join(filepath.Dir(m.rec.Cgroup), rec.ID+"-"+rec.Nonce)
+	if rec.Spec = s; m.rec().Cgroup != "" {
+		rec.Cgroup = filepath.Join(filepath.Dir(m.rec().Cgroup), rec.ID+"-"+rec.Nonce)
 	}
 	return rec
 }

@@ -143,12 +143,13 @@ func (h *healers) start(ctx context.Context, i attach.Interface, effects []journ
 	h.work.Go(func() {
 		upkeep := new(upkeep.Upkeep)
 		defer upkeep.Close()
-		look := upkeep.Look(ctx, []attach.Interface{i}, healInterval, slog.New(slog.DiscardHandler))
+		look := upkeep.Look(ctx, "", []attach.Interface{i}, healInterval, slog.New(slog.DiscardHandler))
 		for {
 			select {
 			case <-ctx.Done():
 				return
-			case <-look:
+			case answer := <-look:
+				answer(nil)
 			}
 			h.busy.Add(1)
 			err := upkeep.Heal(ctx, effects)

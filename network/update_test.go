@@ -3,6 +3,7 @@ package network_test
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -163,7 +164,7 @@ func TestNetwork_UpdateNames(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	effects := []journal.Effect{g.use, &network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge}, &g.filter}
-	looks := upkeep.Look(ctx, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, time.Hour, slog.New(slog.DiscardHandler))
+	looks := upkeep.Look(ctx, "", []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, time.Hour, slog.New(slog.DiscardHandler))
 	// followed waits until the supervising process has seen what is new.
 	followed := func(name, want string) {
 		t.Helper()
@@ -251,5 +252,70 @@ func TestStore_Update(t *testing.T) {
 	}
 	if _, err := s.Update("none", func(*network.Settings) {}); !errors.Is(err, network.ErrNotFound) {
 		t.Errorf("a network that is not there: %v", err)
+	}
+}
+
+// A guest gets another policy and other ports at once: what is not allowed any more ends, to it and from it, what is goes on.
+func TestGuest_Replace(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	const second4 = "203.0.113.10"
+	s := newSite(t, nil)
+	s.outside.Must(nettest.Link{Name: "eth0", Addresses: prefixes(second4 + "/32")}.Configure)
+	route(t, second4+"/32", world4)
+	s.outside.Echo(":7")
+	before := hosts(t)
+	port := func(host uint16) filter.Port { return filter.Port{Host: host, Guest: 7, Protocol: "tcp"} }
+	g, other := s.guest(0, func(g *filter.Guest) { g.Ports, g.Policy = []filter.Port{port(8007), port(8008)}, allowHost }), s.guest(1, nil)
+	g.Echo(":7")
+	l, err := net.Listen("tcp", "172.30.0.1:9000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _, _ = io.Copy(c, c) }()
+		}
+	}()
+	world := &guest{Namespace: s.outside}
+	first, second, toHost := g.stream(t, world4+":7"), g.stream(t, second4+":7"), g.stream(t, "172.30.0.1:9000")
+	gone, stays, others := world.stream(t, uplink4+":8007"), world.stream(t, uplink4+":8008"), other.stream(t, world4+":7")
+	g.filter.Policy, g.filter.Ports = deny(world4), []filter.Port{port(8008), port(8009)}
+	if err := g.filter.Replace(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]net.Conn{"to what is denied now": first, "to the host": toHost, "by a port that is not published any more": gone} {
+		if echoes(t, c) {
+			t.Errorf("a connection %s goes on", name)
+		}
+	}
+	for name, c := range map[string]net.Conn{"to what is allowed": second, "by a port that stays": stays, "of another guest": others} {
+		if !echoes(t, c) {
+			t.Errorf("a connection %s has ended", name)
+		}
+	}
+	world.stream(t, uplink4+":8009")
+	if !s.outside.Silent("tcp", uplink4+":8007") {
+		t.Error("the port that is not published any more answers")
+	}
+	g.filter.Policy, g.filter.Ports = nil, nil
+	if err := g.filter.Replace(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	g.stream(t, world4+":7")
+	if !s.outside.Silent("tcp", uplink4+":8009") {
+		t.Error("a port answers though none is published")
+	}
+	for _, g := range []*guest{g, other} {
+		s.remove(g)
+	}
+	if after := hosts(t); !slices.Equal(before, after) {
+		t.Errorf("before %q, after %q", before, after)
 	}
 }

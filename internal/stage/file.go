@@ -185,3 +185,11 @@ func CanReflink(source, dir string) bool {
 	defer unix.Close(fd)
 	return unix.IoctlFileClone(fd, int(src.Fd())) == nil
 }
+
+// Wanted is the original's rule of who gets a copy, but that a device's own wish wins over the host's switch.
+func Wanted(host, readOnly bool, own *bool) bool {
+	if own != nil {
+		return *own
+	}
+	return host && !readOnly
+}

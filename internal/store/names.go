@@ -31,6 +31,7 @@ const (
 	GuestFile      = "guest"           // what the first program of an image's guest is told
 	DriveDir       = "drives"          // staged copies, by device id
 	VolumeFile     = "volumes"         // copies of the host's directories, for one run
+	ControlSocket  = "control.socket"  // by which the process that supervises the VM is asked to look at its record
 	PortsFile      = "ports.json"      // which ports of the host lead to the guest of the last run
 	PendingFile    = "pending.json"    // there: what the guest has changed in them may not be copied back yet
 	NetNSFile      = "netns"           // the network namespace of a VM that has one, or of a slot

@@ -68,6 +68,14 @@ func (n *names) follow(network, own *policy.Policy) error {
 	return nil
 }
 
+// followOwn takes over the guest's own policy.
+func (n *names) followOwn(own *policy.Policy) error {
+	n.mu.Lock()
+	network := n.policies[filter.OfNetwork]
+	n.mu.Unlock()
+	return n.follow(network, own)
+}
+
 // forget lets all addresses through again when they are asked for: the tables do not have them any more.
 func (n *names) forget() {
 	n.mu.Lock()

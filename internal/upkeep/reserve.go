@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
@@ -136,9 +138,12 @@ func bind(at netip.AddrPort) (r reserved, err error) {
 func (u *Upkeep) keep(g *network.Guest, p filter.Port, sockets []reserved) {
 	u.ports = append(u.ports, attach.NewPort(p, false))
 	to := netip.AddrPortFrom(g.IP4, p.Guest)
+	if u.kept == nil {
+		u.kept = map[filter.Port][]func(){}
+	}
 	for _, s := range sockets {
 		ctx, cancel := context.WithCancel(context.Background())
-		u.cancel = append(u.cancel, func() { cancel(); _ = s.Close() })
+		u.kept[p] = append(u.kept[p], func() { cancel(); _ = s.Close() })
 		switch c := s.Closer.(type) {
 		case *net.TCPListener:
 			u.work.Go(func() { relay.TCP(ctx, c, to) })
@@ -193,8 +198,12 @@ func (u *Upkeep) regain(vm attach.VM, g *network.Guest) error {
 
 // note writes down a VM's ports for Ports.
 func (u *Upkeep) note(vm attach.VM) error {
+	path := filepath.Join(vm.Store.Dir(vm.ID), store.PortsFile)
 	if len(u.ports) == 0 {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("write down ports: %w", err)
+		}
 		return nil
 	}
-	return atomicfile.WriteJSON(filepath.Join(vm.Store.Dir(vm.ID), store.PortsFile), u.ports)
+	return atomicfile.WriteJSON(path, u.ports)
 }

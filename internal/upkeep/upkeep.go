@@ -3,6 +3,7 @@ package upkeep
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -12,8 +13,11 @@ import (
 	"time"
 
 	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm/internal/control"
 	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/network/rtnl"
 	"push.rocks/smartvm/network/watch"
@@ -25,10 +29,11 @@ type Upkeep struct {
 	cancel   []context.CancelFunc
 	work     sync.WaitGroup
 	sockets  []socket
-	ports    []attach.Port     // published
-	lost     func() error      // looks again for those that could not be reserved; nil: there are none
-	restored map[string]int    // how often the network of each tap was
-	names    map[string]*names // by tap
+	ports    []attach.Port            // published
+	kept     map[filter.Port][]func() // what gives up a port that is published
+	lost     func() error             // looks again for those that could not be reserved; nil: there are none
+	restored map[string]int           // how often the network of each tap was
+	names    map[string]*names        // by tap
 }
 
 // socket is a DNS proxy's, on a bridge.
@@ -40,14 +45,22 @@ type socket struct {
 // quietTime is how long nothing more must change before it is told.
 const quietTime = 5 * time.Millisecond
 
-// Look tells when to Heal: at intervals, and when somebody has changed something, until ctx ends.
-func (u *Upkeep) Look(ctx context.Context, all []attach.Interface, every time.Duration, log *slog.Logger) <-chan struct{} {
-	now := make(chan struct{}, 1)
+// Look tells when to Heal: at intervals, when somebody has changed something, and, with the VM's directory, when a process asks by that, until ctx
+// ends. What comes by the channel wants to know what came of it.
+func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, every time.Duration, log *slog.Logger) <-chan func(error) {
+	now := make(chan func(error), 1)
 	tell := func() {
 		select {
-		case now <- struct{}{}:
+		case now <- func(error) {}:
 		default: // it is told already
 		}
+	}
+	if dir != "" && len(all) > 0 {
+		u.work.Go(func() {
+			if err := control.Listen(ctx, dir, store.ControlSocket, func() error { return ask(ctx, now) }); err != nil {
+				log.Warn("changes of the VM are seen later", "dir", dir, "err", err)
+			}
+		})
 	}
 	var tables, bridges []string
 	for _, i := range all {
@@ -68,6 +81,22 @@ func (u *Upkeep) Look(ctx context.Context, all []attach.Interface, every time.Du
 		}
 	})
 	return now
+}
+
+// ask waits for what comes of it.
+func ask(ctx context.Context, now chan<- func(error)) error {
+	answer := make(chan error, 1)
+	select {
+	case now <- func(err error) { answer <- err }:
+	case <-ctx.Done():
+		return errors.New("the VM stops")
+	}
+	select {
+	case err := <-answer:
+		return err
+	case <-ctx.Done():
+		return errors.New("the VM stops")
+	}
 }
 
 // await tells at each tick, and when something has changed: then it is over, as a bridge that was removed will be another. Listen nil: no changes.
@@ -190,6 +219,11 @@ func (u *Upkeep) rebind(bridge string) error {
 func (u *Upkeep) Close() {
 	for _, cancel := range u.cancel {
 		cancel()
+	}
+	for _, all := range u.kept {
+		for _, giveUp := range all {
+			giveUp()
+		}
 	}
 	u.work.Wait()
 	for _, n := range u.names {

@@ -27,7 +27,7 @@ func (s *Shell) network() *cobra.Command {
 	return s.group("network", "Make and remove networks",
 		"Manage the networks that run --net NAME joins. The network default is always there.\n"+
 			"A network takes no room on the host while no VM runs on it.",
-		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.updateNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork(), s.limit())
+		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.updateNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork())
 }
 
 // networkState is a network as the commands show it.
@@ -276,42 +276,6 @@ func (s *Shell) warmNetwork() *cobra.Command {
 			})
 		},
 	}
-}
-
-func (s *Shell) limit() *cobra.Command {
-	var rx, tx, id string
-	cmd := &cobra.Command{
-		Use:     "limit [flags] VM",
-		Short:   "Change how much a running VM may receive and send",
-		Example: "  smartvm network limit --rx 10M --tx 80mbit web\n  smartvm network limit --tx 0 web",
-		Args:    s.Takes(1, 1, "a VM"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			var limits [2]*smartvm.RateLimiter
-			for i, text := range []string{rx, tx} {
-				if text == "" {
-					continue
-				}
-				var err error
-				if limits[i], err = vmflags.ParseRate(text); err != nil {
-					return s.Usage(fmt.Errorf("%q is no rate: %w", text, err), "")
-				}
-			}
-			if limits[0] == nil && limits[1] == nil {
-				return s.Usage(errors.New("nothing to change"), "give --rx RATE, --tx RATE or both")
-			}
-			return s.networks(func(h *smartvm.Host, _ *network.Store) error {
-				m, err := h.Machine(cmd.Context(), args[0])
-				if err != nil {
-					return err
-				}
-				return m.UpdateNetworkInterface(cmd.Context(), id, limits[0], limits[1])
-			})
-		},
-	}
-	cmd.Flags().StringVar(&rx, "rx", "", "what it may receive: `rate` in bytes a second, such as 10M, or bits, such as 80mbit; 0: all")
-	cmd.Flags().StringVar(&tx, "tx", "", "what it may send: `rate`, likewise")
-	cmd.Flags().StringVar(&id, "interface", "eth0", "`id` of its interface")
-	return cmd
 }
 
 func (s *Shell) pruneNetworks() *cobra.Command {
