@@ -29,7 +29,23 @@ func (g *Guest) Apply(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("add guest %s to bridge %s: %w", g.Tap, g.Bridge(), err)
 	}
-	return g.Guest.Apply(ctx)
+	return errors.Join(g.Loopback(), g.Guest.Apply(ctx))
+}
+
+// Replace puts what the guest is now in place of what it was: see filter.Guest.
+func (g *Guest) Replace(ctx context.Context) error {
+	return errors.Join(g.Loopback(), g.Guest.Replace(ctx))
+}
+
+// Loopback has ports that are published be reached by 127.0.0.1. What comes from a guest for such an address is dropped by the tables.
+func (g *Guest) Loopback() error {
+	if len(g.Ports) == 0 {
+		return nil
+	}
+	if err := writeInterface(g.Bridge(), "ipv4", "route_localnet", "1"); err != nil {
+		return fmt.Errorf("publish ports on the loopback: %w", err)
+	}
+	return nil
 }
 
 // eachEntry calls f for what says at which port the bridge has the guest's MAC, and where the host has its addresses. The index of an interface

@@ -61,9 +61,6 @@ func (b *Bridge) configure(link netlink.Link) error {
 		{"ipv6", "accept_ra", "0"},
 		// Guests are not told which addresses the host has elsewhere.
 		{"ipv4", "arp_ignore", "1"},
-		// So that ports which are published on 127.0.0.1 can be reached from there. What comes from a guest for such an address is dropped
-		// by the tables.
-		{"ipv4", "route_localnet", "1"},
 	} {
 		if err := writeInterface(b.Name, v[0], v[1], v[2]); err != nil {
 			return fmt.Errorf("set up bridge %s: %w", b.Name, err)

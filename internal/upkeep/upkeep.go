@@ -155,6 +155,8 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 			names := u.names[e.Tap]
 			if again {
 				err = e.Apply(ctx)
+			} else {
+				err = e.Loopback()
 			}
 			if again && names != nil {
 				names.forget()
