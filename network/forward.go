@@ -17,6 +17,9 @@ import (
 // forwardInterval is how often interfaces are looked for that have come since.
 const forwardInterval = 4 * time.Second
 
+// seenFile has, beside the journal, whether the host forwarded at the last look: who hears that somebody has switched it on or off looks at once.
+const seenFile = "forwarding.seen"
+
 // forwards has the host forward for the networks of a directory that are up.
 func forwards(ctx context.Context, dir string) (err error) {
 	var tables []*filter.Tables
@@ -37,12 +40,16 @@ func forwards(ctx context.Context, dir string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, j.Close()) }()
+	seen := forward.State()
 	narrow, changed, err := forward.Ensure(ctx, j, tables)
 	if err != nil {
 		return fmt.Errorf("forward: %w", err)
 	}
 	if changed {
 		sharedOf(ctx).log().Info("the host forwards for guests, and as before for nobody else", "interfaces", narrow.String())
+	}
+	if err := os.WriteFile(filepath.Join(dir, seenFile), []byte(seen), 0o600); err != nil {
+		return fmt.Errorf("forward: %w", err)
 	}
 	now := time.Now()
 	return os.Chtimes(path, now, now)
@@ -54,7 +61,8 @@ func forwardsSeen(dir string, ipv6 bool) bool {
 	if err != nil {
 		return forward.On(ipv6)
 	}
-	return time.Since(seen.ModTime()).Abs() < forwardInterval
+	state, err := os.ReadFile(filepath.Join(dir, seenFile))
+	return err == nil && string(state) == forward.State() && time.Since(seen.ModTime()).Abs() < forwardInterval
 }
 
 // unforward undoes what all networks needed, when there is none.
@@ -63,6 +71,9 @@ func unforward(ctx context.Context, dir string) error {
 		return nil
 	}
 	if err := undo(ctx, filepath.Join(dir, forwardingFile)); err != nil {
+		return fmt.Errorf("undo forwarding: %w", err)
+	}
+	if err := os.Remove(filepath.Join(dir, seenFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("undo forwarding: %w", err)
 	}
 	return nil

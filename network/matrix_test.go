@@ -37,7 +37,7 @@ type beside struct {
 	program string
 	// A bridge of its own, with something that it publishes: 8081 for all, and on the host's loopback 5432.
 	bridge, address, container string
-	publishes                  bool
+	hides                      bool              // nobody reaches more of it than it publishes
 	variables                  map[string]string // that it sets
 	drops                      bool              // what it does not know is not forwarded
 	dropsOff                   bool              // likewise, but only where the host did not forward before
@@ -49,17 +49,19 @@ var (
 	forwarding = map[string]string{"ipv4/ip_forward": "1"}
 	docker20   = beside{
 		rules: []string{"docker-20.10.ip4"}, program: "iptables-nft", bridge: "docker0", address: "172.17.0.1/16", container: "172.17.0.2/16",
-		publishes: true, variables: forwarding, dropsOff: true, heading: "Docker",
+		variables: forwarding, dropsOff: true, heading: "Docker",
 	}
 	docker28 = beside{
 		rules: []string{"docker-28.5.ip4", "docker-28.5.ip6"}, program: "iptables-nft", bridge: "docker0", address: "172.17.0.1/16", container: "172.17.0.2/16",
-		publishes: true, variables: forwarding, dropsOff: true, heading: "Docker",
+		hides: true, variables: forwarding, dropsOff: true, heading: "Docker",
 	}
 	libvirt9 = beside{
 		rules: []string{"libvirt-9.0.ip4"}, program: "iptables-nft", bridge: "virbr0", address: "192.168.122.1/24", container: "192.168.122.2/24",
-		variables: forwarding,
+		hides: true, variables: forwarding,
 	}
-	libvirt12  = beside{rules: []string{"libvirt-12.8.nft"}, bridge: "virbr0", address: "192.168.122.1/24", container: "192.168.122.2/24", variables: forwarding}
+	libvirt12 = beside{
+		rules: []string{"libvirt-12.8.nft"}, bridge: "virbr0", address: "192.168.122.1/24", container: "192.168.122.2/24", hides: true, variables: forwarding,
+	}
 	firewalld1 = beside{rules: []string{"firewalld-1.3.nft"}, told: []string{"firewalld-1.3-told.nft"}, drops: true, heading: "firewalld, with `public` for the zone of `eth0`"}
 	firewalld2 = beside{rules: []string{"firewalld-2.5.nft"}, told: []string{"firewalld-2.5-told.nft"}, drops: true, lan: true, heading: "firewalld, with `public` for the zone of `eth0`"}
 	firewalldZ = beside{rules: []string{"firewalld-2.5-zones.nft"}}
@@ -141,6 +143,7 @@ func (h *neighbourhood) addInner(t *testing.T) {
 	}
 	h.inner.Serve(":80", "inner")
 	h.inner.Serve(":5432", "private")
+	h.inner.Serve(":9", "not published")
 }
 
 func (h *neighbourhood) innerAddress() string { return prefixes(h.container)[0].Addr().String() }
@@ -289,7 +292,7 @@ func (h *neighbourhood) others() map[string]func(wait time.Duration) bool {
 		return all
 	}
 	inner, gateway := h.innerAddress(), prefixes(h.address)[0].Addr().String()
-	for _, address := range []string{inner + ":80", inner + ":5432", gateway + ":22", uplink4 + ":8081", uplink4 + ":5432"} {
+	for _, address := range []string{inner + ":80", inner + ":5432", inner + ":9", gateway + ":22", uplink4 + ":8081", uplink4 + ":5432"} {
 		asks("world", h.outside, "tcp", address)
 	}
 	asks("lan", h.lan, "tcp", lanHost+":8081")
@@ -299,6 +302,8 @@ func (h *neighbourhood) others() map[string]func(wait time.Duration) bool {
 	asks("inner", h.inner, "tcp", lanPeer+":80")
 	asks("inner", h.inner, "tcp", gateway+":22")
 	here(inner + ":80")
+	here(inner + ":5432")
+	here(inner + ":9")
 	here(uplink4 + ":8081")
 	return all
 }
@@ -516,9 +521,15 @@ func (h *neighbourhood) closed(t *testing.T, g *guest) {
 		gateway, inner := prefixes(h.address)[0].Addr().String(), h.innerAddress()
 		ways["from behind "+h.bridge+" to a guest"] = way{h.inner, "172.30.0.2:80"}
 		ways["a guest to the host at "+gateway] = way{g.Namespace, gateway + ":22"}
-		// Not more of what is behind the neighbour's bridge than others may.
-		for _, address := range []string{inner + ":80", inner + ":5432", uplink4 + ":8081", uplink4 + ":5432"} {
-			if !h.reached["world tcp "+address] {
+		// Docker before 28 lets others reach ports of containers by the containers' addresses, and where the host forwarded before it, any port.
+		hidden := []string{uplink4 + ":5432"}
+		if h.hides {
+			hidden = append(hidden, inner+":80", inner+":5432", inner+":9")
+		} else if h.blocked {
+			hidden = append(hidden, inner+":9")
+		}
+		for _, address := range append(hidden, inner+":80", inner+":5432", inner+":9", uplink4+":8081") {
+			if slices.Contains(hidden, address) || !h.reached["world tcp "+address] {
 				ways["a guest to "+address] = way{g.Namespace, address}
 			}
 		}
@@ -544,14 +555,20 @@ func (h *neighbourhood) publishedGuest() (*guest, *upkeep.Upkeep) {
 	}), upkeep
 }
 
-// testBeside is a guest's life on hosts of all kinds: what it reaches is what it is to reach, names are answered, what is published is reached;
-// others reach what they did, and no more; and in the end the host is as it was. First the neighbour has not been told of the guests, then it has.
-func testBeside(t *testing.T, b beside) {
+// needsRules begins a test that loads rules of others.
+func needsRules(t *testing.T) {
 	t.Helper()
 	t.Parallel() // each is in a network of its own, and waits most of the time
 	for _, name := range []fixtures.Name{fixtures.NFT, fixtures.IPTables} {
 		testenv.Fixture(t, name)
 	}
+}
+
+// testBeside is a guest's life on hosts of all kinds: what it reaches is what it is to reach, names are answered, what is published is reached;
+// others reach what they did, and no more; and in the end the host is as it was. First the neighbour has not been told of the guests, then it has.
+func testBeside(t *testing.T, b beside) {
+	t.Helper()
+	needsRules(t)
 	if !nettest.Alone(t) {
 		return
 	}

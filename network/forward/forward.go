@@ -39,6 +39,11 @@ func On(ipv6 bool) bool {
 	return readSysctl(all4) != "0" && (!ipv6 || readSysctl(all6) != "0")
 }
 
+// State is another when somebody has switched forwarding on or off for all since.
+func State() string {
+	return strings.Join([]string{readSysctl(all4), readSysctl(all6), readSysctl(new6)}, " ")
+}
+
 // Ensure has the host forward what comes from networks and what goes to them. The journal, of Sysctls alone, says what was done for that
 // already. It returns where the host forwards for them alone, and whether something had to be done.
 func Ensure(ctx context.Context, j *journal.Journal, networks []*filter.Tables) (narrow filter.Narrow, changed bool, err error) {
