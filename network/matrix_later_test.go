@@ -1,15 +1,23 @@
 package network_test
 
 import (
+	"errors"
+	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/internal/upkeep"
+	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
 )
 
 // later is a host on which a neighbour starts while a network is up, or without one.
@@ -139,3 +147,111 @@ func TestComesLater_Docker28(t *testing.T)   { testComesLater(t, docker28) }
 func TestComesLater_Libvirt12(t *testing.T)  { testComesLater(t, libvirt12) }
 func TestComesLater_Firewalld2(t *testing.T) { testComesLater(t, firewalld2) }
 func TestComesLater_UFW(t *testing.T)        { testComesLater(t, ufw) }
+
+// systemd-networkd, when it starts, removes what it does not know: rules of routes and routes that lead by no interface; on interfaces that its files
+// are about, which with "Name=*" are all, addresses, routes and entries of neighbours too (seen of version 262 with its defaults). Nobody leaves by
+// another way meanwhile, and what is looked at again is whole.
+func TestNetworkd(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	for _, all := range []bool{false, true} {
+		t.Run(fmt.Sprintf("of all interfaces %v", all), func(t *testing.T) {
+			s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
+			t.Cleanup(func() { clearNetwork(t); cutCables(t) })
+			beyond := nettest.New(t)
+			beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
+			beyond.Must(func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/proxy_arp", []byte("1"), 0) })
+			beyond.Serve(":80", "beyond")
+			s.outside.Serve(":80", "world")
+			before := routing(t)
+			g := s.guest(0, func(g *filter.Guest) { g.Ports = []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}} })
+			g.Serve(":80", "web")
+			works := func() {
+				t.Helper()
+				g.reaches(t, "tcp", world4+":80", "beyond from 10.7.0.1\n")
+				for address, want := range map[string]string{uplink4 + ":8000": "web from " + world4 + "\n", "[" + uplink6 + "]:8000": "web from " + world6 + "\n"} {
+					if got := s.outside.Ask("tcp", address); got != want {
+						t.Errorf("%s: got %q, want %q", address, got, want)
+					}
+				}
+			}
+			works()
+			with := routing(t)
+			removeForeign(t, all)
+			if got := nettest.Ask("tcp", world4+":80", 5*time.Second); got != "world from "+uplink4+"\n" {
+				t.Errorf("the host's own way: got %q", got)
+			}
+			g.misses(t, "tcp", world4+":80")
+			g.misses(t, "udp", world4+":80")
+			if _, _, err := g.use.Check(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if err := g.filter.Apply(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			works()
+			if now := routing(t); !slices.Equal(with, now) {
+				t.Errorf("there were %q, are %q", with, now)
+			}
+			// One rule alone is missed, too.
+			rules, err := netlink.RuleList(netlink.FAMILY_V6)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, r := range rules {
+				r.Family = netlink.FAMILY_V6
+				if r.IifName == s.config.Bridge {
+					if err := netlink.RuleDel(&r); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			if _, _, err := g.use.Check(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if now := routing(t); !slices.Equal(with, now) {
+				t.Errorf("there were %q, are %q", with, now)
+			}
+			s.remove(g)
+			if after := routing(t); !slices.Equal(before, after) {
+				t.Errorf("before %q, after %q", before, after)
+			}
+		})
+	}
+}
+
+// removeForeign does what systemd-networkd does.
+func removeForeign(t *testing.T, all bool) {
+	t.Helper()
+	var errs []error
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		rules, err := netlink.RuleList(family)
+		errs = append(errs, err)
+		for _, r := range rules {
+			r.Family = family
+			if r.Priority > 0 && r.Priority < 32766 {
+				errs = append(errs, netlink.RuleDel(&r))
+			}
+		}
+		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		errs = append(errs, err)
+		for _, r := range routes {
+			const kernel = 2
+			if r.Protocol != kernel && (r.LinkIndex == 0 || all && r.Table != unix.RT_TABLE_MAIN) {
+				errs = append(errs, netlink.RouteDel(&r))
+			}
+		}
+	}
+	if bridge, err := netlink.LinkByName("svbr0"); all {
+		errs = append(errs, err)
+		addresses, err := netlink.AddrList(bridge, netlink.FAMILY_ALL)
+		errs = append(errs, err)
+		for _, a := range addresses {
+			errs = append(errs, netlink.AddrDel(bridge, &a))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+}

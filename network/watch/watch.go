@@ -18,7 +18,7 @@ import (
 	"push.rocks/smartvm/network/rtnl"
 )
 
-// Watch calls event when somebody has removed rules of tables, bridges or their addresses, or has changed whether the host forwards, and waits until
+// Watch calls event when somebody has removed rules of tables or of routes, bridges or their addresses, or has changed whether the host forwards, and waits until
 // ctx ends: what comes after an event of tables or one of links is not heard any more, as a flush is thousands of messages to each who listens. It
 // calls ready when it begins to hear, which may be more than once: what was before that is for who looks then. What it does not see (a guest's own part, a
 // port) is for whoever looks now and then.
@@ -40,7 +40,7 @@ func Watch(ctx context.Context, tables, bridges []string, ready, event func()) e
 	return errors.Join(errs...)
 }
 
-// watchLinks sees what becomes of bridges and of forwarding.
+// watchLinks sees what becomes of bridges, of forwarding, and of rules of routes.
 func watchLinks(ctx context.Context, bridges []string, ready, event func()) error {
 	// Each tap of others is told of too. All of these messages have an interface's index behind four bytes of their header; the one of forwarding
 	// has an attribute there, whose value is negative where it is about no interface of its own.
@@ -48,7 +48,8 @@ func watchLinks(ctx context.Context, bridges []string, ready, event func()) erro
 	is := func(kind uint16, skip uint8) bpf.Instruction {
 		return bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder16(kind), SkipTrue: skip}
 	}
-	var program []bpf.Instruction
+	// Rules of routes are few, and changed seldom: whoever has some looks at them.
+	program := []bpf.Instruction{bpf.LoadAbsolute{Off: 4, Size: 2}, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: networkOrder16(unix.RTM_DELRULE), SkipTrue: 1}, bpf.RetConstant{Val: 1 << 20}}
 	for _, name := range bridges {
 		bridge, err := rtnl.Index(name)
 		if err != nil {
@@ -69,7 +70,10 @@ func watchLinks(ctx context.Context, bridges []string, ready, event func()) erro
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder32(all), SkipTrue: 2},
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder32(byDefault), SkipTrue: 1},
 		bpf.RetConstant{Val: 0}, bpf.RetConstant{Val: 1 << 20})
-	groups := []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF}
+	groups := []uint32{
+		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
+		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+	}
 	return listen(ctx, subject{unix.NETLINK_ROUTE, groups, program}, ready, func(m netlink.Message) bool {
 		const flags = 8 // in a link's header
 		if m.Header.Type == unix.RTM_NEWLINK && len(m.Data) > flags && m.Data[flags]&unix.IFF_UP != 0 {

@@ -2,11 +2,13 @@ package watch_test
 
 import (
 	"context"
+	"errors"
 	"testing"
 	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
 
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network/filter"
@@ -53,5 +55,35 @@ func TestWatch_Lost(t *testing.T) {
 	stop()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// Who leads guests by rules of routes hears when one is gone.
+func TestWatch_RouteRule(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+		listens, event, done := make(chan struct{}, 2), make(chan struct{}, 1), make(chan error, 1)
+		go func() {
+			done <- watch.Watch(ctx, []string{filter.TableName("own")}, nil, func() { listens <- struct{}{} }, func() { event <- struct{}{} })
+		}()
+		<-listens
+		<-listens
+		rule := netlink.NewRule()
+		rule.Family, rule.Priority, rule.Table = family, 5000, 77
+		if err := errors.Join(netlink.RuleAdd(rule), netlink.RuleDel(rule)); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-event:
+		case <-ctx.Done():
+			t.Errorf("no event of family %d", family)
+		}
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
 	}
 }

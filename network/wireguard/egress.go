@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -109,7 +110,7 @@ func (e *Egress) Revert(context.Context) error {
 	return nil
 }
 
-// There says whether what comes from the bridge goes to the interface.
+// There says whether what comes from the bridge goes to the interface: systemd-networkd, when it starts, removes rules that are not its own.
 func (e *Egress) There(context.Context) (bool, error) {
 	link, err := netlink.LinkByName(e.Interface)
 	var missing netlink.LinkNotFoundError
@@ -123,6 +124,29 @@ func (e *Egress) There(context.Context) (bool, error) {
 	if err != nil || len(routes) == 0 {
 		return link.Attrs().Flags&net.FlagUp == 0, err // an interface that is down has no routes
 	}
-	rules, err := netlink.RuleListFiltered(netlink.FAMILY_V4, e.rules()[0], netlink.RT_FILTER_TABLE|netlink.RT_FILTER_IIF|netlink.RT_FILTER_PRIORITY)
-	return len(rules) > 0, err
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		is, err := rtnl.Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(family) })
+		if err != nil && family == netlink.FAMILY_V6 && rtnl.NoIPv6(err) {
+			continue
+		}
+		if err != nil {
+			return false, fmt.Errorf("list rules for %s: %w", e.Bridge, err)
+		}
+		for _, want := range e.rules() {
+			if want.Family == family && !slices.ContainsFunc(is, func(r netlink.Rule) bool { return sameRule(&r, want) }) {
+				return false, nil
+			}
+		}
+	}
+	return true, nil
+}
+
+func sameRule(a, b *netlink.Rule) bool {
+	to := func(r *netlink.Rule) string {
+		if r.Dst == nil {
+			return ""
+		}
+		return r.Dst.String()
+	}
+	return a.Priority == b.Priority && a.IifName == b.IifName && a.Table == b.Table && a.Mark == b.Mark && to(a) == to(b)
 }
