@@ -43,6 +43,7 @@ type beside struct {
 	dropsOff                   bool              // likewise, but only where the host did not forward before
 	lan                        bool              // when told, it lets guests out by all of the host's interfaces
 	heading                    string            // of README.md, before its commands
+	both                       bool              // they are for ip6tables as well
 }
 
 var (
@@ -73,6 +74,14 @@ var (
 		},
 	}
 )
+
+// ipv6 is Docker 28 whose networks have IPv6.
+func (b beside) ipv6() beside {
+	b.rules = []string{b.rules[0], "docker-28.5-ipv6.ip6"}
+	b.variables = map[string]string{"ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1"}
+	b.both = true
+	return b
+}
 
 // legacy is the same by the kernel's older rules.
 func (b beside) legacy() beside {
@@ -239,9 +248,11 @@ func (h *neighbourhood) tell(t *testing.T) {
 		}
 	case docker20.heading:
 		for _, c := range commands {
-			program, args, _ := strings.Cut(c, " ")
-			program = strings.Replace(h.program, "iptables", program, 1)
-			run(t, nil, append([]string{program}, strings.Fields(args)...)...)
+			_, args, _ := strings.Cut(c, " ")
+			run(t, nil, append([]string{h.program}, strings.Fields(args)...)...)
+			if h.both {
+				run(t, nil, append([]string{strings.Replace(h.program, "ip", "ip6", 1)}, strings.Fields(args)...)...)
+			}
 		}
 	}
 }
@@ -419,6 +430,9 @@ func (h *neighbourhood) round(t *testing.T, told bool) {
 	} else {
 		for _, network := range []string{"tcp", "udp"} {
 			g.misses(t, network, world4+":80")
+			if h.both {
+				g.misses(t, network, "["+world6+"]:80")
+			}
 		}
 	}
 	h.closed(t, g)
@@ -443,7 +457,7 @@ func (h *neighbourhood) outward(t *testing.T, g *guest) {
 	t.Helper()
 	for _, network := range []string{"tcp", "udp"} {
 		g.reaches(t, network, world4+":80", "world from "+uplink4+"\n")
-		if h.config.Subnet6.IsValid() && variable(t, "ipv6/conf/uplink/disable_ipv6") == "0" {
+		if variable(t, "ipv6/conf/uplink/disable_ipv6") == "0" {
 			g.reaches(t, network, "["+world6+"]:80", "world from "+uplink6+"\n")
 		}
 	}
@@ -497,6 +511,11 @@ func (h *neighbourhood) published(t *testing.T) {
 	} {
 		if !strings.HasPrefix(ask, "guest from ") {
 			t.Errorf("the %s does not reach what is published: %q", from, ask)
+		}
+	}
+	if variable(t, "ipv6/conf/uplink/disable_ipv6") == "0" {
+		if got := h.outside.Ask("tcp", "["+uplink6+"]:8000"); !strings.HasPrefix(got, "guest from ") {
+			t.Errorf("by IPv6 what is published is not reached: %q", got)
 		}
 	}
 	if h.inner != nil {
@@ -594,6 +613,7 @@ func testBeside(t *testing.T, b beside) {
 func TestBeside_Nobody(t *testing.T)         { testBeside(t, beside{}) }
 func TestBeside_Docker20(t *testing.T)       { testBeside(t, docker20) }
 func TestBeside_Docker28(t *testing.T)       { testBeside(t, docker28) }
+func TestBeside_Docker28v6(t *testing.T)     { testBeside(t, docker28.ipv6()) }
 func TestBeside_Docker20Old(t *testing.T)    { testBeside(t, docker20.legacy()) }
 func TestBeside_Libvirt9(t *testing.T)       { testBeside(t, libvirt9) }
 func TestBeside_Libvirt12(t *testing.T)      { testBeside(t, libvirt12) }
