@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -25,6 +26,7 @@ import (
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/rtnl"
 )
 
@@ -419,6 +421,7 @@ func everyVariable(t *testing.T) (all []string) {
 func (h *neighbourhood) round(t *testing.T, told bool) {
 	t.Helper()
 	before := h.everything(t)
+	h.warned(t)
 	h.reached = nil
 	h.reached = h.look()
 	g, upkeep := h.publishedGuest()
@@ -449,6 +452,36 @@ func (h *neighbourhood) round(t *testing.T, told bool) {
 	h.unchanged(t, "after the guest")
 	if diff := cmp.Diff(before, h.everything(t)); diff != "" {
 		t.Errorf("the host is another than before:\n%s", diff)
+	}
+}
+
+// warned says whether the host's owner is told of who drops what is forwarded, and of nobody else.
+func (h *neighbourhood) warned(t *testing.T) {
+	t.Helper()
+	got, err := inspect.Blockers(nftables.ChainHookForward)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	switch {
+	case !h.blocked:
+		// With zones that let each other's through firewalld has a last rule all the same.
+		got = slices.DeleteFunc(got, func(s string) bool { return s == "inet firewalld filter_FORWARD" })
+	case h.heading == firewalld1.heading:
+		want = []string{"inet firewalld filter_FORWARD"}
+	default:
+		want = []string{"ip filter FORWARD"}
+		if h.both || h.heading == ufw.heading {
+			want = append(want, "ip6 filter FORWARD")
+		}
+	}
+	if h.program == "iptables-legacy" {
+		for i := range want {
+			want[i] += " (iptables-legacy)"
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("that drop what is forwarded: got %q, want %q", got, want)
 	}
 }
 

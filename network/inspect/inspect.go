@@ -13,7 +13,7 @@ import (
 )
 
 // Blockers lists chains of others that drop what is forwarded, or what comes to the host itself, unless a rule of theirs accepts it, by their
-// policy (Docker's, ufw's) or a last rule (firewalld's): "FAMILY TABLE CHAIN".
+// policy (Docker's, ufw's) or a last rule (firewalld's): "FAMILY TABLE CHAIN". Those of iptables-legacy are in no table of nftables.
 func Blockers(hook *nftables.ChainHook) ([]string, error) {
 	conn, err := nftables.New()
 	if err != nil {
@@ -40,6 +40,15 @@ func Blockers(hook *nftables.ChainHook) ([]string, error) {
 		}
 		if blocks {
 			all = append(all, family+" "+c.Table.Name+" "+c.Name)
+		}
+	}
+	for _, l := range legacies {
+		blocks, err := l.blocks(int(*hook))
+		if err != nil {
+			return nil, fmt.Errorf("look at rules of iptables-legacy: %w", err)
+		}
+		if blocks {
+			all = append(all, l.family+" filter "+map[nftables.ChainHook]string{*nftables.ChainHookInput: "INPUT", *nftables.ChainHookForward: "FORWARD"}[*hook]+" (iptables-legacy)")
 		}
 	}
 	slices.Sort(all)
