@@ -38,6 +38,7 @@ func newLater(t *testing.T, guest bool) *later {
 	if guest {
 		l.guest, l.upkeep = l.publishedGuest()
 		l.guest.Serve(":80", "guest")
+		sendLoopback(l.guest.Namespace, "172.30.0.1")
 		l.outward(t, l.guest)
 	}
 	return l

@@ -2,9 +2,11 @@ package network_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -125,11 +127,34 @@ func newNeighbourhood(t *testing.T, b beside, forwards bool, rpFilter string) *n
 	if err := nettest.Serve(t, ":22", "host"); err != nil {
 		t.Fatal(err)
 	}
+	sendLoopback(h.outside, uplink4)
 	if b.bridge != "" {
 		h.addInner(t)
 	}
 	h.start(t)
 	return h
+}
+
+// sendLoopback has who is in n send a host what is for its loopback.
+func sendLoopback(n *nettest.Namespace, host string) {
+	n.Must(func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		own, err := netlink.AddrList(lo, netlink.FAMILY_V4)
+		if err != nil {
+			return err
+		}
+		for _, a := range own {
+			if err := netlink.AddrDel(lo, &a); err != nil {
+				return err
+			}
+		}
+		_, loopback, err := net.ParseCIDR("127.0.0.1/32")
+		return errors.Join(err, os.WriteFile("/proc/sys/net/ipv4/conf/eth0/route_localnet", []byte("1"), 0),
+			netlink.RouteAdd(&netlink.Route{Dst: loopback, Gw: net.ParseIP(host)}))
+	})
 }
 
 // addInner makes the neighbour's bridge with something behind it.
@@ -308,6 +333,7 @@ func (h *neighbourhood) others() map[string]func(wait time.Duration) bool {
 	for _, address := range []string{inner + ":80", inner + ":5432", inner + ":9", gateway + ":22", uplink4 + ":8081", uplink4 + ":5432"} {
 		asks("world", h.outside, "tcp", address)
 	}
+	asks("world", h.outside, "tcp", "127.0.0.1:5432") // which Docker before 28 lets in
 	asks("lan", h.lan, "tcp", lanHost+":8081")
 	asks("lan", h.lan, "tcp", inner+":80")
 	asks("inner", h.inner, "tcp", world4+":80")
@@ -426,6 +452,7 @@ func (h *neighbourhood) round(t *testing.T, told bool) {
 	h.reached = h.look()
 	g, upkeep := h.publishedGuest()
 	g.Serve(":80", "guest")
+	sendLoopback(g.Namespace, "172.30.0.1")
 	if open := told || !h.blocked; open {
 		h.outward(t, g)
 		h.names(t, g)
@@ -573,8 +600,11 @@ func (h *neighbourhood) closed(t *testing.T, g *guest) {
 		gateway, inner := prefixes(h.address)[0].Addr().String(), h.innerAddress()
 		ways["from behind "+h.bridge+" to a guest"] = way{h.inner, "172.30.0.2:80"}
 		ways["a guest to the host at "+gateway] = way{g.Namespace, gateway + ":22"}
+		if opens := slices.Equal(h.rules, docker20.rules); h.reached["world tcp 127.0.0.1:5432"] != opens {
+			t.Errorf("others reach what Docker publishes on the loopback: %v, want %v", !opens, opens)
+		}
 		// Docker before 28 lets others reach ports of containers by the containers' addresses, and where the host forwarded before it, any port.
-		hidden := []string{uplink4 + ":5432"}
+		hidden := []string{uplink4 + ":5432", "127.0.0.1:5432", "127.0.0.1:22", "127.0.0.1:8000"}
 		if h.hides {
 			hidden = append(hidden, inner+":80", inner+":5432", inner+":9")
 		} else if h.blocked {
