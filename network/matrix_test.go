@@ -63,14 +63,14 @@ var (
 	}
 	libvirt9 = beside{
 		rules: []string{"libvirt-9.0.ip4"}, program: "iptables-nft", bridge: "virbr0", address: "192.168.122.1/24", container: "192.168.122.2/24",
-		hides: true, variables: forwarding,
+		hides: true, variables: forwarding, like: true,
 	}
 	libvirt12 = beside{
 		rules: []string{"libvirt-12.8.nft"}, bridge: "virbr0", address: "192.168.122.1/24", container: "192.168.122.2/24", hides: true, variables: forwarding,
 	}
 	firewalld1 = beside{rules: []string{"firewalld-1.3.nft"}, told: []string{"firewalld-1.3-told.nft"}, drops: true, like: true, lan: true, heading: "firewalld, for all that the network's own rules let out"}
 	firewalld2 = beside{rules: []string{"firewalld-2.5.nft"}, told: []string{"firewalld-2.5-told.nft"}, drops: true, lan: true, heading: "firewalld, for all that the network's own rules let out"}
-	firewalldZ = beside{rules: []string{"firewalld-2.5-zones.nft"}}
+	firewalldZ = beside{rules: []string{"firewalld-2.5-zones.nft"}, like: true}
 	ufw        = beside{
 		rules: []string{"ufw-0.36.ip4", "ufw-0.36.ip6"}, program: "iptables-nft", drops: true, heading: "ufw, whose last line is for names",
 		variables: map[string]string{
@@ -687,7 +687,7 @@ func testBeside(t *testing.T, b beside) {
 	}
 	for _, forwards := range []bool{false, true} {
 		for _, rpFilter := range []string{"0", "1", "2"} {
-			if b.rules != nil && rpFilter != map[bool]string{true: "1", false: "2"}[forwards] || b.like && forwards {
+			if b.like && forwards || (b.rules != nil || forwards) && rpFilter != map[bool]string{true: "1", false: "2"}[forwards] {
 				continue
 			}
 			t.Run(fmt.Sprintf("forwards %v, rp_filter %s", forwards, rpFilter), func(t *testing.T) {
