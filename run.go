@@ -145,7 +145,7 @@ func (m *Machine) asOfNow(ctx context.Context, r *run, e journal.Effect) (journa
 		return e, err
 	case *network.Guest:
 		vm := attach.VM{ID: m.rec().ID, Store: m.host.store}
-		return e, errors.Join(r.upkeep.Publish(ctx, vm, e, r.journal.Do), r.upkeep.Add(vm.Store.Path(), e, m.rec().Interfaces, m.host.log))
+		return e, errors.Join(r.upkeep.Publish(ctx, vm, e, r.journal.Do), r.upkeep.Add(m.RuntimeDir(), e, m.rec().Interfaces, m.host.log))
 	}
 	return e, nil
 }

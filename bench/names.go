@@ -43,7 +43,11 @@ func (s *networkSite) names(rounds int) (err error) {
 	defer upkeep.Close()
 	plain := s.cable
 	s.cable.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "*." + benchDomain}}}
-	if err := upkeep.Add(filepath.Dir(s.dir), &s.cable, []attach.Interface{{Tap: s.cable.Tap, Network: s.config}}, slog.New(slog.DiscardHandler)); err != nil {
+	vm := filepath.Join(filepath.Dir(s.dir), "vm")
+	if err := os.MkdirAll(vm, 0o700); err != nil {
+		return err
+	}
+	if err := upkeep.Add(vm, &s.cable, []attach.Interface{{Tap: s.cable.Tap, Network: s.config}}, slog.New(slog.DiscardHandler)); err != nil {
 		return err
 	}
 	if err := errors.Join(plain.Revert(s.ctx), s.cable.Apply(s.ctx)); err != nil {

@@ -105,7 +105,7 @@ func TestNetwork_Names(t *testing.T) {
 			{Action: policy.Allow, Domain: "inner.example"},
 		}}
 	}, func(g *guest) error {
-		return proxies.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
+		return proxies.Add(g.use.VMDir, &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
 	})
 	g.misses(t, "tcp", "203.0.113.9:80")
 	for _, server := range []string{"172.30.0.1:53", "192.0.2.53:53"} { // whomever it asks
@@ -156,7 +156,7 @@ func TestNetwork_Resolver(t *testing.T) {
 	t.Cleanup(proxies.Close)
 	own := s.guestWith(1, nil, func(g *guest) error {
 		i := attach.Interface{Tap: g.filter.Tap, Network: s.config, DNS: addresses(world4)}
-		return proxies.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{i}, slog.New(slog.DiscardHandler))
+		return proxies.Add(g.use.VMDir, &g.filter, []attach.Interface{i}, slog.New(slog.DiscardHandler))
 	})
 	nettest.Resolver(t, "127.0.0.1")
 	if got := own.resolve(t, "172.30.0.1:53", "who.example."); got != "192.0.2.1" {
@@ -340,7 +340,7 @@ func (s *site) namedGuest(n int, own *policy.Policy) (*guest, *upkeep.Upkeep) {
 	proxies := new(upkeep.Upkeep)
 	s.t.Cleanup(proxies.Close)
 	g := s.guestWith(n, func(g *filter.Guest) { g.Policy = own }, func(g *guest) error {
-		return proxies.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
+		return proxies.Add(g.use.VMDir, &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
 	})
 	return g, proxies
 }

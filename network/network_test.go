@@ -88,8 +88,8 @@ type guest struct {
 
 func (s *site) use(vm string) *network.Use {
 	s.t.Helper()
-	dir := filepath.Join(s.t.TempDir(), vm)
-	if err := os.Mkdir(dir, 0o700); err != nil {
+	dir := filepath.Join(filepath.Dir(s.dir), vm)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		s.t.Fatal(err)
 	}
 	return &network.Use{Dir: s.dir, Network: s.config, VM: vm, VMDir: dir}

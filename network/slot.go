@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/network/conntrack"
-	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/rtnl"
 	"push.rocks/smartvm/network/subnet"
@@ -121,7 +120,7 @@ func (s *Slot) furnish(ctx context.Context) error {
 			return fmt.Errorf("set up %s: %w", name, err)
 		}
 	}
-	inner := &filter.Inner{Tap: InnerTap, Uplink: innerUplink, Inside4: InnerGuest[0].Addr(), Inside6: InnerGuest[1].Addr(), IP4: s.IP4.Addr(), IP6: s.IP6.Addr()}
+	inner := &netns.Inner{Tap: InnerTap, Uplink: innerUplink, Inside4: InnerGuest[0].Addr(), Inside6: InnerGuest[1].Addr(), IP4: s.IP4.Addr(), IP6: s.IP6.Addr()}
 	if err := inner.Apply(ctx); err != nil {
 		return err
 	}

@@ -37,6 +37,7 @@ const (
 	upFile         = "up.json"            // it is up, and as this says
 	usersDir       = "users"              // a symbolic link a VM, to the VM's directory
 	namesDir       = "names"              // a symbolic link a VM with a name, to its addresses
+	logDir         = "log"                // a socket a guest, for what the rules log of it
 )
 
 // Kinds are the effects in those journals.
@@ -363,6 +364,9 @@ func Current(dir, network string) (now Config, via string, err error) {
 	}
 	return is.Network, is.Network.via(is.Owner), nil
 }
+
+// LogDir is the directory of flowlog.Config for a network that is up.
+func LogDir(dir, network string) string { return filepath.Join(dir, network, logDir) }
 
 // Users lists the directories of the VMs that use a network. Users whose names begin with a dot are none.
 func Users(dir, network string) (vmDirs []string) {

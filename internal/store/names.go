@@ -23,6 +23,7 @@ const (
 	SuperviseLog   = "supervise.log"   // what a detached VM's own process did, the newest part
 	AutoRemove     = "autoremove"      // there: the VM is removed when it ends
 	CommandLog     = "command.log"     // what a command of an attached run put out, the newest part
+	NetworkLog     = "network.log"     // what the guest tried to reach, the newest part
 	HoldFile       = "hold"            // flock: held by the process that holds the VM still for a snapshot
 	LastSnapshot   = "last-snapshot"   // the snapshot since which the VMM knows what memory was written
 	RotatedSuffix  = ".1"              // added to a log's name: its older half

@@ -21,26 +21,37 @@ import (
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/dnsproxy"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/flowlog"
 	"push.rocks/smartvm/network/wireguard"
 )
 
-// Add has the other guests of a network know where this one is, if they reach it, and starts its DNS proxy, on the port that the guest has, or one
-// that it then has. From a network that nothing leaves, questions do not either.
-func (u *Upkeep) Add(runtimeDir string, g *network.Guest, all []attach.Interface, log *slog.Logger) error {
+// Add logs what a guest of the VM with that directory tries, has the other guests of a network know where this one is, if they reach it, and starts
+// its DNS proxy, on the port that the guest has, or one that it then has. From a network that nothing leaves, questions do not either.
+func (u *Upkeep) Add(vmDir string, g *network.Guest, all []attach.Interface, log *slog.Logger) error {
 	n := slices.IndexFunc(all, func(i attach.Interface) bool { return i.Tap == g.Tap })
 	if n >= 0 && all[n].Network.Mutual {
 		u.announce(g, log)
 	}
-	if n < 0 || all[n].Network.Inside {
+	if n < 0 {
 		return nil
 	}
 	of := &all[n].Network
-	networks := filepath.Join(runtimeDir, store.NetworkDir)
+	networks := filepath.Join(filepath.Dir(vmDir), store.NetworkDir)
+	own := &names{guest: filter.Names{Guest: g.Guest}}
+	u.record(vmDir, own, of, log)
+	if of.Inside {
+		return nil
+	}
 	c := dnsproxy.Config{Log: log.With("vm", g.Tap), Upstreams: newServers(all[n].DNS, false).all}
+	if tried := u.tried; tried != nil {
+		c.Answered = tried.Answered
+		c.Refused = func(name, kind string, by int) {
+			tried.Refused(of.Name, map[filter.Layer]string{filter.OfNetwork: flowlog.OfNetwork, filter.Own: flowlog.OfVM}[filter.Layer(by)], name, kind)
+		}
+	}
 	if of.Mutual {
 		c.Local = func(name string) []netip.Addr { return network.Named(networks, of.Name, name) }
 	}
-	own := &names{guest: filter.Names{Guest: g.Guest}}
 	now, via, err := network.Current(networks, of.Name) // it may have been changed since the VM was made
 	if err == nil {
 		err = own.follow(now.Policy, g.Policy)
@@ -119,7 +130,7 @@ func (u *Upkeep) Adopt(vm attach.VM, effects []journal.Effect, all []attach.Inte
 		if err := u.adopt(vm, g, log); err != nil {
 			log.Warn("published ports", "vm", vm.ID, "err", err)
 		}
-		if err := u.Add(vm.Store.Path(), g, all, log); err != nil {
+		if err := u.Add(vm.Store.Dir(vm.ID), g, all, log); err != nil {
 			log.Warn("the guest has no names", "tap", g.Tap, "err", err)
 		}
 	}

@@ -46,6 +46,13 @@ func (n *names) current() []dnsproxy.Names {
 	return n.now
 }
 
+// own says whether the guest has a policy of its own.
+func (n *names) own() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.policies[filter.Own] != nil
+}
+
 // follow takes over policies, which may be nil.
 func (n *names) follow(network, own *policy.Policy) error {
 	policies := [2]*policy.Policy{filter.OfNetwork: network, filter.Own: own}

@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/flowlog"
 	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/network/rtnl"
 	"push.rocks/smartvm/network/watch"
@@ -34,6 +35,8 @@ type Upkeep struct {
 	lost     func() error             // looks again for those that could not be reserved; nil: there are none
 	restored map[string]int           // how often the network of each tap was
 	names    map[string]*names        // by tap
+	tried    *flowlog.Log             // what the guest tried; nil: that is not logged
+	unsure   map[string]string        // by tap, its network, of which it is not known whether the kernel logs
 }
 
 // socket is a DNS proxy's, on a bridge.
@@ -166,6 +169,7 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 			}
 			if err == nil {
 				u.restored[e.Tap] = now
+				err = u.sure(e)
 			}
 		}
 		if err != nil {
@@ -230,5 +234,8 @@ func (u *Upkeep) Close() {
 	u.work.Wait()
 	for _, n := range u.names {
 		_ = n.guest.Close() // it asks for nothing any more
+	}
+	if u.tried != nil {
+		_ = u.tried.Close() // whoever reads it sees what is missing
 	}
 }

@@ -44,7 +44,11 @@ type Config struct {
 	Rate Rate
 	// Dropped counts the questions that were not answered because there were too many. It may be nil.
 	Dropped *atomic.Uint64
-	Log     *slog.Logger // nil: nobody
+	// Answered is called with the addresses of a name before the guest has them, Refused with what one of Names, of that index, does not allow. Both may be
+	// nil.
+	Answered func(name string, addresses []netip.Addr)
+	Refused  func(name, kind string, by int)
+	Log      *slog.Logger // nil: nobody
 }
 
 // Names is what one policy says of names.
@@ -291,11 +295,12 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 	name := strings.ToLower(q.question.Name.String())
 	if p.Local != nil {
 		if addresses := p.Local(strings.TrimSuffix(name, ".")); addresses != nil {
+			p.answered(name, addresses)
 			return q.reply(reply{answers: localRecords(q.question, addresses)})
 		}
 	}
 	var because []reason
-	for _, n := range p.policies() {
+	for by, n := range p.policies() {
 		r := reason{Names: n}
 		for i, d := range n.Domains {
 			if policy.MatchDomain(d, name) {
@@ -303,6 +308,9 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 			}
 		}
 		if r.domains == nil && n.Closed {
+			if p.Refused != nil {
+				p.Refused(strings.TrimSuffix(name, "."), strings.TrimPrefix(q.question.Type.String(), "Type"), by)
+			}
 			return q.reply(reply{code: dnsmessage.RCodeNameError})
 		}
 		if r.domains != nil {
@@ -331,7 +339,14 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 			return q.reply(reply{code: dnsmessage.RCodeServerFailure})
 		}
 	}
+	p.answered(name, addresses)
 	return q.reply(reply{code: got.code, answers: records})
+}
+
+func (p *proxy) answered(name string, addresses []netip.Addr) {
+	if p.Answered != nil {
+		p.Answered(strings.TrimSuffix(name, "."), addresses)
+	}
 }
 
 // localTTL is short: who has the name may be another soon.

@@ -56,10 +56,12 @@ func (g *Guest) Apply(context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = g.add(conn, newLayout(g.Table))
-	if err == nil {
-		err = conn.Flush()
-	}
+	err = withLog(g.Table, func(l *layout) error {
+		if err := g.add(conn, l); err != nil {
+			return err
+		}
+		return conn.Flush()
+	})
 	if err != nil {
 		return fmt.Errorf("add guest %s to table %s: %w", g.Tap, g.Table, err)
 	}
@@ -73,20 +75,21 @@ func (g *Guest) Replace(context.Context) error {
 		return err
 	}
 	defer closeLater()
-	l := newLayout(g.Table)
 	compiled, err := g.compile()
 	if err != nil {
 		return err
 	}
-	err = remove(conn, map[string]*layout{g.Table: l}, []*Guest{g}, l.namesOf(g.Tap, compiled))
+	err = withLog(g.Table, func(l *layout) error {
+		if err := remove(conn, map[string]*layout{g.Table: l}, []*Guest{g}, l.namesOf(g.Tap, compiled)); err != nil {
+			return err
+		}
+		if err := g.add(conn, l); err != nil {
+			return err
+		}
+		return conn.Flush()
+	})
 	if err == nil {
-		err = g.add(conn, l)
-	}
-	if err == nil {
-		err = conn.Flush()
-	}
-	if err == nil {
-		err = g.forgetDenied(conn, l)
+		err = g.forgetDenied(conn, newLayout(g.Table))
 	}
 	if err != nil {
 		return fmt.Errorf("change guest %s in table %s: %w", g.Tap, g.Table, err)
@@ -116,12 +119,15 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 		}
 	}
 	if g.Policy != nil {
-		rules := policyRules{l.inet, g.Tap, g.Policy.DefaultAction != policy.Deny, expr.VerdictAccept}
-		own := ruled{nftables.Chain{Table: l.inet, Name: g.chain()}, rules.of(compiled)}
-		conn.AddChain(&own.chain)
-		conn.FlushChain(&own.chain) // it may be half of an earlier life
-		if err := own.addRules(conn); err != nil {
-			return err
+		own := policyRules{l, g.chain(), g.Tap, g.Policy.DefaultAction != policy.Deny, expr.VerdictAccept}.chains(compiled)
+		for i := range own {
+			conn.AddChain(&own[i].Chain)
+			conn.FlushChain(&own[i].Chain) // it may be half of an earlier life
+		}
+		for i := range own {
+			if err := own[i].AddRules(conn); err != nil {
+				return err
+			}
 		}
 	}
 	members, err := g.members(l)
@@ -195,7 +201,7 @@ func removeAll(guests []*Guest) error {
 func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, keep []*nftables.Set) error {
 	elements := map[*nftables.Set][]nftables.SetElement{}
 	addresses := map[string][]netip.Addr{} // by table
-	var chains []*nftables.Chain
+	chains := map[*nftables.Table][]string{}
 	var sets []*nftables.Set
 	for _, g := range guests {
 		l := layouts[g.Table]
@@ -206,7 +212,8 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, ke
 		}
 		hasChain := g.Policy != nil || len(rules) > 0
 		if hasChain {
-			chains = append(chains, conn.AddChain(chain))
+			conn.AddChain(chain)
+			chains[l.inet] = append(append(chains[l.inet], chain.Name), ledTo(rules, chain.Name+".")...)
 		}
 		for _, name := range lookedInto(rules, "names-") {
 			if !slices.ContainsFunc(keep, func(s *nftables.Set) bool { return s.Name == name }) {
@@ -238,9 +245,8 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, ke
 			return err
 		}
 	}
-	for _, c := range chains {
-		conn.FlushChain(c)
-		conn.DelChain(c)
+	for table, names := range chains {
+		removeChains(conn, table, names)
 	}
 	for _, s := range sets {
 		conn.DelSet(s)

@@ -42,7 +42,7 @@ func (n Narrow) texts() (all []string) {
 	return all
 }
 
-func (n Narrow) rules() (all []rule) {
+func (n Narrow) rules() (all []nft.Rule) {
 	elsewhere := nft.MetaIsNot(expr.MetaKeyOIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
 	for _, text := range n.texts() {
 		protocol, name, _ := strings.Cut(text, " ")
@@ -51,7 +51,7 @@ func (n Narrow) rules() (all []rule) {
 			from = nft.MetaIsNot(expr.MetaKeyIIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
 		}
 		family := map[string]byte{"ipv4": unix.NFPROTO_IPV4, "ipv6": unix.NFPROTO_IPV6}[protocol]
-		all = append(all, rule{exprs: nft.Join(nft.Nfproto(family), from, elsewhere, nft.Drop()), text: text})
+		all = append(all, nft.Rule{Exprs: nft.Join(nft.Nfproto(family), from, elsewhere, nft.Drop()), Text: text})
 	}
 	return all
 }
@@ -71,7 +71,7 @@ func (t *Tables) Narrow(n Narrow) error {
 	}
 	if err == nil && !slices.Equal(now, n.texts()) {
 		conn.FlushChain(&chain)
-		err = (&ruled{chain, n.rules()}).addRules(conn)
+		err = (&nft.Ruled{Chain: chain, Rules: n.rules()}).AddRules(conn)
 		if err == nil {
 			err = conn.Flush()
 		}

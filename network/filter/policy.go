@@ -1,7 +1,6 @@
 package filter
 
 import (
-	"cmp"
 	"crypto/sha256"
 	"encoding/base32"
 	"fmt"
@@ -14,6 +13,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network/flowlog"
 	"push.rocks/smartvm/network/internal/nft"
 	"push.rocks/smartvm/network/policy"
 )
@@ -111,14 +111,15 @@ func (g *Names) Allow(of Layer, domain string, addresses []netip.Addr, ttl time.
 
 // policyRules make rules of a policy: the first that matches decides.
 type policyRules struct {
-	table   *nftables.Table
+	*layout
+	chain   string
 	tap     string           // whose it is; "": the network's
 	allowed bool             // what no rule is about
 	allow   expr.VerdictKind // what "allow" means
 }
 
-// end is what the i-th rule does, or what is done when none matches.
-func (p policyRules) end(compiled []policy.Compiled, i int) rule {
+// decision is what the i-th rule does, or what is done when none matches.
+func (p policyRules) decision(compiled []policy.Compiled, i int) (reason flowlog.Reason, end nft.Exprs) {
 	yes, text := p.allowed, "default deny"
 	if p.allowed {
 		text = "default allow"
@@ -126,24 +127,50 @@ func (p policyRules) end(compiled []policy.Compiled, i int) rule {
 	if i < len(compiled) {
 		yes, text = compiled[i].Allow, compiled[i].Text
 	}
-	if yes {
-		return rule{exprs: nft.Exprs{&expr.Counter{}, &expr.Verdict{Kind: p.allow}}, text: text}
+	reason = flowlog.Reason{Verdict: flowlog.Denied, Policy: flowlog.OfVM, Rule: text}
+	if p.tap == "" {
+		reason.Policy = flowlog.OfNetwork
 	}
-	return rule{exprs: refuse(), text: text}
+	if !yes {
+		return reason, nft.Goto(refused)
+	}
+	reason.Verdict = flowlog.Allowed
+	return reason, nft.Verdict(p.allow)
 }
 
-func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
+// end is the end of the i-th rule.
+func (p policyRules) end(compiled []policy.Compiled, i int) nft.Rule {
+	reason, end := p.decision(compiled, i)
+	if p.logs {
+		end = nft.Goto(p.ending(i))
+	}
+	return nft.Rule{Exprs: nft.Join(nft.Exprs{&expr.Counter{}}, end), Text: reason.Rule}
+}
+
+func (p policyRules) ending(i int) string { return fmt.Sprintf("%s.%d", p.chain, i) }
+
+// chains are the one that has the rules, and those in which these end.
+func (p policyRules) chains(compiled []policy.Compiled) []nft.Ruled {
+	all := []nft.Ruled{nft.Chain(nftables.Chain{Table: p.inet, Name: p.chain}, p.of(compiled))}
+	for i := 0; i <= len(compiled) && p.logs; i++ {
+		reason, end := p.decision(compiled, i)
+		all = append(all, p.logged(p.ending(i), reason, end))
+	}
+	return all
+}
+
+func (p policyRules) of(compiled []policy.Compiled) (all []nft.Rule) {
 	for i, c := range compiled {
 		where := []nft.Exprs{nil}
 		switch {
 		case c.Prefixes != nil:
-			for _, set := range prefixSets(p.table, c.Prefixes) {
+			for _, set := range nft.PrefixSets(p.inet, c.Prefixes) {
 				end := p.end(compiled, i)
 				to, fam := nft.Dest4, byte(unix.NFPROTO_IPV4)
-				if set.set.KeyType == nftables.TypeIP6Addr {
+				if set.Set.KeyType == nftables.TypeIP6Addr {
 					to, fam = nft.Dest6, unix.NFPROTO_IPV6
 				}
-				all = append(all, rule{exprs: nft.Join(nft.Nfproto(fam), nft.Exprs{nft.Load(to, nft.Reg), nft.InSet(set.set)}, end.exprs), text: end.text, set: set})
+				all = append(all, nft.Rule{Exprs: nft.Join(nft.Nfproto(fam), nft.Exprs{nft.Load(to, nft.Reg), nft.InSet(set.Set)}, end.Exprs), Text: end.Text, Set: set})
 			}
 			continue
 		case c.Domain != "":
@@ -160,87 +187,27 @@ func (p policyRules) of(compiled []policy.Compiled) (all []rule) {
 				}
 			}
 		}
-		what := []rule{{}}
+		what := []nft.Rule{{}}
 		if len(c.Protocols) > 0 {
 			what = nil
 		}
 		for _, proto := range c.Protocols {
-			r := rule{exprs: nft.L4(proto)}
+			r := nft.Rule{Exprs: nft.L4(proto)}
 			switch {
 			case len(c.Ports) == 1: // a set of its own takes the kernel twice as long
-				r.exprs = nft.Join(r.exprs, nft.InRange(nft.DestPort, nft.Port(c.Ports[0].First), nft.Port(c.Ports[0].Last)))
+				r.Exprs = nft.Join(r.Exprs, nft.InRange(nft.DestPort, nft.Port(c.Ports[0].First), nft.Port(c.Ports[0].Last)))
 			case len(c.Ports) > 1:
-				r.set = portSet(p.table, c.Ports)
-				r.exprs = nft.Join(r.exprs, nft.Exprs{nft.Load(nft.DestPort, nft.Reg), nft.InSet(r.set.set)})
+				r.Set = nft.PortSet(p.inet, c.Ports)
+				r.Exprs = nft.Join(r.Exprs, nft.Exprs{nft.Load(nft.DestPort, nft.Reg), nft.InSet(r.Set.Set)})
 			}
 			what = append(what, r)
 		}
 		for _, w := range where {
 			for _, r := range what {
 				end := p.end(compiled, i)
-				all = append(all, rule{exprs: nft.Join(w, r.exprs, end.exprs), text: end.text, set: r.set})
+				all = append(all, nft.Rule{Exprs: nft.Join(w, r.Exprs, end.Exprs), Text: end.Text, Set: r.Set})
 			}
 		}
 	}
 	return append(all, p.end(compiled, len(compiled)))
-}
-
-func portSet(table *nftables.Table, ranges []policy.PortRange) *member {
-	m := &member{set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeInetService}}
-	for _, r := range ranges {
-		m.elements = append(m.elements, nftables.SetElement{Key: nft.Port(r.First)})
-		if r.Last < 65535 { // the last interval may be open
-			m.elements = append(m.elements, nftables.SetElement{Key: nft.Port(r.Last + 1), IntervalEnd: true})
-		}
-	}
-	return m
-}
-
-// prefixSets are two sets, of IPv4 and of IPv6, that hold the addresses of prefixes, and those that embed them.
-func prefixSets(table *nftables.Table, prefixes []netip.Prefix) []*member {
-	byKind := map[bool][]netip.Prefix{}
-	for _, p := range prefixes {
-		for _, p := range append(policy.Embedding(p), p) {
-			byKind[p.Addr().Is4()] = append(byKind[p.Addr().Is4()], p)
-		}
-	}
-	var all []*member
-	for _, is4 := range []bool{true, false} {
-		kind := map[bool]nftables.SetDatatype{true: nftables.TypeIPAddr, false: nftables.TypeIP6Addr}[is4]
-		m := &member{set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: kind}}
-		sorted := slices.SortedFunc(slices.Values(byKind[is4]), func(a, b netip.Prefix) int {
-			return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-		})
-		var next netip.Addr // the first behind the last range, which is open while that is valid
-		for i, p := range sorted {
-			if i > 0 && !next.IsValid() {
-				break // it goes to the end
-			}
-			if i > 0 && p.Addr().Less(next) {
-				continue // within the one before
-			}
-			if i > 0 && p.Addr() != next {
-				m.elements = append(m.elements, nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
-			}
-			if i == 0 || p.Addr() != next {
-				m.elements = append(m.elements, nftables.SetElement{Key: p.Addr().AsSlice()})
-			}
-			next = lastOf(p).Next()
-		}
-		if next.IsValid() {
-			m.elements = append(m.elements, nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
-		}
-		all = append(all, m)
-	}
-	return all
-}
-
-// lastOf is the last address of a prefix.
-func lastOf(p netip.Prefix) netip.Addr {
-	a := p.Addr().AsSlice()
-	for bit := p.Bits(); bit < len(a)*8; bit++ {
-		a[bit/8] |= 0x80 >> (bit % 8)
-	}
-	last, _ := netip.AddrFromSlice(a)
-	return last
 }

@@ -17,49 +17,50 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-func (t *Tables) rules(l *layout) ([]ruled, error) {
-	all := []ruled{
-		{base(l.inet, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), plain(t.forwarded()...)},
+func (t *Tables) rules(l *layout) ([]nft.Ruled, error) {
+	all := []nft.Ruled{
+		nft.Chain(nft.Base(l.inet, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), nft.Plain(t.forwarded()...)),
 		// What is known goes first, whoever sends it: a rule that does not match costs each packet, and what goes on here is accepted anyhow.
-		{base(l.inet, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), plain(append([]nft.Exprs{
+		nft.Chain(nft.Base(l.inet, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), nft.Plain(append([]nft.Exprs{
 			t.beside(),
 			nft.Join(nft.Known(), nft.Accept()),
 			nft.Join(nft.Iif(t.Bridge), nft.Jump(toHost)),
-		}, t.tunnel()...)...)},
+		}, t.tunnel()...)...)),
 		// Before the chains of others, who may lead what goes to their ports on the host's loopback elsewhere (Docker before 28).
-		{nat(l.inet, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest-1)), plain(
-			slices.Concat([]nft.Exprs{nft.Join(nft.Iif(t.Bridge), toLoopback(), nft.Drop())}, t.proxied(l), []nft.Exprs{nft.Join(toLoopback(), nft.Accept())}, published(l))...)},
-		{nat(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), plain(append([]nft.Exprs{toLoopback6()}, published(l)...)...)},
-		{nat(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(t.masqueraded()...)},
-		{nftables.Chain{Table: l.inet, Name: fromGuest}, plain(t.leaving(l)...)},
-		{nftables.Chain{Table: l.inet, Name: refused}, plain(refusal()...)},
-		{nftables.Chain{Table: l.inet, Name: narrow}, nil},
-		{nftables.Chain{Table: l.inet, Name: toGuest}, plain(append(t.answered(), nft.Join(nft.Redirected(), nft.Accept()), nft.Drop())...)},
-		{nftables.Chain{Table: l.inet, Name: toHost}, plain(t.entering(l)...)},
+		nft.Chain(nft.NAT(l.inet, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest-1)), nft.Plain(
+			slices.Concat([]nft.Exprs{nft.Join(nft.Iif(t.Bridge), toLoopback(), nft.Drop())}, t.proxied(l), []nft.Exprs{nft.Join(toLoopback(), nft.Accept())}, published(l))...)),
+		nft.Chain(nft.NAT(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), nft.Plain(append([]nft.Exprs{toLoopback6()}, published(l)...)...)),
+		nft.Chain(nft.NAT(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), nft.Plain(t.masqueraded()...)),
+		nft.Chain(nftables.Chain{Table: l.inet, Name: fromGuest}, nft.Plain(t.leaving(l)...)),
+		nft.Chain(nftables.Chain{Table: l.inet, Name: refused}, nft.Plain(refusal()...)),
+		nft.Chain(nftables.Chain{Table: l.inet, Name: narrow}, nil),
+		nft.Chain(nftables.Chain{Table: l.inet, Name: toGuest}, nft.Plain(append(t.answered(), nft.Join(nft.Redirected(), nft.Accept()), nft.Drop())...)),
+		nft.Chain(nftables.Chain{Table: l.inet, Name: toHost}, nft.Plain(t.entering(l)...)),
+		nft.Chain(nftables.Chain{Table: l.inet, Name: bounds}, t.bounded(l)),
 		// What most of all traffic is goes first here too; only taps of the network are in these sets.
-		{base(l.bridge, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(-300)), plain(
+		nft.Chain(nft.Base(l.bridge, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(-300)), nft.Plain(
 			nft.Join(nft.Ether(unix.ETH_P_IP), nft.L4(unix.IPPROTO_TCP), sender(nft.EtherSource, nft.Source4), nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
 			nft.Join(nft.Ether(unix.ETH_P_IPV6), nft.L4(unix.IPPROTO_TCP), sender(nft.EtherSource, nft.Source6), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),
-			nft.Join(nft.IifPrefix(t.Taps), nft.Jump(fromGuest)))},
-		{nftables.Chain{Table: l.bridge, Name: fromGuest}, plain(t.genuine(l)...)},
+			nft.Join(nft.IifPrefix(t.Taps), nft.Jump(fromGuest)))),
+		nft.Chain(nftables.Chain{Table: l.bridge, Name: fromGuest}, nft.Plain(t.genuine(l)...)),
 	}
 	if t.Via != "" {
-		all = append(all, ruled{base(l.inet, "answers", nftables.ChainHookPrerouting, nftables.ChainPriorityMangle), plain(
-			nft.Join(nft.Iif(t.Bridge), ofAnswer(expr.CmpOpEq), nft.Exprs{&expr.Immediate{Register: nft.Reg, Data: mark()}, &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: nft.Reg}}))})
+		all = append(all, nft.Chain(nft.Base(l.inet, "answers", nftables.ChainHookPrerouting, nftables.ChainPriorityMangle), nft.Plain(
+			nft.Join(nft.Iif(t.Bridge), ofAnswer(expr.CmpOpEq), nft.Exprs{&expr.Immediate{Register: nft.Reg, Data: mark()}, &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: nft.Reg}}))))
 	}
 	outward, err := t.outward(l)
 	if err != nil {
 		return nil, err
 	}
-	all = append(all, ruled{nftables.Chain{Table: l.inet, Name: bounds}, t.bounded(l)}, ruled{nftables.Chain{Table: l.inet, Name: egress}, outward})
+	all = append(append(all, outward...), t.endings(l)...)
 	settings, err := t.settings()
 	if err != nil {
 		return nil, err
 	}
 	for _, c := range all {
-		if c.chain.Name == entry(c.chain.Table) {
-			c.rules[0].text = ownerPrefix + t.Owner // for There
-			c.rules[len(c.rules)-1].text = versionPrefix + strconv.Itoa(version) + " " + settings
+		if c.Chain.Name == entry(c.Chain.Table) {
+			c.Rules[0].Text = ownerPrefix + t.Owner // for There
+			c.Rules[len(c.Rules)-1].Text = versionPrefix + strconv.Itoa(version) + " " + settings
 		}
 	}
 	return all, nil
@@ -75,18 +76,19 @@ func (t *Tables) settings() (string, error) {
 }
 
 // outward is the network's policy. What it allows, a guest's own policy may still forbid.
-func (t *Tables) outward(l *layout) ([]rule, error) {
+func (t *Tables) outward(l *layout) ([]nft.Ruled, error) {
+	chain := nft.Ruled{Chain: nftables.Chain{Table: l.inet, Name: egress}}
 	if t.Inside {
-		return []rule{{exprs: refuse()}}, nil
+		chain.Rules = nft.Plain(l.ends(toOutside))
 	}
-	if t.Egress == nil {
-		return nil, nil
+	if t.Inside || t.Egress == nil {
+		return []nft.Ruled{chain}, nil
 	}
 	compiled, err := t.Egress.Compile()
 	if err != nil {
 		return nil, err
 	}
-	return policyRules{l.inet, "", t.Egress.DefaultAction != policy.Deny, expr.VerdictReturn}.of(compiled), nil
+	return policyRules{l, egress, "", t.Egress.DefaultAction != policy.Deny, expr.VerdictReturn}.chains(compiled), nil
 }
 
 // proxied sends a guest's queries to its DNS proxy, on the bridge's own address: all of them where its policy or the network's has names, else those
@@ -195,18 +197,18 @@ func (t *Tables) tunnel() []nft.Exprs {
 
 // bounded refuses what begins one connection too many of a guest's, or too soon: the kernel knows so many of all together, and who takes them all, or
 // the processor's time, takes the network from the others and the host.
-func (t *Tables) bounded(l *layout) (all []rule) {
+func (t *Tables) bounded(l *layout) (all []nft.Rule) {
 	for _, b := range []struct {
 		most       int
-		what       string
+		what       ending
 		of         expr.Any // of one guest
 		set4, set6 *nftables.Set
 	}{
 		{
-			t.NewConnections, "new connections a second",
+			t.NewConnections, newConnections,
 			&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(t.NewConnections), Unit: expr.LimitTimeSecond, Burst: uint32(t.NewConnections), Over: true}, l.paced4, l.paced6,
 		},
-		{t.Connections, "connections", &expr.Connlimit{Count: uint32(t.Connections), Flags: expr.NFT_CONNLIMIT_F_INV}, l.counted4, l.counted6},
+		{t.Connections, connections, &expr.Connlimit{Count: uint32(t.Connections), Flags: expr.NFT_CONNLIMIT_F_INV}, l.counted4, l.counted6},
 	} {
 		if b.most == 0 {
 			continue
@@ -217,7 +219,7 @@ func (t *Tables) bounded(l *layout) (all []rule) {
 			set    *nftables.Set
 		}{{unix.NFPROTO_IPV4, nft.Source4, b.set4}, {unix.NFPROTO_IPV6, nft.Source6, b.set6}} {
 			count := &expr.Dynset{SrcRegKey: nft.Reg, SetName: f.set.Name, SetID: f.set.ID, Operation: uint32(unix.NFT_DYNSET_OP_ADD), Exprs: []expr.Any{b.of}}
-			all = append(all, rule{exprs: nft.Join(nft.Nfproto(f.family), nft.Exprs{nft.Load(f.source, nft.Reg), count}, refuse()), text: fmt.Sprint(overPrefix, b.most, " ", b.what)})
+			all = append(all, nft.Rule{Exprs: nft.Join(nft.Nfproto(f.family), nft.Exprs{nft.Load(f.source, nft.Reg), count}, l.ends(b.what)), Text: fmt.Sprint(overPrefix, b.most, " ", b.what)})
 		}
 	}
 	return all
@@ -235,9 +237,9 @@ func refusal() []nft.Exprs {
 
 // leaving is what a guest may send through the host.
 func (t *Tables) leaving(l *layout) (all []nft.Exprs) {
-	within := refuse()
+	within := l.ends(toGuests)
 	if t.Mutual {
-		within = nft.Accept()
+		within = l.ends(amongGuests)
 	}
 	all = []nft.Exprs{nft.Jump(bounds)}
 	// What another guest has published is reached as anything outside: by the host, and as the policies have it.
@@ -248,13 +250,17 @@ func (t *Tables) leaving(l *layout) (all []nft.Exprs) {
 			if p.Addr().Is4() {
 				source, set = nft.Source4, l.metadata4
 			}
-			all = append(all, nft.Join(nft.ToPrefix(p), nft.Exprs{nft.Load(source, nft.Reg), nft.NotInSet(set)}, refuse()))
+			all = append(all, nft.Join(nft.ToPrefix(p), nft.Exprs{nft.Load(source, nft.Reg), nft.NotInSet(set)}, l.ends(toMetadata)))
 		}
 	}
 	all = append(all, nft.Jump(egress))
 	// By its MAC, which the bridge table has seen to, a guest is one element for IPv4 and IPv6: the kernel goes through all that a map
 	// leads to when any rule is added.
-	return append(all, nft.Exprs{nft.Load(nft.EtherSource, nft.Reg), nft.VerdictOf(l.policies)}, nft.Accept())
+	rest := nft.Accept()
+	if t.Egress == nil {
+		rest = l.ends(unruled)
+	}
+	return append(all, nft.Exprs{nft.Load(nft.EtherSource, nft.Reg), nft.VerdictOf(l.policies)}, rest)
 }
 
 // entering is what a guest may send to the host itself: answers, echo requests, neighbour discovery, and to its DNS proxy.
@@ -272,9 +278,9 @@ func (t *Tables) entering(l *layout) []nft.Exprs {
 	}
 	return append(all,
 		nft.Join(nft.Redirected(), nft.Accept()),
-		nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.Exprs{nft.Load(nft.Source4, nft.Reg), nft.InSet(l.host4)}, nft.Accept()),
-		nft.Join(nft.Nfproto(unix.NFPROTO_IPV6), nft.Exprs{nft.Load(nft.Source6, nft.Reg), nft.InSet(l.host6)}, nft.Accept()),
-		refuse())
+		nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.Exprs{nft.Load(nft.Source4, nft.Reg), nft.InSet(l.host4)}, l.ends(toHostAllowed)),
+		nft.Join(nft.Nfproto(unix.NFPROTO_IPV6), nft.Exprs{nft.Load(nft.Source6, nft.Reg), nft.InSet(l.host6)}, l.ends(toHostAllowed)),
+		l.ends(toHostDenied))
 }
 
 var linkLocal6 = netip.MustParsePrefix("fe80::/10")
@@ -334,9 +340,4 @@ func mark() []byte { return binaryutil.NativeEndian.PutUint32(AnswerMark) }
 // ofAnswer matches what belongs to such a connection, or does not.
 func ofAnswer(op expr.CmpOp) nft.Exprs {
 	return nft.Exprs{&expr.Ct{Key: expr.CtKeyMARK, Register: nft.Reg}, &expr.Cmp{Op: op, Register: nft.Reg, Data: mark()}}
-}
-
-// refuse is drop that tells the guest, so that it need not wait for who does not answer.
-func refuse() nft.Exprs {
-	return nft.Exprs{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictGoto, Chain: refused}}
 }

@@ -47,7 +47,7 @@ const (
 	ownerPrefix = "owner-"
 	// Rules of an earlier version are replaced when somebody looks who has these. Later ones stay: they have all sets of the earlier.
 	versionPrefix = "rules "
-	version       = 4
+	version       = 5
 	fromGuest     = "from-guest"
 	toGuest       = "to-guest"
 	toHost        = "to-host"
@@ -56,11 +56,13 @@ const (
 	narrow        = "narrow"
 	refused       = "refused"
 	overPrefix    = "over " // how rules of bounds are called
+	logDenied     = "log-denied"
 )
 
 // layout is a network's tables, with the sets that guests have elements in.
 type layout struct {
 	inet, bridge *nftables.Table
+	logs         bool // what begins is logged
 	all          []*nftables.Set
 
 	macs                 *nftables.Set // bridge: tap . MAC that a guest may send from
@@ -74,6 +76,8 @@ type layout struct {
 	portsAt4, portsAt6   *nftables.Set // address . protocol . port -> guest . port
 	counted4, counted6   *nftables.Set // source, with its number of connections
 	paced4, paced6       *nftables.Set // source, with how many it began of late
+	logAllowed           *nftables.Set // MAC, with how many beginnings of its were logged of late
+	logDenied            *nftables.Set // likewise
 }
 
 func newLayout(name string) *layout {
@@ -110,14 +114,27 @@ func newLayout(name string) *layout {
 		{&l.counted6, l.inet, "counted6", addr6, nftables.SetDatatype{}},
 		{&l.paced4, l.inet, "paced4", addr4, nftables.SetDatatype{}},
 		{&l.paced6, l.inet, "paced6", addr6, nftables.SetDatatype{}},
+		{&l.logAllowed, l.inet, "log-allowed", nftables.TypeEtherAddr, nftables.SetDatatype{}},
+		{&l.logDenied, l.inet, logDenied, nftables.TypeEtherAddr, nftables.SetDatatype{}},
 	} {
 		*s.set = &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.data.Bytes > 0 || s.data.Name != ""}
 		l.all = append(l.all, *s.set)
 	}
-	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6} { // rules add to it
+	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6, l.logAllowed, l.logDenied} { // rules add to it
 		s.Dynamic, s.Size = true, 1<<16
 	}
+	for _, s := range []*nftables.Set{l.logAllowed, l.logDenied} {
+		s.HasTimeout, s.Timeout = true, logTime
+	}
 	return l
+}
+
+// sets are those that are made.
+func (l *layout) sets() []*nftables.Set {
+	if l.logs {
+		return l.all
+	}
+	return slices.DeleteFunc(slices.Clone(l.all), func(s *nftables.Set) bool { return s == l.logAllowed || s == l.logDenied })
 }
 
 // Apply makes both tables at once. Returns an error that is fs.ErrExist if either is there, ErrTooOld where the kernel lacks
@@ -127,7 +144,7 @@ func (t *Tables) Apply(context.Context) error {
 	if err != nil {
 		return err
 	}
-	return t.make(conn)
+	return withLog(t.Name, func(l *layout) error { return t.make(conn, l) })
 }
 
 // Replace makes both tables anew, in place of what is left of them: at no time is there less. Guests must add their part again. Where rules were missing
@@ -142,10 +159,13 @@ func (t *Tables) Replace(context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := t.deleteOwn(conn); err != nil {
-		return err
-	}
-	if err := t.make(conn); err != nil || was != missing {
+	err = withLog(t.Name, func(l *layout) error {
+		if err := t.deleteOwn(conn); err != nil {
+			return err
+		}
+		return t.make(conn, l)
+	})
+	if err != nil || was != missing {
 		return err
 	}
 	return conntrack.Forget(func(a netip.Addr) bool { return t.Subnet.Contains(a) || t.Subnet6.Contains(a) })
@@ -163,11 +183,10 @@ func (t *Tables) Renew(context.Context) (done bool, err error) {
 	if err != nil || is != otherSettings {
 		return is == current, err
 	}
-	return true, t.renew(conn)
+	return true, withLog(t.Name, func(l *layout) error { return t.renew(conn, l) })
 }
 
-func (t *Tables) renew(conn *nftables.Conn) error {
-	l := newLayout(t.Name)
+func (t *Tables) renew(conn *nftables.Conn, l *layout) error {
 	before, err := rulesOf(conn, &nftables.Chain{Table: l.inet, Name: egress})
 	if err != nil {
 		return err
@@ -189,15 +208,23 @@ func (t *Tables) renew(conn *nftables.Conn) error {
 	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6} {
 		conn.FlushSet(s)
 	}
+	was := ledTo(before, egress+".")
 	for i := range rules {
-		if rules[i].chain.Name == narrow {
+		if c := &rules[i].Chain; strings.HasPrefix(c.Name, egress+".") && !slices.Contains(was, c.Name) {
+			conn.AddChain(c)
+		}
+	}
+	for i := range rules {
+		was = slices.DeleteFunc(was, func(name string) bool { return name == rules[i].Chain.Name })
+		if rules[i].Chain.Name == narrow {
 			continue
 		}
-		conn.FlushChain(&rules[i].chain)
-		if err := rules[i].addRules(conn); err != nil {
+		conn.FlushChain(&rules[i].Chain)
+		if err := rules[i].AddRules(conn); err != nil {
 			return fmt.Errorf("change table %s: %w", t.Name, err)
 		}
 	}
+	removeChains(conn, l.inet, was)
 	for _, name := range lookedInto(before, networkNames) {
 		if !slices.ContainsFunc(now, func(s *nftables.Set) bool { return s.Name == name }) {
 			conn.DelSet(&nftables.Set{Table: l.inet, Name: name})
@@ -242,8 +269,28 @@ func lookedInto(rules []*nftables.Rule, prefix string) (names []string) {
 	return names
 }
 
-func (t *Tables) make(conn *nftables.Conn) error {
-	l := newLayout(t.Name)
+// ledTo lists the chains of a prefix that rules end in.
+func ledTo(rules []*nftables.Rule, prefix string) (names []string) {
+	for _, r := range rules {
+		for _, e := range r.Exprs {
+			if v, ok := e.(*expr.Verdict); ok && strings.HasPrefix(v.Chain, prefix) && !slices.Contains(names, v.Chain) {
+				names = append(names, v.Chain)
+			}
+		}
+	}
+	return names
+}
+
+// removeChains removes chains that no rule leads to any more.
+func removeChains(conn *nftables.Conn, table *nftables.Table, names []string) {
+	for _, name := range names {
+		c := &nftables.Chain{Table: table, Name: name}
+		conn.FlushChain(c)
+		conn.DelChain(c)
+	}
+}
+
+func (t *Tables) make(conn *nftables.Conn, l *layout) error {
 	for _, table := range []*nftables.Table{l.inet, l.bridge} {
 		conn.CreateTable(table)
 		conn.AddChain(&nftables.Chain{Table: table, Name: ownerPrefix + t.Owner})
@@ -261,7 +308,7 @@ func (t *Tables) make(conn *nftables.Conn) error {
 			return fmt.Errorf("make table %s: set %s: %w", t.Name, s.Name, err)
 		}
 	}
-	if err := addChains(conn, rules); err != nil {
+	if err := nft.AddChains(conn, rules); err != nil {
 		return fmt.Errorf("make table %s: %w", t.Name, err)
 	}
 	switch err := conn.Flush(); {
@@ -373,69 +420,4 @@ func entry(t *nftables.Table) string {
 		return "prerouting"
 	}
 	return "forward"
-}
-
-// ruled is a chain with its rules. Hook nil: one that others jump to.
-type ruled struct {
-	chain nftables.Chain
-	rules []rule
-}
-
-type rule struct {
-	exprs nft.Exprs
-	text  string  // for Counters
-	set   *member // an anonymous set that exprs look into
-}
-
-func plain(all ...nft.Exprs) (rules []rule) {
-	for _, e := range all {
-		rules = append(rules, rule{exprs: e})
-	}
-	return rules
-}
-
-// maxComment is what nft shows of one, in bytes.
-const maxComment = 128
-
-func addChains(conn *nftables.Conn, chains []ruled) error {
-	for i := range chains {
-		conn.AddChain(&chains[i].chain)
-	}
-	for i := range chains {
-		if err := chains[i].addRules(conn); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// addRules adds the rules of a chain that is there. To add the chain twice would make the kernel wait for 10 ms.
-func (c *ruled) addRules(conn *nftables.Conn) error {
-	for _, rule := range c.rules {
-		if rule.set != nil {
-			if err := conn.AddSet(rule.set.set, rule.set.elements); err != nil {
-				return err
-			}
-			for _, e := range rule.exprs {
-				if lookup, ok := e.(*expr.Lookup); ok && lookup.SetName == "" {
-					lookup.SetName, lookup.SetID = rule.set.set.Name, rule.set.set.ID
-				}
-			}
-		}
-		var comment []byte
-		if rule.text != "" {
-			comment = userdata.AppendString(nil, userdata.TypeComment, rule.text[:min(len(rule.text), maxComment)])
-		}
-		conn.AddRule(&nftables.Rule{Table: c.chain.Table, Chain: &c.chain, Exprs: rule.exprs, UserData: comment})
-	}
-	return nil
-}
-
-func base(t *nftables.Table, name string, hook *nftables.ChainHook, priority *nftables.ChainPriority) nftables.Chain {
-	return nftables.Chain{Table: t, Name: name, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: priority}
-}
-
-// nat is a chain that a connection's first packet goes through.
-func nat(t *nftables.Table, name string, hook *nftables.ChainHook, priority *nftables.ChainPriority) nftables.Chain {
-	return nftables.Chain{Table: t, Name: name, Type: nftables.ChainTypeNAT, Hooknum: hook, Priority: priority}
 }

@@ -185,10 +185,17 @@ func NotRedirected() Exprs {
 	return e
 }
 
-// Verdict, Accept and Jump end a rule.
+// Verdict, Accept, Jump and Goto end a rule.
 func Verdict(k expr.VerdictKind) Exprs { return Exprs{&expr.Verdict{Kind: k}} }
 func Accept() Exprs                    { return Verdict(expr.VerdictAccept) }
 func Jump(chain string) Exprs          { return Exprs{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}} }
+
+func Goto(chain string) Exprs { return Exprs{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}} }
+
+// Log tells who listens to a group of nfnetlink_log.
+func Log(group uint16, prefix string) Exprs {
+	return Exprs{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_PREFIX, Group: group, Data: []byte(prefix)}}
+}
 
 // Drop counts what it drops, for people who wonder.
 func Drop() Exprs { return Exprs{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}} }

@@ -1,4 +1,4 @@
-package filter
+package netns
 
 import (
 	"context"
@@ -49,16 +49,16 @@ func (n *Inner) Apply(context.Context) error {
 	icmp := func(kind byte) nft.Exprs {
 		return nft.Join(nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{kind}), nft.Accept())
 	}
-	input := plain(
+	input := nft.Plain(
 		nft.Join(nft.Known(), nft.Accept()),
 		icmp(135), icmp(136), icmp(128), // neighbour discovery, echo
 		nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.L4(unix.IPPROTO_ICMP), nft.Is(nft.ICMPType, []byte{8}), nft.Accept()),
 		nft.Drop())
-	err = addChains(conn, []ruled{
-		{nat(table, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), plain(in...)},
-		{nat(table, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), plain(out...)},
-		{base(table, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), plain(forward...)},
-		{base(table, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), input},
+	err = nft.AddChains(conn, []nft.Ruled{
+		nft.Chain(nft.NAT(table, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), nft.Plain(in...)),
+		nft.Chain(nft.NAT(table, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), nft.Plain(out...)),
+		nft.Chain(nft.Base(table, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), nft.Plain(forward...)),
+		nft.Chain(nft.Base(table, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), input),
 	})
 	if err != nil {
 		return err
