@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/logfile"
 )
 
@@ -32,7 +32,7 @@ func (s *Shell) logs() *cobra.Command {
 		Args:              s.Takes(1, 1, "one VM"),
 		ValidArgsFunction: s.VMs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			since, err := parseSince(sinceText, time.Now())
+			since, err := human.Since(sinceText, time.Now())
 			if err != nil {
 				return s.Usage(err, "")
 			}
@@ -58,25 +58,6 @@ func (s *Shell) logs() *cobra.Command {
 	f.BoolVar(&console, "console", false, "show the console, also where there is a command's output")
 	f.BoolVar(&vmm, "vmm", false, "show what the VMM logged instead")
 	return cmd
-}
-
-// parseSince reads a time, or a length of time before now. Nothing is the zero time.
-func parseSince(text string, now time.Time) (time.Time, error) {
-	if text == "" {
-		return time.Time{}, nil
-	}
-	if d, err := time.ParseDuration(text); err == nil {
-		return now.Add(-d), nil
-	}
-	for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15:04:05", "2006-01-02T15:04", "2006-01-02"} {
-		if at, err := time.ParseInLocation(layout, text, now.Location()); err == nil {
-			return at, nil
-		}
-	}
-	if seconds, err := strconv.ParseFloat(text, 64); err == nil && seconds >= 0 && seconds < 1<<33 {
-		return time.Unix(0, int64(seconds*float64(time.Second))), nil
-	}
-	return time.Time{}, fmt.Errorf("--since %q: want a time like 2006-01-02T15:04:05Z, or how long ago, like 10m", text)
 }
 
 // maxBacklog is more than is kept of any log: what a guest adds while it is read is not waited for.

@@ -27,7 +27,7 @@ func (s *Shell) network() *cobra.Command {
 	return s.group("network", "Make and remove networks",
 		"Manage the networks that run --net NAME joins. The network default is always there.\n"+
 			"A network takes no room on the host while no VM runs on it.",
-		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.updateNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork())
+		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.updateNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork(), s.networkLog())
 }
 
 // networkState is a network as the commands show it.
