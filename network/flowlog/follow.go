@@ -66,8 +66,11 @@ func Follow(ctx context.Context, c Config) error {
 	})
 	for ctx.Err() == nil {
 		err := f.listen(ctx)
-		if ctx.Err() == nil && !errors.Is(err, errTaken) {
+		if errors.Is(err, ErrNotSupported) {
 			return err
+		}
+		if ctx.Err() == nil && !errors.Is(err, errTaken) {
+			f.Log.Warn("listen to rules", "err", err)
 		}
 		select {
 		case <-ctx.Done():
