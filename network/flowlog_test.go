@@ -310,3 +310,46 @@ func TestNetwork_LogUpgrade(t *testing.T) {
 	log.lacks("none")
 	s.remove(g)
 }
+
+// What comes faster than it is logged is refused all the same.
+func TestNetwork_LogFlood(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	const many = 1000
+	s := newSite(t, func(c *network.Config) { c.Policy = deny("203.0.113.9/32") })
+	s.nameServer(nil)
+	g, _ := s.namedGuest(0, nil)
+	log := g.tried(t)
+	var world net.PacketConn
+	s.outside.Must(func() (err error) { world, err = net.ListenPacket("udp4", ":7000"); return err })
+	t.Cleanup(func() { world.Close() })
+	send := func(to, text string) {
+		g.Must(func() error {
+			c, err := net.ListenPacket("udp4", ":0")
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, _ = c.WriteTo([]byte(text), &net.UDPAddr{IP: net.ParseIP(to), Port: 7000}) // that it is refused may come at once
+			return nil
+		})
+	}
+	for range many {
+		send("203.0.113.9", "denied")
+	}
+	send(world4, "allowed")
+	buf := make([]byte, 16)
+	if err := world.SetReadDeadline(time.Now().Add(testenv.Patience(5 * time.Second))); err != nil {
+		t.Fatal(err)
+	}
+	if n, _, err := world.ReadFrom(buf); err != nil || string(buf[:n]) != "allowed" {
+		t.Errorf("the world gets %q, %v", buf[:n], err)
+	}
+	log.wait("allowed network default allow udp " + world4 + ":7000")
+	log.wait("denied network deny 203.0.113.9/32 udp 203.0.113.9:7000")
+	if n := len(log.seen); n >= many/2 {
+		t.Errorf("of %d packets %d are logged", many, n)
+	}
+	s.remove(g)
+}

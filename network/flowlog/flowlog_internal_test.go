@@ -166,6 +166,14 @@ func FuzzParseMessage(f *testing.F) {
 	})
 }
 
+// lineWriter passes on what is written.
+type lineWriter chan string
+
+func (w lineWriter) Write(p []byte) (int, error) {
+	w <- string(p)
+	return len(p), nil
+}
+
 // One process listens; where it was killed, or says that it ends, another does.
 func TestFollow(t *testing.T) {
 	if !nettest.Alone(t) {
@@ -202,12 +210,15 @@ func TestFollow(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, mac), nil, 0o600); err != nil { // of a process that was killed
 		t.Fatal(err)
 	}
-	heard := make(chan Event, 100)
+	heard, lines := make(chan Event, 100), make(lineWriter, 100)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- Follow(ctx, Config{Dir: dir, Table: table, MAC: mac, Event: func(e Event) { heard <- e }, Log: slog.New(slog.DiscardHandler)})
+		ended <- Follow(ctx, Config{Dir: dir, Table: table, MAC: mac, Event: func(e Event) { heard <- e }, Log: slog.New(slog.NewTextHandler(lines, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 	}()
+	if line := <-lines; !strings.Contains(line, errTaken.Error()) {
+		t.Fatal(line)
+	}
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}

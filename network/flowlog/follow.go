@@ -53,7 +53,16 @@ func Follow(ctx context.Context, c Config) error {
 	if err != nil {
 		return fmt.Errorf("follow guest %s: %w", c.MAC, err)
 	}
-	defer func() { _ = os.Remove(path) }() // if it stays, it goes with the network
+	made, err := os.Lstat(path)
+	if err != nil {
+		return errors.Join(fmt.Errorf("follow guest %s: %w", c.MAC, err), socket.Close())
+	}
+	defer func() {
+		// The guest's next run may have its own by now. If it stays, it goes with the network.
+		if is, err := os.Lstat(path); err == nil && os.SameFile(is, made) {
+			_ = os.Remove(path)
+		}
+	}()
 	var work sync.WaitGroup
 	defer work.Wait()
 	defer socket.Close()
@@ -69,8 +78,12 @@ func Follow(ctx context.Context, c Config) error {
 		if errors.Is(err, ErrNotSupported) {
 			return err
 		}
-		if ctx.Err() == nil && !errors.Is(err, errTaken) {
-			f.Log.Warn("listen to rules", "err", err)
+		level := slog.LevelWarn
+		if errors.Is(err, errTaken) {
+			level = slog.LevelDebug
+		}
+		if ctx.Err() == nil {
+			f.Log.Log(ctx, level, "listen to rules", "err", err)
 		}
 		select {
 		case <-ctx.Done():
