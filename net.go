@@ -9,17 +9,18 @@ import (
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/catalog"
 )
 
 // Networks are those that VMs of this host can join.
-func (h *Host) Networks() (*network.Store, error) {
+func (h *Host) Networks() (*catalog.Store, error) {
 	d, err := network.NewDefault(h.opts.BridgeName, h.opts.Subnet)
 	d.Policy = h.opts.Firewall
-	return &network.Store{Dir: filepath.Join(h.opts.DataDir, store.NetworksDir), Default: d}, err
+	return &catalog.Store{Dir: filepath.Join(h.opts.DataDir, store.NetworksDir), Default: d}, err
 }
 
 // Warm makes or removes warm slots of a network, until it has n of them: namespaces that VMs of NetworkInterface.Namespace need
-// not wait for. Slots that VMs have stay. Returns network.ErrNotFound, network.ErrExhausted.
+// not wait for. Slots that VMs have stay. Returns catalog.ErrNotFound, network.ErrExhausted.
 func (h *Host) Warm(ctx context.Context, network string, n int) (Slots, error) {
 	p, err := h.pool(network)
 	if err != nil {
@@ -31,7 +32,7 @@ func (h *Host) Warm(ctx context.Context, network string, n int) (Slots, error) {
 	return p.Resize(h.networks(ctx), n)
 }
 
-// Slots counts the warm slots of a network. Returns network.ErrNotFound.
+// Slots counts the warm slots of a network. Returns catalog.ErrNotFound.
 func (h *Host) Slots(network string) (Slots, error) {
 	p, err := h.pool(network)
 	if err != nil {

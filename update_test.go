@@ -15,7 +15,7 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
-	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -208,7 +208,7 @@ func TestMachine_UpdateUnsupervised(t *testing.T) {
 		t.Fatal(err)
 	}
 	i := in.Interfaces[0]
-	if len(i.Ports) != 1 || i.Ports[0].Host != 8081 || !slices.ContainsFunc(i.Rules, func(c filter.Count) bool { return c.Rule == "default deny" }) {
+	if len(i.Ports) != 1 || i.Ports[0].Host != 8081 || !slices.ContainsFunc(i.Rules, func(c inspect.Count) bool { return c.Rule == "default deny" }) {
 		t.Errorf("taken up it has %v, %v", i.Ports, i.Rules)
 	}
 	s.stopAndRemove(m)

@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/conntrack"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -356,7 +357,7 @@ func TestAttack_Connections(t *testing.T) {
 	}
 	other.reaches(t, "udp", world4+":80", "world from "+uplink4+"\n")
 	other.reaches(t, "tcp", "["+world6+"]:80", "world from "+uplink6+"\n")
-	counts, err := filter.Counts(s.config.Table(), "")
+	counts, err := inspect.Counts(s.config.Table(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -412,7 +413,7 @@ func TestAttack_NewConnections(t *testing.T) {
 		t.Errorf("%d of %d connections that were begun at once are let through, want from %d to %d", through, 10*most, most, allowed)
 	}
 	other.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
-	counts, err := filter.Counts(s.config.Table(), "")
+	counts, err := inspect.Counts(s.config.Table(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,9 @@ import (
 
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/catalog"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -89,7 +91,7 @@ func TestNetwork_EgressPublic(t *testing.T) {
 			t.Errorf("%s: got %q", a, got)
 		}
 	}
-	counts, err := filter.Counts(s.config.Table(), public.filter.Tap)
+	counts, err := inspect.Counts(s.config.Table(), public.filter.Tap)
 	if err != nil || len(counts) != 3 || counts[1].Rule != "egress public" || counts[1].Packets == 0 {
 		t.Errorf("counters %+v, %v", counts, err)
 	}
@@ -186,7 +188,7 @@ func TestStore_Subnets(t *testing.T) {
 		return
 	}
 	newSite(t, nil)
-	store := &network.Store{Dir: t.TempDir()}
+	store := &catalog.Store{Dir: t.TempDir()}
 	var err error
 	if store.Default, err = network.NewDefault("", ""); err != nil {
 		t.Fatal(err)

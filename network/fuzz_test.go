@@ -12,6 +12,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"
 )
@@ -88,7 +89,7 @@ func load(t *testing.T, p *policy.Policy) error {
 		return errors.Join(err, ours.Revert(t.Context()))
 	}
 	for _, tap := range []string{"", g.Tap} {
-		if counts, err := filter.Counts(ours.Name, tap); err != nil || len(counts) == 0 || counts[len(counts)-1].Packets > 0 {
+		if counts, err := inspect.Counts(ours.Name, tap); err != nil || len(counts) == 0 || counts[len(counts)-1].Packets > 0 {
 			return fmt.Errorf("counters of %q: %+v, %w", tap, counts, err)
 		}
 	}

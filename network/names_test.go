@@ -24,6 +24,7 @@ import (
 	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -406,7 +407,7 @@ func TestNetwork_NamesForAll(t *testing.T) {
 	narrow.misses(t, "tcp", world4+":80")
 	named.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 	named.misses(t, "tcp", "203.0.113.9:80")
-	counts, err := filter.Counts(s.config.Table(), "")
+	counts, err := inspect.Counts(s.config.Table(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -190,3 +190,16 @@ func connectionsOfHost() int {
 	}
 	return 1 << 18 // a kernel's default, while it does not track any
 }
+
+// NewDefault returns the default network. Empty values stand for DefaultBridge and DefaultSubnet; a subnet that does not
+// read is a *subnet.Error.
+func NewDefault(bridge, ip4 string) (Config, error) {
+	p, err := netip.ParsePrefix(cmp.Or(ip4, DefaultSubnet))
+	if err != nil {
+		return Config{}, &subnet.Error{Subnet: ip4, Reason: "must be an IPv4 network such as " + DefaultSubnet}
+	}
+	if err := subnet.Validate(p); err != nil {
+		return Config{}, err
+	}
+	return New(DefaultName, cmp.Or(bridge, DefaultBridge), p), nil
+}

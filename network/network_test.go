@@ -27,6 +27,7 @@ import (
 	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -692,7 +693,7 @@ func TestNetwork_Policy(t *testing.T) {
 		a.filter.Tap: {"deny tcp:198.51.100.2:81 true", "allow tcp:198.51.100.0/24:80-82,85 true", "allow 203.0.113.9 false", "default deny true"},
 		"":           {"deny 203.0.113.0/24 true", "default allow true"},
 	} {
-		counts, err := filter.Counts(s.config.Table(), tap)
+		counts, err := inspect.Counts(s.config.Table(), tap)
 		if err != nil {
 			t.Fatal(err)
 		}

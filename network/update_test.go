@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/catalog"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
 )
@@ -214,7 +215,7 @@ func TestStore_Update(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.Policy = deny("10.0.0.0/8") // of the whole host
-	s := &network.Store{Dir: filepath.Join(t.TempDir(), "networks"), Default: d}
+	s := &catalog.Store{Dir: filepath.Join(t.TempDir(), "networks"), Default: d}
 	for _, name := range []string{network.DefaultName, "lab"} {
 		if name == "lab" {
 			if _, err := s.Create(network.New("lab", "svlab", prefixes("10.77.0.0/24")[0])); err != nil {
@@ -250,7 +251,7 @@ func TestStore_Update(t *testing.T) {
 			}
 		}
 	}
-	if _, err := s.Update("none", func(*network.Settings) {}); !errors.Is(err, network.ErrNotFound) {
+	if _, err := s.Update("none", func(*network.Settings) {}); !errors.Is(err, catalog.ErrNotFound) {
 		t.Errorf("a network that is not there: %v", err)
 	}
 }

@@ -24,6 +24,7 @@ import (
 	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/catalog"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
@@ -58,8 +59,8 @@ type Interface struct {
 }
 
 // Resolve decides what is behind the interfaces of s that name no tap, and says so there. They have no addresses yet. Returns
-// network.ErrNotFound.
-func Resolve(vm VM, s *spec.Spec, networks *network.Store) (all []Interface, err error) {
+// catalog.ErrNotFound.
+func Resolve(vm VM, s *spec.Spec, networks *catalog.Store) (all []Interface, err error) {
 	s.NetworkInterfaces = slices.Clone(s.NetworkInterfaces) // the caller's own stay as they are
 	var errs []error
 	for at := range s.NetworkInterfaces {

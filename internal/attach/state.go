@@ -5,16 +5,16 @@ import (
 	"strings"
 
 	"push.rocks/smartvm/network"
-	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/inspect"
 )
 
 // State is an interface and what has gone through it since the VM's start.
 type State struct {
 	Interface
-	SentBytes     uint64         `json:"sentBytes"` // by the guest
-	ReceivedBytes uint64         `json:"receivedBytes"`
-	Rules         []filter.Count `json:"rules,omitempty"` // of the VM's policy
-	Ports         []Port         `json:"ports,omitempty"` // published, while the VM runs
+	SentBytes     uint64          `json:"sentBytes"` // by the guest
+	ReceivedBytes uint64          `json:"receivedBytes"`
+	Rules         []inspect.Count `json:"rules,omitempty"` // of the VM's policy
+	Ports         []Port          `json:"ports,omitempty"` // published, while the VM runs
 }
 
 // States looks at interfaces of a VM whose directory is dir. Those of one that does not run have sent nothing.
@@ -31,7 +31,7 @@ func States(all []Interface, dir string) (states []State) {
 		if sent, received, err := network.Traffic(i.Tap, warm); err == nil {
 			s.SentBytes, s.ReceivedBytes = sent, received
 			// Who may not look at tables sees the rest.
-			s.Rules, _ = filter.Counts(i.Network.Table(), i.Tap)
+			s.Rules, _ = inspect.Counts(i.Network.Table(), i.Tap)
 		}
 		states = append(states, s)
 	}

@@ -1,15 +1,6 @@
 package filter
 
-import (
-	"slices"
-	"strings"
-
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
-	"github.com/google/nftables/userdata"
-
-	"push.rocks/smartvm/network/internal/nft"
-)
+import "strings"
 
 // TablePrefix is how the names of all our tables begin.
 const TablePrefix = "smartvm-"
@@ -22,49 +13,10 @@ func Changes(chain string) bool {
 // TableName is that of a bridge's tables.
 func TableName(bridge string) string { return TablePrefix + bridge }
 
-// Count is what a rule of a policy has matched.
-type Count struct {
-	Rule    string `json:"rule"`
-	Packets uint64 `json:"packets"`
-	Bytes   uint64 `json:"bytes"`
-}
-
-// Counts returns what the rules of a policy have matched, in their order: a guest's, by its tap, or with an empty one the
-// network's own, and what was over its bounds. It is empty where there is no policy.
-func Counts(table, tap string) ([]Count, error) {
-	conn, err := nft.Open()
-	if err != nil {
-		return nil, err
-	}
-	inet := newLayout(table).inet
-	names := []string{egress, bounds}
+// Counted are the chains whose rules count what they match: a guest's policy, by its tap, or with an empty one the network's, and its bounds.
+func Counted(tap string) []string {
 	if tap != "" {
-		names = []string{(&Guest{Tap: tap}).chain()}
+		return []string{(&Guest{Tap: tap}).chain()}
 	}
-	var rules []*nftables.Rule
-	for _, name := range names {
-		of, err := rulesOf(conn, &nftables.Chain{Table: inet, Name: name})
-		if err != nil {
-			return nil, err
-		}
-		rules = append(rules, of...)
-	}
-	var all []Count
-	for _, r := range rules {
-		text, ok := userdata.GetString(r.UserData, userdata.TypeComment)
-		if !ok {
-			continue
-		}
-		if len(all) == 0 || all[len(all)-1].Rule != text { // one of a policy's may be several of the kernel's
-			all = append(all, Count{Rule: text})
-		}
-		for _, e := range r.Exprs {
-			if c, ok := e.(*expr.Counter); ok {
-				all[len(all)-1].Packets += c.Packets
-				all[len(all)-1].Bytes += c.Bytes
-			}
-		}
-	}
-	// Bounds are of interest where something was over them.
-	return slices.DeleteFunc(all, func(c Count) bool { return c.Packets == 0 && strings.HasPrefix(c.Rule, overPrefix) }), nil
+	return []string{egress, bounds}
 }

@@ -219,7 +219,7 @@ func (t *Tables) bounded(l *layout) (all []nft.Rule) {
 			set    *nftables.Set
 		}{{unix.NFPROTO_IPV4, nft.Source4, b.set4}, {unix.NFPROTO_IPV6, nft.Source6, b.set6}} {
 			count := &expr.Dynset{SrcRegKey: nft.Reg, SetName: f.set.Name, SetID: f.set.ID, Operation: uint32(unix.NFT_DYNSET_OP_ADD), Exprs: []expr.Any{b.of}}
-			all = append(all, nft.Rule{Exprs: nft.Join(nft.Nfproto(f.family), nft.Exprs{nft.Load(f.source, nft.Reg), count}, l.ends(b.what)), Text: fmt.Sprint(overPrefix, b.most, " ", b.what)})
+			all = append(all, nft.Rule{Exprs: nft.Join(nft.Nfproto(f.family), nft.Exprs{nft.Load(f.source, nft.Reg), count}, l.ends(b.what)), Text: fmt.Sprint(OverPrefix, b.most, " ", b.what)})
 		}
 	}
 	return all

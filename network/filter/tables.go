@@ -55,7 +55,7 @@ const (
 	bounds        = "bounds"
 	narrow        = "narrow"
 	refused       = "refused"
-	overPrefix    = "over " // how rules of bounds are called
+	OverPrefix    = "over " // how rules of bounds are called
 	logDenied     = "log-denied"
 )
 

@@ -1,4 +1,4 @@
-// Package inspect tells what the firewalls of others do to guests.
+// Package inspect tells what rules do to guests: the policies that are theirs, and the firewalls of others.
 package inspect
 
 import (

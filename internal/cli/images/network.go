@@ -18,7 +18,8 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmflags"
 	"push.rocks/smartvm/network"
-	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/catalog"
+	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/subnet"
 	"push.rocks/smartvm/network/wireguard"
 )
@@ -33,16 +34,16 @@ func (s *Shell) network() *cobra.Command {
 // networkState is a network as the commands show it.
 type networkState struct {
 	network.Config
-	Up    bool           `json:"up"`
-	VMs   []string       `json:"vms"`
-	Slots smartvm.Slots  `json:"slots"`           // warm ones
-	Rules []filter.Count `json:"rules,omitempty"` // what its policy has matched
+	Up    bool            `json:"up"`
+	VMs   []string        `json:"vms"`
+	Slots smartvm.Slots   `json:"slots"`           // warm ones
+	Rules []inspect.Count `json:"rules,omitempty"` // what its policy has matched
 
 	WireGuard *wireguard.State `json:"wireguardState,omitempty"`
 }
 
 // networks gives f the networks of the host.
-func (s *Shell) networks(f func(*smartvm.Host, *network.Store) error) error {
+func (s *Shell) networks(f func(*smartvm.Host, *catalog.Store) error) error {
 	h, err := s.Host()
 	if err != nil {
 		return err
@@ -65,7 +66,7 @@ func stateOf(h *smartvm.Host, c network.Config) networkState {
 		state.WireGuard, _ = wireguard.Status(via) // likewise
 	}
 	if state.Up {
-		state.Rules, _ = filter.Counts(c.Table(), "") // who may not look at tables sees the rest
+		state.Rules, _ = inspect.Counts(c.Table(), "") // who may not look at tables sees the rest
 	}
 	return state
 }
@@ -76,7 +77,7 @@ func (s *Shell) listNetworks() *cobra.Command {
 		Short: "List networks",
 		Args:  s.Takes(0, 0, "no arguments"),
 		RunE: func(*cobra.Command, []string) error {
-			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+			return s.networks(func(h *smartvm.Host, all *catalog.Store) error {
 				list, err := all.List()
 				if err != nil {
 					return err
@@ -103,7 +104,7 @@ func (s *Shell) inspectNetworks() *cobra.Command {
 		Short: "Show all there is to know about networks, as JSON",
 		Args:  s.Takes(1, -1, "a network's name"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+			return s.networks(func(h *smartvm.Host, all *catalog.Store) error {
 				var states []networkState
 				for _, name := range args {
 					c, err := all.Get(name)
@@ -151,7 +152,7 @@ func (s *Shell) createNetwork() *cobra.Command {
 			if c.Policy, err = rules.Of(nil); err != nil {
 				return s.Usage(err, "")
 			}
-			return s.networks(func(_ *smartvm.Host, all *network.Store) error {
+			return s.networks(func(_ *smartvm.Host, all *catalog.Store) error {
 				made, err := all.Create(c)
 				switch {
 				case errors.Is(err, fs.ErrExist):
@@ -199,7 +200,7 @@ func (s *Shell) removeNetworks() *cobra.Command {
 		Short: "Remove networks",
 		Args:  s.Takes(1, -1, "a network's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+			return s.networks(func(h *smartvm.Host, all *catalog.Store) error {
 				var errs []error
 				for _, name := range args {
 					errs = append(errs, removeNetwork(cmd.Context(), h, all, name))
@@ -211,7 +212,7 @@ func (s *Shell) removeNetworks() *cobra.Command {
 }
 
 // removeNetwork leaves one alone that VMs are on.
-func removeNetwork(ctx context.Context, h *smartvm.Host, all *network.Store, name string) error {
+func removeNetwork(ctx context.Context, h *smartvm.Host, all *catalog.Store, name string) error {
 	if vms := stateOf(h, network.Config{Name: name}).VMs; len(vms) > 0 {
 		return hint.Add(fmt.Errorf("remove network %s: %d VMs use it, one is %s", name, len(vms), vms[0]), "smartvm stop ends them")
 	}
@@ -263,7 +264,7 @@ func (s *Shell) warmNetwork() *cobra.Command {
 			if err != nil || n < 0 || n > attach.MaxSlots {
 				return s.Usage(fmt.Errorf("%q is no number of slots: want 0 to %d", args[1], attach.MaxSlots), "")
 			}
-			return s.networks(func(h *smartvm.Host, _ *network.Store) error {
+			return s.networks(func(h *smartvm.Host, _ *catalog.Store) error {
 				slots, err := h.Warm(cmd.Context(), args[0], n)
 				switch {
 				case err != nil:
@@ -284,7 +285,7 @@ func (s *Shell) pruneNetworks() *cobra.Command {
 		Short: "Remove the networks of no VM",
 		Args:  s.Takes(0, 0, "no arguments"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+			return s.networks(func(h *smartvm.Host, all *catalog.Store) error {
 				list, err := all.List()
 				if err != nil {
 					return err

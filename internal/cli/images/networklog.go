@@ -15,7 +15,7 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/catalog"
 	"push.rocks/smartvm/network/flowlog"
 )
 
@@ -38,7 +38,7 @@ func (s *Shell) networkLog() *cobra.Command {
 			if v.since, err = human.Since(sinceText, time.Now()); err != nil {
 				return s.Usage(err, "")
 			}
-			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+			return s.networks(func(h *smartvm.Host, all *catalog.Store) error {
 				v.host = h
 				if len(args) > 0 {
 					if _, err := all.Get(args[0]); err == nil {

@@ -12,6 +12,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmflags"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/catalog"
 )
 
 // settingFlags are those of what may be changed while a network is up.
@@ -46,7 +47,7 @@ func (s *Shell) updateNetwork() *cobra.Command {
 			if f.NFlag() == 0 {
 				return s.Usage(errors.New("nothing to change"), "give rules, --no-policy or bounds")
 			}
-			return s.networks(func(h *smartvm.Host, all *network.Store) error {
+			return s.networks(func(h *smartvm.Host, all *catalog.Store) error {
 				if _, err := all.Get(args[0]); err != nil {
 					return err
 				}

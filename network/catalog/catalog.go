@@ -1,4 +1,5 @@
-package network
+// Package catalog keeps the networks that people have made.
+package catalog
 
 import (
 	"cmp"
@@ -15,6 +16,7 @@ import (
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/subnet"
 )
 
@@ -22,7 +24,7 @@ import (
 // policy is that of networks without one.
 type Store struct {
 	Dir     string // made when it is needed
-	Default Config
+	Default network.Config
 }
 
 // ErrNotFound means that no network has the name.
@@ -34,12 +36,12 @@ const maxConfig = 1 << 20
 func (s *Store) path(name string) string { return filepath.Join(s.Dir, name+".json") }
 
 // Get returns a network. Returns ErrNotFound.
-func (s *Store) Get(name string) (Config, error) {
+func (s *Store) Get(name string) (network.Config, error) {
 	if name == s.Default.Name {
 		c := s.Default
-		own, err := readConfig[Settings](s.path(name))
+		own, err := readConfig[network.Settings](s.path(name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return Config{}, fmt.Errorf("network %q: %w", name, err)
+			return network.Config{}, fmt.Errorf("network %q: %w", name, err)
 		}
 		if err == nil {
 			own.Policy = cmp.Or(own.Policy, c.Policy)
@@ -47,15 +49,15 @@ func (s *Store) Get(name string) (Config, error) {
 		}
 		return c, c.Validate()
 	}
-	c, err := readConfig[Config](s.path(name))
+	c, err := readConfig[network.Config](s.path(name))
 	if strings.Contains(name, "/") || errors.Is(err, fs.ErrNotExist) {
-		return Config{}, hint.Add(fmt.Errorf("network %q: %w", name, ErrNotFound), "smartvm network ls lists them; smartvm network create %s makes it", name)
+		return network.Config{}, hint.Add(fmt.Errorf("network %q: %w", name, ErrNotFound), "smartvm network ls lists them; smartvm network create %s makes it", name)
 	}
 	if err == nil && c.Name != name {
 		err = fmt.Errorf("file is of network %q", c.Name)
 	}
 	if err != nil {
-		return Config{}, fmt.Errorf("network %q: %w", name, err)
+		return network.Config{}, fmt.Errorf("network %q: %w", name, err)
 	}
 	c.Policy = cmp.Or(c.Policy, s.Default.Policy)
 	return c, c.Validate()
@@ -74,7 +76,7 @@ func readConfig[T any](path string) (c T, err error) {
 }
 
 // Refresh gives a network the settings that it has now, if it is kept.
-func (s *Store) Refresh(c *Config) error {
+func (s *Store) Refresh(c *network.Config) error {
 	now, err := s.Get(c.Name)
 	if errors.Is(err, ErrNotFound) {
 		return nil
@@ -85,10 +87,10 @@ func (s *Store) Refresh(c *Config) error {
 
 // Update gives a network other settings, for VMs that start from now on: see also Update for one that is up. Returns ErrNotFound, and all that is wrong
 // with them, joined.
-func (s *Store) Update(name string, change func(*Settings)) (Config, error) {
-	unlock, err := Lock(s.Dir)
+func (s *Store) Update(name string, change func(*network.Settings)) (network.Config, error) {
+	unlock, err := network.Lock(s.Dir)
 	if err != nil {
-		return Config{}, err
+		return network.Config{}, err
 	}
 	defer unlock()
 	c, err := s.Get(name)
@@ -112,12 +114,12 @@ func (s *Store) Update(name string, change func(*Settings)) (Config, error) {
 }
 
 // List returns all networks by name, the default one first.
-func (s *Store) List() ([]Config, error) {
+func (s *Store) List() ([]network.Config, error) {
 	first, err := s.Get(s.Default.Name)
 	if err != nil {
 		return nil, err
 	}
-	all := []Config{first}
+	all := []network.Config{first}
 	files, err := filepath.Glob(s.path("*"))
 	if err != nil {
 		return nil, fmt.Errorf("list networks: %w", err)
@@ -141,8 +143,8 @@ func (s *Store) List() ([]Config, error) {
 
 // Create keeps a new network. What c leaves open is chosen: a bridge of its name, a subnet that no other has. Returns an
 // error that is fs.ErrExist where its name, bridge or subnet are another network's.
-func (s *Store) Create(c Config) (Config, error) {
-	unlock, err := Lock(s.Dir)
+func (s *Store) Create(c network.Config) (network.Config, error) {
+	unlock, err := network.Lock(s.Dir)
 	if err != nil {
 		return c, err
 	}
@@ -159,10 +161,10 @@ func (s *Store) Create(c Config) (Config, error) {
 	}
 	if !c.Subnet.IsValid() {
 		c.Subnet, err = subnet.Choose(func(p netip.Prefix) bool {
-			return slices.ContainsFunc(others, func(o Config) bool { return o.Subnet.Overlaps(p) })
+			return slices.ContainsFunc(others, func(o network.Config) bool { return o.Subnet.Overlaps(p) })
 		})
 		if err == nil && !c.Subnet.IsValid() {
-			err = hint.Add(fmt.Errorf("choose a subnet: %w", ErrExhausted), "name one with --subnet")
+			err = hint.Add(fmt.Errorf("choose a subnet: %w", network.ErrExhausted), "name one with --subnet")
 		}
 		if err != nil {
 			return c, err
@@ -205,17 +207,4 @@ func (s *Store) Remove(name string) error {
 		return fmt.Errorf("remove network %s: %w", name, err)
 	}
 	return nil
-}
-
-// NewDefault returns the default network. Empty values stand for DefaultBridge and DefaultSubnet; a subnet that does not
-// read is a *subnet.Error.
-func NewDefault(bridge, ip4 string) (Config, error) {
-	p, err := netip.ParsePrefix(cmp.Or(ip4, DefaultSubnet))
-	if err != nil {
-		return Config{}, &subnet.Error{Subnet: ip4, Reason: "must be an IPv4 network such as " + DefaultSubnet}
-	}
-	if err := subnet.Validate(p); err != nil {
-		return Config{}, err
-	}
-	return New(DefaultName, cmp.Or(bridge, DefaultBridge), p), nil
 }
