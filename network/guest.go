@@ -73,6 +73,9 @@ func (g *Guest) eachEntry(f func(*netlink.Handle, *netlink.Neigh) error) error {
 		if a.IsValid() {
 			family := map[bool]int{true: unix.AF_INET, false: unix.AF_INET6}[a.Is4()]
 			entries = append(entries, &netlink.Neigh{LinkIndex: bridge, Family: family, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac})
+			if g.Routed && a.Is6() {
+				entries = append(entries, &netlink.Neigh{LinkIndex: bridge, Family: family, Flags: netlink.NTF_PROXY, IP: a.AsSlice()})
+			}
 		}
 	}
 	var errs []error

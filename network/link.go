@@ -28,6 +28,7 @@ type Bridge struct {
 	MAC       string         `json:"mac"`
 	MTU       int            `json:"mtu,omitempty"`
 	Addresses []netip.Prefix `json:"addresses"`
+	Routed    bool           `json:"routed,omitempty"` // the host answers one guest for the others
 }
 
 // bridgeMAC draws a bridge's MAC from a random word.
@@ -56,12 +57,19 @@ func (b *Bridge) Apply(context.Context) error {
 
 // configure makes the bridge what it shall be, whatever of that it is already.
 func (b *Bridge) configure(link netlink.Link) error {
-	for _, v := range [][3]string{
+	variables := [][3]string{
 		// A router that a guest claims to be is not for the host.
 		{"ipv6", "accept_ra", "0"},
 		// Guests are not told which addresses the host has elsewhere.
 		{"ipv4", "arp_ignore", "1"},
-	} {
+	}
+	if b.Routed {
+		variables = append(variables, [][3]string{
+			{"ipv4", "proxy_arp_pvlan", "1"}, {"ipv6", "proxy_ndp", "1"}, // for IPv6, of those that Guest names
+			{"ipv4", "proxy_delay", "0"}, {"ipv6", "proxy_delay", "0"},
+		}...)
+	}
+	for _, v := range variables {
 		if err := writeInterface(b.Name, v[0], v[1], v[2]); err != nil {
 			return fmt.Errorf("set up bridge %s: %w", b.Name, err)
 		}
@@ -121,7 +129,11 @@ func (b *Bridge) Repair() (wasDown bool, err error) {
 
 // writeInterface sets a variable of an interface, unless it is so, where the kernel has its protocol.
 func writeInterface(name, protocol, variable, value string) error {
-	path := "/proc/sys/net/" + protocol + "/conf/" + name + "/" + variable
+	group := "conf"
+	if variable == "proxy_delay" {
+		group = "neigh"
+	}
+	path := "/proc/sys/net/" + protocol + "/" + group + "/" + name + "/" + variable
 	now, err := os.ReadFile(path)
 	if err == nil && strings.TrimSpace(string(now)) != value {
 		err = os.WriteFile(path, []byte(value), 0)

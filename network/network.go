@@ -35,7 +35,9 @@ type Config struct {
 	Subnet6 netip.Prefix `json:"subnet6,omitzero"` // a /64; zero: no IPv6
 	MTU     int          `json:"mtu,omitempty"`    // 0: 1500
 	Mutual  bool         `json:"mutual,omitempty"` // guests reach each other
-	Inside  bool         `json:"internal,omitempty"`
+	// Routed has what guests of a mutual network send each other go by the host, as policies allow; of what one sends to all the others see nothing.
+	Routed bool `json:"routed,omitempty"`
+	Inside bool `json:"internal,omitempty"`
 	Settings
 	// WireGuard is the interface by which alone guests leave. "": any. WireGuardConfig is a file as wg-quick has it, absolute, of
 	// which such an interface is made.
@@ -93,6 +95,9 @@ func (c *Config) Validate() error {
 		if c.WireGuardConfig != "" {
 			errs = append(errs, errors.New("wireguard: an interface that is there, or the configuration of another, not both"))
 		}
+	}
+	if c.Routed && !c.Mutual {
+		errs = append(errs, errors.New("routed: is for networks whose guests reach each other"))
 	}
 	if c.Inside && (c.WireGuard != "" || c.WireGuardConfig != "") {
 		errs = append(errs, errors.New("internal: nothing leaves the network, not by WireGuard either"))
@@ -163,6 +168,9 @@ func MAC(vm, iface string) net.HardwareAddr {
 	return net.HardwareAddr{sum[0]&0xfc | 2, sum[1], sum[2], sum[3], sum[4], sum[5]}
 }
 
+// Bridged says whether guests reach each other by the bridge alone.
+func (c *Config) Bridged() bool { return c.Mutual && !c.Routed }
+
 // Table is the name of the network's nftables tables.
 func (c *Config) Table() string { return filter.TableName(c.Bridge) }
 
@@ -177,7 +185,7 @@ func (c *Config) via(owner string) string {
 func (c *Config) tables(owner string) *filter.Tables {
 	return &filter.Tables{
 		Name: c.Table(), Owner: owner, Bridge: c.Bridge, Taps: tapPrefix(c.Bridge), Subnet: c.Subnet, Subnet6: c.Subnet6,
-		Mutual: c.Mutual, Inside: c.Inside, Via: c.via(owner), Tunnel: c.WireGuardConfig != "", Egress: c.Policy,
+		Mutual: c.Mutual, Routed: c.Routed, Inside: c.Inside, Via: c.via(owner), Tunnel: c.WireGuardConfig != "", Egress: c.Policy,
 		Connections: cmp.Or(c.MaxConnections, connectionsOfHost()/8), NewConnections: cmp.Or(c.NewConnections, DefaultNewConnections),
 	}
 }

@@ -108,7 +108,10 @@ func (s *site) guestWith(n int, change func(*filter.Guest), more func(*guest) er
 	name := string(rune('a' + n))
 	ip4, ip6 := s.config.Guest(n)
 	g := &guest{Namespace: nettest.New(s.t), use: s.use(name)}
-	g.filter.Guest = filter.Guest{Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, name, "", "eth0"), MAC: network.MAC(name, "eth0").String(), IP4: ip4, IP6: ip6}
+	g.filter.Guest = filter.Guest{
+		Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, name, "", "eth0"), MAC: network.MAC(name, "eth0").String(), IP4: ip4, IP6: ip6,
+		Routed: s.config.Routed,
+	}
 	if change != nil {
 		change(&g.filter.Guest)
 	}
@@ -128,7 +131,7 @@ func (s *site) guestWith(n int, change func(*filter.Guest), more func(*guest) er
 		Addresses: []netip.Prefix{netip.PrefixFrom(ip4, s.config.Subnet.Bits()), netip.PrefixFrom(ip6, 64)},
 	}
 	g.Connect(nettest.Link{Name: g.filter.Tap}, nettest.Link{Name: far.Name, MAC: far.MAC})
-	tap := network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge, Mutual: s.config.Mutual}
+	tap := network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge, Mutual: s.config.Bridged()}
 	if err := errors.Join(tap.Join(), g.filter.Apply(s.t.Context())); err != nil {
 		s.t.Fatal(err)
 	}

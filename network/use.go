@@ -204,7 +204,7 @@ func (u *Use) bringUp(ctx context.Context) error {
 // effects are what a network is on its host.
 func (n *up) effects() []journal.Effect {
 	c := n.Network
-	b := &Bridge{Name: c.Bridge, MAC: bridgeMAC(n.Owner), MTU: c.MTU}
+	b := &Bridge{Name: c.Bridge, MAC: bridgeMAC(n.Owner), MTU: c.MTU, Routed: c.Routed}
 	ip4, ip6 := c.Gateway()
 	b.Addresses = append(b.Addresses, prefixOf(ip4, c.Subnet))
 	if ip6.IsValid() {

@@ -255,7 +255,7 @@ func Ports(s *spec.Spec) (all []filter.Port) {
 // Effects are what running the VM with its interfaces does to the host. The ports are those of the first.
 func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 	for n, i := range all {
-		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Policy: s.Policy}}
+		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Routed: i.Network.Routed, Policy: s.Policy}}
 		if n == 0 {
 			g.Ports = Ports(s)
 			for _, p := range g.Ports {
@@ -264,7 +264,7 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 				}
 			}
 		}
-		var link journal.Effect = &network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU, Mutual: i.Network.Mutual}
+		var link journal.Effect = &network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU, Mutual: i.Network.Bridged()}
 		if i.File != "" {
 			link = i.slot()
 		}

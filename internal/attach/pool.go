@@ -110,7 +110,7 @@ func (p *Pool) slot(name string) (*network.Slot, error) {
 // fits says whether a slot is of the network as it is now.
 func (p *Pool) fits(s *network.Slot) bool {
 	c := p.Network
-	return s.Bridge == c.Bridge && s.IP4.Masked() == c.Subnet && s.MTU == c.MTU && s.Mutual == c.Mutual && s.IP6.IsValid() == c.Subnet6.IsValid()
+	return s.Bridge == c.Bridge && s.IP4.Masked() == c.Subnet && s.MTU == c.MTU && s.Mutual == c.Bridged() && s.IP6.IsValid() == c.Subnet6.IsValid()
 }
 
 // take finds a slot that no VM has, that of wish if it can, and leases it. Returns nil if there is none.
@@ -277,7 +277,7 @@ func SweepPools(ctx context.Context, st *store.Store, trace journal.Trace) error
 func (i *Interface) slot() *network.Slot {
 	s := &network.Slot{
 		Name: i.Tap, File: i.File, Bridge: i.Network.Bridge, MAC: i.MAC, IP4: netip.PrefixFrom(i.IP4, i.Network.Subnet.Bits()),
-		MTU: i.MTU, Mutual: i.Network.Mutual, Warm: i.Warm,
+		MTU: i.MTU, Mutual: i.Network.Bridged(), Warm: i.Warm,
 	}
 	gateway4, gateway6 := i.Network.Gateway()
 	if !i.Network.Inside {

@@ -29,7 +29,7 @@ import (
 // its DNS proxy, on the port that the guest has, or one that it then has. From a network that nothing leaves, questions do not either.
 func (u *Upkeep) Add(vmDir string, g *network.Guest, all []attach.Interface, log *slog.Logger) error {
 	n := slices.IndexFunc(all, func(i attach.Interface) bool { return i.Tap == g.Tap })
-	if n >= 0 && all[n].Network.Mutual {
+	if n >= 0 && all[n].Network.Bridged() {
 		u.announce(g, log)
 	}
 	if n < 0 {

@@ -293,11 +293,9 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 		return q.reply(reply{code: code})
 	}
 	name := strings.ToLower(q.question.Name.String())
+	var local []netip.Addr
 	if p.Local != nil {
-		if addresses := p.Local(strings.TrimSuffix(name, ".")); addresses != nil {
-			p.answered(name, addresses)
-			return q.reply(reply{answers: localRecords(q.question, addresses)})
-		}
+		local = p.Local(strings.TrimSuffix(name, "."))
 	}
 	var because []reason
 	for by, n := range p.policies() {
@@ -307,7 +305,7 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 				r.domains = append(r.domains, i)
 			}
 		}
-		if r.domains == nil && n.Closed {
+		if r.domains == nil && n.Closed && local == nil {
 			if p.Refused != nil {
 				p.Refused(strings.TrimSuffix(name, "."), strings.TrimPrefix(q.question.Type.String(), "Type"), by)
 			}
@@ -316,6 +314,15 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 		if r.domains != nil {
 			because = append(because, r)
 		}
+	}
+	if local != nil {
+		for _, r := range because {
+			if err := r.Allow(ctx, r.domains, local, localTTL+grace); err != nil {
+				p.Log.Warn("let a neighbour's addresses through", "err", err)
+				return q.reply(reply{code: dnsmessage.RCodeServerFailure})
+			}
+		}
+		return q.reply(reply{answers: localRecords(q.question, local)})
 	}
 	if because != nil && !known(q.question.Type) {
 		// Among them HTTPS and SVCB, whose hints are addresses too. A name without them is usual.

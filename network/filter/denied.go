@@ -22,7 +22,9 @@ func (t *Tables) forgetDenied(conn *nftables.Conn, l *layout) error {
 		return err
 	}
 	within := func(a netip.Addr) bool { return t.Subnet.Contains(a) || t.Subnet6.Contains(a) }
-	return conntrack.ForgetFlows(func(f conntrack.Flow) bool { return within(f.From) && !within(f.To.Address) && !allows(f) })
+	return conntrack.ForgetFlows(func(f conntrack.Flow) bool {
+		return within(f.From) && (t.Routed || !within(f.To.Address)) && !allows(f)
+	})
 }
 
 // forgetDenied ends those of the guest that its own policy does not allow, or that lead to it by ports that it has not published.

@@ -28,7 +28,8 @@ type Guest struct {
 	Ports []Port     `json:"ports,omitempty"`
 	// Policy is the guest's own. What it sends must pass that of its network, too.
 	Policy *policy.Policy `json:"policy,omitempty"`
-	DNS    uint16         `json:"dns,omitempty"` // the port of its proxy on the bridge; 0: it has none
+	Routed bool           `json:"routed,omitempty"` // its network is
+	DNS    uint16         `json:"dns,omitempty"`    // the port of its proxy on the bridge; 0: it has none
 }
 
 // Bridge is that of the guest's network.
@@ -119,7 +120,11 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 		}
 	}
 	if g.Policy != nil {
-		own := policyRules{l, g.chain(), g.Tap, g.Policy.DefaultAction != policy.Deny, expr.VerdictAccept}.chains(compiled)
+		rules := policyRules{layout: l, chain: g.chain(), tap: g.Tap, allowed: g.Policy.DefaultAction != policy.Deny, allow: expr.VerdictAccept}
+		if g.Routed {
+			rules.near = g.Bridge()
+		}
+		own := rules.chains(compiled)
 		for i := range own {
 			conn.AddChain(&own[i].Chain)
 			conn.FlushChain(&own[i].Chain) // it may be half of an earlier life

@@ -116,6 +116,7 @@ type policyRules struct {
 	tap     string           // whose it is; "": the network's
 	allowed bool             // what no rule is about
 	allow   expr.VerdictKind // what "allow" means
+	near    string           // where others of a routed network are: what is about the internet is not about them; "": none are
 }
 
 // decision is what the i-th rule does, or what is done when none matches.
@@ -170,7 +171,11 @@ func (p policyRules) of(compiled []policy.Compiled) (all []nft.Rule) {
 				if set.Set.KeyType == nftables.TypeIP6Addr {
 					to, fam = nft.Dest6, unix.NFPROTO_IPV6
 				}
-				all = append(all, nft.Rule{Exprs: nft.Join(nft.Nfproto(fam), nft.Exprs{nft.Load(to, nft.Reg), nft.InSet(set.Set)}, end.Exprs), Text: end.Text, Set: set})
+				var beyond nft.Exprs
+				if p.near != "" {
+					beyond = nft.OifNot(p.near)
+				}
+				all = append(all, nft.Rule{Exprs: nft.Join(beyond, nft.Nfproto(fam), nft.Exprs{nft.Load(to, nft.Reg), nft.InSet(set.Set)}, end.Exprs), Text: end.Text, Set: set})
 			}
 			continue
 		case c.Domain != "":

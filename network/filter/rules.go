@@ -79,16 +79,22 @@ func (t *Tables) settings() (string, error) {
 func (t *Tables) outward(l *layout) ([]nft.Ruled, error) {
 	chain := nft.Ruled{Chain: nftables.Chain{Table: l.inet, Name: egress}}
 	if t.Inside {
-		chain.Rules = nft.Plain(l.ends(toOutside))
+		chain.Rules = nft.Plain(nft.Join(nft.OifNot(t.Bridge), l.ends(toOutside)))
 	}
-	if t.Inside || t.Egress == nil {
+	if t.Egress == nil {
 		return []nft.Ruled{chain}, nil
 	}
 	compiled, err := t.Egress.Compile()
 	if err != nil {
 		return nil, err
 	}
-	return policyRules{l, egress, "", t.Egress.DefaultAction != policy.Deny, expr.VerdictReturn}.chains(compiled), nil
+	rules := policyRules{layout: l, chain: egress, allowed: t.Egress.DefaultAction != policy.Deny, allow: expr.VerdictReturn}
+	if t.Routed {
+		rules.near = t.Bridge
+	}
+	all := rules.chains(compiled)
+	all[0].Rules = append(chain.Rules, all[0].Rules...)
+	return all, nil
 }
 
 // proxied sends a guest's queries to its DNS proxy, on the bridge's own address: all of them where its policy or the network's has names, else those
@@ -243,7 +249,9 @@ func (t *Tables) leaving(l *layout) (all []nft.Exprs) {
 	}
 	all = []nft.Exprs{nft.Jump(bounds)}
 	// What another guest has published is reached as anything outside: by the host, and as the policies have it.
-	all = append(all, nft.Join(nft.Oif(t.Bridge), nft.NotRedirected(), within))
+	if !t.Routed {
+		all = append(all, nft.Join(nft.Oif(t.Bridge), nft.NotRedirected(), within))
+	}
 	for _, p := range policy.Metadata {
 		for _, p := range append(policy.Embedding(p), p) {
 			source, set := nft.Source6, l.metadata6
@@ -307,6 +315,11 @@ func (t *Tables) genuine(l *layout) []nft.Exprs {
 	}
 	unspecified := nft.Is(nft.Source6, make([]byte, 16))
 	v6 := nft.Ether(unix.ETH_P_IPV6)
+	// Who looks whether its address is in use has none yet. The host, which answers for guests of a routed network, would say that it is.
+	free := nft.Join(v6, unspecified, icmp(135), sender(nft.EtherSource, nft.NDTarget), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept())
+	if t.Routed {
+		free = nft.Join(v6, unspecified, icmp(135), nft.Drop())
+	}
 	return []nft.Exprs{
 		nft.Join(tap, nft.Exprs{nft.Load(nft.EtherSource, atMAC), nft.NotInSet(l.macs)}, nft.Drop()),
 
@@ -324,7 +337,7 @@ func (t *Tables) genuine(l *layout) []nft.Exprs {
 		// In fragments neighbour discovery has no place (RFC 6980), and not all there is of it to look at.
 		nft.Join(v6, nft.Fragment(), icmp(133), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(135), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(136), nft.Drop()),
 		nft.Join(v6, icmp(136), sender(nft.EtherSource, nft.NDTarget), nft.Exprs{nft.NotInSet(l.senders6)}, nft.Drop()),
-		nft.Join(v6, unspecified, icmp(135), sender(nft.EtherSource, nft.NDTarget), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),
+		free,
 		nft.Join(v6, unspecified, icmp(143), nft.Accept()),
 		// A fragment that does not say what it is of matches no rule that asks, this one neither.
 		nft.Join(v6, nft.MetaIsNot(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_RAW}), sender(nft.EtherSource, nft.Source6), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),

@@ -29,6 +29,7 @@ type Tables struct {
 	Subnet  netip.Prefix   `json:"subnet"`             // IPv4
 	Subnet6 netip.Prefix   `json:"subnet6,omitzero"`   // zero: no IPv6
 	Mutual  bool           `json:"mutual,omitempty"`   // guests reach each other
+	Routed  bool           `json:"routed,omitempty"`   // by the host, as policies allow
 	Inside  bool           `json:"internal,omitempty"` // nothing leaves the network
 	Via     string         `json:"via,omitempty"`      // the one interface by which guests leave; "": any
 	Tunnel  bool           `json:"tunnel,omitempty"`   // Via is ours, in the host's network for guests alone
@@ -238,7 +239,7 @@ func (t *Tables) renew(conn *nftables.Conn, l *layout) error {
 
 // nameSets are those of the network's policy.
 func (t *Tables) nameSets(l *layout) ([]*nftables.Set, error) {
-	if t.Egress == nil || t.Inside {
+	if t.Egress == nil {
 		return nil, nil
 	}
 	compiled, err := t.Egress.Compile()

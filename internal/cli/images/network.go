@@ -173,6 +173,7 @@ func (s *Shell) createNetwork() *cobra.Command {
 	f.StringVar(&c.Bridge, "interface", "", "`name` of its bridge on the host")
 	f.IntVar(&c.MTU, "mtu", 0, "largest packet in `bytes` (1500)")
 	f.BoolVar(&isolate, "isolate", false, "keep its VMs from each other")
+	f.BoolVar(&c.Routed, "routed", false, "let its VMs reach each other by the host alone, as policies allow; without it policies say nothing of that")
 	f.BoolVar(&c.Inside, "internal", false, "let nothing leave the network")
 	f.StringVar(&c.WireGuard, "wireguard", "", "`interface` of WireGuard's by which alone its VMs reach the outside")
 	f.StringVar(&c.WireGuardConfig, "wireguard-config", "", "the same, made of a `file` as wg-quick has it")
