@@ -334,6 +334,8 @@ func (p *proxy) answer(ctx context.Context, message []byte, stream bool) []byte 
 		return q.reply(reply{code: dnsmessage.RCodeServerFailure})
 	}
 	if because == nil {
+		_, addresses, _ := choose(q.question, got.answers, nil)
+		p.answered(name, addresses)
 		return q.reply(got.capped())
 	}
 	records, addresses, ttl := choose(q.question, got.answers, because)

@@ -304,7 +304,7 @@ func (t *Tables) make(conn *nftables.Conn, l *layout) error {
 	if err != nil {
 		return err
 	}
-	for _, s := range append(l.all, names...) {
+	for _, s := range append(l.sets(), names...) {
 		if err := conn.AddSet(s, nil); err != nil {
 			return fmt.Errorf("make table %s: set %s: %w", t.Name, s.Name, err)
 		}

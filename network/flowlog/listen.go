@@ -18,7 +18,7 @@ var (
 
 // What nfnetlink_log is asked for (linux/netfilter/nfnetlink_log.h).
 const (
-	messagePacket = unix.NFNL_SUBSYS_ULOG<<8 | 0
+	messagePacket = unix.NFNL_SUBSYS_ULOG << 8
 	messageConfig = unix.NFNL_SUBSYS_ULOG<<8 | 1
 
 	configCommand, commandBind  = 1, 1

@@ -88,7 +88,7 @@ type flowSource struct {
 
 const (
 	followPoll = 100 * time.Millisecond
-	newVMs     = time.Second // how often VMs are looked for that are new
+	lookEvery  = time.Second // how often VMs are looked for that are new
 )
 
 // show prints what there is in the order of its time, and if asked for what comes, until the VM ends.
@@ -115,7 +115,7 @@ func (v *flowView) show(ctx context.Context, each func(flowlog.Event) error) err
 	defer poll.Stop()
 	var looked time.Time
 	for {
-		if time.Since(looked) >= newVMs {
+		if time.Since(looked) >= lookEvery {
 			// What VMs tried last that are gone by now is shown before.
 			if err := errors.Join(v.print(each), v.look(ctx)); err != nil {
 				return err
