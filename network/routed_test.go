@@ -25,7 +25,9 @@ func TestNetwork_Routed(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
-	rules := func(d policy.Action, all ...policy.Rule) *policy.Policy { return &policy.Policy{DefaultAction: d, Rules: all} }
+	rules := func(d policy.Action, all ...policy.Rule) *policy.Policy {
+		return &policy.Policy{DefaultAction: d, Rules: all}
+	}
 	toA := policy.Rule{Action: policy.Deny, Destination: "172.30.0.2", Protocol: "tcp"}
 	for _, on := range []bool{false, true} {
 		for _, internal := range []bool{false, true} {

@@ -45,7 +45,7 @@ type socket struct {
 	syscall.Conn
 }
 
-// quietTime is how long nothing more must change before it is told.
+// quietTime is how long after the first change it is told: somebody who removes a network removes more than one thing.
 const quietTime = 5 * time.Millisecond
 
 // Look tells when to Heal: at intervals, when somebody has changed something, and, with the VM's directory, when a process asks by that, until ctx
