@@ -52,11 +52,13 @@ func (b *Bridge) Apply(context.Context) error {
 	case err != nil:
 		return fmt.Errorf("make bridge %s: %w", b.Name, err)
 	}
-	return b.configure(link)
+	_, err = b.configure(link)
+	return err
 }
 
-// configure makes the bridge what it shall be, whatever of that it is already.
-func (b *Bridge) configure(link netlink.Link) error {
+// configure makes the bridge what it shall be, whatever of that it is already. It says whether the kernel had forgotten what guests' entries told it, as it
+// does when a bridge goes down, or loses its last IPv4 address.
+func (b *Bridge) configure(link netlink.Link) (forgotten bool, err error) {
 	variables := [][3]string{
 		// A router that a guest claims to be is not for the host.
 		{"ipv6", "accept_ra", "0"},
@@ -71,30 +73,31 @@ func (b *Bridge) configure(link netlink.Link) error {
 	}
 	for _, v := range variables {
 		if err := writeInterface(b.Name, v[0], v[1], v[2]); err != nil {
-			return fmt.Errorf("set up bridge %s: %w", b.Name, err)
+			return false, fmt.Errorf("set up bridge %s: %w", b.Name, err)
 		}
 	}
 	if now := link.Attrs().MTU; b.MTU != 0 && now != 0 && now != b.MTU {
 		if err := netlink.LinkSetMTU(link, b.MTU); err != nil {
-			return fmt.Errorf("set MTU of bridge %s: %w", b.Name, err)
+			return false, fmt.Errorf("set MTU of bridge %s: %w", b.Name, err)
 		}
 	}
 	has, err := rtnl.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
-		return fmt.Errorf("list addresses of bridge %s: %w", b.Name, err)
+		return false, fmt.Errorf("list addresses of bridge %s: %w", b.Name, err)
 	}
 	missing := slices.DeleteFunc(slices.Clone(b.Addresses), func(p netip.Prefix) bool {
 		return slices.ContainsFunc(has, func(a netlink.Addr) bool { return a.IP.Equal(p.Addr().AsSlice()) })
 	})
 	if err := addAddresses(link, missing); err != nil {
-		return fmt.Errorf("give bridge %s its %w", b.Name, err)
+		return false, fmt.Errorf("give bridge %s its %w", b.Name, err)
 	}
-	if link.Attrs().Flags&net.FlagUp == 0 {
+	down := link.Attrs().Flags&net.FlagUp == 0
+	if down {
 		if err := netlink.LinkSetUp(link); err != nil {
-			return fmt.Errorf("set bridge %s up: %w", b.Name, err)
+			return false, fmt.Errorf("set bridge %s up: %w", b.Name, err)
 		}
 	}
-	return nil
+	return down || slices.ContainsFunc(missing, func(p netip.Prefix) bool { return p.Addr().Is4() }), nil
 }
 
 // Revert removes the bridge.
@@ -117,14 +120,13 @@ func (b *Bridge) There(context.Context) (bool, error) {
 	return l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == b.MAC, nil
 }
 
-// Repair makes a bridge that is there what it shall be again, with its ports. It says whether the bridge was down: then the kernel has forgotten what
-// guests' entries told it.
-func (b *Bridge) Repair() (wasDown bool, err error) {
+// Repair makes a bridge that is there what it shall be again, with its ports. It says whether guests must add their entries again.
+func (b *Bridge) Repair() (forgotten bool, err error) {
 	l, err := netlink.LinkByName(b.Name)
 	if err != nil {
 		return false, fmt.Errorf("find bridge %s: %w", b.Name, err)
 	}
-	return l.Attrs().Flags&net.FlagUp == 0, b.configure(l)
+	return b.configure(l)
 }
 
 // writeInterface sets a variable of an interface, unless it is so, where the kernel has its protocol.

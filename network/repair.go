@@ -78,8 +78,8 @@ func (u *Use) repair(ctx context.Context, n *up, bridges bool) error {
 			return err
 		}
 		if b, ok := e.(*Bridge); ok && there && bridges {
-			wasDown, err := b.Repair()
-			if err == nil && wasDown {
+			forgotten, err := b.Repair()
+			if err == nil && forgotten {
 				err = count()
 			}
 			if err != nil {
