@@ -42,7 +42,7 @@ func (g *Guest) Loopback() error {
 	if len(g.Ports) == 0 {
 		return nil
 	}
-	if err := writeInterface(g.Bridge(), "ipv4", "route_localnet", "1"); err != nil {
+	if err := rtnl.SetVariable(g.Bridge(), "ipv4", "route_localnet", "1"); err != nil {
 		return fmt.Errorf("publish ports on the loopback: %w", err)
 	}
 	return nil

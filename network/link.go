@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 
@@ -72,7 +71,7 @@ func (b *Bridge) configure(link netlink.Link) (forgotten bool, err error) {
 		}...)
 	}
 	for _, v := range variables {
-		if err := writeInterface(b.Name, v[0], v[1], v[2]); err != nil {
+		if err := rtnl.SetVariable(b.Name, v[0], v[1], v[2]); err != nil {
 			return false, fmt.Errorf("set up bridge %s: %w", b.Name, err)
 		}
 	}
@@ -88,7 +87,7 @@ func (b *Bridge) configure(link netlink.Link) (forgotten bool, err error) {
 	missing := slices.DeleteFunc(slices.Clone(b.Addresses), func(p netip.Prefix) bool {
 		return slices.ContainsFunc(has, func(a netlink.Addr) bool { return a.IP.Equal(p.Addr().AsSlice()) })
 	})
-	if err := addAddresses(link, missing); err != nil {
+	if err := rtnl.AddAddresses(link, missing); err != nil {
 		return false, fmt.Errorf("give bridge %s its %w", b.Name, err)
 	}
 	down := link.Attrs().Flags&net.FlagUp == 0
@@ -102,7 +101,7 @@ func (b *Bridge) configure(link netlink.Link) (forgotten bool, err error) {
 
 // Revert removes the bridge.
 func (b *Bridge) Revert(context.Context) error {
-	return remove(b.Name, func(l netlink.Link) bool {
+	return rtnl.Remove(b.Name, func(l netlink.Link) bool {
 		return l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == b.MAC
 	})
 }
@@ -127,41 +126,6 @@ func (b *Bridge) Repair() (forgotten bool, err error) {
 		return false, fmt.Errorf("find bridge %s: %w", b.Name, err)
 	}
 	return b.configure(l)
-}
-
-// writeInterface sets a variable of an interface, unless it is so, where the kernel has its protocol.
-func writeInterface(name, protocol, variable, value string) error {
-	group := "conf"
-	if variable == "proxy_delay" {
-		group = "neigh"
-	}
-	path := "/proc/sys/net/" + protocol + "/" + group + "/" + name + "/" + variable
-	now, err := os.ReadFile(path)
-	if err == nil && strings.TrimSpace(string(now)) != value {
-		err = os.WriteFile(path, []byte(value), 0)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
-func remove(name string, ours func(netlink.Link) bool) error {
-	l, err := netlink.LinkByName(name)
-	var missing netlink.LinkNotFoundError
-	if errors.As(err, &missing) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("find interface %s: %w", name, err)
-	}
-	if !ours(l) {
-		return nil
-	}
-	if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("remove interface %s: %w", name, err)
-	}
-	return nil
 }
 
 // Tap is a guest's interface on the host, a port of a bridge, as an effect on the host.
@@ -206,7 +170,7 @@ func (t *Tap) Join() error {
 		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
 	}
 	// The host speaks to the guest by the bridge alone.
-	if err := writeInterface(t.Name, "ipv6", "disable_ipv6", "1"); err != nil {
+	if err := rtnl.SetVariable(t.Name, "ipv6", "disable_ipv6", "1"); err != nil {
 		return err
 	}
 	if t.MTU != 0 {
@@ -228,11 +192,7 @@ func (t *Tap) Join() error {
 		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
 	}
 	// Without ARP of its own: what a bridge passes by (see filter), the host's protocols would answer.
-	up := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	up.Index, up.Flags, up.Change = int32(link.Attrs().Index), unix.IFF_UP|unix.IFF_NOARP, unix.IFF_UP|unix.IFF_NOARP
-	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
-	req.AddData(up)
-	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+	if err := rtnl.SetUpNoARP(link.Attrs().Index); err != nil {
 		return fmt.Errorf("set tap %s up: %w", t.Name, err)
 	}
 	return nil
@@ -254,23 +214,14 @@ func (t *Tap) Joined() (bool, error) {
 // bound keeps a port to the addresses that its guest's entries give it (see Guest): the bridge learns none from what the guest sends, and
 // sends it nothing that is for others.
 func (t *Tap) bound(link netlink.Link) error {
-	msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
-	msg.Index = int32(link.Attrs().Index)
-	port := nl.NewRtAttr(unix.IFLA_PROTINFO|unix.NLA_F_NESTED, nil)
-	set := func(attribute int, on bool) {
-		port.AddRtAttr(attribute, map[bool][]byte{true: {1}, false: {0}}[on])
-	}
-	set(nl.IFLA_BRPORT_LEARNING, false)
-	set(nl.IFLA_BRPORT_UNICAST_FLOOD, false)
-	// Guests of a mutual network find each other by these.
-	set(nl.IFLA_BRPORT_MCAST_FLOOD, t.Mutual)
-	set(nl.IFLA_BRPORT_BCAST_FLOOD, t.Mutual)
-	set(nl.IFLA_BRPORT_ISOLATED, !t.Mutual)
-	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
-	req.AddData(msg)
-	req.AddData(port)
-	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
-	return err
+	return rtnl.SetPort(link.Attrs().Index, map[int]bool{
+		nl.IFLA_BRPORT_LEARNING:      false,
+		nl.IFLA_BRPORT_UNICAST_FLOOD: false,
+		// Guests of a mutual network find each other by these.
+		nl.IFLA_BRPORT_MCAST_FLOOD: t.Mutual,
+		nl.IFLA_BRPORT_BCAST_FLOOD: t.Mutual,
+		nl.IFLA_BRPORT_ISOLATED:    !t.Mutual,
+	})
 }
 
 // create makes a tap that outlives the descriptor, and belongs to a user before it does: one without an owner is
@@ -317,5 +268,5 @@ func (t *Tap) Revert(ctx context.Context) error {
 	if r := sharedOf(ctx).Reaper; r != nil {
 		return r.taps.Do(t.Name, removeTaps)
 	}
-	return remove(t.Name, isTap)
+	return rtnl.Remove(t.Name, isTap)
 }

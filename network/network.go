@@ -9,12 +9,10 @@ import (
 	"math"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"regexp"
-	"strconv"
-	"strings"
 
+	"push.rocks/smartvm/network/conntrack"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/network/subnet"
@@ -186,17 +184,8 @@ func (c *Config) tables(owner string) *filter.Tables {
 	return &filter.Tables{
 		Name: c.Table(), Owner: owner, Bridge: c.Bridge, Taps: tapPrefix(c.Bridge), Subnet: c.Subnet, Subnet6: c.Subnet6,
 		Mutual: c.Mutual, Routed: c.Routed, Inside: c.Inside, Via: c.via(owner), Tunnel: c.WireGuardConfig != "", Egress: c.Policy,
-		Connections: cmp.Or(c.MaxConnections, connectionsOfHost()/8), NewConnections: cmp.Or(c.NewConnections, DefaultNewConnections),
+		Connections: cmp.Or(c.MaxConnections, conntrack.Most()/8), NewConnections: cmp.Or(c.NewConnections, DefaultNewConnections),
 	}
-}
-
-// connectionsOfHost is how many the kernel can know.
-func connectionsOfHost() int {
-	data, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
-	if n, err2 := strconv.Atoi(strings.TrimSpace(string(data))); err == nil && err2 == nil && n > 0 {
-		return n
-	}
-	return 1 << 18 // a kernel's default, while it does not track any
 }
 
 // NewDefault returns the default network. Empty values stand for DefaultBridge and DefaultSubnet; a subnet that does not

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/network/internal/batch"
+	"push.rocks/smartvm/network/rtnl"
 )
 
 // Reaper removes taps and guests, those together that are asked for at the same time: the kernel waits as long for one as for
@@ -23,7 +24,7 @@ type Reaper struct {
 // removeTaps puts taps into a group of interfaces and removes that.
 func removeTaps(names []string) error {
 	if len(names) == 1 {
-		return remove(names[0], isTap)
+		return rtnl.Remove(names[0], isTap)
 	}
 	var random [4]byte
 	_, _ = rand.Read(random[:]) // never fails

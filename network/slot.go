@@ -103,7 +103,7 @@ func (s *Slot) furnish(ctx context.Context) error {
 		innerUplink: uplink,
 		InnerTap:    {netip.PrefixFrom(InnerGateways[0], InnerGuest[0].Bits()), netip.PrefixFrom(InnerGateways[1], InnerGuest[1].Bits())},
 	} {
-		if err := writeInterface(name, "ipv6", "accept_ra", "0"); err != nil {
+		if err := rtnl.SetVariable(name, "ipv6", "accept_ra", "0"); err != nil {
 			return err
 		}
 		link, err := netlink.LinkByName(name)
@@ -111,7 +111,7 @@ func (s *Slot) furnish(ctx context.Context) error {
 			err = netlink.LinkSetMTU(link, s.MTU)
 		}
 		if err == nil {
-			err = addAddresses(link, addresses)
+			err = rtnl.AddAddresses(link, addresses)
 		}
 		if err == nil {
 			err = netlink.LinkSetUp(link)
@@ -221,19 +221,5 @@ func (s *Slot) Revert(context.Context) error {
 
 // cut removes the cable, both ends.
 func (s *Slot) cut() error {
-	return remove(s.Name, func(l netlink.Link) bool { return l.Type() == "veth" })
-}
-
-// addAddresses gives an interface addresses, IPv6 ones only where the kernel has it.
-func addAddresses(link netlink.Link, all []netip.Prefix) error {
-	for _, p := range all {
-		a := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
-		if p.Addr().Is6() {
-			a.Flags = unix.IFA_F_NODAD
-		}
-		if err := netlink.AddrAdd(link, a); err != nil && !(p.Addr().Is6() && rtnl.NoIPv6(err)) {
-			return fmt.Errorf("address %s: %w", p, err)
-		}
-	}
-	return nil
+	return rtnl.Remove(s.Name, func(l netlink.Link) bool { return l.Type() == "veth" })
 }

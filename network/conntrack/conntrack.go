@@ -8,6 +8,9 @@ import (
 	"fmt"
 	"iter"
 	"net/netip"
+	"os"
+	"strconv"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -33,6 +36,15 @@ const (
 
 // maxDumps is how often all connections are looked at, while the kernel says that some may have been left out.
 const maxDumps = 3
+
+// Most is how many connections the kernel can know.
+func Most() int {
+	data, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
+	if n, err2 := strconv.Atoi(strings.TrimSpace(string(data))); err == nil && err2 == nil && n > 0 {
+		return n
+	}
+	return 1 << 18 // a kernel's default, while it does not track any
+}
 
 // Forget has the kernel forget the connections that one of some addresses has a part in, translated or not. All that it knows are looked at once,
 // of IPv4 and IPv6: 100,000 take about a tenth of a second. A kernel that tells nobody of them (no NF_CT_NETLINK) is no error: a guest must go all

@@ -15,6 +15,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/network/rtnl"
 )
 
 // DefaultMTU leaves room for WireGuard's own in packets of 1500 bytes, by IPv6 too.
@@ -52,12 +53,8 @@ func (l *Link) Apply(ctx context.Context) error {
 	if err := c.configure(ctx, l.Name); err != nil {
 		return fmt.Errorf("configure WireGuard interface %s: %w", l.Name, err)
 	}
-	for _, p := range c.Addresses {
-		a := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
-		err := netlink.AddrAdd(link, a)
-		if err != nil && (p.Addr().Is4() || !errors.Is(err, unix.EACCES)) { // IPv6 may be switched off
-			return fmt.Errorf("give WireGuard interface %s its address %s: %w", l.Name, p, err)
-		}
+	if err := rtnl.AddAddresses(link, c.Addresses); err != nil {
+		return fmt.Errorf("give WireGuard interface %s its %w", l.Name, err)
 	}
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("set WireGuard interface %s up: %w", l.Name, err)
