@@ -35,6 +35,7 @@ func (r *ruleFlag) Set(text string) error {
 type Policy struct {
 	rules                  []policy.Rule
 	fallback, file, egress string
+	host                   bool
 }
 
 // Add adds the flags to f.
@@ -43,6 +44,7 @@ func (s *Policy) Add(f *pflag.FlagSet) {
 	f.Var(&ruleFlag{&s.rules, policy.Deny}, "deny", "keep the guest from a `destination`, likewise")
 	f.StringVar(&s.fallback, "default", "", "what is done where no rule matches: `action` allow (without this) or deny")
 	f.StringVar(&s.egress, "egress", "", "`public`: of what no rule is about, let the guest reach the internet alone: no private network, no cloud's services for its machines")
+	f.BoolVar(&s.host, "allow-host", false, "let the guest reach the host's own addresses")
 	f.StringVar(&s.file, "policy", "", "JSON `file` with the rules; those of --allow and --deny go before them")
 }
 
@@ -55,7 +57,7 @@ func (s *Policy) Of(before *policy.Policy) (*policy.Policy, error) {
 			return nil, fmt.Errorf("--policy %s: %w", s.file, err)
 		}
 	}
-	if s.rules == nil && s.fallback == "" && s.egress == "" {
+	if s.rules == nil && s.fallback == "" && s.egress == "" && !s.host {
 		return p, nil
 	}
 	own := policy.Policy{}
@@ -66,7 +68,7 @@ func (s *Policy) Of(before *policy.Policy) (*policy.Policy, error) {
 	if s.egress != "" && s.egress != policy.EgressPublic {
 		return nil, fmt.Errorf("--egress %q: want %s", s.egress, policy.EgressPublic)
 	}
-	own.Egress = cmp.Or(s.egress, own.Egress)
+	own.Egress, own.AllowHost = cmp.Or(s.egress, own.Egress), s.host || own.AllowHost
 	switch action := policy.Action(s.fallback); action {
 	case policy.Allow, policy.Deny:
 		own.DefaultAction = action
