@@ -9,6 +9,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/bridged"
 )
 
 // effects lists every kind of side effect that a VM can have on a host. docs/effects.md explains them and is
@@ -27,5 +28,6 @@ var effects = journal.Kinds{
 	"tap":     func() journal.Effect { return new(network.Tap) },
 	"slot":    func() journal.Effect { return new(network.Slot) },
 	"guest":   func() journal.Effect { return new(network.Guest) },
+	"bridged": func() journal.Effect { return new(bridged.Guest) },
 	"process": func() journal.Effect { return new(vmm.Process) },
 }

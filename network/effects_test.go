@@ -21,6 +21,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"
 	"push.rocks/smartvm/network/rtnl"
@@ -36,6 +37,7 @@ func kinds() journal.Kinds {
 	all["tap"] = func() journal.Effect { return new(network.Tap) }
 	all["slot"] = func() journal.Effect { return new(network.Slot) }
 	all["guest"] = func() journal.Effect { return new(network.Guest) }
+	all["bridged"] = func() journal.Effect { return new(bridged.Guest) }
 	return all
 }
 
@@ -118,6 +120,17 @@ var effectCases = map[string]effectCase{
 			}
 		},
 		twice: true,
+	},
+	"bridged": {
+		describe: func(string) journal.Effect {
+			return &bridged.Guest{Tap: "svtap", Bridge: "br", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("192.168.1.50")}
+		},
+		prepare: func(t *testing.T) {
+			addBridge(t, "br")
+			if err := (&network.Tap{Name: "svtap", Bridge: "br", LAN: true}).Apply(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		},
 	},
 	"wireguard": {}, // has a test in the lab
 	"egress": {

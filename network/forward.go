@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"push.rocks/smartvm/internal/journal"
@@ -25,8 +26,14 @@ func forwards(ctx context.Context, dir string) (err error) {
 	var tables []*filter.Tables
 	ipv6 := false
 	for _, u := range networksUp(dir) {
+		if u.Network.LAN != nil {
+			continue
+		}
 		tables = append(tables, u.Network.tables(u.Owner))
 		ipv6 = ipv6 || u.Network.Subnet6.IsValid()
+	}
+	if len(tables) == 0 {
+		return nil
 	}
 	path := filepath.Join(dir, forwardingFile)
 	j, err := journal.Open(path, Kinds(), sharedOf(ctx).Trace)
@@ -67,7 +74,7 @@ func forwardsSeen(dir string, ipv6 bool) bool {
 
 // unforward undoes what all networks needed, when there is none.
 func unforward(ctx context.Context, dir string) error {
-	if len(networksUp(dir)) > 0 {
+	if slices.ContainsFunc(networksUp(dir), func(u *up) bool { return u.Network.LAN == nil }) {
 		return nil
 	}
 	if err := undo(ctx, filepath.Join(dir, forwardingFile)); err != nil {

@@ -135,6 +135,8 @@ type Tap struct {
 	UID    int    `json:"uid"`              // who may open it
 	MTU    int    `json:"mtu,omitempty"`    // 0: 1500
 	Mutual bool   `json:"mutual,omitempty"` // it reaches the bridge's other ports, not the host alone
+	// LAN says that the bridge is somebody else's: the tap has that one's MTU, and reaches all of its ports but, unless Mutual, those of other guests.
+	LAN bool `json:"lan,omitempty"`
 }
 
 // TapName draws a name from a VM's id, a word that tells the VM from another of its id, and the interface's id. It begins as
@@ -173,8 +175,16 @@ func (t *Tap) Join() error {
 	if err := rtnl.SetVariable(t.Name, "ipv6", "disable_ipv6", "1"); err != nil {
 		return err
 	}
-	if t.MTU != 0 {
-		if err := netlink.LinkSetMTU(link, t.MTU); err != nil {
+	mtu := t.MTU
+	if t.LAN {
+		// A bridge takes the lowest MTU of its ports for its own, and the lowest MAC.
+		mtu = bridge.Attrs().MTU
+		if err := netlink.LinkSetHardwareAddr(link, append(net.HardwareAddr{0xfe}, MAC(t.Name, "port")[1:]...)); err != nil {
+			return fmt.Errorf("set MAC of tap %s: %w", t.Name, err)
+		}
+	}
+	if mtu != 0 {
+		if err := netlink.LinkSetMTU(link, mtu); err != nil {
 			return fmt.Errorf("set MTU of tap %s: %w", t.Name, err)
 		}
 	}
@@ -214,14 +224,18 @@ func (t *Tap) Joined() (bool, error) {
 // bound keeps a port to the addresses that its guest's entries give it (see Guest): the bridge learns none from what the guest sends, and
 // sends it nothing that is for others.
 func (t *Tap) bound(link netlink.Link) error {
-	return rtnl.SetPort(link.Attrs().Index, map[int]bool{
+	flags := map[int]bool{
 		nl.IFLA_BRPORT_LEARNING:      false,
 		nl.IFLA_BRPORT_UNICAST_FLOOD: false,
-		// Guests of a mutual network find each other by these.
-		nl.IFLA_BRPORT_MCAST_FLOOD: t.Mutual,
-		nl.IFLA_BRPORT_BCAST_FLOOD: t.Mutual,
+		// Guests of a mutual network, and of a LAN, find others by these.
+		nl.IFLA_BRPORT_MCAST_FLOOD: t.Mutual || t.LAN,
+		nl.IFLA_BRPORT_BCAST_FLOOD: t.Mutual || t.LAN,
 		nl.IFLA_BRPORT_ISOLATED:    !t.Mutual,
-	})
+	}
+	if t.LAN { // nor does the LAN take it for a router of multicast, and send it all there is
+		flags[nl.IFLA_BRPORT_MULTICAST_ROUTER] = false
+	}
+	return rtnl.SetPort(link.Attrs().Index, flags)
 }
 
 // create makes a tap that outlives the descriptor, and belongs to a user before it does: one without an owner is

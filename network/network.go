@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 
+	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/conntrack"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/policy"
@@ -41,7 +42,13 @@ type Config struct {
 	// which such an interface is made.
 	WireGuard       string `json:"wireguard,omitempty"`
 	WireGuardConfig string `json:"wireguardConfig,omitempty"`
+	// LAN says that the bridge is somebody else's, and what is behind it. Then guests have addresses of Subnet, which is the LAN's, or if it is
+	// zero such as they get from there; IPv6 ones are those that the LAN's routers lead to. MTU is what guests are told. Nil: the bridge is ours.
+	LAN *bridged.LAN `json:"lan,omitempty"`
 }
+
+// OnBridge is how the names of networks begin that are a bridge of somebody else's and no more: "bridge:br0". Each is always there.
+const OnBridge = "bridge:"
 
 // Settings are what may be changed while a network is up.
 type Settings struct {
@@ -72,13 +79,15 @@ func New(name, bridge string, ip4 netip.Prefix) Config {
 // Validate returns all that is wrong, joined. Subnets give *subnet.Errors.
 func (c *Config) Validate() error {
 	var errs []error
-	if !regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`).MatchString(c.Name) {
+	if !regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`).MatchString(c.Name) && c.Name != OnBridge+c.Bridge {
 		errs = append(errs, fmt.Errorf("network name %q: must be 1 to 32 of a-z, 0-9 and -", c.Name))
 	}
 	if err := ValidInterface(c.Bridge); err != nil {
 		errs = append(errs, err)
 	}
-	if err := subnet.Validate(c.Subnet); err != nil {
+	if c.LAN != nil {
+		errs = append(errs, c.LAN.Validate(c.Subnet), c.ours())
+	} else if err := subnet.Validate(c.Subnet); err != nil {
 		errs = append(errs, err)
 	}
 	if p := c.Subnet6; p.IsValid() && (!p.Addr().Is6() || p.Bits() != 64 || p != p.Masked() || !p.Addr().IsGlobalUnicast()) {
@@ -102,6 +111,27 @@ func (c *Config) Validate() error {
 	}
 	if c.WireGuardConfig != "" && !filepath.IsAbs(c.WireGuardConfig) {
 		errs = append(errs, fmt.Errorf("wireguard configuration %q: must be an absolute path", c.WireGuardConfig))
+	}
+	return errors.Join(errs...)
+}
+
+// ours says what of the settings is for bridges of ours alone.
+func (c *Config) ours() error {
+	var errs []error
+	for _, o := range []struct {
+		set       bool
+		what, why string
+	}{
+		{c.Subnet6.IsValid(), "subnet6", "the LAN's routers say which it is"},
+		{c.Routed, "routed", "guests send each other what they send by the LAN, not by way of the host"},
+		{c.Inside, "internal", "the LAN is not ours to close"},
+		{c.WireGuard != "" || c.WireGuardConfig != "", "wireguard", "guests leave by the LAN, not by way of the host"},
+		{c.Policy != nil, "policy", "what guests send to the LAN does not come by the host's rules"},
+		{c.MaxConnections != 0 || c.NewConnections != 0, "maxConnections, newConnections", "the host knows no connections of these guests"},
+	} {
+		if o.set {
+			errs = append(errs, fmt.Errorf("%s: not on a bridge that is not ours: %s", o.what, o.why))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -136,8 +166,11 @@ func ValidInterface(name string) error {
 	return nil
 }
 
-// Gateway returns the host's addresses in the network, the IPv6 one invalid where there is none.
+// Gateway returns the host's addresses in the network, or the LAN's gateway, invalid where there is none.
 func (c *Config) Gateway() (ip4, ip6 netip.Addr) {
+	if c.LAN != nil {
+		return c.LAN.Gateway, ip6
+	}
 	ip4 = c.Subnet.Addr().Next()
 	if c.Subnet6.IsValid() {
 		ip6 = c.Subnet6.Addr().Next()
@@ -145,11 +178,19 @@ func (c *Config) Gateway() (ip4, ip6 netip.Addr) {
 	return ip4, ip6
 }
 
-// Guests is how many addresses guests can have.
-func (c *Config) Guests() int { return 1<<(32-c.Subnet.Bits()) - 3 }
+// Guests is how many addresses guests can have who wish for none.
+func (c *Config) Guests() int {
+	if c.LAN != nil {
+		return c.LAN.Room()
+	}
+	return 1<<(32-c.Subnet.Bits()) - 3
+}
 
 // Guest returns the addresses of the n-th guest, counted from 0.
 func (c *Config) Guest(n int) (ip4, ip6 netip.Addr) {
+	if c.LAN != nil {
+		return c.LAN.At(n), ip6
+	}
 	a := c.Subnet.Addr().As4()
 	ip4 = netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(a[:])+uint32(n)+2)))
 	if c.Subnet6.IsValid() {

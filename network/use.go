@@ -23,6 +23,7 @@ import (
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"
 	"push.rocks/smartvm/network/inspect"
@@ -145,6 +146,12 @@ func Named(dir, network, name string) (all []netip.Addr) {
 }
 
 func (u *Use) bringUp(ctx context.Context) error {
+	lan := u.Network.LAN != nil
+	if lan {
+		if _, err := bridged.Find(u.Network.Bridge); err != nil {
+			return err
+		}
+	}
 	was, err := u.state()
 	if err != nil {
 		return err
@@ -164,9 +171,11 @@ func (u *Use) bringUp(ctx context.Context) error {
 	if err := u.takeDown(ctx); err != nil { // what a crash left
 		return err
 	}
-	shadowed, err := subnet.Free(u.Network.Bridge, u.Network.Subnet, u.Network.Subnet6)
-	if err != nil {
-		return err
+	var shadowed []string
+	if !lan {
+		if shadowed, err = subnet.Free(u.Network.Bridge, u.Network.Subnet, u.Network.Subnet6); err != nil {
+			return err
+		}
 	}
 	if len(shadowed) > 0 {
 		sharedOf(ctx).log().Warn("the network's subnet hides a part of where other routes of the host lead", "network", u.Network.Name, "subnet", u.Network.Subnet, "routes", shadowed)
@@ -194,6 +203,9 @@ func (u *Use) bringUp(ctx context.Context) error {
 		return errors.Join(err, u.takeDown(ctx))
 	}
 	sharedOf(ctx).log().Info("network is up", "network", u.Network.Name, "bridge", u.Network.Bridge)
+	if lan && !bridged.Filtered(u.Network.Bridge) {
+		return nil
+	}
 	if blockers, err := inspect.Blockers(nftables.ChainHookForward); err == nil && len(blockers) > 0 {
 		sharedOf(ctx).log().Warn("another firewall drops what it does not know: if VMs do not reach the outside, let what comes from and goes to the bridge through there",
 			"network", u.Network.Name, "bridge", u.Network.Bridge, "chains", blockers)
@@ -204,6 +216,9 @@ func (u *Use) bringUp(ctx context.Context) error {
 // effects are what a network is on its host.
 func (n *up) effects() []journal.Effect {
 	c := n.Network
+	if c.LAN != nil {
+		return nil
+	}
 	b := &Bridge{Name: c.Bridge, MAC: bridgeMAC(n.Owner), MTU: c.MTU, Routed: c.Routed}
 	ip4, ip6 := c.Gateway()
 	b.Addresses = append(b.Addresses, prefixOf(ip4, c.Subnet))

@@ -112,6 +112,7 @@ type Interface struct {
 	Name      string         `json:"name,omitempty"` // what it shall be called. Empty: what the kernel calls it
 	Addresses []netip.Prefix `json:"addresses,omitempty"`
 	Gateways  []netip.Addr   `json:"gateways,omitempty"` // of default routes, one of each IP version at most
+	Routers   bool           `json:"routers,omitempty"`  // IPv6 is as routers of the network say
 	MTU       int            `json:"mtu,omitempty"`      // bytes; 0: the device's
 }
 

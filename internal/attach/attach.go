@@ -80,13 +80,13 @@ func Resolve(vm VM, s *spec.Spec, networks *catalog.Store) (all []Interface, err
 		if reason := i.want(n.IP); reason != "" {
 			errs = append(errs, &spec.FieldError{Path: fmt.Sprintf("networkInterfaces[%d].ip", at), Value: n.IP, Reason: reason})
 		}
-		if n.Namespace {
+		if n.Namespace && config.LAN == nil {
 			i.File = filepath.Join(vm.Store.Dir(vm.ID), store.NetNSFile)
 			n.HostDevName, n.GuestMAC = network.InnerTap, network.InnerMAC
 		}
 		all = append(all, i)
 	}
-	return all, errors.Join(errs...)
+	return all, errors.Join(append(errs, onLAN(s, all))...)
 }
 
 // leaseKind is that of addresses.
@@ -122,7 +122,7 @@ func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 				return err
 			}
 		}
-		if !all[i].IP4.IsValid() {
+		if !all[i].IP4.IsValid() && !all[i].fromLAN() {
 			if err := all[i].address(ctx, vm, do); err != nil {
 				return err
 			}
@@ -156,6 +156,9 @@ func (i *Interface) regain(ctx context.Context, vm VM, do Do) (mac bool, err err
 		return false, err
 	}
 	i.MAC = w.MAC
+	if i.fromLAN() {
+		return true, nil
+	}
 	address, err := lease(leaseKind, i.Network.Name+"/"+w.IP4.String())
 	if address {
 		i.IP4, i.IP6 = w.IP4, w.IP6
@@ -165,6 +168,9 @@ func (i *Interface) regain(ctx context.Context, vm VM, do Do) (mac bool, err err
 
 // isGuest says whether the network has a guest with these addresses.
 func (i *Interface) isGuest(ip4, ip6 netip.Addr) bool {
+	if i.Network.LAN != nil {
+		return i.fromLAN() != ip4.Is4() && (i.fromLAN() || i.wantLAN(ip4) == "") && !ip6.IsValid()
+	}
 	first, _ := i.Network.Guest(0)
 	if !ip4.Is4() {
 		return false
@@ -206,6 +212,10 @@ func (i *Interface) address(ctx context.Context, vm VM, do Do) error {
 		}
 		return err
 	}
+	if i.Network.LAN != nil && i.Network.Guests() == 0 {
+		return hint.Add(fmt.Errorf("attach %s to network %s: %w: none of the LAN's are for guests who wish for none", i.ID, i.Network.Name, network.ErrExhausted),
+			"name one with --ip, or make the network with a --range of them")
+	}
 	return hint.Add(fmt.Errorf("attach %s to network %s: %w: its %s has room for %d", i.ID, i.Network.Name, network.ErrExhausted, i.Network.Subnet, i.Network.Guests()),
 		"remove VMs, or make a network with a larger --subnet")
 }
@@ -220,6 +230,9 @@ func Tell(s *spec.Spec, guest *agentproto.Boot, all []Interface) error {
 	}
 	if len(s.ExtraHosts) > 0 {
 		return fmt.Errorf("image %s boots by itself: %w: extra hosts are for our own agent", s.Image, spec.ErrNotSupported)
+	}
+	if all[0].fromLAN() {
+		return nil
 	}
 	if args := &s.BootSource.BootArgs; !strings.Contains(" "+*args, " ip=") {
 		*args = cmp.Or(*args, spec.DefaultBootArgs) + " " + bootArgs(all[0], cmp.Or(s.Hostname, s.Name, s.ID))
@@ -255,6 +268,10 @@ func Ports(s *spec.Spec) (all []filter.Port) {
 // Effects are what running the VM with its interfaces does to the host. The ports are those of the first.
 func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 	for n, i := range all {
+		if i.Network.LAN != nil {
+			effects = append(effects, i.onBridge(vm, s)...)
+			continue
+		}
 		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Routed: i.Network.Routed, Policy: s.Policy}}
 		if n == 0 {
 			g.Ports = Ports(s)
@@ -268,14 +285,17 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 		if i.File != "" {
 			link = i.slot()
 		}
-		effects = append(effects,
-			&network.Use{
-				Dir: filepath.Join(vm.Store.Path(), store.NetworkDir), Network: i.Network, VM: vm.ID + "-" + vm.Nonce + "-" + i.ID, VMDir: vm.Store.Dir(vm.ID),
-				Name: cmp.Or(s.Name, vm.ID), Addresses: i.addresses(),
-			},
-			link, g)
+		use := i.use(vm)
+		use.Name, use.Addresses = cmp.Or(s.Name, vm.ID), i.addresses()
+		effects = append(effects, use, link, g)
 	}
 	return effects
+}
+
+func (i *Interface) use(vm VM) *network.Use {
+	return &network.Use{
+		Dir: filepath.Join(vm.Store.Path(), store.NetworkDir), Network: i.Network, VM: vm.ID + "-" + vm.Nonce + "-" + i.ID, VMDir: vm.Store.Dir(vm.ID),
+	}
 }
 
 // addresses are those by which others on its network reach it.
@@ -290,11 +310,18 @@ func (i *Interface) addresses() []netip.Addr {
 func bootArgs(i Interface, hostname string) string {
 	at, gateways := i.inside()
 	mask := net.IP(net.CIDRMask(at[0].Bits(), 32))
-	return fmt.Sprintf("ip=%s::%s:%s:%s:eth0:off", at[0].Addr(), gateways[0], mask, hostname)
+	gateway := ""
+	if len(gateways) > 0 {
+		gateway = gateways[0].String()
+	}
+	return fmt.Sprintf("ip=%s::%s:%s:%s:eth0:off", at[0].Addr(), gateway, mask, hostname)
 }
 
 // inside returns the addresses that the guest itself has, and its gateways.
 func (i *Interface) inside() (at []netip.Prefix, gateways []netip.Addr) {
+	if i.Network.LAN != nil {
+		return i.insideLAN()
+	}
 	gateway4, gateway6 := i.Network.Gateway()
 	at, gateways = []netip.Prefix{netip.PrefixFrom(i.IP4, i.Network.Subnet.Bits())}, []netip.Addr{gateway4}
 	if i.File != "" {
@@ -313,7 +340,7 @@ func (i *Interface) inside() (at []netip.Prefix, gateways []netip.Addr) {
 func guestInterfaces(all []Interface) (interfaces []agentproto.Interface) {
 	for n, i := range all {
 		at, gateways := i.inside()
-		g := agentproto.Interface{MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU, Addresses: at}
+		g := agentproto.Interface{MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU, Addresses: at, Routers: i.Network.LAN != nil}
 		if i.File != "" {
 			g.MAC = network.InnerMAC
 		}
@@ -331,6 +358,9 @@ func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
 	gateway4, gateway6 := i.Network.Gateway()
 	if i.Network.Inside { // one of the network's own guests may be such a server
 		return i.DNS
+	}
+	if i.Network.LAN != nil {
+		return i.lanResolvers()
 	}
 	gateway := []netip.Addr{gateway4}
 	if i.Network.Policy.Names() || p.Names() || i.Network.WireGuard != "" || i.Network.WireGuardConfig != "" {

@@ -43,7 +43,7 @@ func Changed(s spec.Spec, ours []Interface, change func(*spec.Spec) error) (spec
 		return s, err
 	}
 	Anew(&check, ours)
-	return now, changed(check.Validate())
+	return now, errors.Join(changed(check.Validate()), onLAN(&check, ours))
 }
 
 // clone makes a copy that shares nothing.

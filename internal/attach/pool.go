@@ -147,6 +147,9 @@ func (p *Pool) take(ctx context.Context, vm string, wish *Interface, do Do) (*ne
 // Resize makes slots, or removes free ones, until there are n or no more are free, and says how many there are. Slots that a
 // VM has stay.
 func (p *Pool) Resize(ctx context.Context, n int) (Slots, error) {
+	if p.Network.LAN != nil && n > 0 {
+		return Slots{}, fmt.Errorf("make a slot of network %s: its bridge is not ours, and namespaces have no address there", p.Network.Name)
+	}
 	if _, err := os.Lstat(p.dir()); n == 0 && errors.Is(err, fs.ErrNotExist) {
 		return Slots{}, nil
 	}

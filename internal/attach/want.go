@@ -18,6 +18,12 @@ func (i *Interface) want(a netip.Addr) (reason string) {
 	if !a.IsValid() {
 		return ""
 	}
+	if i.Network.LAN != nil {
+		if reason = i.wantLAN(a); reason == "" {
+			i.IP4 = a
+		}
+		return reason
+	}
 	c := i.Network
 	gateway, _ := c.Gateway()
 	first, _ := c.Guest(0)

@@ -143,7 +143,11 @@ func (r rtnetlink) setInterface(link net.Interface, i agentproto.Interface) erro
 		}
 	}
 	// A router that is none of ours is not for the guest. Where there is no such file there is no IPv6.
-	ipv6 := os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/accept_ra", []byte("0"), 0) == nil
+	ipv6 := setIPv6(name, "accept_ra", map[bool]string{true: "2", false: "0"}[i.Routers])
+	if i.Routers && ipv6 { // the host lets through such addresses alone as are made of the MAC
+		setIPv6(name, "addr_gen_mode", "0")
+		setIPv6(name, "use_tempaddr", "0")
+	}
 	var set [][]byte
 	if i.MTU != 0 {
 		set = append(set, attribute(unix.IFLA_MTU, binary.NativeEndian.AppendUint32(nil, uint32(i.MTU))))
@@ -167,6 +171,11 @@ func (r rtnetlink) setInterface(link net.Interface, i agentproto.Interface) erro
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// setIPv6 sets a variable of an interface, and says whether the kernel has it.
+func setIPv6(name, variable, value string) bool {
+	return os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/"+variable, []byte(value), 0) == nil
 }
 
 func (r rtnetlink) addAddress(index int, p netip.Prefix) error {

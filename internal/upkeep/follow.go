@@ -10,6 +10,7 @@ import (
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/spec"
 )
@@ -18,6 +19,12 @@ import (
 func (u *Upkeep) Follow(ctx context.Context, vm attach.VM, j *journal.Journal, s *spec.Spec) error {
 	first := true
 	for _, e := range j.Effects() {
+		if b, ok := e.(*bridged.Guest); ok {
+			b.Host = s.Policy != nil && s.Policy.AllowHost
+			if err := heal(ctx, b, false); err != nil {
+				return err
+			}
+		}
 		g, ok := e.(*network.Guest)
 		if !ok {
 			continue
@@ -141,4 +148,13 @@ func match(now, want []filter.Port) (stay, fresh []filter.Port) {
 		}
 	}
 	return stay, fresh
+}
+
+// heal puts a guest's rules in place again, if they are not there or in any case.
+func heal(ctx context.Context, g *bridged.Guest, always bool) error {
+	there, err := g.There(ctx)
+	if err != nil || there && !always {
+		return err
+	}
+	return g.Replace(ctx)
 }

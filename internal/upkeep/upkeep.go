@@ -17,6 +17,7 @@ import (
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/flowlog"
 	"push.rocks/smartvm/network/policy"
@@ -67,7 +68,11 @@ func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, e
 	}
 	var tables, bridges []string
 	for _, i := range all {
-		tables, bridges = append(tables, i.Network.Table()), append(bridges, i.Network.Bridge)
+		table := i.Network.Table()
+		if i.Network.LAN != nil {
+			table = bridged.Table(i.Tap)
+		}
+		tables, bridges = append(tables, table), append(bridges, i.Network.Bridge)
 	}
 	u.work.Go(func() {
 		tick := time.NewTicker(every)
@@ -141,6 +146,7 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 		}
 	}
 	now, again := 0, false
+	var gone error
 	var of *policy.Policy
 	for _, e := range effects {
 		var err error
@@ -152,6 +158,9 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 			}
 		case *network.Tap:
 			again, err = rejoin(e, now > u.restored[e.Name])
+			if err != nil && e.LAN { // a bridge that is gone is not ours to make, and the rules hold without it
+				gone, err = errors.Join(gone, err), nil
+			}
 		case *network.Slot:
 			again, err = rejoin(e.Port(), now > u.restored[e.Name])
 		case *network.Guest:
@@ -171,12 +180,14 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 				u.restored[e.Tap] = now
 				err = u.sure(e)
 			}
+		case *bridged.Guest:
+			err = heal(ctx, e, again)
 		}
 		if err != nil {
-			return err
+			return errors.Join(gone, err)
 		}
 	}
-	return nil
+	return gone
 }
 
 // rejoin makes a tap a port of its bridge again, where it is none or is to be made one in any case.

@@ -79,8 +79,8 @@ func addNet(vm *spec.Spec, text string) error {
 	case text == "none":
 		vm.NetworkInterfaces = nil
 		return nil
-	case what == "", isTap && tap == "":
-		return fmt.Errorf("--net %q: want bridge, the name of a network, netns[:NAME], tap:DEV or none", text)
+	case what == "", what == "bridge:", isTap && tap == "":
+		return fmt.Errorf("--net %q: want bridge, bridge:DEV, the name of a network, netns[:NAME], tap:DEV or none", text)
 	case isTap:
 		n.HostDevName = tap
 	case what == "netns", strings.HasPrefix(what, "netns:"):

@@ -17,6 +17,7 @@ import (
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/subnet"
 )
 
@@ -47,6 +48,11 @@ func (s *Store) Get(name string) (network.Config, error) {
 			own.Policy = cmp.Or(own.Policy, c.Policy)
 			c.Settings = own
 		}
+		return c, c.Validate()
+	}
+	if bridge, ok := strings.CutPrefix(name, network.OnBridge); ok {
+		c := network.Config{Name: name, Bridge: bridge, LAN: new(bridged.LAN)}
+		c.Policy = s.Default.Policy
 		return c, c.Validate()
 	}
 	c, err := readConfig[network.Config](s.path(name))
@@ -159,7 +165,7 @@ func (s *Store) Create(c network.Config) (network.Config, error) {
 	if c.Bridge == "" {
 		c.Bridge = "sv-" + c.Name[:min(len(c.Name), 12)]
 	}
-	if !c.Subnet.IsValid() {
+	if !c.Subnet.IsValid() && c.LAN == nil {
 		c.Subnet, err = subnet.Choose(func(p netip.Prefix) bool {
 			return slices.ContainsFunc(others, func(o network.Config) bool { return o.Subnet.Overlaps(p) })
 		})
@@ -170,7 +176,7 @@ func (s *Store) Create(c network.Config) (network.Config, error) {
 			return c, err
 		}
 	}
-	if !c.Subnet6.IsValid() {
+	if !c.Subnet6.IsValid() && c.LAN == nil {
 		c.Subnet6 = subnet.Local(c.Bridge)
 	}
 	if err := c.Validate(); err != nil {
@@ -199,6 +205,9 @@ func (s *Store) Create(c network.Config) (network.Config, error) {
 func (s *Store) Remove(name string) error {
 	if name == s.Default.Name {
 		return hint.Add(fmt.Errorf("remove network %s: it is always there", name), "it takes no room while no VM uses it")
+	}
+	if strings.HasPrefix(name, network.OnBridge) {
+		return fmt.Errorf("remove network %s: it is a bridge that is not ours", name)
 	}
 	if _, err := s.Get(name); errors.Is(err, ErrNotFound) {
 		return err

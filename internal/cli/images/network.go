@@ -9,8 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/attach"
@@ -18,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmflags"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/catalog"
 	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/subnet"
@@ -87,7 +90,7 @@ func (s *Shell) listNetworks() *cobra.Command {
 				for _, c := range list {
 					state := stateOf(h, c)
 					states = append(states, state)
-					rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%d\t%d", c.Name, c.Bridge, c.Subnet, c.Subnet6, len(state.VMs), state.Slots.All))
+					rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%d\t%d", c.Name, c.Bridge, shown(c.Subnet), shown(c.Subnet6), len(state.VMs), state.Slots.All))
 				}
 				if s.JSON() {
 					return s.WriteJSON(states)
@@ -96,6 +99,14 @@ func (s *Shell) listNetworks() *cobra.Command {
 			})
 		},
 	}
+}
+
+// shown is a subnet, if there is one.
+func shown(p netip.Prefix) string {
+	if !p.IsValid() {
+		return "-"
+	}
+	return p.String()
 }
 
 func (s *Shell) inspectNetworks() *cobra.Command {
@@ -123,14 +134,20 @@ func (s *Shell) createNetwork() *cobra.Command {
 	var c network.Config
 	var net4, net6 string
 	var isolate bool
+	var lan lanFlags
 	var rules vmflags.Policy
 	cmd := &cobra.Command{
 		Use:   "create [flags] NAME",
 		Short: "Make a network",
 		Long: "Make a network. VMs on it reach each other, unless --isolate is given, and the\n" +
-			"outside, unless --internal is.",
+			"outside, unless --internal is.\n\n" +
+			"With --on its VMs are on a bridge that is there, such as one to the LAN, with\n" +
+			"addresses of that LAN's --subnet, or without one such as they ask its DHCP server\n" +
+			"for. They can forge none. --net bridge:DEV is the same without a network.",
 		Example: "  smartvm network create lab\n" +
-			"  smartvm network create --subnet 10.77.0.0/16 --internal back",
+			"  smartvm network create --subnet 10.77.0.0/16 --internal back\n" +
+			"  smartvm network create --on br0 --subnet 192.168.1.0/24 --gateway 192.168.1.1 \\\n" +
+			"    --range 192.168.1.200-192.168.1.220 lan",
 		Args: s.Takes(1, 1, "a name"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			c.Name, c.Mutual = args[0], !isolate
@@ -150,6 +167,9 @@ func (s *Shell) createNetwork() *cobra.Command {
 			}
 			var err error
 			if c.Policy, err = rules.Of(nil); err != nil {
+				return s.Usage(err, "")
+			}
+			if err := lan.of(&c); err != nil {
 				return s.Usage(err, "")
 			}
 			return s.networks(func(_ *smartvm.Host, all *catalog.Store) error {
@@ -177,8 +197,49 @@ func (s *Shell) createNetwork() *cobra.Command {
 	f.BoolVar(&c.Inside, "internal", false, "let nothing leave the network")
 	f.StringVar(&c.WireGuard, "wireguard", "", "`interface` of WireGuard's by which alone its VMs reach the outside")
 	f.StringVar(&c.WireGuardConfig, "wireguard-config", "", "the same, made of a `file` as wg-quick has it")
+	lan.add(f)
 	settingFlags(f, &c.Settings, &rules)
 	return cmd
+}
+
+// lanFlags are those of a network whose bridge is not ours.
+type lanFlags struct{ on, gateway, between string }
+
+func (l *lanFlags) add(f *pflag.FlagSet) {
+	f.StringVar(&l.on, "on", "", "`bridge` that is there, and stays as it is")
+	f.StringVar(&l.gateway, "gateway", "", "with --on, the `address` of the LAN's router")
+	f.StringVar(&l.between, "range", "", "with --on, the `addresses` FIRST-LAST for VMs without --ip, which nothing else has")
+}
+
+// of says what the flags say of a network.
+func (l *lanFlags) of(c *network.Config) error {
+	if l.on == "" {
+		if l.gateway != "" || l.between != "" {
+			return errors.New("--gateway and --range are for networks with --on")
+		}
+		return nil
+	}
+	if c.Bridge != "" {
+		return errors.New("--interface names a bridge that is made, --on one that is there: want one of them")
+	}
+	c.Bridge, c.LAN = l.on, new(bridged.LAN)
+	from, to, _ := strings.Cut(l.between, "-")
+	var errs []error
+	for _, a := range []struct {
+		flag, text string
+		to         *netip.Addr
+		given      bool
+	}{
+		{"gateway", l.gateway, &c.LAN.Gateway, l.gateway != ""},
+		{"range", from, &c.LAN.First, l.between != ""},
+		{"range", to, &c.LAN.Last, l.between != ""},
+	} {
+		var err error
+		if *a.to, err = netip.ParseAddr(a.text); err != nil && a.given {
+			errs = append(errs, fmt.Errorf("--%s: %q is no IP address", a.flag, a.text))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // absolute makes a configuration's path one that any process finds, and says what is wrong with it now rather than later.

@@ -75,6 +75,7 @@ type Field struct {
 
 // Parts of packets that rules look at.
 var (
+	EtherDest   = Field{expr.PayloadBaseLLHeader, 0, 6}
 	EtherSource = Field{expr.PayloadBaseLLHeader, 6, 6}
 	EtherType   = Field{expr.PayloadBaseLLHeader, 12, 2}
 	ArpFormat   = Field{expr.PayloadBaseNetworkHeader, 0, 6}
@@ -89,6 +90,10 @@ var (
 	DestPort    = Field{expr.PayloadBaseTransportHeader, 2, 2}
 	ICMPType    = Field{expr.PayloadBaseTransportHeader, 0, 1}
 	NDTarget    = Field{expr.PayloadBaseTransportHeader, 8, 16}
+	// The lower halves of IPv6 addresses, and the MAC for which a DHCP client asks.
+	SourceID6  = Field{expr.PayloadBaseNetworkHeader, 16, 8}
+	NDTargetID = Field{expr.PayloadBaseTransportHeader, 16, 8}
+	DHCPClient = Field{expr.PayloadBaseTransportHeader, 8 + 28, 6}
 )
 
 // Load loads a part of a packet.
@@ -98,6 +103,16 @@ func Load(f Field, at uint32) expr.Any {
 
 // Is compares a part of a packet.
 func Is(f Field, data []byte) Exprs { return Exprs{Load(f, Reg), Equal(data)} }
+
+// IsNot is the opposite of Is.
+func IsNot(f Field, data []byte) Exprs {
+	return Exprs{Load(f, Reg), &expr.Cmp{Op: expr.CmpOpNeq, Register: Reg, Data: data}}
+}
+
+// Masked compares the bits of a part of a packet that are set in a mask.
+func Masked(f Field, mask, data []byte) Exprs {
+	return Exprs{Load(f, Reg), &expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: f.len, Mask: mask, Xor: make([]byte, f.len)}, Equal(data)}
+}
 
 // InRange matches values from one to another.
 func InRange(f Field, first, last []byte) Exprs {
@@ -109,12 +124,7 @@ func Within(f Field, p netip.Prefix) Exprs {
 	if p.Bits() == 0 {
 		return nil
 	}
-	mask := net.CIDRMask(p.Bits(), p.Addr().BitLen())
-	return Exprs{
-		Load(f, Reg),
-		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: f.len, Mask: mask, Xor: make([]byte, f.len)},
-		Equal(p.Masked().Addr().AsSlice()),
-	}
+	return Masked(f, net.CIDRMask(p.Bits(), p.Addr().BitLen()), p.Masked().Addr().AsSlice())
 }
 
 // Family narrows a rule of the family inet to an address's.
