@@ -32,6 +32,9 @@ func addLAN(t *testing.T) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "br0"
 	err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs})
+	if err == nil { // its first port would give it an IPv6 address, some time later
+		err = os.WriteFile("/proc/sys/net/ipv6/conf/br0/disable_ipv6", []byte("1"), 0)
+	}
 	if err == nil {
 		err = nettest.Link{Name: "br0", Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.7.1/24")}}.Configure()
 	}
