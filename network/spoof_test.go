@@ -111,6 +111,32 @@ var (
 	laterFragment = []byte{44, 0, 0, 8, 0, 0, 0, 7}
 )
 
+// More of them: none leads to another address any more, and the last says that the packet is not changed on its way (RFC 4302).
+var (
+	routing6  = []byte{43, 0, 4, 0, 0, 0, 0, 0}
+	authentic = []byte{51, 1, 0, 0, 0, 0, 0, 7, 0, 0, 0, 1}
+)
+
+// arpOf is arp in another format.
+func arpOf(format string, mac, ip, target string) []byte {
+	return append([]byte(format), arp(mac, ip, target)[len(format):]...)
+}
+
+// udpOptions is udp4 with an option before its port: a source route, which has been gone.
+func udpOptions(source string, port uint16) []byte {
+	b := udp4(source, port)
+	b = slices.Concat(b[:20], []byte{131, 7, 8, 198, 51, 100, 2, 0}, b[20:])
+	b[0], b[10], b[11] = 0x47, 0, 0
+	binary.BigEndian.PutUint16(b[2:], uint16(len(b))+16)
+	sum := uint32(0)
+	for i := 0; i < 28; i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(b[i:]))
+	}
+	sum = sum>>16 + sum&0xffff
+	binary.BigEndian.PutUint16(b[10:], ^uint16(sum+sum>>16))
+	return b
+}
+
 // icmp6 is a message with a target.
 func icmp6(kind byte, target string) []byte {
 	return append([]byte{kind, 0, 0, 0, 0, 0, 0, 0}, netip.MustParseAddr(target).AsSlice()...)
@@ -197,10 +223,16 @@ func TestNetwork_Spoofing(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
+	rough(t)
 	s := newSite(t, func(c *network.Config) { c.Mutual = true })
 	g, other := s.guest(0, nil), s.guest(1, nil)
 	mac, own6, other6 := g.filter.MAC, g.filter.IP6.String(), other.filter.IP6.String()
 	const otherMAC = "02:00:00:00:00:99"
+	port, err := netlink.LinkByName(s.config.Bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bridge := port.Attrs().HardwareAddr.String()
 	out, host, neighbour := g.wire(t), openWire(t, s.config.Bridge), other.wire(t)
 	// passes says whether the frame arrives, before one that does.
 	passes := func(name string, f []byte) (atHost, atOther bool) {
@@ -227,7 +259,22 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"fragment, later", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, make([]byte, 32), laterFragment)), true},
 		{"fragment of echo", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(128, "::"), firstFragment)), true},
 
+		{"arp answer", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x04\x00\x02", mac, "172.30.0.2", "172.30.0.3")), true},
+		{"ip4, options", frame(mac, unix.ETH_P_IP, udpOptions("172.30.0.2", 1000)), true},
+		{"ip6, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{0, 1, 2, 35, 0, 24, 0, 0}, hopByHop, options)), true},
+		{"ip6, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{0, 1, 2, 35, 0, 24, 0, 0}, routing6)), true},
+		{"neighbour, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6), options)), true},
+		// What is authenticated only those take who share its key: what it carries is theirs to judge.
+		{"router, authentic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), authentic)), true},
+		{"router wanted", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(133, "::")...)), true},
+
 		{"mac", frame(otherMAC, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
+		{"no mac", frame("00:00:00:00:00:00", unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
+		{"mac for many", frame("01:00:5e:00:00:01", unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
+		{"mac for all", frame("ff:ff:ff:ff:ff:ff", unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
+		{"bridge's mac", frame(bridge, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
+		{"bridge's mac, arp", frame(bridge, unix.ETH_P_ARP, arp(bridge, "172.30.0.1", "172.30.0.1")), false},
+		{"other's mac", frame(other.filter.MAC, unix.ETH_P_IP, udp4("172.30.0.3", 1000)), false},
 		{"tcp with mac", frame(otherMAC, unix.ETH_P_IP, tcp4("172.30.0.2")), false},
 		{"tcp of other", frame(mac, unix.ETH_P_IP, tcp4("172.30.0.3")), false},
 		{"tcp of gateway", frame(mac, unix.ETH_P_IP, tcp4("172.30.0.1")), false},
@@ -240,8 +287,20 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"gateway's ip4", frame(mac, unix.ETH_P_IP, udp4("172.30.0.1", 1000)), false},
 		{"no ip4", frame(mac, unix.ETH_P_IP, udp4("0.0.0.0", 68)), false},
 		{"dhcp server", frame(mac, unix.ETH_P_IP, udp4("172.30.0.2", 67)), false},
+		{"dhcp server, options", frame(mac, unix.ETH_P_IP, udpOptions("172.30.0.2", 67)), false},
+		{"ip4 of other, options", frame(mac, unix.ETH_P_IP, udpOptions("172.30.0.3", 1000)), false},
 		{"arp for other", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.1", "172.30.0.3")), false},
 		{"arp with mac", frame(mac, unix.ETH_P_ARP, arp(otherMAC, "172.30.0.2", "172.30.0.3")), false},
+		{"gateway announced", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.1", "172.30.0.1")), false},
+		{"other announced", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.3", "172.30.0.3")), false},
+		{"answer for other", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x04\x00\x02", mac, "172.30.0.3", "172.30.0.1")), false},
+		{"arp, ieee 802", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x06", mac, "172.30.0.2", "172.30.0.3")), false},
+		{"arp of what", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x86\xdd", mac, "172.30.0.2", "172.30.0.3")), false},
+		{"arp, short mac", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x04\x04", mac, "172.30.0.2", "172.30.0.3")), false},
+		{"arp, long mac", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x08\x04", mac, "172.30.0.2", "172.30.0.3")), false},
+		{"arp, long ip", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x10", mac, "172.30.0.2", "172.30.0.3")), false},
+		{"arp, cut", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.3", "172.30.0.1")[:16]), false},
+		{"rarp", frame(mac, 0x8035, arp(mac, "172.30.0.2", "172.30.0.2")), false},
 		{"probe of other", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0", "172.30.0.3")), false},
 		{"other's ip6", frame(mac, unix.ETH_P_IPV6, packet6("fd00::99", 17, 0, 1, 0, 2, 0, 8, 0, 0)), false},
 		{"router", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(134, own6)...)), false},
@@ -253,6 +312,14 @@ func TestNetwork_Spoofing(t *testing.T) {
 
 		// What stands before it hides nothing.
 		{"router, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), hopByHop, options)), false},
+		{"router, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), routing6)), false},
+		{"redirect, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(137, own6), options)), false},
+		{"dhcp6, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{2, 35, 2, 34, 0, 24, 0, 0}, hopByHop, options)), false},
+		{"dhcp6, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{2, 35, 2, 34, 0, 24, 0, 0}, routing6)), false},
+		{"of other, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, other6), options)), false},
+		{"of other, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, other6), routing6)), false},
+		{"check, options", frame(mac, unix.ETH_P_IPV6, extended("::", 58, icmp6(135, other6), hopByHop)), false},
+		{"wanted, fragment", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(133, "::"), firstFragment)), false},
 		{"router, atomic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), atomic)), false},
 		{"neighbour, atomic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6), atomic)), false},
 		{"solicit, atomic", frame(mac, unix.ETH_P_IPV6, extended("::", 58, icmp6(135, own6), atomic)), false},
