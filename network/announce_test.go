@@ -39,7 +39,7 @@ func (g *guest) knows(a netip.Addr, old string) (mac string) {
 
 // When a VM has the addresses of one that is gone, its neighbours find it at once, though they know those at another MAC.
 func TestNetwork_Replaced(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, func(c *network.Config) { c.Mutual = true })

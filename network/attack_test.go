@@ -149,7 +149,7 @@ func TestAttack_Reserved(t *testing.T) {
 	mac, from := attacker.filter.MAC, "172.30.0.3:1"
 	out, plain, friendly := attacker.wire(t), other.wire(t), friend.wire(t)
 	for _, on := range []bool{false, true} {
-		bridgeNetfilter(t, on)
+		nettest.BridgeNetfilter(t, on)
 		for n := range 16 {
 			text, end := fmt.Sprint("attack ", n, on), fmt.Sprint("end ", n, on)
 			for _, source := range []string{mac, victim.filter.MAC, "02:00:00:00:01:01"} {
@@ -279,7 +279,7 @@ func TestAttack_Loopback(t *testing.T) {
 	}
 	for n, tt := range []struct{ bridgeNetfilter, untracked bool }{{false, false}, {true, false}, {false, true}} {
 		end, seen := fmt.Sprint("end ", n), fmt.Sprint("seen ", n)
-		bridgeNetfilter(t, tt.bridgeNetfilter)
+		nettest.BridgeNetfilter(t, tt.bridgeNetfilter)
 		if tt.untracked { // what the kernel is told not to track goes through no chain for NAT
 			raw := conn.AddTable(&nftables.Table{Name: "raw", Family: nftables.TableFamilyIPv4})
 			conn.AddRule(&nftables.Rule{Table: raw, Exprs: []expr.Any{&expr.Notrack{}}, Chain: conn.AddChain(&nftables.Chain{
@@ -306,7 +306,7 @@ func TestAttack_Loopback(t *testing.T) {
 
 // One guest that opens connections without end, to the world or to the host, takes them from nobody else, and keeps those that it has.
 func TestAttack_Connections(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	const most = 50
@@ -387,7 +387,7 @@ func answers(t *testing.T, c net.Conn, wait time.Duration) bool {
 
 // Who begins connections faster than is allowed is refused those, and takes nothing from others.
 func TestAttack_NewConnections(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	const most = 100

@@ -213,7 +213,7 @@ func TestLAN_Reach(t *testing.T) {
 		s.Serve(":80", name)
 	}
 	for _, on := range []bool{false, true} {
-		bridgeNetfilter(t, on)
+		nettest.BridgeNetfilter(t, on)
 		for _, proto := range []string{"tcp", "udp"} {
 			g.reaches(t, proto, peerMachine+":80", "machine from 172.30.0.2\n")
 			g.reaches(t, proto, "["+peerMachine6+"]:80", "machine from "+g.ip6.String()+"\n")
@@ -329,7 +329,7 @@ func TestLAN_Spoofing(t *testing.T) {
 			{"4 probe of other", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0", peerMachine)), who == "free"},
 		} {
 			for _, on := range []bool{false, true} {
-				bridgeNetfilter(t, on)
+				nettest.BridgeNetfilter(t, on)
 				want := tt.want && !(on && strings.HasPrefix(tt.name, "fragment")) // IP rules see whole packets
 				end := who + fmt.Sprint(on) + "end"
 				out.send(append(tt.frame[:len(tt.frame):len(tt.frame)], mark(tt.name)...), frame(mac, unix.ETH_P_IP, udp4(own4, 9), mark(end)))
@@ -503,7 +503,7 @@ func TestLAN_Repair(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	bridgeNetfilter(t, false) // where IP rules see bridged packets, those between ports of another name count as the host's
+	nettest.BridgeNetfilter(t, false) // where IP rules see bridged packets, those between ports of another name count as the host's
 	rename("br0", "br1")
 	conn.FlushRuleset()
 	if err := conn.Flush(); err != nil {

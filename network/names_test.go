@@ -92,7 +92,7 @@ func (g *guest) resolveType(t *testing.T, server, name string, kind dnsmessage.T
 
 // A guest reaches the addresses of a name that its policy allows once it has asked for it, and those of no other.
 func TestNetwork_Names(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
@@ -218,7 +218,7 @@ func TestNetwork_Neighbours(t *testing.T) {
 
 // When a bridge has been removed and is another, the proxies serve there.
 func TestNetwork_ResolverNewBridge(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
@@ -349,7 +349,7 @@ func (s *site) namedGuest(n int, own *policy.Policy) (*guest, *upkeep.Upkeep) {
 // Names in the network's own policy hold for each guest on it, and only after it has asked; a guest's own policy can only narrow
 // them.
 func TestNetwork_NamesForAll(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	const good6 = "2001:db8:9::9"

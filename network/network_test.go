@@ -216,7 +216,7 @@ func (g *guest) misses(t *testing.T, network, address string) {
 
 // Guests reach the outside under the host's address, and neither each other nor the host. Nothing is left in the end.
 func TestNetwork(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
@@ -261,7 +261,7 @@ func TestNetwork(t *testing.T) {
 
 // Guests of a mutual network reach each other.
 func TestNetwork_Mutual(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, func(c *network.Config) { c.Mutual = true })
@@ -273,7 +273,7 @@ func TestNetwork_Mutual(t *testing.T) {
 
 // A published port leads to the guest, from the outside and from the host, by its loopback too.
 func TestNetwork_Ports(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
@@ -347,7 +347,7 @@ func TestNetwork_PortsLoopback6(t *testing.T) {
 		t.Run(fmt.Sprintf("bridge netfilter %v", on), func(t *testing.T) {
 			s := newSite(t, nil)
 			t.Cleanup(func() { clearNetwork(t); cutCables(t) })
-			bridgeNetfilter(t, on)
+			nettest.BridgeNetfilter(t, on)
 			st, err := store.Open(filepath.Join(t.TempDir(), "runtime"))
 			if err != nil {
 				t.Fatal(err)
@@ -387,7 +387,7 @@ func TestNetwork_PortsLoopback6(t *testing.T) {
 
 // A published port leads to the guest that has it now, at once: the host does not go on with the MAC of the one before.
 func TestNetwork_PortsReplaced(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
@@ -420,7 +420,7 @@ func TestNetwork_Hairpin(t *testing.T) {
 			t.Run(fmt.Sprintf("mutual %v, bridge netfilter %v", mutual, on), func(t *testing.T) {
 				s := newSite(t, func(c *network.Config) { c.Mutual = mutual })
 				t.Cleanup(func() { clearNetwork(t); cutCables(t) })
-				bridgeNetfilter(t, on)
+				nettest.BridgeNetfilter(t, on)
 				a := s.guest(0, func(g *filter.Guest) { g.Ports = []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}} })
 				b := s.guest(1, nil)
 				c := s.guest(2, func(g *filter.Guest) { g.Policy = &policy.Policy{DefaultAction: policy.Deny} })
@@ -455,7 +455,7 @@ func TestNetwork_Hairpin(t *testing.T) {
 
 // What begins while somebody has flushed the rules ends when they are back.
 func TestNetwork_FlushedMeanwhile(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
@@ -516,7 +516,7 @@ func TestNetwork_FlushedMeanwhile(t *testing.T) {
 
 // Rules of an earlier version are replaced while guests use them, and what is under way goes on.
 func TestNetwork_Upgrade(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
@@ -585,7 +585,7 @@ func TestNetwork_Upgrade(t *testing.T) {
 
 // Who has an address after another guest has none of its connections: by what is known he would pass his own policy.
 func TestNetwork_Reused(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
@@ -669,7 +669,7 @@ func (s *site) datagram(t *testing.T, to string, port uint16) {
 
 // The first rule that matches decides.
 func TestNetwork_Policy(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, func(c *network.Config) {
@@ -716,7 +716,7 @@ func TestNetwork_Policy(t *testing.T) {
 
 // What a guest may not reach says so at once, and is not waited for; what comes from outside is told nothing.
 func TestNetwork_Refused(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)

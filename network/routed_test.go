@@ -40,7 +40,7 @@ func TestNetwork_Routed(t *testing.T) {
 				if err := s.config.Validate(); err != nil {
 					t.Fatal(err)
 				}
-				bridgeNetfilter(t, on)
+				nettest.BridgeNetfilter(t, on)
 				before := hosts(t)
 				a, b := s.guest(0, nil), s.guest(1, nil)
 				narrow := s.guest(2, func(g *filter.Guest) { g.Policy = rules(policy.Allow, toA) })

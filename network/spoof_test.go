@@ -3,11 +3,8 @@ package network_test
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
-	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -206,17 +203,6 @@ func (w *wire) until(end []byte) (ends []string) {
 
 func mark(name string) []byte { return []byte((name + "................")[:16]) }
 
-// bridgeNetfilter says whether the rules for IP packets see those that are only bridged, as on a host that has had Docker.
-func bridgeNetfilter(t *testing.T, on bool) {
-	t.Helper()
-	for _, v := range []string{"iptables", "ip6tables", "arptables"} {
-		err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+v, []byte(map[bool]string{true: "1", false: "0"}[on]), 0)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			t.Fatal(err)
-		}
-	}
-}
-
 // What a guest sends under another's MAC or address, or as a router or DHCP server, ends at its tap: neither its network's other guests
 // nor the host see it.
 func TestNetwork_Spoofing(t *testing.T) {
@@ -269,6 +255,9 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"router wanted", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(133, "::")...)), true},
 
 		{"mac", frame(otherMAC, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
+		{"arp with mac outside", frame(otherMAC, unix.ETH_P_ARP, arp(mac, "172.30.0.2", "172.30.0.3")), false},
+		{"probe with mac outside", frame(otherMAC, unix.ETH_P_ARP, arp(mac, "0.0.0.0", "172.30.0.2")), false},
+		{"group with mac", frame(otherMAC, unix.ETH_P_IPV6, extended("::", 58, icmp6(143, "::"), hopByHop)), false},
 		{"no mac", frame("00:00:00:00:00:00", unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
 		{"mac for many", frame("01:00:5e:00:00:01", unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
 		{"mac for all", frame("ff:ff:ff:ff:ff:ff", unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
@@ -337,7 +326,7 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"arp under vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 6}, arp(mac, "172.30.0.2", "172.30.0.3")), false},
 	} {
 		for _, on := range []bool{false, true} {
-			bridgeNetfilter(t, on)
+			nettest.BridgeNetfilter(t, on)
 			// Where IP rules see bridged packets, they see whole ones: a fragment waits for the others.
 			want := tt.want && !(on && strings.HasPrefix(tt.name, "fragment"))
 			if atHost, atOther := passes(tt.name, tt.frame); atHost != want || atOther != want {

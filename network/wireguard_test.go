@@ -36,7 +36,7 @@ func routing(t *testing.T) (all []string) {
 
 // Guests leave by the one interface, and when it is down or gone by none. A cable stands for the tunnel.
 func TestNetwork_Via(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
@@ -88,7 +88,7 @@ func TestNetwork_ViaPorts(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
-	bridgeNetfilter(t, false) // or neighbours do not: see TestNetwork_Hairpin
+	nettest.BridgeNetfilter(t, false) // or neighbours do not: see TestNetwork_Hairpin
 	s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
 	beyond := nettest.New(t)
 	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24", "fd07::1/64")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32", "fd07::2/64")})
@@ -127,7 +127,7 @@ func TestNetwork_ViaPorts(t *testing.T) {
 
 // What guests ask of names leaves by the tunnel too, and by nothing else.
 func TestNetwork_ViaNames(t *testing.T) {
-	if !nettest.Alone(t) {
+	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, func(c *network.Config) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -32,27 +33,74 @@ const variable = "SMARTVM_TEST_NETNS"
 func Alone(t *testing.T) bool {
 	t.Helper()
 	testenv.Require(t, testenv.Root)
-	if os.Getenv(variable) != "" {
-		link, err := netlink.LinkByName("lo")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join(netlink.LinkSetUp(link), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount("sysfs", "/sys", "sysfs", 0, "")); err != nil {
-			t.Fatal(err)
-		}
-		return true
+	if os.Getenv(variable) == "" {
+		run(t, "1")
+		return false
 	}
+	link, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(netlink.LinkSetUp(link), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount("sysfs", "/sys", "sysfs", 0, "")); err != nil {
+		t.Fatal(err)
+	}
+	return true
+}
+
+// Rough is Alone on hosts that do least for us: they look at no sources (rp_filter 0), and their rules for IP packets see those that are only bridged
+// (br_netfilter), or do not. The test runs on both.
+func Rough(t *testing.T) bool {
+	t.Helper()
+	testenv.Require(t, testenv.Root)
+	seen := os.Getenv(variable)
+	if seen == "" {
+		run(t, bridged)
+		run(t, unbridged)
+		return false
+	}
+	if !Alone(t) {
+		return false
+	}
+	for _, of := range []string{"all", "default"} {
+		if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+of+"/rp_filter", []byte("0"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	BridgeNetfilter(t, seen == bridged)
+	return true
+}
+
+// What the variable says of the bridges, for Rough.
+const (
+	bridged   = "bridged"
+	unbridged = "unbridged"
+)
+
+// BridgeNetfilter says whether the rules for IP packets see those that are only bridged, as on a host that has had Docker. A kernel that has no such
+// rules sees none.
+func BridgeNetfilter(t *testing.T, on bool) {
+	t.Helper()
+	for _, v := range []string{"iptables", "ip6tables", "arptables"} {
+		err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+v, []byte(map[bool]string{true: "1", false: "0"}[on]), 0)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// run runs the test in namespaces of its own.
+func run(t *testing.T, value string) {
+	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.count=1")
-	cmd.Env = append(os.Environ(), variable+"=1")
+	cmd.Env = append(os.Environ(), variable+"="+value)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
 	// Pdeathsig means the thread that starts the child.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := cmd.Run(); err != nil {
-		t.Errorf("in a network of its own: %v", err)
+		t.Errorf("in a network of its own (%s): %v", value, err)
 	}
-	return false
 }
 
 // Namespace is a network beside the test's. It is gone when the test is.
