@@ -63,6 +63,9 @@ func (b *Bridge) configure(link netlink.Link) (forgotten bool, err error) {
 		{"ipv6", "accept_ra", "0"},
 		// Guests are not told which addresses the host has elsewhere.
 		{"ipv4", "arp_ignore", "1"},
+		// A packet that says itself by which addresses it goes would go on where rules have not seen that it does. It has an effect only where the host
+		// accepts such everywhere.
+		{"ipv4", "accept_source_route", "0"},
 	}
 	if b.Routed {
 		variables = append(variables, [][3]string{
