@@ -134,6 +134,21 @@ func udpOptions(source string, port uint16) []byte {
 	return b
 }
 
+// error4 is an error about a packet that was sent to an address, as far as it goes.
+func error4(source string, kind byte, of string, bytes int) []byte {
+	b := packet4(unix.IPPROTO_ICMP, source, "172.30.0.255", nil, icmp4(kind, 0, [4]byte{}, datagram("198.51.100.2:9", of+":9", "?"))[:bytes])
+	binary.BigEndian.PutUint16(b[2:], uint16(len(b))+16)
+	b[10], b[11] = 0, 0
+	binary.BigEndian.PutUint16(b[10:], sum(b[:20]))
+	return b
+}
+
+func error6(source string, kind byte, of string) []byte {
+	about := packet6("2001:db8::2", 17, 0, 1, 0, 2, 0, 8, 0, 0)
+	copy(about[24:], netip.MustParseAddr(of).AsSlice())
+	return packet6(source, 58, append([]byte{kind, 0, 0, 0, 0, 0, 0, 0}, about...)...)
+}
+
 // icmp6 is a message with a target.
 func icmp6(kind byte, target string) []byte {
 	return append([]byte{kind, 0, 0, 0, 0, 0, 0, 0}, netip.MustParseAddr(target).AsSlice()...)
@@ -252,9 +267,25 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"neighbour, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6), options)), true},
 		// What is authenticated only those take who share its key: what it carries is theirs to judge.
 		{"router, authentic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), authentic)), true},
+		{"unreachable", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 3, "172.30.0.2", 36)), true},
+		{"time exceeded", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 11, "172.30.0.2", 36)), true},
+		{"echo", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 8, "172.30.0.3", 36)), true}, // about nothing
+		{"unreachable, 6", frame(mac, unix.ETH_P_IPV6, error6(own6, 1, own6)), true},
+		{"echo, 6", frame(mac, unix.ETH_P_IPV6, error6(own6, 128, other6)), true},
 		{"router wanted", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(133, "::")...)), true},
 
 		{"mac", frame(otherMAC, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
+		// An error is about what was sent to whom it is from: others' connections are not a guest's to end.
+		{"other unreachable", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 3, "172.30.0.3", 36)), false},
+		{"other, short", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 3, "172.30.0.3", 8)), false},
+		{"other, quench", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 4, "172.30.0.3", 36)), false},
+		{"other, redirect", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 5, "172.30.0.3", 36)), false},
+		{"other, exceeded", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 11, "172.30.0.3", 36)), false},
+		{"other, parameter", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 12, "198.51.100.1", 36)), false},
+		{"other's error", frame(mac, unix.ETH_P_IP, error4("172.30.0.3", 3, "172.30.0.2", 36)), false},
+		{"other, 6", frame(mac, unix.ETH_P_IPV6, error6(own6, 1, other6)), false},
+		{"other, too big", frame(mac, unix.ETH_P_IPV6, error6(own6, 2, other6)), false},
+		{"other's, 6", frame(mac, unix.ETH_P_IPV6, error6(other6, 2, own6)), false},
 		{"arp with mac outside", frame(otherMAC, unix.ETH_P_ARP, arp(mac, "172.30.0.2", "172.30.0.3")), false},
 		{"probe with mac outside", frame(otherMAC, unix.ETH_P_ARP, arp(mac, "0.0.0.0", "172.30.0.2")), false},
 		{"group with mac", frame(otherMAC, unix.ETH_P_IPV6, extended("::", 58, icmp6(143, "::"), hopByHop)), false},

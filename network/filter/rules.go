@@ -320,9 +320,9 @@ func (t *Tables) genuine(l *layout) []nft.Exprs {
 	if t.Routed {
 		free = nft.Join(v6, unspecified, icmp(135), nft.Drop())
 	}
-	return []nft.Exprs{
+	return slices.Concat([]nft.Exprs{
 		nft.Join(tap, nft.Exprs{nft.Load(nft.EtherSource, atMAC), nft.NotInSet(l.macs)}, nft.Drop()),
-
+	}, errorsOf(l), []nft.Exprs{
 		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}), sender(nft.ArpMAC, nft.ArpIP), nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
 		// Who looks whether its address is in use has none yet. To look for another's would be to deny it.
 		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}), nft.Is(nft.ArpIP, make([]byte, 4)), sender(nft.ArpMAC, nft.ArpTarget),
@@ -342,7 +342,24 @@ func (t *Tables) genuine(l *layout) []nft.Exprs {
 		// A fragment that does not say what it is of matches no rule that asks, this one neither.
 		nft.Join(v6, nft.MetaIsNot(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_RAW}), sender(nft.EtherSource, nft.Source6), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),
 		nft.Drop(),
+	})
+}
+
+// errorsOf are the errors of ICMP that a guest may send: about what was sent to itself. The kernel takes one for a part of the connection that it is
+// about, whoever sends it, and what is known is let through, to other guests too.
+func errorsOf(l *layout) (all []nft.Exprs) {
+	of := func(is nft.Exprs, source, about nft.Field, senders *nftables.Set) {
+		from := func(f nft.Field) nft.Exprs { return append(sender(nft.EtherSource, f), nft.InSet(senders)) }
+		// One that is cut before it says what it is about passes no rule that looks there.
+		all = append(all, nft.Join(is, from(about), from(source), nft.Accept()), nft.Join(is, nft.Drop()))
 	}
+	icmp := func(ether uint16, protocol, first, last byte) nft.Exprs {
+		return nft.Join(nft.Ether(ether), nft.L4(protocol), nft.InRange(nft.ICMPType, []byte{first}, []byte{last}))
+	}
+	of(icmp(unix.ETH_P_IP, unix.IPPROTO_ICMP, 3, 5), nft.Source4, nft.ICMPAbout4, l.senders4)
+	of(icmp(unix.ETH_P_IP, unix.IPPROTO_ICMP, 11, 12), nft.Source4, nft.ICMPAbout4, l.senders4)
+	of(icmp(unix.ETH_P_IPV6, unix.IPPROTO_ICMPV6, 1, 127), nft.Source6, nft.ICMPAbout6, l.senders6)
+	return all
 }
 
 // AnswerMark is that of connections to what guests have published, on a network that leaves by one interface, and of what guests send in them.

@@ -90,6 +90,8 @@ var (
 	DestPort    = Field{expr.PayloadBaseTransportHeader, 2, 2}
 	ICMPType    = Field{expr.PayloadBaseTransportHeader, 0, 1}
 	NDTarget    = Field{expr.PayloadBaseTransportHeader, 8, 16}
+	ICMPAbout4  = Field{expr.PayloadBaseTransportHeader, 24, 4} // where the packet went that an error is about
+	ICMPAbout6  = Field{expr.PayloadBaseTransportHeader, 32, 16}
 	// The lower halves of IPv6 addresses, and the MAC for which a DHCP client asks.
 	SourceID6  = Field{expr.PayloadBaseNetworkHeader, 16, 8}
 	NDTargetID = Field{expr.PayloadBaseTransportHeader, 16, 8}
