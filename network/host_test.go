@@ -17,6 +17,7 @@ import (
 
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/filter"
 )
 
 // Other firewalls: what they drop stays dropped, and is told; what they let through works; ours changes nothing of theirs, and
@@ -27,6 +28,9 @@ func TestNetwork_OtherFirewalls(t *testing.T) {
 	}
 	s := newSite(t, nil)
 	s.outside.Serve(":80", "world")
+	if err := nettest.Serve(t, ":22", "host"); err != nil {
+		t.Fatal(err)
+	}
 	conn, err := nftables.New()
 	if err != nil {
 		t.Fatal(err)
@@ -49,6 +53,11 @@ func TestNetwork_OtherFirewalls(t *testing.T) {
 			Table: firewalld, Name: "filter_INPUT", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityRef(10),
 		})
 		reject := &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}
+		for _, name := range []string{"lo\x00", "svbr0\x00"} { // in a zone that is trusted
+			conn.AddRule(&nftables.Rule{Table: firewalld, Chain: input, Exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(name)}, &expr.Verdict{Kind: expr.VerdictAccept},
+			}})
+		}
 		conn.AddRule(&nftables.Rule{Table: firewalld, Chain: input, Exprs: []expr.Any{reject}})
 		// For what is forwarded by an interface that is here none of ours.
 		filtered := conn.AddChain(&nftables.Chain{
@@ -94,10 +103,13 @@ func TestNetwork_OtherFirewalls(t *testing.T) {
 	allow()
 	g.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 	g.misses(t, "tcp", "172.30.0.1:22")
+	friend := s.guest(1, func(g *filter.Guest) { g.Policy = allowHost })
+	friend.reaches(t, "tcp", "172.30.0.1:22", "host from 172.30.0.3\n")
 	load() // a reload
 	allow()
 	g.reaches(t, "udp", world4+":80", "world from "+uplink4+"\n")
 	s.remove(g)
+	s.remove(friend)
 	if err := u.Revert(t.Context()); err != nil {
 		t.Error(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 
 	"push.rocks/smartvm/internal/testenv/nettest"
@@ -90,6 +91,15 @@ func TestSlot(t *testing.T) {
 	g := &guest{Namespace: plugSlot(t, slot)}
 	g.Serve(":80", "guest")
 	s.outside.Serve(":443", "secure")
+	// The guest reaches it, were it not for the rules: see the end.
+	within, err := netns.Open(slot.File)
+	if err == nil {
+		err = within.Do(func() error { return nettest.Serve(t, ":22", "namespace") })
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer within.Close()
 	for _, proto := range []string{"tcp", "udp"} {
 		g.reaches(t, proto, world4+":80", "world from "+uplink4+"\n")
 		g.reaches(t, proto, "["+world6+"]:80", "world from "+uplink6+"\n")
@@ -143,6 +153,18 @@ func TestSlot(t *testing.T) {
 	if n := connections(); n > 0 {
 		t.Errorf("the next guest finds %d connections", n)
 	}
+	err = within.Do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		conn.FlushRuleset()
+		return conn.Flush()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.reaches(t, "tcp", "10.255.255.1:22", "namespace from 10.255.255.2\n")
 	if err := errors.Join(part.Revert(t.Context()), slot.Revert(t.Context()), use.Revert(t.Context())); err != nil {
 		t.Error(err)
 	}

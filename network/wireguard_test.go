@@ -1,6 +1,7 @@
 package network_test
 
 import (
+	"net/netip"
 	"os"
 	"slices"
 	"testing"
@@ -54,6 +55,13 @@ func TestNetwork_Via(t *testing.T) {
 	beyond.Must(func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/proxy_arp", []byte("1"), 0) })
 	g.reaches(t, "tcp", world4+":80", "beyond from 10.7.0.1\n")
 	g.misses(t, "tcp", "["+world6+"]:80")
+	// A guest of another network has both kinds by the host's own way.
+	other := *s
+	other.config = network.New("plain", "svbr1", netip.MustParsePrefix("172.30.1.0/24"))
+	plain := other.guest(3, nil)
+	plain.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
+	plain.reaches(t, "tcp", "["+world6+"]:80", "world from "+uplink6+"\n")
+	other.remove(plain)
 	if got := nettest.Ask("tcp", world4+":80", 5e9); got != "world from "+uplink4+"\n" {
 		t.Errorf("the host's own way: got %q", got)
 	}
