@@ -128,18 +128,20 @@ func TestAttack_Neighbour(t *testing.T) {
 		out, at, strange := attacker.wire(t), victim.wire(t), other.wire(t)
 		frames := map[string][]byte{
 			"to its MAC": frameTo(victim.filter.MAC, mac, unix.ETH_P_IP, datagram("172.30.0.2:1", "172.30.0.3:9", "to its MAC")),
+			// The host has it go back by the bridge, whose ports are apart for what comes by one alone.
+			"by gateway": frameTo(s.bridgeMAC(), mac, unix.ETH_P_IP, datagram("172.30.0.2:1", "172.30.0.3:9", "by gateway")),
 			"to all":     frame(mac, unix.ETH_P_IP, datagram("172.30.0.2:1", "172.30.0.255:9", "to all")),
 			"to many":    frameTo("01:00:5e:00:00:fb", mac, unix.ETH_P_IP, datagram("172.30.0.2:1", "224.0.0.251:5353", "to many")),
 			"to many, 6": frameTo("33:33:00:00:00:01", mac, unix.ETH_P_IPV6, packet6(attacker.filter.IP6.String(), unix.IPPROTO_UDP, 0, 1, 0, 2, 0, 24, 0, 0), mark("to many, 6")),
 		}
 		end := fmt.Sprint("end ", mutual)
-		got := at.seen([]string{"to its MAC", "to all", "to many", "to many, 6"}, end, func() {
+		got := at.seen([]string{"to its MAC", "by gateway", "to all", "to many", "to many, 6"}, end, func() {
 			for _, f := range frames {
 				out.send(f)
 			}
 			openWire(t, s.config.Bridge).send(frameTo(victim.filter.MAC, s.bridgeMAC(), unix.ETH_P_IP, datagram("172.30.0.1:1", "172.30.0.3:9", end)))
 		})
-		if want := map[bool]int{true: 4, false: 0}[mutual]; len(got) != want {
+		if want := map[bool]int{true: 5, false: 0}[mutual]; len(got) != want {
 			t.Errorf("mutual %v: the neighbour gets %q, want %d", mutual, got, want)
 		}
 		// A storm from ever other addresses, and the same from a port without our rules.
@@ -160,6 +162,45 @@ func TestAttack_Neighbour(t *testing.T) {
 		s.remove(victim)
 		clearNetwork(t)
 		cutCables(t)
+	}
+}
+
+// A tap whose bridge is gone is one more interface of the host: neither the host nor what is behind it is reached by that, until it is a port again.
+func TestAttack_Unbridged(t *testing.T) {
+	if !nettest.Rough(t) {
+		return
+	}
+	setVariable(t, "ipv4/ip_forward", "1")
+	s := newSite(t, nil)
+	g := s.guest(0, func(g *filter.Guest) { g.Policy = allowHost })
+	world, host := s.outsideEar(world4+":9"), listen(t, ":9")
+	plain, near := plainPort(t)
+	out := g.wire(t)
+	for _, removed := range []bool{false, true} {
+		tap, err := netlink.LinkByName(g.filter.Tap)
+		if err == nil && removed {
+			removeLink(t, s.config.Bridge)
+		} else if err == nil {
+			err = netlink.LinkSetNoMaster(tap)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		mac := macOf(t, g.filter.Tap)
+		for to, e := range map[string]*ear{world4: world, uplink4: host, "127.0.0.1": host} {
+			end := fmt.Sprint("end ", to, removed)
+			if e.heard("attack", end, func() {
+				for _, from := range []string{"172.30.0.2:1", "198.51.100.77:1"} {
+					out.send(frameTo(mac, g.filter.MAC, unix.ETH_P_IP, datagram(from, to+":9", "attack")))
+				}
+				if to == "127.0.0.1" {
+					to = uplink4 // the kernel itself takes no such packet from outside
+				}
+				plain.send(frameTo(near, "02:00:00:00:00:55", unix.ETH_P_IP, datagram("172.29.0.2:1", to+":9", end)))
+			}) {
+				t.Errorf("bridge removed %v: %s is reached by a tap that is no port", removed, to)
+			}
+		}
 	}
 }
 

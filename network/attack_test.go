@@ -342,12 +342,16 @@ func TestAttack_Connections(t *testing.T) {
 		}
 		return n
 	}
+	// Of IPv6 it may have as many besides.
+	if n := answered(open("["+world6+"]:80", most+15)); n < most-5 || n > most+5 {
+		t.Errorf("%d connections by IPv6, want about %d", n, most)
+	}
 	first := open(world4+":80", most-10)
 	if n := answered(first); n != len(first) {
 		t.Errorf("%d of %d are answered", n, len(first))
 	}
 	// The kernel counts before it knows the newest, and for a while what has ended.
-	if n := answered(open("172.30.0.1:9000", 30)); n < 5 || n > 12 {
+	if n := answered(open("172.30.0.1:9000", 22)); n < 5 || n > 12 {
 		t.Errorf("%d more connections, want about 10", n)
 	}
 	for _, c := range first[:3] {
@@ -361,7 +365,7 @@ func TestAttack_Connections(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(counts) != 1 || counts[0].Rule != "over 50 connections" || counts[0].Packets < 15 {
+	if len(counts) != 1 || counts[0].Rule != "over 50 connections" || counts[0].Packets < 20 {
 		t.Errorf("counted %+v, want what was over 50 connections alone", counts)
 	}
 	// When its connections end it has others.
@@ -394,23 +398,25 @@ func TestAttack_NewConnections(t *testing.T) {
 	s := newSite(t, func(c *network.Config) { c.NewConnections = most })
 	s.outside.Serve(":80", "world")
 	greedy, other := s.guest(0, nil), s.guest(1, nil)
-	var through int
-	begun := time.Now()
-	greedy.Must(func() error {
-		for range 10 * most {
-			c, err := net.DialTimeout("tcp", world4+":80", time.Second)
-			if err != nil {
-				continue // it is refused at once
+	for _, world := range []string{world4, "[" + world6 + "]"} {
+		var through int
+		begun := time.Now()
+		greedy.Must(func() error {
+			for range 10 * most {
+				c, err := net.DialTimeout("tcp", world+":80", time.Second)
+				if err != nil {
+					continue // it is refused at once
+				}
+				through++
+				if err := c.Close(); err != nil {
+					return err
+				}
 			}
-			through++
-			if err := c.Close(); err != nil {
-				return err
-			}
+			return nil
+		})
+		if allowed := most + int(most*time.Since(begun).Seconds()) + 1; through < most || through > allowed {
+			t.Errorf("%s: %d of %d connections that were begun at once are let through, want from %d to %d", world, through, 10*most, most, allowed)
 		}
-		return nil
-	})
-	if allowed := most + int(most*time.Since(begun).Seconds()) + 1; through < most || through > allowed {
-		t.Errorf("%d of %d connections that were begun at once are let through, want from %d to %d", through, 10*most, most, allowed)
 	}
 	other.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 	counts, err := inspect.Counts(s.config.Table(), "")

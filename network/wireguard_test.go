@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
@@ -62,6 +63,17 @@ func TestNetwork_Via(t *testing.T) {
 	plain.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 	plain.reaches(t, "tcp", "["+world6+"]:80", "world from "+uplink6+"\n")
 	other.remove(plain)
+	// Another's rule of routes leads guests by the host's own way.
+	rule := netlink.NewRule()
+	rule.Priority, rule.Table, rule.Family = 1, unix.RT_TABLE_MAIN, unix.AF_INET
+	if err := netlink.RuleAdd(rule); err != nil {
+		t.Fatal(err)
+	}
+	g.misses(t, "tcp", world4+":80")
+	if err := netlink.RuleDel(rule); err != nil {
+		t.Fatal(err)
+	}
+	g.reaches(t, "tcp", world4+":80", "beyond from 10.7.0.1\n")
 	if got := nettest.Ask("tcp", world4+":80", 5e9); got != "world from "+uplink4+"\n" {
 		t.Errorf("the host's own way: got %q", got)
 	}
