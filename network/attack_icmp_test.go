@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/network/filter"
 )
 
 // icmp4 is an error, or a redirect, about a packet.
@@ -125,4 +127,61 @@ func macOf(t *testing.T, name string) string {
 		return ""
 	}
 	return l.Attrs().HardwareAddr.String()
+}
+
+// pings says whether an address answers an echo request of the guest's.
+func (g *guest) pings(t *testing.T, a netip.Addr, wait time.Duration) (yes bool) {
+	t.Helper()
+	network, request, reply := "ip4:icmp", byte(8), byte(0)
+	if a.Is6() {
+		network, request, reply = "ip6:ipv6-icmp", 128, 129
+	}
+	g.Must(func() error {
+		c, err := net.Dial(network, a.String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		echo := []byte{request, 0, 0, 0, 0x53, 0x56, 0, 1}
+		if a.Is4() {
+			binary.BigEndian.PutUint16(echo[2:], sum(echo))
+		}
+		for end := time.Now().Add(wait); !yes && time.Now().Before(end); {
+			if _, err := c.Write(echo); err != nil {
+				return nil // no way there
+			}
+			if err := c.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+				return err
+			}
+			buf := make([]byte, 64)
+			n, _, err := c.(net.PacketConn).ReadFrom(buf)
+			yes = err == nil && n > 0 && buf[0] == reply
+		}
+		return nil
+	})
+	return yes
+}
+
+// A guest may ask its gateway whether it is there, and none of the host's other addresses; one that may reach the host may.
+func TestAttack_Echo(t *testing.T) {
+	if !nettest.Rough(t) {
+		return
+	}
+	s := newSite(t, nil)
+	g, trusted := s.guest(0, nil), s.guest(1, func(g *filter.Guest) { g.Policy = allowHost })
+	gateway4, gateway6 := s.config.Gateway()
+	for _, a := range []netip.Addr{gateway4, gateway6} {
+		if !g.pings(t, a, 5*time.Second) {
+			t.Errorf("the gateway %s does not answer", a)
+		}
+	}
+	for _, text := range []string{uplink4, uplink6} {
+		a := netip.MustParseAddr(text)
+		if g.pings(t, a, 200*time.Millisecond) {
+			t.Errorf("the host answers at %s", a)
+		}
+		if !trusted.pings(t, a, 5*time.Second) {
+			t.Errorf("the host does not answer at %s whom it should", a)
+		}
+	}
 }

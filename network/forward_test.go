@@ -93,8 +93,10 @@ func TestNetwork_Forwarding(t *testing.T) {
 						}
 					}
 				}
-				if !open && !lan.Silent("udp", world4+":80") {
-					t.Error("the host forwards for others")
+				for _, address := range []string{world4 + ":80", "[" + world6 + "]:80"} {
+					if !open && !lan.Silent("udp", address) {
+						t.Errorf("the host forwards for others: %s", address)
+					}
 				}
 			}
 			across(tt.before)

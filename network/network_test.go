@@ -235,6 +235,17 @@ func TestNetwork(t *testing.T) {
 			b.misses(t, proto, address)
 		}
 	}
+	// One that may reach the host does.
+	trusted := s.guest(2, func(g *filter.Guest) { g.Policy = allowHost })
+	_, gateway6 := s.config.Gateway()
+	for _, proto := range []string{"tcp", "udp"} {
+		trusted.reaches(t, proto, "172.30.0.1:22", "host from 172.30.0.4\n")
+		trusted.reaches(t, proto, "["+gateway6.String()+"]:22", "host from "+trusted.filter.IP6.String()+"\n")
+		b.misses(t, proto, "["+gateway6.String()+"]:22")
+	}
+	trusted.reaches(t, "tcp", uplink4+":22", "host from 172.30.0.4\n")
+	trusted.reaches(t, "tcp", "["+uplink6+"]:22", "host from "+trusted.filter.IP6.String()+"\n")
+	s.remove(trusted)
 	// The host reaches its guests.
 	if got := nettest.Ask("tcp", "172.30.0.2:8080", 5e9); got != "a from 172.30.0.1\n" {
 		t.Errorf("got %q", got)
@@ -282,6 +293,7 @@ func TestNetwork_Ports(t *testing.T) {
 			{Host: 8000, Guest: 80, Protocol: "tcp"},
 			{Host: 5353, Guest: 53, Protocol: "udp"},
 			{Address: netip.MustParseAddr(uplink4), Host: 9000, Guest: 80, Protocol: "tcp"},
+			{Address: netip.MustParseAddr(uplink6), Host: 9004, Guest: 80, Protocol: "tcp"},
 			{Address: netip.MustParseAddr("127.0.0.1"), Host: 9001, Guest: 80, Protocol: "tcp"},
 			{Address: netip.MustParseAddr("127.0.0.1"), Host: 5354, Guest: 53, Protocol: "udp"},
 			{Address: netip.IPv4Unspecified(), Host: 9002, Guest: 80, Protocol: "tcp"},
@@ -293,6 +305,7 @@ func TestNetwork_Ports(t *testing.T) {
 	for address, want := range map[string]string{
 		uplink4 + ":8000": "web from " + world4 + "\n", "[" + uplink6 + "]:8000": "web from " + world6 + "\n",
 		uplink4 + ":9000": "web from " + world4 + "\n", uplink4 + ":9001": "", uplink4 + ":5353": "", "[" + uplink6 + "]:9000": "",
+		"[" + uplink6 + "]:9004": "web from " + world6 + "\n", uplink4 + ":9004": "",
 		uplink4 + ":9002": "web from " + world4 + "\n", "[" + uplink6 + "]:9002": "", uplink4 + ":9003": "", "[" + uplink6 + "]:9003": "web from " + world6 + "\n",
 	} {
 		if got := s.outside.Ask("tcp", address); got != want {
@@ -304,7 +317,7 @@ func TestNetwork_Ports(t *testing.T) {
 	}
 	for address, want := range map[string]string{
 		uplink4 + ":8000": "web from " + uplink4 + "\n", "127.0.0.1:8000": "web from 172.30.0.1\n",
-		"127.0.0.1:9001": "web from 172.30.0.1\n", "127.0.0.1:9000": "",
+		"127.0.0.1:9001": "web from 172.30.0.1\n", "127.0.0.1:9000": "", "[" + uplink6 + "]:8000": "web from " + uplink6 + "\n", "[" + uplink6 + "]:9004": "web from " + uplink6 + "\n",
 	} {
 		if got := nettest.Ask("tcp", address, 5e9); got != want {
 			t.Errorf("%s from the host: got %q, want %q", address, got, want)
