@@ -1,8 +1,11 @@
 package network_test
 
 import (
+	"io"
+	"net"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
@@ -75,5 +78,90 @@ func TestAttack_Names(t *testing.T) {
 		friend.Must(func() error { return sendTo("172.30.0.1:5353", "end") })
 	}) {
 		t.Error("the host hears who asks all")
+	}
+}
+
+// resolveBy asks a server by UDP or TCP.
+func (g *guest) resolveBy(t *testing.T, network, server, name string) (answer string) {
+	t.Helper()
+	if network == "udp" {
+		return g.resolve(t, server, name)
+	}
+	m := dnsmessage.Message{
+		Header:    dnsmessage.Header{ID: 1, RecursionDesired: true},
+		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+	}
+	packed, err := m.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.Must(func() error {
+		c, err := net.DialTimeout(network, server, 5*time.Second)
+		if err != nil {
+			answer = err.Error()
+			return nil
+		}
+		defer c.Close()
+		if err := c.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			return err
+		}
+		if _, err := c.Write(append([]byte{0, byte(len(packed))}, packed...)); err != nil {
+			return err
+		}
+		buf := make([]byte, 1500)
+		n, err := io.ReadAtLeast(c, buf, 14)
+		if err != nil {
+			return err
+		}
+		if err := m.Unpack(buf[2:n]); err != nil {
+			return err
+		}
+		answer = m.RCode.String()
+		for _, r := range m.Answers {
+			if a, ok := r.Body.(*dnsmessage.AResource); ok {
+				answer = netip.AddrFrom4(a.A).String()
+			}
+		}
+		return nil
+	})
+	return answer
+}
+
+// By UDP and TCP, over IPv4 and IPv6, a guest's questions for names end at its resolver: all of them where its policy or its network's has names,
+// else those to the gateway.
+func TestAttack_NamesEveryWay(t *testing.T) {
+	if !nettest.Rough(t) {
+		return
+	}
+	for _, by := range []string{"udp", "tcp"} {
+		for _, named := range []string{"nobody", "guest", "network"} {
+			names := &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}}}
+			s := newSite(t, func(c *network.Config) {
+				if named == "network" {
+					c.Policy = names
+				}
+			})
+			s.nameServer(map[string]string{"good.example.": "203.0.113.9", "bad.example.": "203.0.113.9"})
+			if named != "guest" {
+				names = nil
+			}
+			g, _ := s.namedGuest(0, names)
+			_, gateway6 := s.config.Gateway()
+			servers := []string{"172.30.0.1:53", "[" + gateway6.String() + "]:53"}
+			bad := "203.0.113.9"
+			if named != "nobody" {
+				servers, bad = append(servers, "192.0.2.53:53", "["+world6+"]:53"), "RCodeNameError"
+			}
+			for _, server := range servers {
+				for name, want := range map[string]string{"good.example.": "203.0.113.9", "bad.example.": bad} {
+					if got := g.resolveBy(t, by, server, name); got != want {
+						t.Errorf("names of %s, by %s, %s of %s: got %s, want %s", named, by, name, server, got, want)
+					}
+				}
+			}
+			s.remove(g)
+			clearNetwork(t)
+			cutCables(t)
+		}
 	}
 }

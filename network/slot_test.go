@@ -110,6 +110,9 @@ func TestSlot(t *testing.T) {
 	if got := s.outside.Ask("tcp", uplink4+":8080"); got != "guest from "+world4+"\n" {
 		t.Errorf("the published port: got %q", got)
 	}
+	if got := s.outside.Ask("tcp", "["+uplink6+"]:8080"); got != "guest from "+world6+"\n" {
+		t.Errorf("the published port by IPv6: got %q", got)
+	}
 	// Another address than the guest's goes nowhere.
 	g.Must(nettest.Link{Name: "eth0", Addresses: prefixes("10.9.9.9/32")}.Configure)
 	g.Must(func() error {
