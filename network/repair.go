@@ -15,6 +15,7 @@ import (
 // Check makes the network whole again where somebody has flushed its rules or removed its bridge, and returns how often that
 // was done: when it is more than before, guests add their part again; and with which policy it is up.
 func (u *Use) Check(ctx context.Context) (restored int, now *policy.Policy, err error) {
+	ctx = u.ahead(ctx)
 	unlock, err := Lock(u.Dir)
 	if err != nil {
 		return 0, nil, err

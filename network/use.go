@@ -79,6 +79,7 @@ func (u *Use) path(names ...string) string {
 // Apply brings the network up, if it is not, and says that the VM uses it. Returns ErrTaken where a bridge or tables of its
 // name are somebody else's, *OverlapError, filter.ErrTooOld.
 func (u *Use) Apply(ctx context.Context) error {
+	ctx = u.ahead(ctx)
 	unlock, err := Lock(u.Dir)
 	if err != nil {
 		return err
@@ -101,6 +102,19 @@ func (u *Use) Apply(ctx context.Context) error {
 		return fmt.Errorf("name VM %s on network %s: %w", u.Name, u.Network.Name, err)
 	}
 	return nil
+}
+
+// ahead does what may take long and others need not wait for: it finds where the network's tunnel leads, where that is to be made.
+func (u *Use) ahead(ctx context.Context) context.Context {
+	if u.Network.WireGuardConfig == "" {
+		return ctx
+	}
+	if _, via, err := Current(u.Dir, u.Network.Name); err == nil && via != "" {
+		if there, err := (&wireguard.Link{Name: via}).There(ctx); there || err != nil {
+			return ctx
+		}
+	}
+	return wireguard.Find(ctx, u.Network.WireGuardConfig)
 }
 
 // call makes the VM's name known. One that is there is that of a VM that is gone, or this one's.

@@ -1,10 +1,15 @@
 package network_test
 
 import (
+	"context"
+	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -222,4 +227,48 @@ func TestLinuxWireGuard(t *testing.T) {
 	if after := routing(t); !slices.Equal(before, after) {
 		t.Errorf("before %q, after %q", before, after)
 	}
+}
+
+// While the name of a tunnel's endpoint is looked for, no other network waits: neither to come up nor to be looked at.
+func TestUse_EndpointLookup(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, nil)
+	// A server that is asked, and says nothing.
+	var server net.PacketConn
+	s.outside.Must(func() (err error) { server, err = net.ListenPacket("udp", world4+":53"); return err })
+	defer server.Close()
+	if err := server.SetReadDeadline(time.Now().Add(testenv.Patience(10 * time.Second))); err != nil {
+		t.Fatal(err)
+	}
+	nettest.Resolver(t, world4)
+	file := filepath.Join(t.TempDir(), "away.conf")
+	text := "[Interface]\nPrivateKey = yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=\nAddress = 10.7.0.2/32\n" +
+		"[Peer]\nPublicKey = xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=\nAllowedIPs = 0.0.0.0/0\nEndpoint = far.example:51820\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	away := &network.Use{Dir: s.dir, Network: network.New("away", "svaway", prefixes("10.78.0.0/24")[0]), VM: "z", VMDir: "/"}
+	away.Network.WireGuardConfig = file
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- away.Apply(ctx) }()
+	if _, _, err := server.ReadFrom(make([]byte, 1500)); err != nil {
+		t.Fatal(err)
+	}
+	g := s.guest(0, nil)
+	if _, _, err := g.use.Check(t.Context()); err != nil {
+		t.Error(err)
+	}
+	select {
+	case err := <-done:
+		t.Errorf("the other network came up first: %v", err)
+	default:
+	}
+	cancel()
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "bring up network away") {
+		t.Errorf("a network without its endpoint: %v", err)
+	}
+	s.remove(g)
 }

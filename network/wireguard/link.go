@@ -77,15 +77,18 @@ func (c *Config) configure(ctx context.Context, name string) error {
 			if err != nil {
 				return err
 			}
-			addresses, err := lookup(ctx, host)
-			if err != nil {
-				return fmt.Errorf("find endpoint: %w", err)
+			at, found := endpoints(ctx)[host]
+			if !found {
+				at.addresses, at.err = lookup(ctx, host)
+			}
+			if at.err != nil {
+				return fmt.Errorf("find endpoint: %w", at.err)
 			}
 			number, err := parseNumber(port, 1, 65535)
 			if err != nil {
 				return err
 			}
-			peer.Endpoint = net.UDPAddrFromAddrPort(netip.AddrPortFrom(addresses[0].Unmap(), uint16(number)))
+			peer.Endpoint = net.UDPAddrFromAddrPort(netip.AddrPortFrom(at.addresses[0].Unmap(), uint16(number)))
 		}
 		if p.Keepalive != 0 {
 			peer.PersistentKeepaliveInterval = &p.Keepalive
@@ -99,8 +102,38 @@ func (c *Config) configure(ctx context.Context, name string) error {
 	return errors.Join(client.ConfigureDevice(name, device), client.Close())
 }
 
-// lookupTime bounds how long an endpoint's name is looked for: all networks wait meanwhile.
+// lookupTime bounds how long an endpoint's name is looked for.
 const lookupTime = 3 * time.Second
+
+// endpoint is what was found of one's name.
+type endpoint struct {
+	addresses []netip.Addr
+	err       error
+}
+
+type endpointsKey struct{}
+
+func endpoints(ctx context.Context) map[string]endpoint {
+	found, _ := ctx.Value(endpointsKey{}).(map[string]endpoint)
+	return found
+}
+
+// Find looks for the endpoints of the configuration in a file, so that Apply with the returned context need not: servers may take long to answer, and
+// whoever makes interfaces keeps others waiting. What cannot be found is an error of Apply's.
+func Find(ctx context.Context, file string) context.Context {
+	c, err := Load(file)
+	if err != nil {
+		return ctx
+	}
+	found := map[string]endpoint{}
+	for _, p := range c.Peers {
+		if host, _, err := net.SplitHostPort(p.Endpoint); err == nil {
+			addresses, err := lookup(ctx, host)
+			found[host] = endpoint{addresses, err}
+		}
+	}
+	return context.WithValue(ctx, endpointsKey{}, found)
+}
 
 func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookupTime)
