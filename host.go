@@ -33,6 +33,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/uffd"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/network/guard"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -126,6 +127,7 @@ type Host struct {
 	facts  func() (snapshot.HostFacts, error) // reads them once
 
 	reaper network.Reaper
+	guards guard.Keeper
 
 	mu       sync.Mutex
 	machines map[string]*Machine // those that this process looks after

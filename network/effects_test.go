@@ -24,6 +24,7 @@ import (
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"
+	"push.rocks/smartvm/network/guard"
 	"push.rocks/smartvm/network/rtnl"
 	"push.rocks/smartvm/network/wireguard"
 )
@@ -86,6 +87,10 @@ var effectCases = map[string]effectCase{
 	"tables": {
 		describe: func(string) journal.Effect { return tables() },
 		foreign:  func(t *testing.T) { addTable(t, tables().Name) },
+	},
+	"guard": {
+		describe: func(string) journal.Effect { return &guard.Guard{Bridge: "br", Owner: "me"} },
+		foreign:  func(t *testing.T) { addTable(t, "smartvm-guard/br") },
 	},
 	"tap": {
 		describe: func(string) journal.Effect { return &network.Tap{Name: "svtap", Bridge: "br", UID: 7, MTU: 1400} },

@@ -26,6 +26,7 @@ import (
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"
+	"push.rocks/smartvm/network/guard"
 	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/subnet"
 	"push.rocks/smartvm/network/wireguard"
@@ -49,6 +50,7 @@ func Kinds() journal.Kinds {
 		"tables":    func() journal.Effect { return new(filter.Tables) },
 		"wireguard": func() journal.Effect { return new(wireguard.Link) },
 		"egress":    func() journal.Effect { return new(wireguard.Egress) },
+		"guard":     func() journal.Effect { return new(guard.Guard) },
 	}
 }
 
@@ -202,7 +204,11 @@ func (u *Use) bringUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, e := range now.effects() {
+	all := now.effects()
+	if !lan {
+		all = append(all, now.guard())
+	}
+	for _, e := range all {
 		if err := j.Do(ctx, e); err != nil {
 			return errors.Join(err, j.Close(), u.takeDown(ctx))
 		}
@@ -433,9 +439,25 @@ func same(a, b Config) bool {
 	return errX == nil && errY == nil && bytes.Equal(x, y)
 }
 
+// guard is not for who repairs: it is held by who supervises guests (Hold).
+func (n *up) guard() *guard.Guard { return &guard.Guard{Bridge: n.Network.Bridge, Owner: n.Owner} }
+
+// Hold has this process hold the guard of the network while the VM runs, until release, where no other does and the kernel has guards: see Shared.
+func (u *Use) Hold(ctx context.Context) (release func(), err error) {
+	k := sharedOf(ctx).Guards
+	now, err := u.state()
+	if k == nil || now == nil || now.Network.LAN != nil || err != nil {
+		return func() {}, err
+	}
+	g := *now.guard()
+	_, err = k.Hold(g, u.VM)
+	return func() { k.Release(g, u.VM) }, err
+}
+
 // Shared is what the effects of one process share. Put it into their context by NewContext.
 type Shared struct {
 	Reaper *Reaper       // removes many taps at once; nil: each by itself
+	Guards *guard.Keeper // holds those of networks; nil: nobody does
 	Trace  journal.Trace // of the networks' journals
 	Log    *slog.Logger
 }

@@ -36,6 +36,7 @@ type Upkeep struct {
 	lost     func() error             // looks again for those that could not be reserved; nil: there are none
 	restored map[string]int           // how often the network of each tap was
 	names    map[string]*names        // by tap
+	guards   map[string]func()        // by user of a network, what lets go of its guard
 	tried    *flowlog.Log             // what the guest tried; nil: that is not logged
 	unsure   map[string]string        // by tap, its network, of which it is not known whether the kernel logs
 }
@@ -152,7 +153,9 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 		var err error
 		switch e := e.(type) {
 		case *network.Use:
-			now, of, err = e.Check(ctx)
+			if err = u.hold(ctx, e); err == nil {
+				now, of, err = e.Check(ctx)
+			}
 			if err == nil {
 				err = u.rebind(e.Network.Bridge)
 			}
@@ -188,6 +191,16 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 		}
 	}
 	return gone
+}
+
+// hold keeps what guests send from passing while the rules of their network are gone.
+func (u *Upkeep) hold(ctx context.Context, e *network.Use) error {
+	release, err := e.Hold(ctx)
+	if u.guards == nil {
+		u.guards = map[string]func(){}
+	}
+	u.guards[e.VM] = release
+	return err
 }
 
 // rejoin makes a tap a port of its bridge again, where it is none or is to be made one in any case.
@@ -236,6 +249,9 @@ func (u *Upkeep) rebind(bridge string) error {
 func (u *Upkeep) Close() {
 	for _, cancel := range u.cancel {
 		cancel()
+	}
+	for _, release := range u.guards {
+		release()
 	}
 	for _, all := range u.kept {
 		for _, giveUp := range all {

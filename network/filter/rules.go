@@ -23,6 +23,7 @@ func (t *Tables) rules(l *layout) ([]nft.Ruled, error) {
 		// What is known goes first, whoever sends it: a rule that does not match costs each packet, and what goes on here is accepted anyhow.
 		nft.Chain(nft.Base(l.inet, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), nft.Plain(append([]nft.Exprs{
 			t.beside(),
+			nft.Join(nft.Iif(t.Bridge), nft.Pass()),
 			nft.Join(nft.Known(), nft.Accept()),
 			nft.Join(nft.Iif(t.Bridge), nft.Jump(toHost)),
 		}, t.tunnel()...)...)),
@@ -176,7 +177,7 @@ func (t *Tables) beside() nft.Exprs { return nft.Join(nft.IifPrefix(t.Taps), nft
 
 // forwarded is what comes from guests and what goes to them.
 func (t *Tables) forwarded() (all []nft.Exprs) {
-	all = append(all, t.beside())
+	all = append(all, t.beside(), nft.Join(nft.Iif(t.Bridge), nft.Pass()))
 	if t.Via != "" { // known connections too: the way may have changed. Bridged frames come here where br_netfilter is loaded.
 		all = append(all, nft.Join(nft.Iif(t.Bridge), nft.OifNot(t.Via), nft.OifNot(t.Bridge), ofAnswer(expr.CmpOpNeq), nft.Drop()))
 	}

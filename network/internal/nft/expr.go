@@ -280,3 +280,28 @@ func (l *Lasting) close() (err error) {
 	l.conn = nil
 	return err
 }
+
+// passed is the bit of a packet's mark which says that the rules of a guest's network have seen it: see package guard.
+const passed = 1 << 28
+
+// Pass says so, Passed takes it back, and NotPassed matches what does not say so.
+func Pass() Exprs   { return mark(passed) }
+func Passed() Exprs { return mark(0) }
+
+func mark(bits uint32) Exprs {
+	native := binaryutil.NativeEndian.PutUint32
+	return Exprs{
+		Meta(expr.MetaKeyMARK, Reg),
+		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: native(^uint32(passed)), Xor: native(bits)},
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: Reg},
+	}
+}
+
+// NotPassed: see Pass.
+func NotPassed() Exprs {
+	return Exprs{
+		Meta(expr.MetaKeyMARK, Reg),
+		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(passed), Xor: make([]byte, 4)},
+		Equal(make([]byte, 4)),
+	}
+}
