@@ -171,7 +171,8 @@ func (l *lan) state() (all []string) {
 		l.t.Fatal(err)
 	}
 	for _, n := range known {
-		if n.State&netlink.NUD_PERMANENT != 0 {
+		// Groups that the host itself is in come and go with its own addresses.
+		if n.State&netlink.NUD_PERMANENT != 0 && n.HardwareAddr[0]&1 == 0 {
 			all = append(all, fmt.Sprint("entry ", n.LinkIndex, n.HardwareAddr, n.Vlan))
 		}
 	}
