@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"time"
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/control"
@@ -36,21 +37,42 @@ func (m *Machine) Update(ctx context.Context, change func(*Spec) error) (err err
 		return err
 	}
 	m.record.Store(&now)
-	err = control.Ask(ctx, m.RuntimeDir(), store.ControlSocket)
-	if errors.Is(err, control.ErrNobody) {
-		return nil
-	}
-	if err != nil {
+	if err := m.tellSupervisor(ctx); err != nil {
 		m.record.Store(was)
 		return errors.Join(fmt.Errorf("update VM %s: %w", was.ID, err), was.write(m.host.store))
 	}
 	for i, n := range now.Spec.NetworkInterfaces {
 		before := was.Spec.NetworkInterfaces[i]
-		if !reflect.DeepEqual(before, n) {
-			err = errors.Join(err, m.UpdateNetworkInterface(ctx, n.IfaceID, attach.Limit(before.RxRateLimiter, n.RxRateLimiter), attach.Limit(before.TxRateLimiter, n.TxRateLimiter)))
+		if reflect.DeepEqual(before, n) {
+			continue
+		}
+		one := m.UpdateNetworkInterface(ctx, n.IfaceID, attach.Limit(before.RxRateLimiter, n.RxRateLimiter), attach.Limit(before.TxRateLimiter, n.TxRateLimiter))
+		if !errors.Is(one, ErrState) { // it does not run
+			err = errors.Join(err, one)
 		}
 	}
 	return err
+}
+
+// listenTime is how long a process that has just begun to supervise a VM may take until it can be asked.
+const listenTime = 5 * time.Second
+
+// tellSupervisor has the process that supervises the VM, if one does, look at its record, and returns what came of it.
+func (m *Machine) tellSupervisor(ctx context.Context) error {
+	for begun := time.Now(); ; {
+		err := control.Ask(ctx, m.RuntimeDir(), store.ControlSocket)
+		if !errors.Is(err, control.ErrNobody) {
+			return err
+		}
+		if supervised, err := m.Supervised(); !supervised || time.Since(begun) > listenTime {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(waitPoll):
+		}
+	}
 }
 
 // follow takes over what Update has changed of a VM that runs.

@@ -199,7 +199,7 @@ func TestMachine_UpdateUnsupervised(t *testing.T) {
 	if m, err = h.Machine(t.Context(), m.ID()); err != nil {
 		t.Fatal(err)
 	}
-	// Asked for nothing new, it says when it has looked.
+	// Asked for nothing new, it says when it has looked, be it that it has only just taken up the VM.
 	if err := m.Update(t.Context(), func(*smartvm.Spec) error { return nil }); err != nil {
 		t.Fatal(err)
 	}

@@ -60,7 +60,7 @@ func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, e
 		default: // it is told already
 		}
 	}
-	if dir != "" && len(all) > 0 {
+	if dir != "" {
 		u.work.Go(func() {
 			if err := control.Listen(ctx, dir, store.ControlSocket, func() error { return ask(ctx, now) }); err != nil {
 				log.Warn("changes of the VM are seen later", "dir", dir, "err", err)
