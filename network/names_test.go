@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/resolvconf"
+	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/network"
@@ -437,4 +438,53 @@ func TestNetwork_NamesForAll(t *testing.T) {
 	if after := hosts(t); !slices.Equal(before, after) {
 		t.Errorf("before %q, after %q", before, after)
 	}
+}
+
+// Of a guest's questions no more are answered than its network allows; another's are.
+func TestNetwork_Questions(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	const most = 5
+	s := newSite(t, func(c *network.Config) { c.DNSQuestions = most })
+	s.nameServer(map[string]string{"who.example.": "192.0.2.1"})
+	greedy, _ := s.namedGuest(0, nil)
+	other, _ := s.namedGuest(1, nil)
+	m := dnsmessage.Message{
+		Header:    dnsmessage.Header{ID: 1, RecursionDesired: true},
+		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName("who.example."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+	}
+	packed, err := m.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	answered := 0
+	begun := time.Now()
+	greedy.Must(func() error {
+		conn, err := net.Dial("udp", "172.30.0.1:53")
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		for range 20 * most {
+			if _, err := conn.Write(packed); err != nil {
+				return err
+			}
+		}
+		for {
+			_ = conn.SetReadDeadline(time.Now().Add(testenv.Patience(300 * time.Millisecond)))
+			if _, err := conn.Read(make([]byte, 1500)); err != nil {
+				return nil
+			}
+			answered++
+		}
+	})
+	if allowed := 2*most + int(most*time.Since(begun).Seconds()) + 1; answered < most || answered > allowed {
+		t.Errorf("%d of %d questions at once are answered, want from %d to %d", answered, 20*most, most, allowed)
+	}
+	if got := other.resolve(t, "172.30.0.1:53", "who.example."); got != "192.0.2.1" {
+		t.Errorf("another has %s", got)
+	}
+	s.remove(greedy)
+	s.remove(other)
 }

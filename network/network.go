@@ -57,6 +57,8 @@ type Settings struct {
 	MaxConnections int `json:"maxConnections,omitempty"`
 	// NewConnections is how many a guest may begin in a second. 0: DefaultNewConnections.
 	NewConnections int `json:"newConnections,omitempty"`
+	// DNSQuestions is how many a guest that starts from now on may ask in a second. 0: dnsproxy.DefaultPerSecond.
+	DNSQuestions int `json:"dnsQuestions,omitempty"`
 }
 
 // DefaultNewConnections is far above what ordinary programs begin in a second, and a tenth of what keeps a processor busy.
@@ -127,7 +129,7 @@ func (c *Config) ours() error {
 		{c.Inside, "internal", "the LAN is not ours to close"},
 		{c.WireGuard != "" || c.WireGuardConfig != "", "wireguard", "guests leave by the LAN, not by way of the host"},
 		{c.Policy != nil, "policy", "what guests send to the LAN does not come by the host's rules"},
-		{c.MaxConnections != 0 || c.NewConnections != 0, "maxConnections, newConnections", "the host knows no connections of these guests"},
+		{c.MaxConnections != 0 || c.NewConnections != 0 || c.DNSQuestions != 0, "maxConnections, newConnections, dnsQuestions", "the host knows no connections of these guests, and answers none for names"},
 	} {
 		if o.set {
 			errs = append(errs, fmt.Errorf("%s: not on a bridge that is not ours: %s", o.what, o.why))
@@ -139,7 +141,7 @@ func (c *Config) ours() error {
 // Validate returns all that is wrong, joined.
 func (s *Settings) Validate() error {
 	var errs []error
-	for name, n := range map[string]int{"maxConnections": s.MaxConnections, "newConnections": s.NewConnections} {
+	for name, n := range map[string]int{"maxConnections": s.MaxConnections, "newConnections": s.NewConnections, "dnsQuestions": s.DNSQuestions} {
 		if n < 0 || n > math.MaxInt32 {
 			errs = append(errs, fmt.Errorf("%s %d: must be from 0 to %d", name, n, math.MaxInt32))
 		}

@@ -60,6 +60,7 @@ func (u *Upkeep) Add(vmDir string, g *network.Guest, all []attach.Interface, log
 		return err
 	}
 	c.Names = own.current
+	c.Rate = dnsproxy.Rate{PerSecond: now.DNSQuestions, Burst: 2 * now.DNSQuestions}
 	if of.WireGuard != "" || of.WireGuardConfig != "" {
 		// What guests ask leaves by no other way than all else of theirs.
 		if via == "" {

@@ -13,6 +13,7 @@ import (
 	"push.rocks/smartvm/internal/vmflags"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/catalog"
+	"push.rocks/smartvm/network/dnsproxy"
 )
 
 // settingFlags are those of what may be changed while a network is up.
@@ -20,6 +21,7 @@ func settingFlags(f *pflag.FlagSet, c *network.Settings, rules *vmflags.Policy) 
 	rules.Add(f)
 	f.IntVar(&c.MaxConnections, "max-connections", 0, "most `connections` of one VM that the host keeps track of (an eighth of what it can)")
 	f.IntVar(&c.NewConnections, "new-connections", 0, fmt.Sprintf("most `connections` that one VM may begin in a second (%d)", network.DefaultNewConnections))
+	f.IntVar(&c.DNSQuestions, "dns-questions", 0, fmt.Sprintf("most DNS `questions` that a VM which starts from now on may ask in a second (%d)", dnsproxy.DefaultPerSecond))
 }
 
 func (s *Shell) updateNetwork() *cobra.Command {
@@ -60,6 +62,9 @@ func (s *Shell) updateNetwork() *cobra.Command {
 					}
 					if f.Changed("new-connections") {
 						c.NewConnections = now.NewConnections
+					}
+					if f.Changed("dns-questions") {
+						c.DNSQuestions = now.DNSQuestions
 					}
 				})
 				if err != nil {
