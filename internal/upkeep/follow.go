@@ -62,9 +62,8 @@ func (u *Upkeep) followOne(ctx context.Context, vm attach.VM, g *network.Guest, 
 		return errors.Join(err, u.note(vm))
 	}
 	for _, p := range fresh {
-		err := u.publish(ctx, vm, g, &p, to.Do)
-		if err != nil {
-			return undo(fmt.Errorf("publish port %s: %w", attach.Flag(p), err))
+		if err := u.leaseAndPublish(ctx, vm, g, &p, to.Do); err != nil {
+			return undo(err)
 		}
 		taken = append(taken, p)
 	}
@@ -84,25 +83,23 @@ func (u *Upkeep) followOne(ctx context.Context, vm attach.VM, g *network.Guest, 
 	return errors.Join(err, u.note(vm))
 }
 
-// publish leases a port and takes it, or chooses one.
-func (u *Upkeep) publish(ctx context.Context, vm attach.VM, g *network.Guest, p *filter.Port, do attach.Do) error {
-	if p.Address.Is6() && !p.Address.IsLoopback() && !g.IP6.IsValid() {
-		return errors.New("the VM's network has no IPv6")
-	}
+// leaseAndPublish is publish of a port that was not leased before.
+func (u *Upkeep) leaseAndPublish(ctx context.Context, vm attach.VM, g *network.Guest, p *filter.Port, do attach.Do) (err error) {
 	if p.Host == 0 {
-		return u.choose(ctx, vm, g, p, do)
+		return u.publish(ctx, vm, g, p, do)
 	}
-	if err := lease(ctx, vm, *p, do); err != nil {
-		return err
+	if err = lease(ctx, vm, *p, do); err != nil {
+		err = fmt.Errorf("publish port %s: %w", attach.Flag(*p), err)
+	} else {
+		err = u.publish(ctx, vm, g, p, do)
 	}
-	err := u.take(vm, g, *p)
 	if err != nil {
 		err = errors.Join(err, unlease(ctx, vm, *p))
 	}
 	return err
 }
 
-// giveUp is the opposite of publish.
+// giveUp is the opposite of leaseAndPublish.
 func (u *Upkeep) giveUp(ctx context.Context, vm attach.VM, p filter.Port) error {
 	for _, f := range u.kept[p] {
 		f()

@@ -22,21 +22,25 @@ func (u *Upkeep) Publish(ctx context.Context, vm attach.VM, g *network.Guest, do
 	}
 	var errs []error
 	for i := range g.Ports {
-		p := &g.Ports[i]
-		var err error
-		switch {
-		case p.Address.Is6() && !p.Address.IsLoopback() && !g.IP6.IsValid():
-			err = errors.New("the VM's network has no IPv6")
-		case p.Host == 0:
-			err = u.choose(ctx, vm, g, p, do)
-		default:
-			err = u.take(vm, g, *p)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("publish port %s: %w", attach.Flag(*p), err))
-		}
+		errs = append(errs, u.publish(ctx, vm, g, &g.Ports[i], do))
 	}
 	return errors.Join(append(errs, u.note(vm))...)
+}
+
+// publish takes one port, or chooses it.
+func (u *Upkeep) publish(ctx context.Context, vm attach.VM, g *network.Guest, p *filter.Port, do attach.Do) (err error) {
+	switch {
+	case p.Address.Is6() && !p.Address.IsLoopback() && !g.IP6.IsValid():
+		err = errors.New("the VM's network has no IPv6")
+	case p.Host == 0:
+		err = u.choose(ctx, vm, g, p, do)
+	default:
+		err = u.take(vm, g, *p)
+	}
+	if err != nil {
+		return fmt.Errorf("publish port %s: %w", attach.Flag(*p), err)
+	}
+	return nil
 }
 
 // take keeps a port from others.
