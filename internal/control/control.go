@@ -8,10 +8,11 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/sockpath"
 )
 
 // ErrNobody means that no process listens.
@@ -20,8 +21,6 @@ var ErrNobody = errors.New("no process supervises the VM")
 const (
 	// maxAnswer bounds what is read of an answer, in bytes.
 	maxAnswer = 16 << 10
-	// maxPath is what fits into a socket's address.
-	maxPath = 107
 	// askTimeout bounds the wait for an answer: published ports may have to be looked for.
 	askTimeout = 30 * time.Second
 )
@@ -29,7 +28,7 @@ const (
 // Listen calls changed for each process that asks, one after the other, and tells it the error, until ctx ends. It takes the place of a socket that a
 // process has left which died: the caller must hold the VM's lock.
 func Listen(ctx context.Context, dir, name string, changed func() error) error {
-	at, done, err := address(dir, name)
+	at, done, err := sockpath.At(dir, name)
 	if err != nil {
 		return fmt.Errorf("listen for changes: %w", err)
 	}
@@ -65,7 +64,7 @@ func Listen(ctx context.Context, dir, name string, changed func() error) error {
 func Ask(ctx context.Context, dir, name string) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	at, done, err := address(dir, name)
+	at, done, err := sockpath.At(dir, name)
 	if errors.Is(err, os.ErrNotExist) {
 		return ErrNobody
 	}
@@ -92,17 +91,4 @@ func Ask(ctx context.Context, dir, name string) error {
 		return errors.New(string(text))
 	}
 	return nil
-}
-
-// address is that of a socket in a directory, however long its path is, until done.
-func address(dir, name string) (at string, done func(), err error) {
-	at, done = filepath.Join(dir, name), func() {}
-	if len(at) <= maxPath {
-		return at, done, nil
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return "", nil, err
-	}
-	return fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), name), func() { _ = d.Close() }, nil
 }

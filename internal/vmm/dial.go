@@ -5,11 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/sockpath"
 )
 
 // A socket that is not there yet is tried this often. A notification descriptor would cost more to close than Firecracker
@@ -48,20 +49,13 @@ func (p *Process) Dial(ctx context.Context, name string) (net.Conn, error) {
 	}
 }
 
-// maxSocketPath is what fits into a socket address.
-const maxSocketPath = 107
-
 // DialSocket connects to the Unix socket dir/name, however long that path is.
 func DialSocket(ctx context.Context, dir, name string) (net.Conn, error) {
-	path := filepath.Join(dir, name)
-	if len(path) > maxSocketPath {
-		d, err := os.Open(dir)
-		if err != nil {
-			return nil, fmt.Errorf("connect to VMM: %w", err)
-		}
-		defer d.Close()
-		path = fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), name)
+	path, done, err := sockpath.At(dir, name)
+	if err != nil {
+		return nil, fmt.Errorf("connect to VMM: %w", err)
 	}
+	defer done()
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", path)
 	if err != nil {
