@@ -137,21 +137,53 @@ func newNeighbourhood(t *testing.T, b beside, forwards bool, rpFilter string) *n
 	return h
 }
 
-// settled waits until the kernel has seen that cables have two ends: before, some routes are not there.
+// settled waits until the kernel has seen that cables have two ends, and has begun to listen at each address of them: before, some routes are not there.
 func settled(t *testing.T) {
 	t.Helper()
-	updates, done := make(chan netlink.LinkUpdate, 1000), make(chan struct{})
+	links, routes, done := make(chan netlink.LinkUpdate, 1000), make(chan netlink.RouteUpdate, 1000), make(chan struct{})
 	defer close(done)
-	if err := netlink.LinkSubscribe(updates, done); err != nil {
+	if err := errors.Join(netlink.LinkSubscribe(links, done), netlink.RouteSubscribe(routes, done)); err != nil {
 		t.Fatal(err)
 	}
-	for slices.ContainsFunc(allLinks(t), func(l netlink.Link) bool { return l.Attrs().Name != "lo" && l.Attrs().OperState != netlink.OperUp }) {
+	deadline := time.After(10 * time.Second)
+	for {
+		waits := unsettled(t)
+		if len(waits) == 0 {
+			return
+		}
 		select {
-		case <-updates:
-		case <-time.After(10 * time.Second):
-			t.Fatal("links do not come up")
+		case <-links:
+		case <-routes:
+		case <-deadline:
+			t.Fatalf("not settled: %q", waits)
 		}
 	}
+}
+
+// unsettled are links that are not up yet, and IPv6 addresses without a route.
+func unsettled(t *testing.T) (waits []string) {
+	t.Helper()
+	for _, l := range allLinks(t) {
+		if a := l.Attrs(); a.Name != "lo" && a.OperState != netlink.OperUp {
+			waits = append(waits, a.Name)
+		}
+	}
+	addresses, err := rtnl.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V6) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	local, err := rtnl.Whole(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addresses {
+		if !slices.ContainsFunc(local, func(r netlink.Route) bool { return r.LinkIndex == a.LinkIndex && r.Dst != nil && r.Dst.IP.Equal(a.IP) }) {
+			waits = append(waits, a.IP.String())
+		}
+	}
+	return waits
 }
 
 // sendLoopback has who is in n send a host what is for its loopback.
@@ -410,7 +442,9 @@ func (h *neighbourhood) everything(t *testing.T) (all []string) {
 		add("address", a.LinkIndex, a.IPNet)
 	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		routes, err := rtnl.Whole(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
