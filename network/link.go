@@ -111,15 +111,11 @@ func (b *Bridge) Revert(context.Context) error {
 
 // There says whether the bridge is, and is this one.
 func (b *Bridge) There(context.Context) (bool, error) {
-	l, err := netlink.LinkByName(b.Name)
-	var missing netlink.LinkNotFoundError
-	if errors.As(err, &missing) {
-		return false, nil
-	}
+	mac, err := rtnl.MAC(b.Name)
 	if err != nil {
 		return false, fmt.Errorf("find bridge %s: %w", b.Name, err)
 	}
-	return l.Type() == "bridge" && l.Attrs().HardwareAddr.String() == b.MAC, nil
+	return mac.String() == b.MAC, nil
 }
 
 // Repair makes a bridge that is there what it shall be again, with its ports. It says whether guests must add their entries again.

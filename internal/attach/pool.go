@@ -122,18 +122,23 @@ func (p *Pool) take(ctx context.Context, vm string, wish *Interface, do Do) (*ne
 		}
 	}
 	for _, name := range names {
-		if s, err := p.slot(name); err != nil || !p.fits(s) || p.holder(name) != "" {
+		if p.holder(name) != "" {
+			continue
+		}
+		s, err := p.slot(name)
+		if err != nil || !p.fits(s) {
 			continue
 		}
 		lease := p.lease(name, vm)
-		err := do(ctx, lease)
+		err = do(ctx, lease)
 		if errors.Is(err, fs.ErrExist) {
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		if s, err := p.slot(name); err == nil && p.fits(s) {
+		// What it says is never changed: who removes a slot has its lease, and another has another name.
+		if _, err := os.Lstat(filepath.Join(p.dir(), name, slotFile)); err == nil {
 			return s, nil
 		}
 		// It was removed meanwhile: the lease stands for nothing.

@@ -260,7 +260,7 @@ func (u *Upkeep) Close() {
 	}
 	u.work.Wait()
 	for _, n := range u.names {
-		_ = n.guest.Close() // it asks for nothing any more
+		n.guest.Close()
 	}
 	if u.tried != nil {
 		_ = u.tried.Close() // whoever reads it sees what is missing

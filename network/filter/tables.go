@@ -12,7 +12,6 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/network/conntrack"
@@ -152,11 +151,11 @@ func (t *Tables) Apply(context.Context) error {
 // it has the kernel forget the guests' connections, as some may have begun that the rules do not allow. Returns what Apply does, where a table of the
 // name is somebody else's.
 func (t *Tables) Replace(context.Context) error {
-	conn, err := nft.Open()
+	was, err := t.state()
 	if err != nil {
 		return err
 	}
-	was, err := t.state(conn)
+	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
@@ -175,15 +174,15 @@ func (t *Tables) Replace(context.Context) error {
 // Renew puts the rules of these settings in place of those of others, at once, where the tables are whole but for that, and says whether they are. The
 // guests' parts stay, and connections end that are not allowed any more.
 func (t *Tables) Renew(context.Context) (done bool, err error) {
+	is, err := t.state()
+	if err != nil || is != otherSettings {
+		return is == current, err
+	}
 	conn, closeLater, err := nft.OpenOnce()
 	if err != nil {
 		return false, err
 	}
 	defer closeLater()
-	is, err := t.state(conn)
-	if err != nil || is != otherSettings {
-		return is == current, err
-	}
 	return true, withLog(t.Name, func(l *layout) error { return t.renew(conn, l) })
 }
 
@@ -365,12 +364,7 @@ func (t *Tables) owns(conn *nftables.Conn, table *nftables.Table) (bool, error) 
 
 // There says whether both tables are, and are this network's, with the rules of this version or a later one and of these settings.
 func (t *Tables) There(context.Context) (bool, error) {
-	conn, err := nft.Open(nftables.AsLasting())
-	if err != nil {
-		return false, err
-	}
-	defer conn.CloseLasting()
-	is, err := t.state(conn)
+	is, err := t.state()
 	return is == current, err
 }
 
@@ -384,28 +378,24 @@ const (
 	current
 )
 
-func (t *Tables) state(conn *nftables.Conn) (tablesState, error) {
+func (t *Tables) state() (tablesState, error) {
 	l := newLayout(t.Name)
 	settings, err := t.settings()
 	if err != nil {
 		return missing, err
 	}
+	// A flush leaves tables and chains: a table without rules lets everything through. That the first rule names the owner is quick to see: other
+	// chains are many, or long.
+	entries, err := nft.Comments(&nftables.Chain{Table: l.inet, Name: entry(l.inet)}, &nftables.Chain{Table: l.bridge, Name: entry(l.bridge)})
+	if err != nil {
+		return missing, err
+	}
 	is := current
-	for _, table := range []*nftables.Table{l.inet, l.bridge} {
-		// A flush leaves tables and chains: a table without rules lets everything through. That the first rule names the owner is
-		// quick to see: other chains are many, or long.
-		rules, err := rulesOf(conn, &nftables.Chain{Table: table, Name: entry(table)})
-		if err != nil {
-			return missing, err
-		}
-		if len(rules) == 0 {
+	for _, rules := range entries {
+		if len(rules) == 0 || rules[0] != ownerPrefix+t.Owner {
 			return missing, nil
 		}
-		if owner, _ := userdata.GetString(rules[0].UserData, userdata.TypeComment); owner != ownerPrefix+t.Owner {
-			return missing, nil
-		}
-		text, _ := userdata.GetString(rules[len(rules)-1].UserData, userdata.TypeComment)
-		of, with, _ := strings.Cut(strings.TrimPrefix(text, versionPrefix), " ")
+		of, with, _ := strings.Cut(strings.TrimPrefix(rules[len(rules)-1], versionPrefix), " ")
 		if v, err := strconv.Atoi(of); err != nil || v < version {
 			is = min(is, outdated)
 		} else if with != settings && v == version {

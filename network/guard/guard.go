@@ -70,7 +70,7 @@ func missing(err error) bool {
 // open makes the guard, with flags, or takes over one that is there, and returns the connection that holds it.
 func (g *Guard) open(flags netlink.HeaderFlags) (conn *nftables.Conn, err error) {
 	var raw *netlink.Conn
-	conn, err = nft.Open(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error { raw = c; return nil }))
+	conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error { raw = c; return nil }))
 	if err != nil {
 		return nil, err
 	}

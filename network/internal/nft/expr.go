@@ -3,16 +3,12 @@ package nft
 
 import (
 	"encoding/binary"
-	"errors"
-	"fmt"
 	"net"
 	"net/netip"
-	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -215,70 +211,6 @@ func Drop() Exprs { return Exprs{&expr.Counter{}, &expr.Verdict{Kind: expr.Verdi
 // IsLocal matches what goes to one of the host's addresses.
 func IsLocal() Exprs {
 	return Exprs{&expr.Fib{Register: Reg, ResultADDRTYPE: true, FlagDADDR: true}, Equal(binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL))}
-}
-
-// maxMessage bounds in bytes what is said to the kernel at once, and what it answers. A largest policy takes some 8 MiB; nothing is
-// set aside.
-const maxMessage = 64 << 20
-
-// Open returns a connection to nftables of the calling thread's network.
-func Open(opts ...nftables.ConnOption) (*nftables.Conn, error) {
-	conn, err := nftables.New(append(opts, nftables.WithSockOptions(func(c *netlink.Conn) error {
-		if err := c.SetReadBuffer(maxMessage); err != nil {
-			return err
-		}
-		return c.SetWriteBuffer(maxMessage)
-	}))...)
-	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
-	}
-	return conn, nil
-}
-
-// OpenOnce returns a connection for some calls, and what closes it. That waits until all is gone that was removed by it (10 to 20 ms), for which nobody
-// else need wait.
-func OpenOnce() (conn *nftables.Conn, closeLater func(), err error) {
-	if conn, err = Open(nftables.AsLasting()); err != nil {
-		return nil, nil, err
-	}
-	return conn, func() { go func() { _ = conn.CloseLasting() }() }, nil
-}
-
-// Lasting is a connection that stays open, as to close one waits until all is gone that anybody has removed just before (10 to 20 ms). Its zero
-// value serves, also several at once.
-type Lasting struct {
-	mu   sync.Mutex
-	conn *nftables.Conn // nil: not open
-}
-
-// Do calls f with the connection, opened if need be.
-func (l *Lasting) Do(f func(*nftables.Conn) error) (err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.conn == nil {
-		if l.conn, err = Open(nftables.AsLasting()); err != nil {
-			return err
-		}
-	}
-	if err = f(l.conn); err != nil { // what the kernel has still to say of it would be taken for the next one's answer
-		err = errors.Join(err, l.close())
-	}
-	return err
-}
-
-// Close closes it.
-func (l *Lasting) Close() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.close()
-}
-
-func (l *Lasting) close() (err error) {
-	if l.conn != nil {
-		err = l.conn.CloseLasting()
-	}
-	l.conn = nil
-	return err
 }
 
 // passed is the bit of a packet's mark which says that the rules of a guest's network have seen it: see package guard.

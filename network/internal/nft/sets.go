@@ -16,6 +16,10 @@ type Elements struct {
 	Elements []nftables.SetElement
 }
 
+// MaxElements is how many elements go into one call of nftables.Conn at most: it makes one message of them, of which the kernel takes the first 64 KiB,
+// without a word.
+const MaxElements = 500
+
 // PortSet is a set that holds ranges of ports.
 func PortSet(table *nftables.Table, ranges []policy.PortRange) *Elements {
 	m := &Elements{Set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeInetService}}
