@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -318,5 +319,44 @@ func TestGuest_Replace(t *testing.T) {
 	}
 	if after := hosts(t); !slices.Equal(before, after) {
 		t.Errorf("before %q, after %q", before, after)
+	}
+}
+
+// A guest that has learnt many addresses of names leaves none behind: whoever has its address next would reach them.
+func TestNetwork_ManyNames(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	s := newSite(t, func(c *network.Config) {
+		c.Settings.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "*.example"}}}
+	})
+	g, h := s.guest(0, nil), s.guest(1, nil)
+	elements := func() (n int) {
+		for line := range strings.SplitSeq(run(t, nil, "nft", "list", "table", "inet", s.config.Table()), "\n") {
+			n += strings.Count(line, "203.0.")
+		}
+		return n
+	}
+	const many = 4000
+	for _, of := range []*guest{g, h} {
+		names := &filter.Names{Guest: of.filter.Guest}
+		defer names.Close()
+		n := many
+		if of == h {
+			n = 1
+		}
+		for i := range n {
+			address := netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)})
+			if err := names.Allow(filter.OfNetwork, "*.example", []netip.Addr{address}, time.Hour); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if got := elements(); got != many+1 {
+		t.Fatalf("%d addresses, want %d", got, many+1)
+	}
+	s.remove(g)
+	if got := elements(); got != 1 {
+		t.Errorf("%d addresses are left, one is the other guest's", got)
 	}
 }

@@ -153,19 +153,8 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 // Revert removes what Apply or Replace added, as far as it is there.
 func (g *Guest) Revert(context.Context) error { return Remove([]*Guest{g}) }
 
-// maxBatch is how many guests go into one message: a socket takes some 200 KiB.
-const maxBatch = 64
-
 // Remove removes guests at once: the kernel takes as long for one as for many. What they had is looked for: it may have been replaced.
 func Remove(guests []*Guest) error {
-	var errs []error
-	for some := range slices.Chunk(guests, maxBatch) {
-		errs = append(errs, removeAll(some))
-	}
-	return errors.Join(errs...)
-}
-
-func removeAll(guests []*Guest) error {
 	conn, closeLater, err := nft.OpenOnce()
 	if err != nil {
 		return err
@@ -201,8 +190,7 @@ func removeAll(guests []*Guest) error {
 	return conntrack.Forget(func(a netip.Addr) bool { return addresses[a] })
 }
 
-// remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch. The elements of
-// all guests go together, as the kernel acknowledges each message, and a socket takes only so many of those. Sets of names to keep stay.
+// remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch. Sets of names to keep stay.
 func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, keep []*nftables.Set) error {
 	elements := map[*nftables.Set][]nftables.SetElement{}
 	addresses := map[string][]netip.Addr{} // by table
@@ -246,8 +234,10 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, ke
 		}
 	}
 	for set, all := range elements {
-		if err := errors.Join(conn.SetAddElements(set, all), conn.SetDeleteElements(set, all)); err != nil {
-			return err
+		for some := range slices.Chunk(all, nft.MaxElements) {
+			if err := errors.Join(conn.SetAddElements(set, some), conn.SetDeleteElements(set, some)); err != nil {
+				return err
+			}
 		}
 	}
 	for table, names := range chains {
@@ -314,15 +304,17 @@ func (g *Guest) members(l *layout) ([]member, error) {
 	sender := append(nft.Ifname(g.Tap), mac...)
 	sender = append(sender, 0, 0) // to whole registers
 	element := func(key []byte) []nftables.SetElement { return []nftables.SetElement{{Key: key}} }
-	from := func(a netip.Addr) []nftables.SetElement {
-		return element(append(sender[:len(sender):len(sender)], a.AsSlice()...))
+	from := func(of ...netip.Addr) (elements []nftables.SetElement) {
+		for _, a := range of {
+			elements = append(elements, element(append(sender[:len(sender):len(sender)], a.AsSlice()...))...)
+		}
+		return elements
 	}
-	all := []member{{l.macs, element(sender), false}, {l.senders4, from(g.IP4), false}, {l.senders6, from(LinkLocal(mac)), false}}
-	addresses := []netip.Addr{g.IP4}
+	addresses, addresses6 := []netip.Addr{g.IP4}, []netip.Addr{LinkLocal(mac)}
 	if g.IP6.IsValid() {
-		all = append(all, member{l.senders6, from(g.IP6), false})
-		addresses = append(addresses, g.IP6)
+		addresses, addresses6 = append(addresses, g.IP6), append(addresses6, g.IP6)
 	}
+	all := []member{{l.macs, element(sender), false}, {l.senders4, from(g.IP4), false}, {l.senders6, from(addresses6...), false}}
 	own := []nftables.SetElement{{Key: mac, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain()}}}
 	all = append(all, member{l.policies, own, g.Policy == nil})
 	for _, a := range addresses {
