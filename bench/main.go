@@ -39,9 +39,7 @@
 //     modules and the root's layers; agent-start: until the agent's own code runs; agent-boot: all of the way from the kernel to the image's
 //     command but modules and mounts. guest-exec: exec of true, the whole call; guest-connect: CONNECT and the echo of a byte on the same
 //     vsock; guest-spawn: fork, exec and end of true, timed in the guest. guest-copy-to and -from: cp of 256 MiB to the guest's memory and back;
-//     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that. guest-throughput:
-//     one TCP connection of iperf3's from a guest to the host, each half second of it; guest-throughput-no-rules: the same without our rules;
-//     guest-throughput-conntrack-only: with no more in their place than what has the kernel know connections.
+//     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that.
 //
 //   - dns-new, dns-again: from a guest's question for a name that its policy allows, at its network's gateway, until it has the answer, for the first time
 //     and once more; dns-direct: the same question to the same upstream from the host; dns-added: what the way by the gateway takes longer. The upstream

@@ -37,7 +37,6 @@ func phases(lab bool) []phase {
 		{name: "networks", expected: 2 * time.Minute, measure: (*bench).networks, own: true},
 		{name: "guests/boots", expected: 60 * time.Second, measure: inGuest((*guestSite).boots), own: true, guest: true, lab: lab},
 		{name: "guests/agent", expected: 2 * time.Minute, measure: inGuest((*guestSite).agent), own: true, guest: true, lab: lab},
-		{name: "guests/network", expected: 4 * time.Minute, measure: inGuest((*guestSite).network), own: true, guest: true, lab: lab},
 	}
 }
 

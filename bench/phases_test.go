@@ -107,9 +107,9 @@ func TestMeasure_NoPace(t *testing.T) {
 
 func TestWanted(t *testing.T) {
 	for list, want := range map[string]string{
-		"":                        "starts loops memory snapshots supervisor command-line staging pulls networks guests/boots guests/agent guests/network",
-		"guests,starts":           "starts guests/boots guests/agent guests/network",
-		"guests/network,networks": "networks guests/network",
+		"":                      "starts loops memory snapshots supervisor command-line staging pulls networks guests/boots guests/agent",
+		"guests,starts":         "starts guests/boots guests/agent",
+		"guests/agent,networks": "networks guests/agent",
 	} {
 		var got []string
 		for _, p := range wanted(phases(false), list) {

@@ -194,7 +194,6 @@ func (r *report) ratios() {
 		{Name: "heal-ms", Value: r.p50("heal-1"), Op: "<=", Bar: 100},
 		// What else the machine does only takes away from a rate: the best are compared.
 		{Name: "throughput/no-rules", Value: r.p95("throughput") / r.p95("throughput-no-rules"), Op: ">=", Bar: 0.95},
-		{Name: "guest-throughput/no-rules", Lab: r.lab["guest-throughput"], Value: r.p50("guest-throughput/no-rules"), Op: ">=", Bar: 0.95},
 		{Name: "exec/connect", Lab: r.lab["guest-exec"], Value: r.p50("guest-exec") / (r.p50("guest-connect") + r.p50("guest-spawn")), Op: "<=", Bar: 1.3},
 		{Name: "cp-rate/stream", Lab: r.lab["guest-copy-to"], Value: min(r.p50("guest-copy-to")/r.p50("guest-stream-to"), r.p50("guest-copy-from")/r.p50("guest-stream-from")), Op: ">=", Bar: 0.7},
 		{Name: "agent-boot-share-percent", Lab: r.lab["guest-kernel"], Value: r.p50("agent-boot/kernel"), Op: "<=", Bar: 10},

@@ -15,8 +15,8 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
+	"push.rocks/smartvm/network/guard"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"
 )
@@ -29,7 +29,11 @@ const throughputRounds = 30
 // and NAT.
 func (s *networkSite) throughput() error {
 	s.cable.Policy = &policy.Policy{AllowHost: true}
-	if err := s.cable.Apply(s.ctx); err != nil {
+	r, err := s.rules()
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(s.cable.Apply(s.ctx), r.hold()); err != nil {
 		return err
 	}
 	gateway, _ := s.config.Gateway()
@@ -46,9 +50,9 @@ func (s *networkSite) throughput() error {
 			rate := func() (float64, error) { return s.rate(w.server, w.address) }
 			states := []func() (float64, error){
 				rate,
-				func() (float64, error) { return s.without(rate) },
+				func() (float64, error) { return r.without(rate) },
 				func() (float64, error) {
-					return s.without(func() (float64, error) { return w.least.beside(rate) })
+					return r.without(func() (float64, error) { return w.least.beside(rate) })
 				},
 			}
 			rates := make([]float64, len(states))
@@ -64,32 +68,44 @@ func (s *networkSite) throughput() error {
 			s.samples.add(w.name+"-"+string(w.least), "MB/s", rates[2])
 		}
 	}
+	r.release()
 	return s.use.Revert(s.ctx)
 }
 
-// without does something while our tables are not there.
-func (s *networkSite) without(f func() (float64, error)) (float64, error) {
-	tables, err := tablesOf(s.dir, s.config)
-	if err != nil {
-		return 0, err
-	}
-	if err := tables.Revert(s.ctx); err != nil {
-		return 0, err
-	}
-	result, err := f()
-	_, _, restoreErr := s.use.Check(s.ctx)
-	return result, errors.Join(err, restoreErr, s.cable.Apply(s.ctx))
+// rules are what a network's guests are bound by: its tables, and the guard that a process holds which supervises VMs.
+type rules struct {
+	*networkSite
+	tables filter.Tables
+	guard  guard.Guard
+	keeper guard.Keeper
 }
 
-// tablesOf are those of a network that is up; dir has what is known of networks.
-func tablesOf(dir string, c network.Config) (*filter.Tables, error) {
-	data, err := os.ReadFile(filepath.Join(dir, c.Name, "up.json"))
+func (s *networkSite) rules() (*rules, error) {
+	data, err := os.ReadFile(filepath.Join(s.dir, s.config.Name, "up.json"))
 	if err != nil {
 		return nil, err
 	}
 	var up struct{ Owner string }
 	err = json.Unmarshal(data, &up)
-	return &filter.Tables{Name: c.Table(), Owner: up.Owner}, err
+	return &rules{networkSite: s, tables: filter.Tables{Name: s.config.Table(), Owner: up.Owner}, guard: guard.Guard{Bridge: s.config.Bridge, Owner: up.Owner}}, err
+}
+
+func (r *rules) hold() error {
+	_, err := r.keeper.Hold(r.guard, "")
+	return err
+}
+
+func (r *rules) release() { r.keeper.Release(r.guard, "") }
+
+// without does something while they are not there.
+func (r *rules) without(f func() (float64, error)) (float64, error) {
+	r.release()
+	if err := errors.Join(r.guard.Revert(r.ctx), r.tables.Revert(r.ctx)); err != nil {
+		return 0, err
+	}
+	result, err := f()
+	_, _, restoreErr := r.use.Check(r.ctx)
+	return result, errors.Join(err, restoreErr, r.cable.Apply(r.ctx), r.hold())
 }
 
 // least is a table with one rule, for which the kernel does a part of what it does for ours.

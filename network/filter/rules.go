@@ -22,8 +22,8 @@ func (t *Tables) rules(l *layout) ([]nft.Ruled, error) {
 		nft.Chain(nft.Base(l.inet, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), nft.Plain(t.forwarded()...)),
 		// What is known goes first, whoever sends it: a rule that does not match costs each packet, and what goes on here is accepted anyhow.
 		nft.Chain(nft.Base(l.inet, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), nft.Plain(append([]nft.Exprs{
+			nft.Join(nft.Iif(t.Bridge), nft.Pass(), nft.Known(), nft.Accept()),
 			t.beside(),
-			nft.Join(nft.Iif(t.Bridge), nft.Pass()),
 			nft.Join(nft.Known(), nft.Accept()),
 			nft.Join(nft.Iif(t.Bridge), nft.Jump(toHost)),
 		}, t.tunnel()...)...)),
@@ -177,11 +177,13 @@ func (t *Tables) beside() nft.Exprs { return nft.Join(nft.IifPrefix(t.Taps), nft
 
 // forwarded is what comes from guests and what goes to them.
 func (t *Tables) forwarded() (all []nft.Exprs) {
-	all = append(all, t.beside(), nft.Join(nft.Iif(t.Bridge), nft.Pass()))
-	if t.Via != "" { // known connections too: the way may have changed. Bridged frames come here where br_netfilter is loaded.
-		all = append(all, nft.Join(nft.Iif(t.Bridge), nft.OifNot(t.Via), nft.OifNot(t.Bridge), ofAnswer(expr.CmpOpNeq), nft.Drop()))
+	passes := nft.Join(nft.Iif(t.Bridge), nft.Pass())
+	if t.Via == "" {
+		all = append(all, nft.Join(passes, nft.Known(), nft.Accept()))
+	} else { // known connections too: the way may have changed. Bridged frames come here where br_netfilter is loaded.
+		all = append(all, passes, nft.Join(nft.Iif(t.Bridge), nft.OifNot(t.Via), nft.OifNot(t.Bridge), ofAnswer(expr.CmpOpNeq), nft.Drop()))
 	}
-	all = append(all, nft.Join(nft.Known(), nft.Accept()), nft.Join(nft.Iif(t.Bridge), nft.Jump(fromGuest)), nft.Join(nft.Oif(t.Bridge), nft.Jump(toGuest)))
+	all = append(all, t.beside(), nft.Join(nft.Known(), nft.Accept()), nft.Join(nft.Iif(t.Bridge), nft.Jump(fromGuest)), nft.Join(nft.Oif(t.Bridge), nft.Jump(toGuest)))
 	return append(append(all, t.tunnel()...), nft.Jump(narrow))
 }
 

@@ -47,7 +47,7 @@ const (
 	ownerPrefix = "owner-"
 	// Rules of an earlier version are replaced when somebody looks who has these. Later ones stay: they have all sets of the earlier.
 	versionPrefix = "rules "
-	version       = 7
+	version       = 8
 	fromGuest     = "from-guest"
 	toGuest       = "to-guest"
 	toHost        = "to-host"

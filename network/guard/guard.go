@@ -50,9 +50,7 @@ func (g *Guard) add(conn *nftables.Conn) error {
 	t := g.table()
 	conn.AddChain(g.owner())
 	for name, hook := range map[string]*nftables.ChainHook{"forward": nftables.ChainHookForward, "input": nftables.ChainHookInput} {
-		chain := nft.Chain(nft.Base(t, name, hook, nftables.ChainPriorityRef(priority)), nft.Plain(
-			nft.Join(nft.Iif(g.Bridge), nft.NotPassed(), nft.Drop()),
-			nft.Join(nft.Iif(g.Bridge), nft.Passed())))
+		chain := nft.Chain(nft.Base(t, name, hook, nftables.ChainPriorityRef(priority)), nft.Plain(nft.Join(nft.Iif(g.Bridge), nft.NotPassed(), nft.Drop())))
 		conn.AddChain(&chain.Chain)
 		conn.FlushChain(&chain.Chain)
 		if err := chain.AddRules(conn); err != nil {

@@ -216,24 +216,24 @@ func IsLocal() Exprs {
 // passed is the bit of a packet's mark which says that the rules of a guest's network have seen it: see package guard.
 const passed = 1 << 28
 
-// Pass says so, Passed takes it back, and NotPassed matches what does not say so.
-func Pass() Exprs   { return mark(passed) }
-func Passed() Exprs { return mark(0) }
-
-func mark(bits uint32) Exprs {
-	native := binaryutil.NativeEndian.PutUint32
+// Pass says so. NotPassed takes it back, and matches what did not say so.
+func Pass() Exprs {
 	return Exprs{
 		Meta(expr.MetaKeyMARK, Reg),
-		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: native(^uint32(passed)), Xor: native(bits)},
+		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: native(^uint32(passed)), Xor: native(passed)},
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: Reg},
 	}
 }
 
-// NotPassed: see Pass.
+// NotPassed: see Pass. Of what did it leaves the mark that others see as it was; what it matches is for nobody.
 func NotPassed() Exprs {
 	return Exprs{
 		Meta(expr.MetaKeyMARK, Reg),
-		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(passed), Xor: make([]byte, 4)},
-		Equal(make([]byte, 4)),
+		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: native(^uint32(0)), Xor: native(passed)}, // the bit is now the other way round
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: Reg},
+		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: native(passed), Xor: native(0)},
+		Equal(native(passed)),
 	}
 }
+
+func native(n uint32) []byte { return binaryutil.NativeEndian.PutUint32(n) }
