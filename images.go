@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 
 	"push.rocks/smartvm/image"
@@ -55,16 +56,24 @@ func (h *Host) Binaries() (*release.Store, error) {
 }
 
 // installed is for locate.Finder.
-func (h *Host) installed(version string) (string, error) {
+func (h *Host) installed(ctx context.Context, version string) (string, error) {
 	installed, err := h.Binaries()
 	if err != nil {
 		return "", err
 	}
 	b, err := installed.Find(version)
-	if err != nil {
-		return "", err
+	if errors.Is(err, fs.ErrNotExist) && h.opts.Install && !h.opts.Images.Offline {
+		if b, err = installed.Install(ctx, version); err == nil && h.opts.Installed != nil {
+			h.opts.Installed("Firecracker "+b.Version, b.Firecracker)
+		}
 	}
-	return b.Firecracker, nil
+	return b.Firecracker, err
+}
+
+// EnsureFirecracker finds a VMM for new VMs, as Create does: see Options.Install.
+func (h *Host) EnsureFirecracker(ctx context.Context) error {
+	_, err := h.vmms.Find(ctx)
+	return err
 }
 
 // Volumes is where the disks are that outlive VMs.

@@ -73,12 +73,15 @@ func (a *app) build(ctx context.Context, flags *vmflags.Flags, args []string, pu
 			errs[i] = &usageError{err: err}
 		}
 	}
-	if err := errors.Join(errs...); err != nil || vm.Image == "" {
+	if err := errors.Join(errs...); err != nil {
 		return vm, err
 	}
 	// What makes no sense is said before anything is fetched.
 	resolved := vm
 	if err := errors.Join(vm.Validate(), errors.Join(share.Resolve(&resolved)...), secret.Check(vm)); err != nil {
+		return vm, err
+	}
+	if err := a.images.EnsureFirecracker(ctx); err != nil || vm.Image == "" {
 		return vm, err
 	}
 	return vm, a.images.Ensure(ctx, &vm, pull)

@@ -25,7 +25,7 @@ import (
 // globals are the settings that every command has.
 type globals struct {
 	runtimeDir, dataDir, firecracker, jailer string
-	launcher, version                        string
+	launcher, version, releases              string
 	ephemeral, offline                       bool
 	mirrors                                  []string
 	manifest                                 string
@@ -45,6 +45,7 @@ func (g *globals) flags(root *cobra.Command) {
 	f.StringVar(&g.dataDir, "data-dir", "", "where what outlives them is kept, a `dir` [$SMARTVM_DATA_DIR]")
 	f.StringVar(&g.firecracker, "firecracker", "", "`path` of the VMM, if not in PATH [$SMARTVM_FIRECRACKER]")
 	f.StringVar(&g.version, "firecracker-version", "", "`version` of the VMM, of those installed")
+	f.StringVar(&g.releases, "firecracker-releases", "", "where releases of the VMM are, a `URL` [$SMARTVM_FIRECRACKER_RELEASES]")
 	f.StringVar(&g.jailer, "jailer", "", "`path` of the jailer, if not beside the VMM [$SMARTVM_JAILER]")
 	f.StringVar(&g.launcher, "launcher", "", "`how` to start the VMM: jailer (what root gets) or direct")
 	f.BoolVar(&g.ephemeral, "ephemeral-writable-drives", true, "give each VM a copy of its writable drives")
@@ -69,7 +70,7 @@ func (g *globals) finish(a *app) error {
 	for name, to := range map[string]*string{
 		"SMARTVM_RUNTIME_DIR": &g.runtimeDir, "SMARTVM_DATA_DIR": &g.dataDir, "SMARTVM_FIRECRACKER": &g.firecracker, "SMARTVM_JAILER": &g.jailer,
 		"SMARTVM_BRIDGE": &g.bridge, "SMARTVM_SUBNET": &g.subnet, "SMARTVM_FIREWALL": &g.firewall,
-		"SMARTVM_BASE_MANIFEST": &g.manifest,
+		"SMARTVM_BASE_MANIFEST": &g.manifest, "SMARTVM_FIRECRACKER_RELEASES": &g.releases,
 	} {
 		*to = cmp.Or(*to, os.Getenv(name))
 	}
@@ -148,7 +149,7 @@ func (g *globals) self(args ...string) []string {
 	all := []string{program}
 	for name, value := range map[string]string{
 		"runtime-dir": g.runtimeDir, "data-dir": g.dataDir, "firecracker": g.firecracker, "firecracker-version": g.version, "jailer": g.jailer,
-		"launcher": g.launcher, "bridge": g.bridge, "subnet": g.subnet, "firewall": g.firewall,
+		"firecracker-releases": g.releases, "launcher": g.launcher, "bridge": g.bridge, "subnet": g.subnet, "firewall": g.firewall,
 	} {
 		if value != "" {
 			all = append(all, "--"+name, value)
@@ -171,6 +172,7 @@ func (a *app) peek() (*smartvm.Host, error) {
 	}
 	o.Images = image.Options{Offline: g.offline, Progress: a.images.Progress, Waiting: a.images.Waiting}
 	o.Images.OCI = oci.Options{Keychain: authn.DefaultKeychain, Mirrors: g.mirrors, Stdin: a.Stdin}
+	o.Install, o.Installed, o.Binaries.URL = true, a.images.Installed, g.releases
 	if strings.Contains(g.manifest, "://") {
 		o.BaseImages.ManifestURL = g.manifest
 	} else {

@@ -31,8 +31,8 @@ type VMM struct {
 type Finder struct {
 	Binary  string // of that path or name in PATH; if empty:
 	Version string // of this version among those installed; if empty, "firecracker" in PATH or else the newest installed
-	// Installed returns the path of an installed version, of the newest for "", or an error that is fs.ErrNotExist.
-	Installed func(version string) (string, error)
+	// Installed returns the path of an installed version, of the newest for "", or an error that is fs.ErrNotExist. It may install one.
+	Installed func(ctx context.Context, version string) (string, error)
 
 	mu    sync.Mutex
 	known map[string]VMM // by path
@@ -40,10 +40,9 @@ type Finder struct {
 
 // VMM finds a Firecracker and its version. One that is too old is spec.ErrNotSupported.
 func (f *Finder) VMM(ctx context.Context) (VMM, error) {
-	advice := "install Firecracker " + firecracker.MinVersion.String() + " or newer (smartvm firecracker install), or name it with --firecracker"
-	path, err := f.find()
+	path, err := f.Find(ctx)
 	if err != nil {
-		return VMM{}, hint.Add(fmt.Errorf("find Firecracker: %w", err), "%s", advice)
+		return VMM{}, err
 	}
 	b := VMM{Path: path, id: fileID(path)}
 	f.mu.Lock()
@@ -53,10 +52,10 @@ func (f *Finder) VMM(ctx context.Context) (VMM, error) {
 		return known, nil
 	}
 	if b.Version, err = vmm.Version(ctx, path); err != nil {
-		return VMM{}, hint.Add(err, "is it Firecracker? %s", advice)
+		return VMM{}, hint.Add(err, "is it Firecracker? "+advice, firecracker.MinVersion)
 	}
 	if !b.Version.AtLeast(firecracker.MinVersion) {
-		return VMM{}, hint.Add(fmt.Errorf("%s is Firecracker %s: %w", path, b.Version, spec.ErrNotSupported), "%s", advice)
+		return VMM{}, hint.Add(fmt.Errorf("%s is Firecracker %s: %w", path, b.Version, spec.ErrNotSupported), advice, firecracker.MinVersion)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -67,7 +66,17 @@ func (f *Finder) VMM(ctx context.Context) (VMM, error) {
 	return b, nil
 }
 
-func (f *Finder) find() (string, error) {
+const advice = "install Firecracker %v or newer (smartvm firecracker install), or name it with --firecracker"
+
+// Find finds a Firecracker, without a look at its version.
+func (f *Finder) Find(ctx context.Context) (path string, err error) {
+	if path, err = f.find(ctx); err != nil {
+		return "", hint.Add(fmt.Errorf("find Firecracker: %w", err), advice, firecracker.MinVersion)
+	}
+	return path, nil
+}
+
+func (f *Finder) find(ctx context.Context) (string, error) {
 	if f.Binary != "" {
 		return program(f.Binary)
 	}
@@ -79,7 +88,7 @@ func (f *Finder) find() (string, error) {
 		}
 		notInPath = err
 	}
-	path, err := f.Installed(f.Version)
+	path, err := f.Installed(ctx, f.Version)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", cmp.Or(notInPath, err)
 	}

@@ -23,6 +23,18 @@ func (p *PullPolicy) Flag(cmd *cobra.Command) {
 	_ = cmd.RegisterFlagCompletionFunc("pull", cobra.FixedCompletions(pullPolicies, cobra.ShellCompDirectiveNoFileComp))
 }
 
+// EnsureFirecracker fetches Firecracker where there is none.
+func (s *Shell) EnsureFirecracker(ctx context.Context) error {
+	h, err := s.Host()
+	if err != nil {
+		return err
+	}
+	done := s.Status(s.transfer.Text)
+	err = h.EnsureFirecracker(ctx)
+	done()
+	return errors.Join(err, h.Close())
+}
+
 // Ensure fetches the image that vm names, if it is not here, and has vm name what it is called here.
 func (s *Shell) Ensure(ctx context.Context, vm *smartvm.Spec, pull *PullPolicy) error {
 	if !slices.Contains(pullPolicies, string(*pull)) {

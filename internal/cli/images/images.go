@@ -112,6 +112,20 @@ func (s *Shell) Waiting(what string) {
 	fmt.Fprintf(s.Stderr, "smartvm: waiting for %s\n", what)
 }
 
+// Installed is told what was fetched without being asked for, and where it is.
+func (s *Shell) Installed(what, path string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.JSON():
+		s.event(map[string]any{"event": "installed", "what": what, "path": path})
+	case s.Terminal():
+		fmt.Fprintf(s.Stderr, "\r\x1b[Kinstalled %s: %s\n", what, path) // over what Status shows
+	default:
+		fmt.Fprintf(s.Stderr, "installed %s: %s\n", what, path)
+	}
+}
+
 func (s *Shell) event(e map[string]any) {
 	data, err := json.Marshal(e)
 	if err == nil {
