@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -168,11 +169,62 @@ func (s *guestSite) boots() error {
 		if err := s.boot(); err != nil {
 			return err
 		}
-		if err := s.remove(); err != nil {
+		if err := errors.Join(s.remove(), s.run(), s.runParts()); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// trueSpec is a guest of the minimal image that ends at once.
+func trueSpec() smartvm.Spec {
+	spec := guestSpec()
+	spec.Command = []string{"/bin/true"}
+	return spec
+}
+
+// run measures the whole program, from its call to its exit.
+func (s *guestSite) run() error {
+	data, err := json.Marshal(trueSpec())
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(s.bench.Dir, "true.json")
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(s.ctx, s.patience(), late(s.patience()))
+	defer cancel()
+	cmd := s.bench.command(ctx, "run", "-f", file)
+	begun := time.Now()
+	if out, err := cmd.Output(); err != nil {
+		return fmt.Errorf("smartvm run: %w: %s", because(ctx, err), out)
+	}
+	s.samples.time("run-minimal", time.Since(begun))
+	return nil
+}
+
+// runParts measures the parts of the same, by the library: guest-* and agent-* are what they are within the guest's.
+func (s *guestSite) runParts() (err error) {
+	ctx, cancel := context.WithTimeoutCause(s.ctx, s.patience(), late(s.patience()))
+	defer cancel()
+	part := func(name string, do func() error) {
+		if err != nil {
+			return
+		}
+		begun := time.Now()
+		if err = do(); err == nil {
+			s.samples.time("run-"+name, time.Since(begun))
+		}
+	}
+	part("create", func() error { s.m, err = s.host.Create(ctx, trueSpec()); return err })
+	part("vmm", func() error { return s.m.Start(ctx) })
+	part("guest", func() error { _, err := s.m.Wait(ctx); return err })
+	part("end", func() error { return s.m.Remove(ctx) })
+	if err == nil {
+		s.m = nil
+	}
+	return because(ctx, err)
 }
 
 func (s *guestSite) boot() error {

@@ -40,6 +40,8 @@
 //     command but modules and mounts. guest-exec: exec of true, the whole call; guest-connect: CONNECT and the echo of a byte on the same
 //     vsock; guest-spawn: fork, exec and end of true, timed in the guest. guest-copy-to and -from: cp of 256 MiB to the guest's memory and back;
 //     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that.
+//     run-minimal: smartvm run minimal true, the whole program; run-create, run-vmm (until it has taken its configuration), run-guest (until it has
+//     ended, of which guest-* and agent-* are the parts) and run-end: the same by the library.
 //
 //   - dns-new, dns-again: from a guest's question for a name that its policy allows, at its network's gateway, until it has the answer, for the first time
 //     and once more; dns-direct: the same question to the same upstream from the host; dns-added: what the way by the gateway takes longer. The upstream
