@@ -216,20 +216,33 @@ func (s *Store) cached(ctx context.Context, p *plan) (*Bundle, error) {
 	return b, nil
 }
 
-// makeAlone makes a bundle when no other process does, and evicts others for it.
-func (s *Store) makeAlone(ctx context.Context, p *plan) (b *Bundle, err error) {
+// alone does something while no other process fetches anything.
+func (s *Store) alone(ctx context.Context, do func() error) (err error) {
 	if err := os.MkdirAll(s.path(workDir), 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	f, err := os.Open(s.path(workDir))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	if err := download.Lock(ctx, f, unix.LOCK_EX, func() { s.opts.Waiting("another smartvm that fetches a base image") }); err != nil {
-		return nil, err
+		return err
 	}
-	b, err = s.cached(ctx, p)
+	return do()
+}
+
+// makeAlone makes a bundle when no other process does, and evicts others for it.
+func (s *Store) makeAlone(ctx context.Context, p *plan) (b *Bundle, err error) {
+	err = s.alone(ctx, func() error {
+		b, err = s.makeOrFind(ctx, p)
+		return err
+	})
+	return b, err
+}
+
+func (s *Store) makeOrFind(ctx context.Context, p *plan) (*Bundle, error) {
+	b, err := s.cached(ctx, p)
 	switch {
 	case errors.Is(err, ErrCorrupt):
 		s.log.Warn("base image is corrupt: fetching it anew", "bundle", p.id, "err", err)
