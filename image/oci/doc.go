@@ -6,6 +6,7 @@
 package oci
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"strings"
@@ -25,9 +26,9 @@ var ErrPlainHTTP = errors.New("plain HTTP is for this machine alone")
 // PlatformError says that an image is not for the machine in question.
 type PlatformError struct {
 	Want string   // "linux/amd64"
-	Have []string // in the image's order
+	Have []string // in the image's order, with variants: "linux/arm/v7"
 }
 
 func (e *PlatformError) Error() string {
-	return fmt.Sprintf("no image for %s; there are: %s", e.Want, strings.Join(e.Have, ", "))
+	return fmt.Sprintf("no image for %s; there are: %s", e.Want, cmp.Or(strings.Join(e.Have, ", "), "none"))
 }

@@ -24,7 +24,8 @@ import (
 
 // Options say where images come from. The zero value is fit for public registries.
 type Options struct {
-	// Arch is what images are chosen for, as Go spells it: "amd64" (default) or "arm64". The system is Linux.
+	// Arch is what images are chosen for, as Go spells it: "amd64" (default) or "arm64". The system is Linux. A variant may
+	// follow, "amd64/v3"; without one, images are chosen that any processor of the architecture runs.
 	Arch string
 	// Keychain knows the registries' passwords, authn.DefaultKeychain those of docker login and its helpers. Nil: none.
 	Keychain authn.Keychain
@@ -154,48 +155,26 @@ type found struct {
 	from   source
 	name   string
 	text   []byte // of a manifest or an index
+	kind   string // media type that whoever led here gives it; empty: none
 	digest string // that text must have; empty: any
 	id     string // the image's, if text is not its own
-}
-
-// descriptor points to a part of an image.
-type descriptor struct {
-	MediaType   string            `json:"mediaType"`
-	Digest      string            `json:"digest"`
-	Size        int64             `json:"size"`
-	Platform    *platform         `json:"platform"`
-	Annotations map[string]string `json:"annotations"`
-}
-
-type platform struct {
-	OS           string `json:"os"`
-	Architecture string `json:"architecture"`
-}
-
-func (p platform) String() string { return p.OS + "/" + p.Architecture }
-
-// document is a manifest or an index.
-type document struct {
-	Manifests []descriptor `json:"manifests,omitempty"`
-	Config    descriptor   `json:"config"`
-	Layers    []descriptor `json:"layers"`
 }
 
 // maxNesting is how deep an index may hold an index.
 const maxNesting = 3
 
 func (f *found) image(ctx context.Context, arch string) (*Image, error) {
-	want := platform{"linux", arch}
+	want := linux(arch)
 	for range maxNesting {
 		got := digestOf(f.text)
 		if f.digest != "" && got != f.digest {
 			return nil, &flatten.DigestError{What: "manifest", Want: f.digest, Got: got}
 		}
-		var d document
-		if err := json.Unmarshal(f.text, &d); err != nil {
-			return nil, fmt.Errorf("read manifest: %w", err)
+		d, err := readDocument(f.text, f.kind)
+		if err != nil {
+			return nil, err
 		}
-		if d.Manifests == nil {
+		if !d.index {
 			return f.manifest(ctx, want, got, d)
 		}
 		next, err := pick(d.Manifests, want)
@@ -205,30 +184,15 @@ func (f *found) image(ctx context.Context, arch string) (*Image, error) {
 		if f.text, err = f.from.manifest(ctx, next.Digest); err != nil {
 			return nil, err
 		}
-		f.digest = next.Digest
+		f.digest, f.kind = next.Digest, next.MediaType
 	}
 	return nil, errors.New("read manifest: indexes within indexes")
 }
 
-// pick chooses an image of an index. An only one may be of any platform, as far as the index goes.
-func pick(all []descriptor, want platform) (descriptor, error) {
-	e := &PlatformError{Want: want.String()}
-	for _, d := range all {
-		if err := validDigest(d.Digest); err != nil {
-			return descriptor{}, err
-		}
-		if d.Platform == nil && len(all) == 1 || d.Platform != nil && *d.Platform == want {
-			return d, nil
-		}
-		// Attestations are not for any machine.
-		if d.Platform != nil && d.Platform.OS != "unknown" {
-			e.Have = append(e.Have, d.Platform.String())
-		}
-	}
-	return descriptor{}, e
-}
-
 func (f *found) manifest(ctx context.Context, want platform, digest string, d document) (*Image, error) {
+	if err := d.isImage(); err != nil {
+		return nil, err
+	}
 	i := &Image{Name: f.name, Digest: cmp.Or(f.id, digest), from: f.from}
 	if err := validDigest(d.Config.Digest); err != nil {
 		return nil, err
@@ -277,7 +241,7 @@ func (i *Image) configure(text []byte, want platform) (diffIDs []string, err err
 	if err := json.Unmarshal(text, &c); err != nil {
 		return nil, fmt.Errorf("read image configuration: %w", err)
 	}
-	// Old images, and those built without, say nothing.
+	// Old images, and those built without, say nothing. The variant is left to whoever asked for this very image.
 	if c.OS != "" && c.OS != want.OS || c.Architecture != "" && c.Architecture != want.Architecture {
 		return nil, &PlatformError{want.String(), []string{c.platform.String()}}
 	}

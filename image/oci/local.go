@@ -100,12 +100,12 @@ func (l *local) choose(index io.Reader, base, ref string) (found, error) {
 	if err != nil {
 		return found{}, err
 	}
-	var d document
-	if err := json.Unmarshal(text, &d); err != nil {
-		return found{}, fmt.Errorf("read %s: %w", layoutIndex, err)
+	d, err := readDocument(text, typeIndex)
+	if err != nil {
+		return found{}, fmt.Errorf("%s: %w", layoutIndex, err)
 	}
 	var names []string
-	chosen := document{Manifests: []descriptor{}}
+	chosen := document{index: true}
 	for _, m := range d.Manifests {
 		tag := m.Annotations["org.opencontainers.image.ref.name"]
 		full := cmp.Or(m.Annotations["io.containerd.image.name"], tag)
@@ -129,7 +129,11 @@ func (l *local) one(d document, names []string) (found, error) {
 	case 0:
 		return found{}, ErrNotFound
 	case 1:
-		text, err := json.Marshal(d)
+		parts := map[string]any{"config": d.Config, "layers": d.Layers}
+		if d.index {
+			parts = map[string]any{"manifests": d.Manifests}
+		}
+		text, err := json.Marshal(parts)
 		return found{from: l, name: names[0], text: text}, err
 	}
 	return found{}, fmt.Errorf("there are several images, name one of: %.1000s", strings.Join(names, ", "))

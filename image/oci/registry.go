@@ -69,7 +69,7 @@ func inRegistry(ctx context.Context, text string, o Options) (found, error) {
 			return found{}, err
 		}
 	}
-	if f.text, err = r.login(ctx, ref.Identifier()); err != nil {
+	if f.text, f.kind, err = r.login(ctx, ref.Identifier()); err != nil {
 		return found{}, errors.Join(err, r.Close())
 	}
 	return f, nil
@@ -101,37 +101,38 @@ func familiar(ref name.Reference) string {
 }
 
 // login finds the first host that has a manifest, which is then asked for everything else.
-func (r *registry) login(ctx context.Context, identifier string) ([]byte, error) {
+func (r *registry) login(ctx context.Context, identifier string) (text []byte, kind string, err error) {
 	for {
 		h := r.hosts[0]
 		t, err := transport.NewWithContext(ctx, h.repo.Registry, h.auth, h.client.Transport, []string{h.repo.Scope(transport.PullScope)})
-		var text []byte
 		if err == nil {
 			h.client.Transport = t
-			text, err = h.manifest(ctx, identifier)
+			text, kind, err = h.manifest(ctx, identifier)
 		}
 		if err == nil || len(r.hosts) == 1 || ctx.Err() != nil {
-			return text, err
+			return text, kind, err
 		}
 		r.log.Warn("mirror does not serve", "mirror", h.repo.RegistryStr(), "image", h.repo.RepositoryStr(), "err", err)
 		r.hosts = r.hosts[1:]
 	}
 }
 
-const accept = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, " +
-	"application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json"
+const accept = typeIndex + ", " + typeManifest + ", " + typeDockerIndex + ", " + typeDockerManifest
 
 func (r *registry) manifest(ctx context.Context, digest string) ([]byte, error) {
-	return r.hosts[0].manifest(ctx, digest)
+	text, _, err := r.hosts[0].manifest(ctx, digest)
+	return text, err
 }
 
-func (h *host) manifest(ctx context.Context, identifier string) (text []byte, err error) {
+// manifest also returns what the registry calls it, a media type.
+func (h *host) manifest(ctx context.Context, identifier string) (text []byte, kind string, err error) {
 	resp, err := h.get(ctx, "manifests/"+identifier, http.Header{"Accept": {accept}})
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	defer func() { err = errors.Join(err, resp.Body.Close()) }()
-	return readSmall(resp.Body)
+	text, err = readSmall(resp.Body)
+	return text, resp.Header.Get("Content-Type"), err
 }
 
 func (r *registry) blob(ctx context.Context, digest string, offset int64) (io.ReadCloser, int64, error) {

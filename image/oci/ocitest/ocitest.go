@@ -173,12 +173,15 @@ func Registry(dir string) http.Handler {
 			http.NotFound(w, r)
 			return
 		}
-		w.Header().Set("Content-Type", mediaManifest)
 		for _, d := range index.Manifests {
 			if d.Annotations["org.opencontainers.image.ref.name"] == what {
-				w.Header().Set("Content-Type", d.MediaType)
 				what = d.Digest
 			}
+		}
+		var doc struct{ MediaType string }
+		if text, err := os.ReadFile(Blob(dir, what)); err == nil && json.Unmarshal(text, &doc) == nil {
+			w.Header().Set("Content-Type", doc.MediaType)
+			w.Header().Set("Docker-Content-Digest", what)
 		}
 		http.ServeFile(w, r, Blob(dir, what))
 	})
