@@ -59,13 +59,8 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	return i, nil
 }
 
-// local says whether a reference leads to files of this machine.
-func local(ref string) bool {
-	return ref == "-" || strings.HasPrefix(ref, "oci:") || strings.HasPrefix(ref, "docker-archive:")
-}
-
 func (s *Store) pullOCI(ctx context.Context, ref string) (i *Image, err error) {
-	if s.opts.Offline && !local(ref) {
+	if s.opts.Offline && !oci.Local(ref) {
 		return nil, ErrOffline
 	}
 	o := s.opts.OCI

@@ -113,11 +113,16 @@ func fileName(digest string) string { return strings.ReplaceAll(digest, ":", "-"
 // References are:
 //
 //	debian:12, localhost:5000/a/b@sha256:…   in a registry
+//	docker://debian:12                       the same, as skopeo writes it
 //	oci:DIR, oci:DIR:TAG                     in an OCI layout
 //	docker-archive:FILE[:REF]                in what docker save wrote, or an OCI layout's tar, packed or not
-//	-                                        the same, from Options.Stdin
+//	oci-archive:FILE[:REF]                   the same
+//	dir:DIR                                  in a directory that skopeo copied an image to
+//	-                                        an archive, from Options.Stdin
 //
-// Errors are ErrNotFound, ErrPlainHTTP, *PlatformError, *flatten.DigestError, *flatten.LimitError, *transport.Error of
+// An image without a name is called after its file or directory, as far as that gives a name.
+//
+// Errors are ErrNotFound, ErrPlainHTTP, *PlatformError, *NotImageError, *flatten.DigestError, *flatten.LimitError, *transport.Error of
 // go-containerregistry for what a registry says, and those of files.
 func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
 	if o.Arch == "" {
@@ -126,24 +131,18 @@ func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	var f found
-	var err error
-	switch scheme, rest, _ := strings.Cut(ref, ":"); {
-	case ref == "-" && o.Stdin != nil:
-		f, err = inSpool(ctx, o.Stdin, "", o)
-	case ref == "-":
-		err = errors.New("there is no standard input")
-	case scheme == "oci":
-		f, err = inLayout(rest, o)
-	case scheme == "docker-archive":
-		f, err = inArchive(ctx, rest, o)
-	default:
-		f, err = inRegistry(ctx, ref, o)
-	}
+	f, err := find(ctx, ref, o)
 	if err != nil {
 		return nil, fmt.Errorf("resolve image %.300q: %w", ref, err)
 	}
 	i, err := f.image(ctx, o.Arch)
+	if f.instead != nil && (errors.Is(err, ErrNotFound) || errors.Is(err, errLayers)) {
+		if other, oerr := f.instead(); oerr == nil {
+			if found, oerr := other.image(ctx, o.Arch); oerr == nil {
+				i, err = found, nil
+			}
+		}
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("resolve image %.300q: %w", ref, err), f.from.Close())
 	}
@@ -158,7 +157,12 @@ type found struct {
 	kind   string // media type that whoever led here gives it; empty: none
 	digest string // that text must have; empty: any
 	id     string // the image's, if text is not its own
+	// instead describes the same in another way, for when this one leads nowhere. It may be nil.
+	instead func() (found, error)
 }
+
+// errLayers says that a manifest and a configuration are not of one image.
+var errLayers = errors.New("numbers of layers differ")
 
 // maxNesting is how deep an index may hold an index.
 const maxNesting = 3
@@ -209,7 +213,7 @@ func (f *found) manifest(ctx context.Context, want platform, digest string, d do
 		return nil, err
 	}
 	if len(diffIDs) != len(d.Layers) {
-		return nil, fmt.Errorf("read manifest: %d layers, %d in the configuration", len(d.Layers), len(diffIDs))
+		return nil, fmt.Errorf("read manifest: %w: %d, and %d in the configuration", errLayers, len(d.Layers), len(diffIDs))
 	}
 	for n, l := range d.Layers {
 		if err := errors.Join(validDigest(l.Digest), validDigest(diffIDs[n])); err != nil {

@@ -36,7 +36,7 @@ var errRedirects = errors.New("too many redirects")
 func inRegistry(ctx context.Context, text string, o Options) (found, error) {
 	ref, err := name.ParseReference(text)
 	if err != nil {
-		return found{}, err
+		return found{}, fileHint(err, text)
 	}
 	r := &registry{log: o.Log, idle: func() {}}
 	base := cmp.Or(o.Transport, http.DefaultTransport)

@@ -40,7 +40,8 @@ func (s *Shell) pull() *cobra.Command {
 		Long: "Fetch an image and print its name. IMAGE is one of\n" +
 			"  debian:12, HOST/NAME:TAG, NAME@sha256:...   a registry's, as with docker\n" +
 			"  oci:DIR[:TAG]                               an OCI layout\n" +
-			"  docker-archive:FILE[:NAME]                  what docker save writes\n" +
+			"  docker-archive:FILE[:NAME]                  what docker save writes; oci-archive: too\n" +
+			"  dir:DIR                                     what skopeo writes\n" +
 			"  -                                           either, as a tar on standard input\n" +
 			"  base:latest, base:lts, base:hosted          Firecracker's own images, or yours\n\n" +
 			"What is here already is not fetched again. After an interruption, do the same\n" +
