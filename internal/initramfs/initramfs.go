@@ -2,7 +2,6 @@
 package initramfs
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -21,16 +20,6 @@ type Options struct {
 	Release string
 }
 
-// MissingError says that a kernel lacks a module without which no image boots. It matches kernel.ErrNoModule.
-type MissingError struct{ Module, Release string }
-
-func (e *MissingError) Error() string {
-	return fmt.Sprintf("kernel %s has no %s, neither built in nor as a module", e.Release, e.Module)
-}
-
-// Unwrap returns kernel.ErrNoModule.
-func (e *MissingError) Unwrap() error { return kernel.ErrNoModule }
-
 // modules returns what a guest may need, in the order of insertion, and which of it must be there. crc32c_generic is what
 // ext4 asks for by an alias, where it is not part of the kernel's library.
 func modules() (names []string, essential map[string]bool) {
@@ -42,8 +31,8 @@ func modules() (names []string, essential map[string]bool) {
 	return names, map[string]bool{"virtio_mmio": true, "virtio_blk": true, "overlay": true}
 }
 
-// Build writes an initramfs, uncompressed. The same options give the same bytes. Returns *MissingError, the errors of
-// kernel.Archive's AddModules, and those of w.
+// Build writes an initramfs, uncompressed. The same options give the same bytes. Returns the errors of
+// kernel.Archive's AddModulesThere, and those of w.
 func Build(w io.Writer, o Options) error {
 	var a kernel.Archive
 	var entries []kernel.Entry
@@ -56,7 +45,8 @@ func Build(w io.Writer, o Options) error {
 			kernel.Entry{Path: "dev/null", Mode: device | 0o666, Major: 1, Minor: 3})
 	}
 	if o.Modules != nil {
-		paths, err := addModules(&a, o)
+		names, essential := modules()
+		paths, err := a.AddModulesThere(o.Modules, o.Release, func(name string) bool { return essential[name] }, names...)
 		if err != nil {
 			return fmt.Errorf("build initramfs: %w", err)
 		}
@@ -68,22 +58,4 @@ func Build(w io.Writer, o Options) error {
 		}
 	}
 	return a.Write(w)
-}
-
-func addModules(a *kernel.Archive, o Options) ([]string, error) {
-	all, essential := modules()
-	var there []string
-	for _, name := range all {
-		var trial kernel.Archive // adding them one by one would add dependencies twice
-		_, err := trial.AddModules(o.Modules, o.Release, name)
-		switch {
-		case err == nil:
-			there = append(there, name)
-		case !errors.Is(err, kernel.ErrNoModule):
-			return nil, err
-		case essential[name]:
-			return nil, &MissingError{Module: name, Release: o.Release}
-		}
-	}
-	return a.AddModules(o.Modules, o.Release, there...)
 }

@@ -94,7 +94,7 @@ func TestBuild_Missing(t *testing.T) {
 	for name, builtin := range map[string]string{"overlay": "", "virtio_blk": "kernel/overlay.ko\n"} {
 		o := initramfs.Options{Modules: tree(builtin, strings.ReplaceAll(dep, name, "x")), Release: "6.1"}
 		err := initramfs.Build(io.Discard, o)
-		missing, ok := errors.AsType[*initramfs.MissingError](err)
+		missing, ok := errors.AsType[*kernel.MissingError](err)
 		if !ok || missing.Module != name || !errors.Is(err, kernel.ErrNoModule) {
 			t.Errorf("got error %v, want that %s is missing", err, name)
 		}

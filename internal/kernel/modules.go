@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -14,6 +15,19 @@ import (
 // ErrNoModule says that a kernel has no module of a name, neither as a file nor
 // built in.
 var ErrNoModule = errors.New("no such kernel module")
+
+// MissingError says which module a kernel lacks, or what that one depends on. It
+// matches ErrNoModule.
+type MissingError struct {
+	Module, Release string
+	Reason          error
+}
+
+func (e *MissingError) Error() string {
+	return fmt.Sprintf("kernel %s has no %s, neither built in nor as a module: %v", e.Release, e.Module, e.Reason)
+}
+
+func (e *MissingError) Unwrap() error { return e.Reason }
 
 const (
 	maxModule     = 256 << 20 // bytes of a module, compressed or not
@@ -37,6 +51,13 @@ const (
 // Errors match ErrNoModule, ErrCorrupt, ErrTooLarge or *CompressionError, or
 // are those of tree.
 func (a *Archive) AddModules(tree fs.FS, release string, names ...string) ([]string, error) {
+	return a.AddModulesThere(tree, release, func(string) bool { return true }, names...)
+}
+
+// AddModulesThere is AddModules, but leaves out modules that the kernel does not
+// have, or has without something that they depend on, unless needed says
+// otherwise: that is a *MissingError.
+func (a *Archive) AddModulesThere(tree fs.FS, release string, needed func(name string) bool, names ...string) ([]string, error) {
 	if !validRelease(release) {
 		return nil, fmt.Errorf("add modules of kernel %q: %w release", release, fs.ErrInvalid)
 	}
@@ -46,8 +67,16 @@ func (a *Archive) AddModules(tree fs.FS, release string, names ...string) ([]str
 	}
 	r := resolver{moduleTree: m, state: map[string]visit{}}
 	for _, name := range names {
-		if err := r.visit(moduleName(name)); err != nil {
+		before := len(r.order)
+		err := r.visit(moduleName(name))
+		switch {
+		case err == nil:
+		case !errors.Is(err, ErrNoModule):
 			return nil, fmt.Errorf("add modules of kernel %s: module %s: %w", release, name, err)
+		case needed(name):
+			return nil, fmt.Errorf("add modules: %w", &MissingError{Module: name, Release: release, Reason: err})
+		default:
+			r.forget(before)
 		}
 	}
 	var paths []string
@@ -152,6 +181,7 @@ func moduleName(file string) string {
 // module is a module to be added. path is relative to the tree, without a
 // compression's suffix.
 type module struct {
+	name    string
 	path    string
 	content []byte
 }
@@ -190,7 +220,7 @@ func (m *moduleTree) load(name string) (module, error) {
 	case err != nil:
 		return module{}, fmt.Errorf("decompress %q: %w: %w", file, ErrCorrupt, err)
 	}
-	return module{path: plain, content: content}, nil
+	return module{name: name, path: plain, content: content}, nil
 }
 
 // depends returns the names in the "depends" fields of a module's .modinfo
@@ -231,6 +261,15 @@ type resolver struct {
 	*moduleTree
 	state map[string]visit
 	order []module
+}
+
+// forget undoes a visit that failed, before which there were so many in order.
+func (r *resolver) forget(before int) {
+	for _, mod := range r.order[before:] {
+		delete(r.state, mod.name)
+	}
+	r.order = r.order[:before]
+	maps.DeleteFunc(r.state, func(_ string, v visit) bool { return v == visiting })
 }
 
 func (r *resolver) visit(name string) error {

@@ -277,3 +277,43 @@ func FuzzArchive_AddModules(f *testing.F) {
 		}
 	})
 }
+
+// opened counts how often each file is opened.
+type opened struct {
+	fs.FS
+	times map[string]int
+}
+
+func (o opened) Open(name string) (fs.File, error) {
+	o.times[name]++
+	return o.FS.Open(name)
+}
+
+func (o opened) Stat(name string) (fs.FileInfo, error) { return fs.Stat(o.FS, name) }
+
+// What the kernel lacks, or has without its dependencies, is left out and leaves nothing of it behind; the tree is read once.
+func TestArchive_AddModulesThere(t *testing.T) {
+	tree := modules()
+	tree["modules.dep"] = &fstest.MapFile{Data: []byte("kernel/core.ko:\nkernel/base-x.ko: kernel/core.ko\n" +
+		"kernel/top.ko: kernel/base-x.ko kernel/gone.ko\nkernel/alone.ko:\n")}
+	asked := []string{"nowhere", "top", "alone", "core", "ext4", "top"}
+	of := func(needed string) func(string) bool { return func(name string) bool { return name == needed } }
+	files := opened{tree, map[string]int{}}
+	got, err := new(kernel.Archive).AddModulesThere(files, "6.1.0", of("core"), asked...)
+	const dir = "/lib/modules/6.1.0/kernel/"
+	if diff := cmp.Diff([]string{dir + "alone.ko", dir + "core.ko"}, got); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	for _, list := range []string{"modules.dep", "modules.builtin", "kernel/alone.ko"} {
+		if n := files.times[list]; n != 1 {
+			t.Errorf("%s was read %d times", list, n)
+		}
+	}
+	for _, name := range []string{"nowhere", "top"} {
+		_, err := new(kernel.Archive).AddModulesThere(tree, "6.1.0", of(name), asked...)
+		missing, ok := errors.AsType[*kernel.MissingError](err)
+		if !ok || missing.Module != name || missing.Release != "6.1.0" || !errors.Is(err, kernel.ErrNoModule) {
+			t.Errorf("%s is needed: got error %v", name, err)
+		}
+	}
+}
