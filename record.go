@@ -28,7 +28,7 @@ type record struct {
 	UID           int       `json:"uid,omitempty"`    // the VMM's, with a jailer
 	Cgroup        string    `json:"cgroup,omitempty"`
 	Ephemeral     bool      `json:"ephemeralWritableDrives"`
-	Extract       bool      `json:"extract,omitempty"` // the kernel is a bzImage
+	Extract       bool      `json:"extract,omitempty"` // the kernel is packed
 	Boot          *boot     `json:"boot,omitempty"`    // of a VM with an image
 	// Interfaces are those that a network of ours is behind, in the spec's order.
 	Interfaces []attach.Interface `json:"interfaces,omitempty"`

@@ -128,8 +128,8 @@ const DefaultScratchMiB = 4096
 
 // BootSource is what the guest boots.
 type BootSource struct {
-	// KernelImagePath is an ELF vmlinux or a bzImage, from which the vmlinux is extracted when the VM is made
-	// (x86_64), or a PE Image (aarch64).
+	// KernelImagePath is an ELF vmlinux (x86_64) or an Image (aarch64), or a file that holds one, such as a bzImage: it is
+	// extracted when the VM is made.
 	// Required, but with an Image.
 	KernelImagePath string `json:"kernelImagePath,omitempty"`
 	InitrdPath      string `json:"initrdPath,omitempty"`

@@ -59,7 +59,7 @@ func locatePayload(head []byte, r io.ReaderAt, size int64) (located, error) {
 	}
 	setup := (sects + 1) * sector
 	l := located{
-		Info:   Info{Format: BzImage, Arch: "amd64"},
+		Info:   Info{Format: BzImage, Arch: "amd64", Packed: true},
 		offset: setup + u32(payloadOffsetAt),
 		length: u32(payloadLengthAt),
 	}

@@ -3,6 +3,7 @@ package kernel
 import (
 	"bufio"
 	"bytes"
+	"compress/bzip2"
 	"compress/gzip"
 	"debug/elf"
 	"encoding/binary"
@@ -30,7 +31,7 @@ func sniff(data []byte) (string, error) {
 		{"\xfd7zXZ\x00", "xz", true},
 		{"\x28\xb5\x2f\xfd", "zstd", true},
 		{lz4LegacyMagic, "lz4", true},
-		{"BZh", "bzip2", false},
+		{"BZh", "bzip2", true},
 		{"\x5d\x00\x00", "lzma", false},
 		{"\x89LZO", "lzo", false},
 	} {
@@ -52,6 +53,8 @@ func decompress(compression string, r io.Reader) (io.ReadCloser, error) {
 		return io.NopCloser(r), nil
 	case "gzip":
 		return gzip.NewReader(r)
+	case "bzip2":
+		return io.NopCloser(bzip2.NewReader(r)), nil
 	case "xz":
 		z, err := xz.NewReader(r, maxWindow)
 		if err != nil {

@@ -1,6 +1,7 @@
 // Package kernel makes what Firecracker boots out of what distributions ship:
-// an uncompressed kernel from a bzImage ([Extract]), and an initramfs that
-// carries files and the modules a distribution kernel needs ([Archive]).
+// an uncompressed kernel from a bzImage, an EFI image or a compressed file
+// ([Extract]), and an initramfs that carries files and the modules a
+// distribution kernel needs ([Archive]).
 //
 // Images and module trees are foreign bytes: every size is bounded, and
 // damaged input gives an error that matches [ErrCorrupt].
@@ -9,6 +10,7 @@ package kernel
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"debug/elf"
 	"errors"
@@ -24,7 +26,7 @@ const MaxSize = 1 << 30
 var (
 	// ErrFormat says that a file is no kernel image that Firecracker boots or
 	// Extract can turn into one.
-	ErrFormat = errors.New("not a 64-bit x86 ELF vmlinux, a bzImage or an arm64 Image")
+	ErrFormat = errors.New("not a 64-bit x86 ELF vmlinux, a bzImage or an arm64 Image, nor one of them compressed or in an EFI image")
 	// ErrCorrupt says that a file begins as it should and contradicts itself later.
 	ErrCorrupt = errors.New("corrupt data")
 	// ErrTooLarge says that a file exceeds a limit of this package.
@@ -34,11 +36,11 @@ var (
 // CompressionError says that a kernel is compressed in a way that Extract does
 // not undo.
 type CompressionError struct {
-	Name string // as Linux spells it: "bzip2", "lzma", "lzo" or "unknown"
+	Name string // as Linux spells it: "lzma", "lzo" or "unknown"
 }
 
 func (e *CompressionError) Error() string {
-	return fmt.Sprintf("unsupported kernel compression %s (supported: gzip, xz, zstd, lz4, none)", e.Name)
+	return fmt.Sprintf("unsupported kernel compression %s (supported: gzip, xz, zstd, lz4, bzip2, none)", e.Name)
 }
 
 // Format is a kind of kernel image.
@@ -72,15 +74,21 @@ func (f Format) String() string {
 type Info struct {
 	Format      Format
 	Arch        string // "amd64" or "arm64"
-	Compression string // "none", "gzip", "xz", "zstd" or "lz4"
-	Release     string // as uname -r prints it; empty unless a bzImage says so
-	Size        int64  // bytes Extract writes
+	Compression string // "none", "gzip", "xz", "zstd", "lz4" or "bzip2"
+	// Packed says that the kernel is only within the file: it needs Extract.
+	Packed bool
+	// Release is as uname -r prints it, or empty: before Extract it is known of a
+	// bzImage alone, and a kernel that is not Linux has none.
+	Release string
+	// Size is how many bytes Extract writes; 0: that shows when it does.
+	Size int64
 }
 
 // located is an image and where in it the kernel is.
 type located struct {
 	Info
 	offset, length int64
+	open           bool // Size shows when it is unpacked
 }
 
 // Check detects the kernel image in a file as [Detect] does. Besides its
@@ -99,9 +107,9 @@ func Check(path string) (Info, error) {
 	return info, nil
 }
 
-// Detect says which kind of kernel image the size bytes of r are. It reads a
-// few KiB wherever the headers lead, so it cannot vouch for a bzImage's
-// payload. Errors match ErrFormat, ErrCorrupt, ErrTooLarge or
+// Detect says which kind of kernel image the size bytes of r are. It reads and
+// unpacks little, wherever the headers lead, so it cannot vouch for all of the
+// kernel. Errors match ErrFormat, ErrCorrupt, ErrTooLarge or
 // *CompressionError, or are those of r.
 func Detect(r io.ReaderAt, size int64) (Info, error) {
 	l, err := locate(r, size)
@@ -112,28 +120,50 @@ func Detect(r io.ReaderAt, size int64) (Info, error) {
 }
 
 func locate(r io.ReaderAt, size int64) (located, error) {
+	head, err := readHead(r, size)
+	switch {
+	case err != nil:
+		return located{}, err
+	case isPE(head) && !isBzImage(head) && !isImage(head) && !isZboot(head): // which can be booted by EFI too
+		return locateLinuxSection(head, r, size)
+	default:
+		return locateDirect(head, r, size)
+	}
+}
+
+func readHead(r io.ReaderAt, size int64) ([]byte, error) {
 	if size > MaxSize {
-		return located{}, fmt.Errorf("kernel image of %d bytes (at most %d): %w", size, MaxSize, ErrTooLarge)
+		return nil, fmt.Errorf("kernel image of %d bytes (at most %d): %w", size, MaxSize, ErrTooLarge)
 	}
 	head := make([]byte, setupHeaderEnd)
 	n, err := r.ReadAt(head, 0)
 	if err != nil && err != io.EOF {
-		return located{}, fmt.Errorf("read kernel image: %w", err)
+		return nil, fmt.Errorf("read kernel image: %w", err)
 	}
-	head = head[:n]
+	return head[:n], nil
+}
+
+// locateDirect finds the kernel in the size bytes of r, which begin with head,
+// unless something else that can be booted is around it.
+func locateDirect(head []byte, r io.ReaderAt, size int64) (located, error) {
 	whole := located{Info: Info{Compression: "none", Size: size}, length: size}
 	switch {
 	case isBzImage(head):
 		return locatePayload(head, r, size)
-	case bytes.HasPrefix(head, []byte(elf.ELFMAG)):
-		whole.Format, whole.Arch = ELF, "amd64"
-		return whole, checkELF(r, size)
-	case isImage(head):
-		whole.Format, whole.Arch = Image, "arm64"
-		return whole, nil
-	default:
+	case isZboot(head):
+		return locateZboot(head, r, size)
+	case bytes.HasPrefix(head, []byte(elf.ELFMAG)) || isImage(head):
+		err := whole.identify(r, head)
+		return whole, err
+	}
+	compression, err := sniff(head)
+	if unknown, ok := errors.AsType[*CompressionError](err); ok && unknown.Name == "unknown" {
 		return located{}, ErrFormat
 	}
+	if err != nil {
+		return located{}, err
+	}
+	return locateStream(compression, io.NewSectionReader(r, 0, size), size)
 }
 
 // readAt fills p from offset off on; a shorter file is ErrCorrupt.
@@ -158,10 +188,10 @@ func isImage(head []byte) bool {
 // Linux has them right behind the ELF header.
 const headSize = 64 << 10
 
-// Extract writes the uncompressed kernel in the size bytes of src to dst: the
-// payload of a bzImage, which must be a sound ELF, and anything else that
-// Detect accepts as it is. Errors are those of Detect, of src, of dst and of
-// ctx; after any of them what dst got is of no use.
+// Extract writes the uncompressed kernel in the size bytes of src to dst: what
+// Detect finds in it, which must be a sound ELF or an arm64 Image, or the file as
+// it is. Errors are those of Detect, of src, of dst and of ctx; after any of them
+// what dst got is of no use.
 func Extract(ctx context.Context, dst io.Writer, src io.ReaderAt, size int64) (Info, error) {
 	l, err := locate(src, size)
 	if err != nil {
@@ -174,46 +204,70 @@ func Extract(ctx context.Context, dst io.Writer, src io.ReaderAt, size int64) (I
 	}
 	defer payload.Close()
 	r := bufio.NewReaderSize(payload, headSize)
-	if l.Format == BzImage {
-		head, err := r.Peek(headSize)
-		if err != nil && err != io.EOF {
-			return Info{}, in.blame(err)
-		}
-		if err := checkELF(bytes.NewReader(head), l.Size); err != nil {
-			return Info{}, fmt.Errorf("payload of bzImage: %w", err)
+	head, err := r.Peek(headSize)
+	if err != nil && err != io.EOF {
+		return Info{}, in.blame(err)
+	}
+	head = bytes.Clone(head)
+	if l.Packed {
+		if err := l.identify(bytes.NewReader(head), head); err != nil {
+			return Info{}, fmt.Errorf("payload of %s: %w", l.Format, err)
 		}
 	}
-	if err := copyExactly(ctx, dst, r, l.Size, in); err != nil {
+	var linux bannerFinder
+	written, err := l.copy(ctx, dst, r, &linux)
+	switch {
+	case err == nil:
+	case errors.As(err, new(*payloadError)):
+		return Info{}, in.blame(err)
+	default:
 		return Info{}, err
 	}
+	if l.open {
+		// Only now it is known whether its segments lie within it.
+		l.Size, l.open = written, false
+		if err := l.identify(bytes.NewReader(head), head); err != nil {
+			return Info{}, fmt.Errorf("payload of %s: %w", l.Format, err)
+		}
+	}
+	l.Release = cmp.Or(l.Release, linux.release)
 	return l.Info, nil
 }
 
-// copyExactly copies n bytes, after which r must end.
-func copyExactly(ctx context.Context, dst io.Writer, r io.Reader, n int64, in *source) error {
-	buf := make([]byte, min(n, 1<<20))
-	for n > 0 {
+// payloadError is one of what is decompressed, or of its source.
+type payloadError struct{ error }
+
+func (e *payloadError) Unwrap() error { return e.error }
+
+// copy copies all of r: Size bytes, or as many as there are.
+func (l *located) copy(ctx context.Context, dst io.Writer, r io.Reader, linux *bannerFinder) (done int64, err error) {
+	buf := make([]byte, 1<<20)
+	for {
 		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("extract kernel: %w", err)
+			return done, fmt.Errorf("extract kernel: %w", err)
 		}
-		chunk := buf[:min(n, int64(len(buf)))]
-		if _, err := io.ReadFull(r, chunk); err != nil {
-			return in.blame(err)
+		n, err := r.Read(buf)
+		if n > 0 && int64(n) > l.atMost()-done {
+			if l.open {
+				return done, fmt.Errorf("kernel of more than %d bytes: %w", MaxSize, ErrTooLarge)
+			}
+			return done, &payloadError{errors.New("longer than it says")}
 		}
-		if _, err := dst.Write(chunk); err != nil {
-			return fmt.Errorf("write kernel: %w", err)
+		if _, err := dst.Write(buf[:n]); err != nil {
+			return done, fmt.Errorf("write kernel: %w", err)
 		}
-		n -= int64(len(chunk))
-	}
-	// Reading the end makes decompressors verify their checksums.
-	var b [1]byte
-	switch _, err := io.ReadFull(r, b[:]); err {
-	case io.EOF:
-		return nil
-	case nil:
-		return in.blame(errors.New("longer than it says"))
-	default:
-		return in.blame(err)
+		linux.look(buf[:n])
+		done += int64(n)
+		// Reading the end has made decompressors verify their checksums.
+		if err == io.EOF && (l.open || done == l.Size) {
+			return done, nil
+		}
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return done, &payloadError{err}
+		}
 	}
 }
 

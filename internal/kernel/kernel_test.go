@@ -19,7 +19,7 @@ import (
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
-var compressions = []string{"none", "gzip", "xz", "zstd", "lz4"}
+var compressions = []string{"none", "gzip", "xz", "zstd", "lz4", "bzip2"}
 
 func extract(image []byte) (kernel.Info, []byte, error) {
 	var out bytes.Buffer
@@ -33,7 +33,7 @@ func TestExtract_bzImage(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			image := bzImage(compress(t, name, elf), "6.1.0-13-amd64 (someone@somewhere) #1 SMP")
 			want := kernel.Info{
-				Format: kernel.BzImage, Arch: "amd64", Compression: name,
+				Format: kernel.BzImage, Arch: "amd64", Compression: name, Packed: true,
 				Release: "6.1.0-13-amd64", Size: int64(len(elf)),
 			}
 			info, out, err := extract(image)
@@ -123,7 +123,6 @@ func TestDetect_refuses(t *testing.T) {
 		"payload outside":  {edit(image, func(b []byte) { le.PutUint32(b[0x248:], 1<<32-1) }), kernel.ErrCorrupt},
 		"payload too long": {edit(image, func(b []byte) { le.PutUint32(b[0x24c:], 1<<32-1) }), kernel.ErrCorrupt},
 		"says 2 GiB":       {edit(image, func(b []byte) { le.PutUint32(b[len(b)-104:], 2<<30) }), kernel.ErrTooLarge},
-		"bzip2":            {magic("BZh91AY"), &kernel.CompressionError{Name: "bzip2"}},
 		"lzma":             {magic("\x5d\x00\x00\x00\x04"), &kernel.CompressionError{Name: "lzma"}},
 		"lzo":              {magic("\x89LZO\x00"), &kernel.CompressionError{Name: "lzo"}},
 		"unknown payload":  {magic("whatever"), &kernel.CompressionError{Name: "unknown"}},
@@ -393,6 +392,9 @@ func FuzzExtract(f *testing.F) {
 		f.Add(bzImage(compress(f, name, vmlinux()), "6.1"))
 	}
 	f.Add(vmlinux())
+	f.Add(stream(f, "gzip", vmlinux()))
+	f.Add(zboot(f, "zstd", arm64Image()))
+	f.Add(uki(bzImage(compress(f, "gzip", vmlinux()), "6.1")))
 	f.Add(tinyguest.Image(tinyguest.Guest{}))
 	f.Fuzz(func(t *testing.T, image []byte) {
 		info, out, err := extract(image)

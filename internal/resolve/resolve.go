@@ -19,7 +19,7 @@ import (
 )
 
 // Spec makes the paths of s absolute and checks s against the host and the VMM's version. It reports everything at
-// once. Extract says that the kernel is a bzImage.
+// once. Extract says that the kernel is packed: a bzImage, say.
 func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, err error) {
 	r := resolver{}
 	s.BootSource.KernelImagePath = r.file("bootSource.kernelImagePath", s.BootSource.KernelImagePath, unix.R_OK)
@@ -28,7 +28,7 @@ func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, er
 		if err != nil {
 			r.add("bootSource.kernelImagePath", s.BootSource.KernelImagePath, err)
 		}
-		extract = info.Format == kernel.BzImage
+		extract = info.Packed
 	}
 	if s.BootSource.InitrdPath != "" {
 		s.BootSource.InitrdPath = r.file("bootSource.initrdPath", s.BootSource.InitrdPath, unix.R_OK)

@@ -96,8 +96,8 @@ func (s *Shell) importImage() *cobra.Command {
 		Use:   "import [flags] NAME",
 		Short: "Make an image of files",
 		Long: "Make an image of files of this machine: a kernel, a root file system, or both.\n\n" +
-			"The kernel is a vmlinux or bzImage of any distribution, with its modules; \"host\"\n" +
-			"is the one that this machine runs. An image of a kernel alone lends it to\n" +
+			"The kernel is a vmlinux, bzImage, arm64 Image or EFI image of any distribution,\n" +
+			"with its modules; \"host\" is the one that this machine runs. An image of a kernel alone lends it to\n" +
 			"images without: run --kernel NAME, or to all of them if it is called \"kernel\".\n\n" +
 			"The root file system is a directory, a tar, or an ext4, squashfs or erofs image.",
 		Example: "  smartvm image import --kernel host kernel\n" +
@@ -121,7 +121,7 @@ func (s *Shell) importImage() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVarP(&o.Kernel, "kernel", "k", "", "vmlinux or bzImage at `path`, or host")
+	f.StringVarP(&o.Kernel, "kernel", "k", "", "vmlinux, bzImage, arm64 Image or EFI image at `path`, or host")
 	f.StringVar(&o.Modules, "modules", "", "the kernel's /lib/modules/RELEASE, a `dir`; without it what guests need is built in")
 	f.StringVar(&o.Rootfs, "rootfs", "", "root file system at `path`, - for a tar on standard input")
 	f.StringVar(&o.Initrd, "initrd", "", "initramfs at `path` that boots by itself")
