@@ -232,7 +232,7 @@ func (h *Host) create(ctx context.Context, spec Spec, attached *RunOptions) (_ *
 	defer func() { err = errors.Join(err, rec.Boot.done()) }()
 	rec.Attached = attached != nil
 	if b := rec.Boot; attached != nil && attached.Command != nil && b != nil && b.Guest != nil {
-		b.Guest.Attach = len(b.Guest.Command) > 0
+		b.Guest.Attach = !b.Guest.HasInit()
 	}
 	m, lock, err := h.build(ctx, rec, p)
 	if err == nil {

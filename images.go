@@ -121,7 +121,7 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 	}
 	b, err := images.Boot(ctx, s.Image, image.BootOptions{
 		Kernel: s.Kernel, NoKernel: s.BootSource.KernelImagePath != "", Entrypoint: s.Entrypoint, Command: s.Command, Env: s.Env,
-		User: s.User, WorkingDir: s.WorkingDir, Hostname: cmp.Or(s.Hostname, s.Name, s.ID),
+		User: s.User, WorkingDir: s.WorkingDir, Systemd: s.Systemd, Hostname: cmp.Or(s.Hostname, s.Name, s.ID),
 	})
 	switch {
 	case errors.Is(err, image.ErrNotFound):

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 
@@ -28,7 +29,8 @@ type BootOptions struct {
 	// NoKernel says that the caller brings a kernel.
 	NoKernel   bool
 	Command    []string // replaces the image's Cmd, as with docker run
-	Entrypoint []string // replaces the image's Entrypoint, and its Cmd
+	Entrypoint []string // replaces the image's Entrypoint, and its Cmd; empty, but not nil, or one empty element clears both
+	Systemd    string   // when the command is process 1: see spec.Spec
 	Env        []string // NAME=VALUE, added
 	User       string
 	WorkingDir string
@@ -211,20 +213,40 @@ func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *Object) err
 // guestConfig is what the agent is told.
 func guestConfig(b *Boot, o BootOptions) *agentproto.Boot {
 	c := b.Image.Config
+	run := command(c, o)
 	return &agentproto.Boot{
 		RootDevice: rootDevice, RootType: b.RootType, ScratchDevice: scratchDevice,
-		Hostname: o.Hostname, Command: command(c, o), Env: slices.Concat(c.Env, o.Env),
+		Hostname: o.Hostname, Command: run, Init: isInit(run, o.Systemd), Env: slices.Concat(c.Env, o.Env),
 		User: cmp.Or(o.User, c.User), WorkingDir: cmp.Or(o.WorkingDir, c.WorkingDir), StopSignal: c.StopSignal,
 	}
 }
 
 // command is what docker run would run.
 func command(c oci.Config, o BootOptions) []string {
-	if len(o.Entrypoint) > 0 {
+	if o.Entrypoint != nil {
+		if slices.Equal(o.Entrypoint, []string{""}) {
+			return o.Command
+		}
 		return slices.Concat(o.Entrypoint, o.Command)
 	}
 	if len(o.Command) > 0 {
 		return slices.Concat(c.Entrypoint, o.Command)
 	}
 	return slices.Concat(c.Entrypoint, c.Cmd)
+}
+
+// isInit says whether a command boots the guest as its process 1. What is an init is podman's rule (podman-run(1), --systemd), which looks
+// behind the shell that a Dockerfile's CMD without brackets has.
+func isInit(command []string, systemd string) bool {
+	if len(command) == 0 || systemd == spec.SystemdFalse {
+		return false
+	}
+	if systemd == spec.SystemdAlways {
+		return true
+	}
+	name := command[0]
+	if len(command) > 2 && command[0] == "/bin/sh" && command[1] == "-c" {
+		name = command[2]
+	}
+	return path.Base(name) == "systemd" || slices.Contains([]string{"/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init"}, name)
 }

@@ -74,13 +74,16 @@ const imageSpec = `{
   "ports": [{"hostPort": 0, "guestPort": 443}], "publishAll": true,
   "image": "debian:12", "kernel": "host", "scratch": {"sizeMib": 512, "keep": "db"}, "hostname": "web", "dnsSearch": ["a.example", "b.example"],
   "extraHosts": [{"name": "db.example", "ip": "fd00::7"}, {"name": "host", "hostGateway": true}],
-  "entrypoint": ["/bin/sh", "-c"], "command": ["id"], "env": ["A=b"], "user": "nobody", "workingDir": "/tmp",
+  "entrypoint": ["/bin/sh", "-c"], "command": ["id"], "env": ["A=b"], "user": "nobody", "workingDir": "/tmp", "systemd": "always",
   "envFiles": ["/srv/env"], "secrets": [{"name": "key", "path": "/srv/key"}],
   "volumes": [{"source": "/srv/www", "target": "/www", "readOnly": true}, {"source": "/srv/src", "target": "/src", "sync": true}]
 }`
 
+// An empty entrypoint is not none.
+const clearedSpec = `{"image": "a", "bootSource": {}, "machineConfig": {"vcpuCount": 1, "memSizeMib": 128}, "entrypoint": [], "command": ["id"]}`
+
 func TestParseSpec_RoundTrip(t *testing.T) {
-	for name, in := range map[string]string{"original": originalSpec, "ours": oursSpec, "image": imageSpec} {
+	for name, in := range map[string]string{"original": originalSpec, "ours": oursSpec, "image": imageSpec, "cleared": clearedSpec} {
 		t.Run(name, func(t *testing.T) {
 			spec, err := vmspec.Parse([]byte(in))
 			if err != nil {

@@ -28,11 +28,12 @@ func (s Spec) checkImage(p *problems) {
 		}{
 			{"kernel", s.Kernel != ""},
 			{"scratch", s.Scratch != nil},
-			{"entrypoint", len(s.Entrypoint) > 0},
+			{"entrypoint", s.Entrypoint != nil},
 			{"command", len(s.Command) > 0},
 			{"env", len(s.Env) > 0},
 			{"user", s.User != ""},
 			{"workingDir", s.WorkingDir != ""},
+			{"systemd", s.Systemd != ""},
 			{"hostname", s.Hostname != ""},
 			{"publishAll", s.PublishAll},
 		} {
@@ -48,6 +49,10 @@ func (s Spec) checkImage(p *problems) {
 	p.require(s.WorkingDir == "" || s.WorkingDir[0] == '/', "workingDir", s.WorkingDir, "must be absolute")
 	p.require(s.Hostname == "" || isID(s.Hostname, ".-") && s.Hostname[0] != '-' && s.Hostname[0] != '.', "hostname", s.Hostname,
 		"must be 1 to 64 letters, digits, dots or hyphens and begin with a letter or digit")
+	p.oneOf("systemd", s.Systemd, SystemdTrue, SystemdFalse, SystemdAlways)
+	cleared := s.Entrypoint != nil && (len(s.Entrypoint) == 0 || s.Entrypoint[0] == "")
+	p.require(len(s.Entrypoint) < 2 || !cleared, "entrypoint[0]", "", "must be a program's name, or the only element")
+	p.require(!cleared || len(s.Command) > 0, "command", nil, "is required where entrypoint is empty: there is nothing to run")
 	total := 0
 	for _, list := range []struct {
 		path  string

@@ -16,6 +16,11 @@ func TestValidate_Image(t *testing.T) {
 	if err := good().Validate(); err != nil {
 		t.Fatal(err)
 	}
+	cleared := good()
+	cleared.Entrypoint, cleared.Command, cleared.Systemd = []string{}, []string{"id"}, vmspec.SystemdFalse
+	if err := cleared.Validate(); err != nil {
+		t.Error(err)
+	}
 	for name, tt := range map[string]struct {
 		change func(*vmspec.Spec)
 		want   []string // paths, with what is said of them
@@ -32,6 +37,12 @@ func TestValidate_Image(t *testing.T) {
 		"text": {func(s *vmspec.Spec) {
 			s.Command, s.Env, s.WorkingDir = []string{"a\x00"}, []string{"SECRET"}, "tmp"
 		}, []string{"command[0]: must not hold a NUL", "env[0]: must be NAME=VALUE", "workingDir: must be absolute"}},
+		"nothing to run":  {func(s *vmspec.Spec) { s.Entrypoint = []string{} }, []string{"command: is required where entrypoint is empty: there is nothing to run"}},
+		"nothing, docker": {func(s *vmspec.Spec) { s.Entrypoint = []string{""} }, []string{"command: is required where entrypoint is empty: there is nothing to run"}},
+		"nameless program": {func(s *vmspec.Spec) {
+			s.Entrypoint, s.Command = []string{"", "-c"}, []string{"a"}
+		}, []string{"entrypoint[0]: must be a program's name"}},
+		"init": {func(s *vmspec.Spec) { s.Systemd = "yes" }, []string{"systemd: must be one of true, false, always"}},
 		"long": {func(s *vmspec.Spec) {
 			s.Command = slices.Repeat([]string{strings.Repeat("a", 1000)}, 200)
 		}, []string{"command: must be, with entrypoint and env, at most"}},
@@ -42,7 +53,8 @@ func TestValidate_Image(t *testing.T) {
 		"without": {func(s *vmspec.Spec) {
 			s.Image, s.BootSource.KernelImagePath = "", "vmlinux"
 			s.Kernel, s.Scratch, s.User, s.Command = "k", &vmspec.Scratch{}, "u", []string{"c"}
-		}, []string{"kernel: is only for", "scratch: is only for", "command: is only for", "user: is only for"}},
+			s.Entrypoint, s.Systemd = []string{}, vmspec.SystemdAlways
+		}, []string{"kernel: is only for", "scratch: is only for", "entrypoint: is only for", "systemd: is only for", "command: is only for", "user: is only for"}},
 		"extra hosts": {func(s *vmspec.Spec) {
 			s.NetworkInterfaces = []vmspec.NetworkInterface{{IfaceID: "eth0"}}
 			s.ExtraHosts = []vmspec.ExtraHost{

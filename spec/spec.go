@@ -43,12 +43,16 @@ type Spec struct {
 	// Scratch takes what the guest of an image writes.
 	Scratch *Scratch `json:"scratch,omitempty"`
 	// Command, Entrypoint, Env, User and WorkingDir say what runs in an image, in place of what the image says, or, of
-	// Env (NAME=VALUE), in addition. Entrypoint goes before Command. An image that says nothing runs its own init.
-	Entrypoint []string `json:"entrypoint,omitempty"`
+	// Env (NAME=VALUE), in addition. Entrypoint goes before Command, and takes the place of the image's command too. Empty, but not nil, or with
+	// one empty element, it clears both: Command is all that runs. An image that says nothing runs its own init.
+	Entrypoint []string `json:"entrypoint,omitzero"`
 	Command    []string `json:"command,omitempty"`
 	Env        []string `json:"env,omitempty"`
 	User       string   `json:"user,omitempty"`       // name or uid, and optionally :group or :gid
 	WorkingDir string   `json:"workingDir,omitempty"` // absolute
+	// Systemd says when the command boots as process 1, as the image's init, in place of running below the agent: SystemdTrue (default),
+	// SystemdFalse or SystemdAlways, as with podman.
+	Systemd string `json:"systemd,omitempty"`
 	// Hostname is the guest's. Empty: Name, else ID.
 	Hostname string `json:"hostname,omitempty"`
 	// EnvFiles are files with more of Env, one NAME=VALUE a line, as docker has them; Env counts before them. Like Secrets they are
@@ -75,6 +79,13 @@ type Spec struct {
 	MemoryHotplug *MemoryHotplug  `json:"memoryHotplug,omitempty"` // Firecracker ≥ 1.14
 	CPUConfig     json.RawMessage `json:"cpuConfig,omitempty"`     // a CPU template in the VMM's own form, an object
 }
+
+// Values of Spec.Systemd.
+const (
+	SystemdTrue   = "true" // the command is an init: systemd by any path, or /sbin/init, /usr/sbin/init or /usr/local/sbin/init
+	SystemdFalse  = "false"
+	SystemdAlways = "always"
+)
 
 // DefaultNetwork is the network of interfaces that name no other.
 const DefaultNetwork = "default"

@@ -58,10 +58,11 @@ type Boot struct {
 	// written to where its drive and its type allow.
 	ScratchDevice string `json:"scratchDevice,omitempty"`
 	Hostname      string `json:"hostname,omitempty"`
-	// Command is run as the image's only program. Empty: the image's own init, which none of the fields below but Env
-	// is for.
+	// Command is run as the image's only program, or with Init becomes process 1. Empty: the image's own init does.
 	Command []string `json:"command,omitempty"`
-	Env     []string `json:"env,omitempty"` // NAME=VALUE; of two of a name the later one counts
+	// Init says that Command is an init: it runs as root, whatever User says, has the console, and ends with the VM.
+	Init bool     `json:"init,omitempty"`
+	Env  []string `json:"env,omitempty"` // NAME=VALUE; of two of a name the later one counts
 	// User is "name", "uid", "name:group", "uid:gid" or a mix; names are the image's. Empty: root.
 	User       string `json:"user,omitempty"`
 	WorkingDir string `json:"workingDir,omitempty"` // absolute; made if it is not there. Empty: /
@@ -83,6 +84,9 @@ type Boot struct {
 	Search     []string     `json:"search,omitempty"`
 	Hosts      []Host       `json:"hosts,omitempty"` // for /etc/hosts, which is then made anew
 }
+
+// HasInit says whether process 1 is the image's, and not the agent.
+func (b *Boot) HasInit() bool { return b.Init || len(b.Command) == 0 }
 
 // Host is a name that a guest knows without asking.
 type Host struct {

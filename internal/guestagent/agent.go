@@ -111,16 +111,8 @@ func (g *guest) run() error {
 	if err := g.mountVolumes(b); err != nil {
 		return err
 	}
-	if len(b.Command) == 0 {
-		if b.Secrets {
-			if err := g.hearSecrets(b); err != nil {
-				return err
-			}
-		}
-		if err := keepServer(b); err != nil {
-			say("%v", err) // the host does without
-		}
-		return execInit(b.Env)
+	if b.HasInit() {
+		return g.becomeInit(b)
 	}
 	go g.reaper.Run(g.signals.Child)
 	srv := server.New(&g.reaper, b)

@@ -355,7 +355,7 @@ func furnish(b *agentproto.Boot) error {
 		{kind: "tmpfs", target: "/dev/shm", flags: safe, data: "mode=1777"},
 		{kind: "devpts", target: "/dev/pts", flags: unix.MS_NOSUID | unix.MS_NOEXEC, data: "mode=620,gid=5,ptmxmode=666"},
 	}
-	if len(b.Command) > 0 {
+	if !b.HasInit() {
 		usual = append(usual, filesystem{kind: "cgroup2", target: "/sys/fs/cgroup", flags: safe | unix.MS_NOEXEC})
 	}
 	for _, f := range usual {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -29,15 +28,36 @@ func openConsole() (console *os.File, terminal bool, err error) {
 	return nil, false, err
 }
 
-// execInit makes this process the image's own init.
-func execInit(env []string) error {
-	inits := []string{"/sbin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/etc/init", "/bin/init", "/bin/sh"}
-	i := slices.IndexFunc(inits, func(path string) bool {
-		_, err := os.Stat(path)
-		return err == nil
-	})
-	if i < 0 {
-		return fmt.Errorf("run the image's init: it has none of %s", strings.Join(inits, ", "))
+// becomeInit returns only if it fails.
+func (g *guest) becomeInit(b *agentproto.Boot) error {
+	if _, err := makeWorkingDir(b); err != nil {
+		say("%v", err) // programs that exec runs elsewhere do without
+	}
+	if b.Secrets {
+		if err := g.hearSecrets(b); err != nil {
+			return err
+		}
+	}
+	if err := keepServer(b); err != nil {
+		say("%v", err) // the host does without
+	}
+	return execInit(b)
+}
+
+// execInit makes this process the image's init: the command that is one, or the image's own.
+func execInit(b *agentproto.Boot) error {
+	command, env := b.Command, process.Environment(b.Env, "/")
+	program, err := ownInit()
+	if len(command) > 0 {
+		program, err = process.LookPath(command[0], cmp.Or(b.WorkingDir, "/"), env)
+		if err == nil && b.WorkingDir != "" {
+			err = os.Chdir(b.WorkingDir)
+		}
+	} else {
+		command = []string{program}
+	}
+	if err != nil {
+		return fmt.Errorf("run the image's init: %w", err)
 	}
 	// The console that we have is a file of the initramfs.
 	console, _, err := openConsole()
@@ -51,7 +71,27 @@ func execInit(env []string) error {
 	}
 	runtime.LockOSThread()
 	process.Usual()
-	return fmt.Errorf("run %s: %w", inits[i], syscall.Exec(inits[i], inits[i:i+1], process.Environment(env, "/")))
+	return fmt.Errorf("run %s: %w", program, syscall.Exec(program, command, env))
+}
+
+// ownInit is the init of an image that says nothing of what to run, where kernels look for it.
+func ownInit() (string, error) {
+	inits := []string{"/sbin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/etc/init", "/bin/init", "/bin/sh"}
+	for _, path := range inits {
+		if _, err := os.Stat(path); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("it has none of %s", strings.Join(inits, ", "))
+}
+
+// makeWorkingDir makes the directory that a command begins in, as docker does.
+func makeWorkingDir(b *agentproto.Boot) (string, error) {
+	dir := cmp.Or(b.WorkingDir, "/")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", fmt.Errorf("make working directory: %w", err)
+	}
+	return dir, nil
 }
 
 // runCommand returns the command's exit when it has ended, or could not be started.
@@ -60,9 +100,9 @@ func (g *guest) runCommand(b *agentproto.Boot, srv *server.Server) (agentproto.E
 	if err != nil {
 		return agentproto.Exit{}, err
 	}
-	dir := cmp.Or(b.WorkingDir, "/")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return agentproto.Exit{}, fmt.Errorf("make working directory: %w", err)
+	dir, err := makeWorkingDir(b)
+	if err != nil {
+		return agentproto.Exit{}, err
 	}
 	// From now on Ctrl-Alt-Del is a SIGINT for us.
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF); err != nil {

@@ -174,6 +174,18 @@ func TestLinuxGuest_Init(t *testing.T) {
 	has(t, console, "init init 1 1 guest guest", "/dev/console")
 }
 
+// A command that is an init is process 1, with its arguments, and root.
+func TestLinuxGuest_CommandIsInit(t *testing.T) {
+	watch(t)
+	root := image{
+		"sbin/first": "#!/bin/sh\necho \"process $$ $(id -u) $# $1 $A $(pwd) $HOME\"; tty\nexec /bin/busybox reboot -f\n",
+	}.ext4(t)
+	b := over(agentproto.Ext4, "first", "an argument")
+	b.Init, b.Env, b.WorkingDir, b.User, b.StopSignal = true, []string{"A=1"}, "/srv/new", "web", "SIGRTMIN+3"
+	console := start(t, drive{path: root}, drive{scratch(t), true}, drive{path: config(t, b)}).wait(t)
+	has(t, console, "process 1 0 1 an argument 1 /srv/new /", "/dev/console")
+}
+
 // Whatever is wrong, the console says so and the VM ends.
 func TestLinuxGuest_Faults(t *testing.T) {
 	damaged := func(t *testing.T) string {
@@ -215,6 +227,10 @@ func TestLinuxGuest_Faults(t *testing.T) {
 		},
 		"HugePasswd":    {image{"etc/passwd": huge}, fine, []string{"smartvm-agent: read /etc/passwd: more than 1048576 bytes"}},
 		"ProcElsewhere": {image{"proc": "->/../../nowhere"}, fine, []string{"smartvm-agent: mount proc on /proc: mkdir /proc: file exists"}},
+		"NoSuchInit": {
+			nil, with(func(b *agentproto.Boot) { b.Command, b.Init = []string{"/sbin/init"}, true }),
+			[]string{"smartvm-agent: run /sbin/init: no such file or directory"},
+		},
 		"NoInit": {
 			image{"bin/sh": "->nowhere"},
 			with(func(b *agentproto.Boot) { b.Command = nil }),

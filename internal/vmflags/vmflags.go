@@ -35,6 +35,7 @@ type Flags struct {
 	vsock                  string
 
 	entrypoint, user, workdir, hostname, keep string
+	systemd                                   string
 	env, envFiles, secrets, volumes           []string
 	sync                                      bool
 	scratch                                   Memory
@@ -77,7 +78,8 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringArrayVar(&s.secrets, "secret", nil, "of an image: `NAME=FILE` to have the file as /run/secrets/NAME in it; may be repeated")
 	f.StringArrayVarP(&s.volumes, "volume", "v", nil, "of an image: give it a copy of a directory or file at each start, `HOST:GUEST[:ro|:sync]`; what is written goes when it stops, or with sync is copied back; may be repeated")
 	f.BoolVar(&s.sync, "sync", false, "the same as :sync for all volumes without :ro")
-	f.StringVar(&s.entrypoint, "entrypoint", "", "of an image: `program` to run in place of its own")
+	f.StringVar(&s.entrypoint, "entrypoint", "", "of an image: `program` to run in place of its own; \"\" for none, nor its command")
+	f.StringVar(&s.systemd, "systemd", spec.SystemdTrue, "of an image: `when` its command is an init, and boots as process 1: true where it is systemd or /sbin/init, false or always")
 	f.StringVarP(&s.user, "user", "u", "", "of an image: `user` that runs it, NAME or UID, and optionally :GROUP")
 	f.StringVarP(&s.workdir, "workdir", "w", "", "of an image: `dir` to run it in")
 	f.StringVar(&s.hostname, "hostname", "", "of an image: the guest's `name`, if not the VM's")
@@ -145,8 +147,11 @@ func (s *Flags) image(vm *spec.Spec, args []string) {
 		}
 	}
 	vm.Env = append(vm.Env, s.env...)
-	if s.entrypoint != "" {
-		vm.Entrypoint = []string{s.entrypoint}
+	if s.set.Changed("entrypoint") {
+		vm.Entrypoint = slices.DeleteFunc([]string{s.entrypoint}, func(e string) bool { return e == "" })
+	}
+	if s.set.Changed("systemd") {
+		vm.Systemd = s.systemd
 	}
 	for to, from := range map[*string]string{&vm.User: s.user, &vm.WorkingDir: s.workdir, &vm.Hostname: s.hostname} {
 		if from != "" {

@@ -100,6 +100,29 @@ func TestBuild(t *testing.T) {
 	}
 }
 
+func TestBuild_Entrypoint(t *testing.T) {
+	const file = `{"image":"a","machineConfig":{"vcpuCount":1,"memSizeMib":64},"entrypoint":["/e","-c"],"command":["id"],"systemd":"always"}`
+	for name, tt := range map[string]struct {
+		args []string
+		want []string
+	}{
+		"the file's": {nil, []string{"/e", "-c"}},
+		"another":    {[]string{"--entrypoint", "/bin/ls"}, []string{"/bin/ls"}},
+		"none":       {[]string{"--entrypoint", ""}, []string{}},
+	} {
+		got, err := build(t, file, append([]string{"-f", "-"}, tt.args...)...)
+		if diff := cmp.Diff(tt.want, got.Entrypoint); diff != "" || err != nil {
+			t.Errorf("%s: %v, -want +got:\n%s", name, err, diff)
+		}
+		if got.Systemd != spec.SystemdAlways {
+			t.Errorf("%s: systemd is %q, want what the file says", name, got.Systemd)
+		}
+	}
+	if got, err := build(t, "", "--systemd", "false"); err != nil || got.Systemd != spec.SystemdFalse || got.Entrypoint != nil {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
 func TestBuild_ExtraHosts(t *testing.T) {
 	six := netip.MustParseAddr("2001:db8::7")
 	got, err := build(t, "", "--add-host", "a.example:192.0.2.7", "--add-host", "b:2001:db8::7", "--add-host", "c=[2001:db8::7]", "--add-host", "d:::1",

@@ -1,0 +1,68 @@
+package image
+
+import (
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/spec"
+)
+
+func TestGuestConfig_Command(t *testing.T) {
+	c := oci.Config{Entrypoint: []string{"/entry", "-e"}, Cmd: []string{"cmd"}}
+	for name, tt := range map[string]struct {
+		o    BootOptions
+		want []string
+	}{
+		"the image's":         {BootOptions{}, []string{"/entry", "-e", "cmd"}},
+		"command":             {BootOptions{Command: []string{"a", "b"}}, []string{"/entry", "-e", "a", "b"}},
+		"entrypoint":          {BootOptions{Entrypoint: []string{"/x"}}, []string{"/x"}},
+		"both":                {BootOptions{Entrypoint: []string{"/x"}, Command: []string{"a"}}, []string{"/x", "a"}},
+		"cleared":             {BootOptions{Entrypoint: []string{}, Command: []string{"a"}}, []string{"a"}},
+		"cleared as docker's": {BootOptions{Entrypoint: []string{""}, Command: []string{"a"}}, []string{"a"}},
+	} {
+		got := guestConfig(&Boot{Image: &Image{Config: c}}, tt.o)
+		if diff := cmp.Diff(tt.want, got.Command); diff != "" {
+			t.Errorf("%s: -want +got:\n%s", name, diff)
+		}
+		if got.Init {
+			t.Errorf("%s: it is process 1", name)
+		}
+	}
+}
+
+func TestGuestConfig_Init(t *testing.T) {
+	type row struct {
+		command []string
+		systemd string
+		want    bool
+	}
+	inits := [][]string{
+		{"/sbin/init"},
+		{"/usr/sbin/init"},
+		{"/usr/local/sbin/init"},
+		{"systemd"},
+		{"/lib/systemd/systemd", "--unit=rescue.target"},
+		{"/bin/sh", "-c", "/usr/sbin/init"},
+	}
+	others := [][]string{{"/bin/bash"}, {"init"}, {"/init"}, {"/bin/init"}, {"/opt/sbin/init"}, {"/usr/bin/systemd-run"}, {"/bin/sh", "-c"}, {"/bin/bash", "-c", "/sbin/init"}, {"env", "/sbin/init"}}
+	rows := []row{{nil, spec.SystemdAlways, false}} // the image's own init is, whatever is asked for
+	for _, c := range inits {
+		rows = append(rows, row{c, "", true}, row{c, spec.SystemdTrue, true}, row{c, spec.SystemdFalse, false}, row{c, spec.SystemdAlways, true})
+	}
+	for _, c := range others {
+		rows = append(rows, row{c, "", false}, row{c, spec.SystemdTrue, false}, row{c, spec.SystemdFalse, false}, row{c, spec.SystemdAlways, true})
+	}
+	for _, r := range rows {
+		// It makes no difference who says what the command is.
+		got := guestConfig(&Boot{Image: &Image{Config: oci.Config{Cmd: r.command}}}, BootOptions{Systemd: r.systemd})
+		given := guestConfig(&Boot{Image: &Image{}}, BootOptions{Command: r.command, Systemd: r.systemd})
+		if got.Init != r.want || given.Init != r.want {
+			t.Errorf("%q with --systemd %q: got %v and %v, want %v", r.command, r.systemd, got.Init, given.Init, r.want)
+		}
+		if given.HasInit() != (r.want || len(r.command) == 0) {
+			t.Errorf("%q: HasInit is %v", r.command, given.HasInit())
+		}
+	}
+}
