@@ -225,7 +225,11 @@ func TestLinuxGuest_Faults(t *testing.T) {
 			nil, with(func(b *agentproto.Boot) { b.User = "nobody" }),
 			[]string{`smartvm-agent: find user "nobody": the image has no "nobody"`},
 		},
-		"HugePasswd":    {image{"etc/passwd": huge}, fine, []string{"smartvm-agent: read /etc/passwd: more than 1048576 bytes"}},
+		"HugePasswd": {
+			image{"etc/passwd": huge},
+			with(func(b *agentproto.Boot) { b.User = "web" }),
+			[]string{`smartvm-agent: find user "web": read /etc/passwd: more than 67108864 bytes`},
+		},
 		"ProcElsewhere": {image{"proc": "->/../../nowhere"}, fine, []string{"smartvm-agent: mount proc on /proc: mkdir /proc: file exists"}},
 		"NoSuchInit": {
 			nil, with(func(b *agentproto.Boot) { b.Command, b.Init = []string{"/sbin/init"}, true }),

@@ -1,7 +1,7 @@
 package process
 
 import (
-	"bytes"
+	"bufio"
 	"cmp"
 	"errors"
 	"fmt"
@@ -15,7 +15,10 @@ import (
 )
 
 const (
-	maxAccounts = 1 << 20   // bytes of passwd or group
+	maxAccounts = 64 << 20  // bytes of passwd or group that are read
+	maxLine     = 1 << 20   // bytes; a longer one is left out
+	maxNames    = 1 << 16   // that Names returns
+	maxGroups   = 1 << 16   // supplementary ones, as the kernel has it
 	maxID       = 1<<31 - 1 // what container runtimes allow
 )
 
@@ -26,38 +29,60 @@ type User struct {
 	Home     string
 }
 
-// readAccounts returns the lines of passwd or group, split at colons. There need not be such a file.
-func readAccounts(path string) ([][]string, error) {
-	// Nonblocking, for it could be a FIFO.
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+// accounts gives each the entries of passwd or group, split at colons, until it returns false. An error says that there may be more.
+type accounts func(each func(entry []string) bool) error
+
+// accountsOf reads a file anew each time, for it may be long. There need not be such a file.
+func accountsOf(path string) accounts {
+	return func(each func([]string) bool) error {
+		// Nonblocking, for it could be a FIFO.
+		f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
+			return errors.Join(err, fmt.Errorf("read %s: not a regular file", path))
+		}
+		limited := &io.LimitedReader{R: f, N: maxAccounts + 1}
+		if err := readAccounts(limited, each); err != nil {
+			return fmt.Errorf("read %s: %w", path, err)
+		}
+		if limited.N == 0 {
+			return fmt.Errorf("read %s: more than %d bytes", path, maxAccounts)
+		}
+		return nil
 	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
-		return nil, errors.Join(err, fmt.Errorf("read %s: not a regular file", path))
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxAccounts+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxAccounts {
-		return nil, fmt.Errorf("read %s: more than %d bytes", path, maxAccounts)
-	}
-	return parseAccounts(data), nil
 }
 
-// parseAccounts leaves out what has too few fields for its name and its number.
-func parseAccounts(data []byte) (entries [][]string) {
-	for line := range bytes.Lines(data) {
-		if fields := strings.Split(strings.TrimRight(string(line), "\r\n"), ":"); len(fields) > 2 && fields[0] != "" {
-			entries = append(entries, fields)
+// readAccounts leaves out what has too few fields for its name and its number.
+func readAccounts(r io.Reader, each func([]string) bool) error {
+	lines := bufio.NewReaderSize(r, 16<<10)
+	var line []byte
+	for {
+		piece, more, err := lines.ReadLine()
+		if errors.Is(err, io.EOF) {
+			return nil
 		}
+		if err != nil {
+			return err
+		}
+		if len(line) <= maxLine {
+			line = append(line, piece...)
+		}
+		if more {
+			continue
+		}
+		if len(line) <= maxLine {
+			if entry := strings.Split(strings.TrimRight(string(line), "\r"), ":"); len(entry) > 2 && entry[fieldName] != "" && !each(entry) {
+				return nil
+			}
+		}
+		line = line[:0]
 	}
-	return entries
 }
 
 // Fields of passwd and group.
@@ -69,19 +94,29 @@ const (
 	fieldHome    = 5
 )
 
-// lookUp returns the first entry of that name, else of that number, and the number. A number needs no entry.
-func lookUp(entries [][]string, name string) (entry []string, id uint32, err error) {
-	for _, field := range []int{fieldName, fieldNumber} {
-		i := slices.IndexFunc(entries, func(e []string) bool { return e[field] == name })
-		if i >= 0 {
-			id, err = parseID(entries[i][fieldNumber])
-			return entries[i], id, err
+// lookUp returns the first entry of that name, else of that number, and the number. A number needs no entry, nor a file that can be read.
+func lookUp(all accounts, name string) (entry []string, id uint32, err error) {
+	var named, numbered []string
+	readErr := all(func(e []string) bool {
+		if e[fieldName] == name {
+			named = e
 		}
+		if numbered == nil && e[fieldNumber] == name {
+			numbered = e
+		}
+		return named == nil
+	})
+	if entry = named; entry == nil {
+		entry = numbered
 	}
-	if id, err = parseID(name); err != nil {
-		return nil, 0, fmt.Errorf("the image has no %q", name)
+	if entry != nil {
+		id, err = parseID(entry[fieldNumber])
+		return entry, id, err
 	}
-	return nil, id, nil
+	if id, err = parseID(name); err == nil {
+		return nil, id, nil
+	}
+	return nil, 0, cmp.Or(readErr, fmt.Errorf("the image has no %q", name))
 }
 
 func parseID(s string) (uint32, error) {
@@ -95,31 +130,23 @@ func parseID(s string) (uint32, error) {
 // Names are those of the image's users, by number; the first of a number counts.
 func Names() map[uint32]string {
 	names := map[uint32]string{}
-	entries, _ := readAccounts("/etc/passwd") // without it they have none
-	for _, e := range entries {
+	_ = accountsOf("/etc/passwd")(func(e []string) bool { // what cannot be read has no names
 		if id, err := parseID(e[fieldNumber]); err == nil && names[id] == "" {
 			names[id] = e[fieldName]
 		}
-	}
+		return len(names) < maxNames
+	})
 	return names
 }
 
 // Find finds a user of the image: "name", "uid", "name:group", "uid:gid" or a mix; "" is root.
 func Find(spec string) (User, error) {
-	passwd, err := readAccounts("/etc/passwd")
-	if err != nil {
-		return User{}, err
-	}
-	group, err := readAccounts("/etc/group")
-	if err != nil {
-		return User{}, err
-	}
-	return resolve(spec, passwd, group)
+	return resolve(spec, accountsOf("/etc/passwd"), accountsOf("/etc/group"))
 }
 
-// resolve finds a user as Find does. Without a group it is in all that the image has it in, like after a login.
-func resolve(spec string, passwd, group [][]string) (User, error) {
-	name, groupName, explicit := strings.Cut(spec, ":")
+// resolve finds a user as Find does. Without a group it is in all that the image has it in, like after a login. An empty one is none.
+func resolve(spec string, passwd, group accounts) (User, error) {
+	name, groupName, _ := strings.Cut(spec, ":")
 	entry, uid, err := lookUp(passwd, cmp.Or(name, "0"))
 	if err != nil {
 		return User{}, fmt.Errorf("find user %q: %w", spec, err)
@@ -128,7 +155,7 @@ func resolve(spec string, passwd, group [][]string) (User, error) {
 	if len(entry) > fieldHome && strings.HasPrefix(entry[fieldHome], "/") {
 		u.Home = entry[fieldHome]
 	}
-	if explicit {
+	if groupName != "" {
 		if _, u.GID, err = lookUp(group, groupName); err != nil {
 			return User{}, fmt.Errorf("find group of user %q: %w", spec, err)
 		}
@@ -140,11 +167,12 @@ func resolve(spec string, passwd, group [][]string) (User, error) {
 	if u.GID, err = parseID(entry[fieldGroup]); err != nil {
 		return User{}, fmt.Errorf("find group of user %q: %w", spec, err)
 	}
-	for _, e := range group {
+	_ = group(func(e []string) bool { // what cannot be read gives no rights
 		id, err := parseID(e[fieldNumber])
 		if err == nil && len(e) > fieldMembers && slices.Contains(strings.Split(e[fieldMembers], ","), entry[fieldName]) {
 			u.Groups = append(u.Groups, id)
 		}
-	}
+		return len(u.Groups) < maxGroups
+	})
 	return u, nil
 }
