@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/rtnl"
 )
 
 // identify makes a restored guest who it shall be: others have been restored from the same snapshot. Network first, since
@@ -119,13 +120,13 @@ func forgetNeighbours() error {
 	if err != nil {
 		return err
 	}
-	return withNetlink(func(r rtnetlink) error {
+	return rtnl.With(func(c rtnl.Conn) error {
 		for _, i := range all {
 			if len(i.HardwareAddr) == 0 {
 				continue
 			}
 			for _, flags := range []uint32{unix.IFF_NOARP, 0} {
-				if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(i.Index, flags, unix.IFF_NOARP)); err != nil {
+				if err := c.SetLink(i.Index, flags, unix.IFF_NOARP); err != nil {
 					return fmt.Errorf("forget the neighbours of %s: %w", i.Name, err)
 				}
 			}
@@ -145,18 +146,18 @@ func rekey(i agentproto.Rekey) error {
 		return err
 	}
 	i.Now.Name = "" // it keeps the one it has
-	return withNetlink(func(r rtnetlink) error {
+	return rtnl.With(func(c rtnl.Conn) error {
 		for _, p := range i.Was.Addresses {
-			if err := r.removeAddress(link.Index, p); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			if err := c.RemoveAddress(link.Index, p); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 				return fmt.Errorf("remove address %s: %w", p, err)
 			}
 		}
-		if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0, unix.IFF_UP)); err != nil {
+		if err := c.SetLink(link.Index, 0, unix.IFF_UP); err != nil {
 			return fmt.Errorf("set %s down: %w", link.Name, err)
 		}
-		if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0, 0), attribute(unix.IFLA_ADDRESS, mac)); err != nil {
+		if err := c.SetLink(link.Index, 0, 0, rtnl.Attribute(unix.IFLA_ADDRESS, mac)); err != nil {
 			return fmt.Errorf("give %s its address: %w", link.Name, err)
 		}
-		return r.setInterface(link, i.Now)
+		return setInterface(c, link, i.Now)
 	})
 }

@@ -1,7 +1,6 @@
 package guestagent
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/rtnl"
 )
 
 // setNetwork gives the guest's interfaces their addresses and routes, and says what it could not: a guest without a part of
@@ -23,7 +23,7 @@ func setNetwork(b *agentproto.Boot) {
 	for _, i := range b.Interfaces {
 		link, err := awaitLink(i.MAC)
 		if err == nil {
-			err = withNetlink(func(r rtnetlink) error { return r.setInterface(link, i) })
+			err = rtnl.With(func(c rtnl.Conn) error { return setInterface(c, link, i) })
 		}
 		if err != nil {
 			say("set up interface %s: %v", i.MAC, err)
@@ -42,7 +42,7 @@ func putNetwork(b *agentproto.Boot) {
 
 // putHosts writes under which address a command finds the guest's own name, and what else the guest is told of names.
 func putHosts(b *agentproto.Boot) {
-	if len(b.Interfaces) > 0 && len(b.Command) > 0 || len(b.Hosts) > 0 {
+	if len(b.Interfaces) > 0 && !b.HasInit() || len(b.Hosts) > 0 {
 		put("/etc/hosts", hosts(b), b.ScratchDevice != "")
 	}
 }
@@ -119,24 +119,10 @@ func awaitLink(macs ...string) (link net.Interface, err error) {
 	return link, err
 }
 
-// withNetlink opens a socket for f.
-func withNetlink(f func(rtnetlink) error) error {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("open netlink: %w", err)
-	}
-	defer unix.Close(fd)
-	// The kernel answers at once.
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
-		return err
-	}
-	return f(rtnetlink(fd))
-}
-
-func (r rtnetlink) setInterface(link net.Interface, i agentproto.Interface) error {
+func setInterface(c rtnl.Conn, link net.Interface, i agentproto.Interface) error {
 	name := link.Name
 	if i.Name != "" && i.Name != name {
-		if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, 0, 0), attribute(unix.IFLA_IFNAME, append([]byte(i.Name), 0))); err != nil {
+		if err := c.SetLink(link.Index, 0, 0, rtnl.Attribute(unix.IFLA_IFNAME, append([]byte(i.Name), 0))); err != nil {
 			say("call %s %s: %v", name, i.Name, err) // by its other name it does as well
 		} else {
 			name = i.Name
@@ -150,22 +136,22 @@ func (r rtnetlink) setInterface(link net.Interface, i agentproto.Interface) erro
 	}
 	var set [][]byte
 	if i.MTU != 0 {
-		set = append(set, attribute(unix.IFLA_MTU, binary.NativeEndian.AppendUint32(nil, uint32(i.MTU))))
+		set = append(set, rtnl.Attribute(unix.IFLA_MTU, binary.NativeEndian.AppendUint32(nil, uint32(i.MTU))))
 	}
-	if err := r.request(unix.RTM_NEWLINK, 0, linkMessage(link.Index, unix.IFF_UP, unix.IFF_UP), set...); err != nil {
+	if err := c.SetLink(link.Index, unix.IFF_UP, unix.IFF_UP, set...); err != nil {
 		return fmt.Errorf("set %s up: %w", name, err)
 	}
 	var errs []error
 	for _, p := range i.Addresses {
 		if p.Addr().Is4() || ipv6 {
-			if err := r.addAddress(link.Index, p); err != nil && !errors.Is(err, unix.EEXIST) {
+			if err := c.AddAddress(link.Index, p); err != nil && !errors.Is(err, unix.EEXIST) {
 				errs = append(errs, fmt.Errorf("address %s: %w", p, err))
 			}
 		}
 	}
 	for _, g := range i.Gateways {
 		if g.Is4() || ipv6 {
-			if err := r.addDefault(link.Index, g); err != nil && !errors.Is(err, unix.EEXIST) {
+			if err := c.AddDefault(link.Index, g); err != nil && !errors.Is(err, unix.EEXIST) {
 				errs = append(errs, fmt.Errorf("route by %s: %w", g, err))
 			}
 		}
@@ -176,88 +162,4 @@ func (r rtnetlink) setInterface(link net.Interface, i agentproto.Interface) erro
 // setIPv6 sets a variable of an interface, and says whether the kernel has it.
 func setIPv6(name, variable, value string) bool {
 	return os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/"+variable, []byte(value), 0) == nil
-}
-
-func (r rtnetlink) addAddress(index int, p netip.Prefix) error {
-	body, attributes := addressMessage(index, p)
-	if p.Addr().Is6() {
-		// Nobody else has it: the host has leased it. So it is of use at once.
-		body[2] = unix.IFA_F_NODAD
-	} else if p.Bits() < 31 {
-		broadcast := p.Masked().Addr().As4()
-		for bit := p.Bits(); bit < 32; bit++ {
-			broadcast[bit/8] |= 0x80 >> (bit % 8)
-		}
-		attributes = append(attributes, attribute(unix.IFA_BROADCAST, broadcast[:]))
-	}
-	return r.request(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body, attributes...)
-}
-
-func (r rtnetlink) removeAddress(index int, p netip.Prefix) error {
-	body, attributes := addressMessage(index, p)
-	return r.request(unix.RTM_DELADDR, 0, body, attributes...)
-}
-
-// addressMessage is a struct ifaddrmsg and what follows it.
-func addressMessage(index int, p netip.Prefix) (body []byte, attributes [][]byte) {
-	body = []byte{family(p.Addr()), byte(p.Bits()), 0, unix.RT_SCOPE_UNIVERSE}
-	body = binary.NativeEndian.AppendUint32(body, uint32(index))
-	return body, [][]byte{attribute(unix.IFA_LOCAL, p.Addr().AsSlice()), attribute(unix.IFA_ADDRESS, p.Addr().AsSlice())}
-}
-
-func (r rtnetlink) addDefault(index int, gateway netip.Addr) error {
-	// struct rtmsg
-	body := []byte{family(gateway), 0, 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0}
-	return r.request(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body,
-		attribute(unix.RTA_GATEWAY, gateway.AsSlice()), attribute(unix.RTA_OIF, binary.NativeEndian.AppendUint32(nil, uint32(index))))
-}
-
-func family(a netip.Addr) byte {
-	if a.Is4() {
-		return unix.AF_INET
-	}
-	return unix.AF_INET6
-}
-
-// linkMessage is a struct ifinfomsg that sets those of the flags that change says.
-func linkMessage(index int, flags, change uint32) []byte {
-	body := make([]byte, 4, unix.SizeofIfInfomsg)
-	body = binary.NativeEndian.AppendUint32(body, uint32(index))
-	body = binary.NativeEndian.AppendUint32(body, flags)
-	return binary.NativeEndian.AppendUint32(body, change)
-}
-
-// attribute is a struct rtattr and what it holds.
-func attribute(kind uint16, data []byte) []byte {
-	b := binary.NativeEndian.AppendUint16(nil, uint16(unix.SizeofRtAttr+len(data)))
-	b = binary.NativeEndian.AppendUint16(b, kind)
-	b = append(b, data...)
-	return append(b, make([]byte, -len(b)&3)...)
-}
-
-// rtnetlink is a socket.
-type rtnetlink int
-
-// request sends one message and waits for its acknowledgement.
-func (r rtnetlink) request(kind, flags uint16, body []byte, attributes ...[]byte) error {
-	payload := append(slices.Clip(body), bytes.Join(attributes, nil)...)
-	message := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(payload)))
-	message = binary.NativeEndian.AppendUint16(message, kind)
-	message = binary.NativeEndian.AppendUint16(message, unix.NLM_F_REQUEST|unix.NLM_F_ACK|flags)
-	message = append(message, make([]byte, 8)...) // sequence and port: there is one request at a time, on a socket of its own
-	if err := unix.Sendto(int(r), append(message, payload...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return err
-	}
-	answer := make([]byte, os.Getpagesize())
-	n, _, err := unix.Recvfrom(int(r), answer, 0)
-	if err != nil {
-		return err
-	}
-	if n < unix.SizeofNlMsghdr+4 || binary.NativeEndian.Uint16(answer[4:]) != unix.NLMSG_ERROR {
-		return errors.New("the kernel's answer does not read")
-	}
-	if code := int32(binary.NativeEndian.Uint32(answer[unix.SizeofNlMsghdr:])); code != 0 {
-		return unix.Errno(-code)
-	}
-	return nil
 }

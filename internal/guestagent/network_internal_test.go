@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/rtnl"
 	"push.rocks/smartvm/internal/testenv/nettest"
 )
 
@@ -53,7 +54,7 @@ func TestSetInterface(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := withNetlink(func(r rtnetlink) error { return r.setInterface(link, networkBoot().Interfaces[0]) }); err != nil {
+		if err := rtnl.With(func(c rtnl.Conn) error { return setInterface(c, link, networkBoot().Interfaces[0]) }); err != nil {
 			t.Fatal(err)
 		}
 	}
