@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/image/oci"
@@ -213,13 +214,22 @@ func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *Object) err
 // guestConfig is what the agent is told.
 func guestConfig(b *Boot, o BootOptions) *agentproto.Boot {
 	c := b.Image.Config
-	run := command(c, o)
+	run, dir, signal := command(c, o), o.WorkingDir, c.StopSignal
+	if dir == "" && c.WorkingDir != "" {
+		dir = path.Join("/", c.WorkingDir) // which is what a relative one means
+	}
+	if _, err := agentproto.ParseSignal(signal); err != nil {
+		signal = "" // as with docker
+	}
 	return &agentproto.Boot{
 		RootDevice: rootDevice, RootType: b.RootType, ScratchDevice: scratchDevice,
-		Hostname: o.Hostname, Command: run, Init: isInit(run, o.Systemd), Env: slices.Concat(c.Env, o.Env),
-		User: cmp.Or(o.User, c.User), WorkingDir: cmp.Or(o.WorkingDir, c.WorkingDir), StopSignal: c.StopSignal,
+		Hostname: o.Hostname, Command: run, Init: isInit(run, o.Systemd), Env: slices.Concat(slices.DeleteFunc(slices.Clone(c.Env), unnamed), o.Env),
+		User: cmp.Or(o.User, c.User), WorkingDir: dir, StopSignal: signal, Directories: c.Volumes,
 	}
 }
+
+// unnamed says of a variable that it is none, which OCI forbids and docker overlooks.
+func unnamed(variable string) bool { return strings.Index(variable, "=") < 1 }
 
 // command is what docker run would run.
 func command(c oci.Config, o BootOptions) []string {

@@ -6,6 +6,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/spec"
 )
 
@@ -28,6 +29,31 @@ func TestGuestConfig_Command(t *testing.T) {
 		}
 		if got.Init {
 			t.Errorf("%s: it is process 1", name)
+		}
+	}
+}
+
+// What an image says is done as docker does it, also where it says it oddly.
+func TestGuestConfig_Image(t *testing.T) {
+	c := oci.Config{
+		Cmd: []string{"a"}, Env: []string{"A=1", "B", "=x", "C="}, User: "web:", WorkingDir: "srv/../app/", StopSignal: "SIGRTMIN+3", Volumes: []string{"/data", "/y"},
+	}
+	got := guestConfig(&Boot{Image: &Image{Config: c}}, BootOptions{Env: []string{"D=2"}})
+	want := &agentproto.Boot{
+		RootDevice: rootDevice, ScratchDevice: scratchDevice, Command: []string{"a"}, Env: []string{"A=1", "C=", "D=2"}, User: "web:", WorkingDir: "/app",
+		StopSignal: "SIGRTMIN+3", Directories: []string{"/data", "/y"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	got.RootType = agentproto.Ext4
+	if _, err := got.Encode(); err != nil {
+		t.Error(err)
+	}
+	for signal, want := range map[string]string{"SIGNOTHING": "", "": "", "9": "9", "SIGINT": "SIGINT"} {
+		c.StopSignal = signal
+		if got := guestConfig(&Boot{Image: &Image{Config: c}}, BootOptions{WorkingDir: "/w"}); got.StopSignal != want || got.WorkingDir != "/w" {
+			t.Errorf("%q: got %q in %q", signal, got.StopSignal, got.WorkingDir)
 		}
 	}
 }

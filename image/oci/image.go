@@ -12,10 +12,13 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 
@@ -48,10 +51,29 @@ type Config struct {
 	StopSignal string   `json:"stopSignal,omitempty"`
 	// ExposedPorts are those of TCP and UDP that it says it serves, "80/tcp", in order. At most maxExposed.
 	ExposedPorts []string `json:"exposedPorts,omitempty"`
+	// Volumes are directories that it keeps data in, as absolute and clean paths, in order. At most maxVolumes.
+	Volumes []string `json:"volumes,omitempty"`
+	// Healthcheck is kept and shown; nothing runs it.
+	Healthcheck *Healthcheck `json:"healthcheck,omitempty"`
+}
+
+// Healthcheck says how to find out whether what an image runs is well. Durations are in nanoseconds; zero is the default of who runs it.
+type Healthcheck struct {
+	Test          []string      `json:"test,omitempty"` // "NONE", or "CMD" or "CMD-SHELL" and what to run
+	Interval      time.Duration `json:"interval,omitempty"`
+	Timeout       time.Duration `json:"timeout,omitempty"`
+	StartPeriod   time.Duration `json:"startPeriod,omitempty"`
+	StartInterval time.Duration `json:"startInterval,omitempty"`
+	Retries       int           `json:"retries,omitempty"`
 }
 
 // maxExposed is more than can be published.
 const maxExposed = 1024
+
+const (
+	maxVolumes    = 64
+	maxVolumePath = 1024 // bytes; a longer one is left out
+)
 
 // Layer is one of an image's, a tar.
 type Layer struct {
@@ -239,7 +261,8 @@ func (i *Image) configure(text []byte, want platform) (diffIDs []string, err err
 		Config struct {
 			Entrypoint, Cmd, Env         []string
 			User, WorkingDir, StopSignal string
-			ExposedPorts                 map[string]json.RawMessage
+			ExposedPorts, Volumes        map[string]json.RawMessage
+			Healthcheck                  *Healthcheck
 		} `json:"config"`
 	}
 	if err := json.Unmarshal(text, &c); err != nil {
@@ -251,9 +274,22 @@ func (i *Image) configure(text []byte, want platform) (diffIDs []string, err err
 	}
 	i.Config = Config{
 		Entrypoint: c.Config.Entrypoint, Cmd: c.Config.Cmd, Env: c.Config.Env, User: c.Config.User, WorkingDir: c.Config.WorkingDir,
-		StopSignal: c.Config.StopSignal, ExposedPorts: exposed(c.Config.ExposedPorts),
+		StopSignal: c.Config.StopSignal, ExposedPorts: exposed(c.Config.ExposedPorts), Volumes: volumes(c.Config.Volumes), Healthcheck: c.Config.Healthcheck,
 	}
 	return c.RootFS.DiffIDs, nil
+}
+
+// volumes leaves out the root, and what is no path.
+func volumes(paths map[string]json.RawMessage) []string {
+	var all []string
+	for p := range paths {
+		if p = path.Clean("/" + p); p != "/" && len(p) <= maxVolumePath && utf8.ValidString(p) && !strings.Contains(p, "\x00") {
+			all = append(all, p)
+		}
+	}
+	slices.Sort(all)
+	all = slices.Compact(all)
+	return all[:min(len(all), maxVolumes)]
 }
 
 // exposed takes "PORT", "PORT/tcp" and "PORT/udp", and leaves out what is none of these.
@@ -265,7 +301,7 @@ func exposed(ports map[string]json.RawMessage) []string {
 	var all []port
 	for text := range ports {
 		number, protocol, _ := strings.Cut(text, "/")
-		p := port{protocol: cmp.Or(protocol, "tcp")}
+		p := port{protocol: strings.ToLower(cmp.Or(protocol, "tcp"))}
 		var err error
 		if p.number, err = strconv.ParseUint(number, 10, 16); err == nil && p.number > 0 && (p.protocol == "tcp" || p.protocol == "udp") {
 			all = append(all, p)

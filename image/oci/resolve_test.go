@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -24,6 +25,10 @@ import (
 var wantConfig = oci.Config{
 	Entrypoint: []string{"/bin/init"}, Cmd: []string{"--quiet"}, Env: []string{"PATH=/bin"},
 	User: "1:2", WorkingDir: "/srv", StopSignal: "SIGINT", ExposedPorts: []string{"53/udp", "80/tcp", "443/tcp"},
+	Volumes: []string{"/data", "/srv/db", "/y"},
+	Healthcheck: &oci.Healthcheck{
+		Test: []string{"CMD", "/bin/check"}, Interval: 30 * time.Second, Timeout: time.Second, StartPeriod: 5 * time.Second, StartInterval: time.Second / 2, Retries: 3,
+	},
 }
 
 func TestResolve_Registry(t *testing.T) {
@@ -283,6 +288,7 @@ func TestResolve_Archives(t *testing.T) {
 		t.Errorf("name %q", i.Name)
 	}
 	run(t, "skopeo", "copy", "docker-archive:"+at("docker.tar"), "oci:"+at("layout")+":3")
+	want.Config.Healthcheck = nil // skopeo leaves it out, for OCI knows none
 	check("oci:"+at("layout"), oci.Options{})
 }
 

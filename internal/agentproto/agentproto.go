@@ -66,7 +66,9 @@ type Boot struct {
 	// User is "name", "uid", "name:group", "uid:gid" or a mix; names are the image's. Empty: root.
 	User       string `json:"user,omitempty"`
 	WorkingDir string `json:"workingDir,omitempty"` // absolute; made if it is not there. Empty: /
-	StopSignal string `json:"stopSignal,omitempty"` // for ParseSignal. Empty: SIGTERM
+	// Directories are made, as root's, where the image has nothing: its VOLUMEs. Absolute; at most MaxDirectories.
+	Directories []string `json:"directories,omitempty"`
+	StopSignal  string   `json:"stopSignal,omitempty"` // for ParseSignal. Empty: SIGTERM
 	// Attach has Command wait for the host, whose streams it gets, see OpMain. Otherwise it has the console at once.
 	Attach bool `json:"attach,omitempty"`
 	// Secrets says that the host has more for the command, or the image's init, than stands here: it waits for OpSecrets.
@@ -119,6 +121,9 @@ type Interface struct {
 	Routers   bool           `json:"routers,omitempty"`  // IPv6 is as routers of the network say
 	MTU       int            `json:"mtu,omitempty"`      // bytes; 0: the device's
 }
+
+// MaxDirectories is how many Directories there may be.
+const MaxDirectories = 64
 
 // Bounds of what a guest is told of its network.
 const (
@@ -210,6 +215,8 @@ func (b *Boot) validate() error {
 		return invalid("command without a name")
 	case b.WorkingDir != "" && b.WorkingDir[0] != '/':
 		return invalid("working directory %q is not absolute", b.WorkingDir)
+	case len(b.Directories) > MaxDirectories || slices.ContainsFunc(b.Directories, func(d string) bool { return !isTarget(d) }):
+		return invalid("directories %q", b.Directories)
 	case b.VolumeDevice != "" && !isDevice(b.VolumeDevice) || b.ChangesDevice != "" && !isDevice(b.ChangesDevice):
 		return invalid("volumes on %q and %q", b.VolumeDevice, b.ChangesDevice)
 	case len(b.Volumes) > 0 && b.VolumeDevice == "" || slices.ContainsFunc(b.Volumes, func(v Volume) bool { return !v.isValid(b) }):
@@ -276,8 +283,12 @@ const (
 )
 
 func (v Volume) isValid(b *Boot) bool {
-	return path.IsAbs(v.Target) && path.Clean(v.Target) == v.Target && v.Target != "/" && utf8.ValidString(v.Target) && !strings.Contains(v.Target, "\x00") &&
-		(v.ReadOnly || b.ChangesDevice != "")
+	return isTarget(v.Target) && (v.ReadOnly || b.ChangesDevice != "")
+}
+
+// isTarget says whether p is a clean path of the guest's, and not its root.
+func isTarget(p string) bool {
+	return path.IsAbs(p) && path.Clean(p) == p && p != "/" && utf8.ValidString(p) && !strings.Contains(p, "\x00")
 }
 
 func isDevice(path string) bool {

@@ -25,7 +25,7 @@ func full() *agentproto.Boot {
 	return &agentproto.Boot{
 		RootDevice: "/dev/vda", RootType: agentproto.Squashfs, ScratchDevice: "/dev/vdb", Hostname: "web-1.example",
 		Command: []string{"/bin/sh", "-c", "echo '<&>' ü\n"}, Env: []string{"A=1", "B="},
-		User: "web:1000", WorkingDir: "/srv", StopSignal: "SIGRTMIN+3",
+		User: "web:1000", WorkingDir: "/srv", Init: true, Directories: []string{"/data", "/srv/db"}, StopSignal: "SIGRTMIN+3",
 		Interfaces: []agentproto.Interface{{
 			MAC: "06:00:ac:10:00:02", Name: "eth0", MTU: 1400,
 			Addresses: []netip.Prefix{netip.MustParsePrefix("172.30.0.2/24"), netip.MustParsePrefix("fd00::2/64")},
@@ -81,6 +81,9 @@ func TestEncode_Invalid(t *testing.T) {
 		"EnvWithoutValue": func(b *agentproto.Boot) { b.Env = []string{"A"} },
 		"EnvWithoutName":  func(b *agentproto.Boot) { b.Env = []string{"=A"} },
 		"UserNUL":         func(b *agentproto.Boot) { b.User = "\x00" },
+		"Directory":       func(b *agentproto.Boot) { b.Directories = []string{"/data/"} },
+		"DirectoryRoot":   func(b *agentproto.Boot) { b.Directories = []string{"/"} },
+		"Directories":     func(b *agentproto.Boot) { b.Directories = slices.Repeat([]string{"/a"}, agentproto.MaxDirectories+1) },
 		"WorkingDir":      func(b *agentproto.Boot) { b.WorkingDir = "srv" },
 		"MAC":             func(b *agentproto.Boot) { b.Interfaces[0].MAC = "06:00:AC:10:00:02" },
 		"InterfaceName":   func(b *agentproto.Boot) { b.Interfaces[0].Name = "../eth0" },

@@ -108,6 +108,11 @@ func (g *guest) run() error {
 	if err := slacken(usualSlack); err != nil {
 		say("%v", err)
 	}
+	for _, dir := range b.Directories {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			say("make the image's volume: %v", err) // what needs it will say so
+		}
+	}
 	if err := g.mountVolumes(b); err != nil {
 		return err
 	}

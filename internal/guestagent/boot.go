@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/fill"
 )
 
 const (
@@ -259,6 +260,7 @@ func (g *guest) joinScratch(b *agentproto.Boot) error {
 			return err
 		}
 	}
+	hide(lowerDir, upper, "lost+found")
 	err := mount(filesystem{kind: "overlay", target: newRoot, data: "lowerdir=" + lowerDir + ",upperdir=" + upper + ",workdir=" + work})
 	switch {
 	case err == nil:
@@ -268,6 +270,13 @@ func (g *guest) joinScratch(b *agentproto.Boot) error {
 		err = mount(filesystem{source: lowerDir, target: newRoot, flags: unix.MS_BIND})
 	}
 	return errors.Join(err, detach(lowerDir), detach(scratchDir))
+}
+
+// hide puts into the upper layer that an empty directory of the lower one is not there: that of ext4 is no image's.
+func hide(lower, upper, name string) {
+	if entries, err := os.ReadDir(filepath.Join(lower, name)); err == nil && len(entries) == 0 {
+		_ = unix.Mknod(filepath.Join(upper, name), unix.S_IFCHR, 0) // a guest may have made its own there
+	}
 }
 
 func detach(target string) error {
@@ -350,8 +359,15 @@ func furnish(b *agentproto.Boot) error {
 			return err
 		}
 	}
+	// An init makes what it wants there itself, and takes what an earlier one has left for its own.
+	own := fill.Options{Directories: b.HasInit(), Skip: []string{"smartvm"}} // where we mount, see volumes.go
+	if own.Directories {
+		own.Skip = append(own.Skip, "systemd", "udev")
+	}
+	if err := mountOver(filesystem{kind: "tmpfs", target: "/run", flags: safe, data: "mode=755"}, own); err != nil {
+		say("%v", err)
+	}
 	usual := []filesystem{
-		{kind: "tmpfs", target: "/run", flags: safe, data: "mode=755"},
 		{kind: "tmpfs", target: "/dev/shm", flags: safe, data: "mode=1777"},
 		{kind: "devpts", target: "/dev/pts", flags: unix.MS_NOSUID | unix.MS_NOEXEC, data: "mode=620,gid=5,ptmxmode=666"},
 	}
@@ -377,6 +393,25 @@ func furnish(b *agentproto.Boot) error {
 	}
 	for _, err := range nameGuest(b) {
 		say("%v", err)
+	}
+	return nil
+}
+
+// mountOver mounts f over a directory, and brings into it what the image has there. What cannot be brought is said.
+func mountOver(f filesystem, o fill.Options) error {
+	from, missing := os.OpenRoot(f.target)
+	if missing == nil {
+		defer from.Close()
+	}
+	if err := mount(f); err != nil || missing != nil {
+		return err // there is nothing to bring
+	}
+	to, err := os.OpenRoot(f.target)
+	if err == nil {
+		err = errors.Join(fill.Copy(to, from, o), to.Close())
+	}
+	if err != nil {
+		say("fill %s with what the image has there: %v", f.target, err)
 	}
 	return nil
 }

@@ -3,8 +3,11 @@ package guestagent_test
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -54,7 +57,7 @@ func TestLinuxGuest_Command(t *testing.T) {
 		listing  string
 		users    []string // "" is root
 	}{
-		agentproto.Ext4:     {image{"report": report}.ext4, "bin dev etc home lost+found proc report run srv sys tmp", []string{"", "web"}},
+		agentproto.Ext4:     {image{"report": report}.ext4, "bin dev etc home proc report run srv sys tmp", []string{"", "web"}},
 		agentproto.Squashfs: {image{"report": report}.squashfs, "bin dev etc home proc report run srv sys tmp", []string{"web"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -184,6 +187,42 @@ func TestLinuxGuest_CommandIsInit(t *testing.T) {
 	b.Init, b.Env, b.WorkingDir, b.User, b.StopSignal = true, []string{"A=1"}, "/srv/new", "web", "SIGRTMIN+3"
 	console := start(t, drive{path: root}, drive{scratch(t), true}, drive{path: config(t, b)}).wait(t)
 	has(t, console, "process 1 0 1 an argument 1 /srv/new /", "/dev/console")
+}
+
+const runReport = `stat -c "%n %a %u %F" /run /run/app /run/app/pid /run/lock /run/systemd /var/run/app
+grep -c ' /run tmpfs ' /proc/mounts
+echo "volumes $(stat -c %a:%u:%F /data/db) $(cat /file)"
+cat /run/app/pid
+`
+
+// What the image has in /run is there, below /var/run too, and its volumes. An init finds the directories alone.
+func TestLinuxGuest_Run(t *testing.T) {
+	for name, c := range map[string]struct {
+		init bool
+		want []string
+	}{
+		"Command": {false, []string{"/run/app/pid 640 999 regular file", "/run/systemd 755 0 directory", "pid 1"}},
+		"Init":    {true, []string{"cat: can't open '/run/app/pid': No such file or directory"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			watch(t)
+			root := image{
+				"run/app/pid": "pid 1\n", "run/lock/": "", "run/systemd/system/": "", "var/run": "->/run", "file": "a file", "report": runReport,
+				"sbin/first": "#!/bin/sh\n. /report\nexec /bin/busybox reboot -f\n",
+			}.changed(t, func(dir string) error {
+				return errors.Join(os.Chown(filepath.Join(dir, "run/app"), 999, 0), os.Chmod(filepath.Join(dir, "run/app"), 0o777|fs.ModeSticky),
+					os.Chown(filepath.Join(dir, "run/app/pid"), 999, 0), os.Chmod(filepath.Join(dir, "run/app/pid"), 0o640))
+			})
+			b := over(agentproto.Ext4, "first")
+			b.Init, b.Directories = c.init, []string{"/data/db", "/file"}
+			console := start(t, drive{path: root}, drive{scratch(t), true}, drive{path: config(t, b)}).wait(t)
+			has(t, console, append(c.want, "/run 755 0 directory", "/run/app 1777 999 directory", "/var/run/app 1777 999 directory", "/run/lock 755 0 directory", "1",
+				"volumes 755:0:directory a file")...)
+			if c.init == strings.Contains(console, "/run/systemd 755") {
+				t.Errorf("/run/systemd is there only for a command:\n%s", console)
+			}
+		})
+	}
 }
 
 // Whatever is wrong, the console says so and the VM ends.

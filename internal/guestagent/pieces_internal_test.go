@@ -158,3 +158,36 @@ func TestFindBoot(t *testing.T) {
 		t.Errorf("without its node: %v", err)
 	}
 }
+
+// What a volume goes over is of its kind, or not there.
+func TestFits(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Symlink(dir, filepath.Join(dir, "link")), os.Symlink("nowhere", filepath.Join(dir, "dangling"))); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		target string
+		isFile bool
+		want   string
+	}{
+		{file, true, ""},
+		{dir, false, ""},
+		{filepath.Join(dir, "link"), false, ""},
+		{filepath.Join(dir, "none"), false, ""},
+		{filepath.Join(dir, "none"), true, ""},
+		{filepath.Join(dir, "dangling"), true, ""},
+		{os.DevNull, true, ""},
+		{dir, true, "it is a file of the host, and the image has a directory there"},
+		{filepath.Join(dir, "link"), true, "it is a file of the host, and the image has a directory there"},
+		{file, false, "it is a directory of the host, and the image has a file there"},
+	} {
+		got := ""
+		if err := fits(agentproto.Volume{Target: tt.target, IsFile: tt.isFile}); err != nil {
+			got = err.Error()
+		}
+		if got != tt.want {
+			t.Errorf("%s, a file %v: got %q, want %q", tt.target, tt.isFile, got, tt.want)
+		}
+	}
+}

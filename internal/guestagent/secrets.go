@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/fill"
 	"push.rocks/smartvm/internal/guestagent/process"
 	"push.rocks/smartvm/internal/guestagent/server"
 )
@@ -22,8 +23,17 @@ func storeSecrets(b *agentproto.Boot, files map[string][]byte) error {
 		u = process.User{} // nobody will run the command, and it is that which says so
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	if err := mount(filesystem{kind: "tmpfs", target: agentproto.SecretDir, flags: flags, data: "mode=755"}); err != nil {
+	if fi, err := os.Lstat(agentproto.SecretDir); err == nil && !fi.IsDir() {
+		if err := os.Remove(agentproto.SecretDir); err != nil { // a file or a link that the image has there
+			return err
+		}
+	}
+	// What the image has there stays, but for what has the name of a secret.
+	if err := mountOver(filesystem{kind: "tmpfs", target: agentproto.SecretDir, flags: flags, data: "mode=755"}, fill.Options{}); err != nil {
 		return err
+	}
+	if err := errors.Join(os.Chown(agentproto.SecretDir, 0, 0), os.Chmod(agentproto.SecretDir, 0o755)); err != nil {
+		return errors.Join(err, detach(agentproto.SecretDir))
 	}
 	if err := writeSecrets(agentproto.SecretDir, files, u); err != nil {
 		return errors.Join(err, detach(agentproto.SecretDir))
@@ -39,7 +49,11 @@ func writeSecrets(dir string, files map[string][]byte, u process.User) error {
 		if name == "." || name == ".." || filepath.Base(name) != name {
 			return fmt.Errorf("secret %q: no name of a file", name)
 		}
-		f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
+		at := filepath.Join(dir, name)
+		if err := os.RemoveAll(at); err != nil {
+			return err
+		}
+		f, err := os.OpenFile(at, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
 		if err != nil {
 			return err
 		}

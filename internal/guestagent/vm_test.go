@@ -160,8 +160,17 @@ const huge = "huge"
 // ext4 and squashfs make root drives.
 func (i image) ext4(t *testing.T) string {
 	t.Helper()
+	return i.changed(t, func(string) error { return nil })
+}
+
+// changed is ext4 of a tree that change was given.
+func (i image) changed(t *testing.T, change func(dir string) error) string {
+	t.Helper()
 	dir, path := filepath.Join(t.TempDir(), "tree"), filepath.Join(t.TempDir(), "root.ext4")
 	i.complete().write(t, dir)
+	if err := change(dir); err != nil {
+		t.Fatal(err)
+	}
 	run(t, tool(t, "mkfs.ext4"), "-q", "-d", dir, path, "24M")
 	return path
 }

@@ -72,6 +72,9 @@ func leave(dir string) error {
 
 func mountVolume(number string, v agentproto.Volume) error {
 	lower := filepath.Join(volumeDir, number)
+	if err := fits(v); err != nil {
+		return err
+	}
 	if v.IsFile {
 		if err := touch(v.Target); err != nil {
 			return err
@@ -96,6 +99,20 @@ func mountVolume(number string, v agentproto.Volume) error {
 		return err
 	}
 	return errors.Join(bind(f.target, v), leave(f.target))
+}
+
+// fits says whether a volume can be mounted over what the image has in its place.
+func fits(v agentproto.Volume) error {
+	fi, err := os.Stat(v.Target)
+	switch {
+	case err != nil: // nothing, or a link to nothing
+		return nil
+	case v.IsFile && fi.IsDir():
+		return errors.New("it is a file of the host, and the image has a directory there")
+	case !v.IsFile && !fi.IsDir():
+		return errors.New("it is a directory of the host, and the image has a file there")
+	}
+	return nil
 }
 
 // bind mounts a directory, or the file in it, where a volume belongs.

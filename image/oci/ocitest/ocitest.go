@@ -44,7 +44,11 @@ func config() map[string]any {
 		"Entrypoint": []string{"/bin/init"}, "Cmd": []string{"--quiet"}, "Env": []string{"PATH=/bin"},
 		"User": "1:2", "WorkingDir": "/srv", "StopSignal": "SIGINT",
 		"ExposedPorts": map[string]any{
-			"443/tcp": struct{}{}, "80": struct{}{}, "80/tcp": struct{}{}, "53/udp": struct{}{}, "70000/tcp": struct{}{}, "5000/sctp": struct{}{}, "x": nil,
+			"443/tcp": struct{}{}, "80": struct{}{}, "80/tcp": struct{}{}, "53/UDP": struct{}{}, "70000/tcp": struct{}{}, "5000/sctp": struct{}{}, "x": nil,
+		},
+		"Volumes": map[string]any{"/srv/db/": struct{}{}, "/data": struct{}{}, "data": nil, "/": nil, "/../x/../y": nil},
+		"Healthcheck": map[string]any{
+			"Test": []string{"CMD", "/bin/check"}, "Interval": 30_000_000_000, "Timeout": 1_000_000_000, "StartPeriod": 5_000_000_000, "StartInterval": 500_000_000, "Retries": 3,
 		},
 	}
 }
