@@ -3,10 +3,10 @@ package smartvm
 import (
 	"fmt"
 	"os"
-	"syscall"
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/stage"
+	"push.rocks/smartvm/internal/store"
 )
 
 // proposal gathers what this host offers to the VM of rec.
@@ -38,8 +38,7 @@ func (h *Host) proposal(rec *record) (*proposal, error) {
 		if err != nil {
 			return nil, fmt.Errorf("look at drive %s: %w", d.id, err)
 		}
-		st := fi.Sys().(*syscall.Stat_t)
-		p.inodes[d.path] = fmt.Sprintf("%x:%x", st.Dev, st.Ino)
+		p.inodes[d.path] = store.DriveName(fi)
 		if rec.Jailer == "" || !fi.Mode().IsRegular() {
 			continue // a block device gets a node of its own in the jail
 		}

@@ -14,6 +14,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/testenv"
 )
@@ -190,7 +191,7 @@ func TestLinuxImage_Writes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := volumes.Remove("kept"); err != nil {
+	if err := volumes.Remove("kept", volume.Options{}); err != nil {
 		t.Error(err)
 	}
 }

@@ -127,7 +127,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 		case d.staged:
 			*copies = append(*copies, &stage.File{Source: d.path, Target: d.source, UID: uid})
 		case !d.readOnly:
-			pl.Run = append(pl.Run, p.store.Lease("drive", p.inodes[d.path], p.id))
+			pl.Run = append(pl.Run, p.store.Drive(d.path, p.inodes[d.path], p.id))
 			if owner := p.owners[d.path]; owner != nil {
 				pl.Run = append(pl.Run, owner)
 			}

@@ -10,6 +10,8 @@ import (
 	"regexp"
 	"strings"
 	"syscall"
+
+	"push.rocks/smartvm/internal/disklock"
 )
 
 // Store is a directory of named disks, which outlive VMs, and of empty ones, which are only ever copied. It is safe for
@@ -101,12 +103,21 @@ func (s *Store) List() ([]Disk, error) {
 	return all, nil
 }
 
-// Remove deletes a named disk. A VM that has it keeps it until it stops. Returns fs.ErrNotExist.
-func (s *Store) Remove(name string) error {
+// Remove deletes a named disk. Returns fs.ErrNotExist, disklock.ErrBusy.
+func (s *Store) Remove(name string, o Options) error {
 	if err := ValidName(name); err != nil {
 		return err
 	}
-	if err := os.Remove(s.named(name)); err != nil {
+	path := s.named(name)
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("remove disk %s: %w", name, err)
+	}
+	defer f.Close()
+	if err := errors.Join(disklock.Lock(f, false), o.check(path)); err != nil {
+		return fmt.Errorf("remove disk %s: %w", name, err)
+	}
+	if err := os.Remove(path); err != nil {
 		return fmt.Errorf("remove disk %s: %w", name, err)
 	}
 	return nil

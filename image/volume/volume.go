@@ -16,9 +16,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/disklock"
 	"push.rocks/smartvm/internal/stage"
 )
 
@@ -119,92 +123,138 @@ func Blank(ctx context.Context, path, kind string, size int64) error {
 	default:
 		return fmt.Errorf("make disk %s: %w: file system %q, want ext4 or xfs", path, fs.ErrInvalid, kind)
 	}
-	return build(path, func(temp string) error {
-		f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-		if err != nil {
+	return build(path, func(temp *os.File) error {
+		if err := temp.Truncate(size); err != nil {
 			return err
 		}
-		if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
-			return err
-		}
-		return run(ctx, append(tool, temp)...)
+		return run(ctx, temp, append(tool, inChild)...)
 	})
 }
 
-// Clone copies a disk by reflink, or else without its holes. Target must not exist; it is there when all of it is.
-func Clone(ctx context.Context, source, target string, progress func(done, total int64)) error {
-	return build(target, func(temp string) error {
-		return (&stage.File{Source: source, Target: temp, UID: -1, Progress: progress}).Apply(ctx)
+// Options of what is done to disks. The zero value serves where no VMs are.
+type Options struct {
+	// InUse says why the disk at a path must not be touched. It is called when no VM can start with the disk any more. Nil: it may be.
+	InUse func(path string) error
+	// Progress, if set, is told of bytes copied so far and in all.
+	Progress func(done, total int64)
+}
+
+func (o Options) check(path string) error {
+	if o.InUse == nil {
+		return nil
+	}
+	return o.InUse(path)
+}
+
+// Clone copies a disk by reflink, or else without its holes. Target must not exist; it is there when all of it is. Returns disklock.ErrBusy while
+// another process changes the disk.
+func Clone(ctx context.Context, source, target string, o Options) error {
+	src, err := os.Open(source)
+	if err != nil {
+		return fmt.Errorf("clone disk: %w", err)
+	}
+	defer src.Close()
+	if err := errors.Join(disklock.Lock(src, true), o.check(source)); err != nil {
+		return fmt.Errorf("clone disk %s: %w", source, err)
+	}
+	return build(target, func(temp *os.File) error {
+		return (&stage.File{Source: source, UID: -1, Progress: o.Progress}).Into(ctx, temp)
 	})
 }
 
-// build makes a file under a temporary name, and then gives it its own.
-func build(path string, make func(temp string) error) error {
+// build makes a file without a name, and then gives it one: of a process that is killed nothing stays.
+func build(path string, make func(temp *os.File) error) error {
 	if _, err := os.Lstat(path); err == nil {
 		return fmt.Errorf("make disk %s: %w", path, fs.ErrExist)
 	}
-	dir, err := os.MkdirTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
+	dir := filepath.Dir(path)
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) {
+		return buildNamed(path, make)
+	}
+	if err != nil {
+		return fmt.Errorf("make disk %s: %w", path, err)
+	}
+	temp := os.NewFile(uintptr(fd), path)
+	defer temp.Close()
+	if err := errors.Join(make(temp), temp.Sync()); err != nil {
+		return fmt.Errorf("make disk %s: %w", path, err)
+	}
+	// Unlike a rename, it replaces nothing.
+	if err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", fd), unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW); err != nil {
+		return fmt.Errorf("make disk %s: %w", path, err)
+	}
+	return atomicfile.SyncDir(dir)
+}
+
+// buildNamed is build where files without names cannot be made, as on NFS. What a killed process leaves, the next one for the same path takes.
+func buildNamed(path string, make func(temp *os.File) error) error {
+	temp, err := os.OpenFile(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+atomicfile.TempSuffix), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("make disk: %w", err)
 	}
-	temp := filepath.Join(dir, "disk")
-	err = make(temp)
-	if err == nil {
-		err = syncFile(temp)
+	defer temp.Close()
+	if err := disklock.Lock(temp, false); err != nil {
+		return fmt.Errorf("make disk %s: %w", path, err)
 	}
+	err = errors.Join(temp.Truncate(0), make(temp), temp.Sync())
 	if err == nil {
-		err = os.Link(temp, path) // unlike a rename, it replaces nothing
+		err = os.Link(temp.Name(), path)
 	}
-	if err = errors.Join(err, os.RemoveAll(dir)); err != nil {
+	if err = errors.Join(err, os.Remove(temp.Name())); err != nil {
 		return fmt.Errorf("make disk %s: %w", path, err)
 	}
 	return atomicfile.SyncDir(filepath.Dir(path))
 }
 
-func syncFile(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
-// Resize makes the disk at path, which no VM may have open, size bytes large, and an ext4 in it likewise. Returns
-// ErrFormat for other file systems: they grow while they are mounted, in the guest.
-func Resize(ctx context.Context, path string, size int64) error {
+// Resize makes the disk at path, which no VM may have open, size bytes large, and an ext4 in it likewise. Once it has begun to, it does not stop
+// for the end of ctx. Returns ErrFormat for other file systems: they grow while they are mounted, in the guest; and disklock.ErrBusy.
+func Resize(ctx context.Context, path string, size int64, o Options) error {
 	if size < MinSize || size > MaxSize {
 		return fmt.Errorf("resize disk %s: %w: %d bytes", path, fs.ErrInvalid, size)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("resize disk: %w", err)
+	}
+	defer f.Close()
+	if err := errors.Join(disklock.Lock(f, false), o.check(path)); err != nil {
+		return fmt.Errorf("resize disk %s: %w", path, err)
 	}
 	kind, err := Detect(path)
 	if err != nil {
 		return fmt.Errorf("resize disk: %w", err)
 	}
-	fi, err := os.Stat(path)
+	fi, err := f.Stat()
 	if err != nil {
 		return fmt.Errorf("resize disk: %w", err)
 	}
 	if kind != "ext4" {
 		return fmt.Errorf("resize disk %s: %w: want ext4", path, ErrFormat)
 	}
-	if err := run(ctx, "e2fsck", "-f", "-p", path); err != nil {
+	if err := run(ctx, f, "e2fsck", "-f", "-p", inChild); err != nil {
 		return fmt.Errorf("resize disk %s: %w", path, err)
 	}
 	if size > fi.Size() {
-		if err := os.Truncate(path, size); err != nil {
+		if err := f.Truncate(size); err != nil {
 			return fmt.Errorf("resize disk: %w", err)
 		}
 	}
-	if err := run(ctx, "resize2fs", path, fmt.Sprintf("%dK", size>>10)); err != nil {
+	if err := run(context.WithoutCancel(ctx), f, "resize2fs", inChild, fmt.Sprintf("%dK", size>>10)); err != nil {
 		return fmt.Errorf("resize disk %s: %w", path, err)
 	}
-	if err := os.Truncate(path, size); err != nil {
+	if err := f.Truncate(size); err != nil {
 		return fmt.Errorf("resize disk: %w", err)
 	}
 	return nil
 }
 
-// run runs a tool of the host. Its output is part of the error.
-func run(ctx context.Context, argv ...string) error {
+// inChild is the path of the disk in a tool that is run.
+const inChild = "/proc/self/fd/3"
+
+// run runs a tool of the host on a disk, whose lock it shares: where we are killed, it goes on. A terminal's Ctrl-C is for us alone.
+// Its output is part of the error.
+func run(ctx context.Context, disk *os.File, argv ...string) error {
 	path, err := lookPath(argv[0])
 	if err != nil {
 		return err
@@ -212,6 +262,8 @@ func run(ctx context.Context, argv ...string) error {
 	cmd := exec.CommandContext(ctx, path, argv[1:]...)
 	cmd.WaitDelay = time.Second
 	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.ExtraFiles = []*os.File{disk} // as inChild
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	out, err := cmd.CombinedOutput()
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok && argv[0] == "e2fsck" && exit.ExitCode() == 1 {
 		err = nil // it has put something right
@@ -220,7 +272,8 @@ func run(ctx context.Context, argv ...string) error {
 		return context.Cause(ctx)
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w: %s", argv[0], err, strings.TrimSpace(string(out[:min(len(out), 1<<10)])))
+		text := strings.ReplaceAll(string(out[:min(len(out), 1<<10)]), inChild, disk.Name())
+		return fmt.Errorf("%s: %w: %s", argv[0], err, strings.TrimSpace(text))
 	}
 	return nil
 }

@@ -103,17 +103,17 @@ func TestClone(t *testing.T) {
 	if err := os.WriteFile(source, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := volume.Clone(t.Context(), source, target, nil); err != nil {
+	if err := volume.Clone(t.Context(), source, target, volume.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := os.ReadFile(target)
 	if err != nil || !bytes.Equal(got, content) {
 		t.Errorf("the clone differs: %v", err)
 	}
-	if err := volume.Clone(t.Context(), source, target, nil); !errors.Is(err, fs.ErrExist) {
+	if err := volume.Clone(t.Context(), source, target, volume.Options{}); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("over a file: %v", err)
 	}
-	if err := volume.Clone(t.Context(), filepath.Join(dir, "none"), filepath.Join(dir, "x"), nil); !errors.Is(err, fs.ErrNotExist) {
+	if err := volume.Clone(t.Context(), filepath.Join(dir, "none"), filepath.Join(dir, "x"), volume.Options{}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("of nothing: %v", err)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2 {
@@ -124,7 +124,7 @@ func TestClone(t *testing.T) {
 func TestResize(t *testing.T) {
 	path := blank(t, "ext4", 64<<20)
 	for _, size := range []int64{256 << 20, 32 << 20} {
-		if err := volume.Resize(t.Context(), path, size); err != nil {
+		if err := volume.Resize(t.Context(), path, size, volume.Options{}); err != nil {
 			t.Fatalf("to %d: %v", size, err)
 		}
 		if fi, err := os.Stat(path); err != nil || fi.Size() != size {
@@ -140,7 +140,7 @@ func TestResize(t *testing.T) {
 			t.Errorf("the file system has %d bytes, want %d", blocks, size)
 		}
 	}
-	if err := volume.Resize(t.Context(), path, 1<<20); err == nil || !strings.Contains(err.Error(), "resize2fs") {
+	if err := volume.Resize(t.Context(), path, 1<<20, volume.Options{}); err == nil || !strings.Contains(err.Error(), "resize2fs") {
 		t.Errorf("below what is in it: %v", err)
 	}
 	fsck(t, path)
@@ -148,7 +148,7 @@ func TestResize(t *testing.T) {
 	if err := os.WriteFile(other, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := volume.Resize(t.Context(), other, 2<<20); !errors.Is(err, volume.ErrFormat) {
+	if err := volume.Resize(t.Context(), other, 2<<20, volume.Options{}); !errors.Is(err, volume.ErrFormat) {
 		t.Errorf("of no file system: %v", err)
 	}
 }
@@ -221,10 +221,10 @@ func TestStore(t *testing.T) {
 	if err != nil || len(all) != 1 || all[0].Name != "db" || all[0].Size != 4 {
 		t.Errorf("%+v, %v, want db with what was written", all, err)
 	}
-	if err := s.Remove("db"); err != nil {
+	if err := s.Remove("db", volume.Options{}); err != nil {
 		t.Error(err)
 	}
-	if err := s.Remove("db"); !errors.Is(err, fs.ErrNotExist) {
+	if err := s.Remove("db", volume.Options{}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("removed twice: %v", err)
 	}
 	for _, name := range []string{"", "../x", "a/b", ".hidden", strings.Repeat("a", 65)} {

@@ -11,6 +11,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/disklock"
 )
 
 // Methods by which a file was staged.
@@ -44,18 +46,44 @@ func (e *SpaceError) Error() string {
 
 func (e *SpaceError) Unwrap() error { return unix.ENOSPC }
 
-// Apply makes the copy: by reflink where source and target share a file system that can, else block by block.
-func (f *File) Apply(ctx context.Context) (err error) {
-	src, err := os.Open(f.Source)
+// Apply makes the copy: by reflink where source and target share a file system that can, else block by block. Returns disklock.ErrBusy while
+// the source is being changed.
+func (f *File) Apply(ctx context.Context) error {
+	src, err := f.open()
 	if err != nil {
-		return fmt.Errorf("stage file: %w", err)
+		return err
 	}
 	defer src.Close()
 	dst, err := os.OpenFile(f.Target, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return fmt.Errorf("stage file: %w", err)
 	}
-	defer func() { err = errors.Join(err, dst.Close()) }()
+	return errors.Join(f.fill(ctx, dst, src), dst.Close())
+}
+
+// Into copies to dst, an empty file that is open for reading and writing, in place of Target.
+func (f *File) Into(ctx context.Context, dst *os.File) error {
+	src, err := f.open()
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	return f.fill(ctx, dst, src)
+}
+
+// open opens the source, and keeps others from changing it meanwhile.
+func (f *File) open() (*os.File, error) {
+	src, err := os.Open(f.Source)
+	if err != nil {
+		return nil, fmt.Errorf("stage file: %w", err)
+	}
+	if err := disklock.Lock(src, true); err != nil {
+		return nil, errors.Join(fmt.Errorf("stage file %s: %w", f.Source, err), src.Close())
+	}
+	return src, nil
+}
+
+func (f *File) fill(ctx context.Context, dst, src *os.File) error {
 	f.Method = Reflink
 	if unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) != nil {
 		f.Method = Copy

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
+
+	"push.rocks/smartvm/internal/disklock"
 )
 
 // Lease is the claim of one VM to a name that may be used once: a VM's second name, a user id, a drive that
@@ -17,6 +21,13 @@ type Lease struct {
 	Kind  string `json:"kind"` // "name", "uid", "drive"
 	Name  string `json:"name"`
 	Owner string `json:"owner"`
+	Path  string `json:"path,omitempty"` // of a drive: the disk, which nobody may be copying or changing
+}
+
+// DriveName is the name of a drive's lease: whatever paths lead to a file, it is one.
+func DriveName(fi fs.FileInfo) string {
+	st := fi.Sys().(*syscall.Stat_t)
+	return fmt.Sprintf("%x:%x", st.Dev, st.Ino)
 }
 
 // Lease describes a lease of this store. It is not taken until Apply.
@@ -24,25 +35,39 @@ func (s *Store) Lease(kind, name, owner string) *Lease {
 	return &Lease{Dir: filepath.Join(s.dir, LeaseDir), Kind: kind, Name: name, Owner: owner}
 }
 
+// Drive describes the lease of the disk at path, called name by DriveName.
+func (s *Store) Drive(path, name, owner string) *Lease {
+	l := s.Lease("drive", name, owner)
+	l.Path = path
+	return l
+}
+
 // TakenError says whose lease is in the way. It is fs.ErrExist.
 type TakenError struct {
 	Kind, Name, Owner string
+	Path              string // of a drive: as it was given
 }
 
 func (e *TakenError) Error() string {
-	return fmt.Sprintf("%s %q is taken by VM %s", e.Kind, e.Name, e.Owner)
+	return fmt.Sprintf("%s %q is taken by VM %s", e.Kind, cmp.Or(e.Path, e.Name), e.Owner)
 }
 
 func (e *TakenError) Unwrap() error { return fs.ErrExist }
 
-// Apply takes the lease. Returns *TakenError if it is taken, be it by the owner itself.
-func (l *Lease) Apply(context.Context) error {
+// Apply takes the lease. Returns *TakenError if it is taken, be it by the owner itself, and disklock.ErrBusy.
+func (l *Lease) Apply(ctx context.Context) error {
 	err := os.Symlink(l.Owner, l.path())
 	if errors.Is(err, fs.ErrExist) {
-		return &TakenError{Kind: l.Kind, Name: l.Name, Owner: l.holder()}
+		return &TakenError{Kind: l.Kind, Name: l.Name, Owner: l.holder(), Path: l.Path}
 	}
 	if err != nil {
 		return fmt.Errorf("take lease: %w", err)
+	}
+	if l.Path == "" {
+		return nil
+	}
+	if err := disklock.Free(l.Path); err != nil {
+		return errors.Join(fmt.Errorf("drive %s: %w", l.Path, err), l.Revert(ctx))
 	}
 	return nil
 }

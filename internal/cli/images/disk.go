@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"push.rocks/smartvm"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/vmflags"
@@ -55,16 +56,21 @@ func (s *Shell) cloneDisk() *cobra.Command {
 	return &cobra.Command{
 		Use:   "clone SOURCE PATH",
 		Short: "Copy a disk",
-		Long:  "Copy a disk: at once where the file system can share blocks (XFS, btrfs), else\nwithout its holes.",
-		Args:  s.Takes(2, 2, "a source and a path"),
+		Long: "Copy a disk that no VM writes: at once where the file system can share blocks\n" +
+			"(XFS, btrfs), else without its holes. Of a VM that runs, make a snapshot.",
+		Args: s.Takes(2, 2, "a source and a path"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			done := s.Status(s.transfer.Text)
-			err := volume.Clone(cmd.Context(), args[0], args[1], func(done, total int64) { s.Progress("copy", done, total) })
-			done()
-			if err != nil {
-				return s.invalid(err)
-			}
-			return s.path(args[1])
+			return s.onHost(func(h *smartvm.Host) error {
+				done := s.Status(s.transfer.Text)
+				err := volume.Clone(cmd.Context(), args[0], args[1], volume.Options{
+					InUse: unused(cmd.Context(), h), Progress: func(done, total int64) { s.Progress("copy", done, total) },
+				})
+				done()
+				if err != nil {
+					return s.invalid(err)
+				}
+				return s.path(args[1])
+			})
 		},
 	}
 }
@@ -73,7 +79,7 @@ func (s *Shell) resizeDisk() *cobra.Command {
 	return &cobra.Command{
 		Use:     "resize PATH SIZE",
 		Short:   "Change the size of a disk",
-		Long:    "Change the size of a disk with an ext4 that no VM has. It needs e2fsck and\nresize2fs, and refuses to make it smaller than what is in it.",
+		Long:    "Change the size of a disk with an ext4 that no running VM has. It needs e2fsck\nand resize2fs, and refuses to make it smaller than what is in it.",
 		Example: "  smartvm disk resize data.ext4 20G",
 		Args:    s.Takes(2, 2, "a path and a size"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -81,22 +87,33 @@ func (s *Shell) resizeDisk() *cobra.Command {
 			if err := size.Set(args[1]); err != nil {
 				return s.Usage(fmt.Errorf("size %q: %w", args[1], err), "")
 			}
-			if err := volume.Resize(cmd.Context(), args[0], int64(size)<<20); err != nil {
-				return s.invalid(err)
-			}
-			return s.path(args[0])
+			return s.onHost(func(h *smartvm.Host) error {
+				o := volume.Options{InUse: unread(cmd.Context(), h, false)}
+				if err := volume.Resize(cmd.Context(), args[0], int64(size)<<20, o); err != nil {
+					return s.invalid(err)
+				}
+				return s.path(args[0])
+			})
 		},
 	}
 }
 
-// volumes opens the disks that have names.
-func (s *Shell) volumes() (*volume.Store, error) {
+// onHost does something with the host.
+func (s *Shell) onHost(do func(*smartvm.Host) error) error {
 	h, err := s.Host()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	volumes, err := h.Volumes()
-	return volumes, errors.Join(err, h.Close())
+	return errors.Join(do(h), h.Close())
+}
+
+// volumes opens the disks that have names.
+func (s *Shell) volumes() (volumes *volume.Store, err error) {
+	err = s.onHost(func(h *smartvm.Host) (err error) {
+		volumes, err = h.Volumes()
+		return err
+	})
+	return volumes, err
 }
 
 func (s *Shell) listDisks() *cobra.Command {
@@ -128,19 +145,25 @@ func (s *Shell) listDisks() *cobra.Command {
 }
 
 func (s *Shell) removeDisks() *cobra.Command {
-	return &cobra.Command{
-		Use:   "rm NAME...",
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "rm [-f] NAME...",
 		Short: "Remove disks that have names",
-		Long:  "Remove disks that run --keep NAME has made, with all that is on them.",
+		Long:  "Remove disks that run --keep NAME has made, with all that is on them. A disk that a\nVM has is not removed.",
 		Args:  s.Takes(1, -1, "a name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			volumes, err := s.volumes()
-			if err != nil {
-				return err
-			}
-			return s.each(cmd.Context(), args, func(_ context.Context, name string) (any, error) {
-				return map[string]string{"name": name}, s.invalid(volumes.Remove(name))
+			return s.onHost(func(h *smartvm.Host) error {
+				volumes, err := h.Volumes()
+				if err != nil {
+					return err
+				}
+				o := volume.Options{InUse: unread(cmd.Context(), h, !force)}
+				return s.each(cmd.Context(), args, func(_ context.Context, name string) (any, error) {
+					return map[string]string{"name": name}, s.invalid(volumes.Remove(name, o))
+				})
 			})
 		},
 	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "also those of stopped VMs, which cannot start without them")
+	return cmd
 }

@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// changing are the system calls that count, by the numbers of this architecture; openat only where it may make a file.
+// changing are the system calls that count, by the numbers of this architecture; openat only where it may make a file, be it one
+// without a name.
 // A write counts too: what is half written at a crash is half there.
 var changing = map[uint64]bool{
 	unix.SYS_MKDIRAT: true, unix.SYS_UNLINKAT: true, unix.SYS_RENAMEAT: true, unix.SYS_RENAMEAT2: true, unix.SYS_LINKAT: true,
@@ -94,7 +95,7 @@ func changes(tid int) bool {
 	}
 	nr := binary.NativeEndian.Uint64(info[24:])
 	if nr == unix.SYS_OPENAT {
-		return binary.NativeEndian.Uint64(info[24+8+2*8:])&unix.O_CREAT != 0
+		return binary.NativeEndian.Uint64(info[24+8+2*8:])&(unix.O_CREAT|unix.O_TMPFILE&^unix.O_DIRECTORY) != 0
 	}
 	return changing[nr]
 }

@@ -1,0 +1,3 @@
+package volume
+
+var BuildNamed = buildNamed
