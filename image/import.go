@@ -143,6 +143,11 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*Object, erro
 	if err != nil {
 		return nil, err
 	}
+	if dirty, err := volume.NeedsRecovery(path); err != nil {
+		return nil, err
+	} else if dirty {
+		return nil, hint.Add(invalid("root file system %s: its journal is not replayed: it was copied while it was mounted, or not unmounted", path), "e2fsck -p %s repairs it", path)
+	}
 	switch kind {
 	case "ext4", "squashfs", "erofs":
 		return s.storeCopy(ctx, path, &Object{ID: kindRoot + "-", Type: kind, Files: []File{{Name: "root." + kind}}})

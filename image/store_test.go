@@ -32,6 +32,8 @@ import (
 
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/volume"
+	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/tinyguest"
 )
@@ -183,6 +185,39 @@ func TestImport_Refused(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 	wantSound(t, s, dir)
+}
+
+// An ext4 that was copied while it was mounted is not what it seems to whoever mounts it read-only, as all images are.
+func TestImport_NeedsRecovery(t *testing.T) {
+	testenv.Fixture(t, fixtures.MkfsExt4)
+	s := open(t, storeDir(t))
+	path := filepath.Join(t.TempDir(), "root.ext4")
+	if err := volume.Blank(t.Context(), path, "ext4", 16<<20); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const features = 1024 + 0x60
+	bits := make([]byte, 1)
+	if _, err := f.ReadAt(bits, features); err != nil {
+		t.Fatal(err)
+	}
+	for _, dirty := range []bool{true, false} {
+		b := bits[0] &^ 4
+		if dirty {
+			b |= 4
+		}
+		if _, err := f.WriteAt([]byte{b}, features); err != nil {
+			t.Fatal(err)
+		}
+		_, err := s.Import(t.Context(), image.ImportOptions{Name: "x", Rootfs: path})
+		if dirty && (!errors.Is(err, fs.ErrInvalid) || !strings.Contains(err.Error(), "its journal is not replayed")) || !dirty && err != nil {
+			t.Errorf("dirty %v: %v", dirty, err)
+		}
+	}
 }
 
 func TestOpen_Unsafe(t *testing.T) {

@@ -5,12 +5,9 @@
 package volume
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -37,75 +34,6 @@ const (
 
 // minXFS is the least that mkfs.xfs takes, in bytes.
 const minXFS = 300 << 20
-
-// magics of file systems, by their place.
-var magics = []struct {
-	kind   string
-	offset int
-	magic  string
-}{
-	{"squashfs", 0, "hsqs"},
-	{"xfs", 0, "XFSB"},
-	{"ext4", 1024 + 0x38, "\x53\xef"}, // ext2 and ext3 too, which ext4 mounts
-	{"erofs", 1024, "\xe2\xe1\xf5\xe0"},
-	{"btrfs", 65536 + 0x40, "_BHRfS_M"},
-}
-
-// Detect says which file system a file holds: "ext4" (or ext2, ext3), "xfs", "btrfs", "squashfs", "erofs", or "" for
-// anything else. Where the file is shorter than the file system says it is, that is ErrFormat.
-func Detect(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return "", err
-	}
-	head := make([]byte, 65536+0x48)
-	n, err := f.ReadAt(head, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return "", fmt.Errorf("read %s: %w", path, err)
-	}
-	head = head[:n]
-	for _, m := range magics {
-		if len(head) < m.offset+len(m.magic) || !bytes.Equal(head[m.offset:m.offset+len(m.magic)], []byte(m.magic)) {
-			continue
-		}
-		if want := length(m.kind, head); want > uint64(fi.Size()) {
-			return "", fmt.Errorf("%s: %w: it is cut off: %s of %d bytes in a file of %d", path, ErrFormat, m.kind, want, fi.Size())
-		}
-		return m.kind, nil
-	}
-	return "", nil
-}
-
-// length is a file system's in bytes, by its superblock; 0 if that does not tell.
-func length(kind string, head []byte) uint64 {
-	le := binary.LittleEndian
-	switch {
-	case kind == "squashfs" && len(head) >= 48:
-		return le.Uint64(head[40:])
-	case kind == "ext4" && len(head) >= 2048:
-		shift := le.Uint32(head[1024+0x18:])
-		blocks := uint64(le.Uint32(head[1024+0x4:]))
-		if le.Uint32(head[1024+0x60:])&0x80 != 0 { // 64bit
-			blocks |= uint64(le.Uint32(head[1024+0x150:])) << 32
-		}
-		if shift > 6 || blocks > MaxSize>>10 {
-			return 1 << 63 // no block is larger than 64 KiB: nonsense
-		}
-		return blocks << (10 + shift)
-	case kind == "erofs" && len(head) >= 1024+128:
-		shift := head[1024+12]
-		if shift > 16 {
-			return 1 << 63
-		}
-		return uint64(le.Uint32(head[1024+36:])) << shift
-	}
-	return 0
-}
 
 // Blank makes a sparse file of size bytes at path with an empty file system in it: "ext4" or "xfs". Path must not
 // exist; it is there when all of it is. Returns exec.ErrNotFound where the tool is missing.

@@ -1,7 +1,9 @@
 package volume_test
 
 import (
+	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"encoding/binary"
 	"errors"
 	"io/fs"
@@ -160,6 +162,80 @@ func TestDetect_CutOff(t *testing.T) {
 	}
 	if _, err := volume.Detect(path); !errors.Is(err, volume.ErrFormat) {
 		t.Errorf("half an ext4: %v", err)
+	}
+}
+
+// An ext4 is told from what only has its two bytes of magic where an ext4 has them, as each 65,536th compressed archive does.
+func TestDetect(t *testing.T) {
+	ext4, err := os.ReadFile(blank(t, "ext4", 16<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	superblock := ext4[1024:2048]
+	content := bytes.Repeat([]byte("smartvm "), 1<<10)
+	copy(content[512:], superblock) // in a tar it comes after the header
+	var archive, plain, zipped bytes.Buffer
+	tw := tar.NewWriter(&archive)
+	if err := errors.Join(tw.WriteHeader(&tar.Header{Name: "a", Size: int64(len(content)), Mode: 0o644}), second(tw.Write(content)), tw.Close()); err != nil {
+		t.Fatal(err)
+	}
+	gz, err := gzip.NewWriterLevel(&zipped, gzip.NoCompression)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(second(gz.Write(ext4[:8<<10])), gz.Close()); err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(zipped.Bytes(), superblock[:0x60])
+	if at < 1024 {
+		t.Fatalf("the superblock is at %d", at)
+	}
+	moved := append(bytes.Clone(zipped.Bytes()[:10]), zipped.Bytes()[10+at-1024:]...) // to where an ext4 has it
+	plain.Write(bytes.Repeat([]byte{'x'}, 8<<10))
+	copy(plain.Bytes()[1024+0x38:], "\x53\xef")
+	with := func(begin string, data []byte) []byte { return append([]byte(begin), data[len(begin):]...) }
+	field := func(offset int, value uint32) []byte {
+		data := bytes.Clone(ext4)
+		binary.LittleEndian.PutUint32(data[1024+offset:], value)
+		return data
+	}
+	for name, tt := range map[string]struct {
+		data []byte
+		want string
+	}{
+		"ext4": {ext4, "ext4"}, "ext4 with a boot sector": {with("\xeb\x63\x90", ext4), "ext4"},
+		"tar": {archive.Bytes(), ""}, "gzip": {moved, ""}, "text": {plain.Bytes(), ""},
+		"zstd": {with("\x28\xb5\x2f\xfd", ext4), ""}, "zstd, skipped": {with("\x53\x2a\x4d\x18", ext4), ""},
+		"xz": {with("\xfd7zXZ\x00", ext4), ""}, "bzip2": {with("BZh9", ext4), ""},
+		"revision": {field(0x4c, 2), ""}, "features": {field(0x60, 1<<31), ""}, "blocks": {field(0x18, 7), ""}, "groups": {field(0x20, 0), ""},
+	} {
+		path := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(path, tt.data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := volume.Detect(path); got != tt.want || err != nil {
+			t.Errorf("%s: %q, %v, want %q", name, got, err, tt.want)
+		}
+	}
+}
+
+func second(_ int, err error) error { return err }
+
+func TestNeedsRecovery(t *testing.T) {
+	path := blank(t, "ext4", 16<<20)
+	if got, err := volume.NeedsRecovery(path); got || err != nil {
+		t.Errorf("a new one: %v, %v", got, err)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[1024+0x60] |= 0x4
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := volume.NeedsRecovery(path); !got || err != nil {
+		t.Errorf("one whose journal is not replayed: %v, %v", got, err)
 	}
 }
 
