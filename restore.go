@@ -21,6 +21,7 @@ import (
 	"push.rocks/smartvm/internal/locate"
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/stranger"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -103,11 +104,13 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	if from.saved, err = readSaved(sn.Snapshot); err != nil {
 		return nil, err
 	}
-	if err := from.whole(); err != nil {
+	s := &from.saved
+	vm := &stranger.VM{Spec: &s.Spec, Images: s.Images, Drives: s.Drives, Interfaces: s.Interfaces, Files: func(name string) bool { _, ok := sn.Files[name]; return ok }}
+	if err := vm.Whole(); err != nil {
 		return nil, err
 	}
 	if from.stranger = sn.Imported && !trust; from.stranger {
-		if err := from.harmless(); err != nil {
+		if err := vm.Harmless(sn.host.opts.Launcher == LaunchJailed); err != nil {
 			return nil, hint.Add(fmt.Errorf("%w: it was imported: %w", ErrNotSupported, err), "with --trust it is taken for one of this host's own")
 		}
 	}

@@ -11,9 +11,9 @@ import (
 	"time"
 
 	"push.rocks/smartvm/internal/hint"
-	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/stranger"
 )
 
 // What goes wrong with snapshots; test with errors.Is.
@@ -103,7 +103,7 @@ func (h *Host) claim(sn *snapshot.Snapshot) error {
 		return err
 	}
 	for _, users := range s.Images {
-		if sn.Imported && !isUsers(users) {
+		if sn.Imported && !stranger.IsUsers(users) {
 			continue
 		}
 		err := os.Symlink(sn.Dir(), filepath.Join(h.local(users), claimName(sn.ID)))
@@ -113,9 +113,6 @@ func (h *Host) claim(sn *snapshot.Snapshot) error {
 	}
 	return nil
 }
-
-// isUsers says whether a path, below the data directory, is where users of an image say so.
-func isUsers(path string) bool { return inImages(path) && filepath.Base(path) == kept.UsersDir }
 
 // Image is what the snapshot's VM was made of, which is not in the snapshot. "": of no image.
 func (sn *Snapshot) Image() string {

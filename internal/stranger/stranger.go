@@ -1,4 +1,5 @@
-package smartvm
+// Package stranger looks at what a snapshot says of its VM that somebody else may have made.
+package stranger
 
 import (
 	"errors"
@@ -8,13 +9,24 @@ import (
 	"strings"
 
 	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/spec"
 )
 
-// whole says what of the devices makes no sense: their ids are names of files, and what is not of the whole host is in its data directory.
-func (from *origin) whole() error {
-	s := &from.saved
+// VM is what a snapshot says of its VM.
+type VM struct {
+	Spec       *spec.Spec
+	Images     []string          // where users of its image say so, below the data directory
+	Drives     []string          // that are in the snapshot, by id
+	Files      func(string) bool // says whether the snapshot has a file
+	Interfaces []attach.Interface
+}
+
+// Whole says what of the devices makes no sense: their ids are names of files, and what is not of the whole host is in its data directory. It is
+// snapshot.ErrDamaged.
+func (s *VM) Whole() error {
 	var ids []string
 	paths := slices.Clone(s.Images)
 	for _, d := range s.Spec.Drives {
@@ -37,7 +49,7 @@ func (from *origin) whole() error {
 		}
 	}
 	for _, id := range s.Drives {
-		if _, ok := from.Files[snapshot.DrivesDir+"/"+id]; !ok || !slices.Contains(ids, id) {
+		if !s.Files(snapshot.DrivesDir+"/"+id) || !slices.Contains(ids, id) {
 			return fmt.Errorf("%w: drive %q is not in it", snapshot.ErrDamaged, id)
 		}
 	}
@@ -49,11 +61,13 @@ func inImages(path string) bool {
 	return filepath.IsLocal(path) && filepath.Clean(path) == path && (strings.HasPrefix(path, store.ImageDir+"/objects/") || strings.HasPrefix(path, store.BaseDir+"/"))
 }
 
-// harmless says what an imported snapshot would have of this host that its maker could have chosen.
-func (from *origin) harmless() error {
-	s := &from.saved
+// IsUsers says whether a path, below the data directory, is where users of an image say so.
+func IsUsers(path string) bool { return inImages(path) && filepath.Base(path) == kept.UsersDir }
+
+// Harmless says what an imported snapshot would have of this host that its maker could have chosen.
+func (s *VM) Harmless(jailed bool) error {
 	var errs []error
-	if from.host.opts.Launcher != LaunchJailed {
+	if !jailed {
 		errs = append(errs, errors.New("its VMM can open any file that this user can; in a jail, which root can make, it cannot"))
 	}
 	outside := func(id, path string, readOnly bool) {
@@ -68,7 +82,7 @@ func (from *origin) harmless() error {
 		outside(d.ID, d.PathOnHost, d.IsReadOnly)
 	}
 	for _, users := range s.Images {
-		if !isUsers(users) {
+		if !IsUsers(users) {
 			errs = append(errs, fmt.Errorf("image %s is none", users))
 		}
 	}
