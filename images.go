@@ -164,7 +164,16 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 		drives[0].Ephemeral = &yes
 	}
 	s.Drives = append(drives, s.Drives...)
+	if b.Modules != "" {
+		b.Guest.ModulesDevice = addDrive(s, Drive{DriveID: spec.ModulesDrive, PathOnHost: b.Modules, IsReadOnly: true})
+	}
 	return boot, nil
+}
+
+// addDrive adds a drive and says what the guest calls it.
+func addDrive(s *Spec, d Drive) (device string) {
+	s.Drives = append(s.Drives, d)
+	return fmt.Sprintf("/dev/vd%c", 'a'+len(s.Drives)-1)
 }
 
 // scratch is the drive that an image's guest writes.

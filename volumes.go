@@ -27,12 +27,8 @@ func (h *Host) addVolumes(ctx context.Context, rec *record) error {
 	if len(s.Volumes) == 0 {
 		return nil
 	}
-	add := func(d Drive) (device string) {
-		s.Drives = append(s.Drives, d)
-		return fmt.Sprintf("/dev/vd%c", 'a'+len(s.Drives)-1)
-	}
 	g.Volumes = share.Guest(s.Volumes)
-	g.VolumeDevice = add(Drive{DriveID: spec.VolumeDrive, PathOnHost: filepath.Join(h.store.Dir(rec.ID), store.VolumeFile), IsReadOnly: true})
+	g.VolumeDevice = addDrive(s, Drive{DriveID: spec.VolumeDrive, PathOnHost: filepath.Join(h.store.Dir(rec.ID), store.VolumeFile), IsReadOnly: true})
 	if slices.ContainsFunc(s.Volumes, func(v Volume) bool { return !v.ReadOnly }) {
 		var size Scratch
 		if s.Scratch != nil {
@@ -44,7 +40,7 @@ func (h *Host) addVolumes(ctx context.Context, rec *record) error {
 		}
 		yes := true
 		changes.DriveID, changes.Ephemeral = spec.ChangesDrive, &yes
-		g.ChangesDevice = add(changes)
+		g.ChangesDevice = addDrive(s, changes)
 	}
 	_, err := g.Encode() // it may be too long by now
 	return err

@@ -45,6 +45,7 @@ type Boot struct {
 	BootArgs       string
 	Root, RootType string // path of the root file system; "": the initramfs is all there is
 	CopyRoot       bool   // the guest writes its root: it needs a copy
+	Modules        string // path of an ext4 file system with the kernel's modules, for Guest; "": there is none
 	// Guest is what the initramfs reads from a drive of its own; nil: the initramfs is not ours, and there is no overlay.
 	Guest *agentproto.Boot
 	// Users are directories in which the VM says that it uses what is here, by a symbolic link to its own directory.
@@ -86,6 +87,9 @@ func (s *Store) Boot(ctx context.Context, name string, o BootOptions) (b *Boot, 
 	}
 	if err == nil && !i.Itself && b.Root != "" {
 		b.Guest = guestConfig(b, o)
+		if modules != nil && slices.ContainsFunc(modules.Files, func(f File) bool { return f.Name == modulesDisk }) {
+			b.Modules = filepath.Join(s.objectDir(modules.ID), modulesDisk)
+		}
 		b.BootArgs = cmp.Or(b.BootArgs, QuietBootArgs)
 		_, encodeErr := b.Guest.Encode() // it may be too long
 		err = errors.Join(encodeErr, s.bootInitramfs(ctx, b, modules))

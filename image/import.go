@@ -2,6 +2,7 @@ package image
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,14 +73,13 @@ func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 
 func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) error {
 	if o.Kernel == HostKernel {
-		path, modules, err := hostKernel()
-		if err != nil {
+		h, err := s.hostKernel()
+		if old, _ := s.Find(HostKernel); err != nil && errors.Is(err, ErrNoKernel) && old != nil && o.Modules == "" {
+			i.Kernel = old.Kernel
+		} else if err != nil {
 			return err
 		}
-		o.Kernel = path
-		if o.Modules == "" {
-			o.Modules = modules
-		}
+		o.Kernel, o.Modules = h.kernel, cmp.Or(o.Modules, h.modules)
 	}
 	if o.Kernel != "" {
 		k, err := s.storeKernel(ctx, o.Kernel, o.Modules)

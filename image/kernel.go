@@ -6,12 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/initramfs"
 	"push.rocks/smartvm/internal/kept"
@@ -21,29 +24,65 @@ import (
 // HostKernel stands for the kernel that this machine runs, and for the image that holds it.
 const HostKernel = "host"
 
-// hostKernel finds this machine's kernel and its modules.
-func hostKernel() (image, modules string, err error) {
+// hostFiles are this machine's kernel and its modules.
+type hostFiles struct {
+	release string // of the kernel that runs, whose the files are
+	kernel  string // a path
+	modules string // a directory; "": there are none
+}
+
+// hostKernel finds this machine's kernel and its modules. Distributions that keep one kernel alone name its file after no
+// release: such a file counts if it says that it is of the kernel that runs. Returns ErrNoKernel, with the release.
+func (s *Store) hostKernel() (h hostFiles, err error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
-		return "", "", err
+		return h, err
 	}
-	release := unix.ByteSliceToString(u.Release[:])
-	modules = filepath.Join("/lib/modules", release)
-	if _, err := os.Stat(modules); err != nil {
-		modules = ""
+	h.release = cmp.Or(s.hostRelease, unix.ByteSliceToString(u.Release[:]))
+	modules := "/lib/modules/" + h.release
+	if isDir(s.hostRoot + modules) {
+		h.modules = s.hostRoot + modules
 	}
-	paths := []string{"/boot/vmlinuz-" + release, filepath.Join("/lib/modules", release, "vmlinuz"), "/boot/vmlinux-" + release}
-	for _, path := range paths {
+	paths := []string{"/boot/vmlinuz-" + h.release, modules + "/vmlinuz", "/boot/vmlinux-" + h.release, "/boot/Image-" + h.release, "/boot/kernel-" + h.release}
+	var unreadable error
+	for i, path := range append(paths, s.nameless()...) {
+		path = s.hostRoot + path
 		f, err := os.Open(path)
 		if err == nil {
-			return path, modules, f.Close()
+			err = f.Close()
 		}
-		if !isNotExist(err) {
-			return "", "", fmt.Errorf("read this machine's kernel: %w: %w", ErrNoKernel, err)
+		if err != nil {
+			if unreadable == nil && !isNotExist(err) {
+				unreadable = err
+			}
+			continue
+		}
+		if info, err := kernel.Check(path); i < len(paths) || err == nil && info.Release == h.release {
+			h.kernel = path
+			return h, nil
 		}
 	}
-	return "", "", hint.Add(fmt.Errorf("find this machine's kernel: %w in %s", ErrNoKernel, strings.Join(paths, ", ")),
+	if unreadable != nil {
+		err := fmt.Errorf("read this machine's kernel: %w: %w", ErrNoKernel, unreadable)
+		if denied, ok := errors.AsType[*fs.PathError](unreadable); ok && errors.Is(denied, fs.ErrPermission) {
+			err = hint.Add(err, "import a copy that you may read: sudo cat %s >vmlinuz; smartvm image import --kernel vmlinuz --modules %s kernel",
+				denied.Path, s.hostRoot+modules)
+		}
+		return h, err
+	}
+	return h, hint.Add(fmt.Errorf("find this machine's kernel: %w in %s", ErrNoKernel, strings.Join(paths, ", ")),
 		"import one of a distribution: smartvm image import --kernel VMLINUZ --modules DIR kernel")
+}
+
+// nameless are files of kernels that may be of any release: /boot/vmlinuz-linux, -lts, -virt and the like.
+func (s *Store) nameless() (paths []string) {
+	for _, pattern := range []string{"/boot/vmlinuz*", "/boot/EFI/Linux/*.efi", "/efi/EFI/Linux/*.efi"} {
+		found, _ := filepath.Glob(s.hostRoot + pattern)
+		for _, path := range found {
+			paths = append(paths, strings.TrimPrefix(path, s.hostRoot))
+		}
+	}
+	return append(paths, "/run/booted-system/kernel")
 }
 
 // DefaultKernel is the image whose kernel boots those without one, if there is such an image; else it is HostKernel's.
@@ -62,23 +101,25 @@ func (s *Store) kernelImage(ctx context.Context, name string) (*Image, error) {
 	return i, err
 }
 
-// currentHostKernel is the host's kernel as an image, made if it has changed since old. The caller holds the store.
+// currentHostKernel is the host's kernel as an image, made if it, its modules or what is made of them have changed since
+// old. Where its files are gone, as after an upgrade, or cannot be read, old serves. The caller holds the store.
 func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, error) {
-	path, modules, err := hostKernel()
+	h, err := s.hostKernel()
+	if err != nil && errors.Is(err, ErrNoKernel) && old != nil && old.Kernel != "" {
+		s.log.Warn("this machine's kernel is not to be had; the one that was stored is taken", "running", h.release, "err", err)
+		return old, nil
+	}
 	if err != nil {
 		return nil, err
 	}
-	now, err := kept.Stamp(path)
-	if real, evalErr := filepath.EvalSymlinks(path); evalErr == nil {
-		now, err = kept.Stamp(real)
-	}
+	now, err := h.stamp()
 	if err != nil {
 		return nil, fmt.Errorf("look at this machine's kernel: %w", err)
 	}
 	if old != nil && old.Stamp == now {
 		return old, nil
 	}
-	o, err := s.storeKernel(ctx, path, modules)
+	o, err := s.storeKernel(ctx, h.kernel, h.modules)
 	if err != nil {
 		return nil, err
 	}
@@ -86,8 +127,32 @@ func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, erro
 	return i, s.name(ctx, i)
 }
 
-// storeKernel stores the kernel at path, extracted, and of its modules those that a guest needs to find its root.
-// Modules is an unpacked /lib/modules/RELEASE, or the directory above, or "": all is built in.
+// kernelFormat is to be raised when storeKernel makes something else of the same files.
+const kernelFormat = 1
+
+// stamp changes with the files, and with what this smartvm makes of them.
+func (h hostFiles) stamp() (string, error) {
+	path, err := filepath.EvalSymlinks(h.kernel)
+	if err != nil {
+		return "", err
+	}
+	stamp, err := kept.Stamp(path)
+	if err != nil {
+		return "", err
+	}
+	modules := "none"
+	for _, list := range []string{"modules.dep", "modules.order"} {
+		if modules, err = kept.Stamp(filepath.Join(h.modules, list)); h.modules != "" && err == nil {
+			break
+		}
+		modules = "none"
+	}
+	return fmt.Sprintf("%s modules %s made %d-%s", stamp, modules, kernelFormat, initramfs.Fingerprint()), nil
+}
+
+// storeKernel stores the kernel at path, extracted, and of its modules those that a guest needs to find its root, and all
+// of them as a disk that guests share. Modules is an unpacked /lib/modules/RELEASE, or the directory above, or "": all is
+// built in.
 func (s *Store) storeKernel(ctx context.Context, path, modules string) (*Object, error) {
 	src, err := os.Open(path)
 	if err != nil {
@@ -117,26 +182,85 @@ func (s *Store) storeKernel(ctx context.Context, path, modules string) (*Object,
 		if modules == "" {
 			return o, nil
 		}
-		if o.Release == "" {
-			o.Release = filepath.Base(modules)
-		}
-		if below := filepath.Join(modules, o.Release); isDir(below) {
-			modules = below
-		}
-		root, err := os.OpenRoot(modules)
-		if err != nil {
-			return nil, fmt.Errorf("import modules: %w", err)
-		}
-		defer root.Close()
-		o.Modules, o.Files = true, append(o.Files, File{Name: modulesFile})
-		err = create(filepath.Join(dir, modulesFile), func(w io.Writer) error {
-			return initramfs.Build(w, initramfs.Options{Modules: root.FS(), Release: o.Release})
-		})
-		if err != nil {
+		if err := s.addModules(ctx, dir, o, modules); err != nil {
 			return nil, fmt.Errorf("import modules of %s: %w", modules, err)
 		}
 		return o, nil
 	})
+}
+
+// addModules puts the modules of o's kernel into o's directory.
+func (s *Store) addModules(ctx context.Context, dir string, o *Object, modules string) error {
+	root, err := openModules(modules, o.Release)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	release, err := kernel.ModulesRelease(root.FS())
+	if err != nil {
+		return err
+	}
+	if o.Release == "" {
+		o.Release = cmp.Or(release, filepath.Base(root.Name()))
+	}
+	if release != "" && release != o.Release {
+		return invalid("they are for the kernel %s, and the kernel is %s", release, o.Release)
+	}
+	o.Modules, o.Files = true, append(o.Files, File{Name: modulesFile}, File{Name: modulesDisk})
+	err = create(filepath.Join(dir, modulesFile), func(w io.Writer) error {
+		return initramfs.Build(w, initramfs.Options{Modules: root.FS(), Release: o.Release})
+	})
+	if err != nil {
+		return err
+	}
+	return create(filepath.Join(dir, modulesDisk), func(w io.Writer) error { return s.modulesToExt4(ctx, root.FS(), w.(*os.File)) })
+}
+
+// openModules opens an unpacked /lib/modules/RELEASE: dir, or the directory in it that is meant.
+func openModules(dir, release string) (*os.Root, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	if kernel.IsModuleTree(root.FS()) {
+		return root, nil
+	}
+	defer root.Close()
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, e := range entries {
+		below, err := fs.Sub(root.FS(), e.Name())
+		if err == nil && kernel.IsModuleTree(below) {
+			found = append(found, e.Name())
+		}
+	}
+	switch {
+	case slices.Contains(found, release):
+		return root.OpenRoot(release)
+	case len(found) == 1:
+		return root.OpenRoot(found[0])
+	case len(found) == 0:
+		return nil, invalid("neither it nor a directory in it has a kernel's modules: no modules.dep, modules.order or modules.builtin")
+	}
+	return nil, hint.Add(invalid("there are those of %s, and which of them are the kernel's is not known", strings.Join(found, ", ")),
+		"name one: --modules %s", filepath.Join(dir, found[0]))
+}
+
+// modulesToExt4 makes a disk of a kernel's modules.
+func (s *Store) modulesToExt4(ctx context.Context, tree fs.FS, dst *os.File) error {
+	r, w := io.Pipe()
+	packed := make(chan struct{})
+	go func() {
+		defer close(packed)
+		w.CloseWithError(kernel.WriteModules(w, tree))
+	}()
+	err := flatten.TarToExt4(ctx, s.watch(ctx, r, "copy the kernel's modules", 0), dst)
+	r.CloseWithError(err)
+	<-packed
+	return err
 }
 
 func isDir(path string) bool {

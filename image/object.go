@@ -50,6 +50,7 @@ const (
 	objectFile  = "object.json"
 	kernelFile  = "vmlinux"
 	modulesFile = "modules.cpio" // the modules that a guest needs to find its root
+	modulesDisk = "modules.ext4" // all of a kernel's modules
 	initrdFile  = "initrd"
 )
 

@@ -67,6 +67,8 @@ type Options struct {
 type Store struct {
 	opts Options
 	log  *slog.Logger
+
+	hostRoot, hostRelease string // where this machine's kernel is sought, and of which release; "": what it runs
 }
 
 // Names in a store's directory: docs/layout.md.

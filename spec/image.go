@@ -10,6 +10,7 @@ const (
 	RootDrive    = "rootfs"  // the image's file system
 	ScratchDrive = "scratch" // what the guest writes
 	GuestDrive   = "guest"   // what the guest's first program is told
+	ModulesDrive = "modules" // the modules of a distribution's kernel
 )
 
 const (

@@ -160,7 +160,7 @@ func (s Spec) checkMachine(p *problems) {
 func (s Spec) checkStorage(p *problems) {
 	seen, root := map[string]string{}, ""
 	if s.Image != "" {
-		for _, id := range []string{RootDrive, ScratchDrive, GuestDrive, VolumeDrive, ChangesDrive} {
+		for _, id := range []string{RootDrive, ScratchDrive, GuestDrive, ModulesDrive, VolumeDrive, ChangesDrive} {
 			seen[id] = "image's"
 		}
 		root = "image's"

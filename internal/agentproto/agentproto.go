@@ -57,6 +57,8 @@ type Boot struct {
 	// ScratchDevice is an ext4 file system that takes what is written over the root. Empty: the root is used as it is,
 	// written to where its drive and its type allow.
 	ScratchDevice string `json:"scratchDevice,omitempty"`
+	// ModulesDevice is an ext4 file system with the kernel's modules, which belongs on /lib/modules/RELEASE. Empty: there are none.
+	ModulesDevice string `json:"modulesDevice,omitempty"`
 	Hostname      string `json:"hostname,omitempty"`
 	// Command is run as the image's only program, or with Init becomes process 1. Empty: the image's own init does.
 	Command []string `json:"command,omitempty"`
@@ -207,6 +209,8 @@ func (b *Boot) validate() error {
 		return invalid("root type %q", b.RootType)
 	case b.ScratchDevice != "" && !isDevice(b.ScratchDevice):
 		return invalid("scratch device %q", b.ScratchDevice)
+	case b.ModulesDevice != "" && !isDevice(b.ModulesDevice):
+		return invalid("modules on %q", b.ModulesDevice)
 	case b.ScratchDevice == b.RootDevice:
 		return invalid("root and scratch are both %s", b.RootDevice)
 	case len(b.Hostname) > 64 || strings.Trim(b.Hostname, letters+digits+"-._") != "":

@@ -23,7 +23,7 @@ var addresses = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
 
 func full() *agentproto.Boot {
 	return &agentproto.Boot{
-		RootDevice: "/dev/vda", RootType: agentproto.Squashfs, ScratchDevice: "/dev/vdb", Hostname: "web-1.example",
+		RootDevice: "/dev/vda", RootType: agentproto.Squashfs, ScratchDevice: "/dev/vdb", ModulesDevice: "/dev/vdd", Hostname: "web-1.example",
 		Command: []string{"/bin/sh", "-c", "echo '<&>' ü\n"}, Env: []string{"A=1", "B="},
 		User: "web:1000", WorkingDir: "/srv", Init: true, Directories: []string{"/data", "/srv/db"}, StopSignal: "SIGRTMIN+3",
 		Interfaces: []agentproto.Interface{{
@@ -71,6 +71,7 @@ func TestEncode_Invalid(t *testing.T) {
 		"NoRoot":          func(b *agentproto.Boot) { b.RootDevice = "" },
 		"RootElsewhere":   func(b *agentproto.Boot) { b.RootDevice = "/dev/../etc/passwd" },
 		"RootType":        func(b *agentproto.Boot) { b.RootType = "overlay" },
+		"Modules":         func(b *agentproto.Boot) { b.ModulesDevice = "/dev/../sda" },
 		"Scratch":         func(b *agentproto.Boot) { b.ScratchDevice = "vdb" },
 		"ScratchIsRoot":   func(b *agentproto.Boot) { b.ScratchDevice = b.RootDevice },
 		"HostnameLong":    func(b *agentproto.Boot) { b.Hostname = strings.Repeat("h", 65) },

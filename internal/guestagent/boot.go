@@ -94,8 +94,10 @@ func unwanted(b *agentproto.Boot, sys string) map[string]bool {
 		}
 	}
 	known := 2 // the root, and what we have read
-	if b.ScratchDevice != "" {
-		known++
+	for _, device := range []string{b.ScratchDevice, b.ModulesDevice} {
+		if device != "" {
+			known++
+		}
 	}
 	drives, _ := filepath.Glob(filepath.Join(sys, "block/vd*"))
 	more := len(drives) > known // which may have any file system
@@ -379,6 +381,11 @@ func furnish(b *agentproto.Boot) error {
 			say("%v", err)
 		}
 	}
+	if b.ModulesDevice != "" {
+		if err := mountModules(b.ModulesDevice); err != nil {
+			say("%v", err)
+		}
+	}
 	for name, target := range map[string]string{"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"} {
 		_ = os.Symlink("/proc/self/fd"+target, "/dev/"+name)
 	}
@@ -414,6 +421,18 @@ func mountOver(f filesystem, o fill.Options) error {
 		say("fill %s with what the image has there: %v", f.target, err)
 	}
 	return nil
+}
+
+// mountModules puts the modules of the kernel that runs where modprobe looks for them.
+func mountModules(device string) error {
+	var u unix.Utsname
+	if err := errors.Join(unix.Uname(&u), awaitDevice(device)); err != nil {
+		return err
+	}
+	return mount(filesystem{
+		kind: agentproto.Ext4, source: device, target: "/lib/modules/" + unix.ByteSliceToString(u.Release[:]),
+		flags: unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV, data: "noload",
+	})
 }
 
 func rewrite(path, text string) error {

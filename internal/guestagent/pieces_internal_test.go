@@ -60,6 +60,7 @@ func TestModules(t *testing.T) {
 		"network":    {agentproto.Boot{RootType: agentproto.Squashfs}, []int{1, 4}, 2, "failover net_failover virtio_net rng_core virtio_rng squashfs libcrc32c ext4"},
 		"balloon":    {agentproto.Boot{RootType: agentproto.Ext4}, []int{5}, 2, "virtio_balloon libcrc32c ext4"},
 		"erofs":      {agentproto.Boot{RootType: agentproto.Erofs}, nil, 2, "libcrc32c erofs ext4"},
+		"modules":    {agentproto.Boot{RootType: agentproto.Ext4, ModulesDevice: "/dev/vdc"}, nil, 3, "libcrc32c ext4"},
 		"more there": {agentproto.Boot{RootType: agentproto.Ext4}, nil, 3, "squashfs libcrc32c erofs ext4"},
 	} {
 		sys := t.TempDir()

@@ -2,6 +2,8 @@
 package initramfs
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"io/fs"
@@ -29,6 +31,13 @@ func modules() (names []string, essential map[string]bool) {
 		"squashfs", "erofs", "overlay", "crc32c_generic", "ext4",
 	}
 	return names, map[string]bool{"virtio_mmio": true, "virtio_blk": true, "overlay": true}
+}
+
+// Fingerprint changes with what Build takes of a kernel's modules.
+func Fingerprint() string {
+	names, _ := modules()
+	sum := sha256.Sum256([]byte(strings.Join(names, " ")))
+	return hex.EncodeToString(sum[:8])
 }
 
 // Build writes an initramfs, uncompressed. The same options give the same bytes. Returns the errors of

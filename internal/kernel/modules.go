@@ -204,28 +204,52 @@ func (m *moduleTree) load(name string) (module, error) {
 	if err != nil {
 		return module{}, err
 	}
-	compression, err := sniff(data)
+	content, err := unpackModule(file, data)
 	if err != nil {
 		return module{}, err
 	}
+	return module{name: name, path: plain, content: content}, nil
+}
+
+func unpackModule(file string, data []byte) ([]byte, error) {
+	compression, err := sniff(data)
+	if err != nil {
+		return nil, err
+	}
 	r, err := decompress(compression, bytes.NewReader(data))
 	if err != nil {
-		return module{}, fmt.Errorf("decompress %q: %w: %w", file, ErrCorrupt, err)
+		return nil, fmt.Errorf("decompress %q: %w: %w", file, ErrCorrupt, err)
 	}
 	defer r.Close()
 	content, err := readAtMost(r, maxModule)
 	switch {
 	case errors.Is(err, ErrTooLarge):
-		return module{}, fmt.Errorf("decompress %q: %w", file, err)
+		return nil, fmt.Errorf("decompress %q: %w", file, err)
 	case err != nil:
-		return module{}, fmt.Errorf("decompress %q: %w: %w", file, ErrCorrupt, err)
+		return nil, fmt.Errorf("decompress %q: %w: %w", file, ErrCorrupt, err)
 	}
-	return module{name: name, path: plain, content: content}, nil
+	return content, nil
 }
 
-// depends returns the names in the "depends" fields of a module's .modinfo
-// section.
+// depends returns the names in the "depends" fields of a module.
 func depends(content []byte) ([]string, error) {
+	fields, err := modinfo(content)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, field := range fields {
+		if list, ok := strings.CutPrefix(field, "depends="); ok && list != "" {
+			for name := range strings.SplitSeq(list, ",") {
+				names = append(names, moduleName(name))
+			}
+		}
+	}
+	return names, nil
+}
+
+// modinfo returns what a module says of itself, NAME=VALUE each.
+func modinfo(content []byte) ([]string, error) {
 	f, err := elf.NewFile(bytes.NewReader(content))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
@@ -238,15 +262,7 @@ func depends(content []byte) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
-	var names []string
-	for field := range strings.SplitSeq(string(data), "\x00") {
-		if list, ok := strings.CutPrefix(field, "depends="); ok && list != "" {
-			for name := range strings.SplitSeq(list, ",") {
-				names = append(names, moduleName(name))
-			}
-		}
-	}
-	return names, nil
+	return strings.Split(string(data), "\x00"), nil
 }
 
 type visit int

@@ -15,36 +15,10 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"push.rocks/smartvm/internal/kernel"
+	"push.rocks/smartvm/internal/kernel/kerneltest"
 )
 
-// ko returns a relocatable ELF with a .modinfo section that holds fields.
-func ko(fields ...string) []byte {
-	info := strings.Join(fields, "\x00") + "\x00"
-	names := "\x00.modinfo\x00.shstrtab\x00"
-	b := make([]byte, 64)
-	copy(b, "\x7fELF\x02\x01\x01")
-	le.PutUint16(b[16:], 1)  // ET_REL
-	le.PutUint16(b[18:], 62) // x86-64
-	le.PutUint32(b[20:], 1)
-	le.PutUint16(b[52:], 64)
-	le.PutUint64(b[40:], uint64(64+len(info)+len(names))) // section headers
-	le.PutUint16(b[58:], 64)
-	le.PutUint16(b[60:], 3)
-	le.PutUint16(b[62:], 2)
-	b = append(b, info+names...)
-	section := func(name, kind uint32, off, size int) {
-		h := make([]byte, 64)
-		le.PutUint32(h, name)
-		le.PutUint32(h[4:], kind)
-		le.PutUint64(h[24:], uint64(off))
-		le.PutUint64(h[32:], uint64(size))
-		b = append(b, h...)
-	}
-	section(0, 0, 0, 0)
-	section(1, 1, 64, len(info))
-	section(10, 3, 64+len(info), len(names))
-	return b
-}
+func ko(fields ...string) []byte { return kerneltest.Module(fields...) }
 
 // modules is a tree of which base depends on core, and top on both.
 func modules() fstest.MapFS {
