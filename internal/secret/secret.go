@@ -177,15 +177,39 @@ func ReadEnv(paths []string, o Options) (env []string, err error) {
 	return env, errors.Join(errs...)
 }
 
+// Variables reads what -e was given, as docker does: NAME=VALUE, or NAME alone for the value that lookup finds; it is left out where that
+// finds none. Errors show no values.
+func Variables(texts []string, lookup func(string) (string, bool)) (env []string, err error) {
+	var errs []error
+	for n, text := range texts {
+		name, _, given := strings.Cut(text, "=")
+		if name == "" {
+			errs = append(errs, fmt.Errorf("-e: variable %d has no name before =: want NAME=VALUE, or NAME for the value that it has here", n+1))
+			continue
+		}
+		if !given && lookup != nil {
+			value, found := lookup(name)
+			text, given = name+"="+value, found
+		}
+		switch {
+		case !utf8.ValidString(text) || strings.Contains(text, "\x00"):
+			errs = append(errs, fmt.Errorf("-e %s: its value is no text", strings.ToValidUTF8(name, "\ufffd")))
+		case given:
+			env = append(env, text)
+		}
+	}
+	return env, errors.Join(errs...)
+}
+
 // Parse reads an env file as docker does: NAME=VALUE a line, the value as it stands, quotes too; NAME alone has the value that
-// lookup finds, and is left out where that finds none; empty lines and those that begin with # are nothing. Errors tell lines,
-// not what is in them.
+// lookup finds, and is left out where that finds none; empty lines and those that begin with # are nothing. So is a byte order mark, also
+// where files were joined. Errors tell lines, not what is in them.
 func Parse(data []byte, lookup func(string) (string, bool)) (env []string, err error) {
 	var errs []error
-	lines := bufio.NewScanner(bytes.NewReader(bytes.TrimPrefix(data, []byte("\ufeff"))))
+	lines := bufio.NewScanner(bytes.NewReader(data))
 	lines.Buffer(nil, MaxEnv+1)
 	for n := 1; lines.Scan(); n++ {
-		line := strings.TrimLeftFunc(lines.Text(), unicode.IsSpace)
+		line := strings.TrimLeftFunc(lines.Text(), func(r rune) bool { return r == '\ufeff' || unicode.IsSpace(r) })
 		if line == "" || line[0] == '#' {
 			continue
 		}

@@ -52,6 +52,33 @@ func TestParse(t *testing.T) {
 	}
 }
 
+func TestParse_Joined(t *testing.T) {
+	got, err := secret.Parse([]byte("\ufeffA=1\r\n\ufeffB=\ufeff2\n\ufeff# comment\n\ufeff\n"), nil)
+	if diff := cmp.Diff([]string{"A=1", "B=\ufeff2"}, got); diff != "" || err != nil {
+		t.Errorf("%v, -want +got:\n%s", err, diff)
+	}
+}
+
+func TestVariables(t *testing.T) {
+	got, err := secret.Variables([]string{"A=1", "CALLER", "EMPTY", "NOBODY", "B==", "C=", "D=two words"}, lookup)
+	want := []string{"A=1", "CALLER=value of the caller", "EMPTY=", "B==", "C=", "D=two words"}
+	if diff := cmp.Diff(want, got); diff != "" || err != nil {
+		t.Errorf("%v, -want +got:\n%s", err, diff)
+	}
+	if got, err := secret.Variables([]string{"CALLER"}, nil); len(got) != 0 || err != nil {
+		t.Errorf("nobody to ask: %q, %v", got, err)
+	}
+	_, err = secret.Variables([]string{"A=1", "=secret", "", "B=\xff secret", "C=sec\x00ret"}, lookup)
+	for _, want := range []string{"-e: variable 2 has no name before =", "-e: variable 3 has no name", "-e B: its value is no text", "-e C: its value is no text"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+	if err != nil && strings.Contains(err.Error(), "secret") {
+		t.Errorf("it shows a value: %v", err)
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	f.Add([]byte("A=1\nCALLER\n#"))
 	f.Fuzz(func(t *testing.T, data []byte) {

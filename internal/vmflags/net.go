@@ -112,6 +112,7 @@ const PublishForms = "[[IP:][HOST]:]GUEST[/udp]"
 // ranges of as many ports, FIRST-LAST.
 func ParsePorts(text string) (all []spec.Port, err error) {
 	rest, protocol, _ := strings.Cut(text, "/")
+	protocol = strings.ToLower(protocol)
 	host, guest, given := cutLast(rest, ":")
 	if !given {
 		guest = rest

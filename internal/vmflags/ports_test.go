@@ -20,6 +20,7 @@ func TestParsePorts(t *testing.T) {
 		"8000-8001:80-81/udp":     {{HostPort: 8000, GuestPort: 80, Protocol: "udp"}, {HostPort: 8001, GuestPort: 81, Protocol: "udp"}},
 		"80":                      {{GuestPort: 80}},
 		"53/udp":                  {{GuestPort: 53, Protocol: "udp"}},
+		"53:53/UDP":               {{HostPort: 53, GuestPort: 53, Protocol: "udp"}},
 		"80-81":                   {{GuestPort: 80}, {GuestPort: 81}},
 		"127.0.0.1::80":           {{HostIP: local, GuestPort: 80}},
 		"[::1]::80/tcp":           {{HostIP: netip.IPv6Loopback(), GuestPort: 80, Protocol: "tcp"}},

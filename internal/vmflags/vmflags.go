@@ -14,11 +14,15 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"push.rocks/smartvm/internal/secret"
 	"push.rocks/smartvm/spec"
 )
 
 // Flags are what a VM's configuration is made of, with or without a file.
 type Flags struct {
+	// LookupEnv finds what -e names without a value, like os.LookupEnv. Nil: it finds nothing.
+	LookupEnv func(name string) (value string, ok bool)
+
 	set *pflag.FlagSet
 
 	file                   string
@@ -73,7 +77,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringArrayVar(&s.hosts, "add-host", nil, "of an image: `NAME:IP` to have in its guest's /etc/hosts, or NAME:host-gateway for the host's address on the network; may be repeated")
 	s.policy.Add(f)
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
-	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it; may be repeated")
+	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it, or NAME for the value that it has here; may be repeated")
 	f.StringArrayVar(&s.envFiles, "env-file", nil, "of an image: `file` with NAME=VALUE lines, kept secret; may be repeated, -e counts before it")
 	f.StringArrayVar(&s.secrets, "secret", nil, "of an image: `NAME=FILE` to have the file as /run/secrets/NAME in it; may be repeated")
 	f.StringArrayVarP(&s.volumes, "volume", "v", nil, "of an image: give it a copy of a directory or file at each start, `HOST:GUEST[:ro|:sync]`; what is written goes when it stops, or with sync is copied back; may be repeated")
@@ -98,7 +102,7 @@ func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 			return vm, err
 		}
 	}
-	s.image(&vm, args)
+	errs := []error{s.image(&vm, args)}
 	for name, set := range map[string]func(){
 		"kernel": func() { s.setKernel(&vm) },
 		"initrd": func() { vm.BootSource.InitrdPath = s.initrd },
@@ -112,7 +116,6 @@ func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 			set()
 		}
 	}
-	var errs []error
 	for _, text := range s.drives {
 		errs = append(errs, addDrive(&vm, text))
 	}
@@ -133,7 +136,7 @@ func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 }
 
 // image sets what is about an image.
-func (s *Flags) image(vm *spec.Spec, args []string) {
+func (s *Flags) image(vm *spec.Spec, args []string) error {
 	if len(args) > 0 {
 		vm.Image = args[0]
 		if rest := args[1:]; len(rest) > 0 {
@@ -146,7 +149,8 @@ func (s *Flags) image(vm *spec.Spec, args []string) {
 			vm.MachineConfig.MemSizeMiB = imageMemory
 		}
 	}
-	vm.Env = append(vm.Env, s.env...)
+	env, err := secret.Variables(s.env, s.LookupEnv)
+	vm.Env = append(vm.Env, env...)
 	if s.set.Changed("entrypoint") {
 		vm.Entrypoint = slices.DeleteFunc([]string{s.entrypoint}, func(e string) bool { return e == "" })
 	}
@@ -161,6 +165,7 @@ func (s *Flags) image(vm *spec.Spec, args []string) {
 	if s.scratch > 0 || s.keep != "" {
 		vm.Scratch = &spec.Scratch{SizeMiB: int(s.scratch), Keep: s.keep}
 	}
+	return err
 }
 
 // secret sets what is told the guest alone.

@@ -22,6 +22,7 @@ func build(t testing.TB, stdin string, args ...string) (spec.Spec, error) {
 	var f vmflags.Flags
 	set := pflag.NewFlagSet("test", pflag.ContinueOnError)
 	f.Add(set)
+	f.LookupEnv = func(name string) (string, bool) { return "from here", name == "HERE" }
 	if err := set.Parse(args); err != nil {
 		return spec.Spec{}, err
 	}
@@ -120,6 +121,16 @@ func TestBuild_Entrypoint(t *testing.T) {
 	}
 	if got, err := build(t, "", "--systemd", "false"); err != nil || got.Systemd != spec.SystemdFalse || got.Entrypoint != nil {
 		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+func TestBuild_Env(t *testing.T) {
+	got, err := build(t, `{"image":"a","machineConfig":{"vcpuCount":1,"memSizeMib":64},"env":["FILE=1"]}`, "-f", "-", "-e", "A=1", "-e", "HERE", "-e", "NOWHERE")
+	if diff := cmp.Diff([]string{"FILE=1", "A=1", "HERE=from here"}, got.Env); diff != "" || err != nil {
+		t.Errorf("%v, -want +got:\n%s", err, diff)
+	}
+	if _, err := build(t, "", "-e", "A=1", "-e", "=x"); err == nil || !strings.HasPrefix(err.Error(), "-e: variable 2 has no name") {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -229,12 +228,11 @@ func (s *Shell) exec() *cobra.Command {
 			if err != nil {
 				return s.Usage(err, "")
 			}
-			for _, e := range env {
-				if strings.Index(e, "=") < 1 {
-					return s.Usage(fmt.Errorf("-e %s: want NAME=VALUE", e), "")
-				}
+			own, err := secret.Variables(env, s.LookupEnv)
+			if err != nil {
+				return s.Usage(err, "")
 			}
-			env = append(fromFiles, env...)
+			env = append(fromFiles, own...)
 			return s.Run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) { c.Args, c.User, c.Dir, c.Env = args[1:], user, dir, env })
 		},
 	}
@@ -245,7 +243,7 @@ func (s *Shell) exec() *cobra.Command {
 	o.detachFlag(cmd)
 	f.StringVarP(&user, "user", "u", "", "`user` of the guest that runs it, NAME or UID, and optionally :GROUP")
 	f.StringVarP(&dir, "workdir", "w", "", "`dir` to run it in")
-	f.StringArrayVarP(&env, "env", "e", nil, "`NAME=VALUE` for it; may be repeated")
+	f.StringArrayVarP(&env, "env", "e", nil, "`NAME=VALUE` for it, or NAME for the value that it has here; may be repeated")
 	f.StringArrayVar(&envFiles, "env-file", nil, "`file` with NAME=VALUE lines; may be repeated, -e counts before it")
 	return cmd
 }

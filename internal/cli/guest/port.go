@@ -25,7 +25,7 @@ func (s *Shell) port() *cobra.Command {
 			var guest uint64
 			protocol := ""
 			if len(args) == 2 {
-				number, of, _ := strings.Cut(args[1], "/")
+				number, of, _ := strings.Cut(strings.ToLower(args[1]), "/")
 				var err error
 				if guest, err = strconv.ParseUint(number, 10, 16); err != nil || guest == 0 || !slices.Contains([]string{"", "tcp", "udp"}, of) {
 					return s.Usage(fmt.Errorf("%q: want PORT[/tcp|/udp]", args[1]), "")
