@@ -118,7 +118,11 @@ func makePlan(s *Spec, p *proposal) *plan {
 		}
 	}
 	if len(s.Volumes) > 0 {
-		pl.Run = append(pl.Run, &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes})
+		image := &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes}
+		if share.Synced(s.Volumes) {
+			image.Copied = filepath.Join(dir, store.CopiedFile)
+		}
+		pl.Run = append(pl.Run, image)
 	}
 	pl.kernel(s, p)
 	for _, d := range devs {

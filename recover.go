@@ -81,11 +81,19 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 		return errors.Join(err, lock.Unlock())
 	}
 	m := h.machine(rec)
+	failed, later := m.putOff()
+	if later {
+		return lock.Unlock()
+	}
 	if rec.Attached {
-		report.Removed = append(report.Removed, id)
 		if err := m.conclude(ctx); err != nil {
 			return errors.Join(err, lock.Unlock())
 		}
+		if failed { // the command that the hint names finds it; the next removes it
+			report.Recovered = append(report.Recovered, id)
+			return lock.Unlock()
+		}
+		report.Removed = append(report.Removed, id)
 		return m.erase(ctx, lock)
 	}
 	if _, err := os.Stat(m.path(store.RunJournal)); err != nil {

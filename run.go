@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
@@ -59,8 +60,8 @@ func (m *Machine) start(ctx context.Context, lock *store.Lock, console io.Writer
 		ended = exitOf(r.proc.Exit())
 	}
 	errs := []error{m.fail(stage, err, ended), atomicfile.WriteJSON(m.path(store.ExitFile), exit)}
-	_ = os.Remove(m.path(store.PendingFile)) // no guest has written anything
-	r.upkeep.Close()                         // before others can have its ports
+	_ = share.Forget(m.path(store.PendingFile), m.path(store.CopiedFile)) // no guest has written anything
+	r.upkeep.Close()                                                      // before others can have its ports
 	if r.journal != nil {
 		errs = append(errs, r.journal.Revert(ctx))
 	}
@@ -137,6 +138,8 @@ func (m *Machine) asOfNow(ctx context.Context, r *run, e journal.Effect) (journa
 	switch e := e.(type) {
 	case *stage.Owner:
 		return stage.NewOwner(e.Path, e.UID, e.GID)
+	case *share.Image:
+		e.Log = m.host.log.With("vm", m.rec().ID)
 	case *network.Use:
 		networks, err := m.host.Networks()
 		if err == nil {

@@ -90,7 +90,7 @@ func (m *Machine) syncBack(ctx context.Context) error {
 		return fmt.Errorf("copy back: %w", err)
 	}
 	merge := share.Merge{
-		Volumes: m.rec().Spec.Volumes, Told: m.rec().Boot.Guest.Volumes, Taken: pending.Taken, Suffix: ".guest-" + m.rec().ID, MaxBytes: fi.Size(),
+		Volumes: m.rec().Spec.Volumes, Told: m.rec().Boot.Guest.Volumes, Copied: m.path(store.CopiedFile), Suffix: ".guest-" + m.rec().ID, MaxBytes: fi.Size(),
 	}
 	var report share.Report
 	if err = merge.Check(); err == nil { // before a VM is made for it
@@ -99,15 +99,25 @@ func (m *Machine) syncBack(ctx context.Context) error {
 			return err
 		})
 	}
-	for _, path := range report.Conflicts {
-		m.host.log.Warn("the host has changed it too, and its version stays", "vm", m.rec().ID, "path", path)
-	}
+	report.Log(m.host.log.With("vm", m.rec().ID))
 	if err != nil {
-		return hint.Add(fmt.Errorf("VM %s: %w", m.rec().ID, err),
+		return hint.Add(fmt.Errorf("VM %s: %w", m.rec().ID, pending.Failed(m.path(store.PendingFile), err)),
 			"smartvm stop %s tries again; smartvm rm --discard %s does without what its guest has changed", m.rec().ID, m.rec().ID)
 	}
-	m.host.log.Info("copied back", "vm", m.rec().ID, "written", report.Written, "removed", report.Removed, "left", report.Left)
-	return os.Remove(m.path(store.PendingFile))
+	return share.Forget(m.path(store.PendingFile), m.path(store.CopiedFile))
+}
+
+// putOff says whether copying back has failed, and is not tried again yet by a process that was not asked to.
+func (m *Machine) putOff() (failed, later bool) {
+	pending, err := readJSON[share.Pending](m.path(store.PendingFile))
+	if err != nil || pending.Tries == 0 {
+		return false, false
+	}
+	if wait := time.Until(pending.Due()); wait > 0 {
+		m.host.log.Warn("not copied back yet", "vm", m.rec().ID, "err", pending.Error, "tried again in", wait.Round(time.Second), "now", "smartvm stop "+m.rec().ID)
+		return true, true
+	}
+	return true, false
 }
 
 // Discard forgets what the guest of a VM that does not run has changed in volumes and could not be copied back.
@@ -116,10 +126,7 @@ func (m *Machine) Discard() error {
 	if err != nil {
 		return fmt.Errorf("discard changes of VM %s: %w: %w", m.rec().ID, ErrState, err)
 	}
-	if err := os.Remove(m.path(store.PendingFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(err, lock.Unlock())
-	}
-	return lock.Unlock()
+	return errors.Join(share.Forget(m.path(store.PendingFile), m.path(store.CopiedFile)), lock.Unlock())
 }
 
 // readChanges gives take, as an archive, what the guest has written on its drive of changes. Another VM reads that: what a guest has written

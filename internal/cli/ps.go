@@ -36,8 +36,9 @@ type listed struct {
 	Ports      []attach.Port       `json:"ports,omitempty"` // published, while it runs
 	Received   uint64              `json:"receivedBytes"`   // by the guest, since its start
 	Sent       uint64              `json:"sentBytes"`
-	Exit       *smartvm.Exit       `json:"exit,omitempty"`  // of its last run
-	Guest      *smartvm.GuestState `json:"guest,omitempty"` // as its agent says
+	Exit       *smartvm.Exit       `json:"exit,omitempty"`     // of its last run
+	Guest      *smartvm.GuestState `json:"guest,omitempty"`    // as its agent says
+	Unsynced   bool                `json:"unsynced,omitempty"` // what the guest changes, or has, is to be copied back
 }
 
 func newPS(a *app) *cobra.Command {
@@ -51,7 +52,7 @@ func newPS(a *app) *cobra.Command {
 			"vcpuCount, memSizeMib, labels, created, started, addresses, ports (published:\n" +
 			"address, host, guest, protocol, shadows), receivedBytes and sentBytes (by the\n" +
 			"guest), guest (how far it has come), exit (outcome, code, signal, started, ended,\n" +
-			"error).",
+			"error), unsynced (what the guest changes, or has, is to be copied back).",
 		Args: takes(0, 0, "flags only"),
 		RunE: c.run,
 	}
@@ -112,7 +113,7 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 			errs[i] = err
 			l := &listed{
 				entry: entryOf(m), State: in.State, Supervised: supervised, VCPUs: in.Spec.MachineConfig.VCPUCount,
-				MemoryMiB: in.Spec.MachineConfig.MemSizeMiB, Labels: in.Spec.Labels, Created: in.Created, Started: in.Started, Exit: in.Exit, Guest: in.Guest,
+				MemoryMiB: in.Spec.MachineConfig.MemSizeMiB, Labels: in.Spec.Labels, Created: in.Created, Started: in.Started, Exit: in.Exit, Guest: in.Guest, Unsynced: in.Unsynced,
 			}
 			for _, i := range in.Interfaces {
 				if i.IP4.IsValid() {
@@ -189,6 +190,8 @@ func (l *listed) status() string {
 		return s + " " + human.Ago(time.Since(l.Started)) + l.health()
 	case runs(l.State):
 		return s
+	case l.Exit == nil && l.Unsynced:
+		return "ended, unsynced"
 	case l.Exit == nil:
 		return "created"
 	case l.Exit.Outcome == smartvm.OutcomeKilled:
@@ -196,5 +199,9 @@ func (l *listed) status() string {
 	case l.Exit.Outcome == smartvm.OutcomeCrashed:
 		s = "crashed"
 	}
-	return s + " " + human.Ago(time.Since(l.Exit.Ended)) + " ago"
+	s += " " + human.Ago(time.Since(l.Exit.Ended)) + " ago"
+	if l.Unsynced {
+		s += ", unsynced"
+	}
+	return s
 }

@@ -2,52 +2,70 @@ package share
 
 import (
 	"archive/tar"
-	"bytes"
+	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
+
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/treetar"
 	"push.rocks/smartvm/spec"
 )
 
-// Pending says that a VM may have changes that are not yet copied back.
-type Pending struct {
-	Taken time.Time `json:"taken"` // when the copies were begun: what the host has changed since is its own
-}
-
 // Merge is what copies changes back.
 type Merge struct {
 	Volumes  []spec.Volume
 	Told     []agentproto.Volume // what the guest was told of each
-	Taken    time.Time
-	Suffix   string // is added to the name of what is put beside what the host has changed
-	MaxBytes int64  // of all that the guest's files have
+	Copied   string              // the file in which Image noted what it copied; what is not noted is the host's own
+	Suffix   string              // is added to the name of what is put beside what the host has changed
+	MaxBytes int64               // of all that the guest's files have, holes included
 }
 
 // maxEntries bounds what a guest has changed, in files.
 const maxEntries = 1 << 19
 
-// maxConflicts bounds those that are told by name.
-const maxConflicts = 100
+// maxNamed bounds the conflicts and the failures that are told by name.
+const maxNamed = 100
 
 // Report says what was done on the host.
 type Report struct {
 	Written, Removed int
-	Conflicts        []string // paths that the host has changed too: its version stays. At most 100
-	Left             int      // what is no file, directory or link
+	Conflicts        []string  // paths that the host has changed too: its version stays. At most 100
+	Failed           []Failure // what could not be copied back. At most 100
+	Failures         int       // all of them
+	Left             int       // what is no file, directory or link
+}
+
+// Failure is one file's.
+type Failure struct {
+	Path string // on the host
+	Err  error
+}
+
+// Log tells what did not come back as the guest has it.
+func (r *Report) Log(log *slog.Logger) {
+	for _, path := range r.Conflicts {
+		log.Warn("the host has changed it too, and its version stays", "path", path)
+	}
+	for _, f := range r.Failed {
+		log.Warn("not copied back", "path", f.Path, "err", f.Err)
+	}
+	if more := r.Failures - len(r.Failed); more > 0 {
+		log.Warn("not copied back", "more", more)
+	}
+	log.Info("copied back", "written", r.Written, "removed", r.Removed, "left", r.Left)
 }
 
 // LimitError means that a guest has more than is copied back.
@@ -55,7 +73,7 @@ type LimitError struct{ Limit string }
 
 func (e *LimitError) Error() string { return "the guest has changed more than " + e.Limit }
 
-// Check says whether the volumes' sources are there.
+// Check says whether the volumes' sources are there, and can be written.
 func (m Merge) Check() error {
 	u := &merger{Merge: m, roots: map[int]*target{}}
 	return errors.Join(u.open(), u.close())
@@ -63,10 +81,14 @@ func (m Merge) Check() error {
 
 // Apply copies back what the archive in r has: the layers of overlayfs in which the guest has written, which it made and which is not
 // trusted. Nothing is written outside the volumes' sources, no link is followed, no device made, no set-user-id bit set. Files that exist keep their owners, new ones
-// belong to who owns their directory. Again, it changes nothing.
+// belong to who owns their directory. What cannot be copied back is left, and told in the report; an error means that the rest may come
+// when Apply is called again, which changes nothing that is done already.
 func (m Merge) Apply(ctx context.Context, r io.Reader) (report Report, err error) {
-	u := &merger{Merge: m, report: &report, roots: map[int]*target{}}
-	defer func() { err = errors.Join(err, u.close()) }()
+	u := &merger{Merge: m, report: &report, roots: map[int]*target{}, ours: map[stamp]bool{}}
+	defer func() { err = errors.Join(err, u.restore(), u.close()) }()
+	if u.copied, err = readStamps(m.Copied); err != nil {
+		return report, fmt.Errorf("copy back: %w", err)
+	}
 	if err := u.open(); err != nil {
 		return report, err
 	}
@@ -83,18 +105,64 @@ func (m Merge) Apply(ctx context.Context, r io.Reader) (report Report, err error
 		case n >= maxEntries:
 			return report, &LimitError{fmt.Sprint(maxEntries, " files")}
 		}
-		if err := u.entry(h, tr); err != nil {
+		content := &source{r: tr}
+		if err := u.entry(h, content); err != nil && (content.err != nil || u.fatal(err)) {
 			return report, fmt.Errorf("copy back %q: %w", h.Name, err)
+		} else if err != nil {
+			u.fail(h, err)
 		}
+	}
+}
+
+// source remembers that an archive cannot be read, which is not the fault of one of its files.
+type source struct {
+	r   io.Reader
+	err error
+}
+
+func (s *source) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		s.err = err
+	}
+	return n, err
+}
+
+// fatal says whether an error will be another file's too, and may be mended: what is lacking is not given up then.
+func (u *merger) fatal(err error) bool {
+	for _, e := range []error{unix.ENOSPC, unix.EDQUOT, unix.EIO, unix.ESTALE, unix.ENOMEM, unix.EMFILE, unix.ENFILE} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return u.there() != nil
+}
+
+// fail leaves an entry.
+func (u *merger) fail(h *tar.Header, err error) {
+	n, name, _ := split(h.Name)
+	at := filepath.Join(u.roots[n].root.Name(), name)
+	if len(name) > 4096 {
+		at = at[:4096]
+	}
+	u.failed(at, err)
+}
+
+func (u *merger) failed(path string, err error) {
+	if u.report.Failures++; len(u.report.Failed) < maxNamed {
+		u.report.Failed = append(u.report.Failed, Failure{path, err})
 	}
 }
 
 type merger struct {
 	Merge
 	report *Report
+	copied stamps
+	ours   map[stamp]bool // files that are as this merge has left them
 	bytes  int64
 	roots  map[int]*target
-	dirs   []dirMode
+	dirs   []dirMode // that the guest has
+	lent   []dirMode // that were made writable for a while
 }
 
 func (u *merger) open() (err error) {
@@ -102,15 +170,32 @@ func (u *merger) open() (err error) {
 		if !v.Sync {
 			continue
 		}
-		t := &target{renamed: map[string]string{}}
-		dir := v.Source
+		t := &target{n: n, dir: v.Source, renamed: map[string]string{}, opaque: map[string]bool{}, kept: map[string]bool{}}
 		if u.Told[n].IsFile {
-			dir, t.file = filepath.Dir(v.Source), filepath.Base(v.Source)
+			t.dir, t.file = filepath.Dir(v.Source), filepath.Base(v.Source)
 		}
-		if t.root, err = os.OpenRoot(dir); err != nil {
+		if t.root, err = os.OpenRoot(t.dir); err != nil {
 			return fmt.Errorf("copy back: %w", err)
 		}
 		u.roots[n] = t
+	}
+	return u.there()
+}
+
+// there says whether the sources are still where they were, and can be written, if need be after their owner has made them so.
+func (u *merger) there() error {
+	for _, t := range u.roots {
+		here, err := t.root.Stat(".")
+		if err != nil {
+			return fmt.Errorf("copy back: %w", err)
+		}
+		if named, err := os.Stat(t.dir); err != nil || !os.SameFile(here, named) {
+			return fmt.Errorf("copy back: %w", cmp.Or(err, error(&fs.PathError{Op: "stat", Path: t.dir, Err: unix.ESTALE})))
+		}
+		err = unix.Access(t.dir, unix.W_OK|unix.X_OK)
+		if err != nil && (!errors.Is(err, unix.EACCES) || int(here.Sys().(*syscall.Stat_t).Uid) != os.Geteuid()) {
+			return fmt.Errorf("copy back: %w", &fs.PathError{Op: "write", Path: t.dir, Err: err})
+		}
 	}
 	return nil
 }
@@ -124,9 +209,28 @@ func (u *merger) close() (err error) {
 
 // target is one volume's source.
 type target struct {
-	root    *os.Root
+	n       int
+	dir     string
+	root    *os.Root          // of dir
 	file    string            // all there is of it, if not ""
 	renamed map[string]string // what was put beside a name
+	opaque  map[string]bool   // directories of which only what the guest has stays
+	kept    map[string]bool   // what it has in those
+}
+
+// keep remembers that the guest has a name.
+func (t *target) keep(name string) {
+	if len(t.opaque) == 0 {
+		return
+	}
+	for at := name; at != "."; at = path.Dir(at) {
+		if t.opaque[at] {
+			for ; name != at; name = path.Dir(name) {
+				t.kept[name] = true
+			}
+			return
+		}
+	}
 }
 
 // dirMode is what a directory gets when all is in it.
@@ -136,26 +240,38 @@ type dirMode struct {
 	mode fs.FileMode
 }
 
-// entry takes one of the archive's: its name is NUMBER/UPPER/PATH.
-func (u *merger) entry(h *tar.Header, r io.Reader) error {
-	parts := strings.SplitN(strings.TrimSuffix(h.Name, "/"), "/", 3)
+// split takes the name of an archive's entry apart: NUMBER/UPPER/PATH.
+func split(entry string) (n int, name string, ok bool) {
+	parts := strings.SplitN(strings.TrimSuffix(entry, "/"), "/", 3)
 	n, err := strconv.Atoi(parts[0])
+	if err != nil || len(parts) < 3 || parts[1] != agentproto.UpperDir {
+		return 0, "", false
+	}
+	return n, parts[2], true
+}
+
+// entry takes one of the archive's.
+func (u *merger) entry(h *tar.Header, r io.Reader) error {
+	n, entry, ok := split(h.Name)
 	t := u.roots[n]
-	if err != nil || len(parts) < 3 || parts[1] != agentproto.UpperDir || t == nil {
+	if !ok || t == nil {
 		return nil
 	}
-	if u.bytes += h.Size; h.Typeflag == tar.TypeReg && u.bytes > u.MaxBytes {
-		return &LimitError{fmt.Sprintf("%d MiB", u.MaxBytes>>20)}
-	}
-	name, ok := t.name(parts[2])
+	name, ok := t.name(entry)
 	if !ok {
 		return treetar.ErrUnsafe
 	}
 	if name == "" {
 		return nil
 	}
+	if h.Typeflag == tar.TypeReg {
+		if err := u.charge(h.Size); err != nil {
+			return err
+		}
+	}
 	name = t.now(name)
-	if err := t.plainParents(name); err != nil {
+	t.keep(name)
+	if err := u.plainParents(t, name); err != nil {
 		return err
 	}
 	whiteout := h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0
@@ -170,6 +286,15 @@ func (u *merger) entry(h *tar.Header, r io.Reader) error {
 		return u.link(t, name, h)
 	}
 	u.report.Left++
+	return nil
+}
+
+// charge counts what a file takes, and refuses what is too much with those before.
+func (u *merger) charge(size int64) error {
+	if size > u.MaxBytes-u.bytes {
+		return &LimitError{fmt.Sprintf("%d MiB", u.MaxBytes>>20)}
+	}
+	u.bytes += size
 	return nil
 }
 
@@ -194,305 +319,58 @@ func (t *target) now(name string) string {
 	return name
 }
 
-// plainParents refuses to go through a symbolic link, though it may lead back into the volume.
-func (t *target) plainParents(name string) error {
-	for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
-		fi, err := t.root.Lstat(dir)
-		if err == nil && !fi.IsDir() {
-			return fmt.Errorf("%s is no directory: %w", dir, treetar.ErrUnsafe)
+// plainParents refuses to go through a symbolic link, though it may lead back into the volume, and makes the way writable.
+func (u *merger) plainParents(t *target, name string) error {
+	if err := u.lend(t, "."); err != nil {
+		return err
+	}
+	for i := range len(name) {
+		if name[i] != '/' {
+			continue
 		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := u.lend(t, name[:i]); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// theirs says whether the host has changed a file since the copies were made. Its time of change cannot be set by anybody.
-func (u *merger) theirs(fi fs.FileInfo) bool {
-	st := fi.Sys().(*syscall.Stat_t)
-	return time.Unix(st.Ctim.Unix()).After(u.Taken)
-}
-
-func (u *merger) conflict(t *target, name string) {
-	if len(u.report.Conflicts) < maxConflicts {
-		u.report.Conflicts = append(u.report.Conflicts, filepath.Join(t.root.Name(), name))
-	}
-}
-
-// remove removes what the guest has removed, but for what the host has changed.
-func (u *merger) remove(t *target, name string) error {
+// lend makes a directory one that this process can change, as its owner may, until restore.
+func (u *merger) lend(t *target, name string) error {
 	fi, err := t.root.Lstat(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
 	if err != nil {
 		return err
 	}
 	if !fi.IsDir() {
-		if u.theirs(fi) {
-			u.conflict(t, name)
-			return nil
-		}
-		u.report.Removed++
-		return t.root.Remove(name)
+		return fmt.Errorf("%s is no directory: %w", name, treetar.ErrUnsafe)
 	}
-	if err := u.empty(t, name); err != nil {
+	const all = 0o700
+	if fi.Mode().Perm()&all == all || int(fi.Sys().(*syscall.Stat_t).Uid) != os.Geteuid() || os.Geteuid() == 0 {
+		return nil
+	}
+	if err := t.root.Chmod(name, fi.Mode()|all); err != nil {
 		return err
 	}
-	err = t.root.Remove(name)
-	if errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EEXIST) {
-		return nil // of the host's
+	u.lent = append(u.lent, dirMode{t, name, fi.Mode()})
+	return nil
+}
+
+// restore gives back what lend has taken.
+func (u *merger) restore() (err error) {
+	for _, d := range slices.Backward(u.lent) {
+		if chmod := d.t.root.Chmod(d.name, d.mode); chmod != nil && !errors.Is(chmod, fs.ErrNotExist) {
+			err = errors.Join(err, fmt.Errorf("copy back: %w", chmod))
+		}
 	}
-	if err == nil {
-		u.report.Removed++
-	}
+	u.lent = nil
 	return err
 }
 
-// empty removes all that is in a directory.
-func (u *merger) empty(t *target, name string) error {
-	d, err := t.root.Open(name)
-	if err != nil {
-		return err
-	}
-	entries, err := d.ReadDir(-1)
-	if err = errors.Join(err, d.Close()); err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if err := u.remove(t, path.Join(name, e.Name())); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (u *merger) directory(t *target, name string, h *tar.Header) error {
-	fi, err := t.root.Lstat(name)
-	if err == nil && !fi.IsDir() {
-		if u.theirs(fi) {
-			u.conflict(t, name)
-			t.renamed[name] = name + u.Suffix // and all that is in it
-			return u.directory(t, name+u.Suffix, h)
-		}
-		if err := t.root.Remove(name); err != nil {
-			return err
-		}
-		err = fs.ErrNotExist
-	}
-	mode := fs.FileMode(h.Mode) & fs.ModePerm
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		if err := t.root.MkdirAll(path.Dir(name), 0o755); err != nil {
-			return err
-		}
-		if err := t.root.Mkdir(name, 0o700); err != nil {
-			return err
-		}
-		u.report.Written++
-		if err := u.own(t, name, nil); err != nil {
-			return err
-		}
-	case err != nil:
-		return err
-	case h.PAXRecords[treetar.Opaque] != "":
-		if err := u.empty(t, name); err != nil {
-			return err
-		}
-	}
-	u.dirs = append(u.dirs, dirMode{t, name, mode})
-	return nil
-}
-
-// finish gives directories their modes, the innermost first.
-func (u *merger) finish() error {
-	for i := len(u.dirs) - 1; i >= 0; i-- {
-		d := u.dirs[i]
-		fi, err := d.t.root.Lstat(d.name)
-		if err == nil && fi.IsDir() && fi.Mode().Perm() != d.mode {
-			err = d.t.root.Chmod(d.name, d.mode|fi.Mode()&(fs.ModeSetgid|fs.ModeSticky))
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("copy back: %w", err)
-		}
-	}
-	return nil
-}
-
-// own gives a new file the owner of what it replaces, or else of its directory.
-func (u *merger) own(t *target, name string, old fs.FileInfo) error {
-	if os.Geteuid() != 0 {
-		return nil
-	}
-	if old == nil {
-		var err error
-		if old, err = t.root.Lstat(path.Dir(name)); err != nil {
-			return err
-		}
-	}
-	st := old.Sys().(*syscall.Stat_t)
-	return t.root.Lchown(name, int(st.Uid), int(st.Gid))
-}
-
-// put writes a file or a symbolic link.
-func (u *merger) put(t *target, name string, h *tar.Header, r io.Reader) error {
-	if err := t.root.MkdirAll(path.Dir(name), 0o755); err != nil {
-		return err
-	}
-	temp := path.Join(path.Dir(name), tempName())
-	var err error
-	if h.Typeflag == tar.TypeSymlink {
-		err = t.root.Symlink(h.Linkname, temp)
-	} else {
-		err = treetar.WriteFile(t.root, temp, h.Size, r)
-	}
-	if err == nil {
-		err = u.place(t, temp, name, h)
-	}
-	if err != nil {
-		if gone := t.root.Remove(temp); !errors.Is(gone, fs.ErrNotExist) {
-			err = errors.Join(err, gone)
-		}
-	}
-	return err
-}
-
-// tempName is nobody's: a guest cannot know it, nor anybody wait for it.
-func tempName() string {
-	b := make([]byte, 8)
-	_, _ = rand.Read(b) // never fails
-	return ".smartvm-" + hex.EncodeToString(b)
-}
-
-// place gives what was written its name: unless it is what is there, which then stays, or the host has changed that.
-func (u *merger) place(t *target, temp, name string, h *tar.Header) error {
-	old, err := t.root.Lstat(name)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	mode := fs.FileMode(h.Mode) & fs.ModePerm
-	if err == nil {
-		same, err := t.equal(temp, name, old, h)
-		if err != nil {
-			return err
-		}
-		if same {
-			if old.Mode().IsRegular() && old.Mode().Perm() != mode && !u.theirs(old) {
-				err = t.root.Chmod(name, mode)
-			}
-			return errors.Join(err, t.root.Remove(temp))
-		}
-		switch {
-		case u.theirs(old) && !old.IsDir():
-			u.conflict(t, name)
-			t.renamed[name] = name + u.Suffix
-			name += u.Suffix
-			if old, err = t.root.Lstat(name); err != nil || !old.Mode().IsRegular() {
-				old = nil
-			}
-		case old.IsDir():
-			if err := u.remove(t, name); err != nil {
-				return err
-			}
-			if _, err := t.root.Lstat(name); err == nil { // there is something of the host's in it
-				u.conflict(t, name)
-				t.renamed[name] = name + u.Suffix
-				name += u.Suffix
-			}
-			old = nil
-		}
-	} else {
-		old = nil
-	}
-	if err := u.own(t, temp, old); err != nil {
-		return err
-	}
-	if h.Typeflag == tar.TypeReg {
-		if err := errors.Join(t.root.Chmod(temp, mode), t.root.Chtimes(temp, h.ModTime, h.ModTime)); err != nil {
-			return err
-		}
-	}
-	u.report.Written++
-	return t.root.Rename(temp, name)
-}
-
-// equal says whether a file is what is there already.
-func (t *target) equal(temp, name string, old fs.FileInfo, h *tar.Header) (bool, error) {
-	switch {
-	case h.Typeflag == tar.TypeSymlink && old.Mode()&fs.ModeSymlink != 0:
-		to, err := t.root.Readlink(name)
-		return to == h.Linkname, err
-	case h.Typeflag != tar.TypeReg || !old.Mode().IsRegular() || old.Size() != h.Size:
-		return false, nil
-	}
-	a, err := t.root.Open(temp)
-	if err != nil {
-		return false, err
-	}
-	defer a.Close()
-	b, err := t.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
-	if err != nil {
-		return false, err
-	}
-	defer b.Close()
-	x, y := make([]byte, 64<<10), make([]byte, 64<<10)
-	for {
-		n, errA := io.ReadFull(a, x)
-		k, errB := io.ReadFull(b, y)
-		if n != k || !bytes.Equal(x[:n], y[:k]) {
-			return false, nil
-		}
-		if errA != nil {
-			return errors.Is(errB, errA), ignoreEnd(errA)
-		}
-	}
-}
-
-func ignoreEnd(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return nil
-	}
-	return err
-}
-
-// link makes another name of a file that came before.
-func (u *merger) link(t *target, name string, h *tar.Header) error {
-	parts := strings.SplitN(h.Linkname, "/", 3)
-	own, _, _ := strings.Cut(h.Name, "/")
-	if len(parts) < 3 || parts[0] != own || parts[1] != agentproto.UpperDir {
-		return treetar.ErrUnsafe
-	}
-	to, ok := t.name(parts[2])
-	if !ok {
-		return treetar.ErrUnsafe
-	}
-	to = t.now(to)
-	if err := t.plainParents(to); err != nil {
-		return err
-	}
-	fi, err := t.root.Lstat(to)
-	if err != nil || !fi.Mode().IsRegular() {
-		return errors.Join(err, treetar.ErrUnsafe)
-	}
-	old, err := t.root.Lstat(name)
-	switch {
-	case err == nil && os.SameFile(old, fi):
-		return nil
-	case err == nil && (old.IsDir() || u.theirs(old)):
-		u.conflict(t, name)
-		name += u.Suffix
-	}
-	if err := t.root.MkdirAll(path.Dir(name), 0o755); err != nil {
-		return err
-	}
-	temp := path.Join(path.Dir(name), tempName())
-	if err := t.root.Link(to, temp); err != nil {
-		return err
-	}
-	u.report.Written++
-	if err := t.root.Rename(temp, name); err != nil {
-		return errors.Join(err, t.root.Remove(temp))
-	}
-	return nil
+// theirs says whether a file is not the one that was copied, or that this merge has left.
+func (u *merger) theirs(t *target, name string, fi fs.FileInfo) bool {
+	s := stampOf(fi)
+	was, noted := u.copied[keyOf(t.n, name)]
+	return (!noted || was != s) && !u.ours[s]
 }

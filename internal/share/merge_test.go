@@ -29,7 +29,9 @@ func put(t *testing.T, dir string, files map[string]string) {
 		err := os.MkdirAll(filepath.Dir(path), 0o755)
 		to, isLink := strings.CutPrefix(text, "-> ")
 		switch {
-		case err != nil || strings.HasSuffix(name, "/"):
+		case err != nil:
+		case strings.HasSuffix(name, "/"):
+			err = os.MkdirAll(path, 0o755)
 		case isLink:
 			err = os.Symlink(to, path)
 		default:
@@ -113,39 +115,28 @@ func white(name string) tar.Header {
 
 var opaque = map[string]string{"SCHILY.xattr.trusted.overlay.opaque": "y"}
 
-func apply(t *testing.T, source string, taken time.Time, entries ...any) (share.Report, error) {
+func volumes(source string) []spec.Volume {
+	return []spec.Volume{{Source: source, Target: "/x", Sync: true}}
+}
+
+// taken copies source, and returns where it is noted what was copied.
+func taken(t *testing.T, source string) string {
 	t.Helper()
-	volumes := []spec.Volume{{Source: source, Target: "/x", Sync: true}}
+	dir := t.TempDir()
+	i := &share.Image{Path: dir + "/volumes", Copied: dir + "/copied", Volumes: volumes(source)}
+	if err := i.Apply(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return i.Copied
+}
+
+// apply copies back entries from a guest that had what copied notes.
+func apply(t *testing.T, source, copied string, entries ...any) (share.Report, error) {
+	t.Helper()
+	all := volumes(source)
 	return share.Merge{
-		Volumes: volumes, Told: share.Guest(volumes), Taken: taken, Suffix: ".guest-vm", MaxBytes: 1 << 20,
+		Volumes: all, Told: share.Guest(all), Copied: copied, Suffix: ".guest-vm", MaxBytes: 1 << 20,
 	}.Apply(t.Context(), archive(t, entries...))
-}
-
-// later is after all that the test has done so far.
-func later(t *testing.T, dir string) time.Time {
-	t.Helper()
-	// As the file system's clock has it, which is not that of time.Now.
-	for begun := touched(t, dir); ; {
-		if now := touched(t, dir); now.After(begun) {
-			return begun
-		}
-	}
-}
-
-func touched(t *testing.T, dir string) time.Time {
-	t.Helper()
-	f, err := os.CreateTemp(filepath.Dir(dir), "clock")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.Remove(f.Name())
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	st := fi.Sys().(*syscall.Stat_t)
-	return time.Unix(st.Ctim.Unix())
 }
 
 var before = map[string]string{
@@ -158,7 +149,7 @@ func TestMerge(t *testing.T) {
 	if err := errors.Join(os.Chmod(source+"/changed", 0o600), os.Chmod(source+"/a", 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	taken := later(t, source)
+	copied := taken(t, source)
 	put(t, source, map[string]string{"theirs": "host's", "theirs too": "the same", "dir/new": "host's", "whole/3": "host's"})
 	entries := slices.Concat(
 		[]any{tar.Header{Typeflag: tar.TypeDir, Name: "0/upper/"}}, file("changed", "new"), []any{white("gone")}, file("made", "made"), []any{dir("new", nil)}, file("new/deep", "deep"),
@@ -176,7 +167,7 @@ func TestMerge(t *testing.T) {
 		"theirs.guest-vm": "guest's", "theirs too": "the same", "hard": "made", "suid": "",
 	}
 	for try := range 2 { // the second time there is nothing to do
-		report, err := apply(t, source, taken, entries...)
+		report, err := apply(t, source, copied, entries...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -210,7 +201,7 @@ func TestMerge_Owners(t *testing.T) {
 	if err := errors.Join(os.Lchown(source, 1234, 1235), os.Lchown(source+"/old", 1236, 1237)); err != nil {
 		t.Fatal(err)
 	}
-	taken := later(t, source)
+	copied := taken(t, source)
 	entries := []any{}
 	for _, e := range slices.Concat(file("old", "new"), file("new", "new"), []any{dir("d", nil)}, file("d/f", "")) {
 		if h, ok := e.(tar.Header); ok {
@@ -219,7 +210,7 @@ func TestMerge_Owners(t *testing.T) {
 		}
 		entries = append(entries, e)
 	}
-	if _, err := apply(t, source, taken, entries...); err != nil {
+	if _, err := apply(t, source, copied, entries...); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{"old": "1236:1237", "new": "1234:1235", "d": "1234:1235", "d/f": "1234:1235"} {
@@ -258,9 +249,12 @@ func TestMerge_Hostile(t *testing.T) {
 			source := filepath.Join(top, "source")
 			put(t, top, map[string]string{"keep": "keep", "source/out": "-> ..", "source/real/": "", "source/in": "-> real"})
 			want := tree(t, top)
-			if _, err := apply(t, source, later(t, source), entries...); err == nil {
-				t.Error("no error")
+			entries = slices.Concat(entries, file("after", "after"))
+			report, err := apply(t, source, taken(t, source), entries...)
+			if err != nil || report.Failures != 1 || len(report.Failed) != 1 {
+				t.Errorf("not told that one is left: %+v, %v", report, err)
 			}
+			want["source/after"] = "after"
 			got := tree(t, top)
 			delete(got, "source/l")
 			if diff := cmp.Diff(want, got); diff != "" {
@@ -274,9 +268,9 @@ func TestMerge_Hostile(t *testing.T) {
 func TestMerge_File(t *testing.T) {
 	top := t.TempDir()
 	put(t, top, map[string]string{"conf": "old", "other": "other"})
-	taken := later(t, top)
+	copied := taken(t, top+"/conf")
 	entries := slices.Concat(file("file", "new"), file("other", "bad"), []any{white("other"), dir("d", nil), tar.Header{Typeflag: tar.TypeSymlink, Name: "0/upper/file", Linkname: "x"}})
-	report, err := apply(t, top+"/conf", taken, entries...)
+	report, err := apply(t, top+"/conf", copied, entries...)
 	if err != nil || report.Written != 1 {
 		t.Errorf("%+v, %v", report, err)
 	}
@@ -290,7 +284,7 @@ func TestMerge_Short(t *testing.T) {
 	source := filepath.Join(t.TempDir(), "source")
 	put(t, source, map[string]string{"a": "old"})
 	whole := archive(t, file("a", strings.Repeat("new", 1000))...).Bytes()
-	_, err := share.Merge{Volumes: []spec.Volume{{Source: source, Sync: true}}, Told: make([]agentproto.Volume, 1), Taken: later(t, source), MaxBytes: 1 << 20}.Apply(t.Context(), bytes.NewReader(whole[:1000]))
+	_, err := share.Merge{Volumes: []spec.Volume{{Source: source, Sync: true}}, Told: make([]agentproto.Volume, 1), Copied: taken(t, source), MaxBytes: 1 << 20}.Apply(t.Context(), bytes.NewReader(whole[:1000]))
 	if err == nil {
 		t.Error("no error")
 	}
@@ -311,7 +305,7 @@ func FuzzMerge(f *testing.F) {
 			_ = w.Flush()
 		}
 		_ = w.Close()
-		_, _ = share.Merge{Volumes: []spec.Volume{{Source: top + "/source", Sync: true}}, Told: make([]agentproto.Volume, 1), Taken: time.Now(), MaxBytes: 1 << 10}.Apply(t.Context(), &b)
+		_, _ = share.Merge{Volumes: []spec.Volume{{Source: top + "/source", Sync: true}}, Told: make([]agentproto.Volume, 1), MaxBytes: 1 << 10}.Apply(t.Context(), &b)
 		entries, err := os.ReadDir(top)
 		if err != nil || len(entries) != 2 {
 			t.Errorf("outside: %v, %v", entries, err)

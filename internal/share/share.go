@@ -6,22 +6,15 @@
 package share
 
 import (
-	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/agentproto"
-	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/spec"
 )
 
@@ -92,101 +85,4 @@ func Synced(volumes []spec.Volume) bool {
 		}
 	}
 	return false
-}
-
-// Image is the file with the copies, an effect.
-type Image struct {
-	Path    string        `json:"path"` // in a directory of ours
-	Volumes []spec.Volume `json:"volumes"`
-}
-
-// Apply makes it. It is refused before it would fill its file system.
-func (i *Image) Apply(ctx context.Context) error {
-	trees := make([]flatten.Tree, len(i.Volumes))
-	for n, v := range i.Volumes {
-		dir, file := v.Source, ""
-		if fi, err := os.Stat(v.Source); err != nil {
-			return fmt.Errorf("copy volume: %w", err)
-		} else if !fi.IsDir() {
-			dir, file = filepath.Dir(v.Source), filepath.Base(v.Source)
-		}
-		root, err := os.OpenRoot(dir)
-		if err != nil {
-			return fmt.Errorf("copy volume: %w", err)
-		}
-		defer root.Close()
-		trees[n] = flatten.Tree{Root: root, As: strconv.Itoa(n), File: file, Name: agentproto.VolumeFile, Dirs: i.inside(n), Live: true}
-	}
-	if err := i.space(trees); err != nil {
-		return fmt.Errorf("copy volume: %w", err)
-	}
-	// A VMM in a jail is another user; others do not come as far as here.
-	f, err := os.OpenFile(i.Path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
-		return fmt.Errorf("copy volume: %w", err)
-	}
-	if err := errors.Join(flatten.TreesToExt4(ctx, trees, f), f.Chmod(0o644), f.Close()); err != nil {
-		return fmt.Errorf("copy volume: %w", err)
-	}
-	return nil
-}
-
-// inside are the places of other volumes in the n-th.
-func (i *Image) inside(n int) (dirs []string) {
-	for _, v := range i.Volumes {
-		rel, ok := strings.CutPrefix(v.Target, i.Volumes[n].Target+"/")
-		if !ok {
-			continue
-		}
-		if fi, err := os.Stat(v.Source); err == nil && !fi.IsDir() {
-			rel = filepath.Dir(rel) // the guest makes the file
-		}
-		if rel != "." {
-			dirs = append(dirs, rel)
-		}
-	}
-	return dirs
-}
-
-// space says whether there is room for what is in trees. That more comes meanwhile shows when it does not fit.
-func (i *Image) space(trees []flatten.Tree) error {
-	var need int64
-	for _, t := range trees {
-		err := fs.WalkDir(t.Root.FS(), cmp.Or(t.File, "."), func(_ string, d fs.DirEntry, err error) error {
-			if err != nil || !d.Type().IsRegular() {
-				return ignoreGone(err)
-			}
-			fi, err := d.Info()
-			if err == nil {
-				need += fi.Sys().(*syscall.Stat_t).Blocks * 512
-			}
-			return ignoreGone(err)
-		})
-		if err != nil {
-			return err
-		}
-	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(filepath.Dir(i.Path), &st); err != nil {
-		return err
-	}
-	if free := int64(st.Bavail) * st.Bsize; need > free {
-		return &stage.SpaceError{Source: trees[0].Root.Name(), Dir: filepath.Dir(i.Path), Need: need, Free: free}
-	}
-	return nil
-}
-
-func ignoreGone(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
-// Revert removes the image.
-func (i *Image) Revert(context.Context) error {
-	if err := os.Remove(i.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove copies of volumes: %w", err)
-	}
-	return nil
 }

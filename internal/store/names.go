@@ -35,6 +35,7 @@ const (
 	ControlSocket  = "control.socket"  // by which the process that supervises the VM is asked to look at its record
 	PortsFile      = "ports.json"      // which ports of the host lead to the guest of the last run
 	PendingFile    = "pending.json"    // there: what the guest has changed in them may not be copied back yet
+	CopiedFile     = "copied"          // what each file of the host was when it was copied, until all is copied back
 	NetNSFile      = "netns"           // the network namespace of a VM that has one, or of a slot
 	RunDir         = "run"             // what one run makes
 
