@@ -65,7 +65,7 @@ type Options struct {
 	Images     image.Options   `json:"-"`
 	BaseImages base.Options    `json:"-"`
 	Binaries   release.Options `json:"-"`
-	// Install has what new VMs need and this machine lacks fetched: Firecracker, the newest release. Images.Offline forbids it.
+	// Install has what new VMs need and this machine lacks fetched: Firecracker, the newest release, and a kernel. Images.Offline forbids it.
 	Install bool `json:"-"`
 	// Installed is told what was fetched so, and where it is. It may be nil.
 	Installed func(what, path string) `json:"-"`

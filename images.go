@@ -29,6 +29,7 @@ func (h *Host) openImages() (*image.Store, error) {
 	}
 	o := h.opts.Images
 	o.Dir, o.Log = filepath.Join(h.opts.DataDir, store.ImageDir), h.log
+	o.FetchKernel, o.Installed = o.FetchKernel || h.opts.Install, h.opts.Installed
 	if o.Agent == nil {
 		o.Agent = agentbin.Agent()
 	}

@@ -93,12 +93,35 @@ func (s *Store) kernelImage(ctx context.Context, name string) (*Image, error) {
 	i, err := s.Find(cmp.Or(name, DefaultKernel))
 	if name == HostKernel || name == "" && errors.Is(err, ErrNotFound) {
 		i, _ = s.Find(HostKernel)
-		return s.currentHostKernel(ctx, i)
+		i, err = s.currentHostKernel(ctx, i)
+		if errors.Is(err, ErrNoKernel) && name == "" && s.opts.FetchKernel && s.opts.Base != nil {
+			return s.fetchKernel(ctx, err)
+		}
+		return i, err
 	}
 	if err == nil && i.Kernel == "" {
 		err = fmt.Errorf("image %s: %w in it", i.Name, ErrNoKernel)
 	}
 	return i, err
+}
+
+// fetchKernel stores the kernel of the newest base image under DefaultKernel, where this machine's own is not to be had. The caller holds the store.
+func (s *Store) fetchKernel(ctx context.Context, why error) (i *Image, err error) {
+	err = s.opts.Base.Kernel(ctx, func(path, _ string) error {
+		o, err := s.storeKernel(ctx, path, "")
+		if err != nil {
+			return err
+		}
+		i = &Image{Name: DefaultKernel, Source: "import", Arch: s.opts.Arch, Kernel: o.ID}
+		if s.opts.Installed != nil {
+			s.opts.Installed("kernel "+o.Release+" of Firecracker's own images", s.file(o))
+		}
+		return s.name(ctx, i)
+	})
+	if err != nil {
+		return nil, errors.Join(why, err)
+	}
+	return i, nil
 }
 
 // currentHostKernel is the host's kernel as an image, made if it, its modules or what is made of them have changed since

@@ -2,19 +2,27 @@ package image_test
 
 import (
 	"bytes"
+	"context"
+	"crypto/md5"
 	"errors"
+	"fmt"
 	"io/fs"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/internal/kernel/kerneltest"
 	"push.rocks/smartvm/internal/tinyguest"
 )
@@ -338,4 +346,75 @@ func unpackExt4(t *testing.T, path string) map[string]string {
 		t.Fatal(err)
 	}
 	return files
+}
+
+// A machine whose own kernel is not to be had gets that of the newest base image, once, if it may be fetched.
+func TestFetchKernel(t *testing.T) {
+	const key = "firecracker-ci/v1.16/x86_64/"
+	objects := map[string][]byte{key + "vmlinux-6.1.141": vmlinux("6.1.141"), key + "ubuntu-24.04.squashfs": []byte("hsqs and more")}
+	var mu sync.Mutex
+	var fetched []string
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Has("prefix") {
+			fmt.Fprint(w, `<ListBucketResult><IsTruncated>false</IsTruncated>`)
+			for name, data := range objects {
+				fmt.Fprintf(w, "<Contents><Key>%s</Key><ETag>&quot;%x&quot;</ETag><Size>%d</Size></Contents>", name, md5.Sum(data), len(data))
+			}
+			fmt.Fprint(w, `</ListBucketResult>`)
+			return
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		fetched = append(fetched, path.Base(r.URL.Path))
+		w.Header().Set("ETag", fmt.Sprintf("%q", fmt.Sprintf("%x", md5.Sum(objects[r.URL.Path[1:]]))))
+		_, _ = w.Write(objects[r.URL.Path[1:]])
+	}))
+	defer server.Close()
+	dir := storeDir(t)
+	var told []string
+	opened := func(offline, fetch bool) *image.Store {
+		b, err := base.Open(base.Options{
+			Dir: filepath.Join(filepath.Dir(dir), "base"), BucketURL: server.URL, Arch: "x86_64", Offline: offline,
+			ReleaseLatest: func(context.Context) (string, error) { return "v1.16.1", nil },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := open(t, dir, func(o *image.Options) {
+			o.Base, o.Offline, o.FetchKernel, o.Arch = b, offline, fetch, "amd64"
+			o.Installed = func(what, path string) { told = append(told, what+": "+filepath.Base(path)) }
+		})
+		s.SetHost(t.TempDir(), release)
+		return s
+	}
+	s := opened(false, true)
+	_, rootfs := sources(t)
+	if _, err := s.Import(t.Context(), image.ImportOptions{Name: "root", Rootfs: rootfs}); err != nil {
+		t.Fatal(err)
+	}
+	boots := func(s *image.Store, o image.BootOptions) error {
+		b, err := s.Boot(t.Context(), "root", o)
+		if err == nil {
+			err = b.Release()
+		}
+		return err
+	}
+	if err := boots(opened(false, false), image.BootOptions{}); !errors.Is(err, image.ErrNoKernel) {
+		t.Errorf("it was not to be fetched: %v", err)
+	}
+	if err := boots(opened(true, true), image.BootOptions{}); !errors.Is(err, image.ErrNoKernel) || !errors.Is(err, base.ErrOffline) {
+		t.Errorf("offline: %v", err)
+	}
+	if err := boots(s, image.BootOptions{Kernel: image.HostKernel}); !errors.Is(err, image.ErrNoKernel) {
+		t.Errorf("this machine's own was asked for: %v", err)
+	}
+	if err := errors.Join(boots(s, image.BootOptions{}), boots(s, image.BootOptions{}), boots(opened(true, false), image.BootOptions{})); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]string{"vmlinux-6.1.141"}, fetched); diff != "" {
+		t.Errorf("fetched, -want +got:\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"kernel 6.1.141 of Firecracker's own images: vmlinux"}, told); diff != "" {
+		t.Errorf("told, -want +got:\n%s", diff)
+	}
 }

@@ -51,6 +51,10 @@ type Options struct {
 	OCI oci.Options
 	// Base finds base images; nil: there are none.
 	Base *base.Store
+	// FetchKernel has a kernel fetched, by Base, for images without one where this machine's own is not found or may not be read. Installed is told where it
+	// is; it may be nil.
+	FetchKernel bool
+	Installed   func(what, path string)
 	// Agent is the guest's first program, smartvm-agent. Without it only images that boot by themselves do.
 	Agent []byte
 	// Arch is what images are chosen for, as Go spells it: "amd64" or "arm64". Default: this machine's.
