@@ -14,6 +14,7 @@ import (
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/logfile"
+	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
 	"push.rocks/smartvm/network"
@@ -81,7 +82,7 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 		return errors.Join(err, lock.Unlock())
 	}
 	m := h.machine(rec)
-	failed, later := m.putOff()
+	failed, later := share.PutOff(m.path(store.PendingFile), h.log.With("vm", id))
 	if later {
 		return lock.Unlock()
 	}
@@ -214,6 +215,9 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 	}
 	if r.exit != nil && r.exit.Outcome == OutcomeCrashed { // its log goes with the VM
 		err = errors.Join(err, m.fail("run", errors.New("the VMM gave up"), r.exit))
+	}
+	if failed, _ := share.PutOff(m.path(store.PendingFile), h.log.With("vm", m.rec().ID)); failed {
+		return r.exit, err // it cannot be removed, and another try would end alike
 	}
 	return r.exit, errors.Join(err, m.vanish(down))
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -75,11 +74,8 @@ const (
 
 // syncBack copies back what the guest has changed in volumes, if that is not done. The VM has ended, and the caller has the lock.
 func (m *Machine) syncBack(ctx context.Context) error {
-	pending, err := readJSON[share.Pending](m.path(store.PendingFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	pending, err := share.ReadPending(m.path(store.PendingFile))
+	if pending == nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, syncTimeout, fmt.Errorf("it takes more than %s", syncTimeout))
@@ -105,19 +101,6 @@ func (m *Machine) syncBack(ctx context.Context) error {
 			"smartvm stop %s tries again; smartvm rm --discard %s does without what its guest has changed", m.rec().ID, m.rec().ID)
 	}
 	return share.Forget(m.path(store.PendingFile), m.path(store.CopiedFile))
-}
-
-// putOff says whether copying back has failed, and is not tried again yet by a process that was not asked to.
-func (m *Machine) putOff() (failed, later bool) {
-	pending, err := readJSON[share.Pending](m.path(store.PendingFile))
-	if err != nil || pending.Tries == 0 {
-		return false, false
-	}
-	if wait := time.Until(pending.Due()); wait > 0 {
-		m.host.log.Warn("not copied back yet", "vm", m.rec().ID, "err", pending.Error, "tried again in", wait.Round(time.Second), "now", "smartvm stop "+m.rec().ID)
-		return true, true
-	}
-	return true, false
 }
 
 // Discard forgets what the guest of a VM that does not run has changed in volumes and could not be copied back.

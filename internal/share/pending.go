@@ -2,11 +2,15 @@ package share
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/strictjson"
 )
 
 // Pending says that a VM may have changes that are not yet copied back.
@@ -38,9 +42,45 @@ func (p *Pending) Due() time.Time {
 	return p.Tried.Add(pause)
 }
 
+// maxPending is of its file, in bytes.
+const maxPending = 1 << 20
+
+// ReadPending returns nil if there is no such file.
+func ReadPending(path string) (*Pending, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, err := strictjson.Unmarshal[Pending](data, maxPending)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	return &p, nil
+}
+
+// PutOff says whether copying back has failed, and whether it is not to be tried yet by a process that was not asked to, which log is told then.
+func PutOff(path string, log *slog.Logger) (failed, later bool) {
+	p, err := ReadPending(path)
+	if p == nil || err != nil || p.Tries == 0 {
+		return false, false
+	}
+	wait := time.Until(p.Due())
+	if wait > 0 && wait <= lastPause { // a clock that was set back puts nothing off
+		log.Warn("not copied back yet: smartvm stop tries it now", "again in", wait.Round(time.Second), "err", p.Error)
+		later = true
+	}
+	return true, later
+}
+
+// maxError is what is kept of an error, in bytes.
+const maxError = 4096
+
 // Failed notes in its file that a try ended with an error.
 func (p *Pending) Failed(path string, why error) error {
-	p.Tries, p.Tried, p.Error = p.Tries+1, time.Now(), why.Error()
+	p.Tries, p.Tried, p.Error = p.Tries+1, time.Now(), strings.ToValidUTF8(why.Error()[:min(len(why.Error()), maxError)], "?")
 	return errors.Join(why, atomicfile.WriteJSON(path, p))
 }
 
