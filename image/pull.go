@@ -61,7 +61,7 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 
 func (s *Store) pullOCI(ctx context.Context, ref string) (i *Image, err error) {
 	if s.opts.Offline && !oci.Local(ref) {
-		return nil, ErrOffline
+		return nil, hint.Add(ErrOffline, "smartvm image pull %s, without --offline, brings it", ref)
 	}
 	o := s.opts.OCI
 	o.Arch, o.TempDir, o.Log = s.opts.Arch, s.path(tempDir), s.log

@@ -35,8 +35,8 @@ type Options struct {
 	Mirrors []string
 	// Transport is for HTTP. Nil: a copy of http.DefaultTransport.
 	Transport http.RoundTripper
-	// Unless is what a registry's tag led to before, an Image's Tagged. While it does, Resolve returns ErrUnchanged: most
-	// registries do not count being asked for that as a pull.
+	// Unless is what a registry's tag led to before, an Image's Index, or its Digest if it has none. While it does, Resolve
+	// returns ErrUnchanged: registries do not count being asked for that as a pull.
 	Unless  string
 	Stdin   io.Reader // of the reference "-"
 	TempDir string    // for archives that have to be unpacked; empty: os.TempDir
@@ -88,10 +88,12 @@ type Layer struct {
 type Image struct {
 	// Name is how people call it: Docker Hub's host and "library/" are left out, a tag is added.
 	Name string
+	// ID is the configuration's SHA-256, in hexadecimal: what docker calls an image's id.
+	ID string
 	// Digest is the manifest's, or the configuration's for an archive of docker's that has no manifest.
 	Digest string
-	// Tagged is the digest of what the reference leads to: Digest, or that of an index which has it.
-	Tagged string
+	// Index is the digest of the index that has the manifest, if it was found by one that has a digest itself.
+	Index string
 	// Chain names the root file system that the layers make, in 64 hexadecimal digits: the chain ID of the OCI image
 	// specification.
 	Chain  string
@@ -197,7 +199,8 @@ var errLayers = errors.New("numbers of layers differ")
 const maxNesting = 3
 
 func (f *found) image(ctx context.Context, arch string) (*Image, error) {
-	want, tagged := manifest.Linux(arch), ""
+	want, index := manifest.Linux(arch), ""
+	_, made := f.from.(*local) // its first document is made of what was chosen
 	for range maxNesting {
 		got := manifest.Digest(f.text)
 		if f.digest != "" && got != f.digest {
@@ -207,13 +210,15 @@ func (f *found) image(ctx context.Context, arch string) (*Image, error) {
 		if err != nil {
 			return nil, err
 		}
-		tagged = cmp.Or(tagged, got)
 		if !d.Index {
 			i, err := f.manifest(ctx, want, got, d)
 			if err == nil {
-				i.Tagged = tagged
+				i.Index = index
 			}
 			return i, err
+		}
+		if index == "" && (!made || f.digest != "") {
+			index = got
 		}
 		next, err := manifest.Pick(d.Manifests, want)
 		if err != nil {
@@ -231,7 +236,7 @@ func (f *found) manifest(ctx context.Context, want manifest.Platform, digest str
 	if err := d.Image(); err != nil {
 		return nil, err
 	}
-	i := &Image{Name: f.name, Digest: cmp.Or(f.id, digest), from: f.from}
+	i := &Image{Name: f.name, ID: strings.TrimPrefix(d.Config.Digest, manifest.Algorithm), Digest: cmp.Or(f.id, digest), from: f.from}
 	if err := manifest.ValidDigest(d.Config.Digest); err != nil {
 		return nil, err
 	}

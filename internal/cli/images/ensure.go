@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -56,6 +57,9 @@ func (s *Shell) Ensure(ctx context.Context, vm *smartvm.Spec, pull *PullPolicy) 
 	}
 	i, err := s.Pull(ctx, images, vm.Image, "")
 	if err != nil {
+		if *pull == "missing" && !errors.Is(err, fs.ErrInvalid) {
+			err = fmt.Errorf("image %s is not here: %w", vm.Image, err)
+		}
 		return err
 	}
 	vm.Image = i.Name
