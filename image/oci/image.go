@@ -29,7 +29,7 @@ type Options struct {
 	// Arch is what images are chosen for, as Go spells it: "amd64" (default) or "arm64". The system is Linux. A variant may
 	// follow, "amd64/v3"; without one, images are chosen that any processor of the architecture runs.
 	Arch string
-	// Keychain knows the registries' passwords, authn.DefaultKeychain those of docker login and its helpers. Nil: none.
+	// Keychain knows the registries' passwords, a login.Keychain those of docker and podman. Nil: none.
 	Keychain authn.Keychain
 	// Mirrors are hosts, as in "mirror.example:5000", that are asked for Docker Hub's images first, in this order.
 	Mirrors []string
