@@ -87,12 +87,12 @@ func (s *Store) Boot(ctx context.Context, name string, o BootOptions) (b *Boot, 
 	}
 	if err == nil && !i.Itself && b.Root != "" {
 		b.Guest = guestConfig(b, o)
-		if modules != nil && slices.ContainsFunc(modules.Files, func(f File) bool { return f.Name == modulesDisk }) {
-			b.Modules = filepath.Join(s.objectDir(modules.ID), modulesDisk)
-		}
 		b.BootArgs = cmp.Or(b.BootArgs, QuietBootArgs)
 		_, encodeErr := b.Guest.Encode() // it may be too long
 		err = errors.Join(encodeErr, s.bootInitramfs(ctx, b, modules))
+	}
+	if b.Guest == nil {
+		b.Modules = "" // nobody would mount them
 	}
 	if err != nil {
 		err = fmt.Errorf("boot image %s: %w", i.Name, err)
@@ -121,6 +121,14 @@ func (s *Store) bootKernel(ctx context.Context, b *Boot, o BootOptions) (*Object
 	}
 	b.Kernel = s.file(k)
 	s.keep(b, k)
+	if i.Modules != "" {
+		all, err := s.use(ctx, i.Modules, false)
+		if err != nil {
+			return nil, err
+		}
+		b.Modules = s.file(all)
+		s.keep(b, all)
+	}
 	if !k.Modules {
 		return nil, nil
 	}

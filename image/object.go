@@ -22,9 +22,10 @@ import (
 
 // Kinds of objects; an object's id is its kind, a dash and 64 hexadecimal digits.
 const (
-	kindRoot   = "root"
-	kindKernel = "kernel"
-	kindInitrd = "initrd"
+	kindRoot    = "root"
+	kindKernel  = "kernel"
+	kindInitrd  = "initrd"
+	kindModules = "modules" // all of a kernel's: the same ones are stored once, whatever an initramfs has of them
 )
 
 // File is a stored file and what it holds.
@@ -50,7 +51,7 @@ const (
 	objectFile  = "object.json"
 	kernelFile  = "vmlinux"
 	modulesFile = "modules.cpio" // the modules that a guest needs to find its root
-	modulesDisk = "modules.ext4" // all of a kernel's modules
+	modulesDisk = "modules.ext4"
 	initrdFile  = "initrd"
 )
 
@@ -78,7 +79,7 @@ func (s *Store) object(id string) (*Object, error) {
 
 func validObjectID(id string) bool {
 	kind, digest, ok := strings.Cut(id, "-")
-	return ok && slices.Contains([]string{kindRoot, kindKernel, kindInitrd}, kind) && len(digest) == 2*sha256.Size &&
+	return ok && slices.Contains([]string{kindRoot, kindKernel, kindInitrd, kindModules}, kind) && len(digest) == 2*sha256.Size &&
 		strings.Trim(digest, "0123456789abcdef") == ""
 }
 
