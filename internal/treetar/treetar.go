@@ -147,6 +147,8 @@ type Options struct {
 	Owners bool
 	// MaxHoles is how many bytes of holes the files of an archive may have together, which cost its sender nothing; 0 means DefaultMaxHoles.
 	MaxHoles int64
+	// Odd makes what is neither a file, a directory nor a link, before it gets its attributes. If nil, that is ErrUnsafe.
+	Odd func(h *tar.Header) error
 	// Progress is told how many bytes of files have been written.
 	Progress func(int64)
 }
@@ -277,6 +279,12 @@ func (u *unpacker) entry(h *tar.Header, r io.Reader) error {
 		}
 		return u.root.Link(to, name)
 	default:
+		if u.o.Odd != nil {
+			if err := u.o.Odd(h); err != nil {
+				return err
+			}
+			break
+		}
 		return fmt.Errorf("%w: neither file, directory nor link", ErrUnsafe)
 	}
 	return u.attributes(h)

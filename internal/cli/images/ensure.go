@@ -30,7 +30,7 @@ func (s *Shell) EnsureFirecracker(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	done := s.Status(s.transfer.Text)
+	done := s.Status(s.Transfer.Text)
 	err = h.EnsureFirecracker(ctx)
 	done()
 	return errors.Join(err, h.Close())

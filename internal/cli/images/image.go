@@ -16,7 +16,7 @@ import (
 )
 
 func (s *Shell) image() *cobra.Command {
-	return s.group("image", "Fetch, make and remove images",
+	return s.Group("image", "Fetch, make and remove images",
 		"Fetch, make and remove images: what smartvm run IMAGE boots. An image is stored\n"+
 			"once, however many names it has and VMs use it, and no VM ever writes it.",
 		s.pull(), s.importImage(), s.list(), s.inspect(), s.remove(), s.prune(), s.verify())
@@ -67,14 +67,14 @@ func (s *Shell) pull() *cobra.Command {
 
 // Pull fetches an image and shows how far that is.
 func (s *Shell) Pull(ctx context.Context, images *image.Store, ref, name string) (*image.Image, error) {
-	done := s.Status(s.transfer.Text)
+	done := s.Status(s.Transfer.Text)
 	defer done()
 	i, err := images.Pull(ctx, ref, name)
-	return i, s.invalid(err)
+	return i, s.Invalid(err)
 }
 
-// invalid makes a usage error of one that is the caller's.
-func (s *Shell) invalid(err error) error {
+// Invalid makes a usage error of one that is the caller's.
+func (s *Shell) Invalid(err error) error {
 	if err != nil && errors.Is(err, fs.ErrInvalid) {
 		return s.Usage(err, smartvm.Hint(err))
 	}
@@ -110,11 +110,11 @@ func (s *Shell) importImage() *cobra.Command {
 				return err
 			}
 			o.Name, o.Stdin = args[0], s.Stdin
-			done := s.Status(s.transfer.Text)
+			done := s.Status(s.Transfer.Text)
 			i, err := images.Import(cmd.Context(), o)
 			done()
 			if err != nil {
-				return s.invalid(err)
+				return s.Invalid(err)
 			}
 			return s.made(i)
 		},
@@ -169,7 +169,7 @@ func (s *Shell) list() *cobra.Command {
 			case s.JSON():
 				return s.WriteJSON(list)
 			}
-			return s.table("NAME\tCONTENT\tSIZE\tCREATED\tVMS", rows)
+			return s.Table("NAME\tCONTENT\tSIZE\tCREATED\tVMS", rows)
 		},
 	}
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print names only")
@@ -229,7 +229,7 @@ func (s *Shell) remove() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return s.each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return images.Remove(ctx, name, force) })
+			return s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return images.Remove(ctx, name, force) })
 		},
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "take the name away even if VMs use it; they keep what they have")
@@ -286,9 +286,9 @@ func (s *Shell) verify() *cobra.Command {
 					args = append(args, i.Name)
 				}
 			}
-			done := s.Status(s.transfer.Text)
+			done := s.Status(s.Transfer.Text)
 			defer done()
-			return s.each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) })
+			return s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) })
 		},
 	}
 }
