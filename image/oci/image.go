@@ -22,6 +22,7 @@ import (
 
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/manifest"
+	"push.rocks/smartvm/image/registries"
 )
 
 // Options say where images come from. The zero value is fit for public registries.
@@ -33,7 +34,10 @@ type Options struct {
 	Keychain authn.Keychain
 	// Mirrors are hosts, as in "mirror.example:5000", that are asked for Docker Hub's images first, in this order.
 	Mirrors []string
-	// Transport is for HTTP. Nil: a copy of http.DefaultTransport.
+	// Registries reads what is said of registries: mirrors, places, blocked and insecure ones. It is called for references of
+	// registries only. Nil: nothing is.
+	Registries func() (*registries.Config, error)
+	// Transport is for HTTP, of an *http.Transport a copy. Nil: http.DefaultTransport.
 	Transport http.RoundTripper
 	// Unless is what a registry's tag led to before, an Image's Index, or its Digest if it has none. While it does, Resolve
 	// returns ErrUnchanged: registries do not count being asked for that as a pull.

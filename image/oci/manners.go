@@ -25,16 +25,17 @@ var errStalled = fmt.Errorf("nothing came for %v", stallTime)
 // manners is how servers are spoken to: not in plain text unless they are on this machine, again when they are busy or
 // hang up, and with an end to waiting.
 type manners struct {
-	base  http.RoundTripper
-	log   *slog.Logger
-	local bool // the registry is on this machine; another could lead us to this machine's own services
+	base     http.RoundTripper
+	log      *slog.Logger
+	local    bool // the registry is on this machine; another could lead us to this machine's own services
+	insecure bool // somebody has said that plain HTTP will do
 }
 
 func (m *manners) RoundTrip(req *http.Request) (*http.Response, error) {
-	switch plain := req.URL.Scheme != "https"; {
-	case plain && !here(req.URL.Hostname()):
+	switch plain, near := req.URL.Scheme != "https", here(req.URL.Hostname()); {
+	case plain && !near && !m.insecure:
 		return nil, fmt.Errorf("%s: %w", req.URL.Host, ErrPlainHTTP)
-	case plain && !m.local:
+	case plain && near && !m.local:
 		return nil, fmt.Errorf("a registry elsewhere leads to %s: %w", req.URL.Host, ErrPlainHTTP)
 	}
 	for try := 0; ; try++ {

@@ -2,6 +2,7 @@ package oci
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"net/http"
 	"net/url"
@@ -156,7 +157,11 @@ func plain(s string) string {
 func explain(err error, repo name.Repository, ref string) error {
 	var status *transport.Error
 	switch {
-	case errors.Is(err, ErrPlainHTTP), errors.Is(err, errRedirects):
+	case errors.Is(err, ErrPlainHTTP):
+		return hint.Add(err, "insecure = true in a [[registry]] of registries.conf allows it")
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return hint.Add(err, "its authority's certificate belongs into /etc/containers/certs.d/%s/ca.crt", repo.RegistryStr())
+	case errors.Is(err, errRedirects):
 		return err
 	case errors.As(err, &status):
 		switch status.StatusCode {

@@ -19,12 +19,13 @@ import (
 
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/manifest"
+	"push.rocks/smartvm/image/registries"
 )
 
 // registry is a repository, at its own host and at mirrors.
 type registry struct {
 	log  *slog.Logger
-	idle func()
+	idle []func()
 
 	mu    sync.Mutex
 	hosts []*host          // the first is asked; one that does not serve is left for the next. The last stays
@@ -45,20 +46,36 @@ type host struct {
 var errRedirects = errors.New("too many redirects")
 
 func inRegistry(ctx context.Context, text string, o Options) (found, error) {
-	ref, err := name.ParseReference(text)
+	typed, err := name.ParseReference(text)
 	if err != nil {
 		return found{}, fileHint(err, text)
 	}
-	r := &registry{log: o.Log, idle: func() {}, gave: map[string]*host{}}
-	base := cmp.Or(o.Transport, http.DefaultTransport)
-	if t, ok := base.(*http.Transport); ok && o.Transport == nil {
-		t = t.Clone()
-		base, r.idle = t, t.CloseIdleConnections
+	conf := &registries.Config{}
+	if o.Registries != nil {
+		if conf, err = o.Registries(); err != nil {
+			return found{}, err
+		}
 	}
-	for _, repo := range repositories(ref.Context(), o) {
-		h := &host{repo: repo, keychain: o.Keychain}
+	ref, err := name.ParseReference(conf.Expand(text))
+	if err != nil {
+		return found{}, err
+	}
+	places, err := places(ref, conf, o)
+	if err != nil {
+		return found{}, err
+	}
+	r := &registry{log: o.Log, gave: map[string]*host{}}
+	for _, p := range places {
+		base := cmp.Or(o.Transport, http.DefaultTransport)
+		if t, ok := base.(*http.Transport); ok {
+			if t, err = conf.Transport(t, p); err != nil {
+				return found{}, errors.Join(err, r.Close())
+			}
+			base, r.idle = t, append(r.idle, t.CloseIdleConnections)
+		}
+		h := &host{repo: p.Repository, keychain: o.Keychain}
 		h.client = http.Client{
-			Transport: &manners{base: base, log: o.Log, local: here(hostOf(repo))},
+			Transport: &manners{base: base, log: o.Log, local: here(hostOf(p.Repository)), insecure: p.Insecure},
 			CheckRedirect: func(_ *http.Request, via []*http.Request) error {
 				if len(via) >= 10 {
 					return errRedirects
@@ -68,7 +85,7 @@ func inRegistry(ctx context.Context, text string, o Options) (found, error) {
 		}
 		r.hosts = append(r.hosts, h)
 	}
-	f := found{from: r, name: familiar(ref)}
+	f := found{from: r, name: familiar(typed)}
 	if d, ok := ref.(name.Digest); ok {
 		f.digest = d.DigestStr()
 		if err := manifest.ValidDigest(f.digest); err != nil {
@@ -91,20 +108,21 @@ func inRegistry(ctx context.Context, text string, o Options) (found, error) {
 	return f, nil
 }
 
-// repositories are where to look for one: mirrors are for Docker Hub alone, as docker has it. Elsewhere, the same path could
-// be something else.
-func repositories(repo name.Repository, o Options) (all []name.Repository) {
-	if repo.RegistryStr() == name.DefaultRegistry {
+// places are where to look for an image: Options.Mirrors are for Docker Hub alone, as docker has it. Elsewhere, the same path
+// could be something else.
+func places(ref name.Reference, conf *registries.Config, o Options) (all []registries.Place, err error) {
+	if repo := ref.Context(); repo.RegistryStr() == name.DefaultRegistry {
 		for _, m := range o.Mirrors {
 			mirror, err := name.NewRegistry(m)
 			if err != nil {
 				o.Log.Warn("mirror skipped", "mirror", m, "err", err)
 				continue
 			}
-			all = append(all, mirror.Repo(repo.RepositoryStr()))
+			all = append(all, registries.Place{Repository: mirror.Repo(repo.RepositoryStr())})
 		}
 	}
-	return append(all, repo)
+	own, err := conf.Places(ref)
+	return append(all, own...), err
 }
 
 // familiar is a reference as people write it.
@@ -278,7 +296,9 @@ func (h *host) do(ctx context.Context, method, part string, header http.Header) 
 }
 
 func (r *registry) Close() error {
-	r.idle()
+	for _, idle := range r.idle {
+		idle()
+	}
 	return nil
 }
 
