@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/cli/disks"
 	"push.rocks/smartvm/internal/cli/guest"
+	"push.rocks/smartvm/internal/cli/help"
 	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/cli/snapshots"
 	"push.rocks/smartvm/internal/human"
@@ -134,8 +135,8 @@ func (a *app) root() *cobra.Command {
 	root.SetIn(a.Stdin)
 	root.SetOut(a.Stdout)
 	root.SetErr(a.Stderr)
-	root.SetHelpFunc(help)
-	root.SetUsageFunc(func(cmd *cobra.Command) error { help(cmd, nil); return nil })
+	root.SetHelpFunc(help.Show)
+	root.SetUsageFunc(func(cmd *cobra.Command) error { help.Show(cmd, nil); return nil })
 	root.SetFlagErrorFunc(flagError)
 	a.global.flags(root)
 	a.images, a.guest = a.imageShell(), a.guestShell()
@@ -145,10 +146,7 @@ func (a *app) root() *cobra.Command {
 	} {
 		root.AddCommand(command(a))
 	}
-	root.AddCommand(a.images.Commands()...)
-	root.AddCommand((&disks.Shell{Shell: a.images}).Commands()...)
-	root.AddCommand(a.guest.Commands()...)
-	root.AddCommand(a.snapshots.Commands()...)
+	root.AddCommand(slices.Concat(a.images.Commands(), (&disks.Shell{Shell: a.images}).Commands(), a.guest.Commands(), a.snapshots.Commands())...)
 	root.SetHelpCommand(newHelp())
 	root.InitDefaultCompletionCmd()
 	return root
