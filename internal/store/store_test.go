@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -182,10 +183,13 @@ func TestRaces(t *testing.T) {
 		removed.Add(1)
 		return errors.Join(err, s.Remove("vm", l))
 	}
+	// Which of them comes to what is the scheduler's: they go on until each has been seen.
+	deadline := time.Now().Add(testenv.Patience(10 * time.Second))
+	enough := func() bool { return made.Load() >= 2 && removed.Load() >= 2 || time.Now().After(deadline) }
 	var wg sync.WaitGroup
 	for worker := range 6 {
 		wg.Go(func() {
-			for range 300 {
+			for n := 0; n < 300 || !enough(); n++ {
 				l, err := s.Create("vm")
 				if err == nil {
 					made.Add(1)
