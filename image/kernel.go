@@ -222,7 +222,7 @@ func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string)
 		return nil
 	}
 	all, err := s.build(ctx, func(dir string) (*Object, error) {
-		o := &Object{ID: kindModules + "-", Type: "ext4", Release: k.Release, Files: []File{{Name: modulesDisk}}}
+		o := &Object{ID: kindModules + "-", Files: []File{{Name: modulesDisk}}}
 		return o, create(filepath.Join(dir, modulesDisk), func(w io.Writer) error { return s.modulesToExt4(ctx, tree.FS(), w.(*os.File)) })
 	})
 	if err != nil {

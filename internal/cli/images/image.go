@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -183,7 +184,8 @@ func contents(in *image.Inspection) string {
 		if text != "" {
 			text += ", "
 		}
-		text += cmp.Or(o.Type, o.ID[:6])
+		kind, _, _ := strings.Cut(o.ID, "-")
+		text += cmp.Or(o.Type, kind)
 		if o.Release != "" {
 			text += " " + o.Release
 		}
