@@ -18,6 +18,8 @@ const (
 	maxPieces = 10_000
 
 	tarBlock = 512
+	maxOctal = 1<<33 - 1 // of a size
+	maxID    = 1<<21 - 1
 )
 
 // piece is what a file has between holes.
@@ -83,9 +85,14 @@ func (p *packer) withHoles(f *os.File, h *tar.Header) error {
 	if _, err := p.w.Write(append(block, records.Bytes()...)); err != nil {
 		return err
 	}
+	// What does not fit into a plain header's numbers does into one of GNU's; records of its own would be in place of those.
+	format, total := tar.FormatUSTAR, int64(where.Len())+size
+	if total > maxOctal || h.Uid > maxID || h.Gid > maxID {
+		format = tar.FormatGNU
+	}
 	err = p.tw.WriteHeader(&tar.Header{
-		Format: tar.FormatGNU, Typeflag: tar.TypeReg, Name: "GNUSparseFile.0", Mode: h.Mode, Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime.Truncate(1e9),
-		Size: int64(where.Len()) + size,
+		Format: format, Typeflag: tar.TypeReg, Name: "GNUSparseFile.0", Mode: h.Mode, Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime.Truncate(1e9),
+		Size: total,
 	})
 	if err == nil {
 		_, err = p.tw.Write(where.Bytes())
