@@ -130,8 +130,8 @@ func TestResolve_Elsewhere(t *testing.T) {
 		"away.test/a:1": "[[registry]]\nprefix = \"*.test\"\nlocation = \"" + s.host() + "\"\n",
 	} {
 		i := resolve(t, ref, oci.Options{Transport: hub, Registries: conf(t, text)})
-		if i.Name != ref || i.Digest != d.Digest || hub.asked {
-			t.Errorf("%s: %s of %s, and Docker Hub asked: %v", ref, i.Name, i.Digest, hub.asked)
+		if i.Name != ref || i.Digest != d.Digest || hub.asked.Load() {
+			t.Errorf("%s: %s of %s, and Docker Hub asked: %v", ref, i.Name, i.Digest, hub.asked.Load())
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -87,28 +88,28 @@ func TestResolve_Mirrors(t *testing.T) {
 		t.Errorf("name %q", i.Name)
 	}
 	pull(t, i, t.TempDir())
-	if hub.asked {
+	if hub.asked.Load() {
 		t.Error("Docker Hub was asked, though the mirror has it")
 	}
 	if got := s.blobs(); len(got) != 2 || !strings.Contains(got[0], "/v2/library/debian/blobs/") {
 		t.Errorf("the mirror was asked %q", got)
 	}
 	i = resolve(t, name.DefaultRegistry+"/library/debian:12", oci.Options{Transport: hub, Mirrors: []string{empty.host(), "bad host"}})
-	if i.Name != "debian:12" || !hub.asked {
-		t.Errorf("%q, and Docker Hub asked: %v", i.Name, hub.asked)
+	if i.Name != "debian:12" || !hub.asked.Load() {
+		t.Errorf("%q, and Docker Hub asked: %v", i.Name, hub.asked.Load())
 	}
 }
 
 // hub sends what is meant for Docker Hub to a server.
 type hub struct {
 	s     *server
-	asked bool
+	asked atomic.Bool
 }
 
 func (h *hub) RoundTrip(r *http.Request) (*http.Response, error) {
 	to := r
 	if r.URL.Host == name.DefaultRegistry {
-		h.asked = true
+		h.asked.Store(true)
 		to = r.Clone(r.Context())
 		to.URL.Scheme, to.URL.Host = "http", h.s.host()
 	}
