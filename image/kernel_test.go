@@ -345,7 +345,9 @@ func unpackExt4(t *testing.T, path string) map[string]string {
 	if found, err := exec.LookPath("debugfs"); err == nil {
 		tool = found
 	}
-	if out, err := exec.CommandContext(t.Context(), tool, "-R", "rdump / "+dir, path).CombinedOutput(); err != nil {
+	cmd := exec.CommandContext(t.Context(), tool, "-R", "rdump / .", path)
+	cmd.Dir = dir // its name may have blanks, which debugfs does not take
+	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	files := map[string]string{}
