@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -116,12 +115,7 @@ func TestImage_Unreadable(t *testing.T) {
 func TestImage_Special(t *testing.T) {
 	dir := t.TempDir()
 	put(t, dir, map[string]string{"a": "a", "l": "-> a", "n/z": "z"})
-	l, err := net.Listen("unix", dir+"/socket")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	if err := unix.Mkfifo(dir+"/fifo", 0o600); err != nil {
+	if err := errors.Join(unix.Mknod(dir+"/socket", unix.S_IFSOCK|0o600, 0), unix.Mkfifo(dir+"/fifo", 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{"fifo: neither", "socket: neither", "count=2", "-v " + dir + ":/d"}

@@ -92,7 +92,7 @@ func TestMerge_OthersDirectory(t *testing.T) {
 	}
 	top := asUser(t, func(dir string) {
 		put(t, dir, map[string]string{"s/foreign/f": "1", "s/a": "old"})
-		if err := errors.Join(os.Chown(dir+"/s", nobody, nobody), os.Chown(dir+"/s/a", nobody, nobody)); err != nil {
+		if err := errors.Join(os.Chown(dir+"/s", nobody, nobody), os.Chown(dir+"/s/a", nobody, nobody), os.Chmod(dir+"/s/foreign", 0o755), os.Chmod(dir+"/s/foreign/f", 0o644)); err != nil {
 			t.Fatal(err)
 		}
 	})
