@@ -24,6 +24,7 @@ func TestPut(t *testing.T) {
 	if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
 		t.Fatal(err)
 	}
+	defer unix.Umask(unix.Umask(0o022)) // modes are compared
 	dir := t.TempDir()
 	target, at := filepath.Join(dir, "image/data"), filepath.Join(dir, "disk")
 	if err := errors.Join(
