@@ -14,7 +14,7 @@ func (h *Host) proposal(rec *record) (*proposal, error) {
 	p := &proposal{
 		id: rec.ID, nonce: rec.Nonce, store: h.store, stageDir: h.stageDir(),
 		binary: rec.Binary, jailer: rec.Jailer, uid: rec.UID, cgroup: rec.Cgroup, ephemeral: rec.Ephemeral, copies: rec.Staged, extract: rec.Extract, boot: rec.Boot,
-		interfaces: rec.Interfaces, restored: rec.Restored,
+		interfaces: rec.Interfaces, restored: rec.Restored, limits: h.opts.Images.Limits,
 		reflinks: map[string]bool{}, inodes: map[string]string{}, owners: map[string]*stage.Owner{},
 	}
 	p.version, _ = firecracker.ParseVersion(rec.BinaryVersion) // written by us

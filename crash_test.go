@@ -128,7 +128,11 @@ func (s *crashSite) makeImage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := image.ImportOptions{Name: "tiny", Kernel: s.spec.BootSource.KernelImagePath, Rootfs: t.TempDir()}
+	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o := image.ImportOptions{Name: "tiny", Kernel: s.spec.BootSource.KernelImagePath, Rootfs: root}
 	if _, err := images.Import(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}

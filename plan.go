@@ -9,6 +9,7 @@ import (
 	"strconv"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/configure"
@@ -40,6 +41,7 @@ type proposal struct {
 	secrets   *Secrets                // of its first start
 	restored  *restored               // of a VM that starts from a snapshot
 	version   firecracker.Version
+	limits    flatten.Limits // of what Volumes hold
 
 	interfaces []attach.Interface
 }
@@ -118,7 +120,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 		}
 	}
 	if len(s.Volumes) > 0 {
-		image := &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes, Named: s.NamedVolumes}
+		image := &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes, Named: s.NamedVolumes, Limits: p.limits}
 		if share.Synced(s.Volumes) {
 			image.Copied = filepath.Join(dir, store.CopiedFile)
 		}

@@ -532,6 +532,9 @@ func TestSnapshot_Image(t *testing.T) {
 		t.Fatal(err)
 	}
 	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	load := func() {
 		t.Helper()
 		if _, err := images.Import(t.Context(), image.ImportOptions{Name: "tiny", Kernel: s.path("count"), Rootfs: root}); err != nil {

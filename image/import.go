@@ -1,7 +1,6 @@
 package image
 
 import (
-	"archive/tar"
 	"cmp"
 	"context"
 	"errors"
@@ -24,7 +23,7 @@ type ImportOptions struct {
 	// Modules is the kernel's unpacked /lib/modules/RELEASE, or the directory above. Empty: what a guest needs is built
 	// in; for HostKernel the host's.
 	Modules string
-	// Rootfs is the path of a directory, a tar (plain, gzip, xz or zstd), or an ext4, squashfs or erofs image; "-" for a tar
+	// Rootfs is the path of a directory, a tar (plain, gzip, xz, zstd or bzip2), or an ext4, squashfs or erofs image; "-" for a tar
 	// that is read from Stdin.
 	Rootfs string
 	Stdin  io.Reader
@@ -115,12 +114,12 @@ func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*Object,
 }
 
 func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*Object, error) {
-	path := o.Rootfs
-	if path == "-" {
+	if o.Rootfs == "-" {
 		return s.storeUnpacked(ctx, func(dst *os.File) error {
-			return flatten.TarToExt4(ctx, s.watch(ctx, o.Stdin, "unpack", 0), dst)
+			return flatten.TarToExt4(ctx, s.watch(ctx, o.Stdin, "unpack", 0), dst, flatten.TarOptions{Limits: s.opts.Limits})
 		})
 	}
+	path := o.Rootfs
 	fi, err := os.Stat(path)
 	if err != nil {
 		return nil, err
@@ -131,7 +130,7 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*Object, erro
 			if err != nil {
 				return err
 			}
-			return errors.Join(flatten.DirToExt4(ctx, root, dst), root.Close())
+			return errors.Join(flatten.DirToExt4(ctx, root, dst, s.opts.Limits), root.Close())
 		})
 	}
 	if !fi.Mode().IsRegular() {
@@ -155,11 +154,8 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*Object, erro
 			if err != nil {
 				return err
 			}
-			err = flatten.TarToExt4(ctx, watchedFile{s.watch(ctx, f, "unpack "+filepath.Base(path), fi.Size()), f}, dst)
-			if errors.Is(err, tar.ErrHeader) {
-				err = hint.Add(err, "%s is neither a tar nor an ext4, squashfs or erofs image", path)
-			}
-			return errors.Join(err, f.Close())
+			r := s.watch(ctx, f, "unpack "+filepath.Base(path), fi.Size())
+			return errors.Join(flatten.TarToExt4(ctx, r, dst, flatten.TarOptions{Limits: s.opts.Limits}), f.Close())
 		})
 	}
 	return nil, invalid("root file system %s: a guest cannot have %s for its root; make it ext4, squashfs or erofs", path, kind)

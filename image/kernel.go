@@ -291,7 +291,7 @@ func (s *Store) modulesToExt4(ctx context.Context, tree fs.FS, dst *os.File) err
 		defer close(packed)
 		w.CloseWithError(kernel.WriteModules(w, tree))
 	}()
-	err := flatten.TarToExt4(ctx, s.watch(ctx, r, "copy the kernel's modules", 0), dst)
+	err := flatten.TarToExt4(ctx, s.watch(ctx, r, "copy the kernel's modules", 0), dst, flatten.TarOptions{Once: true})
 	r.CloseWithError(err)
 	<-packed
 	return err

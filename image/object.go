@@ -137,9 +137,13 @@ func (s *Store) digest(ctx context.Context, path, step string) (string, int64, e
 	return hex.EncodeToString(h.Sum(nil)), n, err
 }
 
-// watch is a reader that tells how far it is and ends with its context.
+// watch is a reader that tells how far it is and ends with its context. It seeks where r does.
 func (s *Store) watch(ctx context.Context, r io.Reader, step string, total int64) io.Reader {
-	return &watched{ctx: ctx, r: r, tell: func(done int64) { s.opts.Progress(step, done, total) }}
+	w := &watched{ctx: ctx, r: r, tell: func(done int64) { s.opts.Progress(step, done, total) }}
+	if seeker, ok := r.(io.Seeker); ok {
+		return watchedFile{w, seeker}
+	}
+	return w
 }
 
 type watched struct {

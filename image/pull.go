@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/hint"
 )
 
@@ -64,13 +65,13 @@ func (s *Store) pullOCI(ctx context.Context, ref string) (i *Image, err error) {
 		return nil, hint.Add(ErrOffline, "smartvm image pull %s, without --offline, brings it", ref)
 	}
 	o := s.opts.OCI
-	o.Arch, o.TempDir, o.Log = s.opts.Arch, s.path(tempDir), s.log
+	o.Limits, o.Arch, o.TempDir, o.Log = s.opts.Limits, s.opts.Arch, s.path(tempDir), s.log
 	img, err := oci.Resolve(ctx, ref, o)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, img.Close()) }()
-	i = &Image{Name: img.Name, Digest: img.Digest, Config: img.Config, Root: kindRoot + "-" + img.Chain}
+	i = &Image{Name: img.Name, Digest: img.Digest, Config: img.Config, Root: kindRoot + "-" + flatten.ID(img.Chain)}
 	for _, l := range img.Layers {
 		i.Layers = append(i.Layers, l.Digest)
 	}

@@ -14,6 +14,7 @@ import (
 
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/store"
 )
@@ -47,8 +48,10 @@ func (e *InUseError) Hint() string { return "remove the VM first: smartvm rm" }
 type Options struct {
 	Dir     string // a directory of ours alone, made if it is missing
 	Offline bool   // fetch nothing
-	// OCI is how registries are spoken to. Arch, TempDir and Log are filled in.
+	// OCI is how registries are spoken to. Limits, Arch, TempDir and Log are filled in.
 	OCI oci.Options
+	// Limits bound what a root file system may hold that is made of layers, a tar or a directory, directories of VMs included.
+	Limits flatten.Limits
 	// Base finds base images; nil: there are none.
 	Base *base.Store
 	// FetchKernel has a kernel fetched, by Base, for images without one where this machine's own is not found or may not be read. Installed is told where it

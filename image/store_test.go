@@ -1,6 +1,7 @@
 package image_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
@@ -32,6 +33,7 @@ import (
 
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/testenv"
@@ -216,6 +218,72 @@ func TestImport_NeedsRecovery(t *testing.T) {
 		_, err := s.Import(t.Context(), image.ImportOptions{Name: "x", Rootfs: path})
 		if dirty && (!errors.Is(err, fs.ErrInvalid) || !strings.Contains(err.Error(), "its journal is not replayed")) || !dirty && err != nil {
 			t.Errorf("dirty %v: %v", dirty, err)
+		}
+	}
+}
+
+// What is no tar, or half of one, is an error with advice, and the image that has the name stays.
+func TestImport_NothingIsNoImage(t *testing.T) {
+	s := open(t, storeDir(t))
+	good := importTiny(t, s, "app")
+	var whole bytes.Buffer
+	w := tar.NewWriter(&whole)
+	for _, name := range []string{"a", "a"} {
+		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: 1})
+		if _, werr := w.Write([]byte("x")); errors.Join(err, werr) != nil {
+			t.Fatal(err, werr)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	iso := append(make([]byte, 32<<10), "\x01CD001\x01\x00"...)
+	for name, content := range map[string][]byte{
+		"empty": nil, "zeros": make([]byte, 1<<20), "iso": iso, "cut": whole.Bytes()[:1024], "text": []byte("no such command"), "lz4": []byte("\x04\x22\x4d\x18and more"),
+	} {
+		path := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for from, o := range map[string]image.ImportOptions{
+			"a pipe": {Name: "app", Rootfs: "-", Stdin: io.MultiReader(bytes.NewReader(content))}, "a file": {Name: "app", Rootfs: path},
+		} {
+			_, err := s.Import(t.Context(), o)
+			var advice interface{ Hint() string }
+			if !errors.As(err, &advice) || advice.Hint() == "" {
+				t.Errorf("%s from %s: %v, want an error with advice", name, from, err)
+			}
+			if now, err := s.Find("app"); err != nil || now.Root != good.Root || now.Kernel != good.Kernel {
+				t.Fatalf("%s from %s: app is %+v now, %v", name, from, now, err)
+			}
+		}
+	}
+	_, err := s.Import(t.Context(), image.ImportOptions{Name: "app", Rootfs: t.TempDir()})
+	if now, ferr := s.Find("app"); !errors.Is(err, flatten.ErrEmpty) || ferr != nil || now.Root != good.Root {
+		t.Errorf("an empty directory: %v; app is %+v now, %v", err, now, ferr)
+	}
+	// The same tar, whole, with a name twice, takes its place.
+	i, err := s.Import(t.Context(), image.ImportOptions{Name: "app", Rootfs: "-", Stdin: io.MultiReader(&whole)})
+	if err != nil || i.Root == good.Root {
+		t.Errorf("%+v, %v", i, err)
+	}
+}
+
+// Limits are the caller's, and the error says which.
+func TestImport_Limits(t *testing.T) {
+	_, rootfs := sources(t)
+	for _, c := range []struct {
+		limits flatten.Limits
+		option string
+	}{{flatten.Limits{}, ""}, {flatten.Limits{MaxBytes: 1}, "MaxBytes"}, {flatten.Limits{MaxEntries: 1}, "MaxEntries"}} {
+		s := open(t, storeDir(t), func(o *image.Options) { o.Limits = c.limits })
+		_, err := s.Import(t.Context(), image.ImportOptions{Name: "app", Rootfs: rootfs})
+		var over *flatten.LimitError
+		switch {
+		case c.option == "" && err != nil:
+			t.Error(err)
+		case c.option != "" && (!errors.As(err, &over) || over.Option != c.option || !strings.Contains(over.Hint(), "--max-image-")):
+			t.Errorf("%v, want the limit %s and its flag", err, c.option)
 		}
 	}
 }

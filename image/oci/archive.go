@@ -17,6 +17,7 @@ import (
 
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/manifest"
+	"push.rocks/smartvm/internal/stream"
 )
 
 // inArchive finds an image in a tar.
@@ -27,7 +28,7 @@ func inArchive(ctx context.Context, rest string, o Options) (f found, err error)
 		return found{}, notExist(err)
 	}
 	b := bufio.NewReader(r)
-	if flatten.Packing(b) != "" {
+	if stream.Packing(b) != "" {
 		f, err = inSpool(ctx, b, place{ref, baseName(file)}, o)
 		return f, errors.Join(err, r.Close())
 	}
@@ -48,7 +49,7 @@ func inSpool(ctx context.Context, r io.Reader, at place, o Options) (found, erro
 	}
 	err = os.Remove(tmp.Name()) // it goes with the process
 	if err == nil {
-		err = flatten.Unpack(&capped{ctx: ctx, w: tmp, left: flatten.MaxBytes}, r)
+		err = stream.Unpack(&capped{ctx: ctx, w: tmp, max: o.Limits.OrDefaults().MaxBytes}, r)
 	}
 	if err != nil {
 		return found{}, errors.Join(fmt.Errorf("read archive: %w", err), tmp.Close())
@@ -60,15 +61,16 @@ func inSpool(ctx context.Context, r io.Reader, at place, o Options) (found, erro
 type capped struct {
 	ctx  context.Context
 	w    io.Writer
-	left int64
+	done int64
+	max  int64
 }
 
 func (c *capped) Write(p []byte) (int, error) {
 	if c.ctx.Err() != nil {
 		return 0, context.Cause(c.ctx)
 	}
-	if c.left -= int64(len(p)); c.left < 0 {
-		return 0, &flatten.LimitError{What: "bytes of an archive", Limit: flatten.MaxBytes}
+	if c.done += int64(len(p)); c.done > c.max {
+		return 0, &flatten.LimitError{What: "bytes of an archive", Limit: c.max, Option: "MaxBytes"}
 	}
 	return c.w.Write(p)
 }

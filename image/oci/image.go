@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"os"
 	"path"
@@ -42,6 +43,7 @@ type Options struct {
 	// Unless is what a registry's tag led to before, an Image's Index, or its Digest if it has none. While it does, Resolve
 	// returns ErrUnchanged: registries do not count being asked for that as a pull.
 	Unless  string
+	Limits  flatten.Limits
 	Stdin   io.Reader // of the reference "-"
 	TempDir string    // for archives that have to be unpacked; empty: os.TempDir
 	Log     *slog.Logger
@@ -105,7 +107,8 @@ type Image struct {
 	Layers []Layer // the lowest first
 	Size   int64   // bytes of all layers, as they are fetched
 
-	from source
+	limits flatten.Limits
+	from   source
 }
 
 // source is where the parts of an image come from. It is safe for concurrent use.
@@ -133,7 +136,7 @@ func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File, progress 
 	if progress != nil {
 		tell = func(done int64) { progress(done, i.Size) }
 	}
-	stats, err := flatten.Layers(ctx, layers, dst, tell)
+	stats, err := flatten.Layers(ctx, layers, dst, flatten.Options{Limits: i.limits, Progress: tell})
 	if err != nil {
 		return flatten.Stats{}, fmt.Errorf("flatten %s: %w", i.Name, err)
 	}
@@ -178,9 +181,13 @@ func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
 			}
 		}
 	}
+	if limit := o.Limits.OrDefaults().MaxBytes; err == nil && i.Size > limit {
+		err = &flatten.LimitError{What: "bytes of layers", Limit: limit, Option: "MaxBytes"}
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("resolve image %.300q: %w", ref, err), f.from.Close())
 	}
+	i.limits = o.Limits
 	return i, nil
 }
 
@@ -262,8 +269,8 @@ func (f *found) manifest(ctx context.Context, want manifest.Platform, digest str
 		if err := errors.Join(manifest.ValidDigest(l.Digest), manifest.ValidDigest(diffIDs[n])); err != nil {
 			return nil, err
 		}
-		if l.Size < 0 || l.Size > flatten.MaxBytes-i.Size {
-			return nil, &flatten.LimitError{What: "bytes of layers", Limit: flatten.MaxBytes}
+		if l.Size < 0 || l.Size > math.MaxInt64-i.Size {
+			return nil, &flatten.LimitError{What: "bytes of layers", Limit: math.MaxInt64}
 		}
 		i.Size += l.Size
 		i.Layers = append(i.Layers, Layer{Digest: l.Digest, DiffID: diffIDs[n], Size: l.Size})

@@ -19,6 +19,7 @@ import (
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/internal/supervise"
+	"push.rocks/smartvm/internal/vmflags"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/policy"
 )
@@ -29,10 +30,10 @@ type globals struct {
 	launcher, version, releases              string
 	ephemeral, offline                       bool
 	mirrors                                  []string
+	limits                                   vmflags.Limits
 	manifest                                 string
 	bridge, subnet, firewall                 string
-	output                                   string
-	logLevel                                 string
+	output, logLevel                         string
 	verbose                                  bool
 
 	log    *slog.Logger
@@ -52,6 +53,7 @@ func (g *globals) flags(root *cobra.Command) {
 	f.BoolVar(&g.ephemeral, "ephemeral-writable-drives", true, "give each VM a copy of its writable drives")
 	f.BoolVar(&g.offline, "offline", false, "fetch nothing")
 	f.StringSliceVar(&g.mirrors, "registry-mirror", nil, "registry `host` to ask first; may be repeated [$SMARTVM_REGISTRY_MIRROR]")
+	g.limits.Flags(f)
 	f.StringVar(&g.manifest, "base-manifest", "", "manifest of base:hosted, a `path` or URL [$SMARTVM_BASE_MANIFEST]")
 	f.StringVar(&g.bridge, "bridge", "", "`name` of the default network's bridge, "+network.DefaultBridge+" without it [$SMARTVM_BRIDGE]")
 	f.StringVar(&g.subnet, "subnet", "", "the default network's IPv4 `subnet`, "+network.DefaultSubnet+" without it [$SMARTVM_SUBNET]")
@@ -88,7 +90,9 @@ func (g *globals) finish(a *app) error {
 	if mirrors := os.Getenv("SMARTVM_REGISTRY_MIRROR"); len(g.mirrors) == 0 && mirrors != "" {
 		g.mirrors = strings.Split(mirrors, ",")
 	}
-	switch {
+	switch err := g.limits.Finish(os.Getenv); {
+	case err != nil:
+		return usage("%w", err)
 	case !slices.Contains([]string{"table", "json"}, g.output):
 		return usage("-o %q: want table or json", g.output)
 	case !slices.Contains([]string{"", string(smartvm.LaunchDirect), string(smartvm.LaunchJailed)}, g.launcher):
@@ -156,7 +160,7 @@ func (g *globals) self(args ...string) []string {
 			all = append(all, "--"+name, value)
 		}
 	}
-	return append(all, args...)
+	return slices.Concat(all, g.limits.Args(), args)
 }
 
 // peek opens the host and leaves it as it is.
@@ -171,7 +175,7 @@ func (a *app) peek() (*smartvm.Host, error) {
 		BridgeName: g.bridge, Subnet: g.subnet, Firewall: g.policy, Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
 		LookupEnv: os.LookupEnv,
 	}
-	o.Images = image.Options{Offline: g.offline, Progress: a.images.Progress, Waiting: a.images.Waiting}
+	o.Images = image.Options{Offline: g.offline, Limits: g.limits.Limits(), Progress: a.images.Progress, Waiting: a.images.Waiting}
 	o.Images.OCI = oci.Options{Keychain: &login.Keychain{Files: login.Files(os.LookupEnv), Log: g.log}, Registries: registries.Default(os.LookupEnv), Mirrors: g.mirrors, Stdin: a.Stdin}
 	o.Install, o.Installed, o.Binaries.URL = true, a.images.Installed, g.releases
 	if strings.Contains(g.manifest, "://") {

@@ -22,6 +22,8 @@ import (
 type Image struct {
 	Path    string        `json:"path"` // in a directory of ours
 	Volumes []spec.Volume `json:"volumes"`
+	// Limits bound all of them together.
+	Limits flatten.Limits `json:"limits,omitzero"`
 	// Named are mounted in the guest too, maybe in one of Volumes.
 	Named []spec.NamedVolume `json:"named,omitempty"`
 	// Copied is the file in which it is noted what was copied, for Merge. It outlives the image, in a directory of ours. "": it is not noted.
@@ -63,7 +65,7 @@ func (i *Image) Apply(ctx context.Context) (err error) {
 		out.CloseWithError(err)
 		walked <- err
 	}()
-	err = flatten.TarToExt4(ctx, in, f)
+	err = flatten.TarToExt4(ctx, in, f, flatten.TarOptions{Limits: i.Limits, Once: true})
 	in.CloseWithError(errStopped)
 	if why := <-walked; why != nil && !errors.Is(why, errStopped) {
 		err = why // which is all that the reader knows

@@ -2,9 +2,12 @@ package flatten
 
 import (
 	"archive/tar"
+	"bytes"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"path"
 	"strings"
 	"time"
@@ -15,6 +18,16 @@ const (
 	whiteout = ".wh."
 	reserved = ".wh..wh." // whatever AUFS wanted to remember
 	opaque   = ".wh..wh..opq"
+	// aufsLinks is where AUFS has the content of files with several names, which are hard links to it:
+	// https://github.com/moby/moby/blob/v27.0.0/pkg/archive/diff.go
+	aufsLinks = ".wh..wh.plnk"
+)
+
+// Types of GNU tar's that Go does not name: https://www.gnu.org/software/tar/manual/html_node/Standard.html
+const (
+	gnuVolume  = 'V' // the archive's name
+	gnuDumpDir = 'D' // a directory, its content a list of names
+	gnuRest    = 'M' // what another volume has the beginning of
 )
 
 // kind is what an entry asks for.
@@ -35,6 +48,7 @@ type entry struct {
 	name   string      // clean, relative; "" is the root. Of a whiteout what it removes, of an opaque mark the directory.
 	target string      // of a link, clean and relative
 	header *tar.Header // for the writer, of kindDir and kindOther
+	aufs   bool        // a file of AUFS's own, which hard links of its layer may lead to
 }
 
 // limits count what an image holds.
@@ -43,20 +57,37 @@ type limits struct {
 	maxBytes, maxEntries int64
 }
 
+func newLimits(l Limits) limits {
+	l = l.OrDefaults()
+	return limits{maxBytes: l.MaxBytes, maxEntries: l.MaxEntries}
+}
+
 func (l *limits) add(size int64) error {
 	if l.entries++; l.entries > l.maxEntries {
-		return &LimitError{"entries", l.maxEntries}
+		return &LimitError{"entries", l.maxEntries, "MaxEntries"}
 	}
 	if l.bytes += size; l.bytes > l.maxBytes || size > l.maxBytes {
-		return &LimitError{"bytes of files", l.maxBytes}
+		return bytesLimit("bytes of files", l.maxBytes)
 	}
 	return nil
 }
 
-// readTar calls f for each entry. Whiteouts are told from files only in layers.
+// readTar calls f for each entry. Whiteouts are told from files only in layers. What is no layer has no digest, so it must
+// have entries, and the mark of its end.
 func readTar(r io.Reader, layer bool, l *limits, f func(e entry, content io.Reader) error) error {
+	end := &tail{r: r}
+	if !layer {
+		r = end
+	}
+	before := l.entries
 	for t := tar.NewReader(r); ; {
 		h, err := t.Next()
+		if errors.Is(err, io.EOF) && !layer {
+			err = end.check(l.entries - before)
+			if err == nil {
+				return nil
+			}
+		}
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -76,20 +107,55 @@ func readTar(r io.Reader, layer bool, l *limits, f func(e entry, content io.Read
 	}
 }
 
+// tail knows what a tar ends with. Headers, and the end's mark of two, are read in blocks of 512 bytes.
+type tail struct {
+	r    io.Reader
+	zero int  // bytes of zeros in small reads, up to now
+	eof  bool // the stream's end came before the mark's
+}
+
+func (t *tail) Read(p []byte) (int, error) {
+	n, err := t.r.Read(p)
+	switch {
+	case n == 0:
+	case n <= tarBlock && bytes.Equal(p[:n], zeros[:n]):
+		t.zero += n
+	default:
+		t.zero = 0
+	}
+	t.eof = t.eof || errors.Is(err, io.EOF) && n == 0
+	return n, err
+}
+
+const tarBlock = 512
+
+// check says what is wrong with a tar that has come to its end after so many entries. One block for the mark is taken, as GNU tar
+// does with a warning.
+func (t *tail) check(entries int64) error {
+	switch {
+	case entries == 0:
+		return ErrEmpty
+	case t.eof && t.zero < tarBlock:
+		return ErrCut
+	}
+	return nil
+}
+
 func clean(h *tar.Header, layer bool) (e entry, err error) {
 	if e.name, err = cleanName(h.Name); err != nil {
 		return entry{}, entryError(h, err.Error())
 	}
 	if layer {
-		if done, err := e.whiteout(); done || err != nil {
+		if done, err := e.whiteout(h.Typeflag); done || err != nil {
 			return e, err
 		}
 	}
 	out := &tar.Header{Typeflag: h.Typeflag, Name: e.name, Mode: h.Mode & 0o7777, Uid: h.Uid, Gid: h.Gid, ModTime: clampTime(h.ModTime)}
 	switch h.Typeflag {
-	case tar.TypeXGlobalHeader:
+	case tar.TypeXGlobalHeader, gnuVolume:
 		return entry{}, nil
-	case tar.TypeDir:
+	case tar.TypeDir, gnuDumpDir:
+		out.Typeflag = tar.TypeDir
 		e.kind, out.Name = kindDir, e.name+"/"
 		if e.name == "" {
 			out.Name = "./"
@@ -114,7 +180,13 @@ func clean(h *tar.Header, layer bool) (e entry, err error) {
 		}
 		e.kind = kindLink
 	default:
-		return entry{}, entryError(h, fmt.Sprintf("type %q is unknown", h.Typeflag))
+		if layer || h.Typeflag == gnuRest {
+			return entry{}, entryError(h, fmt.Sprintf("type %q is unknown", h.Typeflag))
+		}
+		e.kind, out.Typeflag, out.Size = kindOther, tar.TypeReg, h.Size // as GNU tar does
+	}
+	if e.aufs && (e.kind != kindOther || out.Typeflag != tar.TypeReg) {
+		return entry{}, nil
 	}
 	if e.kind != kindDir && (e.name == "" || e.name == "lost+found") {
 		return entry{}, entryError(h, "must be a directory")
@@ -133,7 +205,7 @@ func clean(h *tar.Header, layer bool) (e entry, err error) {
 }
 
 // whiteout makes e what its name says, if it is reserved.
-func (e *entry) whiteout() (done bool, err error) {
+func (e *entry) whiteout(typeflag byte) (done bool, err error) {
 	if !strings.Contains("/"+e.name, "/"+whiteout) {
 		return false, nil
 	}
@@ -142,6 +214,9 @@ func (e *entry) whiteout() (done bool, err error) {
 	switch {
 	case base == opaque:
 		e.kind, e.name = kindOpaque, dir
+	case dir == aufsLinks && typeflag != tar.TypeDir:
+		e.aufs = true
+		return false, nil
 	case strings.HasPrefix(base, reserved) || strings.Contains("/"+dir, "/"+reserved):
 		e.kind = kindSkip
 	case strings.Contains("/"+dir, "/"+whiteout):
@@ -185,14 +260,23 @@ func clampTime(t time.Time) time.Time {
 
 const xattrRecord = "SCHILY.xattr."
 
+// maxXattr is how many bytes of a file's extended attributes ext4 has room for, without their own blocks.
+const maxXattr = 4096 - 64
+
 // xattrs picks the extended attributes that a guest is to see.
 func xattrs(h *tar.Header) (map[string]string, error) {
 	var kept map[string]string
-	room := 4096 - 64
+	used := 0
 	for key, value := range h.PAXRecords {
 		name, ok := strings.CutPrefix(key, xattrRecord)
 		if !ok {
-			continue
+			if name, value, ok = libarchive(key, value); !ok {
+				continue
+			}
+			key = xattrRecord + name
+			if _, twice := h.PAXRecords[key]; twice {
+				continue
+			}
 		}
 		space, rest, _ := strings.Cut(name, ".")
 		if (space != "user" && space != "trusted" && space != "security") || strings.HasPrefix(rest, "overlay.") {
@@ -201,15 +285,30 @@ func xattrs(h *tar.Header) (map[string]string, error) {
 		if rest == "" || len(rest) > maxName {
 			return nil, entryError(h, fmt.Sprintf("an extended attribute's name of %d bytes", len(name)))
 		}
-		if room -= 16 + len(rest) + len(value) + 6; room < 0 {
-			return nil, entryError(h, "more extended attributes than ext4 can hold")
-		}
+		used += 16 + len(rest) + len(value) + 6
 		if kept == nil {
 			kept = map[string]string{}
 		}
 		kept[key] = value
 	}
+	if used > maxXattr {
+		return nil, entryError(h, fmt.Sprintf(
+			"%d bytes of extended attributes, where ext4 can hold %d: remove some (getfattr -d -m -, setfattr -x), or leave the file out", used, maxXattr))
+	}
 	return kept, nil
+}
+
+// libarchive reads an extended attribute as bsdtar may write it: https://github.com/libarchive/libarchive/wiki/ManPageTar5
+func libarchive(key, value string) (name, plain string, ok bool) {
+	if name, ok = strings.CutPrefix(key, "LIBARCHIVE.xattr."); !ok {
+		return "", "", false
+	}
+	name, err := url.PathUnescape(name)
+	if err != nil {
+		return "", "", false
+	}
+	text, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(value, "="))
+	return name, string(text), err == nil
 }
 
 func entryError(h *tar.Header, reason string) error {

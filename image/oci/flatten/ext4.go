@@ -7,51 +7,67 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"os"
+	"path"
 	"time"
 
 	"github.com/Microsoft/hcsshim/ext4/tar2ext4"
+
+	"push.rocks/smartvm/internal/stream"
 )
 
-// maxDisk leaves room for what the file system itself needs: an inode and a directory entry of each file, and the rest of
-// its last block.
-const maxDisk = MaxBytes + MaxEntries*(4096+512)
+// disk leaves room for what the file system itself needs: an inode and a directory entry of each file, and the rest of its last
+// block.
+func (l limits) disk() int64 { return l.maxBytes + l.maxEntries*(4096+512) }
+
+// maxLinks is how many names ext4 lets a file have, and how many directories one may hold with the two names that each has besides.
+const maxLinks = 65000
 
 // writer makes an ext4 image of entries, each of which must have a name of its own; a directory may come twice, the second time
 // with its metadata. The image is made in a goroutine of its own, from a tar.
 type writer struct {
 	tar  *tar.Writer
-	pipe *pipe
+	pipe *stream.Pipe
 	done chan struct{}
 	err  error // of the goroutine, once done is closed
 	buf  []byte
+	seed maphash.Seed
+	// links counts, by a hash of a name, the names of a file besides its first, and the directories in a directory.
+	links map[uint64]int
 }
 
 // newWriter starts to write to dst, which is emptied first. close must be called.
-func newWriter(ctx context.Context, dst *os.File) (*writer, error) {
+func newWriter(ctx context.Context, dst *os.File, l limits) (*writer, error) {
 	if err := dst.Truncate(0); err != nil {
 		return nil, fmt.Errorf("write ext4: %w", err)
 	}
-	p := newPipe(ctx)
+	p := stream.NewPipe(ctx)
 	w := &writer{tar: tar.NewWriter(p), pipe: p, done: make(chan struct{}), buf: make([]byte, 64<<10)}
+	w.seed, w.links = maphash.MakeSeed(), map[uint64]int{}
 	go func() {
 		defer close(w.done)
 		h := &holes{file: dst}
-		w.err = tar2ext4.ConvertTarToExt4(p, h, tar2ext4.MaximumDiskSize(maxDisk))
+		w.err = tar2ext4.ConvertTarToExt4(p, h, tar2ext4.MaximumDiskSize(l.disk()))
 		if w.err == nil {
 			w.err = errors.Join(dst.Truncate(h.off), padBitmaps(dst))
 		}
 		if w.err != nil {
 			w.err = fmt.Errorf("write ext4: %w", w.err)
 		}
-		p.stop(w.err)
+		p.Stop(w.err)
 	}()
 	return w, nil
 }
 
 // put adds an entry whose header has been through clean. A file's content is read from r.
 func (w *writer) put(h *tar.Header, r io.Reader) error {
+	if h.Typeflag == tar.TypeDir {
+		if err := w.directory(path.Clean(h.Name)); err != nil {
+			return err
+		}
+	}
 	if err := w.tar.WriteHeader(h); err != nil {
 		return err
 	}
@@ -68,8 +84,32 @@ func (w *writer) implied(name string) error {
 	return w.put(&tar.Header{Name: name + "/", Typeflag: tar.TypeDir, Mode: 0o755, ModTime: time.Unix(0, 0)}, nil)
 }
 
+// directory counts a directory for the one that it is in, once.
+func (w *writer) directory(name string) error {
+	key := maphash.String(w.seed, name)
+	if _, there := w.links[key]; there {
+		return nil
+	}
+	w.links[key] = 0
+	if name == "." {
+		return nil
+	}
+	in := path.Dir(name)
+	key = maphash.String(w.seed, in)
+	if w.links[key]++; w.links[key] > maxLinks-3 { // lost+found is one more in the root
+		return &EntryError{Name: short(in), Reason: fmt.Sprintf(
+			"more than %d directories in one, which ext4 cannot have here: spread them over several, or leave some out", maxLinks-3)}
+	}
+	return nil
+}
+
 // link adds another name of a file.
 func (w *writer) link(name, old string) error {
+	key := maphash.String(w.seed, old)
+	if w.links[key]++; w.links[key] > maxLinks-1 {
+		return &EntryError{Name: short(old), Reason: fmt.Sprintf(
+			"more than %d hard links to one file, which ext4 cannot have: make some of them copies, or leave some out", maxLinks)}
+	}
 	return w.put(&tar.Header{Name: name, Typeflag: tar.TypeLink, Linkname: old}, nil)
 }
 
@@ -78,7 +118,7 @@ func (w *writer) close(err error) error {
 	if err == nil {
 		err = w.tar.Close()
 	}
-	w.pipe.finish(err)
+	w.pipe.Finish(err)
 	<-w.done
 	if err != nil {
 		// The goroutine's error is ours or the other way round.

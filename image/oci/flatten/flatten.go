@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+
+	"push.rocks/smartvm/internal/stream"
 )
 
 // Stats say what an image was made of.
@@ -25,13 +27,20 @@ type Layer struct {
 	DiffID string // "sha256:…", of the tar
 }
 
+// Options say how layers are made a file system. Zero values stand for defaults.
+type Options struct {
+	Limits Limits
+	// Progress, if not nil, is told how many bytes of the layers' files have been read, in a goroutine of its own; a second
+	// pass starts at 0 again.
+	Progress func(done int64)
+}
+
 // Layers makes one file system of layers, of which the lowest comes first: dst becomes an ext4 image that can only be mounted
-// read-only. Progress, if not nil, is told how many bytes of the layers' files have been read, in a goroutine of its own; a
-// second pass starts at 0 again. Memory: about 1 KiB for each entry besides a few MiB. After an error dst's content is
+// read-only. Memory: about 1 KiB for each entry besides a few MiB. After an error dst's content is
 // rubbish. A file that is not what it should be (*DigestError) is removed. Other errors are *LimitError, *EntryError and
 // those of files.
-func Layers(ctx context.Context, layers []Layer, dst *os.File, progress func(done int64)) (Stats, error) {
-	s := &stack{layers: layers, progress: progress, max: limits{maxBytes: MaxBytes, maxEntries: MaxEntries}}
+func Layers(ctx context.Context, layers []Layer, dst *os.File, o Options) (Stats, error) {
+	s := &stack{layers: layers, progress: o.Progress, max: newLimits(o.Limits)}
 	return s.flatten(ctx, dst)
 }
 
@@ -81,7 +90,7 @@ type visitor interface {
 func (s *stack) write(ctx context.Context, dst *os.File, visit func(w *writer) visitor) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	w, err := newWriter(ctx, dst)
+	w, err := newWriter(ctx, dst, s.max)
 	if err != nil {
 		return err
 	}
@@ -112,11 +121,9 @@ func (s *stack) layer(ctx context.Context, l Layer, f func(e entry, content io.R
 	}
 	defer func() { err = errors.Join(err, file.Close()) }()
 	digest := sha256.New()
-	// One byte more than allowed shows that there is more.
-	limited := &io.LimitedReader{N: s.max.maxBytes - s.unpacked + 1}
-	start := limited.N
-	err = unpacked(ctx, &counter{r: file, f: s.advance}, func(r io.Reader) error {
-		limited.R = io.TeeReader(r, digest)
+	limited := &bounded{left: s.max.maxBytes - s.unpacked, err: bytesLimit("bytes unpacked", s.max.maxBytes)}
+	err = stream.Unpacked(ctx, &counter{r: file, f: s.advance}, func(r io.Reader) error {
+		limited.r = io.TeeReader(r, digest)
 		if err := readTar(limited, true, &s.used, f); err != nil {
 			return err
 		}
@@ -124,10 +131,7 @@ func (s *stack) layer(ctx context.Context, l Layer, f func(e entry, content io.R
 		_, err := io.Copy(io.Discard, limited)
 		return err
 	})
-	s.unpacked += start - limited.N
-	if limited.N == 0 {
-		err = &LimitError{"bytes unpacked", s.max.maxBytes}
-	}
+	s.unpacked = s.max.maxBytes - limited.left
 	if err != nil {
 		return fmt.Errorf("layer %s: %w", l.DiffID, err)
 	}

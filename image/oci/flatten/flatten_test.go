@@ -69,18 +69,59 @@ func TestLayers_Semantics(t *testing.T) {
 			2,
 		},
 		{
-			"nothing is written through a symbolic link of the same layer",
-			[][]ent{{dir("etc", 0o755), symlink("a", "etc"), file("a/passwd", "evil"), symlink("b", "/etc"), file("b/c/passwd", "evil")}},
+			"a file below a symbolic link of its layer goes where that leads, within the root",
+			[][]ent{{
+				dir("etc", 0o750), symlink("a", "etc"), file("a/x", "x"), symlink("b", "/etc"), file("b/c/y", "y"), symlink("out", "../../../etc/new"),
+				file("out/z", "z"), symlink("gone", "no/../there"), file("gone/w", "w"),
+			}},
 			[]string{
-				rootLine, "a 5 0755 0:0", `a/passwd 0 0644 0:0 "evil"`, "b 5 0755 0:0", "b/c 5 0755 0:0", `b/c/passwd 0 0644 0:0 "evil"`, "etc 5 0755 0:0",
+				rootLine, "a 2 0777 0:0 -> etc", "b 2 0777 0:0 -> /etc", "etc 5 0750 0:0", "etc/c 5 0755 0:0", `etc/c/y 0 0644 0:0 "y"`, "etc/new 5 0755 0:0",
+				`etc/new/z 0 0644 0:0 "z"`, `etc/x 0 0644 0:0 "x"`, "gone 2 0777 0:0 -> no/../there", "out 2 0777 0:0 -> ../../../etc/new", "there 5 0755 0:0",
+				`there/w 0 0644 0:0 "w"`,
 			},
 			2,
 		},
 		{
-			"nor of a lower one",
-			[][]ent{{dir("etc", 0o755), symlink("a", "etc")}, {file("a/passwd", "evil")}},
-			[]string{rootLine, "a 5 0755 0:0", `a/passwd 0 0644 0:0 "evil"`, "etc 5 0755 0:0"},
-			1,
+			"a file below a symbolic link of a lower layer too: /lib of a merged /usr",
+			[][]ent{
+				{dir("usr", 0o755), dir("usr/lib", 0o755), file("usr/lib/ld.so", "ld"), symlink("lib", "usr/lib")},
+				{file("lib/systemd/x", "x"), link("hard", "lib/ld.so"), link("lib/again", "lib/ld.so")},
+				{file("usr/bin/y", "y")},
+			},
+			[]string{
+				rootLine, `hard 0 0644 0:0 "ld"`, "lib 2 0777 0:0 -> usr/lib", "usr 5 0755 0:0", "usr/bin 5 0755 0:0", `usr/bin/y 0 0644 0:0 "y"`, "usr/lib 5 0755 0:0",
+				"usr/lib/again = hard", "usr/lib/ld.so = hard", "usr/lib/systemd 5 0755 0:0", `usr/lib/systemd/x 0 0644 0:0 "x"`,
+			},
+			2,
+		},
+		{
+			"whiteouts and opaque marks go through symbolic links",
+			[][]ent{
+				{file("d/a", "a"), file("d/b", "b"), file("e/a", "a"), symlink("s", "d"), symlink("t", "/e")},
+				{file("s/.wh.a", ""), file("t/.wh..wh..opq", "")},
+			},
+			[]string{rootLine, "d 5 0755 0:0", `d/b 0 0644 0:0 "b"`, "e 5 0755 0:0", "s 2 0777 0:0 -> d", "t 2 0777 0:0 -> /e"},
+			2,
+		},
+		{
+			"a directory, a file and a whiteout take the place of a symbolic link",
+			[][]ent{
+				{file("d/a", "a"), symlink("s", "d"), symlink("t", "d"), symlink("u", "d"), symlink("v", "d"), link("w", "v")},
+				{dir("s", 0o700), file("s/b", "b"), file("t", "t"), file(".wh.u", ""), file("w/c", "c")},
+			},
+			[]string{
+				rootLine, "d 5 0755 0:0", `d/a 0 0644 0:0 "a"`, `d/c 0 0644 0:0 "c"`, "s 5 0700 0:0", `s/b 0 0644 0:0 "b"`, `t 0 0644 0:0 "t"`, "v 2 0777 0:0 -> d", "w = v",
+			},
+			2,
+		},
+		{
+			"a whiteout that is a hard link, and hard links whose first name goes",
+			[][]ent{
+				{file("tmp/k", "k"), file("tmp/r", "r"), file("t1", "1"), link("t2", "t1"), link("t3", "t2"), file("u1", "u"), link("u2", "u1")},
+				{link("tmp/.wh.k", "tmp/r"), file("t1", "new"), file(".wh.u1", "")},
+			},
+			[]string{rootLine, `t1 0 0644 0:0 "new"`, `t2 0 0644 0:0 "1"`, "t3 = t2", "tmp 5 0755 0:0", `tmp/r 0 0644 0:0 "r"`, `u2 0 0644 0:0 "u"`},
+			2,
 		},
 		{
 			"hard links within a layer",
@@ -107,16 +148,19 @@ func TestLayers_Semantics(t *testing.T) {
 			1,
 		},
 		{
-			"marks of AUFS are no files",
-			[][]ent{{file(".wh..wh.aufs", ""), dir(".wh..wh.plnk", 0o700), file(".wh..wh.plnk/1.2", "x"), file("a.wh.b", "")}},
-			[]string{rootLine, `a.wh.b 0 0644 0:0 ""`},
-			1,
+			"marks of AUFS are no files, but hard links lead to what it kept for them",
+			[][]ent{{
+				file(".wh..wh.aufs", ""), dir(".wh..wh.plnk", 0o700), file(".wh..wh.plnk/1.2", "x"), file("a.wh.b", ""), link("b", ".wh..wh.plnk/1.2"),
+				link("d/c", ".wh..wh.plnk/1.2"),
+			}},
+			[]string{rootLine, `a.wh.b 0 0644 0:0 ""`, `b 0 0644 0:0 "x"`, "d 5 0755 0:0", "d/c = b"},
+			2,
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := target(t)
 			l := layers(t, c.layers...)
-			stats, err := flatten.Layers(t.Context(), l, f, nil)
+			stats, err := flatten.Layers(t.Context(), l, f, flatten.Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -162,7 +206,7 @@ func TestLayers_Files(t *testing.T) {
 		{tar.Header{Typeflag: tar.TypeXGlobalHeader, PAXRecords: map[string]string{"comment": "x"}}, ""},
 	})
 	f := target(t)
-	if _, err := flatten.Layers(t.Context(), l, f, nil); err != nil {
+	if _, err := flatten.Layers(t.Context(), l, f, flatten.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	got := listing(t, f)
@@ -187,7 +231,7 @@ func TestLayers_Files(t *testing.T) {
 func TestLayers_Cancel(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	l := layers(t, []ent{file("a", string(make([]byte, 8<<20)))})
-	_, err := flatten.Layers(ctx, l, target(t), func(int64) { cancel() })
+	_, err := flatten.Layers(ctx, l, target(t), flatten.Options{Progress: func(int64) { cancel() }})
 	if err == nil || ctx.Err() == nil {
 		t.Errorf("%v, want the context's end", err)
 	}
@@ -203,7 +247,7 @@ func TestLayers_Progress(t *testing.T) {
 		}
 		size += fi.Size()
 	}
-	if _, err := flatten.Layers(t.Context(), l, target(t), func(done int64) { last = done }); err != nil || last != size {
+	if _, err := flatten.Layers(t.Context(), l, target(t), flatten.Options{Progress: func(done int64) { last = done }}); err != nil || last != size {
 		t.Errorf("%d of %d bytes: %v", last, size, err)
 	}
 }

@@ -9,166 +9,181 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/stream"
 )
 
-// TarToExt4 makes dst an ext4 image, to be mounted read-only, of a root file system's tar: plain or packed with gzip, zstd
-// or xz. It is checked as a layer is, but nothing in it is a whiteout. Where names in it override each other, r must be an
-// io.Seeker; *EntryError otherwise. See Layers for more errors.
-func TarToExt4(ctx context.Context, r io.Reader, dst *os.File) error {
-	pass := func(v visitor) error {
-		l := limits{maxBytes: MaxBytes, maxEntries: MaxEntries}
-		if err := v.begin(1); err != nil {
-			return err
-		}
-		return unpacked(ctx, r, func(r io.Reader) error {
-			limited := &io.LimitedReader{R: r, N: MaxBytes + 1}
-			err := readTar(limited, false, &l, v.entry)
-			if limited.N == 0 {
-				err = &LimitError{"bytes unpacked", MaxBytes}
-			}
-			return err
-		})
+// TarOptions say how a tar is made a file system. Zero values stand for defaults.
+type TarOptions struct {
+	Limits Limits
+	// Once says that one pass will do, as no name comes twice or goes through a symbolic link: no copy is made. Where that is
+	// wrong, the error is an *EntryError.
+	Once bool
+}
+
+// TarToExt4 makes dst an ext4 image, to be mounted read-only, of a root file system's tar: plain or packed with gzip, zstd,
+// xz or bzip2. It becomes what GNU tar makes of it: nothing in it is a whiteout, the last entry of a name wins, and what is
+// below a symbolic link goes where that leads. Where that takes a second pass and r is no io.Seeker that can seek, it is read
+// from a copy in dst's directory, which goes with the process. Errors are ErrEmpty, ErrCut, stream.ErrPacking, and those of Layers.
+func TarToExt4(ctx context.Context, r io.Reader, dst *os.File, o TarOptions) error {
+	t := &archive{r: r, max: newLimits(o.Limits), once: o.Once}
+	err := t.flatten(ctx, dst)
+	if t.copy != nil {
+		err = errors.Join(err, t.copy.Close())
 	}
-	write := func(visit func(w *writer) visitor) error {
-		w, err := newWriter(ctx, dst)
-		if err != nil {
-			return err
-		}
-		return w.close(pass(visit(w)))
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrEmpty):
+		err = hint.Add(err, "see whether the program that makes the tar went well; a disk with partitions or an ISO image is no root file system")
+	case errors.Is(err, ErrCut), errors.Is(err, io.ErrUnexpectedEOF):
+		err = hint.Add(err, "it is cut off, or no tar: see whether the program that makes it went well")
+	case errors.Is(err, tar.ErrHeader):
+		err = hint.Add(err, "it is neither a tar nor an ext4, squashfs or erofs image")
 	}
-	err := write(func(w *writer) visitor { return newShadow(w) })
-	if errors.Is(err, errPlan) {
-		err = &EntryError{Name: ".", Reason: "one of the tar's entries overrides another"}
-		if seeker, ok := r.(io.Seeker); ok {
-			p := newPlan()
-			if _, err = seeker.Seek(0, io.SeekStart); err == nil {
-				err = pass(p)
-			}
-			if err == nil {
-				p.finish()
-				_, err = seeker.Seek(0, io.SeekStart)
-			}
-			if err == nil {
-				err = write(func(w *writer) visitor { return &planned{plan: p, writer: w} })
-			}
-		}
-	}
+	return fmt.Errorf("make ext4 of a tar: %w", err)
+}
+
+// archive is a tar to flatten.
+type archive struct {
+	r    io.Reader
+	max  limits
+	once bool
+	copy *os.File // of what was read, if r cannot seek
+}
+
+func (t *archive) flatten(ctx context.Context, dst *os.File) error {
+	again, err := t.repeatable(dst)
 	if err != nil {
-		return fmt.Errorf("make ext4 of a tar: %w", err)
+		return err
 	}
-	return nil
+	err = t.write(ctx, dst, func(w *writer) visitor { return newShadow(w) })
+	if errors.Is(err, errPlan) && t.once {
+		return &EntryError{Name: ".", Reason: "one of the tar's entries overrides another"}
+	}
+	if !errors.Is(err, errPlan) {
+		return err
+	}
+	if t.copy != nil {
+		// The first pass need not have come to the end.
+		if _, err := io.Copy(io.Discard, t.r); err != nil {
+			return err
+		}
+	}
+	p := newPlan()
+	if err := again(); err != nil {
+		return err
+	}
+	if err := t.pass(ctx, p); err != nil {
+		return err
+	}
+	p.finish()
+	if err := again(); err != nil {
+		return err
+	}
+	return t.write(ctx, dst, func(w *writer) visitor { return &planned{plan: p, writer: w} })
 }
 
-// unpacked lets f read what r holds, which is unpacked in a goroutine of its own.
-func unpacked(ctx context.Context, r io.Reader, f func(r io.Reader) error) error {
-	p := newPipe(ctx)
-	finished := make(chan struct{})
-	go func() {
-		defer close(finished)
-		p.finish(Unpack(p, r))
-	}()
-	err := f(p)
-	p.stop(errStopped)
-	<-finished
-	return err
+// repeatable returns what makes r begin again.
+func (t *archive) repeatable(dst *os.File) (again func() error, err error) {
+	if seeker, ok := t.r.(io.Seeker); ok {
+		if start, err := seeker.Seek(0, io.SeekCurrent); err == nil {
+			return func() error { _, err := seeker.Seek(start, io.SeekStart); return err }, nil
+		}
+	}
+	if t.once {
+		return nil, nil
+	}
+	if t.copy, err = os.CreateTemp(filepath.Dir(dst.Name()), ".tar-"); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(t.copy.Name()); err != nil {
+		return nil, err
+	}
+	// Packed it is smaller than what comes of it, but for what unpacks to nothing.
+	t.r = io.TeeReader(&bounded{r: t.r, left: t.max.maxBytes, err: bytesLimit("bytes of a tar", t.max.maxBytes)}, t.copy)
+	return func() error {
+		t.r = t.copy
+		_, err := t.copy.Seek(0, io.SeekStart)
+		return err
+	}, nil
 }
 
-var errStopped = errors.New("nobody reads any more")
+// bounded ends with an error after so many bytes.
+type bounded struct {
+	r    io.Reader
+	left int64
+	err  error
+}
+
+func (b *bounded) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if b.left -= int64(n); b.left < 0 {
+		return 0, b.err
+	}
+	return n, err
+}
+
+func (t *archive) write(ctx context.Context, dst *os.File, visit func(w *writer) visitor) error {
+	w, err := newWriter(ctx, dst, t.max)
+	if err != nil {
+		return err
+	}
+	return w.close(t.pass(ctx, visit(w)))
+}
+
+// pass goes through the tar once.
+func (t *archive) pass(ctx context.Context, v visitor) error {
+	l := limits{maxBytes: t.max.maxBytes, maxEntries: t.max.maxEntries}
+	if err := v.begin(1); err != nil {
+		return err
+	}
+	return stream.Unpacked(ctx, t.r, func(r io.Reader) error {
+		return readTar(&bounded{r, l.maxBytes, bytesLimit("bytes unpacked", l.maxBytes)}, false, &l, v.entry)
+	})
+}
 
 // DirToExt4 makes dst an ext4 image, to be mounted read-only, of a directory tree with its owners, modes, times, devices,
 // hard links and extended attributes. Sockets are left out, and so is what is mounted below root. The tree must not
-// change meanwhile. See Layers for errors.
-func DirToExt4(ctx context.Context, root *os.Root, dst *os.File) error {
-	return TreesToExt4(ctx, []Tree{{Root: root}}, dst)
-}
-
-// Tree is a part of an image.
-type Tree struct {
-	Root *os.Root
-	As   string // the directory of the image in which it is; "": the image's root
-	File string // of Root that is all there is of it, if not ""
-	Name string // of File, in the image
-	// Live says that the tree may change meanwhile: what goes is left out, what gets shorter is filled up with zeros.
-	Live bool
-	Dirs []string // directories that are made in it if they are not there, slash-separated and local
-}
-
-// TreesToExt4 is DirToExt4 of several trees.
-func TreesToExt4(ctx context.Context, trees []Tree, dst *os.File) error {
-	w, err := newWriter(ctx, dst)
+// change meanwhile. Errors are ErrEmpty and those of Layers.
+func DirToExt4(ctx context.Context, root *os.Root, dst *os.File, l Limits) error {
+	used := newLimits(l)
+	fi, err := root.Lstat(".")
+	if err != nil {
+		return fmt.Errorf("make ext4 of %s: %w", root.Name(), err)
+	}
+	w, err := newWriter(ctx, dst, used)
 	if err != nil {
 		return err
 	}
-	used := limits{maxBytes: MaxBytes, maxEntries: MaxEntries}
-	for _, part := range trees {
-		t := &tree{ctx: ctx, Tree: part, root: part.Root, w: w, used: &used, links: map[uint64]string{}}
-		if err = t.write(); err != nil {
-			err = fmt.Errorf("make ext4 of %s: %w", part.Root.Name(), err)
-			break
-		}
+	t := &tree{ctx: ctx, root: root, w: w, dev: fi.Sys().(*syscall.Stat_t).Dev, used: &used, links: map[[2]uint64]string{}}
+	if err = t.add("", fi); err == nil && used.entries == 1 {
+		err = hint.Add(ErrEmpty, "see whether it is the right directory, and what should be in it is mounted")
 	}
-	if closeErr := w.close(err); err == nil && closeErr != nil {
-		err = fmt.Errorf("make ext4: %w", closeErr)
+	if wrong := (*EntryError)(nil); errors.As(err, &wrong) {
+		err = &EntryError{Name: path.Join(root.Name(), wrong.Name), Reason: wrong.Reason, IsFile: true}
 	}
-	return err
-}
-
-func (t *tree) write() error {
-	fi, err := t.root.Lstat(".")
-	if err != nil {
-		return err
-	}
-	t.dev = fi.Sys().(*syscall.Stat_t).Dev
-	if t.File == "" {
-		if err := t.add("", fi); err != nil {
-			return err
-		}
-		return t.extra()
-	}
-	if fi, err = t.root.Lstat(t.File); err != nil {
-		return err
-	}
-	if err := t.put(&tar.Header{Typeflag: tar.TypeDir, Name: t.As, Mode: 0o755, ModTime: fi.ModTime()}, nil); err != nil {
-		return err
-	}
-	return t.add(t.File, fi)
-}
-
-// extra makes the directories that others are to be mounted on.
-func (t *tree) extra() error {
-	made := map[string]bool{}
-	for _, dir := range t.Dirs {
-		for i := range len(dir) + 1 {
-			part := dir[:i]
-			if i < len(dir) && dir[i] != '/' || made[part] {
-				continue
-			}
-			if _, err := t.root.Lstat(part); !errors.Is(err, fs.ErrNotExist) {
-				continue // what is there may do, or the guest says so
-			}
-			if err := t.put(&tar.Header{Typeflag: tar.TypeDir, Name: path.Join(t.As, part), Mode: 0o755}, nil); err != nil {
-				return err
-			}
-			made[part] = true
-		}
+	if err = w.close(err); err != nil {
+		return fmt.Errorf("make ext4 of %s: %w", root.Name(), err)
 	}
 	return nil
 }
 
 // tree is a directory tree that goes into an image.
 type tree struct {
-	Tree
 	ctx   context.Context
 	root  *os.Root
 	w     *writer
 	dev   uint64 // the file system that we stay on
 	used  *limits
-	links map[uint64]string // by inode, the first name of a file that has several
+	links map[[2]uint64]string // by device and inode, the first name of a file that has several
 }
 
 func (t *tree) add(name string, fi fs.FileInfo) error {
@@ -179,14 +194,23 @@ func (t *tree) add(name string, fi fs.FileInfo) error {
 	if fi.Mode()&fs.ModeSocket != 0 {
 		return nil
 	}
-	h := &tar.Header{Name: t.as(name), Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: fi.ModTime()}
-	if first := t.links[st.Ino]; first != "" {
+	h := &tar.Header{Name: name, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: fi.ModTime()}
+	if st.Nlink < 2 || fi.IsDir() {
+		return t.entry(h, name, fi)
+	}
+	file := [2]uint64{st.Dev, st.Ino} // what is mounted below may have the same numbers
+	if first := t.links[file]; first != "" {
 		h.Typeflag, h.Linkname = tar.TypeLink, first
 		return t.put(h, nil)
 	}
-	if st.Nlink > 1 && !fi.IsDir() {
-		t.links[st.Ino] = h.Name
-	}
+	err := t.entry(h, name, fi)
+	t.links[file] = h.Name
+	return err
+}
+
+// entry writes the first or only name of a file, and what is in it.
+func (t *tree) entry(h *tar.Header, name string, fi fs.FileInfo) error {
+	st := fi.Sys().(*syscall.Stat_t)
 	here := path.Join(".", name)
 	var err error
 	switch fi.Mode().Type() {
@@ -220,14 +244,6 @@ func (t *tree) add(name string, fi fs.FileInfo) error {
 	return err
 }
 
-// as is a file's name in the image.
-func (t *tree) as(name string) string {
-	if t.File != "" {
-		name = t.Name
-	}
-	return path.Join(t.As, name)
-}
-
 func (t *tree) file(h *tar.Header, here string) (err error) {
 	// Should the name have become a FIFO's, that must not stop us.
 	f, err := t.root.OpenFile(here, unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
@@ -246,17 +262,8 @@ func (t *tree) file(h *tar.Header, here string) (err error) {
 	if err := t.xattrs(h, here); err != nil {
 		return err
 	}
-	content := io.Reader(f)
-	if t.Live {
-		content = io.MultiReader(f, endless{})
-	}
-	return t.put(h, io.LimitReader(content, h.Size))
+	return t.put(h, io.LimitReader(f, h.Size))
 }
-
-// endless is zeros.
-type endless struct{}
-
-func (endless) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func (t *tree) put(h *tar.Header, content io.Reader) error {
 	if err := t.used.add(h.Size); err != nil {
@@ -286,9 +293,6 @@ func (t *tree) children(name, here string) error {
 		fi, err := t.root.Lstat(child)
 		if err == nil {
 			err = t.add(child, fi)
-		}
-		if t.Live && errors.Is(err, fs.ErrNotExist) {
-			continue // it has gone, or what was in it
 		}
 		if err != nil {
 			return err

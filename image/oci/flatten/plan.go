@@ -1,8 +1,11 @@
 package flatten
 
 import (
+	"archive/tar"
+	"fmt"
 	"io"
 	"maps"
+	"path"
 	"slices"
 	"strings"
 )
@@ -13,6 +16,8 @@ type plan struct {
 	root   *node
 	layer  int
 	number int               // of the entry, in its layer
+	steps  int               // of resolve, through symbolic links
+	aufs   map[string]*inode // of the layer: what hard links alone may lead to
 	places map[[2]int]*inode // by layer and entry: what survives of them
 	dirs   []string          // that survive, parents before what they hold
 }
@@ -28,6 +33,7 @@ type node struct {
 type inode struct {
 	place [2]int // of the entry that describes it; zero: a directory that none describes
 	names []string
+	link  string // where a symbolic link leads
 	bad   string // why there can be no such file
 }
 
@@ -39,6 +45,7 @@ func newDir() *node { return &node{inode: &inode{}, children: map[string]*node{}
 
 func (p *plan) begin(layer int) error {
 	p.layer, p.number = layer, 0
+	p.aufs = map[string]*inode{}
 	return nil
 }
 
@@ -46,27 +53,104 @@ func (p *plan) entry(e entry, _ io.Reader) error {
 	p.number++
 	switch e.kind {
 	case kindWhiteout, kindOpaque:
-		p.remove(e)
-		return nil
-	case kindDir:
-		n := p.dir(e.name)
-		n.inode = &inode{place: [2]int{p.layer, p.number}}
-		return nil
+		return p.remove(e)
+	}
+	dir, base, err := p.parent(e.name)
+	if err != nil {
+		return err
 	}
 	i := &inode{place: [2]int{p.layer, p.number}}
-	if e.kind == kindLink {
-		if t := p.find(e.target); t == nil || t.children != nil {
-			i.bad = "a hard link to what is not there, or is a directory"
-		} else {
-			i = t.inode
-		}
+	if e.kind == kindDir {
+		p.dir(path.Join(dir, base)).inode = i
+		return nil
 	}
-	dir, base := p.parent(e.name)
-	dir.children[base] = &node{inode: i, layer: p.layer}
+	if e.kind == kindLink {
+		if i, err = p.target(e.target, i); err != nil {
+			return err
+		}
+	} else if e.header.Typeflag == tar.TypeSymlink {
+		i.link = e.header.Linkname
+	}
+	if e.aufs {
+		p.aufs[e.name] = i
+		return nil
+	}
+	p.dir(dir).children[base] = &node{inode: i, layer: p.layer}
 	return nil
 }
 
-// dir finds or makes a directory. What is in its way gives way.
+// target is the inode that a hard link leads to, or i, which then is bad.
+func (p *plan) target(name string, i *inode) (*inode, error) {
+	if kept := p.aufs[name]; kept != nil {
+		return kept, nil
+	}
+	dir, base, err := p.parent(name)
+	if err != nil {
+		return nil, err
+	}
+	if t := p.find(path.Join(dir, base)); t != nil && t.children == nil {
+		return t.inode, nil
+	}
+	i.bad = "a hard link to what is not there, or is a directory"
+	return i, nil
+}
+
+// parent is where a name is: symbolic links on the way there are followed, within the root.
+func (p *plan) parent(name string) (dir, base string, err error) {
+	i := strings.LastIndexByte(name, '/')
+	dir, err = p.resolve(name[:max(i, 0)])
+	return dir, name[i+1:], err
+}
+
+// resolve follows the symbolic links in a name, within the root. What is not there, or is no directory, is taken as it is named,
+// so that what comes out has no links in it.
+func (p *plan) resolve(name string) (string, error) {
+	var way []*node // nil: not there
+	parts := make([]string, 0, 8)
+	hops := 0
+	for rest := name; rest != ""; {
+		var part string
+		part, rest, _ = strings.Cut(rest, "/")
+		if hops > 0 {
+			if p.steps++; p.steps > maxSteps {
+				return "", &LimitError{What: "parts of names that symbolic links lead through", Limit: maxSteps}
+			}
+		}
+		switch part {
+		case "", ".":
+			continue
+		case "..":
+			way, parts = way[:max(len(way)-1, 0)], parts[:max(len(parts)-1, 0)]
+			continue
+		}
+		at := p.root
+		if len(way) > 0 {
+			at = way[len(way)-1]
+		}
+		var next *node
+		if at != nil {
+			next = at.children[part]
+		}
+		if next == nil || next.link == "" {
+			way, parts = append(way, next), append(parts, part)
+			continue
+		}
+		if hops++; hops > maxHops {
+			return "", &EntryError{Name: short(name), Reason: fmt.Sprintf("leads through more than %d symbolic links", maxHops)}
+		}
+		if next.link[0] == '/' {
+			way, parts = way[:0], parts[:0]
+		}
+		rest = next.link + "/" + rest
+	}
+	whole := strings.Join(parts, "/")
+	if len(whole) > maxPath || slices.ContainsFunc(parts, func(part string) bool { return len(part) > maxName }) {
+		return "", &EntryError{Name: short(name), Reason: fmt.Sprintf("leads to a name of %d bytes", len(whole))}
+	}
+	return whole, nil
+}
+
+// dir finds or makes a directory, whose name has been resolved. What is in its way gives way.
 func (p *plan) dir(name string) *node {
 	n := p.root
 	for part := range strings.SplitSeq(name, "/") {
@@ -84,11 +168,6 @@ func (p *plan) dir(name string) *node {
 	return n
 }
 
-func (p *plan) parent(name string) (dir *node, base string) {
-	i := strings.LastIndexByte(name, '/')
-	return p.dir(name[:max(i, 0)]), name[i+1:]
-}
-
 func (p *plan) find(name string) *node {
 	n := p.root
 	for part := range strings.SplitSeq(name, "/") {
@@ -101,19 +180,26 @@ func (p *plan) find(name string) *node {
 }
 
 // remove takes away what lower layers have.
-func (p *plan) remove(e entry) {
-	n := p.find(e.name)
-	switch {
-	case n == nil:
-	case e.kind == kindOpaque || n == p.root:
-		p.purge(n)
-	case n.layer < p.layer:
-		i := strings.LastIndexByte(e.name, '/')
-		delete(p.find(e.name[:max(i, 0)]).children, e.name[i+1:])
-	default:
+func (p *plan) remove(e entry) error {
+	if e.kind == kindOpaque {
+		name, err := p.resolve(e.name)
+		if n := p.find(name); err == nil && n != nil {
+			p.purge(n)
+		}
+		return err
+	}
+	name, base, err := p.parent(e.name)
+	dir := p.find(name)
+	if err != nil || dir == nil || dir.children[base] == nil {
+		return err
+	}
+	if n := dir.children[base]; n.layer < p.layer {
+		delete(dir.children, base)
+	} else {
 		p.purge(n)
 		n.describe(p.layer)
 	}
+	return nil
 }
 
 // purge takes away what lower layers have below a directory.
@@ -180,8 +266,12 @@ func (p *planned) entry(e entry, content io.Reader) error {
 	if i.bad != "" {
 		return &EntryError{Name: short(e.name), Reason: i.bad}
 	}
-	if e.kind != kindDir {
-		e.header.Name = i.names[0]
+	e.header.Name = i.names[0]
+	if e.kind == kindDir && e.header.Name == "" {
+		e.header.Name = "."
+	}
+	if e.kind == kindDir {
+		e.header.Name += "/"
 	}
 	if err := p.put(e.header, content); err != nil {
 		return err

@@ -5,7 +5,9 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -24,6 +26,8 @@ func TestLayers_Refused(t *testing.T) {
 	for name, entries := range map[string][]ent{
 		"a name with dots":              {file("a/../../etc/passwd", "")},
 		"a hard link with dots":         {file("a", ""), link("b", "../a")},
+		"a loop of symbolic links":      {symlink("a", "b"), symlink("b", "a"), file("a/x", "")},
+		"41 symbolic links":             append(slices.Collect(chain(41)), file("s0/x", "")),
 		"a hard link outside":           {link("a", "/etc/passwd")},
 		"a hard link to a directory":    {dir("d", 0o700), link("a", "d")},
 		"a hard link to itself":         {link("a", "a")},
@@ -43,7 +47,7 @@ func TestLayers_Refused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var wrong *flatten.EntryError
-			if _, err := flatten.Layers(t.Context(), layers(t, entries), target(t), nil); !errors.As(err, &wrong) {
+			if _, err := flatten.Layers(t.Context(), layers(t, entries), target(t), flatten.Options{}); !errors.As(err, &wrong) {
 				t.Errorf("%v, want an EntryError", err)
 			}
 		})
@@ -54,7 +58,7 @@ func TestLayers_WrongDigest(t *testing.T) {
 	l := layers(t, []ent{file("a", "")}, []ent{file("b", "")})
 	l[0].DiffID = l[1].DiffID
 	var wrong *flatten.DigestError
-	if _, err := flatten.Layers(t.Context(), l, target(t), nil); !errors.As(err, &wrong) || wrong.Want != l[1].DiffID {
+	if _, err := flatten.Layers(t.Context(), l, target(t), flatten.Options{}); !errors.As(err, &wrong) || wrong.Want != l[1].DiffID {
 		t.Errorf("%v, want a DigestError", err)
 	}
 	if _, err := os.Stat(l[0].Path); !errors.Is(err, os.ErrNotExist) {
@@ -62,6 +66,32 @@ func TestLayers_WrongDigest(t *testing.T) {
 	}
 	if _, err := os.Stat(l[1].Path); err != nil {
 		t.Errorf("the right one is not: %v", err)
+	}
+}
+
+// chain is symbolic links that lead to each other, the last to d.
+func chain(n int) iter.Seq[ent] {
+	return func(yield func(ent) bool) {
+		for i := range n {
+			to := fmt.Sprintf("s%d", i+1)
+			if i == n-1 {
+				to = "d"
+			}
+			if !yield(symlink(fmt.Sprintf("s%d", i), to)) {
+				return
+			}
+		}
+	}
+}
+
+// Linux follows 40 symbolic links.
+func TestLayers_FortyLinks(t *testing.T) {
+	f := target(t)
+	if _, err := flatten.Layers(t.Context(), layers(t, append(slices.Collect(chain(40)), file("s0/x", "x"))), f, flatten.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := listing(t, f); !slices.Contains(got, `d/x 0 0644 0:0 "x"`) {
+		t.Errorf("%q", got)
 	}
 }
 
@@ -100,7 +130,7 @@ func TestLayers_PackedAndTruncated(t *testing.T) {
 				t.Fatal(err)
 			}
 			f := target(t)
-			if _, err := flatten.Layers(t.Context(), []flatten.Layer{l}, f, nil); err != nil {
+			if _, err := flatten.Layers(t.Context(), []flatten.Layer{l}, f, flatten.Options{}); err != nil {
 				t.Fatal(err)
 			}
 			fsck(t, f)
@@ -108,7 +138,7 @@ func TestLayers_PackedAndTruncated(t *testing.T) {
 				if err := os.WriteFile(l.Path, packed[:size], 0o600); err != nil {
 					t.Fatal(err)
 				}
-				if _, err := flatten.Layers(t.Context(), []flatten.Layer{l}, f, nil); err == nil {
+				if _, err := flatten.Layers(t.Context(), []flatten.Layer{l}, f, flatten.Options{}); err == nil {
 					t.Errorf("%d of %d bytes were enough", size, len(packed))
 				}
 			}
@@ -142,7 +172,7 @@ func TestLayers_Limits(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := target(t)
-			_, err := flatten.LimitedLayers(t.Context(), []flatten.Layer{layer(t, c.content)}, f, 1<<20, 10)
+			_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(t, c.content)}, f, flatten.Options{Limits: flatten.Limits{MaxBytes: 1 << 20, MaxEntries: 10}})
 			var over *flatten.LimitError
 			if !errors.As(err, &over) || over.What != c.what {
 				t.Errorf("%v, want a limit of %s", err, c.what)
@@ -154,7 +184,7 @@ func TestLayers_Limits(t *testing.T) {
 	}
 	t.Run("by default", func(t *testing.T) {
 		var over *flatten.LimitError
-		_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(t, gnuSparse(1<<40))}, target(t), nil)
+		_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(t, gnuSparse(1<<40))}, target(t), flatten.Options{})
 		if !errors.As(err, &over) || over.Limit != flatten.MaxBytes {
 			t.Errorf("%v, want a limit of %d", err, int64(flatten.MaxBytes))
 		}
@@ -196,7 +226,7 @@ func gnuSparse(size int64) []byte {
 // Holes stay holes, in the image's file too.
 func TestTarToExt4_Sparse(t *testing.T) {
 	f := target(t)
-	if err := flatten.TarToExt4(t.Context(), bytes.NewReader(gnuSparse(200<<20)), f); err != nil {
+	if err := flatten.TarToExt4(t.Context(), bytes.NewReader(gnuSparse(200<<20)), f, flatten.TarOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	fsck(t, f)
@@ -218,7 +248,7 @@ func TestTarToExt4_FullDisk(t *testing.T) {
 		t.Skip("needs: /dev/full")
 	}
 	defer f.Close()
-	if err := flatten.TarToExt4(t.Context(), bytes.NewReader(tarOf(t, true, file("a", "a"))), f); err == nil {
+	if err := flatten.TarToExt4(t.Context(), bytes.NewReader(tarOf(t, true, file("a", "a"))), f, flatten.TarOptions{}); err == nil {
 		t.Error("it was written")
 	}
 }
@@ -231,12 +261,12 @@ func FuzzTarToExt4(f *testing.F) {
 	f.Add(gnuSparse(5000))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		dst := target(t)
-		if flatten.TarToExt4(t.Context(), bytes.NewReader(data), dst) == nil {
+		if flatten.TarToExt4(t.Context(), bytes.NewReader(data), dst, flatten.TarOptions{}) == nil {
 			if fi, err := dst.Stat(); err == nil && fi.Size() < 64<<20 {
 				fsck(t, dst)
 			}
 		}
-		_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(t, data)}, dst, nil)
+		_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(t, data)}, dst, flatten.Options{})
 		if err == nil {
 			fsck(t, dst)
 		}

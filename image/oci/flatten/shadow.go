@@ -1,8 +1,10 @@
 package flatten
 
 import (
+	"archive/tar"
 	"hash/maphash"
 	"io"
+	"strings"
 )
 
 // shadow writes what is visible of layers that come from the top down, in one pass, or ends with errPlan.
@@ -11,6 +13,7 @@ type shadow struct {
 	layer uint16
 	seeds [2]maphash.Seed
 	marks map[key]mark
+	way   string // the directory by way of which the last name went
 }
 
 // key stands for a name in less memory: two of a million names share one with a probability of 2^-88.
@@ -23,6 +26,8 @@ type mark struct {
 	layer    uint16 // that made it what it is
 	last     uint16 // that named it last
 	below    uint16 // that had something visible below it last
+	through  bool   // something was named by way of it
+	link     uint16 // layer in which it is a symbolic link, or may be one
 	opaque   uint16 // layers below this one have nothing visible below the name
 	gone     uint16 // layers below this one do not have the name itself either
 }
@@ -48,7 +53,7 @@ func (s *shadow) key(name string) key {
 }
 
 func (s *shadow) begin(layer int) error {
-	s.layer = uint16(layer)
+	s.layer, s.way = uint16(layer), ""
 	// The root is there in any case, and must be before all else.
 	k := s.key("")
 	m := s.marks[k]
@@ -96,7 +101,49 @@ func (s *shadow) above(name string, imply bool) (hidden, blocked bool, err error
 	return hidden, blocked, err
 }
 
+// follow ends with errPlan if a name goes through what is or may be a symbolic link, of this layer or of a lower one: where it
+// leads is not known here.
+func (s *shadow) follow(e entry) error {
+	if e.aufs {
+		return errPlan
+	}
+	way := e.name
+	if e.kind != kindOpaque {
+		way = e.name[:max(strings.LastIndexByte(e.name, '/'), 0)]
+	}
+	if way != s.way {
+		for i := range len(way) + 1 {
+			if i < len(way) && way[i] != '/' {
+				continue
+			}
+			k := s.key(way[:i])
+			m := s.marks[k]
+			if m.link == s.layer {
+				return errPlan
+			}
+			if !m.through {
+				m.through = true
+				s.marks[k] = m
+			}
+		}
+		s.way = way
+	}
+	if e.kind == kindLink || e.kind == kindOther && e.header.Typeflag == tar.TypeSymlink {
+		k := s.key(e.name)
+		m := s.marks[k]
+		if m.through {
+			return errPlan
+		}
+		m.link = s.layer
+		s.marks[k] = m
+	}
+	return nil
+}
+
 func (s *shadow) entry(e entry, content io.Reader) error {
+	if err := s.follow(e); err != nil {
+		return err
+	}
 	removal := e.kind == kindWhiteout || e.kind == kindOpaque
 	hidden, blocked, err := s.above(e.name, !removal)
 	if hidden || err != nil || removal && blocked {

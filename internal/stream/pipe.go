@@ -1,4 +1,4 @@
-package flatten
+package stream
 
 import (
 	"context"
@@ -10,13 +10,13 @@ const (
 	blocksAhead = 4
 )
 
-// pipe carries bytes from one goroutine to another in large blocks, so that both have work. One writes and calls finish,
-// one reads and calls stop. The context's end ends both.
-type pipe struct {
+// Pipe carries bytes from one goroutine to another in large blocks, so that both have work. One writes and calls Finish,
+// one reads and calls Stop. The context's end ends both.
+type Pipe struct {
 	ctx  context.Context
 	full chan []byte
 	free chan []byte
-	gone chan struct{} // closed by stop
+	gone chan struct{} // closed by Stop
 	in   []byte        // the writer's, filling
 	out  []byte        // the reader's, what is left of block
 	last []byte
@@ -24,15 +24,16 @@ type pipe struct {
 	rerr error // the reader's; set before gone is closed
 }
 
-func newPipe(ctx context.Context) *pipe {
-	p := &pipe{ctx: ctx, full: make(chan []byte, blocksAhead), free: make(chan []byte, blocksAhead), gone: make(chan struct{})}
+// NewPipe makes a pipe that ends with its context.
+func NewPipe(ctx context.Context) *Pipe {
+	p := &Pipe{ctx: ctx, full: make(chan []byte, blocksAhead), free: make(chan []byte, blocksAhead), gone: make(chan struct{})}
 	for range blocksAhead {
 		p.free <- make([]byte, 0, blockSize)
 	}
 	return p
 }
 
-func (p *pipe) Write(b []byte) (n int, err error) {
+func (p *Pipe) Write(b []byte) (n int, err error) {
 	for n < len(b) {
 		if p.in == nil {
 			select {
@@ -53,8 +54,8 @@ func (p *pipe) Write(b []byte) (n int, err error) {
 	return n, nil
 }
 
-// finish ends the writing: the reader gets what is left, then err or io.EOF.
-func (p *pipe) finish(err error) {
+// Finish ends the writing: the reader gets what is left, then err or io.EOF.
+func (p *Pipe) Finish(err error) {
 	if len(p.in) > 0 {
 		p.full <- p.in
 		p.in = nil
@@ -63,7 +64,7 @@ func (p *pipe) finish(err error) {
 	close(p.full)
 }
 
-func (p *pipe) Read(b []byte) (int, error) {
+func (p *Pipe) Read(b []byte) (int, error) {
 	if len(p.out) == 0 {
 		if p.last != nil {
 			p.free <- p.last[:0] // it has room for every block
@@ -87,8 +88,8 @@ func (p *pipe) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// stop ends the reading: the writer gets err.
-func (p *pipe) stop(err error) {
+// Stop ends the reading: the writer gets err.
+func (p *Pipe) Stop(err error) {
 	p.rerr = err
 	close(p.gone)
 }
