@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -141,7 +140,7 @@ func (s *Store) List() ([]*Image, error) {
 func (s *Store) name(ctx context.Context, i *Image) error {
 	i.Version, i.Created = imageVersion, time.Now().UTC().Truncate(time.Second)
 	path := s.nameFile(i.Name)
-	release, err := s.one(ctx, strings.TrimSuffix(filepath.Base(path), ".json"), "another smartvm that makes the same image")
+	release, err := s.locks.One(ctx, oneName, i.Name, "another smartvm that makes the same image")
 	if err != nil {
 		return err
 	}

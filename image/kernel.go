@@ -108,7 +108,7 @@ func (s *Store) kernelImage(ctx context.Context, name string) (*Image, error) {
 // fetchKernel stores the kernel of the newest base image under DefaultKernel, where this machine's own is not to be had. The caller holds the store.
 func (s *Store) fetchKernel(ctx context.Context, why error) (i *Image, err error) {
 	err = s.opts.Base.Kernel(ctx, func(path, _ string) error {
-		o, err := s.storeKernel(ctx, path, "")
+		o, err := s.placed(s.storeKernel(ctx, path, ""))
 		if err != nil {
 			return err
 		}
@@ -142,7 +142,7 @@ func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, erro
 	if old != nil && old.Stamp == now {
 		return old, nil
 	}
-	o, err := s.storeKernel(ctx, h.kernel, h.modules)
+	o, err := s.placed(s.storeKernel(ctx, h.kernel, h.modules))
 	if err != nil {
 		return nil, err
 	}
@@ -173,10 +173,10 @@ func (h hostFiles) stamp() (string, error) {
 	return fmt.Sprintf("%s modules %s made %d-%s", stamp, modules, kernelFormat, initramfs.Fingerprint()), nil
 }
 
-// storeKernel stores the kernel at path, extracted, and of its modules those that a guest needs to find its root, and all
+// storeKernel drafts the kernel at path, extracted, and of its modules those that a guest needs to find its root, and all
 // of them as a disk that guests share. Modules is an unpacked /lib/modules/RELEASE, or the directory above, or "": all is
 // built in.
-func (s *Store) storeKernel(ctx context.Context, path, modules string) (*Object, error) {
+func (s *Store) storeKernel(ctx context.Context, path, modules string) (*draft, error) {
 	src, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("import kernel: %w", err)
@@ -189,7 +189,7 @@ func (s *Store) storeKernel(ctx context.Context, path, modules string) (*Object,
 	if !fi.Mode().IsRegular() {
 		return nil, invalid("import kernel %s: no regular file", path)
 	}
-	return s.build(ctx, func(dir string) (*Object, error) {
+	return s.draft(ctx, func(dir string) (*Object, error) {
 		o := &Object{ID: kindKernel + "-", Files: []File{{Name: kernelFile}}}
 		err := create(filepath.Join(dir, kernelFile), func(w io.Writer) error {
 			info, err := kernel.Extract(ctx, w, src, fi.Size())

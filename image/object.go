@@ -10,10 +10,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
-	"strings"
-	"syscall"
 
+	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/kept"
@@ -22,10 +22,17 @@ import (
 
 // Kinds of objects; an object's id is its kind, a dash and 64 hexadecimal digits.
 const (
-	kindRoot   = "root"
+	kindRoot   = "rootfs" // the digits are the file's SHA-256
+	kindChain  = "chain"  // and a version: the digits are the layers' chain ID, which says nothing of the file
 	kindKernel = "kernel"
 	kindInitrd = "initrd"
 )
+
+// chainID is the id of what the layers of a chain make, as package flatten makes it now.
+func chainID(chain string) string { return fmt.Sprint(kindChain, flatten.Version, "-", chain) }
+
+// objectID is what ids look like. "root-" was both kinds once, and is only read.
+var objectID = regexp.MustCompile(`^(root|rootfs|chain[0-9]{1,4}|kernel|initrd)-[0-9a-f]{64}$`)
 
 // File is a stored file and what it holds.
 type File struct {
@@ -63,7 +70,7 @@ func (s *Store) file(o *Object) string { return filepath.Join(s.objectDir(o.ID),
 
 // object reads an object's description, with fs.ErrNotExist where there is none.
 func (s *Store) object(id string) (*Object, error) {
-	if !validObjectID(id) {
+	if !objectID.MatchString(id) {
 		return nil, fmt.Errorf("object %q: %w", id, fs.ErrInvalid)
 	}
 	o, err := readJSON[Object](filepath.Join(s.objectDir(id), objectFile), maxObject)
@@ -74,12 +81,6 @@ func (s *Store) object(id string) (*Object, error) {
 		return nil, fmt.Errorf("object %s: its description: %w", id, ErrCorrupt)
 	}
 	return &o, nil
-}
-
-func validObjectID(id string) bool {
-	kind, digest, ok := strings.Cut(id, "-")
-	return ok && slices.Contains([]string{kindRoot, kindKernel, kindInitrd}, kind) && len(digest) == 2*sha256.Size &&
-		strings.Trim(digest, "0123456789abcdef") == ""
 }
 
 // use checks that an object's files are what was stored: by digest where they have changed since they last were looked
@@ -114,7 +115,7 @@ func (s *Store) use(ctx context.Context, id string, full bool) (*Object, error) 
 	if !changed {
 		return o, nil
 	}
-	release, err := s.one(ctx, id, "another smartvm that verifies the same image")
+	release, err := s.locks.One(ctx, oneSeen, id, "another smartvm that verifies the same image")
 	if err != nil {
 		return nil, err
 	}
@@ -162,45 +163,6 @@ func (w *watched) Read(p []byte) (int, error) {
 	w.done += int64(n)
 	w.tell(w.done)
 	return n, err
-}
-
-// commit moves a finished directory into place under o's id, or finds that it is there. It describes o's files, of
-// which only the names are known, makes them read-only, and has all on disk before. Those that know a file's digest
-// give it; with an id that ends in a dash, the first file's digest completes it.
-func (s *Store) commit(ctx context.Context, dir string, o *Object) error {
-	for i := range o.Files {
-		f := &o.Files[i]
-		path := filepath.Join(dir, f.Name)
-		var err error
-		if f.SHA256 == "" {
-			if f.SHA256, f.Size, err = s.digest(ctx, path, "digest "+f.Name); err != nil {
-				return fmt.Errorf("store %s: %w", f.Name, err)
-			}
-		}
-		// Readable to all, since a VMM in a jail is another user; the directory above is nobody's but ours.
-		if err := errors.Join(syncFile(path), os.Chmod(path, 0o444)); err != nil {
-			return fmt.Errorf("store %s: %w", f.Name, err)
-		}
-		if f.Seen, err = kept.Stamp(path); err != nil {
-			return fmt.Errorf("store %s: %w", f.Name, err)
-		}
-	}
-	if strings.HasSuffix(o.ID, "-") {
-		o.ID += addressOf(o)
-	}
-	err := errors.Join(atomicfile.WriteJSON(filepath.Join(dir, objectFile), o), os.Mkdir(filepath.Join(dir, kept.UsersDir), 0o700),
-		os.Chmod(dir, 0o700), atomicfile.SyncDir(dir))
-	if err != nil {
-		return fmt.Errorf("store image: %w", err)
-	}
-	err = os.Rename(dir, s.objectDir(o.ID))
-	if errors.Is(err, fs.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) {
-		return os.RemoveAll(dir) // another has stored the same meanwhile
-	}
-	if err != nil {
-		return fmt.Errorf("store image: %w", err)
-	}
-	return atomicfile.SyncDir(s.path(objectsDir))
 }
 
 // addressOf is an object's content address: its file's digest, or one of all their digests.

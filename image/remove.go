@@ -8,8 +8,11 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/kept"
 )
 
@@ -49,7 +52,7 @@ func (s *Store) remove(ctx context.Context, name string, force bool) (*Removed, 
 	if err := s.unname(ctx, i, all); err != nil {
 		return nil, err
 	}
-	freed, err := s.sweep()
+	freed, err := s.sweep(false, false)
 	return &Removed{Images: []string{i.Name}, Bytes: freed}, err
 }
 
@@ -76,17 +79,23 @@ func (s *Store) unname(ctx context.Context, i *Image, all []*Image) error {
 	return nil
 }
 
-// Prune removes what no image needs and, with all, the images that no VM uses.
-func (s *Store) Prune(ctx context.Context, all bool) (*Removed, error) {
+// PruneOptions say what is removed beside what no image needs.
+type PruneOptions struct {
+	All    bool // images that no VM uses
+	Layers bool // the layers of all images: VMs need none, but a pull of an image that shares some fetches them again
+}
+
+// Prune removes what no image needs.
+func (s *Store) Prune(ctx context.Context, o PruneOptions) (*Removed, error) {
 	release, err := s.alone(ctx)
 	if err != nil {
 		return nil, err
 	}
-	r, err := s.prune(ctx, all)
+	r, err := s.prune(ctx, o)
 	return r, errors.Join(err, release())
 }
 
-func (s *Store) prune(ctx context.Context, all bool) (*Removed, error) {
+func (s *Store) prune(ctx context.Context, o PruneOptions) (*Removed, error) {
 	r := &Removed{Images: []string{}}
 	images, err := s.List()
 	if err != nil {
@@ -97,7 +106,7 @@ func (s *Store) prune(ctx context.Context, all bool) (*Removed, error) {
 		if err != nil {
 			return r, err
 		}
-		if !all || len(by) > 0 {
+		if !o.All || len(by) > 0 {
 			continue
 		}
 		if err := s.unname(ctx, i, images); err != nil {
@@ -105,68 +114,82 @@ func (s *Store) prune(ctx context.Context, all bool) (*Removed, error) {
 		}
 		r.Images = append(r.Images, i.Name)
 	}
-	r.Bytes, err = s.sweep()
+	r.Bytes, err = s.sweep(o.Layers, true)
 	return r, err
 }
 
-// sweep removes objects that neither an image nor a VM has, and layers whose images are gone, and says how many bytes
-// that frees. The caller has the store alone.
-func (s *Store) sweep() (int64, error) {
+// sweep removes objects that neither an image nor a VM has, and layers whose images are gone, or all of them, and says how many
+// bytes that frees. Partial says that what interrupted pulls have fetched goes too. The caller has the store alone.
+func (s *Store) sweep(allLayers, partial bool) (freed int64, err error) {
 	images, err := s.List()
 	if err != nil {
 		return 0, err // an image that cannot be read may need anything
 	}
-	needed, layers := map[string]bool{}, map[string]bool{}
+	needed := map[string]bool{}
 	for _, i := range images {
 		for _, id := range i.objects() {
 			needed[id] = true
 		}
 		for _, l := range i.Layers {
-			layers[l] = true
+			needed[layerFile(l)] = true
 		}
 	}
-	var freed int64
-	take := func(dir, name string) error {
-		path := s.path(dir, name)
+	err = s.take(objectsDir, &freed, func(name string) (bool, error) {
+		by, err := kept.Users(true, s.path(objectsDir, name))
+		return !needed[name] && len(by) == 0, err
+	})
+	if err != nil {
+		return freed, fmt.Errorf("remove images: %w", err)
+	}
+	dir, err := os.Open(s.path(layersDir))
+	if err != nil {
+		return freed, fmt.Errorf("remove layers: %w", err)
+	}
+	defer dir.Close()
+	if err = unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return freed, nil // a pull that is under way may want them
+	}
+	if err == nil {
+		err = s.take(layersDir, &freed, func(name string) (bool, error) {
+			return allLayers || !needed[name] && (partial || !strings.HasSuffix(name, download.PartialSuffix)), nil
+		})
+	}
+	if err != nil {
+		return freed, fmt.Errorf("remove layers: %w", err)
+	}
+	return freed, nil
+}
+
+// layerFile is the name of a layer's file.
+func layerFile(digest string) string { return strings.Replace(digest, ":", "-", 1) }
+
+// take removes from a directory what is to be gone, and adds up what that frees.
+func (s *Store) take(dir string, freed *int64, which func(name string) (bool, error)) error {
+	entries, err := os.ReadDir(s.path(dir))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		take, err := which(e.Name())
+		if err != nil || !take {
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		path := s.path(dir, e.Name())
 		size, err := kept.Usage(path)
 		if err != nil {
 			return err
 		}
 		// Out of sight first: nothing is ever half there.
-		gone := s.path(tempDir, "gone-"+name)
-		if err := errors.Join(os.Rename(path, gone), os.RemoveAll(gone)); err != nil {
+		gone := s.path(tempDir, "gone-"+e.Name())
+		if err := errors.Join(os.RemoveAll(gone), os.Rename(path, gone), os.RemoveAll(gone)); err != nil {
 			return err
 		}
-		freed += size
-		return nil
+		*freed += size
 	}
-	objects, err := os.ReadDir(s.path(objectsDir))
-	if err != nil {
-		return 0, fmt.Errorf("remove images: %w", err)
-	}
-	for _, e := range objects {
-		by, err := kept.Users(true, s.objectDir(e.Name()))
-		if err != nil {
-			return freed, err
-		}
-		if !needed[e.Name()] && len(by) == 0 {
-			if err := take(objectsDir, e.Name()); err != nil {
-				return freed, fmt.Errorf("remove images: %w", err)
-			}
-		}
-	}
-	blobs, err := os.ReadDir(s.path(layersDir))
-	if err != nil {
-		return freed, fmt.Errorf("remove layers: %w", err)
-	}
-	for _, e := range blobs {
-		if !layers[strings.Replace(e.Name(), "sha256-", "sha256:", 1)] {
-			if err := take(layersDir, e.Name()); err != nil {
-				return freed, fmt.Errorf("remove layers: %w", err)
-			}
-		}
-	}
-	return freed, nil
+	return nil
 }
 
 // Usage is what a store takes of its disk, in bytes.
@@ -199,7 +222,7 @@ func (s *Store) usage() (*Usage, error) {
 			needed[id] = true
 		}
 		for _, l := range i.Layers {
-			needed[strings.Replace(l, ":", "-", 1)] = true
+			needed[layerFile(l)] = true
 		}
 	}
 	for _, part := range []struct {

@@ -237,18 +237,20 @@ func (s *Shell) remove() *cobra.Command {
 }
 
 func (s *Shell) prune() *cobra.Command {
-	var all bool
+	var o image.PruneOptions
 	cmd := &cobra.Command{
 		Use:   "prune [flags]",
 		Short: "Remove what no image needs",
-		Long:  "Remove what no image needs any more, and with -a the images that no VM uses.",
-		Args:  s.Takes(0, 0, "flags only"),
+		Long: "Remove what no image needs any more, and with -a the images that no VM uses. The\n" +
+			"layers of a registry's images are kept, so that others that share them need not\n" +
+			"fetch them; --layers removes them. No VM needs them.",
+		Args: s.Takes(0, 0, "flags only"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			images, err := s.store()
 			if err != nil {
 				return err
 			}
-			r, err := images.Prune(cmd.Context(), all)
+			r, err := images.Prune(cmd.Context(), o)
 			if err != nil {
 				return err
 			}
@@ -262,7 +264,8 @@ func (s *Shell) prune() *cobra.Command {
 			return err
 		},
 	}
-	cmd.Flags().BoolVarP(&all, "all", "a", false, "remove images that no VM uses, too")
+	cmd.Flags().BoolVarP(&o.All, "all", "a", false, "remove images that no VM uses, too")
+	cmd.Flags().BoolVar(&o.Layers, "layers", false, "remove the layers that are kept for pulls of other images, too")
 	return cmd
 }
 
