@@ -34,10 +34,7 @@ type ImportOptions struct {
 }
 
 func (o *ImportOptions) check() error {
-	errs := []error{ValidName(o.Name)}
-	if o.Name == HostKernel {
-		errs = append(errs, invalid("image name %q: it stands for this machine's kernel", o.Name))
-	}
+	errs := []error{ownName(o.Name)}
 	if o.Kernel == "" && o.Rootfs == "" {
 		errs = append(errs, invalid("an image needs a kernel or a root file system"))
 	}
@@ -57,7 +54,7 @@ func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 		return nil, err
 	}
 	err := s.locks.Begin()
-	i := &Image{Name: o.Name, Source: "import", Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != ""}
+	i := &Image{Name: familiar(o.Name), Source: importSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != ""}
 	var parts []*draft
 	if err == nil {
 		parts, err = s.importParts(ctx, i, o)
@@ -81,7 +78,10 @@ func (s *Store) publish(ctx context.Context, i *Image, parts ...*draft) error {
 		return err
 	}
 	for _, d := range parts {
-		err = errors.Join(err, s.place(d))
+		err = errors.Join(err, s.objects.Place(d))
+	}
+	if gone := s.missing(i); err == nil && len(gone) > 0 {
+		err = fmt.Errorf("%w: %s was removed meanwhile", ErrNotFound, gone[0])
 	}
 	if err == nil {
 		err = s.name(ctx, i)

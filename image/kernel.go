@@ -112,7 +112,7 @@ func (s *Store) fetchKernel(ctx context.Context, why error) (i *Image, err error
 		if err != nil {
 			return err
 		}
-		i = &Image{Name: DefaultKernel, Source: "import", Arch: s.opts.Arch, Kernel: o.ID}
+		i = &Image{Name: DefaultKernel, Source: importSource, Arch: s.opts.Arch, Kernel: o.ID}
 		if s.opts.Installed != nil {
 			s.opts.Installed("kernel "+o.Release+" of Firecracker's own images", s.file(o))
 		}
@@ -146,7 +146,7 @@ func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, erro
 	if err != nil {
 		return nil, err
 	}
-	i := &Image{Name: HostKernel, Source: "import", Arch: s.opts.Arch, Kernel: o.ID, Stamp: now}
+	i := &Image{Name: HostKernel, Source: importSource, Arch: s.opts.Arch, Kernel: o.ID, Stamp: now}
 	return i, s.name(ctx, i)
 }
 

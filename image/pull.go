@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/internal/hint"
 )
 
 // BaseScheme begins the reference of a base image: "base:latest", "base:lts" or "base:hosted".
@@ -23,9 +24,10 @@ const BaseScheme = "base:"
 // and base.
 func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	if name != "" { // before anything is fetched
-		if err := ValidName(name); err != nil {
+		if err := ownName(name); err != nil {
 			return nil, err
 		}
+		name = familiar(name)
 	}
 	if err := s.locks.Begin(); err != nil {
 		return nil, err
@@ -66,9 +68,16 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, img.Close()) }()
-	i = &Image{Name: cmp.Or(name, img.Name), Source: ref, Arch: s.opts.Arch, Digest: img.Digest, Config: img.Config, Root: chainID(img.Chain)}
-	if err := ValidName(i.Name); err != nil { // an archive says itself what it is called
+	i = &Image{
+		Name: cmp.Or(name, img.Name), Source: ref, Arch: s.opts.Arch, ID: img.ID, Digest: img.Digest, Index: img.Index,
+		Config: img.Config, Root: chainID(img.Chain),
+	}
+	// An archive says itself what it is called.
+	if err := ValidName(i.Name); err != nil {
 		return nil, err
+	}
+	if _, digest, pinned := cutDigest(i.Name); pinned && !i.has(digest) {
+		return nil, hint.Add(invalid("image name %s: it is another's digest", i.Name), "call it otherwise: --name")
 	}
 	one, err := s.locks.One(ctx, oneMake, i.Root, "another smartvm that unpacks the same layers")
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/objects"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/storelock"
 )
@@ -26,7 +27,7 @@ var (
 	// ErrNoKernel says that an image without a kernel found none to boot with.
 	ErrNoKernel = errors.New("no kernel")
 	// ErrCorrupt says that a stored file is not what was stored.
-	ErrCorrupt = errors.New("corrupt image")
+	ErrCorrupt = objects.ErrCorrupt
 )
 
 // InUseError says that VMs use what was to be removed.
@@ -68,9 +69,10 @@ type Options struct {
 
 // Store is a directory of images. It is safe for concurrent use, by many processes too.
 type Store struct {
-	opts  Options
-	log   *slog.Logger
-	locks *storelock.Dir
+	opts    Options
+	log     *slog.Logger
+	locks   *storelock.Dir
+	objects *objects.Store
 
 	hostRoot, hostRelease string // where this machine's kernel is sought, and of which release; "": what it runs
 }
@@ -102,6 +104,7 @@ func Open(opts Options) (*Store, error) {
 	}
 	s := &Store{opts: opts, log: opts.Log}
 	s.locks = &storelock.Dir{Path: opts.Dir, Gate: s.path(namesDir), Temp: s.path(tempDir), Waiting: opts.Waiting}
+	s.objects = &objects.Store{Path: s.path(objectsDir), IDs: objectID, Locks: s.locks, Log: s.log, Progress: opts.Progress}
 	for _, d := range []string{namesDir, objectsDir, layersDir, tempDir} {
 		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
 			return nil, fmt.Errorf("open images: %w", err)
@@ -129,7 +132,6 @@ func (s *Store) alone(ctx context.Context) (release func() error, err error) {
 const (
 	onePull = "pull" // of a reference
 	oneMake = "make" // of an object
-	oneSeen = "seen" // of an object's description
 	oneName = "name" // of an image's description
 )
 

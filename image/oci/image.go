@@ -86,8 +86,12 @@ type Layer struct {
 type Image struct {
 	// Name is how people call it: Docker Hub's host and "library/" are left out, a tag is added.
 	Name string
+	// ID is the configuration's SHA-256, in hexadecimal: what docker calls an image's id.
+	ID string
 	// Digest is the manifest's, or the configuration's for an archive of docker's that has no manifest.
 	Digest string
+	// Index is the digest of the index that has the manifest, if it was found by one that has a digest itself.
+	Index string
 	// Chain names the root file system that the layers make, in 64 hexadecimal digits: the chain ID of the OCI image
 	// specification.
 	Chain  string
@@ -191,6 +195,8 @@ const maxNesting = 3
 
 func (f *found) image(ctx context.Context, arch string) (*Image, error) {
 	want := linux(arch)
+	index := ""
+	_, made := f.from.(*local) // its first document is made of what was chosen
 	for range maxNesting {
 		got := digestOf(f.text)
 		if f.digest != "" && got != f.digest {
@@ -201,7 +207,14 @@ func (f *found) image(ctx context.Context, arch string) (*Image, error) {
 			return nil, err
 		}
 		if !d.index {
-			return f.manifest(ctx, want, got, d)
+			i, err := f.manifest(ctx, want, got, d)
+			if err == nil {
+				i.Index = index
+			}
+			return i, err
+		}
+		if !made || f.digest != "" {
+			index = got
 		}
 		next, err := pick(d.Manifests, want)
 		if err != nil {
@@ -219,7 +232,7 @@ func (f *found) manifest(ctx context.Context, want platform, digest string, d do
 	if err := d.isImage(); err != nil {
 		return nil, err
 	}
-	i := &Image{Name: f.name, Digest: cmp.Or(f.id, digest), from: f.from}
+	i := &Image{Name: f.name, ID: strings.TrimPrefix(d.Config.Digest, algorithm), Digest: cmp.Or(f.id, digest), from: f.from}
 	if err := validDigest(d.Config.Digest); err != nil {
 		return nil, err
 	}

@@ -46,6 +46,11 @@ func (s *Shell) Ensure(ctx context.Context, vm *smartvm.Spec, pull *PullPolicy) 
 	}
 	if *pull != "always" {
 		i, err := images.Find(vm.Image)
+		if err == nil && *pull == "missing" {
+			done := s.Status(s.transfer.Text)
+			i, err = images.Restore(ctx, i)
+			done()
+		}
 		if err == nil {
 			vm.Image = i.Name
 			return nil

@@ -68,9 +68,19 @@ func (s *Shell) pull() *cobra.Command {
 // Pull fetches an image and shows how far that is.
 func (s *Shell) Pull(ctx context.Context, images *image.Store, ref, name string) (*image.Image, error) {
 	done := s.Status(s.transfer.Text)
-	defer done()
 	i, err := images.Pull(ctx, ref, name)
+	done()
+	if err == nil {
+		s.replaced(i)
+	}
 	return i, s.invalid(err)
+}
+
+// replaced says that a name stood for another image before: an archive names itself.
+func (s *Shell) replaced(i *image.Image) {
+	if old := i.Replaced; old != nil {
+		s.note("replaced", "%s is now image %.12s in place of %.12s, which came from %s", i.Name, i.ID, old.ID, human.Printable(old.Source))
+	}
 }
 
 // invalid makes a usage error of one that is the caller's.
@@ -116,6 +126,7 @@ func (s *Shell) importImage() *cobra.Command {
 			if err != nil {
 				return s.invalid(err)
 			}
+			s.replaced(i)
 			return s.made(i)
 		},
 	}
@@ -145,8 +156,8 @@ func (s *Shell) list() *cobra.Command {
 				return err
 			}
 			all, err := images.List()
-			if err != nil {
-				return err
+			if err != nil { // of one, or some: the others are there all the same
+				s.note("warning", "%v", err)
 			}
 			list, rows := []*image.Inspection{}, []string(nil)
 			for _, i := range all {
@@ -188,7 +199,11 @@ func contents(in *image.Inspection) string {
 			text += " " + o.Release
 		}
 	}
-	return cmp.Or(text, "bundle "+in.Bundle)
+	text = cmp.Or(text, "bundle "+in.Bundle)
+	if len(in.Missing) > 0 {
+		text += " (incomplete)"
+	}
+	return text
 }
 
 func (s *Shell) inspect() *cobra.Command {
@@ -280,18 +295,17 @@ func (s *Shell) verify() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			var unreadable error
 			if len(args) == 0 {
 				all, err := images.List()
-				if err != nil {
-					return err
-				}
 				for _, i := range all {
 					args = append(args, i.Name)
 				}
+				unreadable = err
 			}
 			done := s.Status(s.transfer.Text)
 			defer done()
-			return s.each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) })
+			return errors.Join(unreadable, s.each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) }))
 		},
 	}
 }
