@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/internal/kept"
 )
 
@@ -31,10 +32,11 @@ type Image struct {
 	// Bundle is a base image's, in place of objects.
 	Bundle string `json:"bundle,omitempty"`
 	// Itself says that the image boots without our initramfs: its kernel finds its root.
-	Itself   bool       `json:"itself,omitempty"`
-	BootArgs string     `json:"bootArgs,omitempty"` // kernel command line; empty: the default
-	Config   oci.Config `json:"config,omitzero"`    // what it runs, if it says so
-	Layers   []string   `json:"layers,omitempty"`   // digests of the compressed layers that are kept for other images
+	Itself   bool         `json:"itself,omitempty"`
+	BootArgs string       `json:"bootArgs,omitempty"` // kernel command line; empty: the default
+	Config   oci.Config   `json:"config,omitzero"`    // what it runs, if it says so
+	About    config.About `json:"about,omitzero"`
+	Layers   []string     `json:"layers,omitempty"` // digests of the compressed layers that are kept for other images
 	// Stamp is what was looked at when a kernel was taken from the host: it is taken again when that changes.
 	Stamp string `json:"stamp,omitempty"`
 	// Replaced is another image that had the name until now. It is not stored.
@@ -46,7 +48,7 @@ const importSource = "import"
 
 const (
 	imageVersion = 1
-	maxImage     = 1 << 20 // bytes of its description
+	maxImage     = 8 << 20 // bytes of its description: more than configurations may have
 )
 
 // objects are the ids of those that an image has.

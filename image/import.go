@@ -13,6 +13,7 @@ import (
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/imagename"
 	"push.rocks/smartvm/internal/stage"
 )
 
@@ -54,7 +55,7 @@ func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 		return nil, err
 	}
 	err := s.locks.Begin()
-	i := &Image{Name: familiar(o.Name), Source: importSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != ""}
+	i := &Image{Name: imagename.Familiar(o.Name), Source: importSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != ""}
 	var parts []*draft
 	if err == nil {
 		parts, err = s.importParts(ctx, i, o)

@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"regexp"
 	"slices"
@@ -19,56 +18,25 @@ import (
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/imagename"
 	"push.rocks/smartvm/internal/objects"
 )
 
 const (
-	maxName = 150  // bytes of a new name: base64 of it and some more are a file's name
-	maxRef  = 1024 // bytes of what is looked up
-	minID   = 6    // digits that an id can be cut to
+	maxRef = 1024 // bytes of what is looked up
+	minID  = 6    // digits that an id can be cut to
 )
 
-// namePattern is what people may call an image: it looks like a reference without being a path or one of the schemes.
-var namePattern = regexp.MustCompile(`^[a-z0-9][A-Za-z0-9._/:@-]*$`)
-
 // ValidName says whether an image can be given a name.
-func ValidName(name string) error {
-	if !namePattern.MatchString(name) || len(name) > maxName || strings.Contains(name, "..") || strings.Contains(name, "//") {
-		return invalid("image name %.300q: want at most %d letters, digits and ._-/:@, beginning with a small letter or digit", name, maxName)
-	}
-	return nil
-}
+func ValidName(name string) error { return imagename.Valid(name) }
 
 // ownName is for names that people give: those with a digest are for what has it.
 func ownName(name string) error {
-	err := ValidName(name)
+	err := imagename.Own(name)
 	if name == HostKernel {
 		err = errors.Join(err, invalid("image name %q: it stands for this machine's kernel", name))
 	}
-	if _, _, pinned := cutDigest(name); pinned {
-		err = errors.Join(err, invalid("image name %.300q: a digest cannot be chosen", name))
-	}
 	return err
-}
-
-// familiar is a name as a pull has it: Docker Hub's host is left out, and what it has for official images.
-func familiar(name string) string {
-	for _, host := range []string{"docker.io/", "index.docker.io/"} {
-		name = strings.TrimPrefix(name, host)
-	}
-	return strings.TrimPrefix(name, "library/")
-}
-
-// cutDigest cuts NAME[:TAG]@sha256:DIGITS into the name and the digest.
-func cutDigest(ref string) (repository, digest string, pinned bool) {
-	name, digest, pinned := strings.Cut(ref, "@")
-	if !pinned || !strings.HasPrefix(digest, "sha256:") {
-		return ref, "", false
-	}
-	if colon := strings.LastIndexByte(name, ':'); colon > strings.LastIndexByte(name, '/') {
-		name = name[:colon]
-	}
-	return name, digest, true
 }
 
 // has says whether an image is what a digest names, in a registry or here.
@@ -134,10 +102,10 @@ func (s *Store) find(ref string) ([]*Image, error) {
 	if ref == "" || len(ref) > maxRef {
 		return nil, missing
 	}
-	repository, digest, pinned := cutDigest(ref)
-	names := []string{ref, ref + ":latest", familiar(ref), familiar(ref) + ":latest"}
+	repository, digest, pinned := imagename.CutDigest(ref)
+	names := []string{ref, ref + ":latest", imagename.Familiar(ref), imagename.Familiar(ref) + ":latest"}
 	if pinned {
-		names = []string{ref, familiar(repository) + "@" + digest}
+		names = []string{ref, imagename.Familiar(repository) + "@" + digest}
 	}
 	for _, name := range names {
 		i, err := s.read(name)
@@ -169,15 +137,9 @@ func (s *Store) find(ref string) ([]*Image, error) {
 		}
 	}
 	slices.SortStableFunc(all, func(a, b *Image) int { // those of the repository first
-		return strings.Compare(strconv.FormatBool(!of(a, repository)), strconv.FormatBool(!of(b, repository)))
+		return strings.Compare(strconv.FormatBool(!imagename.Of(a.Name, repository)), strconv.FormatBool(!imagename.Of(b.Name, repository)))
 	})
 	return all, nil
-}
-
-// of says whether an image's name is one of a repository.
-func of(i *Image, repository string) bool {
-	rest, ok := strings.CutPrefix(i.Name, familiar(repository))
-	return ok && (rest == "" || rest[0] == ':' || rest[0] == '@')
 }
 
 // List returns all images, by name. What cannot be read is left out, and in the error.
@@ -285,15 +247,10 @@ func (s *Store) Tag(ctx context.Context, ref, name string) (*Image, error) {
 	}
 	i, err := s.Find(ref)
 	if err == nil {
-		i.Name = familiar(name)
+		i.Name = imagename.Familiar(name)
 		err = s.name(ctx, i)
 	}
 	return i, errors.Join(err, release())
 }
 
-// invalidError is what a caller got wrong. It is fs.ErrInvalid.
-type invalidError struct{ error }
-
-func (e invalidError) Is(target error) bool { return target == fs.ErrInvalid }
-
-func invalid(format string, args ...any) error { return invalidError{fmt.Errorf(format, args...)} }
+func invalid(format string, args ...any) error { return imagename.Invalid(format, args...) }

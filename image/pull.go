@@ -13,6 +13,7 @@ import (
 
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/imagename"
 )
 
 // BaseScheme begins the reference of a base image: "base:latest", "base:lts" or "base:hosted".
@@ -27,7 +28,7 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 		if err := ownName(name); err != nil {
 			return nil, err
 		}
-		name = familiar(name)
+		name = imagename.Familiar(name)
 	}
 	if err := s.locks.Begin(); err != nil {
 		return nil, err
@@ -70,13 +71,13 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 	defer func() { err = errors.Join(err, img.Close()) }()
 	i = &Image{
 		Name: cmp.Or(name, img.Name), Source: ref, Arch: s.opts.Arch, ID: img.ID, Digest: img.Digest, Index: img.Index,
-		Config: img.Config, Root: chainID(img.Chain),
+		Config: img.Config, About: img.About, Root: chainID(img.Chain),
 	}
 	// An archive says itself what it is called.
 	if err := ValidName(i.Name); err != nil {
 		return nil, err
 	}
-	if _, digest, pinned := cutDigest(i.Name); pinned && !i.has(digest) {
+	if _, digest, pinned := imagename.CutDigest(i.Name); pinned && !i.has(digest) {
 		return nil, hint.Add(invalid("image name %s: it is another's digest", i.Name), "call it otherwise: --name")
 	}
 	one, err := s.locks.One(ctx, oneMake, i.Root, "another smartvm that unpacks the same layers")

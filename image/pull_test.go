@@ -292,12 +292,8 @@ func TestObjects_NameSpaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, digest, _ := strings.Cut(evil.Root, "-"); !strings.HasSuffix(audited.Root, digest) {
-		t.Fatalf("the test is wrong: %s and %s have different digests", evil.Root, audited.Root)
-	}
-	got, err := os.ReadFile(filepath.Join(dir, "objects", audited.Root, "root.ext4"))
-	if err != nil || !bytes.Equal(got, both.Bytes()) {
-		t.Errorf("imported is not what was given: %d bytes, %v", len(got), err)
+	if !strings.HasPrefix(evil.Root, "chain1-") || !strings.HasPrefix(audited.Root, "rootfs-") || evil.Root == audited.Root {
+		t.Errorf("pulled is %s, imported %s", evil.Root, audited.Root)
 	}
 	wantSound(t, s, dir)
 }

@@ -29,9 +29,9 @@ import (
 
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/oci/ocitest"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/fixtures"
-	"push.rocks/smartvm/image/oci/ocitest"
 	kernelfile "push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/killat"
@@ -179,7 +179,7 @@ func TestImport_Refused(t *testing.T) {
 		"rootfs is device": {image.ImportOptions{Name: "x", Rootfs: "/dev/null"}, fs.ErrInvalid},
 		"rootfs missing":   {image.ImportOptions{Name: "x", Rootfs: rootfs + "x"}, fs.ErrNotExist},
 		"modules missing":  {image.ImportOptions{Name: "x", Kernel: kernel, Modules: rootfs + "x"}, fs.ErrNotExist},
-		"no modules":       {image.ImportOptions{Name: "x", Kernel: kernel, Modules: rootfs}, fs.ErrNotExist},
+		"no modules":       {image.ImportOptions{Name: "x", Kernel: kernel, Modules: rootfs}, fs.ErrInvalid},
 	} {
 		if i, err := s.Import(t.Context(), c.o); !errors.Is(err, c.want) {
 			t.Errorf("%s: %+v, %v, want %v", name, i, err, c.want)
