@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"maps"
@@ -20,6 +21,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/oci/ocitest"
@@ -422,5 +425,47 @@ func TestPull_OneLayer(t *testing.T) {
 		if len(moved) != want {
 			t.Errorf("tag %d moved %v, want %d blobs", n+1, moved, want)
 		}
+	}
+}
+
+// What an image says of itself is kept with its name, and with a further one; a description of before, without, is read.
+func TestInspect_About(t *testing.T) {
+	r, dir := newRegistry(t), storeDir(t)
+	img := randomImage(t, 1)
+	c, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c = c.DeepCopy()
+	c.Author, c.Created.Time, c.Config.Labels = "me", time.Unix(1_700_000_000, 0), map[string]string{"a": "b"}
+	c.Config.Volumes, c.History = map[string]struct{}{"/data": {}}, []v1.History{{CreatedBy: "COPY . /"}}
+	if img, err = mutate.ConfigFile(img, c); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, dir)
+	if _, err := s.Pull(t.Context(), r.push(t, "app:1", img), "app"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Tag(t.Context(), "app", "other:1"); err != nil {
+		t.Fatal(err)
+	}
+	id, err := img.ConfigName()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"app", "other:1"} {
+		in, err := open(t, dir).Inspect(name)
+		if err != nil || in.ID != id.Hex || in.About.Author != "me" || !in.About.Built.Equal(c.Created.Time) || in.About.Platform != "linux/amd64" ||
+			len(in.About.History) != 1 || in.About.History[0].Size == 0 || in.Config.Labels["a"] != "b" || len(in.Config.Volumes) != 1 {
+			t.Errorf("%s: %+v, %v", name, in, err)
+		}
+	}
+	before := filepath.Join(dir, "names", base64.RawURLEncoding.EncodeToString([]byte("old"))+".json")
+	text := `{"version": 1, "name": "old", "created": "2026-01-01T00:00:00Z", "source": "import", "arch": "amd64", "root": "root-` + strings.Repeat("0", 64) + `"}`
+	if err := os.WriteFile(before, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if in, err := s.Inspect("old"); err != nil || len(in.ID) != 64 || len(in.Missing) != 1 {
+		t.Errorf("of before: %+v, %v", in, err)
 	}
 }

@@ -1,17 +1,16 @@
 package images
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/internal/cli/imageview"
 	"push.rocks/smartvm/internal/human"
 )
 
@@ -19,7 +18,7 @@ func (s *Shell) image() *cobra.Command {
 	return s.group("image", "Fetch, make and remove images",
 		"Fetch, make and remove images: what smartvm run IMAGE boots. An image is stored\n"+
 			"once, however many names it has and VMs use it, and no VM ever writes it.",
-		s.pull(), s.importImage(), s.list(), s.inspect(), s.remove(), s.prune(), s.verify())
+		append(s.views(), s.pull(), s.importImage(), s.tag(), s.remove(), s.prune(), s.verify())...)
 }
 
 // store opens the images.
@@ -140,94 +139,33 @@ func (s *Shell) importImage() *cobra.Command {
 	return cmd
 }
 
-func (s *Shell) list() *cobra.Command {
-	var quiet bool
-	cmd := &cobra.Command{
-		Use:     "ls [flags]",
-		Aliases: []string{"list"},
-		Short:   "List images",
-		Long: "List the images that are here. SIZE is what an image takes on disk, also of\n" +
-			"what it shares with others.\n\n" +
-			"The fields of -o json are those of smartvm image inspect.",
-		Args: s.Takes(0, 0, "flags only"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			images, err := s.store()
-			if err != nil {
-				return err
-			}
-			all, err := images.List()
-			if err != nil { // of one, or some: the others are there all the same
-				s.note("warning", "%v", err)
-			}
-			list, rows := []*image.Inspection{}, []string(nil)
-			for _, i := range all {
-				in, err := images.Inspect(i.Name)
-				if errors.Is(err, image.ErrNotFound) {
-					continue // meanwhile
-				}
-				if err != nil {
-					return err
-				}
-				if quiet {
-					fmt.Fprintln(s.Stdout, i.Name)
-				}
-				list = append(list, in)
-				rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s ago\t%d", i.Name, contents(in), human.Size(in.Size), human.Ago(time.Since(i.Created)), len(in.UsedBy)))
-			}
-			switch {
-			case quiet:
-				return nil
-			case s.JSON():
-				return s.WriteJSON(list)
-			}
-			return s.table("NAME\tCONTENT\tSIZE\tCREATED\tVMS", rows)
-		},
+// views are the commands that show images.
+func (s *Shell) views() []*cobra.Command {
+	v := &imageview.Shell{
+		Stdout: s.Stdout, JSON: s.JSON, Store: s.store, Usage: s.Usage, Takes: s.Takes, WriteJSON: s.WriteJSON, Table: s.table,
+		Warn: func(err error) { s.note("warning", "%v", err) },
 	}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print names only")
-	return cmd
+	return v.Commands()
 }
 
-// contents says what an image has.
-func contents(in *image.Inspection) string {
-	text := ""
-	for _, o := range in.Objects {
-		if text != "" {
-			text += ", "
-		}
-		text += cmp.Or(o.Type, o.ID[:6])
-		if o.Release != "" {
-			text += " " + o.Release
-		}
-	}
-	text = cmp.Or(text, "bundle "+in.Bundle)
-	if len(in.Missing) > 0 {
-		text += " (incomplete)"
-	}
-	return text
-}
-
-func (s *Shell) inspect() *cobra.Command {
+func (s *Shell) tag() *cobra.Command {
 	return &cobra.Command{
-		Use:   "inspect IMAGE...",
-		Short: "Show all about images",
-		Long:  "Show all that is known about images, as a JSON array.",
-		Args:  s.Takes(1, -1, "an image"),
-		RunE: func(_ *cobra.Command, args []string) error {
+		Use:     "tag IMAGE NAME",
+		Short:   "Give an image one more name",
+		Long:    "Give an image one more name, which costs nothing, and print that. What had the\nname has it no more.",
+		Example: "  smartvm image tag debian:12 base",
+		Args:    s.Takes(2, 2, "an image and a name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
 			images, err := s.store()
 			if err != nil {
 				return err
 			}
-			list := []*image.Inspection{}
-			var errs []error
-			for _, name := range args {
-				in, err := images.Inspect(name)
-				if err != nil {
-					errs = append(errs, err)
-					continue
-				}
-				list = append(list, in)
+			i, err := images.Tag(cmd.Context(), args[0], args[1])
+			if err != nil {
+				return s.invalid(err)
 			}
-			return errors.Join(append(errs, s.WriteJSON(list))...)
+			s.replaced(i)
+			return s.made(i)
 		},
 	}
 }
