@@ -134,7 +134,7 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 	if err := attach.Expose(s, b.Image.Config.ExposedPorts, h.log); err != nil {
 		return nil, errors.Join(err, boot.release())
 	}
-	if n := len(s.Secrets) + len(s.EnvFiles) + len(s.Volumes); n > 0 && b.Guest == nil {
+	if n := len(s.Secrets) + len(s.EnvFiles) + len(s.Volumes) + len(s.NamedVolumes); n > 0 && b.Guest == nil {
 		return nil, errors.Join(fmt.Errorf("image %s boots by itself: %w: secrets, env files and volumes are for our own agent", s.Image, ErrNotSupported), boot.release())
 	}
 	if b.Guest != nil {
@@ -189,6 +189,7 @@ func (h *Host) scratch(ctx context.Context, s *spec.Scratch) (Drive, error) {
 	}
 	size := int64(cmp.Or(s.SizeMiB, spec.DefaultScratchMiB)) << 20
 	if s.Keep != "" {
+		d.CacheType = "Writeback" // what the guest has synced outlives the host's crash too
 		d.PathOnHost, err = volumes.Named(ctx, s.Keep, size)
 	} else {
 		d.PathOnHost, err = volumes.Blank(ctx, size)

@@ -225,7 +225,8 @@ func digestFile(t *testing.T, path string) [sha256.Size]byte {
 // was killed, and it shuts down when asked. All of that in one guest, as none takes longer to boot.
 func TestLinuxImage_Systemd(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
-	spec := smartvm.Spec{Image: "debian", Name: "box", MachineConfig: linuxMachine(512)}
+	// It is process 1 though it is a command: systemd is none where it is not.
+	spec := smartvm.Spec{Image: "debian", Name: "box", MachineConfig: linuxMachine(512), Command: []string{"/lib/systemd/systemd", "--log-target=journal"}}
 	addSecrets(t, &spec)
 	m := startGuest(t, h, spec)
 	inGuest(t, m, smartvm.Cmd{Args: []string{"echo", "first"}}, 0, "first\n") // while it boots, which more would delay
@@ -277,6 +278,29 @@ func TestLinuxImage_InUse(t *testing.T) {
 	}
 }
 
+// wantModules has guests of a kernel load its modules: by busybox's modprobe, by kmod's, and by the kernel that asks for them.
+func wantModules(t *testing.T, h *smartvm.Host, kernel string) {
+	t.Helper()
+	const script = `modprobe tun && grep -w tun /proc/misc && grep -c . /lib/modules/$(uname -r)/modules.dep >/dev/null && echo listed
+grep /lib/modules /proc/mounts; touch /lib/modules/$(uname -r)/x 2>/dev/null || echo not writable`
+	for _, name := range []string{"minimal", "debian"} {
+		console := runImage(t, h, smartvm.Spec{Image: name, Kernel: kernel, Command: []string{"sh", "-c", script + "; modprobe -n nonesuch || echo no such one"}})
+		wantText(t, console, "tun", "listed", "/lib/modules/", "ro,", "not writable", "no such one")
+	}
+	// dummy is asked for by the kernel: whoever makes such a link names its kind alone.
+	wantText(t, runImage(t, h, smartvm.Spec{
+		Image: "debian", Kernel: kernel, Command: []string{"sh", "-c", "! grep -qw ^dummy /proc/modules && ip link add d0 type dummy && ip -o link show d0 && grep -w ^dummy /proc/modules"},
+	}), "d0:", "dummy")
+}
+
+// Guests have all modules of a distribution's kernel whose package has just been unpacked, whose lists depmod has not made.
+func TestLinuxImage_Modules(t *testing.T) {
+	wantModules(t, imageHost(t, smartvm.LaunchDirect), "")
+	wantText(t, runImage(t, imageHost(t, smartvm.LaunchJailed), smartvm.Spec{
+		Image: "minimal", Command: []string{"sh", "-c", "modprobe tun && grep -w tun /proc/misc"},
+	}), "tun")
+}
+
 // This machine's own kernel boots guests, as the package has it. In the lab that is the distribution's generic one.
 func TestLinuxImage_HostKernel(t *testing.T) {
 	if !testenv.InLab() {
@@ -304,4 +328,5 @@ func TestLinuxImage_HostKernel(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantText(t, runImage(t, h, smartvm.Spec{Image: "minimal", Kernel: image.HostKernel, Command: []string{"uname", "-r"}}), name)
+	wantModules(t, h, image.HostKernel)
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/testenv"
 )
 
@@ -233,4 +234,61 @@ func TestLinuxVolumes_RunKilled(t *testing.T) {
 		t.Errorf("%+v, %v", report, err)
 	}
 	wantFiles(t, src, map[string]string{"keep": "guest\n", "both": "old"})
+}
+
+// A named volume gets what the image has in its place, outlives the VM, and is in a snapshot as it was then.
+func TestLinuxNamedVolumes(t *testing.T) {
+	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
+		t.Run(string(launcher), func(t *testing.T) {
+			h := imageHost(t, launcher)
+			name := "named-" + string(launcher)
+			vm := func(readOnly bool) smartvm.Spec {
+				return smartvm.Spec{
+					Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256),
+					Volumes:      []smartvm.Volume{{Source: volumeSource(t), Target: "/work", ReadOnly: true}},
+					NamedVolumes: []smartvm.NamedVolume{{Name: name, Target: "/etc", SizeMiB: 64, ReadOnly: readOnly}, {Name: name + "-empty", Target: "/work/deep/empty", SizeMiB: 64}},
+				}
+			}
+			volumes, err := h.Volumes()
+			if err != nil {
+				t.Fatal(err)
+			}
+			removeVolumes := func() {
+				for _, n := range []string{name, name + "-empty"} {
+					if err := volumes.Volumes().Remove(n, volume.Options{}); err != nil && !errors.Is(err, fs.ErrNotExist) {
+						t.Error(err)
+					}
+				}
+			}
+			t.Cleanup(removeVolumes)
+			const look = "cd /etc; stat -c '%a %U' .; head -n 1 os-release; test -e lost+found || echo alone; cat /etc/mine /work/deep/empty/f 2>/dev/null; ls -d /run/smartvm 2>/dev/null; grep -c ' /etc ext4' /proc/mounts"
+			m := startGuest(t, h, vm(false))
+			inGuest(t, m, asRoot(look), 0, "755 root\nID=smartvm-minimal\nalone\n1\n")
+			inGuest(t, m, asRoot("echo one >/etc/mine; echo two >/work/deep/empty/f; cat /work/keep; sync"), 0, "keep")
+			endGuest(t, m)
+
+			m = startGuest(t, h, vm(true))
+			inGuest(t, m, asRoot(look), 0, "755 root\nID=smartvm-minimal\nalone\none\ntwo\n1\n")
+			inGuest(t, m, asRoot("(echo x >/etc/mine) 2>/dev/null || echo read-only; echo three >>/work/deep/empty/f; sync"), 0, "read-only\n")
+			sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Name: name})
+			if err != nil {
+				t.Fatal(err)
+			}
+			inGuest(t, m, asRoot("echo four >>/work/deep/empty/f"), 0, "")
+			restored, err := h.Restore(t.Context(), sn.ID, smartvm.RestoreOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := restored.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			inGuest(t, restored, asRoot("cat /work/deep/empty/f"), 0, "two\nthree\n")
+			endGuest(t, restored)
+			inGuest(t, m, asRoot("cat /work/deep/empty/f"), 0, "two\nthree\nfour\n")
+			endGuest(t, m)
+			if err := h.RemoveSnapshot(t.Context(), name, false); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }

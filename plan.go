@@ -118,7 +118,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 		}
 	}
 	if len(s.Volumes) > 0 {
-		image := &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes}
+		image := &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes, Named: s.NamedVolumes}
 		if share.Synced(s.Volumes) {
 			image.Copied = filepath.Join(dir, store.CopiedFile)
 		}

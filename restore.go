@@ -206,8 +206,8 @@ func (from *origin) respec(rec *record, o RestoreOptions) error {
 	if o.Policy != nil {
 		v.Policy = o.Policy
 	}
-	v.Logger, v.Metrics = nil, nil                   // files of the user's, which are another VM's
-	v.Volumes, v.Secrets, v.EnvFiles = nil, nil, nil // what was in them is in the memory and the drives
+	v.Logger, v.Metrics = nil, nil                                        // files of the user's, which are another VM's
+	v.Volumes, v.NamedVolumes, v.Secrets, v.EnvFiles = nil, nil, nil, nil // what was in them is in the memory and the drives
 	if v.Vsock != nil {
 		v.Vsock = &Vsock{GuestCID: v.Vsock.GuestCID}
 	}

@@ -14,6 +14,7 @@ import (
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/stranger"
+	"push.rocks/smartvm/spec"
 )
 
 // What goes wrong with snapshots; test with errors.Is.
@@ -133,6 +134,8 @@ func (sn *Snapshot) Lacks() error {
 		}
 		_, err := os.Stat(sn.host.local(path))
 		switch {
+		case err != nil && id == spec.ModulesDrive:
+			err = hint.Add(fmt.Errorf("the kernel's modules are not here, or not the same: drive %s: %w", id, err), "smartvm image import --kernel VMLINUZ --modules DIR kernel, with those of its kernel")
 		case err != nil && !filepath.IsAbs(path) && s.Spec.Image != "":
 			err = hint.Add(fmt.Errorf("image %s is not here, or not the same: drive %s: %w", s.Spec.Image, id, err), "smartvm image pull %s", s.Spec.Image)
 		case err != nil:

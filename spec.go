@@ -25,5 +25,6 @@ type (
 	Scratch          = spec.Scratch
 	Secret           = spec.Secret
 	Volume           = spec.Volume
+	NamedVolume      = spec.NamedVolume
 	FieldError       = spec.FieldError
 )

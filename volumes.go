@@ -1,6 +1,7 @@
 package smartvm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,8 +24,21 @@ import (
 // addVolumes gives a VM of an image the drives for its volumes, and tells its guest.
 func (h *Host) addVolumes(ctx context.Context, rec *record) error {
 	s, g := &rec.Spec, rec.Boot.Guest
+	disks, err := h.Volumes()
+	if err != nil {
+		return err
+	}
+	for i, v := range s.NamedVolumes {
+		path, err := disks.Volumes().Named(ctx, v.Name, int64(cmp.Or(v.SizeMiB, spec.DefaultVolumeMiB))<<20)
+		if err != nil {
+			return err
+		}
+		device := addDrive(s, Drive{DriveID: spec.NamedDrive(i), PathOnHost: path, CacheType: "Writeback", Ephemeral: new(bool)})
+		g.Disks = append(g.Disks, agentproto.Disk{Device: device, Target: v.Target, ReadOnly: v.ReadOnly})
+	}
 	if len(s.Volumes) == 0 {
-		return nil
+		_, err := g.Encode() // it may be too long by now
+		return err
 	}
 	g.Volumes = share.Guest(s.Volumes)
 	g.VolumeDevice = addDrive(s, Drive{DriveID: spec.VolumeDrive, PathOnHost: filepath.Join(h.store.Dir(rec.ID), store.VolumeFile), IsReadOnly: true})
@@ -41,7 +55,7 @@ func (h *Host) addVolumes(ctx context.Context, rec *record) error {
 		changes.DriveID, changes.Ephemeral = spec.ChangesDrive, &yes
 		g.ChangesDevice = addDrive(s, changes)
 	}
-	_, err := g.Encode() // it may be too long by now
+	_, err = g.Encode() // it may be too long by now
 	return err
 }
 

@@ -87,12 +87,12 @@ func (s *Store) Boot(ctx context.Context, name string, o BootOptions) (b *Boot, 
 	}
 	if err == nil && !i.Itself && b.Root != "" {
 		b.Guest = guestConfig(b, o)
-		if modules != nil && slices.ContainsFunc(modules.Files, func(f File) bool { return f.Name == modulesDisk }) {
-			b.Modules = filepath.Join(s.objectDir(modules.ID), modulesDisk)
-		}
 		b.BootArgs = cmp.Or(b.BootArgs, QuietBootArgs)
 		_, encodeErr := b.Guest.Encode() // it may be too long
 		err = errors.Join(encodeErr, s.bootInitramfs(ctx, b, modules))
+	}
+	if b.Guest == nil {
+		b.Modules = "" // nobody would mount them
 	}
 	if err != nil {
 		err = fmt.Errorf("boot image %s: %w", i.Name, err)
@@ -121,6 +121,14 @@ func (s *Store) bootKernel(ctx context.Context, b *Boot, o BootOptions) (*Object
 	}
 	b.Kernel = s.file(k)
 	s.keep(b, k)
+	if i.Modules != "" {
+		all, err := s.use(ctx, i.Modules, false)
+		if err != nil {
+			return nil, err
+		}
+		b.Modules = s.file(all)
+		s.keep(b, all)
+	}
 	if !k.Modules {
 		return nil, nil
 	}
@@ -227,7 +235,7 @@ func guestConfig(b *Boot, o BootOptions) *agentproto.Boot {
 	}
 	return &agentproto.Boot{
 		RootDevice: rootDevice, RootType: b.RootType, ScratchDevice: scratchDevice,
-		Hostname: o.Hostname, Command: run, Init: isInit(run, o.Systemd), Env: slices.Concat(slices.DeleteFunc(slices.Clone(c.Env), unnamed), o.Env),
+		Hostname: o.Hostname, Command: run, Init: becomesInit(run, c, o), Env: slices.Concat(slices.DeleteFunc(slices.Clone(c.Env), unnamed), o.Env),
 		User: cmp.Or(o.User, c.User), WorkingDir: dir, StopSignal: signal, Directories: c.Volumes,
 	}
 }
@@ -249,18 +257,22 @@ func command(c oci.Config, o BootOptions) []string {
 	return slices.Concat(c.Entrypoint, c.Cmd)
 }
 
-// isInit says whether a command boots the guest as its process 1. What is an init is podman's rule (podman-run(1), --systemd), which looks
-// behind the shell that a Dockerfile's CMD without brackets has.
-func isInit(command []string, systemd string) bool {
-	if len(command) == 0 || systemd == spec.SystemdFalse {
+// becomesInit says whether a command boots the guest as its process 1. What is an init is podman's rule (podman-run(1), --systemd), which looks
+// behind the shell that a Dockerfile's CMD without brackets has. Podman runs all else as process 1 too; so here does an image that says by
+// itself that its entrypoint is to prepare the way for an init, its last argument (kindest/node).
+func becomesInit(command []string, c oci.Config, o BootOptions) bool {
+	if len(command) == 0 || o.Systemd == spec.SystemdFalse {
 		return false
-	}
-	if systemd == spec.SystemdAlways {
-		return true
 	}
 	name := command[0]
 	if len(command) > 2 && command[0] == "/bin/sh" && command[1] == "-c" {
 		name = command[2]
 	}
-	return path.Base(name) == "systemd" || slices.Contains([]string{"/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init"}, name)
+	last := command[len(command)-1]
+	prepared := o.Entrypoint == nil && len(o.Command) == 0 && len(c.Entrypoint) > 0 && path.IsAbs(last) && isInit(last)
+	return o.Systemd == spec.SystemdAlways || isInit(name) || prepared
+}
+
+func isInit(program string) bool {
+	return path.Base(program) == "systemd" || slices.Contains([]string{"/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init"}, program)
 }

@@ -92,3 +92,27 @@ func TestGuestConfig_Init(t *testing.T) {
 		}
 	}
 }
+
+// An image's entrypoint may go before the init that is its own last argument.
+func TestGuestConfig_Prepared(t *testing.T) {
+	entry := []string{"/entrypoint"}
+	for name, tt := range map[string]struct {
+		c    oci.Config
+		o    BootOptions
+		want bool
+	}{
+		"kind":             {oci.Config{Entrypoint: []string{"/entrypoint", "/sbin/init"}}, BootOptions{}, true},
+		"command":          {oci.Config{Entrypoint: entry, Cmd: []string{"/lib/systemd/systemd"}}, BootOptions{}, true},
+		"against it":       {oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}}, BootOptions{Systemd: spec.SystemdFalse}, false},
+		"another command":  {oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}}, BootOptions{Command: []string{"sh"}}, false},
+		"a file's name":    {oci.Config{Entrypoint: []string{"cat"}}, BootOptions{Command: []string{"/sbin/init"}}, false},
+		"no entrypoint":    {oci.Config{Cmd: []string{"ls", "/sbin/init"}}, BootOptions{}, false},
+		"an unclear name":  {oci.Config{Entrypoint: entry, Cmd: []string{"systemd"}}, BootOptions{}, false},
+		"another entry":    {oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}}, BootOptions{Entrypoint: []string{"/x"}}, false},
+		"not its last one": {oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init", "-v"}}, BootOptions{}, false},
+	} {
+		if got := guestConfig(&Boot{Image: &Image{Config: tt.c}}, tt.o); got.Init != tt.want {
+			t.Errorf("%s: got %v, want %v", name, got.Init, tt.want)
+		}
+	}
+}

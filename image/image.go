@@ -25,10 +25,12 @@ type Image struct {
 	Digest string `json:"digest,omitempty"`
 	Index  string `json:"index,omitempty"`
 	Arch   string `json:"arch"`
-	// Root, Kernel and Initrd are ids of objects. An image without a kernel boots with another's, or the host's.
-	Root   string `json:"root,omitempty"`
-	Kernel string `json:"kernel,omitempty"`
-	Initrd string `json:"initrd,omitempty"`
+	// Root, Kernel, Modules (the kernel's, all of them) and Initrd are ids of objects. An image without a kernel boots with
+	// another's, or the host's.
+	Root    string `json:"root,omitempty"`
+	Kernel  string `json:"kernel,omitempty"`
+	Modules string `json:"modules,omitempty"`
+	Initrd  string `json:"initrd,omitempty"`
 	// Bundle is a base image's, in place of objects.
 	Bundle string `json:"bundle,omitempty"`
 	// Itself says that the image boots without our initramfs: its kernel finds its root.
@@ -53,7 +55,7 @@ const (
 
 // objects are the ids of those that an image has.
 func (i *Image) objects() []string {
-	return slices.DeleteFunc([]string{i.Root, i.Kernel, i.Initrd}, func(id string) bool { return id == "" })
+	return slices.DeleteFunc([]string{i.Root, i.Kernel, i.Modules, i.Initrd}, func(id string) bool { return id == "" })
 }
 
 // dirs are the directories in which VMs say that they use an image.

@@ -95,18 +95,18 @@ func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) (par
 	if o.Kernel == HostKernel {
 		h, err := s.hostKernel()
 		if old, _ := s.Find(HostKernel); err != nil && errors.Is(err, ErrNoKernel) && old != nil && o.Modules == "" {
-			i.Kernel = old.Kernel
+			i.Kernel, i.Modules = old.Kernel, old.Modules
 		} else if err != nil {
 			return nil, err
 		}
 		o.Kernel, o.Modules = h.kernel, cmp.Or(o.Modules, h.modules)
 	}
 	if o.Kernel != "" {
-		k, err := s.storeKernel(ctx, o.Kernel, o.Modules)
+		k, err := s.storeKernel(ctx, i, o.Kernel, o.Modules)
 		if err != nil {
-			return nil, err
+			return k, err
 		}
-		i.Kernel, parts = k.ID, append(parts, k)
+		parts = append(parts, k...)
 	}
 	if o.Initrd != "" {
 		r, err := s.storeCopy(ctx, o.Initrd, &Object{ID: kindInitrd + "-", Files: []File{{Name: initrdFile}}})

@@ -108,13 +108,12 @@ func (s *Store) kernelImage(ctx context.Context, name string) (*Image, error) {
 // fetchKernel stores the kernel of the newest base image under DefaultKernel, where this machine's own is not to be had. The caller holds the store.
 func (s *Store) fetchKernel(ctx context.Context, why error) (i *Image, err error) {
 	err = s.opts.Base.Kernel(ctx, func(path, _ string) error {
-		o, err := s.placed(s.storeKernel(ctx, path, ""))
-		if err != nil {
+		i = &Image{Name: DefaultKernel, Source: importSource, Arch: s.opts.Arch}
+		if err := s.placeAll(s.storeKernel(ctx, i, path, "")); err != nil {
 			return err
 		}
-		i = &Image{Name: DefaultKernel, Source: importSource, Arch: s.opts.Arch, Kernel: o.ID}
 		if s.opts.Installed != nil {
-			s.opts.Installed("kernel "+o.Release+" of Firecracker's own images", s.file(o))
+			s.opts.Installed(filepath.Base(path)+" of Firecracker's own images", filepath.Join(s.opts.Dir, objectsDir, i.Kernel, kernelFile))
 		}
 		return s.name(ctx, i)
 	})
@@ -142,11 +141,10 @@ func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, erro
 	if old != nil && old.Stamp == now {
 		return old, nil
 	}
-	o, err := s.placed(s.storeKernel(ctx, h.kernel, h.modules))
-	if err != nil {
+	i := &Image{Name: HostKernel, Source: importSource, Arch: s.opts.Arch, Stamp: now}
+	if err := s.placeAll(s.storeKernel(ctx, i, h.kernel, h.modules)); err != nil {
 		return nil, err
 	}
-	i := &Image{Name: HostKernel, Source: importSource, Arch: s.opts.Arch, Kernel: o.ID, Stamp: now}
 	return i, s.name(ctx, i)
 }
 
@@ -173,23 +171,35 @@ func (h hostFiles) stamp() (string, error) {
 	return fmt.Sprintf("%s modules %s made %d-%s", stamp, modules, kernelFormat, initramfs.Fingerprint()), nil
 }
 
-// storeKernel drafts the kernel at path, extracted, and of its modules those that a guest needs to find its root, and all
-// of them as a disk that guests share. Modules is an unpacked /lib/modules/RELEASE, or the directory above, or "": all is
-// built in.
-func (s *Store) storeKernel(ctx context.Context, path, modules string) (*draft, error) {
+// placeAll puts drafts in their places and closes them. The caller holds the store.
+func (s *Store) placeAll(parts []*draft, err error) error {
+	for _, d := range parts {
+		if err == nil {
+			err = s.objects.Place(d)
+		}
+		err = errors.Join(err, d.Close())
+	}
+	return err
+}
+
+// storeKernel drafts the kernel at path for i, extracted, with those of its modules that a guest needs to find its root, and
+// all of them as a disk that guests share. Modules is an unpacked /lib/modules/RELEASE, or the directory above, or "": all
+// is built in. The caller closes the drafts, on error too.
+func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string) (parts []*draft, err error) {
 	src, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("import kernel: %w", err)
+		return parts, fmt.Errorf("import kernel: %w", err)
 	}
 	defer src.Close()
 	fi, err := src.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("import kernel: %w", err)
+		return parts, fmt.Errorf("import kernel: %w", err)
 	}
 	if !fi.Mode().IsRegular() {
 		return nil, invalid("import kernel %s: no regular file", path)
 	}
-	return s.draft(ctx, func(dir string) (*Object, error) {
+	var tree *os.Root
+	k, err := s.draft(ctx, func(dir string) (*Object, error) {
 		o := &Object{ID: kindKernel + "-", Files: []File{{Name: kernelFile}}}
 		err := create(filepath.Join(dir, kernelFile), func(w io.Writer) error {
 			info, err := kernel.Extract(ctx, w, src, fi.Size())
@@ -205,20 +215,37 @@ func (s *Store) storeKernel(ctx context.Context, path, modules string) (*draft, 
 		if modules == "" {
 			return o, nil
 		}
-		if err := s.addModules(ctx, dir, o, modules); err != nil {
+		if tree, err = openModules(modules, o.Release); err == nil {
+			err = addModules(dir, o, tree)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("import modules of %s: %w", modules, err)
 		}
 		return o, nil
 	})
+	if tree != nil {
+		defer tree.Close()
+	}
+	if err != nil {
+		return nil, err
+	}
+	parts = append(parts, k)
+	if i.Kernel = k.ID; tree == nil {
+		return parts, nil
+	}
+	all, err := s.draft(ctx, func(dir string) (*Object, error) {
+		o := &Object{ID: kindModules + "-", Type: "ext4", Release: k.Release, Files: []File{{Name: modulesDisk}}}
+		return o, create(filepath.Join(dir, modulesDisk), func(w io.Writer) error { return s.modulesToExt4(ctx, tree.FS(), w.(*os.File)) })
+	})
+	if err != nil {
+		return parts, fmt.Errorf("import modules of %s: %w", modules, err)
+	}
+	i.Modules = all.ID
+	return append(parts, all), nil
 }
 
-// addModules puts the modules of o's kernel into o's directory.
-func (s *Store) addModules(ctx context.Context, dir string, o *Object, modules string) error {
-	root, err := openModules(modules, o.Release)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
+// addModules puts into o's directory those modules of o's kernel that a guest needs to find its root.
+func addModules(dir string, o *Object, root *os.Root) error {
 	release, err := kernel.ModulesRelease(root.FS())
 	if err != nil {
 		return err
@@ -229,14 +256,10 @@ func (s *Store) addModules(ctx context.Context, dir string, o *Object, modules s
 	if release != "" && release != o.Release {
 		return invalid("they are for the kernel %s, and the kernel is %s", release, o.Release)
 	}
-	o.Modules, o.Files = true, append(o.Files, File{Name: modulesFile}, File{Name: modulesDisk})
-	err = create(filepath.Join(dir, modulesFile), func(w io.Writer) error {
+	o.Modules, o.Files = true, append(o.Files, File{Name: modulesFile})
+	return create(filepath.Join(dir, modulesFile), func(w io.Writer) error {
 		return initramfs.Build(w, initramfs.Options{Modules: root.FS(), Release: o.Release})
 	})
-	if err != nil {
-		return err
-	}
-	return create(filepath.Join(dir, modulesDisk), func(w io.Writer) error { return s.modulesToExt4(ctx, root.FS(), w.(*os.File)) })
 }
 
 // openModules opens an unpacked /lib/modules/RELEASE: dir, or the directory in it that is meant.

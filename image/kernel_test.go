@@ -107,7 +107,7 @@ func TestHostKernel_Current(t *testing.T) {
 
 	modules := filepath.Join(root, "lib/modules", release)
 	write(t, modules, map[string][]byte{
-		"modules.dep": []byte("kernel/net/tun.ko:\nkernel/net/vsock.ko:\nkernel/extra.ko:\n"), "kernel/extra.ko": kerneltest.Module("name=extra"),
+		"modules.dep": []byte("kernel/net/tun.ko:\nkernel/net/vsock.ko:\nkernel/squashfs.ko:\n"), "kernel/squashfs.ko": kerneltest.Module("name=squashfs"),
 	})
 	if b, err := bootHost(t, s); err != nil || b.Modules == first.Modules {
 		t.Errorf("modules were installed: %+v, %v; want others than before", b, err)
@@ -300,7 +300,22 @@ func TestBoot_Modules(t *testing.T) {
 	if err != nil || !bytes.Contains(initrd, []byte("vsock.ko")) || bytes.Contains(initrd, []byte("tun.ko")) {
 		t.Errorf("initramfs of %d bytes: %v; want vsock and not tun", len(initrd), err)
 	}
+	// The same modules are one disk wherever they are stored: a snapshot that was made elsewhere finds it.
+	elsewhere := open(t, storeDir(t))
+	i, err := elsewhere.Import(t.Context(), image.ImportOptions{Name: "kernel", Kernel: filepath.Join(root, "boot/vmlinuz-"+release), Modules: tree})
+	if err != nil || i.Modules != filepath.Base(filepath.Dir(b.Modules)) {
+		t.Errorf("stored elsewhere: %+v, %v; want modules %s", i, err, b.Modules)
+	}
+	if _, err := s.Prune(t.Context(), false); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(b.Modules); err != nil {
+		t.Errorf("after a prune: %v", err)
+	}
 	kernel, _ := sources(t)
+	if b, err := s.Boot(t.Context(), image.HostKernel, image.BootOptions{}); err != nil || b.Modules != "" || b.Release() != nil {
+		t.Errorf("the kernel alone, without our agent: %+v, %v", b, err)
+	}
 	if _, err := s.Import(t.Context(), image.ImportOptions{Name: "plain", Kernel: kernel}); err != nil {
 		t.Fatal(err)
 	}
@@ -414,7 +429,7 @@ func TestFetchKernel(t *testing.T) {
 	if diff := cmp.Diff([]string{"vmlinux-6.1.141"}, fetched); diff != "" {
 		t.Errorf("fetched, -want +got:\n%s", diff)
 	}
-	if diff := cmp.Diff([]string{"kernel 6.1.141 of Firecracker's own images: vmlinux"}, told); diff != "" {
+	if diff := cmp.Diff([]string{"vmlinux-6.1.141 of Firecracker's own images: vmlinux"}, told); diff != "" {
 		t.Errorf("told, -want +got:\n%s", diff)
 	}
 }

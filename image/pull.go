@@ -55,7 +55,7 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 // a directory of its own, and the layers are kept by a lock on theirs.
 func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err error) {
 	if s.opts.Offline && !oci.Local(ref) {
-		return nil, ErrOffline
+		return nil, hint.Add(ErrOffline, "smartvm image pull %s, without --offline, brings it", ref)
 	}
 	w, err := s.locks.Work()
 	if err != nil {

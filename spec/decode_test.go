@@ -76,7 +76,8 @@ const imageSpec = `{
   "extraHosts": [{"name": "db.example", "ip": "fd00::7"}, {"name": "host", "hostGateway": true}],
   "entrypoint": ["/bin/sh", "-c"], "command": ["id"], "env": ["A=b"], "user": "nobody", "workingDir": "/tmp", "systemd": "always",
   "envFiles": ["/srv/env"], "secrets": [{"name": "key", "path": "/srv/key"}],
-  "volumes": [{"source": "/srv/www", "target": "/www", "readOnly": true}, {"source": "/srv/src", "target": "/src", "sync": true}]
+  "volumes": [{"source": "/srv/www", "target": "/www", "readOnly": true}, {"source": "/srv/src", "target": "/src", "sync": true}],
+  "namedVolumes": [{"name": "db", "target": "/data", "sizeMib": 64, "readOnly": true}]
 }`
 
 // An empty entrypoint is not none.

@@ -60,6 +60,8 @@ type Spec struct {
 	EnvFiles []string `json:"envFiles,omitempty"`
 	Secrets  []Secret `json:"secrets,omitempty"`
 	Volumes  []Volume `json:"volumes,omitempty"`
+	// NamedVolumes are disks that outlive the VM, mounted in the guest of an image. At most 8, none twice.
+	NamedVolumes []NamedVolume `json:"namedVolumes,omitempty"`
 
 	// Ports are published on the host. PublishAll publishes also those that the image exposes and no element of Ports leads to, each at a free port
 	// of the host. Policy says what the guest may reach, on all its networks.

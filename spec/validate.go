@@ -163,6 +163,9 @@ func (s Spec) checkStorage(p *problems) {
 		for _, id := range []string{RootDrive, ScratchDrive, GuestDrive, ModulesDrive, VolumeDrive, ChangesDrive} {
 			seen[id] = "image's"
 		}
+		for i := range s.NamedVolumes {
+			seen[NamedDrive(i)] = "image's"
+		}
 		root = "image's"
 	}
 	oneRoot := func(path string, isRoot bool) {

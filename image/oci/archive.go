@@ -16,6 +16,7 @@ import (
 	"strings"
 
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/manifest"
 )
 
 // inArchive finds an image in a tar.
@@ -234,17 +235,17 @@ type dockerImage struct {
 }
 
 // document makes a manifest of what is none.
-func (a *archive) document(i dockerImage) (d document, err error) {
+func (a *archive) document(i dockerImage) (d manifest.Document, err error) {
 	if len(i.Layers) > maxLayers {
-		return document{}, &flatten.LimitError{What: "layers", Limit: maxLayers}
+		return manifest.Document{}, &flatten.LimitError{What: "layers", Limit: maxLayers}
 	}
 	if d.Config, err = a.describe(i.Config); err != nil {
-		return document{}, err
+		return manifest.Document{}, err
 	}
 	for _, n := range i.Layers {
 		l, err := a.describe(n)
 		if err != nil {
-			return document{}, err
+			return manifest.Document{}, err
 		}
 		d.Layers = append(d.Layers, l)
 	}
@@ -252,16 +253,16 @@ func (a *archive) document(i dockerImage) (d document, err error) {
 }
 
 // describe makes a blob of a file.
-func (a *archive) describe(n string) (descriptor, error) {
+func (a *archive) describe(n string) (manifest.Descriptor, error) {
 	p, ok := a.find(inTar(n))
 	if !ok {
-		return descriptor{}, fmt.Errorf("%w: %q is missing in it", ErrNotFound, n)
+		return manifest.Descriptor{}, fmt.Errorf("%w: %q is missing in it", ErrNotFound, n)
 	}
 	h := sha256.New()
 	if _, err := io.Copy(h, a.open(p)); err != nil {
-		return descriptor{}, err
+		return manifest.Descriptor{}, err
 	}
-	d := descriptor{Digest: algorithm + hex.EncodeToString(h.Sum(nil)), Size: p.size}
+	d := manifest.Descriptor{Digest: manifest.Algorithm + hex.EncodeToString(h.Sum(nil)), Size: p.size}
 	a.blobs[d.Digest] = p
 	return d, nil
 }

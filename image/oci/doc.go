@@ -6,10 +6,10 @@
 package oci
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
-	"strings"
+	"net"
+	"net/url"
 )
 
 const (
@@ -20,15 +20,32 @@ const (
 // ErrNotFound says that there is no such image where the reference leads.
 var ErrNotFound = errors.New("no such image")
 
+// ErrUnchanged says that a tag leads to what Options.Unless names.
+var ErrUnchanged = errors.New("the image has not changed")
+
 // ErrPlainHTTP refuses to speak to another machine without TLS.
 var ErrPlainHTTP = errors.New("plain HTTP is for this machine alone")
 
-// PlatformError says that an image is not for the machine in question.
-type PlatformError struct {
-	Want string   // "linux/amd64"
-	Have []string // in the image's order, with variants: "linux/arm/v7"
+// UnreachableError says that a registry cannot be spoken to.
+type UnreachableError struct {
+	Host string
+	Err  error
 }
 
-func (e *PlatformError) Error() string {
-	return fmt.Sprintf("no image for %s; there are: %s", e.Want, cmp.Or(strings.Join(e.Have, ", "), "none"))
+func (e *UnreachableError) Error() string {
+	why := e.Err
+	var lookup *net.DNSError
+	var network *net.OpError
+	var request *url.Error
+	switch {
+	case errors.As(e.Err, &lookup):
+		why = errors.New("its name cannot be looked up: " + lookup.Err)
+	case errors.As(e.Err, &network):
+		why = network.Err
+	case errors.As(e.Err, &request):
+		why = request.Err
+	}
+	return fmt.Sprintf("registry %s cannot be reached: %v", e.Host, why)
 }
+
+func (e *UnreachableError) Unwrap() error { return e.Err }

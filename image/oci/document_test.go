@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/oci/ocitest"
 )
 
@@ -124,7 +125,7 @@ func TestResolve_Documents(t *testing.T) {
 			if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v, want %q", err, c.want)
 			}
-			var not *oci.NotImageError
+			var not *manifest.NotImageError
 			if errors.As(err, &not) != (c.kind != "") || not != nil && not.Type != c.kind {
 				t.Errorf("%v, want the type %q", err, c.kind)
 			}
@@ -190,8 +191,8 @@ func TestResolve_Variants(t *testing.T) {
 	}
 	index("new", "amd64/v3", "amd64/v4", "arm/v6", "arm/v7")
 	_, err := oci.Resolve(t.Context(), "oci:"+dir+":new", oci.Options{})
-	var got *oci.PlatformError
-	if want := (&oci.PlatformError{Want: "linux/amd64", Have: []string{"linux/amd64/v3", "linux/amd64/v4", "linux/arm/v6", "linux/arm/v7"}}); !errors.As(err, &got) || !cmp.Equal(got, want) {
+	var got *manifest.PlatformError
+	if want := (&manifest.PlatformError{Want: "linux/amd64", Have: []string{"linux/amd64/v3", "linux/amd64/v4", "linux/arm/v6", "linux/arm/v7"}}); !errors.As(err, &got) || !cmp.Equal(got, want) {
 		t.Errorf("%v, want %v", err, want)
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/internal/atomicfile"
 )
 
@@ -78,6 +79,7 @@ type download struct {
 	file *os.File
 	hash hash.Hash
 	have int64
+	full error // of writing
 }
 
 func (d *download) run(ctx context.Context) (err error) {
@@ -89,18 +91,12 @@ func (d *download) run(ctx context.Context) (err error) {
 	if err := d.resume(); err != nil {
 		return err
 	}
-	resumed := d.have > 0
-	err = d.all(ctx)
-	if wrong := (*flatten.DigestError)(nil); errors.As(err, &wrong) && resumed {
-		// What was there from before may be the culprit.
-		if err = d.reset(); err == nil {
-			err = d.all(ctx)
-		}
-	}
-	if wrong := (*flatten.DigestError)(nil); errors.As(err, &wrong) {
+	err = d.anywhere(ctx)
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), errors.As(err, new(*flatten.DigestError)):
+		// It takes room that is wanted, or is worth nothing.
 		return errors.Join(err, os.Remove(d.file.Name()))
-	}
-	if err != nil {
+	case err != nil:
 		return err
 	}
 	if err := d.file.Sync(); err != nil {
@@ -110,6 +106,28 @@ func (d *download) run(ctx context.Context) (err error) {
 		return err
 	}
 	return atomicfile.SyncDir(filepath.Dir(d.path))
+}
+
+// anywhere fetches what is missing, from the next place when one sends what it should not, or nothing.
+func (d *download) anywhere(ctx context.Context) error {
+	for {
+		resumed := d.have > 0
+		err := d.all(ctx)
+		if resumed && errors.As(err, new(*flatten.DigestError)) {
+			// What was there from before may be the culprit.
+			if err = d.reset(); err == nil {
+				err = d.all(ctx)
+			}
+		}
+		if err == nil || ctx.Err() != nil || d.full != nil || !d.from.elsewhere(d.layer.Digest, err) {
+			return err
+		}
+		if errors.As(err, new(*flatten.DigestError)) {
+			if err := d.reset(); err != nil {
+				return err
+			}
+		}
+	}
 }
 
 // claim opens the partial file under a lock, and waits while another process has it. It returns nil when the layer is
@@ -205,7 +223,7 @@ func (d *download) all(ctx context.Context) error {
 			return err
 		}
 	}
-	if got := algorithm + hex.EncodeToString(d.hash.Sum(nil)); got != d.layer.Digest {
+	if got := manifest.Algorithm + hex.EncodeToString(d.hash.Sum(nil)); got != d.layer.Digest {
 		return &flatten.DigestError{What: "layer", Want: d.layer.Digest, Got: got}
 	}
 	return nil
@@ -239,6 +257,9 @@ func (d *download) Write(p []byte) (int, error) {
 	d.hash.Write(p[:n])
 	d.have += int64(n)
 	d.count(int64(n))
+	if err != nil {
+		d.full = err
+	}
 	return n, err
 }
 

@@ -3,8 +3,6 @@ package oci
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +16,8 @@ import (
 
 	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/manifest"
+	"push.rocks/smartvm/image/registries"
 )
 
 // Options say where images come from. The zero value is fit for public registries.
@@ -25,15 +25,21 @@ type Options struct {
 	// Arch is what images are chosen for, as Go spells it: "amd64" (default) or "arm64". The system is Linux. A variant may
 	// follow, "amd64/v3"; without one, images are chosen that any processor of the architecture runs.
 	Arch string
-	// Keychain knows the registries' passwords, authn.DefaultKeychain those of docker login and its helpers. Nil: none.
+	// Keychain knows the registries' passwords, a login.Keychain those of docker and podman. Nil: none.
 	Keychain authn.Keychain
 	// Mirrors are hosts, as in "mirror.example:5000", that are asked for Docker Hub's images first, in this order.
 	Mirrors []string
-	// Transport is for HTTP. Nil: a copy of http.DefaultTransport.
+	// Registries reads what is said of registries: mirrors, places, blocked and insecure ones. It is called for references of
+	// registries only. Nil: nothing is.
+	Registries func() (*registries.Config, error)
+	// Transport is for HTTP, of an *http.Transport a copy. Nil: http.DefaultTransport.
 	Transport http.RoundTripper
-	Stdin     io.Reader // of the reference "-"
-	TempDir   string    // for archives that have to be unpacked; empty: os.TempDir
-	Log       *slog.Logger
+	// Unless is what a registry's tag led to before, an Image's Index, or its Digest if it has none. While it does, Resolve
+	// returns ErrUnchanged: registries do not count being asked for that as a pull.
+	Unless  string
+	Stdin   io.Reader // of the reference "-"
+	TempDir string    // for archives that have to be unpacked; empty: os.TempDir
+	Log     *slog.Logger
 }
 
 // Config is what an image wants to be run as, Healthcheck a part of it.
@@ -76,6 +82,8 @@ type source interface {
 	manifest(ctx context.Context, digest string) ([]byte, error)
 	// blob reads from offset on or, where that is not possible, from the start on: it says which.
 	blob(ctx context.Context, digest string, offset int64) (r io.ReadCloser, start int64, err error)
+	// elsewhere says that what came of a blob was of no use. It returns whether there is another place that will be asked.
+	elsewhere(digest string, err error) bool
 	Close() error
 }
 
@@ -116,8 +124,9 @@ func fileName(digest string) string { return strings.ReplaceAll(digest, ":", "-"
 //
 // An image without a name is called after its file or directory, as far as that gives a name.
 //
-// Errors are ErrNotFound, ErrPlainHTTP, *PlatformError, *NotImageError, *flatten.DigestError, *flatten.LimitError, *transport.Error of
-// go-containerregistry for what a registry says, and those of files.
+// Errors are ErrNotFound, ErrUnchanged, ErrPlainHTTP, *UnreachableError, *manifest.PlatformError, *manifest.NotImageError,
+// *flatten.DigestError, *flatten.LimitError, *transport.Error of go-containerregistry for what a registry says, and those of
+// files.
 func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
 	if o.Arch == "" {
 		o.Arch = "amd64"
@@ -162,29 +171,28 @@ var errLayers = errors.New("numbers of layers differ")
 const maxNesting = 3
 
 func (f *found) image(ctx context.Context, arch string) (*Image, error) {
-	want := linux(arch)
-	index := ""
+	want, index := manifest.Linux(arch), ""
 	_, made := f.from.(*local) // its first document is made of what was chosen
 	for range maxNesting {
-		got := digestOf(f.text)
+		got := manifest.Digest(f.text)
 		if f.digest != "" && got != f.digest {
 			return nil, &flatten.DigestError{What: "manifest", Want: f.digest, Got: got}
 		}
-		d, err := readDocument(f.text, f.kind)
+		d, err := manifest.Read(f.text, f.kind)
 		if err != nil {
 			return nil, err
 		}
-		if !d.index {
+		if !d.Index {
 			i, err := f.manifest(ctx, want, got, d)
 			if err == nil {
 				i.Index = index
 			}
 			return i, err
 		}
-		if !made || f.digest != "" {
+		if index == "" && (!made || f.digest != "") {
 			index = got
 		}
-		next, err := pick(d.Manifests, want)
+		next, err := manifest.Pick(d.Manifests, want)
 		if err != nil {
 			return nil, err
 		}
@@ -196,12 +204,12 @@ func (f *found) image(ctx context.Context, arch string) (*Image, error) {
 	return nil, errors.New("read manifest: indexes within indexes")
 }
 
-func (f *found) manifest(ctx context.Context, want platform, digest string, d document) (*Image, error) {
-	if err := d.isImage(); err != nil {
+func (f *found) manifest(ctx context.Context, want manifest.Platform, digest string, d manifest.Document) (*Image, error) {
+	if err := d.Image(); err != nil {
 		return nil, err
 	}
-	i := &Image{Name: f.name, ID: strings.TrimPrefix(d.Config.Digest, algorithm), Digest: cmp.Or(f.id, digest), from: f.from}
-	if err := validDigest(d.Config.Digest); err != nil {
+	i := &Image{Name: f.name, ID: strings.TrimPrefix(d.Config.Digest, manifest.Algorithm), Digest: cmp.Or(f.id, digest), from: f.from}
+	if err := manifest.ValidDigest(d.Config.Digest); err != nil {
 		return nil, err
 	}
 	if len(d.Layers) > maxLayers {
@@ -219,7 +227,7 @@ func (f *found) manifest(ctx context.Context, want platform, digest string, d do
 		return nil, fmt.Errorf("read manifest: %w: %d, and %d in the configuration", errLayers, len(d.Layers), len(diffIDs))
 	}
 	for n, l := range d.Layers {
-		if err := errors.Join(validDigest(l.Digest), validDigest(diffIDs[n])); err != nil {
+		if err := errors.Join(manifest.ValidDigest(l.Digest), manifest.ValidDigest(diffIDs[n])); err != nil {
 			return nil, err
 		}
 		if l.Size < 0 || l.Size > flatten.MaxBytes-i.Size {
@@ -238,14 +246,15 @@ func (f *found) manifest(ctx context.Context, want platform, digest string, d do
 }
 
 // configure reads an image's configuration.
-func (i *Image) configure(text []byte, want platform) (diffIDs []string, err error) {
+func (i *Image) configure(text []byte, want manifest.Platform) (diffIDs []string, err error) {
 	c, err := config.Parse(text)
 	if err != nil {
 		return nil, err
 	}
 	// Old images, and those built without, say nothing. The variant is left to whoever asked for this very image.
 	if c.OS != "" && c.OS != want.OS || c.Architecture != "" && c.Architecture != want.Architecture {
-		return nil, &PlatformError{want.String(), []string{platform{c.OS, c.Architecture, c.Variant}.String()}}
+		have := manifest.Platform{OS: c.OS, Architecture: c.Architecture, Variant: c.Variant}
+		return nil, &manifest.PlatformError{Want: want.String(), Have: []string{have.String()}}
 	}
 	i.Config, i.About = c.Config, c.About
 	return c.DiffIDs, nil
@@ -258,13 +267,13 @@ func chain(diffIDs []string) string {
 		if n == 0 {
 			id = d
 		} else {
-			id = digestOf([]byte(id + " " + d))
+			id = manifest.Digest([]byte(id + " " + d))
 		}
 	}
 	if id == "" {
-		id = digestOf(nil)
+		id = manifest.Digest(nil)
 	}
-	return strings.TrimPrefix(id, algorithm)
+	return strings.TrimPrefix(id, manifest.Algorithm)
 }
 
 // readBlob reads a small one.
@@ -277,7 +286,7 @@ func readBlob(ctx context.Context, from source, digest string) (text []byte, err
 	if text, err = readSmall(r); err != nil {
 		return nil, err
 	}
-	if got := digestOf(text); got != digest || start != 0 {
+	if got := manifest.Digest(text); got != digest || start != 0 {
 		return nil, &flatten.DigestError{What: "configuration", Want: digest, Got: got}
 	}
 	return text, nil
@@ -289,20 +298,4 @@ func readSmall(r io.Reader) ([]byte, error) {
 		err = &flatten.LimitError{What: "bytes of a manifest or configuration", Limit: maxManifest}
 	}
 	return text, err
-}
-
-const algorithm = "sha256:"
-
-func digestOf(text []byte) string {
-	sum := sha256.Sum256(text)
-	return algorithm + hex.EncodeToString(sum[:])
-}
-
-// validDigest makes sure that a digest can be part of a file's name.
-func validDigest(d string) error {
-	digits, ok := strings.CutPrefix(d, algorithm)
-	if !ok || len(digits) != 2*sha256.Size || strings.Trim(digits, "0123456789abcdef") != "" {
-		return fmt.Errorf("digest %.100q is not a SHA-256", d)
-	}
-	return nil
 }

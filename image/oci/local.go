@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/internal/hint"
 )
 
@@ -39,6 +40,8 @@ func (l *local) manifest(ctx context.Context, digest string) (text []byte, err e
 	defer func() { err = errors.Join(err, r.Close()) }()
 	return readSmall(r)
 }
+
+func (l *local) elsewhere(string, error) bool { return false }
 
 func (l *local) Close() error { return l.close() }
 
@@ -92,12 +95,12 @@ func (l *local) choose(index io.Reader, base, ref string) (found, error) {
 	if err != nil {
 		return found{}, err
 	}
-	d, err := readDocument(text, typeIndex)
+	d, err := manifest.Read(text, manifest.TypeIndex)
 	if err != nil {
 		return found{}, fmt.Errorf("%s: %w", layoutIndex, err)
 	}
 	var names []string
-	named := map[string][]descriptor{}
+	named := map[string][]manifest.Descriptor{}
 	for _, m := range d.Manifests {
 		tag := m.Annotations["org.opencontainers.image.ref.name"]
 		full := called(cmp.Or(m.Annotations["io.containerd.image.name"], tag), base)
@@ -107,7 +110,7 @@ func (l *local) choose(index io.Reader, base, ref string) (found, error) {
 		if named[full] == nil {
 			names = append(names, full)
 		}
-		if !slices.ContainsFunc(named[full], func(d descriptor) bool { return d.Digest == m.Digest }) {
+		if !slices.ContainsFunc(named[full], func(d manifest.Descriptor) bool { return d.Digest == m.Digest }) {
 			named[full] = append(named[full], m)
 		}
 	}
@@ -148,7 +151,7 @@ func inDir(dir string) (found, error) {
 		return found{}, notExist(err)
 	}
 	l := &local{close: root.Close, open: func(digest string) (io.ReadSeekCloser, error) {
-		digits := strings.TrimPrefix(digest, algorithm)
+		digits := strings.TrimPrefix(digest, manifest.Algorithm)
 		f, err := root.Open(digits)
 		if errors.Is(err, os.ErrNotExist) {
 			return root.Open(digits + "." + dockerManifest)

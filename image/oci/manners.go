@@ -25,13 +25,18 @@ var errStalled = fmt.Errorf("nothing came for %v", stallTime)
 // manners is how servers are spoken to: not in plain text unless they are on this machine, again when they are busy or
 // hang up, and with an end to waiting.
 type manners struct {
-	base http.RoundTripper
-	log  *slog.Logger
+	base     http.RoundTripper
+	log      *slog.Logger
+	local    bool // the registry is on this machine; another could lead us to this machine's own services
+	insecure bool // somebody has said that plain HTTP will do
 }
 
 func (m *manners) RoundTrip(req *http.Request) (*http.Response, error) {
-	if req.URL.Scheme != "https" && !here(req.URL.Hostname()) {
+	switch plain, near := req.URL.Scheme != "https", here(req.URL.Hostname()); {
+	case plain && !near && !m.insecure:
 		return nil, fmt.Errorf("%s: %w", req.URL.Host, ErrPlainHTTP)
+	case plain && near && !m.local:
+		return nil, fmt.Errorf("a registry elsewhere leads to %s: %w", req.URL.Host, ErrPlainHTTP)
 	}
 	for try := 0; ; try++ {
 		resp, err := m.once(req)
@@ -56,8 +61,8 @@ func (m *manners) once(req *http.Request) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(req.Context())
 	timer := time.AfterFunc(stallTime, func() { cancel(errStalled) })
 	resp, err := m.base.RoundTrip(req.WithContext(ctx))
+	timer.Stop()
 	if err != nil {
-		timer.Stop()
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
@@ -107,7 +112,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// body is a response's that must not stall.
+// body is a response's that must not stall. Its timer runs while something is read: what has come may be long in the writing.
 type body struct {
 	io.ReadCloser
 	ctx    context.Context
@@ -116,11 +121,12 @@ type body struct {
 }
 
 func (b *body) Read(p []byte) (int, error) {
+	b.timer.Reset(stallTime)
 	n, err := b.ReadCloser.Read(p)
+	b.timer.Stop()
 	if err != nil && !errors.Is(err, io.EOF) && b.ctx.Err() != nil {
 		err = context.Cause(b.ctx)
 	}
-	b.timer.Reset(stallTime)
 	return n, err
 }
 

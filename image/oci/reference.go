@@ -2,12 +2,16 @@ package oci
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
+	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
 	"push.rocks/smartvm/internal/hint"
 )
@@ -147,4 +151,28 @@ func plain(s string) string {
 	}
 	text := b.String()
 	return strings.TrimRight(text[:min(len(text), maxPlain)], "._-")
+}
+
+// explain makes an error of a registry one that people can do something about.
+func explain(err error, repo name.Repository, ref string) error {
+	var status *transport.Error
+	switch {
+	case errors.Is(err, ErrPlainHTTP):
+		return hint.Add(err, "insecure = true in a [[registry]] of registries.conf allows it")
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return hint.Add(err, "its authority's certificate belongs into /etc/containers/certs.d/%s/ca.crt", repo.RegistryStr())
+	case errors.Is(err, errRedirects):
+		return err
+	case errors.As(err, &status):
+		switch status.StatusCode {
+		case http.StatusUnauthorized, http.StatusForbidden:
+			err = hint.Add(err, "there is no such image, or it wants a login: docker login %s", repo.RegistryStr())
+		}
+		return fileHint(err, ref)
+	case errors.As(err, new(*url.Error)):
+		err = &UnreachableError{Host: repo.RegistryStr(), Err: err}
+		err = hint.Add(err, "smartvm image ls shows what is here; images come without a registry by docker-archive:FILE, oci:DIR and smartvm image import")
+		return fileHint(err, ref)
+	}
+	return err
 }

@@ -9,24 +9,36 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
+	"sync"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/manifest"
+	"push.rocks/smartvm/image/registries"
 )
 
 // registry is a repository, at its own host and at mirrors.
 type registry struct {
-	hosts []*host // in the order in which they are asked
-	log   *slog.Logger
-	idle  func()
+	log  *slog.Logger
+	idle []func()
+
+	mu    sync.Mutex
+	hosts []*host          // the first is asked; one that does not serve is left for the next. The last stays
+	gave  map[string]*host // what gave a blob last, by digest
 }
 
 // host is one that has a repository. It is logged in to when it is asked first.
 type host struct {
-	repo   name.Repository
-	auth   authn.Authenticator
+	repo     name.Repository
+	keychain authn.Keychain
+
+	mu     sync.Mutex // while it is logged in to
+	in     bool
 	client http.Client
 }
 
@@ -34,25 +46,36 @@ type host struct {
 var errRedirects = errors.New("too many redirects")
 
 func inRegistry(ctx context.Context, text string, o Options) (found, error) {
-	ref, err := name.ParseReference(text)
+	typed, err := name.ParseReference(text)
 	if err != nil {
 		return found{}, fileHint(err, text)
 	}
-	r := &registry{log: o.Log, idle: func() {}}
-	base := cmp.Or(o.Transport, http.DefaultTransport)
-	if t, ok := base.(*http.Transport); ok && o.Transport == nil {
-		t = t.Clone()
-		base, r.idle = t, t.CloseIdleConnections
-	}
-	for _, repo := range repositories(ref.Context(), o) {
-		h := &host{repo: repo, auth: authn.Anonymous}
-		if o.Keychain != nil {
-			if h.auth, err = authn.Resolve(ctx, o.Keychain, repo); err != nil {
-				return found{}, fmt.Errorf("log in to %s: %w", repo.RegistryStr(), err)
-			}
+	conf := &registries.Config{}
+	if o.Registries != nil {
+		if conf, err = o.Registries(); err != nil {
+			return found{}, err
 		}
+	}
+	ref, err := name.ParseReference(conf.Expand(text))
+	if err != nil {
+		return found{}, err
+	}
+	places, err := places(ref, conf, o)
+	if err != nil {
+		return found{}, err
+	}
+	r := &registry{log: o.Log, gave: map[string]*host{}}
+	for _, p := range places {
+		base := cmp.Or(o.Transport, http.DefaultTransport)
+		if t, ok := base.(*http.Transport); ok {
+			if t, err = conf.Transport(t, p); err != nil {
+				return found{}, errors.Join(err, r.Close())
+			}
+			base, r.idle = t, append(r.idle, t.CloseIdleConnections)
+		}
+		h := &host{repo: p.Repository, keychain: o.Keychain}
 		h.client = http.Client{
-			Transport: &manners{base: base, log: o.Log},
+			Transport: &manners{base: base, log: o.Log, local: here(hostOf(p.Repository)), insecure: p.Insecure},
 			CheckRedirect: func(_ *http.Request, via []*http.Request) error {
 				if len(via) >= 10 {
 					return errRedirects
@@ -62,33 +85,44 @@ func inRegistry(ctx context.Context, text string, o Options) (found, error) {
 		}
 		r.hosts = append(r.hosts, h)
 	}
-	f := found{from: r, name: familiar(ref)}
+	f := found{from: r, name: familiar(typed)}
 	if d, ok := ref.(name.Digest); ok {
 		f.digest = d.DigestStr()
-		if err := validDigest(f.digest); err != nil {
+		if err := manifest.ValidDigest(f.digest); err != nil {
 			return found{}, err
 		}
 	}
-	if f.text, f.kind, err = r.login(ctx, ref.Identifier()); err != nil {
+	err = r.ask(ctx, func(h *host) (err error) {
+		if f.digest == "" && o.Unless != "" && h.digest(ctx, ref.Identifier()) == o.Unless {
+			return ErrUnchanged
+		}
+		f.text, f.kind, err = h.manifest(ctx, ref.Identifier())
+		return err
+	})
+	if err != nil && ctx.Err() == nil {
+		err = explain(err, ref.Context(), text)
+	}
+	if err != nil {
 		return found{}, errors.Join(err, r.Close())
 	}
 	return f, nil
 }
 
-// repositories are where to look for one: mirrors are for Docker Hub alone, as docker has it. Elsewhere, the same path could
-// be something else.
-func repositories(repo name.Repository, o Options) (all []name.Repository) {
-	if repo.RegistryStr() == name.DefaultRegistry {
+// places are where to look for an image: Options.Mirrors are for Docker Hub alone, as docker has it. Elsewhere, the same path
+// could be something else.
+func places(ref name.Reference, conf *registries.Config, o Options) (all []registries.Place, err error) {
+	if repo := ref.Context(); repo.RegistryStr() == name.DefaultRegistry {
 		for _, m := range o.Mirrors {
 			mirror, err := name.NewRegistry(m)
 			if err != nil {
 				o.Log.Warn("mirror skipped", "mirror", m, "err", err)
 				continue
 			}
-			all = append(all, mirror.Repo(repo.RepositoryStr()))
+			all = append(all, registries.Place{Repository: mirror.Repo(repo.RepositoryStr())})
 		}
 	}
-	return append(all, repo)
+	own, err := conf.Places(ref)
+	return append(all, own...), err
 }
 
 // familiar is a reference as people write it.
@@ -100,33 +134,87 @@ func familiar(ref name.Reference) string {
 	return n
 }
 
-// login finds the first host that has a manifest, which is then asked for everything else.
-func (r *registry) login(ctx context.Context, identifier string) (text []byte, kind string, err error) {
+// ask calls f with hosts in turn until one serves, which is then asked for everything else.
+func (r *registry) ask(ctx context.Context, f func(h *host) error) error {
 	for {
-		h := r.hosts[0]
-		t, err := transport.NewWithContext(ctx, h.repo.Registry, h.auth, h.client.Transport, []string{h.repo.Scope(transport.PullScope)})
+		r.mu.Lock()
+		h, last := r.hosts[0], len(r.hosts) == 1
+		r.mu.Unlock()
+		err := h.login(ctx)
 		if err == nil {
-			h.client.Transport = t
-			text, kind, err = h.manifest(ctx, identifier)
+			err = f(h)
 		}
-		if err == nil || len(r.hosts) == 1 || ctx.Err() != nil {
-			return text, kind, err
+		if err == nil || errors.Is(err, ErrUnchanged) || last || ctx.Err() != nil {
+			return err
 		}
+		r.leave(h, err)
+	}
+}
+
+// leave has the next host asked in place of one that does not serve.
+func (r *registry) leave(h *host, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.hosts) > 1 && r.hosts[0] == h {
 		r.log.Warn("mirror does not serve", "mirror", h.repo.RegistryStr(), "image", h.repo.RepositoryStr(), "err", err)
 		r.hosts = r.hosts[1:]
 	}
 }
 
-const accept = typeIndex + ", " + typeManifest + ", " + typeDockerIndex + ", " + typeDockerManifest
+func (r *registry) elsewhere(digest string, err error) bool {
+	r.mu.Lock()
+	h := r.gave[digest]
+	r.mu.Unlock()
+	if h == nil {
+		return false
+	}
+	r.leave(h, err)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.hosts[0] != h
+}
 
-func (r *registry) manifest(ctx context.Context, digest string) ([]byte, error) {
-	text, _, err := r.hosts[0].manifest(ctx, digest)
+func (h *host) login(ctx context.Context) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.in {
+		return nil
+	}
+	auth := authn.Anonymous
+	if h.keychain != nil {
+		var err error
+		if auth, err = authn.Resolve(ctx, h.keychain, h.repo); err != nil {
+			return fmt.Errorf("log in to %s: %w", h.repo.RegistryStr(), err)
+		}
+	}
+	t, err := transport.NewWithContext(ctx, h.repo.Registry, auth, h.client.Transport, []string{h.repo.Scope(transport.PullScope)})
+	if err == nil {
+		h.client.Transport, h.in = t, true
+	}
+	return err
+}
+
+// hostOf is a repository's, without a port.
+func hostOf(repo name.Repository) string { return (&url.URL{Host: repo.RegistryStr()}).Hostname() }
+
+const accept = manifest.TypeIndex + ", " + manifest.TypeManifest + ", " + manifest.TypeDockerIndex + ", " + manifest.TypeDockerManifest
+
+func (r *registry) manifest(ctx context.Context, digest string) (text []byte, err error) {
+	err = r.ask(ctx, func(h *host) (err error) {
+		if text, _, err = h.manifest(ctx, digest); err != nil {
+			return err
+		}
+		if got := manifest.Digest(text); got != digest {
+			return &flatten.DigestError{What: "manifest", Want: digest, Got: got}
+		}
+		return nil
+	})
 	return text, err
 }
 
 // manifest also returns what the registry calls it, a media type.
 func (h *host) manifest(ctx context.Context, identifier string) (text []byte, kind string, err error) {
-	resp, err := h.get(ctx, "manifests/"+identifier, http.Header{"Accept": {accept}})
+	resp, err := h.do(ctx, http.MethodGet, "manifests/"+identifier, http.Header{"Accept": {accept}})
 	if err != nil {
 		return nil, "", err
 	}
@@ -135,16 +223,38 @@ func (h *host) manifest(ctx context.Context, identifier string) (text []byte, ki
 	return text, resp.Header.Get("Content-Type"), err
 }
 
-func (r *registry) blob(ctx context.Context, digest string, offset int64) (io.ReadCloser, int64, error) {
+// digest is what a tag leads to, as far as the registry says so without being asked for more.
+func (h *host) digest(ctx context.Context, tag string) string {
+	resp, err := h.do(ctx, http.MethodHead, "manifests/"+tag, http.Header{"Accept": {accept}})
+	if err != nil {
+		return "" // the manifest will tell
+	}
+	_ = resp.Body.Close() // there is none
+	return resp.Header.Get("Docker-Content-Digest")
+}
+
+func (r *registry) blob(ctx context.Context, digest string, offset int64) (body io.ReadCloser, start int64, err error) {
+	err = r.ask(ctx, func(h *host) (err error) {
+		if body, start, err = h.blob(ctx, digest, offset); err == nil {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.gave[digest] = h
+		}
+		return err
+	})
+	return body, start, err
+}
+
+func (h *host) blob(ctx context.Context, digest string, offset int64) (io.ReadCloser, int64, error) {
 	header := http.Header{}
 	if offset > 0 {
 		header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
 	}
-	resp, err := r.hosts[0].get(ctx, "blobs/"+digest, header)
+	resp, err := h.do(ctx, http.MethodGet, "blobs/"+digest, header)
 	var status *transport.Error
 	if offset > 0 && errors.As(err, &status) && status.StatusCode == http.StatusRequestedRangeNotSatisfiable {
 		offset = 0
-		resp, err = r.hosts[0].get(ctx, "blobs/"+digest, nil)
+		resp, err = h.do(ctx, http.MethodGet, "blobs/"+digest, nil)
 	}
 	if err != nil {
 		return nil, 0, err
@@ -158,17 +268,19 @@ func (r *registry) blob(ctx context.Context, digest string, offset int64) (io.Re
 	return resp.Body, offset, nil
 }
 
-// get asks for a part of the repository. The caller closes the response's body.
-func (h *host) get(ctx context.Context, part string, header http.Header) (*http.Response, error) {
+// do asks for a part of the repository. The caller closes the response's body.
+func (h *host) do(ctx context.Context, method, part string, header http.Header) (*http.Response, error) {
 	// The transport knows whether it is to be plain HTTP.
 	url := fmt.Sprintf("https://%s/v2/%s/%s", h.repo.RegistryStr(), h.repo.RepositoryStr(), part)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	req, err := http.NewRequestWithContext(ctx, method, url, nil)
 	if err != nil {
 		return nil, err
 	}
 	for k, v := range header {
 		req.Header[k] = v
 	}
+	// What is sent packed by the way would be unpacked by the way, and have another digest.
+	req.Header.Set("Accept-Encoding", "identity")
 	resp, err := h.client.Do(req)
 	if err != nil {
 		return nil, err
@@ -184,7 +296,9 @@ func (h *host) get(ctx context.Context, part string, header http.Header) (*http.
 }
 
 func (r *registry) Close() error {
-	r.idle()
+	for _, idle := range r.idle {
+		idle()
+	}
 	return nil
 }
 

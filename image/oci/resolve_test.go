@@ -19,6 +19,7 @@ import (
 
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/oci/ocitest"
 )
 
@@ -145,12 +146,12 @@ func TestResolve_Platforms(t *testing.T) {
 			}
 		}
 	}
-	for ref, want := range map[string]*oci.PlatformError{
+	for ref, want := range map[string]*manifest.PlatformError{
 		s.host() + "/a:all": {Want: "linux/riscv64", Have: []string{"linux/arm64", "linux/amd64"}},
 		s.host() + "/a:arm": {Want: "linux/riscv64", Have: []string{"linux/arm64"}},
 	} {
 		_, err := oci.Resolve(t.Context(), ref, oci.Options{Arch: "riscv64"})
-		var got *oci.PlatformError
+		var got *manifest.PlatformError
 		if !errors.As(err, &got) || !cmp.Equal(got, want) {
 			t.Errorf("%s: %v, want %v", ref, err, want)
 		}

@@ -17,23 +17,28 @@ import (
 // Store is a directory of named disks, which outlive VMs, and of empty ones, which are only ever copied. It is safe for
 // concurrent use, by many processes too.
 type Store struct {
-	dir string
+	dir   string
+	names string // where the named ones are, in dir
 }
 
 // Names in a store's directory: docs/layout.md.
 const (
 	namedDir = "named"
+	dataDir  = "data"
 	blankDir = "blank" // kind-bytes
 )
 
+// Volumes has names of its own, for disks that are mounted in guests at a path.
+func (s *Store) Volumes() *Store { return &Store{s.dir, dataDir} }
+
 // Open makes a store in a directory of ours alone.
 func Open(dir string) (*Store, error) {
-	for _, d := range []string{namedDir, blankDir} {
+	for _, d := range []string{namedDir, dataDir, blankDir} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return nil, fmt.Errorf("open disks: %w", err)
 		}
 	}
-	return &Store{dir: dir}, nil
+	return &Store{dir, namedDir}, nil
 }
 
 var namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]*$`)
@@ -75,7 +80,40 @@ func (s *Store) Named(ctx context.Context, name string, size int64) (string, err
 	return path, nil
 }
 
-func (s *Store) named(name string) string { return filepath.Join(s.dir, namedDir, name+".ext4") }
+// what they are called.
+func (s *Store) what() string { return map[string]string{namedDir: "disk", dataDir: "volume"}[s.names] }
+
+// Create makes a named disk, empty, of size bytes. Returns fs.ErrExist.
+func (s *Store) Create(ctx context.Context, name string, size int64) (Disk, error) {
+	if err := ValidName(name); err != nil {
+		return Disk{}, err
+	}
+	if err := Blank(ctx, s.named(name), "ext4", size); err != nil {
+		return Disk{}, err
+	}
+	return s.Find(name)
+}
+
+// Find returns a named disk. Returns fs.ErrNotExist.
+func (s *Store) Find(name string) (Disk, error) {
+	if err := ValidName(name); err != nil {
+		return Disk{}, err
+	}
+	fi, err := os.Lstat(s.named(name))
+	if err == nil && !fi.Mode().IsRegular() {
+		err = fs.ErrNotExist
+	}
+	if err != nil {
+		return Disk{}, fmt.Errorf("find %s %s: %w", s.what(), name, err)
+	}
+	return s.disk(name, fi), nil
+}
+
+func (s *Store) disk(name string, fi fs.FileInfo) Disk {
+	return Disk{Name: name, Path: s.named(name), Size: fi.Size(), Used: fi.Sys().(*syscall.Stat_t).Blocks * 512}
+}
+
+func (s *Store) named(name string) string { return filepath.Join(s.dir, s.names, name+".ext4") }
 
 // Disk is a named disk.
 type Disk struct {
@@ -87,7 +125,7 @@ type Disk struct {
 
 // List returns the named disks, by name.
 func (s *Store) List() ([]Disk, error) {
-	entries, err := os.ReadDir(filepath.Join(s.dir, namedDir))
+	entries, err := os.ReadDir(filepath.Join(s.dir, s.names))
 	if err != nil {
 		return nil, fmt.Errorf("list disks: %w", err)
 	}
@@ -98,7 +136,7 @@ func (s *Store) List() ([]Disk, error) {
 		if !ok || err != nil || !fi.Mode().IsRegular() {
 			continue
 		}
-		all = append(all, Disk{Name: name, Path: s.named(name), Size: fi.Size(), Used: fi.Sys().(*syscall.Stat_t).Blocks * 512})
+		all = append(all, s.disk(name, fi))
 	}
 	return all, nil
 }
@@ -111,14 +149,14 @@ func (s *Store) Remove(name string, o Options) error {
 	path := s.named(name)
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
-		return fmt.Errorf("remove disk %s: %w", name, err)
+		return fmt.Errorf("remove %s %s: %w", s.what(), name, err)
 	}
 	defer f.Close()
 	if err := errors.Join(disklock.Lock(f, false), o.check(path)); err != nil {
-		return fmt.Errorf("remove disk %s: %w", name, err)
+		return fmt.Errorf("remove %s %s: %w", s.what(), name, err)
 	}
 	if err := os.Remove(path); err != nil {
-		return fmt.Errorf("remove disk %s: %w", name, err)
+		return fmt.Errorf("remove %s %s: %w", s.what(), name, err)
 	}
 	return nil
 }

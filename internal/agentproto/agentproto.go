@@ -82,6 +82,8 @@ type Boot struct {
 	Volumes       []Volume `json:"volumes,omitempty"`
 	VolumeDevice  string   `json:"volumeDevice,omitempty"`
 	ChangesDevice string   `json:"changesDevice,omitempty"`
+	// Disks are ext4 file systems of the host's that outlive the guest.
+	Disks []Disk `json:"disks,omitempty"`
 
 	Interfaces []Interface  `json:"interfaces,omitempty"`
 	DNS        []netip.Addr `json:"dns,omitempty"` // servers, for resolv.conf. Empty: the image's own stay
@@ -105,7 +107,16 @@ type Volume struct {
 	ReadOnly bool   `json:"readOnly,omitempty"` // nothing of it is on ChangesDevice
 }
 
+// Disk is a drive whose directory DiskDir is mounted at Target. Where there is no such directory it is made, of what is at Target.
+type Disk struct {
+	Device   string `json:"device"`
+	Target   string `json:"target"` // absolute; made if it is not there
+	ReadOnly bool   `json:"readOnly,omitempty"`
+}
+
 const (
+	// DiskDir is in a Disk: what else an ext4 has, lost+found, is nothing for the guest's programs.
+	DiskDir = "volume"
 	// VolumeFile is the name of a volume that is a file, in its directory.
 	VolumeFile = "file"
 	// ChangesDir is where a guest mounts a ChangesDevice that is none of its own. In it each volume has a directory of its number, in
@@ -225,6 +236,8 @@ func (b *Boot) validate() error {
 		return invalid("volumes on %q and %q", b.VolumeDevice, b.ChangesDevice)
 	case len(b.Volumes) > 0 && b.VolumeDevice == "" || slices.ContainsFunc(b.Volumes, func(v Volume) bool { return !v.isValid(b) }):
 		return invalid("volumes %v", b.Volumes)
+	case slices.ContainsFunc(b.Disks, func(d Disk) bool { return !isDevice(d.Device) || !isTarget(d.Target) }):
+		return invalid("disks %v", b.Disks)
 	case b.MachineID != "" && (len(b.MachineID) != 32 || strings.Trim(b.MachineID, digits+"abcdef") != ""):
 		return invalid("machine id %q", b.MachineID)
 	case b.StopSignal != "" && signalErr != nil:

@@ -31,7 +31,8 @@ func full() *agentproto.Boot {
 			Addresses: []netip.Prefix{netip.MustParsePrefix("172.30.0.2/24"), netip.MustParsePrefix("fd00::2/64")},
 			Gateways:  []netip.Addr{netip.MustParseAddr("172.30.0.1"), netip.MustParseAddr("fd00::1")},
 		}},
-		DNS: []netip.Addr{netip.MustParseAddr("172.30.0.1")}, Search: []string{"example.com"},
+		Disks: []agentproto.Disk{{Device: "/dev/vdc", Target: "/data"}, {Device: "/dev/vdd", Target: "/srv/web", ReadOnly: true}},
+		DNS:   []netip.Addr{netip.MustParseAddr("172.30.0.1")}, Search: []string{"example.com"},
 		Hosts: []agentproto.Host{{Name: "db.example", Address: netip.MustParseAddr("fd00::7")}},
 	}
 }
@@ -73,6 +74,9 @@ func TestEncode_Invalid(t *testing.T) {
 		"RootType":        func(b *agentproto.Boot) { b.RootType = "overlay" },
 		"Modules":         func(b *agentproto.Boot) { b.ModulesDevice = "/dev/../sda" },
 		"Scratch":         func(b *agentproto.Boot) { b.ScratchDevice = "vdb" },
+		"DiskElsewhere":   func(b *agentproto.Boot) { b.Disks[0].Device = "/etc/passwd" },
+		"DiskOnRoot":      func(b *agentproto.Boot) { b.Disks[1].Target = "/" },
+		"DiskAbove":       func(b *agentproto.Boot) { b.Disks[1].Target = "/srv/../etc" },
 		"ScratchIsRoot":   func(b *agentproto.Boot) { b.ScratchDevice = b.RootDevice },
 		"HostnameLong":    func(b *agentproto.Boot) { b.Hostname = strings.Repeat("h", 65) },
 		"HostnameLines":   func(b *agentproto.Boot) { b.Hostname = "a\nb" },

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/cli/disks"
 	"push.rocks/smartvm/internal/cli/guest"
 	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/cli/snapshots"
@@ -145,6 +146,7 @@ func (a *app) root() *cobra.Command {
 		root.AddCommand(command(a))
 	}
 	root.AddCommand(a.images.Commands()...)
+	root.AddCommand((&disks.Shell{Shell: a.images}).Commands()...)
 	root.AddCommand(a.guest.Commands()...)
 	root.AddCommand(a.snapshots.Commands()...)
 	root.SetHelpCommand(newHelp())

@@ -11,12 +11,13 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/login"
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/internal/supervise"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/policy"
@@ -171,7 +172,7 @@ func (a *app) peek() (*smartvm.Host, error) {
 		LookupEnv: os.LookupEnv,
 	}
 	o.Images = image.Options{Offline: g.offline, Progress: a.images.Progress, Waiting: a.images.Waiting}
-	o.Images.OCI = oci.Options{Keychain: authn.DefaultKeychain, Mirrors: g.mirrors, Stdin: a.Stdin}
+	o.Images.OCI = oci.Options{Keychain: &login.Keychain{Files: login.Files(os.LookupEnv), Log: g.log}, Registries: registries.Default(os.LookupEnv), Mirrors: g.mirrors, Stdin: a.Stdin}
 	o.Install, o.Installed, o.Binaries.URL = true, a.images.Installed, g.releases
 	if strings.Contains(g.manifest, "://") {
 		o.BaseImages.ManifestURL = g.manifest

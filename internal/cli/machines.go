@@ -65,7 +65,7 @@ func (a *app) supervise(ctx context.Context, h *smartvm.Host, m *smartvm.Machine
 	if err != nil {
 		return fmt.Errorf("start supervisor: %w", err)
 	}
-	c := supervise.Config{RuntimeDir: h.RuntimeDir(), ID: m.ID(), Adopt: adopt, Verbose: a.global.verbose}
+	c := supervise.Config{RuntimeDir: h.RuntimeDir(), ID: m.ID(), Adopt: adopt, Verbose: a.global.verbose, Warnings: a.Stderr}
 	// Read here: where the environment is whose variables an env file may name.
 	if c.Secrets, err = m.Secrets(); err != nil && !adopt {
 		return err

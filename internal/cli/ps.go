@@ -109,10 +109,8 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 				errs[i] = err
 				return
 			}
-			supervised, err := m.Supervised()
-			errs[i] = err
 			l := &listed{
-				entry: entryOf(m), State: in.State, Supervised: supervised, VCPUs: in.Spec.MachineConfig.VCPUCount,
+				entry: entryOf(m), State: in.State, VCPUs: in.Spec.MachineConfig.VCPUCount,
 				MemoryMiB: in.Spec.MachineConfig.MemSizeMiB, Labels: in.Spec.Labels, Created: in.Created, Started: in.Started, Exit: in.Exit, Guest: in.Guest, Unsynced: in.Unsynced,
 			}
 			for _, i := range in.Interfaces {
@@ -122,6 +120,7 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 			}
 			l.Ports = attach.PortsOf(in.Interfaces)
 			l.Received, l.Sent = in.Traffic()
+			l.Supervised, errs[i] = m.Supervised()
 			list[i] = l
 		})
 	}
@@ -190,14 +189,10 @@ func (l *listed) status() string {
 		return s + " " + human.Ago(time.Since(l.Started)) + l.health()
 	case runs(l.State):
 		return s
-	case l.Exit == nil && l.Unsynced:
-		return "ended, unsynced"
 	case l.Exit == nil:
 		return "created"
-	case l.Exit.Outcome == smartvm.OutcomeKilled:
-		s = "killed"
-	case l.Exit.Outcome == smartvm.OutcomeCrashed:
-		s = "crashed"
+	case l.Exit.Outcome == smartvm.OutcomeKilled, l.Exit.Outcome == smartvm.OutcomeCrashed:
+		s = string(l.Exit.Outcome)
 	}
 	s += " " + human.Ago(time.Since(l.Exit.Ended)) + " ago"
 	if l.Unsynced {

@@ -14,7 +14,7 @@ import (
 )
 
 // ErrBusy means that another process copies or changes the disk.
-var ErrBusy = errors.New("another smartvm copies or changes it")
+var ErrBusy = errors.New("another process copies or changes it")
 
 // Lock locks an open disk: shared for one that reads it, else alone, for which it must be open for writing. The lock lasts until f, and each
 // duplicate of it in other processes, is closed. Returns ErrBusy. What is no regular file has no lock, nor has a file system that knows none.

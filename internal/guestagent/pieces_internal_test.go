@@ -6,12 +6,16 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/testenv"
 )
 
 func TestMain_NotFirst(t *testing.T) {
@@ -189,6 +193,61 @@ func TestFits(t *testing.T) {
 		}
 		if got != tt.want {
 			t.Errorf("%s, a file %v: got %q, want %q", tt.target, tt.isFile, got, tt.want)
+		}
+	}
+}
+
+// An image may have anything where the secrets go: what it has stays, but for what has the name of one, and no link is followed.
+func TestStoreSecrets(t *testing.T) {
+	testenv.Require(t, testenv.Root)
+	runtime.LockOSThread() // for good: the thread has mounts of its own, and ends with the test
+	for _, err := range []error{
+		unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS),
+		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, prepare := range map[string]func() error{
+		"Nothing": func() error { return nil },
+		"Directory": func() error {
+			return errors.Join(os.Mkdir("/run/secrets", 0o700), os.Chown("/run/secrets", 7, 7), os.Symlink("/run/victim", "/run/secrets/key"),
+				os.WriteFile("/run/secrets/own", []byte("the image's"), 0o644))
+		},
+		"Link": func() error { return os.Symlink("/run/victim", "/run/secrets") },
+		"File": func() error { return os.WriteFile("/run/secrets", nil, 0o600) },
+	} {
+		// No subtest: that would be another goroutine, and another thread.
+		if err := errors.Join(os.RemoveAll("/run/secrets"), os.WriteFile("/run/victim", []byte("victim"), 0o600), prepare()); err != nil {
+			t.Fatal(err)
+		}
+		if err := storeSecrets(new(agentproto.Boot), map[string][]byte{"key": []byte("value")}); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		dir, err := os.Stat("/run/secrets")
+		if err != nil || dir.Mode().Perm() != 0o755 || dir.Sys().(*syscall.Stat_t).Uid != 0 {
+			t.Errorf("%s: %v, %v", name, dir, err)
+		}
+		info, err := os.Lstat("/run/secrets/key")
+		if err != nil || info.Mode() != 0o400 {
+			t.Errorf("%s: %v, %v", name, info, err)
+		}
+		own, victim := "", ""
+		for path, to := range map[string]*string{"/run/secrets/own": &own, "/run/victim": &victim} {
+			data, _ := os.ReadFile(path)
+			*to = string(data)
+		}
+		if value, err := os.ReadFile("/run/secrets/key"); err != nil || string(value) != "value" || victim != "victim" || (own != "") != (name == "Directory") {
+			t.Errorf("%s: key %q, %v, own %q, victim %q", name, value, err, own, victim)
+		}
+		if err := os.WriteFile("/run/secrets/more", nil, 0o600); !errors.Is(err, unix.EROFS) {
+			t.Errorf("%s: writing there: %v", name, err)
+		}
+		if err := unix.Unmount("/run/secrets", 0); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -3,17 +3,16 @@ package guestagent
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/disk"
 )
 
 // volumeDir is where the drives of volumes are mounted until the volumes are where they belong.
@@ -32,8 +31,14 @@ func (g *guest) mountVolumes(b *agentproto.Boot) error {
 			return err
 		}
 	}
-	if len(b.Volumes) == 0 {
-		return nil // the host reads it
+	places := make([]place, 0, len(b.Disks)+len(b.Volumes))
+	for i, d := range b.Disks {
+		places = append(places, place{d.Target, func() error { return g.mountDisk(i, d) }})
+	}
+	if len(b.Volumes) == 0 { // changes are for the host to read
+		err := mountAll(places)
+		_ = os.Remove(filepath.Dir(volumeDir))
+		return err
 	}
 	if err := awaitDevice(b.VolumeDevice); err != nil {
 		return err
@@ -41,25 +46,54 @@ func (g *guest) mountVolumes(b *agentproto.Boot) error {
 	if err := mount(filesystem{kind: agentproto.Ext4, source: b.VolumeDevice, target: volumeDir, flags: unix.MS_RDONLY, data: "noload"}); err != nil {
 		return err
 	}
-	// One in another comes after that.
-	order := make([]int, len(b.Volumes))
-	for i := range order {
-		order[i] = i
+	for i, v := range b.Volumes {
+		places = append(places, place{v.Target, func() error { return mountVolume(strconv.Itoa(i), v) }})
 	}
-	slices.SortStableFunc(order, func(i, j int) int {
-		return strings.Count(b.Volumes[i].Target, "/") - strings.Count(b.Volumes[j].Target, "/")
-	})
-	for _, i := range order {
-		if err := mountVolume(strconv.Itoa(i), b.Volumes[i]); err != nil {
-			return fmt.Errorf("volume %s: %w", b.Volumes[i].Target, err)
-		}
+	err := mountAll(places)
+	if err != nil {
+		return err
 	}
-	err := leave(volumeDir)
+	err = leave(volumeDir)
 	if b.ChangesDevice != "" {
 		err = errors.Join(err, leave(agentproto.ChangesDir))
 	}
 	_ = os.Remove(filepath.Dir(volumeDir))
 	return err
+}
+
+// place is where something is to be mounted.
+type place struct {
+	target string
+	mount  func() error
+}
+
+// mountAll mounts what is in another place after that.
+func mountAll(places []place) error {
+	slices.SortStableFunc(places, func(a, b place) int { return strings.Count(a.target, "/") - strings.Count(b.target, "/") })
+	for _, p := range places {
+		if err := p.mount(); err != nil {
+			return fmt.Errorf("volume %s: %w", p.target, err)
+		}
+	}
+	return nil
+}
+
+// mountDisk mounts a disk that outlives the guest. One that is new gets what the image has in its place.
+func (g *guest) mountDisk(number int, d agentproto.Disk) error {
+	if err := awaitDevice(d.Device); err != nil {
+		return err
+	}
+	at := fmt.Sprintf("/run/smartvm/disk-%d", number)
+	if err := mount(filesystem{kind: agentproto.Ext4, source: d.Device, target: at}); err != nil {
+		return err
+	}
+	if err := g.keepWritable(at); err != nil {
+		return err
+	}
+	if err := disk.Put(at, d); err != nil {
+		return err
+	}
+	return leave(at)
 }
 
 // leave detaches what was mounted on a directory of ours, which goes too.
@@ -76,7 +110,7 @@ func mountVolume(number string, v agentproto.Volume) error {
 		return err
 	}
 	if v.IsFile {
-		if err := touch(v.Target); err != nil {
+		if err := disk.Touch(v.Target); err != nil {
 			return err
 		}
 	} else if err := os.MkdirAll(v.Target, 0o755); err != nil {
@@ -85,7 +119,7 @@ func mountVolume(number string, v agentproto.Volume) error {
 	if v.ReadOnly {
 		return bind(lower, v)
 	}
-	upper, err := layers(lower, filepath.Join(agentproto.ChangesDir, number))
+	upper, err := disk.Layers(lower, filepath.Join(agentproto.ChangesDir, number))
 	if err != nil {
 		return err
 	}
@@ -124,35 +158,4 @@ func bind(dir string, v agentproto.Volume) error {
 		return fmt.Errorf("mount %s on %s: %w", dir, v.Target, err)
 	}
 	return nil
-}
-
-// layers makes the directories that overlayfs wants. Its root is the upper one: that is to look as the lower.
-func layers(lower, dir string) (upper string, err error) {
-	fi, err := os.Stat(lower)
-	if err != nil {
-		return "", err
-	}
-	upper = filepath.Join(dir, agentproto.UpperDir)
-	for _, d := range []string{upper, filepath.Join(dir, "work")} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return "", err
-		}
-	}
-	st := fi.Sys().(*syscall.Stat_t)
-	return upper, errors.Join(os.Chown(upper, int(st.Uid), int(st.Gid)), os.Chmod(upper, fi.Mode().Perm()|fi.Mode()&(fs.ModeSticky|fs.ModeSetgid)))
-}
-
-// touch makes a file to mount over, where there is none.
-func touch(name string) error {
-	if _, err := os.Stat(name); err == nil {
-		return nil
-	}
-	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
-		return err
-	}
-	return f.Close()
 }

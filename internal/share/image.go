@@ -22,6 +22,8 @@ import (
 type Image struct {
 	Path    string        `json:"path"` // in a directory of ours
 	Volumes []spec.Volume `json:"volumes"`
+	// Named are mounted in the guest too, maybe in one of Volumes.
+	Named []spec.NamedVolume `json:"named,omitempty"`
 	// Copied is the file in which it is noted what was copied, for Merge. It outlives the image, in a directory of ours. "": it is not noted.
 	Copied string `json:"copied,omitempty"`
 	// Log is told what is left out. If nil, nothing is.
@@ -109,6 +111,11 @@ func (i *Image) inside(n int) (dirs []string) {
 			rel = filepath.Dir(rel) // the guest makes the file
 		}
 		if rel != "." {
+			dirs = append(dirs, rel)
+		}
+	}
+	for _, v := range i.Named {
+		if rel, ok := strings.CutPrefix(v.Target, i.Volumes[n].Target+"/"); ok {
 			dirs = append(dirs, rel)
 		}
 	}

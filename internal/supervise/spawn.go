@@ -56,6 +56,11 @@ func (c Config) Spawn(ctx context.Context, program string) error {
 	defer stop()
 	var msg message
 	err = json.NewDecoder(io.LimitReader(r, maxMessage)).Decode(&msg)
+	if c.Warnings != nil {
+		for _, line := range msg.Warnings {
+			fmt.Fprintln(c.Warnings, line)
+		}
+	}
 	if err == nil && msg.Error == nil {
 		return cmd.Process.Release()
 	}

@@ -4,6 +4,7 @@
 package supervise
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
+	"sync"
 	"time"
 
 	"push.rocks/smartvm"
@@ -28,8 +31,9 @@ const Verb = "supervise"
 type Config struct {
 	RuntimeDir string // absolute
 	ID         string
-	Adopt      bool // the VM runs already
-	Verbose    bool // log every step
+	Adopt      bool      // the VM runs already
+	Warnings   io.Writer // is sent the lines that the start of Spawn's process warned by. If nil, they are in its log only
+	Verbose    bool      // log every step
 	// Secrets, if not nil, are the guest's. They go to the process by a pipe.
 	Secrets    *smartvm.Secrets
 	hasSecrets bool // the pipe is standard input
@@ -40,7 +44,8 @@ type Config struct {
 const readyFD = 3
 
 type message struct {
-	Error *Failure `json:"error,omitempty"`
+	Error    *Failure `json:"error,omitempty"`
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 func (c *Config) flags() *flag.FlagSet {
@@ -89,12 +94,13 @@ const logLimit = 128 << 10
 func Run(ctx context.Context, c *Config) error {
 	// It lives as long as its VM and does next to nothing: memory is worth more than time.
 	debug.SetGCPercent(25)
-	m, log, err := c.start(ctx)
+	var out lateWriter
+	m, log, err := c.start(ctx, &out)
 	if log != nil {
 		defer log.Close()
 	}
 	if c.ready {
-		err = errors.Join(err, reportReady(err))
+		err = errors.Join(err, reportReady(err, out.warned()))
 	}
 	if err != nil {
 		return err
@@ -115,14 +121,13 @@ func Run(ctx context.Context, c *Config) error {
 }
 
 // start brings the VM under this process's care.
-func (c *Config) start(ctx context.Context) (*smartvm.Machine, *logfile.Writer, error) {
+func (c *Config) start(ctx context.Context, out *lateWriter) (*smartvm.Machine, *logfile.Writer, error) {
 	level := slog.LevelInfo
 	if c.Verbose {
 		level = slog.LevelDebug
 	}
-	var out lateWriter
 	h, err := smartvm.Open(smartvm.Options{
-		RuntimeDir: c.RuntimeDir, Log: slog.New(slog.NewTextHandler(&out, &slog.HandlerOptions{Level: level})),
+		RuntimeDir: c.RuntimeDir, Log: slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level})),
 	})
 	if err != nil {
 		return nil, nil, err
@@ -135,7 +140,7 @@ func (c *Config) start(ctx context.Context) (*smartvm.Machine, *logfile.Writer, 
 	if err != nil {
 		return nil, nil, err
 	}
-	out.to = log
+	out.open(log)
 	if c.hasSecrets {
 		if err := json.NewDecoder(os.Stdin).Decode(&c.Secrets); err != nil {
 			return nil, log, fmt.Errorf("read secrets: %w", err)
@@ -170,10 +175,10 @@ func adopt(ctx context.Context, m *smartvm.Machine) error {
 	}
 }
 
-// reportReady says how the start went, and that it is over.
-func reportReady(err error) error {
+// reportReady says how the start went, what was warned of, and that it is over.
+func reportReady(err error, warnings []string) error {
 	f := os.NewFile(readyFD, "ready")
-	var msg message
+	msg := message{Warnings: warnings}
 	if err != nil {
 		msg.Error = Describe(err)
 	}
@@ -182,12 +187,41 @@ func reportReady(err error) error {
 	return f.Close()
 }
 
-// lateWriter drops what comes before it is given where to put it.
-type lateWriter struct{ to io.Writer }
+// lateWriter drops what comes before it is given where to put it, and keeps the warnings of the start.
+type lateWriter struct {
+	mu       sync.Mutex
+	to       io.Writer
+	warnings []string
+	size     int
+	over     bool // the start is
+}
 
+// maxWarnings bounds what is kept of warnings, in bytes: it is less than a message has.
+const maxWarnings = maxMessage / 8
+
+func (w *lateWriter) open(to io.Writer) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.to = to
+}
+
+// warned returns the lines that the start warned by. Later ones are not kept.
+func (w *lateWriter) warned() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.over = true
+	return w.warnings
+}
+
+// Write takes one line.
 func (w *lateWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.to == nil {
 		return len(p), nil
+	}
+	if !w.over && bytes.Contains(p, []byte(" level=WARN ")) && w.size+len(p) <= maxWarnings {
+		w.warnings, w.size = append(w.warnings, strings.TrimSuffix(string(p), "\n")), w.size+len(p)
 	}
 	return w.to.Write(p)
 }

@@ -5,6 +5,7 @@ package treetar
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -21,7 +22,16 @@ import (
 // Pack writes the file or tree at name, in root, as an archive whose entries are called top and what is below it; "." is the
 // tree's contents. Sockets are left out.
 func Pack(w io.Writer, name, top string) error {
-	p := &packer{tw: tar.NewWriter(w), links: map[[2]uint64]string{}, buf: make([]byte, bufferSize)}
+	return pack(&packer{w: w}, name, top)
+}
+
+// PackSparse is Pack, but of large holes in files only their sizes are written, as GNU tar's format 1.0 has it, which not every tool reads.
+func PackSparse(w io.Writer, name, top string) error {
+	return pack(&packer{w: w, sparse: true}, name, top)
+}
+
+func pack(p *packer, name, top string) error {
+	p.tw, p.links, p.buf = tar.NewWriter(p.w), map[[2]uint64]string{}, make([]byte, bufferSize)
 	err := filepath.WalkDir(name, func(at string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -56,9 +66,11 @@ const (
 )
 
 type packer struct {
-	tw    *tar.Writer
-	links map[[2]uint64]string // by device and inode: the first name
-	buf   []byte
+	w      io.Writer
+	tw     *tar.Writer          // to w
+	links  map[[2]uint64]string // by device and inode: the first name
+	buf    []byte
+	sparse bool
 }
 
 // bufferSize is of pieces of files. They are large, so that buffers around us pass them on as they are.
@@ -106,9 +118,16 @@ func (p *packer) pack(at, as string, info fs.FileInfo) error {
 		return err
 	}
 	defer f.Close()
+	if ok && p.sparse && h.Size-st.Blocks*512 > minHoles {
+		return p.withHoles(f, h)
+	}
 	if err := p.tw.WriteHeader(h); err != nil {
 		return err
 	}
+	return p.content(f, h)
+}
+
+func (p *packer) content(f io.Reader, h *tar.Header) error {
 	n, err := io.CopyBuffer(p.tw, io.LimitReader(f, h.Size), p.buf)
 	if err == nil && n < h.Size {
 		_, err = io.CopyN(p.tw, zeros{}, h.Size-n) // it has been cut short meanwhile
@@ -126,9 +145,16 @@ type Options struct {
 	Top string
 	// Owners are kept, and set-user-id bits. Otherwise everything is the caller's.
 	Owners bool
+	// MaxHoles is how many bytes of holes the files of an archive may have together, which cost its sender nothing; 0 means DefaultMaxHoles.
+	MaxHoles int64
+	// Odd makes what is neither a file, a directory nor a link, before it gets its attributes. If nil, that is ErrUnsafe.
+	Odd func(h *tar.Header) error
 	// Progress is told how many bytes of files have been written.
 	Progress func(int64)
 }
+
+// DefaultMaxHoles is read within half a minute.
+const DefaultMaxHoles = 64 << 30
 
 // ErrUnsafe means that an archive has what is not unpacked.
 var ErrUnsafe = errors.New("unsafe archive")
@@ -136,8 +162,8 @@ var ErrUnsafe = errors.New("unsafe archive")
 // Unpack unpacks an archive in root. Files that are there are replaced, directories filled. Returns ErrUnsafe, and what
 // os.Root returns for names that lead out of it.
 func Unpack(r io.Reader, root *os.Root, o Options) error {
-	u := &unpacker{root: root, o: o, buf: make([]byte, bufferSize)}
-	tr := tar.NewReader(r)
+	u := &unpacker{root: root, o: o, buf: make([]byte, bufferSize), in: &counter{r: r}}
+	tr := tar.NewReader(u.in)
 	for {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
@@ -159,7 +185,34 @@ type unpacker struct {
 	o       Options
 	buf     []byte
 	written int64
+	in      *counter      // the archive; nil: it is bounded already
+	holes   int64         // bytes of files that were not in it
 	dirs    []*tar.Header // their modes and times, when all is in them
+}
+
+type counter struct {
+	r io.Reader
+	n int64
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// read fills b with a file's content.
+func (u *unpacker) read(r io.Reader, b []byte) (int, error) {
+	if u.in == nil {
+		return io.ReadFull(r, b)
+	}
+	was := u.in.n
+	n, err := io.ReadFull(r, b)
+	limit := cmp.Or(u.o.MaxHoles, DefaultMaxHoles)
+	if u.holes += max(0, int64(n)-(u.in.n-was)); u.holes > limit {
+		return n, fmt.Errorf("%w: more than %d MiB of holes", ErrUnsafe, limit>>20)
+	}
+	return n, err
 }
 
 // name is an entry's, in root; "" is to be left out.
@@ -226,6 +279,12 @@ func (u *unpacker) entry(h *tar.Header, r io.Reader) error {
 		}
 		return u.root.Link(to, name)
 	default:
+		if u.o.Odd != nil {
+			if err := u.o.Odd(h); err != nil {
+				return err
+			}
+			break
+		}
 		return fmt.Errorf("%w: neither file, directory nor link", ErrUnsafe)
 	}
 	return u.attributes(h)
@@ -245,7 +304,7 @@ func (u *unpacker) file(name string, size int64, r io.Reader) (err error) {
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	for at := int64(0); at < size; {
-		n, err := io.ReadFull(r, u.buf[:min(int64(len(u.buf)), size-at)])
+		n, err := u.read(r, u.buf[:min(int64(len(u.buf)), size-at)])
 		if err != nil {
 			return err
 		}

@@ -3,10 +3,13 @@ package treetar_test
 import (
 	"archive/tar"
 	"bytes"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"push.rocks/smartvm/internal/treetar"
 )
@@ -118,4 +121,59 @@ func FuzzUnpack(f *testing.F) {
 		}
 		_, _ = unpack(t, data, treetar.Options{Top: top})
 	})
+}
+
+// Holes take no room in an archive, and what is between them comes whole; more holes than anybody has are refused at once.
+func TestPackSparse(t *testing.T) {
+	for name, test := range map[string]struct {
+		size   int64
+		data   map[int64]string
+		refuse bool
+	}{
+		"all a hole":       {size: 5 << 20},
+		"one byte":         {size: 5<<20 + 1, data: map[int64]string{5 << 20: "x"}},
+		"pieces":           {size: 40 << 20, data: map[int64]string{0: "begin", 10 << 20: strings.Repeat("middle", 10_000), 39 << 20: "end"}},
+		"more than anyone": {size: 1 << 40, data: map[int64]string{0: "x"}, refuse: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			from := t.TempDir()
+			f, err := os.Create(filepath.Join(from, "f"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			for at, text := range test.data {
+				if _, err := f.WriteAt([]byte(text), at); err != nil {
+					t.Fatal(err)
+				}
+			}
+			when := time.Unix(1600000000, 123456789)
+			if err := errors.Join(f.Truncate(test.size), os.WriteFile(filepath.Join(from, "z"), []byte("z"), 0o640), f.Chmod(0o604), os.Chtimes(f.Name(), when, when)); err != nil {
+				t.Fatal(err)
+			}
+			var b bytes.Buffer
+			if err := treetar.PackSparse(&b, from, "."); err != nil || b.Len() > 1<<20 {
+				t.Fatalf("%d bytes, %v", b.Len(), err)
+			}
+			dir, err := unpack(t, b.Bytes(), treetar.Options{MaxHoles: 64 << 20})
+			if test.refuse {
+				if !errors.Is(err, treetar.ErrUnsafe) || !strings.Contains(err.Error(), "holes") {
+					t.Errorf("got %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			want, wantErr := os.ReadFile(f.Name())
+			got, gotErr := os.ReadFile(filepath.Join(dir, "f"))
+			z, zErr := os.ReadFile(filepath.Join(dir, "z"))
+			if err := errors.Join(wantErr, gotErr, zErr); err != nil || !bytes.Equal(got, want) || string(z) != "z" {
+				t.Errorf("%d bytes of %d, z is %q, %v", len(got), len(want), z, err)
+			}
+			if fi, err := os.Stat(filepath.Join(dir, "f")); err != nil || fi.Mode() != 0o604 || !fi.ModTime().Equal(when) {
+				t.Errorf("%v, %v", fi, err)
+			}
+		})
+	}
 }

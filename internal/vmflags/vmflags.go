@@ -42,7 +42,7 @@ type Flags struct {
 	systemd                                   string
 	env, envFiles, secrets, volumes           []string
 	sync                                      bool
-	scratch                                   Memory
+	scratch, volumeSize                       Memory
 }
 
 // What a VM gets that is configured by flags alone.
@@ -80,7 +80,8 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it, or NAME for the value that it has here; may be repeated")
 	f.StringArrayVar(&s.envFiles, "env-file", nil, "of an image: `file` with NAME=VALUE lines, kept secret; may be repeated, -e counts before it")
 	f.StringArrayVar(&s.secrets, "secret", nil, "of an image: `NAME=FILE` to have the file as /run/secrets/NAME in it; may be repeated")
-	f.StringArrayVarP(&s.volumes, "volume", "v", nil, "of an image: give it a copy of a directory or file at each start, `HOST:GUEST[:ro|:sync]`; what is written goes when it stops, or with sync is copied back; may be repeated")
+	f.StringArrayVarP(&s.volumes, "volume", "v", nil, "of an image: give it a copy of a directory or file at each start, `HOST:GUEST[:ro|:sync]`; what is written goes when it stops, or with sync is copied back; NAME:GUEST[:ro], without a slash or dot in front: a disk of that name, which stays; may be repeated")
+	f.Var(&s.volumeSize, "volume-size", fmt.Sprintf("`size` of the disks that -v NAME:GUEST makes, in MiB or like 10G (default %dG)", spec.DefaultVolumeMiB>>10))
 	f.BoolVar(&s.sync, "sync", false, "the same as :sync for all volumes without :ro")
 	f.StringVar(&s.entrypoint, "entrypoint", "", "of an image: `program` to run in place of its own; \"\" for none, nor its command")
 	f.StringVar(&s.systemd, "systemd", spec.SystemdTrue, "of an image: `when` its command is an init, and boots as process 1: true where it is systemd or /sbin/init, false or always")
@@ -178,45 +179,6 @@ func (s *Flags) secret(vm *spec.Spec) error {
 			errs = append(errs, fmt.Errorf("--secret %q: want NAME=FILE", name)) // what stands behind it may be one
 		}
 		vm.Secrets = append(vm.Secrets, spec.Secret{Name: name, Path: path})
-	}
-	return errors.Join(errs...)
-}
-
-// volume sets what the guest has of the host's directories.
-func (s *Flags) volume(vm *spec.Spec) error {
-	var errs []error
-	for _, text := range s.volumes {
-		parts := strings.Split(text, ":")
-		v := spec.Volume{Source: parts[0]}
-		if len(parts) > 1 {
-			v.Target = parts[1]
-		}
-		option := ""
-		if len(parts) == 3 {
-			option = parts[2]
-		}
-		switch {
-		case len(parts) < 2 || len(parts) > 3 || v.Source == "" || v.Target == "":
-			errs = append(errs, fmt.Errorf("-v %q: want HOST:GUEST[:ro|:sync]", text))
-		case option == "ro":
-			v.ReadOnly = true
-		case option == "sync":
-			v.Sync = true
-		case option != "" && option != "rw":
-			errs = append(errs, fmt.Errorf("-v %q: unknown option %q", text, option))
-		}
-		if len(v.Target) > 1 {
-			v.Target = strings.TrimRight(v.Target, "/")
-		}
-		vm.Volumes = append(vm.Volumes, v)
-	}
-	for i := range vm.Volumes {
-		if v := &vm.Volumes[i]; s.sync && !v.ReadOnly {
-			v.Sync = true
-		}
-	}
-	if s.sync && len(vm.Volumes) == 0 {
-		errs = append(errs, errors.New("--sync: there are no volumes"))
 	}
 	return errors.Join(errs...)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -29,7 +30,7 @@ func (s *Shell) EnsureFirecracker(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	done := s.Status(s.transfer.Text)
+	done := s.Status(s.Transfer.Text)
 	err = h.EnsureFirecracker(ctx)
 	done()
 	return errors.Join(err, h.Close())
@@ -47,7 +48,7 @@ func (s *Shell) Ensure(ctx context.Context, vm *smartvm.Spec, pull *PullPolicy) 
 	if *pull != "always" {
 		i, err := images.Find(vm.Image)
 		if err == nil && *pull == "missing" {
-			done := s.Status(s.transfer.Text)
+			done := s.Status(s.Transfer.Text)
 			i, err = images.Restore(ctx, i)
 			done()
 		}
@@ -61,6 +62,9 @@ func (s *Shell) Ensure(ctx context.Context, vm *smartvm.Spec, pull *PullPolicy) 
 	}
 	i, err := s.Pull(ctx, images, vm.Image, "")
 	if err != nil {
+		if *pull == "missing" && !errors.Is(err, fs.ErrInvalid) {
+			err = fmt.Errorf("image %s is not here: %w", vm.Image, err)
+		}
 		return err
 	}
 	vm.Image = i.Name

@@ -7,12 +7,14 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"push.rocks/smartvm"
 	"push.rocks/smartvm/image/release"
+	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/human"
 )
 
 func (s *Shell) firecracker() *cobra.Command {
-	return s.group("firecracker", "Install and remove Firecracker",
+	return s.Group("firecracker", "Install and remove Firecracker",
 		"Install and remove versions of Firecracker and its jailer. VMs get the one that\n"+
 			"--firecracker names, else the one in PATH, else the newest installed.",
 		s.install(), s.listBinaries(), s.removeBinaries())
@@ -46,11 +48,11 @@ func (s *Shell) install() *cobra.Command {
 			if len(args) > 0 {
 				version = args[0]
 			}
-			done := s.Status(s.transfer.Text)
+			done := s.Status(s.Transfer.Text)
 			b, err := binaries.Install(cmd.Context(), version)
 			done()
 			if err != nil {
-				return s.invalid(err)
+				return s.Invalid(err)
 			}
 			if s.JSON() {
 				return s.WriteJSON(b)
@@ -83,7 +85,7 @@ func (s *Shell) listBinaries() *cobra.Command {
 			for _, b := range all {
 				rows = append(rows, b.Version+"\t"+b.Firecracker)
 			}
-			return s.table("VERSION\tPATH", rows)
+			return s.Table("VERSION\tPATH", rows)
 		},
 	}
 }
@@ -109,10 +111,10 @@ func (s *Shell) removeBinaries() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return s.each(cmd.Context(), args, func(ctx context.Context, version string) (any, error) {
+			return s.Each(cmd.Context(), args, func(ctx context.Context, version string) (any, error) {
 				b, err := binaries.Find(version)
 				if err != nil {
-					return nil, s.invalid(err)
+					return nil, s.Invalid(err)
 				}
 				for _, m := range vms {
 					if m.Firecracker() == b.Firecracker && !force {
@@ -144,11 +146,17 @@ func (s *Shell) df() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			volumes, err := s.volumes()
-			if err != nil {
-				return err
-			}
-			disks, err := volumes.List()
+			var disks []volume.Disk
+			err = s.OnHost(func(h *smartvm.Host) error {
+				all, err := h.Volumes()
+				if err != nil {
+					return err
+				}
+				kept, err := all.List()
+				mounted, mountedErr := all.Volumes().List()
+				disks = append(kept, mounted...)
+				return errors.Join(err, mountedErr)
+			})
 			if err != nil {
 				return err
 			}
@@ -159,11 +167,11 @@ func (s *Shell) df() *cobra.Command {
 			if s.JSON() {
 				return s.WriteJSON(map[string]any{"images": u.Images, "objects": u.Objects, "layers": u.Layers, "unused": u.Unused, "disks": used})
 			}
-			return s.table("WHAT\tNUMBER\tSIZE", []string{
+			return s.Table("WHAT\tNUMBER\tSIZE", []string{
 				fmt.Sprintf("images\t%d\t%s", u.Images, human.Size(u.Objects)),
 				fmt.Sprintf("layers, kept for other images\t\t%s", human.Size(u.Layers)),
 				fmt.Sprintf("of these, not needed by any image\t\t%s", human.Size(u.Unused)),
-				fmt.Sprintf("disks with names\t%d\t%s", len(disks), human.Size(used)),
+				fmt.Sprintf("disks and volumes with names\t%d\t%s", len(disks), human.Size(used)),
 			})
 		},
 	}

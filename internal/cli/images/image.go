@@ -15,7 +15,7 @@ import (
 )
 
 func (s *Shell) image() *cobra.Command {
-	return s.group("image", "Fetch, make and remove images",
+	return s.Group("image", "Fetch, make and remove images",
 		"Fetch, make and remove images: what smartvm run IMAGE boots. An image is stored\n"+
 			"once, however many names it has and VMs use it, and no VM ever writes it.",
 		append(s.views(), s.pull(), s.importImage(), s.tag(), s.remove(), s.prune(), s.verify())...)
@@ -66,13 +66,13 @@ func (s *Shell) pull() *cobra.Command {
 
 // Pull fetches an image and shows how far that is.
 func (s *Shell) Pull(ctx context.Context, images *image.Store, ref, name string) (*image.Image, error) {
-	done := s.Status(s.transfer.Text)
+	done := s.Status(s.Transfer.Text)
 	i, err := images.Pull(ctx, ref, name)
 	done()
 	if err == nil {
 		s.replaced(i)
 	}
-	return i, s.invalid(err)
+	return i, s.Invalid(err)
 }
 
 // replaced says that a name stood for another image before: an archive names itself.
@@ -82,8 +82,8 @@ func (s *Shell) replaced(i *image.Image) {
 	}
 }
 
-// invalid makes a usage error of one that is the caller's.
-func (s *Shell) invalid(err error) error {
+// Invalid makes a usage error of one that is the caller's.
+func (s *Shell) Invalid(err error) error {
 	if err != nil && errors.Is(err, fs.ErrInvalid) {
 		return s.Usage(err, smartvm.Hint(err))
 	}
@@ -119,11 +119,11 @@ func (s *Shell) importImage() *cobra.Command {
 				return err
 			}
 			o.Name, o.Stdin = args[0], s.Stdin
-			done := s.Status(s.transfer.Text)
+			done := s.Status(s.Transfer.Text)
 			i, err := images.Import(cmd.Context(), o)
 			done()
 			if err != nil {
-				return s.invalid(err)
+				return s.Invalid(err)
 			}
 			s.replaced(i)
 			return s.made(i)
@@ -142,7 +142,7 @@ func (s *Shell) importImage() *cobra.Command {
 // views are the commands that show images.
 func (s *Shell) views() []*cobra.Command {
 	v := &imageview.Shell{
-		Stdout: s.Stdout, JSON: s.JSON, Store: s.store, Usage: s.Usage, Takes: s.Takes, WriteJSON: s.WriteJSON, Table: s.table,
+		Stdout: s.Stdout, JSON: s.JSON, Store: s.store, Usage: s.Usage, Takes: s.Takes, WriteJSON: s.WriteJSON, Table: s.Table,
 		Warn: func(err error) { s.note("warning", "%v", err) },
 	}
 	return v.Commands()
@@ -162,7 +162,7 @@ func (s *Shell) tag() *cobra.Command {
 			}
 			i, err := images.Tag(cmd.Context(), args[0], args[1])
 			if err != nil {
-				return s.invalid(err)
+				return s.Invalid(err)
 			}
 			s.replaced(i)
 			return s.made(i)
@@ -182,7 +182,7 @@ func (s *Shell) remove() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return s.each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return images.Remove(ctx, name, force) })
+			return s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return images.Remove(ctx, name, force) })
 		},
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "take the name away even if VMs use it; they keep what they have")
@@ -241,9 +241,9 @@ func (s *Shell) verify() *cobra.Command {
 				}
 				unreadable = err
 			}
-			done := s.Status(s.transfer.Text)
+			done := s.Status(s.Transfer.Text)
 			defer done()
-			return errors.Join(unreadable, s.each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) }))
+			return errors.Join(unreadable, s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) }))
 		},
 	}
 }

@@ -1,4 +1,4 @@
-// Package images is the part of the command line that is about images, disks, networks and Firecracker itself: a group of
+// Package images is the part of the command line that is about images, networks and Firecracker itself: a group of
 // commands each.
 package images
 
@@ -35,8 +35,8 @@ type Shell struct {
 	// WriteJSON writes a document to Stdout.
 	WriteJSON func(v any) error
 
-	transfer human.Transfer
-	mu       sync.Mutex // of what follows, and of Stderr while there is progress
+	Transfer human.Transfer // what Progress was told last
+	mu       sync.Mutex     // of what follows, and of Stderr while there is progress
 	step     string
 	begun    time.Time // of the step
 	told     time.Time // when it was last heard of
@@ -44,11 +44,11 @@ type Shell struct {
 
 // Commands are the groups.
 func (s *Shell) Commands() []*cobra.Command {
-	return []*cobra.Command{s.image(), s.disk(), s.network(), s.firecracker(), s.df()}
+	return []*cobra.Command{s.image(), s.network(), s.firecracker(), s.df()}
 }
 
-// group is a command that only has others below it.
-func (s *Shell) group(use, short, long string, commands ...*cobra.Command) *cobra.Command {
+// Group is a command that only has others below it.
+func (s *Shell) Group(use, short, long string, commands ...*cobra.Command) *cobra.Command {
 	c := &cobra.Command{
 		Use: use, Short: short, Long: long,
 		Args: cobra.ArbitraryArgs,
@@ -66,7 +66,7 @@ func (s *Shell) group(use, short, long string, commands ...*cobra.Command) *cobr
 // Progress is told how far a step is. On a terminal it is for Status; else there is a line for each step and now and
 // then; with -o json each is an object on standard error.
 func (s *Shell) Progress(step string, done, total int64) {
-	s.transfer.Set(step, done, total)
+	s.Transfer.Set(step, done, total)
 	if s.Terminal() && !s.JSON() {
 		return
 	}
@@ -145,8 +145,17 @@ func (s *Shell) event(e map[string]any) {
 	}
 }
 
-// table writes rows with their heading.
-func (s *Shell) table(heading string, rows []string) error {
+// OnHost does something with the host.
+func (s *Shell) OnHost(do func(*smartvm.Host) error) error {
+	h, err := s.Host()
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(h), h.Close())
+}
+
+// Table writes rows with their heading.
+func (s *Shell) Table(heading string, rows []string) error {
 	w := tabwriter.NewWriter(s.Stdout, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(w, heading)
 	for _, row := range rows {
@@ -155,8 +164,8 @@ func (s *Shell) table(heading string, rows []string) error {
 	return w.Flush()
 }
 
-// each does something to each name, and says of which it went well. What do returns is for -o json.
-func (s *Shell) each(ctx context.Context, names []string, do func(ctx context.Context, name string) (any, error)) error {
+// Each does something to each name, and says of which it went well. What do returns is for -o json.
+func (s *Shell) Each(ctx context.Context, names []string, do func(ctx context.Context, name string) (any, error)) error {
 	good := []any{}
 	var errs []error
 	for _, name := range names {

@@ -28,7 +28,7 @@ import (
 )
 
 func (s *Shell) network() *cobra.Command {
-	return s.group("network", "Make and remove networks",
+	return s.Group("network", "Make and remove networks",
 		"Manage the networks that run --net NAME joins. The network default is always there.\n"+
 			"A network takes no room on the host while no VM runs on it.",
 		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.updateNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork(), s.networkLog())
@@ -95,7 +95,7 @@ func (s *Shell) listNetworks() *cobra.Command {
 				if s.JSON() {
 					return s.WriteJSON(states)
 				}
-				return s.table("NAME\tBRIDGE\tSUBNET\tIPV6\tVMS\tSLOTS", rows)
+				return s.Table("NAME\tBRIDGE\tSUBNET\tIPV6\tVMS\tSLOTS", rows)
 			})
 		},
 	}

@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -110,7 +111,7 @@ func (s *socket) close() { _ = unix.Close(s.fd) }
 // exchange is a nltest.Func: it says some messages, and returns what was answered; without any it returns that all went well.
 func (s *socket) exchange(messages []netlink.Message) ([]netlink.Message, error) {
 	if len(messages) == 0 {
-		return []netlink.Message{{Header: netlink.Header{Type: netlink.Error, Sequence: s.sequence, PID: s.pid}, Data: make([]byte, 4)}}, nil
+		return s.verdict(0), nil
 	}
 	s.sequence, s.pid = messages[0].Header.Sequence, messages[0].Header.PID
 	by := s
@@ -123,7 +124,11 @@ func (s *socket) exchange(messages []netlink.Message) ([]netlink.Message, error)
 		by = once
 	}
 	if messages[0].Header.Type == unix.NFNL_MSG_BATCH_BEGIN {
-		return nil, by.change(messages)
+		err := by.change(messages)
+		if errno, ok := errors.AsType[unix.Errno](err); ok {
+			return s.verdict(errno), nil // an error would be that of each message
+		}
+		return nil, err
 	}
 	for range maxDumps {
 		all, err := by.ask(messages[0])
@@ -141,7 +146,14 @@ func (s *socket) exchange(messages []netlink.Message) ([]netlink.Message, error)
 	return nil, errInterrupted
 }
 
-// change carries out what the kernel does as a whole or not at all.
+// verdict is what the kernel says of one message.
+func (s *socket) verdict(errno unix.Errno) []netlink.Message {
+	return []netlink.Message{{
+		Header: netlink.Header{Type: netlink.Error, Sequence: s.sequence, PID: s.pid}, Data: binary.NativeEndian.AppendUint32(nil, uint32(-int32(errno))),
+	}}
+}
+
+// change carries out what the kernel does as a whole or not at all. Of what fails it returns the first, which is mostly why the others did.
 func (s *socket) change(messages []netlink.Message) error {
 	var all []byte
 	for _, m := range messages {
@@ -151,18 +163,21 @@ func (s *socket) change(messages []netlink.Message) error {
 	if err := s.send(all); err != nil {
 		return err
 	}
-	var errs []error
+	var failed, lost error
 	for {
 		part, err := s.receive(maxError, unix.MSG_DONTWAIT)
-		if errors.Is(err, unix.EAGAIN) {
-			return errors.Join(errs...)
-		}
-		if err != nil {
+		switch {
+		case errors.Is(err, unix.ENOBUFS): // more has failed than a socket takes: some of it is told
+			lost = err
+			continue
+		case errors.Is(err, unix.EAGAIN):
+			return cmp.Or(failed, lost)
+		case err != nil:
 			return err
 		}
 		for _, m := range part {
-			if m.Header.Type == unix.NLMSG_ERROR {
-				errs = append(errs, errorOf(m))
+			if m.Header.Type == unix.NLMSG_ERROR && failed == nil {
+				failed = errorOf(m)
 			}
 		}
 	}

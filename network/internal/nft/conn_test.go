@@ -96,6 +96,14 @@ func TestConn_Failed(t *testing.T) {
 			t.Errorf("%s: elements of a set that is not there: got %v", name, err)
 		}
 		if err := do(func(conn *nftables.Conn) error {
+			for range 3000 { // more than a socket takes answers
+				conn.AddChain(&nftables.Chain{Table: table, Name: "chain"})
+			}
+			return conn.Flush()
+		}); !errors.Is(err, unix.ENOENT) || len(err.Error()) > 1000 {
+			t.Errorf("%s: thousands of chains in a table that is not there: got %.1000v", name, err)
+		}
+		if err := do(func(conn *nftables.Conn) error {
 			_, err := conn.GetSetByName(table, set.Name)
 			return err
 		}); !errors.Is(err, unix.ENOENT) {

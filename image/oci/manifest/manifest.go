@@ -1,8 +1,12 @@
-package oci
+// Package manifest reads the documents that describe container images: indexes and manifests, of OCI and of docker. It chooses
+// the image for a platform, and refuses what is no image or could be taken for two things.
+package manifest
 
 import (
 	"bytes"
 	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,41 +16,41 @@ import (
 	"strings"
 )
 
-// descriptor points to a part of an image.
-type descriptor struct {
+// Descriptor points to a part of an image.
+type Descriptor struct {
 	MediaType    string            `json:"mediaType,omitempty"`
 	ArtifactType string            `json:"artifactType,omitempty"`
 	Digest       string            `json:"digest"`
 	Size         int64             `json:"size"`
-	Platform     *platform         `json:"platform,omitempty"`
+	Platform     *Platform         `json:"platform,omitempty"`
 	Annotations  map[string]string `json:"annotations,omitempty"`
 }
 
-// document is an index, which has Manifests, or a manifest, which has Config and Layers.
-type document struct {
-	Manifests []descriptor
-	Config    descriptor
-	Layers    []descriptor
-	index     bool
+// Document is an index, which has Manifests, or a manifest, which has Config and Layers.
+type Document struct {
+	Manifests []Descriptor
+	Config    Descriptor
+	Layers    []Descriptor
+	Index     bool   // else it is a manifest
 	artifact  string // its type, if it says so
 }
 
+// Media types of indexes and manifests.
 const (
-	typeIndex          = "application/vnd.oci.image.index.v1+json"
-	typeManifest       = "application/vnd.oci.image.manifest.v1+json"
-	typeDockerIndex    = "application/vnd.docker.distribution.manifest.list.v2+json"
-	typeDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	TypeIndex          = "application/vnd.oci.image.index.v1+json"
+	TypeManifest       = "application/vnd.oci.image.manifest.v1+json"
+	TypeDockerIndex    = "application/vnd.docker.distribution.manifest.list.v2+json"
+	TypeDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
 	typeSchema1        = "application/vnd.docker.distribution.manifest.v1+json"
-	typeSigned1        = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 )
 
-// readDocument reads an index or a manifest. What it is called, by whoever led here and by itself, must agree with what
-// it holds: else it could be one thing here and another for a tool that has checked it (CVE-2021-41190). mediaType may be
-// empty.
-func readDocument(text []byte, mediaType string) (d document, err error) {
+// Read reads an index or a manifest. What it is called, by whoever led here and by itself, must agree with what it holds:
+// else it could be one thing here and another for a tool that has checked it (CVE-2021-41190). mediaType may be empty. Errors
+// are *NotImageError among others.
+func Read(text []byte, mediaType string) (d Document, err error) {
 	keys, err := topLevel(text)
 	if err != nil {
-		return document{}, fmt.Errorf("read manifest: %w", err)
+		return Document{}, fmt.Errorf("read manifest: %w", err)
 	}
 	get := func(key string, to any) {
 		if value, ok := keys[key]; ok && err == nil {
@@ -64,21 +68,21 @@ func readDocument(text []byte, mediaType string) (d document, err error) {
 	get("config", &d.Config)
 	get("layers", &d.Layers)
 	if err != nil {
-		return document{}, err
+		return Document{}, err
 	}
 	if _, ok := keys["fsLayers"]; ok || schema == 1 {
-		return document{}, &NotImageError{Type: typeSchema1}
+		return Document{}, &NotImageError{Type: typeSchema1}
 	}
 	_, config := keys["config"]
 	_, layers := keys["layers"]
-	_, d.index = keys["manifests"]
-	if d.index && (config || layers) {
-		return document{}, errors.New("read manifest: it is an index and a manifest at once")
+	_, d.Index = keys["manifests"]
+	if d.Index && (config || layers) {
+		return Document{}, errors.New("read manifest: it is an index and a manifest at once")
 	}
 	for _, called := range []string{own, mediaType} {
 		index, known := isIndex(called)
-		if known && index != d.index {
-			return document{}, fmt.Errorf("read manifest: it is called %s, and holds something else", called)
+		if known && index != d.Index {
+			return Document{}, fmt.Errorf("read manifest: it is called %s, and holds something else", called)
 		}
 	}
 	return d, nil
@@ -90,9 +94,9 @@ func isIndex(mediaType string) (index, known bool) {
 		mediaType = m
 	}
 	switch mediaType {
-	case typeIndex, typeDockerIndex:
+	case TypeIndex, TypeDockerIndex:
 		return true, true
-	case typeManifest, typeDockerManifest:
+	case TypeManifest, TypeDockerManifest:
 		return false, true
 	}
 	return false, false
@@ -147,9 +151,9 @@ func (e *NotImageError) Error() string {
 	return fmt.Sprintf("no container image: it is %s (%.200s)", cmp.Or(what, "an artifact"), e.Type)
 }
 
-// isImage says whether a manifest is an image's: artifacts have a configuration or layers of types of their own. Old tools
+// Image says whether a manifest is an image's: artifacts have a configuration or layers of types of their own. Old tools
 // wrote no types, or that of any bytes.
-func (d *document) isImage() error {
+func (d *Document) Image() error {
 	const anyBytes = "application/octet-stream"
 	images := []string{"", anyBytes, "application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"}
 	if !slices.Contains(images, d.Config.MediaType) {
@@ -169,14 +173,14 @@ func (d *document) isImage() error {
 	return nil
 }
 
-// platform is what an image was built for.
-type platform struct {
+// Platform is what an image was built for.
+type Platform struct {
 	OS           string `json:"os"`
 	Architecture string `json:"architecture"`
 	Variant      string `json:"variant,omitempty"` // of the architecture: "v3"; empty: the least of them
 }
 
-func (p platform) String() string {
+func (p Platform) String() string {
 	s := p.OS + "/" + p.Architecture
 	if p.Variant != "" {
 		s += "/" + p.Variant
@@ -184,15 +188,15 @@ func (p platform) String() string {
 	return s
 }
 
-// linux is the platform of "amd64", "amd64/v3" or "arm64".
-func linux(arch string) platform {
+// Linux is the platform of "amd64", "amd64/v3" or "arm64".
+func Linux(arch string) Platform {
 	arch, variant, _ := strings.Cut(arch, "/")
-	return platform{OS: "linux", Architecture: arch, Variant: variant}
+	return Platform{OS: "linux", Architecture: arch, Variant: variant}
 }
 
 // level makes variants of one architecture comparable: a processor runs what is of its level or below. It is below 0 if the
 // variant is unknown. https://github.com/opencontainers/image-spec/blob/main/image-index.md#platform-variants
-func (p platform) level() int {
+func (p Platform) level() int {
 	least := map[string]string{"amd64": "v1", "arm64": "v8", "arm": "v7"}[p.Architecture]
 	digits, ok := strings.CutPrefix(cmp.Or(p.Variant, least, "v0"), "v")
 	major, minor, _ := strings.Cut(digits, ".")
@@ -207,14 +211,14 @@ func (p platform) level() int {
 	return int(n*100 + m*10)
 }
 
-// pick chooses an image of an index, of those that the machine can run the one of the highest level. An only one may be of
+// Pick chooses an image of an index, of those that the machine can run the one of the highest level. An only one may be of
 // any platform, as far as the index goes.
-func pick(all []descriptor, want platform) (best descriptor, err error) {
+func Pick(all []Descriptor, want Platform) (best Descriptor, err error) {
 	e := &PlatformError{Want: want.String()}
 	level := -1
 	for _, d := range all {
-		if err := validDigest(d.Digest); err != nil {
-			return descriptor{}, err
+		if err := ValidDigest(d.Digest); err != nil {
+			return Descriptor{}, err
 		}
 		p := d.Platform
 		if p == nil {
@@ -236,8 +240,36 @@ func pick(all []descriptor, want platform) (best descriptor, err error) {
 	if level >= 0 {
 		return best, nil
 	}
-	if i := slices.IndexFunc(all, func(d descriptor) bool { return d.ArtifactType != "" }); i >= 0 && len(e.Have) == 0 {
-		return descriptor{}, &NotImageError{Type: all[i].ArtifactType}
+	if i := slices.IndexFunc(all, func(d Descriptor) bool { return d.ArtifactType != "" }); i >= 0 && len(e.Have) == 0 {
+		return Descriptor{}, &NotImageError{Type: all[i].ArtifactType}
 	}
-	return descriptor{}, e
+	return Descriptor{}, e
+}
+
+// PlatformError says that an image is not for the machine in question.
+type PlatformError struct {
+	Want string   // "linux/amd64"
+	Have []string // in the image's order, with variants: "linux/arm/v7"
+}
+
+func (e *PlatformError) Error() string {
+	return fmt.Sprintf("no image for %s; there are: %s", e.Want, cmp.Or(strings.Join(e.Have, ", "), "none"))
+}
+
+// Algorithm begins a digest. There is no other.
+const Algorithm = "sha256:"
+
+// Digest is a text's.
+func Digest(text []byte) string {
+	sum := sha256.Sum256(text)
+	return Algorithm + hex.EncodeToString(sum[:])
+}
+
+// ValidDigest makes sure that a digest can be part of a file's name.
+func ValidDigest(d string) error {
+	digits, ok := strings.CutPrefix(d, Algorithm)
+	if !ok || len(digits) != 2*sha256.Size || strings.Trim(digits, "0123456789abcdef") != "" {
+		return fmt.Errorf("digest %.100q is not a SHA-256", d)
+	}
+	return nil
 }

@@ -1,4 +1,5 @@
-package images
+// Package disks is the part of the command line that is about disks and named volumes.
+package disks
 
 import (
 	"context"
@@ -9,12 +10,19 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image/volume"
+	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/vmflags"
 )
 
+// Shell is the command line that the commands are part of.
+type Shell struct{ *images.Shell }
+
+// Commands are the groups.
+func (s *Shell) Commands() []*cobra.Command { return []*cobra.Command{s.disk(), s.volume()} }
+
 func (s *Shell) disk() *cobra.Command {
-	return s.group("disk", "Make and remove disks",
+	return s.Group("disk", "Make and remove disks",
 		"Make disks for --drive, and manage those that run --keep NAME has made.",
 		s.createDisk(), s.cloneDisk(), s.resizeDisk(), s.listDisks(), s.removeDisks())
 }
@@ -33,7 +41,7 @@ func (s *Shell) createDisk() *cobra.Command {
 				return s.Usage(errors.New("--size is needed"), "")
 			}
 			if err := volume.Blank(cmd.Context(), args[0], kind, int64(size)<<20); err != nil {
-				return s.invalid(err)
+				return s.Invalid(err)
 			}
 			return s.path(args[0])
 		},
@@ -60,14 +68,14 @@ func (s *Shell) cloneDisk() *cobra.Command {
 			"(XFS, btrfs), else without its holes. Of a VM that runs, make a snapshot.",
 		Args: s.Takes(2, 2, "a source and a path"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return s.onHost(func(h *smartvm.Host) error {
-				done := s.Status(s.transfer.Text)
+			return s.OnHost(func(h *smartvm.Host) error {
+				done := s.Status(s.Transfer.Text)
 				err := volume.Clone(cmd.Context(), args[0], args[1], volume.Options{
 					InUse: unused(cmd.Context(), h), Progress: func(done, total int64) { s.Progress("copy", done, total) },
 				})
 				done()
 				if err != nil {
-					return s.invalid(err)
+					return s.Invalid(err)
 				}
 				return s.path(args[1])
 			})
@@ -87,33 +95,15 @@ func (s *Shell) resizeDisk() *cobra.Command {
 			if err := size.Set(args[1]); err != nil {
 				return s.Usage(fmt.Errorf("size %q: %w", args[1], err), "")
 			}
-			return s.onHost(func(h *smartvm.Host) error {
+			return s.OnHost(func(h *smartvm.Host) error {
 				o := volume.Options{InUse: unread(cmd.Context(), h, false)}
 				if err := volume.Resize(cmd.Context(), args[0], int64(size)<<20, o); err != nil {
-					return s.invalid(err)
+					return s.Invalid(err)
 				}
 				return s.path(args[0])
 			})
 		},
 	}
-}
-
-// onHost does something with the host.
-func (s *Shell) onHost(do func(*smartvm.Host) error) error {
-	h, err := s.Host()
-	if err != nil {
-		return err
-	}
-	return errors.Join(do(h), h.Close())
-}
-
-// volumes opens the disks that have names.
-func (s *Shell) volumes() (volumes *volume.Store, err error) {
-	err = s.onHost(func(h *smartvm.Host) (err error) {
-		volumes, err = h.Volumes()
-		return err
-	})
-	return volumes, err
 }
 
 func (s *Shell) listDisks() *cobra.Command {
@@ -124,42 +114,49 @@ func (s *Shell) listDisks() *cobra.Command {
 		Long:    "List the disks that run --keep NAME has made.\n\nThe fields of -o json: name, path, size, used (bytes).",
 		Args:    s.Takes(0, 0, "no arguments"),
 		RunE: func(*cobra.Command, []string) error {
-			volumes, err := s.volumes()
-			if err != nil {
-				return err
-			}
-			all, err := volumes.List()
-			if err != nil {
-				return err
-			}
-			if s.JSON() {
-				return s.WriteJSON(append([]volume.Disk{}, all...))
-			}
-			var rows []string
-			for _, d := range all {
-				rows = append(rows, fmt.Sprintf("%s\t%s\t%s", d.Name, human.Size(d.Size), human.Size(d.Used)))
-			}
-			return s.table("NAME\tSIZE\tUSED", rows)
+			return s.OnHost(func(h *smartvm.Host) error {
+				volumes, err := h.Volumes()
+				if err != nil {
+					return err
+				}
+				all, err := volumes.List()
+				if err != nil {
+					return err
+				}
+				if s.JSON() {
+					return s.WriteJSON(append([]volume.Disk{}, all...))
+				}
+				var rows []string
+				for _, d := range all {
+					rows = append(rows, fmt.Sprintf("%s\t%s\t%s", d.Name, human.Size(d.Size), human.Size(d.Used)))
+				}
+				return s.Table("NAME\tSIZE\tUSED", rows)
+			})
 		},
 	}
 }
 
 func (s *Shell) removeDisks() *cobra.Command {
+	return s.remove("disks that have names", "--keep NAME", func(all *volume.Store) *volume.Store { return all })
+}
+
+// remove is the command that removes what run made with a flag.
+func (s *Shell) remove(what, flag string, of func(*volume.Store) *volume.Store) *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
 		Use:   "rm [-f] NAME...",
-		Short: "Remove disks that have names",
-		Long:  "Remove disks that run --keep NAME has made, with all that is on them. A disk that a\nVM has is not removed.",
+		Short: "Remove " + what,
+		Long:  "Remove " + what + ", which run " + flag + " has made, with all that is on\nthem. What a VM has is not removed.",
 		Args:  s.Takes(1, -1, "a name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return s.onHost(func(h *smartvm.Host) error {
+			return s.OnHost(func(h *smartvm.Host) error {
 				volumes, err := h.Volumes()
 				if err != nil {
 					return err
 				}
 				o := volume.Options{InUse: unread(cmd.Context(), h, !force)}
-				return s.each(cmd.Context(), args, func(_ context.Context, name string) (any, error) {
-					return map[string]string{"name": name}, s.invalid(volumes.Remove(name, o))
+				return s.Each(cmd.Context(), args, func(_ context.Context, name string) (any, error) {
+					return map[string]string{"name": name}, s.Invalid(of(volumes).Remove(name, o))
 				})
 			})
 		},
