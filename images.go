@@ -36,7 +36,7 @@ func (h *Host) openImages() (*image.Store, error) {
 	if o.Base == nil {
 		b := h.opts.BaseImages
 		b.Dir, b.Log, b.Offline, b.Progress = cmp.Or(b.Dir, filepath.Join(h.opts.DataDir, store.BaseDir)), h.log, o.Offline, o.Progress
-		b.Waiting, b.InUse = o.Waiting, image.InUse
+		b.Waiting, b.InUse, b.Named = o.Waiting, image.InUse, image.Bundles(o.Dir)
 		var err error
 		if o.Base, err = base.Open(b); err != nil {
 			return nil, err

@@ -3,15 +3,19 @@ package image
 import (
 	"context"
 	"errors"
+
+	"push.rocks/smartvm/internal/hostkernel"
 )
 
 // SetHost has s look for this machine's kernel, of a release, below a directory.
-func (s *Store) SetHost(root, release string) { s.hostRoot, s.hostRelease = root, release }
+func (s *Store) SetHost(root, release string) {
+	s.host = hostkernel.Machine{Root: root, Release: release}
+}
 
 // HostKernelFile is where s finds this machine's kernel.
 func (s *Store) HostKernelFile() (string, error) {
-	h, err := s.hostKernel()
-	return h.kernel, err
+	h, err := s.host.Find()
+	return h.Kernel, err
 }
 
 // Rename gives i its name, in place of what had it.

@@ -12,6 +12,7 @@ import (
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/imagename"
 	"push.rocks/smartvm/internal/stage"
 )
 
@@ -33,10 +34,7 @@ type ImportOptions struct {
 }
 
 func (o *ImportOptions) check() error {
-	errs := []error{ValidName(o.Name)}
-	if o.Name == HostKernel {
-		errs = append(errs, invalid("image name %q: it stands for this machine's kernel", o.Name))
-	}
+	errs := []error{ownName(o.Name)}
 	if o.Kernel == "" && o.Rootfs == "" {
 		errs = append(errs, invalid("an image needs a kernel or a root file system"))
 	}
@@ -55,56 +53,80 @@ func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}
-	release, err := s.begin(ctx)
-	if err != nil {
-		return nil, err
-	}
-	i := &Image{Name: o.Name, Source: "import", Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != ""}
-	err = s.importParts(ctx, i, o)
+	err := s.locks.Begin()
+	i := &Image{Name: imagename.Familiar(o.Name), Source: importSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != ""}
+	var parts []*draft
 	if err == nil {
-		err = s.name(ctx, i)
+		parts, err = s.importParts(ctx, i, o)
 	}
-	if err = errors.Join(err, release()); err != nil {
+	if err == nil {
+		err = s.publish(ctx, i, parts...)
+	}
+	for _, d := range parts {
+		err = errors.Join(err, d.Close())
+	}
+	if err != nil {
 		return nil, fmt.Errorf("import image %s: %w", o.Name, err)
 	}
 	return i, nil
 }
 
-func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) error {
+// publish puts an image's parts in their places and gives it its name.
+func (s *Store) publish(ctx context.Context, i *Image, parts ...*draft) error {
+	release, err := s.Hold(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range parts {
+		err = errors.Join(err, s.objects.Place(d))
+	}
+	if gone := s.missing(i); err == nil && len(gone) > 0 {
+		err = fmt.Errorf("%w: %s was removed meanwhile", ErrNotFound, gone[0])
+	}
+	if err == nil {
+		err = s.name(ctx, i)
+	}
+	return errors.Join(err, release())
+}
+
+// importParts drafts an image's parts. The caller closes them, on error too.
+func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) (parts []*draft, err error) {
 	if o.Kernel == HostKernel {
-		h, err := s.hostKernel()
+		h, err := s.host.Find()
 		if old, _ := s.Find(HostKernel); err != nil && errors.Is(err, ErrNoKernel) && old != nil && o.Modules == "" {
 			i.Kernel, i.Modules = old.Kernel, old.Modules
 		} else if err != nil {
-			return err
+			return nil, err
 		}
-		o.Kernel, o.Modules = h.kernel, cmp.Or(o.Modules, h.modules)
+		o.Kernel, o.Modules = h.Kernel, cmp.Or(o.Modules, h.Modules)
 	}
 	if o.Kernel != "" {
-		if err := s.storeKernel(ctx, i, o.Kernel, o.Modules); err != nil {
-			return err
+		k, err := s.storeKernel(ctx, i, o.Kernel, o.Modules)
+		if err != nil {
+			return k, err
 		}
+		parts = append(parts, k...)
 	}
 	if o.Initrd != "" {
 		r, err := s.storeCopy(ctx, o.Initrd, &Object{ID: kindInitrd + "-", Files: []File{{Name: initrdFile}}})
 		if err != nil {
-			return err
+			return parts, err
 		}
-		i.Initrd = r.ID
+		i.Initrd, parts = r.ID, append(parts, r)
 	}
 	if o.Rootfs != "" {
 		r, err := s.storeRootfs(ctx, o)
 		if err != nil {
-			return err
+			return parts, err
 		}
-		i.Root = r.ID
+		i.Root, parts = r.ID, append(parts, r)
 	}
-	return nil
+	return parts, nil
 }
 
-// storeCopy stores a file as it is.
-func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*Object, error) {
-	return s.build(ctx, func(dir string) (*Object, error) {
+// storeCopy drafts a file as it is.
+func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*draft, error) {
+	return s.draft(ctx, func(dir string) (*Object, error) {
 		f := &stage.File{
 			Source: path, Target: filepath.Join(dir, o.Files[0].Name), UID: -1,
 			Progress: func(done, total int64) { s.opts.Progress("copy "+filepath.Base(path), done, total) },
@@ -113,7 +135,7 @@ func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*Object,
 	})
 }
 
-func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*Object, error) {
+func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*draft, error) {
 	if o.Rootfs == "-" {
 		return s.storeUnpacked(ctx, func(dst *os.File) error {
 			return flatten.TarToExt4(ctx, s.watch(ctx, o.Stdin, "unpack", 0), dst, flatten.TarOptions{Limits: s.opts.Limits})
@@ -161,8 +183,8 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*Object, erro
 	return nil, invalid("root file system %s: a guest cannot have %s for its root; make it ext4, squashfs or erofs", path, kind)
 }
 
-func (s *Store) storeUnpacked(ctx context.Context, unpack func(dst *os.File) error) (*Object, error) {
-	return s.build(ctx, func(dir string) (*Object, error) {
+func (s *Store) storeUnpacked(ctx context.Context, unpack func(dst *os.File) error) (*draft, error) {
+	return s.draft(ctx, func(dir string) (*Object, error) {
 		o := &Object{ID: kindRoot + "-", Type: "ext4", Files: []File{{Name: "root.ext4"}}}
 		return o, create(filepath.Join(dir, "root.ext4"), func(w io.Writer) error { return unpack(w.(*os.File)) })
 	})

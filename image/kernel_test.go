@@ -306,7 +306,7 @@ func TestBoot_Modules(t *testing.T) {
 	if err != nil || i.Modules != filepath.Base(filepath.Dir(b.Modules)) {
 		t.Errorf("stored elsewhere: %+v, %v; want modules %s", i, err, b.Modules)
 	}
-	if _, err := s.Prune(t.Context(), false); err != nil {
+	if _, err := s.Prune(t.Context(), image.PruneOptions{}); err != nil {
 		t.Error(err)
 	}
 	if _, err := os.Stat(b.Modules); err != nil {

@@ -3,8 +3,6 @@ package image
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -14,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/image/oci"
-	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/imagename"
 )
 
 // BaseScheme begins the reference of a base image: "base:latest", "base:lts" or "base:hosted".
@@ -27,99 +25,123 @@ const BaseScheme = "base:"
 // and base.
 func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	if name != "" { // before anything is fetched
-		if err := ValidName(name); err != nil {
+		if err := ownName(name); err != nil {
 			return nil, err
 		}
+		name = imagename.Familiar(name)
 	}
-	release, err := s.begin(ctx)
-	if err != nil {
+	if err := s.locks.Begin(); err != nil {
 		return nil, err
 	}
 	// One process fetches; another that wants the same waits, and then finds it here.
-	sum := sha256.Sum256([]byte(ref))
-	one, err := s.one(ctx, hex.EncodeToString(sum[:]), "another smartvm that pulls "+ref)
+	one, err := s.locks.One(ctx, onePull, ref, "another smartvm that pulls "+ref)
 	if err != nil {
-		return nil, errors.Join(err, release())
+		return nil, err
 	}
 	var i *Image
 	if preset, ok := strings.CutPrefix(ref, BaseScheme); ok {
-		i, err = s.pullBase(ctx, preset)
+		i, err = s.pullBase(ctx, preset, name)
 	} else {
-		i, err = s.pullOCI(ctx, ref)
+		i, err = s.pullOCI(ctx, ref, name)
 	}
-	if err == nil {
-		i.Name, i.Source, i.Arch = cmp.Or(name, i.Name), ref, s.opts.Arch
-		if err = ValidName(i.Name); err == nil { // an archive says itself what it is called
-			err = s.name(ctx, i)
-		}
-	}
-	if err = errors.Join(err, one(), release()); err != nil {
+	if err = errors.Join(err, one()); err != nil {
 		return nil, fmt.Errorf("pull %s: %w", ref, err)
 	}
 	s.log.Info("pulled", "image", i.Name, "root", i.Root)
 	return i, nil
 }
 
-func (s *Store) pullOCI(ctx context.Context, ref string) (i *Image, err error) {
+// pullOCI holds the store only while it looks whether the image is here, and when it stores it: until then what it makes is in
+// a directory of its own, and the layers are kept by a lock on theirs.
+func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err error) {
 	if s.opts.Offline && !oci.Local(ref) {
 		return nil, hint.Add(ErrOffline, "smartvm image pull %s, without --offline, brings it", ref)
 	}
+	w, err := s.locks.Work()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
 	o := s.opts.OCI
-	o.Limits, o.Arch, o.TempDir, o.Log = s.opts.Limits, s.opts.Arch, s.path(tempDir), s.log
+	o.Limits, o.Arch, o.TempDir, o.Log = s.opts.Limits, s.opts.Arch, w.Dir, s.log
 	img, err := oci.Resolve(ctx, ref, o)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, img.Close()) }()
-	i = &Image{Name: img.Name, Digest: img.Digest, Config: img.Config, Root: kindRoot + "-" + flatten.ID(img.Chain)}
-	for _, l := range img.Layers {
-		i.Layers = append(i.Layers, l.Digest)
+	i = &Image{
+		Name: cmp.Or(name, img.Name), Source: ref, Arch: s.opts.Arch, ID: img.ID, Digest: img.Digest, Index: img.Index,
+		Config: img.Config, About: img.About, Root: chainID(img.Chain),
 	}
-	one, err := s.one(ctx, i.Root, "another smartvm that unpacks the same layers")
+	// An archive says itself what it is called.
+	if err := ValidName(i.Name); err != nil {
+		return nil, err
+	}
+	if _, digest, pinned := imagename.CutDigest(i.Name); pinned && !i.has(digest) {
+		return nil, hint.Add(invalid("image name %s: it is another's digest", i.Name), "call it otherwise: --name")
+	}
+	one, err := s.locks.One(ctx, oneMake, i.Root, "another smartvm that unpacks the same layers")
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, one()) }()
-	if _, err := s.use(ctx, i.Root, false); err == nil {
-		return i, nil
-	} else if !isNotExist(err) {
+	layers := filepath.Join(w.Dir, layersDir)
+	if oci.Local(ref) { // a copy of what is here is not kept
+		err = os.Mkdir(layers, 0o700)
+	} else {
+		layers = s.path(layersDir)
+		for _, l := range img.Layers {
+			i.Layers = append(i.Layers, l.Digest)
+		}
+		var keep func() error
+		if keep, err = s.locks.Lock(ctx, layers, unix.LOCK_SH, "another smartvm to finish removing images"); err == nil {
+			defer func() { err = errors.Join(err, keep()) }()
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("store layers: %w", err)
+	}
+	if here, err := s.again(ctx, i); here || err != nil {
+		return i, err
+	}
+	if err := img.Fetch(ctx, layers, func(done, total int64) { s.opts.Progress("fetch", done, total) }); err != nil {
 		return nil, err
 	}
-	if err := img.Fetch(ctx, s.path(layersDir), func(done, total int64) { s.opts.Progress("fetch", done, total) }); err != nil {
-		return nil, err
-	}
-	_, err = s.build(ctx, func(dir string) (*Object, error) {
+	root, err := s.draft(ctx, func(dir string) (*Object, error) {
 		f, err := os.Create(filepath.Join(dir, "root.ext4"))
 		if err != nil {
 			return nil, err
 		}
-		_, err = img.Flatten(ctx, s.path(layersDir), f, func(done, total int64) { s.opts.Progress("unpack", done, total) })
+		_, err = img.Flatten(ctx, layers, f, func(done, total int64) { s.opts.Progress("unpack", done, total) })
 		return &Object{ID: i.Root, Type: "ext4", Files: []File{{Name: "root.ext4"}}}, errors.Join(err, f.Close())
 	})
-	return i, err
+	if err != nil {
+		return nil, err
+	}
+	return i, errors.Join(s.publish(ctx, i, root), root.Close())
 }
 
-// build stores what fill makes in a directory. The caller holds the store.
-func (s *Store) build(ctx context.Context, fill func(dir string) (*Object, error)) (*Object, error) {
-	dir, err := os.MkdirTemp(s.path(tempDir), "new-")
+// again names an image whose root is here already, and whole.
+func (s *Store) again(ctx context.Context, i *Image) (here bool, err error) {
+	release, err := s.Hold(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("store image: %w", err)
+		return false, err
 	}
-	o, err := fill(dir)
-	if err == nil {
-		err = s.commit(ctx, dir, o)
+	_, err = s.use(ctx, i.Root, false)
+	switch {
+	case err == nil:
+		here, err = true, s.name(ctx, i)
+	case isNotExist(err):
+		err = nil
+	case errors.Is(err, ErrCorrupt):
+		s.log.Warn("image is damaged: making it anew", "image", i.Name, "err", err)
+		err = nil
 	}
-	if errors.Is(err, unix.ENOSPC) {
-		err = hint.Add(err, "free space there (smartvm image prune), or name another --data-dir")
-	}
-	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
-	}
-	return o, nil
+	return here, errors.Join(err, release())
 }
 
 // pullBase makes a base image's bundle the image's. The bundle stays with the base images, whose rules of keeping it has.
-func (s *Store) pullBase(ctx context.Context, preset string) (*Image, error) {
+func (s *Store) pullBase(ctx context.Context, preset, name string) (*Image, error) {
 	if s.opts.Base == nil {
 		return nil, fmt.Errorf("%w: there are no base images here", ErrNotFound)
 	}
@@ -127,5 +149,9 @@ func (s *Store) pullBase(ctx context.Context, preset string) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Image{Name: BaseScheme + preset, Bundle: b.ID, BootArgs: b.BootArgs, Itself: !b.RootfsIsReadOnly}, nil
+	i := &Image{
+		Name: cmp.Or(name, BaseScheme+preset), Source: BaseScheme + preset, Arch: s.opts.Arch, Bundle: b.ID, BootArgs: b.BootArgs,
+		Itself: !b.RootfsIsReadOnly,
+	}
+	return i, s.publish(ctx, i)
 }

@@ -8,8 +8,12 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/kept"
 )
 
@@ -30,27 +34,56 @@ func (s *Store) Remove(ctx context.Context, name string, force bool) (*Removed, 
 	return r, errors.Join(err, release())
 }
 
-func (s *Store) remove(ctx context.Context, name string, force bool) (*Removed, error) {
-	i, err := s.Find(name)
+func (s *Store) remove(ctx context.Context, ref string, force bool) (*Removed, error) {
+	all, bad, err := s.list()
 	if err != nil {
 		return nil, err
 	}
-	all, err := s.List()
+	found, err := s.find(ref)
+	r := &Removed{}
+	if u := (*unreadableError)(nil); errors.As(err, &u) {
+		// What it is nobody knows. What VMs use stays, as they say so themselves.
+		if err = s.forget(u.name); err == nil {
+			r.Images = append(r.Images, u.name)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
-	by, err := s.lastUsers(i, all)
-	if err != nil {
-		return nil, err
+	if len(found) > 1 && !force {
+		return nil, hint.Add(invalid("image %s has several names: %s", ref, strings.Join(names(found), ", ")), "remove one of them, or all with -f")
 	}
-	if len(by) > 0 && !force {
-		return nil, &InUseError{Name: i.Name, By: by}
+	for _, i := range found {
+		by, err := s.lastUsers(i, all)
+		if err != nil {
+			return nil, err
+		}
+		if len(by) > 0 && !force {
+			return nil, &InUseError{Name: i.Name, By: by}
+		}
+		all = slices.DeleteFunc(all, func(other *Image) bool { return other.Name == i.Name })
+		if err := s.unname(ctx, i, all, len(bad) > 0); err != nil {
+			return nil, err
+		}
+		r.Images = append(r.Images, i.Name)
 	}
-	if err := s.unname(ctx, i, all); err != nil {
-		return nil, err
+	r.Bytes, err = s.sweep(false, false)
+	return r, err
+}
+
+func names(all []*Image) (texts []string) {
+	for _, i := range all {
+		texts = append(texts, i.Name)
 	}
-	freed, err := s.sweep()
-	return &Removed{Images: []string{i.Name}, Bytes: freed}, err
+	return texts
+}
+
+// forget removes an image's description.
+func (s *Store) forget(name string) error {
+	if err := errors.Join(os.RemoveAll(s.nameFile(name)), atomicfile.SyncDir(s.path(namesDir))); err != nil {
+		return fmt.Errorf("remove image %s: %w", name, err)
+	}
+	return nil
 }
 
 // lastUsers are the VMs that use what an image has, but for what another image has too.
@@ -61,113 +94,97 @@ func (s *Store) lastUsers(i *Image, all []*Image) ([]string, error) {
 	return kept.Users(true, slices.DeleteFunc(s.dirs(i), shared)...)
 }
 
-// unname takes an image's name away, and its bundle where it is the last of all to have it and no VM does.
-func (s *Store) unname(ctx context.Context, i *Image, all []*Image) error {
-	err := errors.Join(os.Remove(s.nameFile(i.Name)), atomicfile.SyncDir(s.path(namesDir)))
-	if i.Bundle != "" && !slices.ContainsFunc(all, func(other *Image) bool { return other.Name != i.Name && other.Bundle == i.Bundle }) {
-		bundleErr := s.opts.Base.Remove(ctx, i.Bundle)
-		if !isNotExist(bundleErr) && !errors.Is(bundleErr, base.ErrInUse) {
-			err = errors.Join(err, bundleErr)
-		}
+// unname takes an image's name away, and its bundle where none of the others has it, nor a VM. Unsure says that there are images
+// that cannot be read: then bundles stay.
+func (s *Store) unname(ctx context.Context, i *Image, others []*Image, unsure bool) error {
+	if err := s.forget(i.Name); err != nil {
+		return err
 	}
-	if err != nil {
+	if i.Bundle == "" || unsure || slices.ContainsFunc(others, func(other *Image) bool { return other.Name != i.Name && other.Bundle == i.Bundle }) {
+		return nil
+	}
+	err := s.opts.Base.Remove(ctx, i.Bundle)
+	if err != nil && !isNotExist(err) && !errors.Is(err, base.ErrInUse) {
 		return fmt.Errorf("remove image %s: %w", i.Name, err)
 	}
 	return nil
 }
 
-// Prune removes what no image needs and, with all, the images that no VM uses.
-func (s *Store) Prune(ctx context.Context, all bool) (*Removed, error) {
+// PruneOptions say what is removed beside what no image needs.
+type PruneOptions struct {
+	All    bool // images that no VM uses
+	Layers bool // the layers of all images: VMs need none, but a pull of an image that shares some fetches them again
+}
+
+// Prune removes what no image needs.
+func (s *Store) Prune(ctx context.Context, o PruneOptions) (*Removed, error) {
 	release, err := s.alone(ctx)
 	if err != nil {
 		return nil, err
 	}
-	r, err := s.prune(ctx, all)
+	r, err := s.prune(ctx, o)
 	return r, errors.Join(err, release())
 }
 
-func (s *Store) prune(ctx context.Context, all bool) (*Removed, error) {
+func (s *Store) prune(ctx context.Context, o PruneOptions) (*Removed, error) {
 	r := &Removed{Images: []string{}}
-	images, err := s.List()
+	images, bad, err := s.list()
 	if err != nil {
 		return r, err
 	}
-	for _, i := range images {
+	for _, i := range slices.Clone(images) {
 		by, err := kept.Users(true, s.dirs(i)...)
 		if err != nil {
 			return r, err
 		}
-		if !all || len(by) > 0 {
+		if !o.All || len(by) > 0 {
 			continue
 		}
-		if err := s.unname(ctx, i, images); err != nil {
+		images = slices.DeleteFunc(images, func(other *Image) bool { return other.Name == i.Name })
+		if err := s.unname(ctx, i, images, len(bad) > 0); err != nil {
 			return r, err
 		}
 		r.Images = append(r.Images, i.Name)
 	}
-	r.Bytes, err = s.sweep()
+	r.Bytes, err = s.sweep(o.Layers, true)
 	return r, err
 }
 
-// sweep removes objects that neither an image nor a VM has, and layers whose images are gone, and says how many bytes
-// that frees. The caller has the store alone.
-func (s *Store) sweep() (int64, error) {
-	images, err := s.List()
+// sweep removes objects that neither an image nor a VM has, and layers whose images are gone, or all of them, and says how many
+// bytes that frees. Partial says that what interrupted pulls have fetched goes too. The caller has the store alone.
+func (s *Store) sweep(allLayers, partial bool) (freed int64, err error) {
+	needed, unsure, err := s.needs()
+	if err != nil || unsure {
+		return 0, err
+	}
+	err = s.objects.Take(s.path(objectsDir), &freed, func(name string) (bool, error) {
+		by, err := kept.Users(true, s.path(objectsDir, name))
+		return !needed[name] && len(by) == 0, err
+	})
 	if err != nil {
-		return 0, err // an image that cannot be read may need anything
+		return freed, fmt.Errorf("remove images: %w", err)
 	}
-	needed, layers := map[string]bool{}, map[string]bool{}
-	for _, i := range images {
-		for _, id := range i.objects() {
-			needed[id] = true
-		}
-		for _, l := range i.Layers {
-			layers[l] = true
-		}
-	}
-	var freed int64
-	take := func(dir, name string) error {
-		path := s.path(dir, name)
-		size, err := kept.Usage(path)
-		if err != nil {
-			return err
-		}
-		// Out of sight first: nothing is ever half there.
-		gone := s.path(tempDir, "gone-"+name)
-		if err := errors.Join(os.Rename(path, gone), os.RemoveAll(gone)); err != nil {
-			return err
-		}
-		freed += size
-		return nil
-	}
-	objects, err := os.ReadDir(s.path(objectsDir))
-	if err != nil {
-		return 0, fmt.Errorf("remove images: %w", err)
-	}
-	for _, e := range objects {
-		by, err := kept.Users(true, s.objectDir(e.Name()))
-		if err != nil {
-			return freed, err
-		}
-		if !needed[e.Name()] && len(by) == 0 {
-			if err := take(objectsDir, e.Name()); err != nil {
-				return freed, fmt.Errorf("remove images: %w", err)
-			}
-		}
-	}
-	blobs, err := os.ReadDir(s.path(layersDir))
+	dir, err := os.Open(s.path(layersDir))
 	if err != nil {
 		return freed, fmt.Errorf("remove layers: %w", err)
 	}
-	for _, e := range blobs {
-		if !layers[strings.Replace(e.Name(), "sha256-", "sha256:", 1)] {
-			if err := take(layersDir, e.Name()); err != nil {
-				return freed, fmt.Errorf("remove layers: %w", err)
-			}
-		}
+	defer dir.Close()
+	if err = unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return freed, nil // a pull that is under way may want them
+	}
+	if err == nil {
+		err = s.objects.Take(s.path(layersDir), &freed, func(name string) (bool, error) {
+			return allLayers || !needed[name] && (partial || !strings.HasSuffix(name, download.PartialSuffix)), nil
+		})
+	}
+	if err != nil {
+		return freed, fmt.Errorf("remove layers: %w", err)
 	}
 	return freed, nil
 }
+
+// layerFile is the name of a layer's file.
+func layerFile(digest string) string { return strings.Replace(digest, ":", "-", 1) }
 
 // Usage is what a store takes of its disk, in bytes.
 type Usage struct {
@@ -188,20 +205,15 @@ func (s *Store) Usage(ctx context.Context) (*Usage, error) {
 }
 
 func (s *Store) usage() (*Usage, error) {
-	images, err := s.List()
+	images, bad, err := s.list()
 	if err != nil {
 		return nil, err
 	}
-	u := &Usage{Images: len(images)}
-	needed := map[string]bool{}
-	for _, i := range images {
-		for _, id := range i.objects() {
-			needed[id] = true
-		}
-		for _, l := range i.Layers {
-			needed[strings.Replace(l, ":", "-", 1)] = true
-		}
+	needed, _, err := s.needs()
+	if err != nil {
+		return nil, err
 	}
+	u := &Usage{Images: len(images) + len(bad)}
 	for _, part := range []struct {
 		dir string
 		sum *int64

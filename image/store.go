@@ -10,13 +10,14 @@ import (
 	"path/filepath"
 	"runtime"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/hostkernel"
+	"push.rocks/smartvm/internal/objects"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/storelock"
 )
 
 // Errors of this package. Those of a file system, a registry or a base image's source come as they are.
@@ -26,9 +27,9 @@ var (
 	// ErrOffline says that something would have to be fetched, and must not.
 	ErrOffline = download.ErrOffline
 	// ErrNoKernel says that an image without a kernel found none to boot with.
-	ErrNoKernel = errors.New("no kernel")
+	ErrNoKernel = hostkernel.ErrNone
 	// ErrCorrupt says that a stored file is not what was stored.
-	ErrCorrupt = errors.New("corrupt image")
+	ErrCorrupt = objects.ErrCorrupt
 )
 
 // InUseError says that VMs use what was to be removed.
@@ -72,10 +73,12 @@ type Options struct {
 
 // Store is a directory of images. It is safe for concurrent use, by many processes too.
 type Store struct {
-	opts Options
-	log  *slog.Logger
+	opts    Options
+	log     *slog.Logger
+	locks   *storelock.Dir
+	objects *objects.Store
 
-	hostRoot, hostRelease string // where this machine's kernel is sought, and of which release; "": what it runs
+	host hostkernel.Machine
 }
 
 // Names in a store's directory: docs/layout.md.
@@ -83,7 +86,7 @@ const (
 	namesDir   = "names"   // a file an image
 	objectsDir = "objects" // a directory an object
 	layersDir  = "layers"  // compressed layers of OCI images, by digest
-	tempDir    = "tmp"     // what is being made; whatever is there while nobody holds the store is rubbish
+	tempDir    = "tmp"     // what is being made, each locked by who makes it; the rest is rubbish
 )
 
 // Open makes the store's directory if need be. It fetches nothing.
@@ -104,6 +107,8 @@ func Open(opts Options) (*Store, error) {
 		return nil, fmt.Errorf("open images: %w", err)
 	}
 	s := &Store{opts: opts, log: opts.Log}
+	s.locks = &storelock.Dir{Path: opts.Dir, Gate: s.path(namesDir), Temp: s.path(tempDir), Waiting: opts.Waiting}
+	s.objects = &objects.Store{Path: s.path(objectsDir), IDs: objectID, Locks: s.locks, Log: s.log, Progress: opts.Progress}
 	for _, d := range []string{namesDir, objectsDir, layersDir, tempDir} {
 		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
 			return nil, fmt.Errorf("open images: %w", err)
@@ -116,75 +121,23 @@ func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.opts.Dir}, elem...)...)
 }
 
-// Hold keeps others from removing anything until it is let go of. Those that hold a store do not exclude each other.
+// Hold keeps others from removing anything until it is let go of. Those that hold a store do not exclude each other; who
+// holds it must not hold it again, since a process that waits to remove something comes first.
 func (s *Store) Hold(ctx context.Context) (release func() error, err error) {
-	return s.lock(ctx, s.opts.Dir, unix.LOCK_SH, "another smartvm to finish removing images")
+	return s.locks.Share(ctx, "another smartvm to finish removing images")
 }
 
 // alone waits until nobody holds the store, and clears away what those that died were making.
 func (s *Store) alone(ctx context.Context) (release func() error, err error) {
-	release, err = s.lock(ctx, s.opts.Dir, unix.LOCK_EX, "another smartvm to finish with its images")
-	if err != nil {
-		return nil, err
-	}
-	if err := s.tidy(); err != nil {
-		return nil, errors.Join(err, release())
-	}
-	return release, nil
+	return s.locks.Alone(ctx, "another smartvm to finish with its images")
 }
 
-// tidy removes what was half made. The caller has the store alone.
-func (s *Store) tidy() error {
-	entries, err := os.ReadDir(s.path(tempDir))
-	if err != nil {
-		return fmt.Errorf("clear away unfinished images: %w", err)
-	}
-	for _, e := range entries {
-		if err := os.RemoveAll(s.path(tempDir, e.Name())); err != nil {
-			return fmt.Errorf("clear away unfinished images: %w", err)
-		}
-	}
-	return nil
-}
-
-// begin holds the store for making something. If nobody else does, it tidies first.
-func (s *Store) begin(ctx context.Context) (release func() error, err error) {
-	if f, err := os.Open(s.opts.Dir); err == nil {
-		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-			err = s.tidy()
-		}
-		if err := errors.Join(err, f.Close()); err != nil {
-			return nil, err
-		}
-	}
-	return s.Hold(ctx)
-}
-
-// lock takes a lock on a file or directory, which must be there. The lock dies with the process.
-func (s *Store) lock(ctx context.Context, path string, how int, what string) (release func() error, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("lock images: %w", err)
-	}
-	if err := download.Lock(ctx, f, how, func() { s.opts.Waiting(what) }); err != nil {
-		return nil, errors.Join(fmt.Errorf("lock images: %w", err), f.Close())
-	}
-	return f.Close, nil
-}
-
-// one makes the making of one thing exclusive: one process does, others wait. The lock's file stays until the store is
-// tidied.
-func (s *Store) one(ctx context.Context, key, what string) (release func() error, err error) {
-	path := s.path(tempDir, "lock-"+key)
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDONLY, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("lock images: %w", err)
-	}
-	if err := f.Close(); err != nil {
-		return nil, err
-	}
-	return s.lock(ctx, path, unix.LOCK_EX, what)
-}
+// Kinds of what one process alone does: a lock of one kind may be taken under one of another, in this order.
+const (
+	onePull = "pull" // of a reference
+	oneMake = "make" // of an object
+	oneName = "name" // of an image's description
+)
 
 // isNotExist is for what may be missing.
 func isNotExist(err error) bool { return errors.Is(err, fs.ErrNotExist) }

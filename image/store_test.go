@@ -14,19 +14,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -34,9 +30,12 @@ import (
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/ocitest"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/fixtures"
+	kernelfile "push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/testenv"
+	"push.rocks/smartvm/internal/testenv/killat"
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
@@ -111,7 +110,7 @@ func wantSound(t testing.TB, s *image.Store, dir string) {
 			t.Errorf("verify: %v", err)
 		}
 	}
-	if _, err := s.Prune(context.Background(), false); err != nil {
+	if _, err := s.Prune(context.Background(), image.PruneOptions{}); err != nil {
 		t.Errorf("prune: %v", err)
 	}
 	if left := tree(t, filepath.Join(dir, "tmp")); len(left) > 0 {
@@ -162,25 +161,29 @@ func TestImport_Refused(t *testing.T) {
 	s := open(t, dir)
 	kernel, rootfs := sources(t)
 	text := filepath.Join(rootfs, "etc/issue")
-	for name, o := range map[string]image.ImportOptions{
-		"no name":          {Kernel: kernel},
-		"capitals":         {Name: "Name", Kernel: kernel},
-		"path":             {Name: "../x", Kernel: kernel},
-		"the host's":       {Name: image.HostKernel, Kernel: kernel},
-		"nothing":          {Name: "x"},
-		"no kernel":        {Name: "x", Initrd: text},
-		"modules alone":    {Name: "x", Rootfs: rootfs, Modules: rootfs},
-		"kernel is text":   {Name: "x", Kernel: text},
-		"kernel missing":   {Name: "x", Kernel: kernel + "x"},
-		"kernel directory": {Name: "x", Kernel: rootfs},
-		"rootfs is text":   {Name: "x", Rootfs: text},
-		"rootfs is device": {Name: "x", Rootfs: "/dev/null"},
-		"rootfs missing":   {Name: "x", Rootfs: rootfs + "x"},
-		"modules missing":  {Name: "x", Kernel: kernel, Modules: rootfs + "x"},
-		"no modules":       {Name: "x", Kernel: kernel, Modules: rootfs},
+	for name, c := range map[string]struct {
+		o    image.ImportOptions
+		want error
+	}{
+		"no name":          {image.ImportOptions{Kernel: kernel}, fs.ErrInvalid},
+		"capitals":         {image.ImportOptions{Name: "Name", Kernel: kernel}, fs.ErrInvalid},
+		"path":             {image.ImportOptions{Name: "../x", Kernel: kernel}, fs.ErrInvalid},
+		"long":             {image.ImportOptions{Name: strings.Repeat("a", 256), Kernel: kernel}, fs.ErrInvalid},
+		"the host's":       {image.ImportOptions{Name: image.HostKernel, Kernel: kernel}, fs.ErrInvalid},
+		"nothing":          {image.ImportOptions{Name: "x"}, fs.ErrInvalid},
+		"no kernel":        {image.ImportOptions{Name: "x", Initrd: text}, fs.ErrInvalid},
+		"modules alone":    {image.ImportOptions{Name: "x", Rootfs: rootfs, Modules: rootfs}, fs.ErrInvalid},
+		"kernel is text":   {image.ImportOptions{Name: "x", Kernel: text}, kernelfile.ErrFormat},
+		"kernel missing":   {image.ImportOptions{Name: "x", Kernel: kernel + "x"}, fs.ErrNotExist},
+		"kernel directory": {image.ImportOptions{Name: "x", Kernel: rootfs}, fs.ErrInvalid},
+		"rootfs is text":   {image.ImportOptions{Name: "x", Rootfs: text}, tar.ErrHeader},
+		"rootfs is device": {image.ImportOptions{Name: "x", Rootfs: "/dev/null"}, fs.ErrInvalid},
+		"rootfs missing":   {image.ImportOptions{Name: "x", Rootfs: rootfs + "x"}, fs.ErrNotExist},
+		"modules missing":  {image.ImportOptions{Name: "x", Kernel: kernel, Modules: rootfs + "x"}, fs.ErrNotExist},
+		"no modules":       {image.ImportOptions{Name: "x", Kernel: kernel, Modules: rootfs}, fs.ErrInvalid},
 	} {
-		if i, err := s.Import(t.Context(), o); err == nil {
-			t.Errorf("%s: %+v", name, i)
+		if i, err := s.Import(t.Context(), c.o); !errors.Is(err, c.want) {
+			t.Errorf("%s: %+v, %v, want %v", name, i, err, c.want)
 		}
 	}
 	if left := append(tree(t, filepath.Join(dir, "names")), tree(t, filepath.Join(dir, "objects"))...); len(left) > 0 {
@@ -360,7 +363,7 @@ func TestRemove(t *testing.T) {
 	if _, err := s.Remove(t.Context(), "one", false); !errors.As(err, &inUse) || cmp.Diff([]string{vm}, inUse.By) != "" {
 		t.Errorf("in use: %v", err)
 	}
-	if r, err := s.Prune(t.Context(), true); err != nil || cmp.Diff([]string{"two"}, r.Images) != "" {
+	if r, err := s.Prune(t.Context(), image.PruneOptions{All: true}); err != nil || cmp.Diff([]string{"two"}, r.Images) != "" {
 		t.Errorf("prune: %+v, %v", r, err)
 	}
 	if _, err := s.Remove(t.Context(), "one", true); err != nil {
@@ -376,7 +379,7 @@ func TestRemove(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The VM is gone, however that happened: so is its claim.
-	if r, err := s.Prune(t.Context(), false); err != nil || r.Bytes == 0 {
+	if r, err := s.Prune(t.Context(), image.PruneOptions{}); err != nil || r.Bytes == 0 {
 		t.Errorf("prune: %+v, %v", r, err)
 	}
 	if got := tree(t, filepath.Join(dir, "objects")); len(got) > 0 {
@@ -648,7 +651,7 @@ func TestPull_AtOnce(t *testing.T) {
 				if ref := refs[i%2]; i < 4 {
 					_, err = s.Pull(t.Context(), ref, "")
 				} else if i == 4 {
-					_, err = s.Prune(t.Context(), true)
+					_, err = s.Prune(t.Context(), image.PruneOptions{All: true})
 				} else if _, err = s.Find(ref); err == nil {
 					err = s.Verify(t.Context(), ref)
 				}
@@ -673,79 +676,68 @@ func TestPull_Cancelled(t *testing.T) {
 	wantSound(t, s, dir)
 }
 
-// killVariable has a copy of this test binary make an image and die at a step of it.
-const killVariable = "SMARTVM_TEST_DIE_AT"
+// killVariable has a copy of this test binary make and remove images.
+const killVariable = "SMARTVM_TEST_KILL"
 
-// TestKilled kills whoever makes an image at each step: what is listed then is whole, and the next try gets through.
+// TestKilled kills whoever makes and removes images before each change that it makes to the file system: what is listed then
+// is whole, nothing is left unfinished, and the next try gets through.
 func TestKilled(t *testing.T) {
-	if at := os.Getenv(killVariable); at != "" {
-		dieAt(t, at)
+	if config := os.Getenv(killVariable); config != "" {
+		makeImages(t, strings.Split(config, "\n"))
 		return
 	}
 	work := t.TempDir()
-	p, err := layout.Write(filepath.Join(work, "layout"), empty.Index)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.AppendImage(randomImage(t, 3)); err != nil {
-		t.Fatal(err)
-	}
+	layout := layoutOf(t, map[string][]ocitest.Layer{"1": {files(map[string]string{"a": "a"}), files(map[string]string{"b": "b"})}})
+	host := serve(t, layout, func(*http.Request) {})
 	kernel, rootfs := sources(t)
 	dir := filepath.Join(work, "images")
+	config := strings.Join([]string{dir, "oci:" + layout, host + "/app:1", kernel, rootfs}, "\n")
 	killed := 0
-	for step := 1; ; step++ {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestKilled$")
-		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d\n%s\n%s\n%s", killVariable, step, work, kernel, rootfs))
-		out, err := cmd.CombinedOutput()
+	for n := 1; ; n++ {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestKilled$") //nolint:noctx // killed or ended when it has been run
+		cmd.Env = append(os.Environ(), killVariable+"="+config, "GORACE=atexit_sleep_ms=0")
+		ended, err := killat.Run(cmd, n)
+		if err != nil {
+			t.Fatalf("change %d: ended %v, %v", n, ended, err)
+		}
 		s := open(t, dir)
 		wantSound(t, s, dir)
-		if err == nil {
+		if ended {
 			break
 		}
-		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
-			t.Fatalf("step %d: %v\n%s", step, err, out)
-		}
 		killed++
-		if all, err := s.List(); err != nil || len(all) > 2 {
-			t.Errorf("step %d: %v, %v", step, all, err)
-		}
-		// The next death is in a store that knows nothing.
-		if step%2 == 0 {
+		// The next death is in a store that knows nothing, or in one that has what this left.
+		if n%2 == 0 {
 			if err := os.RemoveAll(dir); err != nil {
 				t.Fatal(err)
 			}
 		}
+		if t.Failed() {
+			t.Fatalf("killed before change %d", n)
+		}
 	}
-	if killed < 10 {
-		t.Errorf("there were %d steps only", killed)
+	if killed < 50 {
+		t.Errorf("there were %d changes only", killed)
 	}
+	t.Logf("killed before each of %d changes", killed)
 	all, err := open(t, dir).List()
 	if err != nil || len(all) != 2 {
 		t.Errorf("in the end there are %v, %v", all, err)
 	}
 }
 
-func dieAt(t *testing.T, config string) {
-	parts := strings.Split(config, "\n")
-	fatal, err := strconv.Atoi(parts[0])
-	if err != nil {
-		t.Fatal(err)
+func makeImages(t *testing.T, config []string) {
+	s := open(t, config[0])
+	_, importErr := s.Import(t.Context(), image.ImportOptions{Name: "imported", Kernel: config[3], Rootfs: config[4]})
+	_, layoutErr := s.Pull(t.Context(), config[1], "local")
+	_, removeErr := s.Remove(t.Context(), "local", false)
+	_, pullErr := s.Pull(t.Context(), config[2], "pulled")
+	b, bootErr := s.Boot(t.Context(), "imported", image.BootOptions{})
+	if bootErr == nil {
+		bootErr = b.Release()
 	}
-	step := 0
-	var mu sync.Mutex
-	s := open(t, filepath.Join(parts[1], "images"), func(o *image.Options) {
-		o.Progress = func(string, int64, int64) {
-			mu.Lock()
-			defer mu.Unlock()
-			if step++; step == fatal {
-				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			}
-		}
-	})
-	if _, err := s.Import(t.Context(), image.ImportOptions{Name: "imported", Kernel: parts[2], Rootfs: parts[3]}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.Pull(t.Context(), "oci:"+filepath.Join(parts[1], "layout"), "pulled"); err != nil {
+	_, pruneErr := s.Prune(t.Context(), image.PruneOptions{Layers: true})
+	if err := errors.Join(importErr, layoutErr, removeErr, pullErr, bootErr, pruneErr); err != nil {
 		t.Fatal(err)
 	}
 }

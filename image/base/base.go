@@ -82,6 +82,8 @@ type Options struct {
 	Waiting func(what string)
 	// InUse says whether VMs use what is in a bundle's directory. Nil: they never do.
 	InUse func(dir string) bool
+	// Named says whether an image has a bundle, which then makes no room for others. Nil: none does.
+	Named func(id string) bool
 }
 
 // Store is a directory of bundles. It is safe for concurrent use.
@@ -129,6 +131,9 @@ func Open(opts Options) (*Store, error) {
 	}
 	if opts.InUse == nil {
 		opts.InUse = func(string) bool { return false }
+	}
+	if opts.Named == nil {
+		opts.Named = func(string) bool { return false }
 	}
 	if err := store.Secure(opts.Dir); err != nil {
 		return nil, fmt.Errorf("open base images: %w", err)

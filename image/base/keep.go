@@ -61,7 +61,7 @@ func (s *Store) change(ctx context.Context, update func(i *index)) error {
 }
 
 // evict removes bundles that were not used for the longest time until there are no more than there may be. Those that
-// VMs use, and the one to keep, stay.
+// VMs use or images have, and the one to keep, stay.
 func (s *Store) evict(ctx context.Context, keep string) error {
 	all, err := s.List()
 	if err != nil {
@@ -70,7 +70,7 @@ func (s *Store) evict(ctx context.Context, keep string) error {
 	for n := len(all); n > s.opts.MaxStored && len(all) > 0; {
 		b := all[len(all)-1]
 		all = all[:len(all)-1]
-		if b.ID == keep {
+		if b.ID == keep || s.opts.Named(b.ID) {
 			continue
 		}
 		err := s.takeIf(ctx, b.ID, true, func() {

@@ -3,7 +3,6 @@ package oci
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,16 +10,12 @@ import (
 	"math"
 	"net/http"
 	"os"
-	"path"
 	"path/filepath"
-	"slices"
-	"strconv"
 	"strings"
-	"time"
-	"unicode/utf8"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 
+	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/registries"
@@ -49,38 +44,10 @@ type Options struct {
 	Log     *slog.Logger
 }
 
-// Config is what an image wants to be run as.
-type Config struct {
-	Entrypoint []string `json:"entrypoint,omitempty"`
-	Cmd        []string `json:"cmd,omitempty"`
-	Env        []string `json:"env,omitempty"` // "NAME=value"
-	User       string   `json:"user,omitempty"`
-	WorkingDir string   `json:"workingDir,omitempty"`
-	StopSignal string   `json:"stopSignal,omitempty"`
-	// ExposedPorts are those of TCP and UDP that it says it serves, "80/tcp", in order. At most maxExposed.
-	ExposedPorts []string `json:"exposedPorts,omitempty"`
-	// Volumes are directories that it keeps data in, as absolute and clean paths, in order. At most maxVolumes.
-	Volumes []string `json:"volumes,omitempty"`
-	// Healthcheck is kept and shown; nothing runs it.
-	Healthcheck *Healthcheck `json:"healthcheck,omitempty"`
-}
-
-// Healthcheck says how to find out whether what an image runs is well. Durations are in nanoseconds; zero is the default of who runs it.
-type Healthcheck struct {
-	Test          []string      `json:"test,omitempty"` // "NONE", or "CMD" or "CMD-SHELL" and what to run
-	Interval      time.Duration `json:"interval,omitempty"`
-	Timeout       time.Duration `json:"timeout,omitempty"`
-	StartPeriod   time.Duration `json:"startPeriod,omitempty"`
-	StartInterval time.Duration `json:"startInterval,omitempty"`
-	Retries       int           `json:"retries,omitempty"`
-}
-
-// maxExposed is more than can be published.
-const maxExposed = 1024
-
-const (
-	maxVolumes    = 64
-	maxVolumePath = 1024 // bytes; a longer one is left out
+// Config is what an image wants to be run as, Healthcheck a part of it.
+type (
+	Config      = config.Config
+	Healthcheck = config.Healthcheck
 )
 
 // Layer is one of an image's, a tar.
@@ -104,6 +71,7 @@ type Image struct {
 	// specification.
 	Chain  string
 	Config Config
+	About  config.About
 	Layers []Layer // the lowest first
 	Size   int64   // bytes of all layers, as they are fetched
 
@@ -276,74 +244,27 @@ func (f *found) manifest(ctx context.Context, want manifest.Platform, digest str
 		i.Layers = append(i.Layers, Layer{Digest: l.Digest, DiffID: diffIDs[n], Size: l.Size})
 	}
 	i.Chain = chain(diffIDs)
+	sizes := make([]int64, len(i.Layers))
+	for n, l := range i.Layers {
+		sizes[n] = l.Size
+	}
+	i.About.Sizes(sizes)
 	return i, nil
 }
 
 // configure reads an image's configuration.
 func (i *Image) configure(text []byte, want manifest.Platform) (diffIDs []string, err error) {
-	var c struct {
-		manifest.Platform
-		RootFS struct {
-			DiffIDs []string `json:"diff_ids"`
-		} `json:"rootfs"`
-		Config struct {
-			Entrypoint, Cmd, Env         []string
-			User, WorkingDir, StopSignal string
-			ExposedPorts, Volumes        map[string]json.RawMessage
-			Healthcheck                  *Healthcheck
-		} `json:"config"`
-	}
-	if err := json.Unmarshal(text, &c); err != nil {
-		return nil, fmt.Errorf("read image configuration: %w", err)
+	c, err := config.Parse(text)
+	if err != nil {
+		return nil, err
 	}
 	// Old images, and those built without, say nothing. The variant is left to whoever asked for this very image.
 	if c.OS != "" && c.OS != want.OS || c.Architecture != "" && c.Architecture != want.Architecture {
-		return nil, &manifest.PlatformError{Want: want.String(), Have: []string{c.Platform.String()}}
+		have := manifest.Platform{OS: c.OS, Architecture: c.Architecture, Variant: c.Variant}
+		return nil, &manifest.PlatformError{Want: want.String(), Have: []string{have.String()}}
 	}
-	i.Config = Config{
-		Entrypoint: c.Config.Entrypoint, Cmd: c.Config.Cmd, Env: c.Config.Env, User: c.Config.User, WorkingDir: c.Config.WorkingDir,
-		StopSignal: c.Config.StopSignal, ExposedPorts: exposed(c.Config.ExposedPorts), Volumes: volumes(c.Config.Volumes), Healthcheck: c.Config.Healthcheck,
-	}
-	return c.RootFS.DiffIDs, nil
-}
-
-// volumes leaves out the root, and what is no path.
-func volumes(paths map[string]json.RawMessage) []string {
-	var all []string
-	for p := range paths {
-		if p = path.Clean("/" + p); p != "/" && len(p) <= maxVolumePath && utf8.ValidString(p) && !strings.Contains(p, "\x00") {
-			all = append(all, p)
-		}
-	}
-	slices.Sort(all)
-	all = slices.Compact(all)
-	return all[:min(len(all), maxVolumes)]
-}
-
-// exposed takes "PORT", "PORT/tcp" and "PORT/udp", and leaves out what is none of these.
-func exposed(ports map[string]json.RawMessage) []string {
-	type port struct {
-		number   uint64
-		protocol string
-	}
-	var all []port
-	for text := range ports {
-		number, protocol, _ := strings.Cut(text, "/")
-		p := port{protocol: strings.ToLower(cmp.Or(protocol, "tcp"))}
-		var err error
-		if p.number, err = strconv.ParseUint(number, 10, 16); err == nil && p.number > 0 && (p.protocol == "tcp" || p.protocol == "udp") {
-			all = append(all, p)
-		}
-	}
-	slices.SortFunc(all, func(a, b port) int {
-		return cmp.Or(cmp.Compare(a.number, b.number), cmp.Compare(a.protocol, b.protocol))
-	})
-	all = slices.Compact(all)
-	var texts []string
-	for _, p := range all[:min(len(all), maxExposed)] {
-		texts = append(texts, fmt.Sprintf("%d/%s", p.number, p.protocol))
-	}
-	return texts
+	i.Config, i.About = c.Config, c.About
+	return c.DiffIDs, nil
 }
 
 // chain is the chain ID of layers: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid

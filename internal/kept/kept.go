@@ -28,8 +28,8 @@ func Users(alone bool, dirs ...string) ([]string, error) {
 		for _, e := range entries {
 			link := filepath.Join(dir, UsersDir, e.Name())
 			target, err := os.Readlink(link)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue // the VM has gone meanwhile
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.EINVAL) {
+				continue // the VM has gone meanwhile, or it is no link
 			}
 			if err != nil {
 				return nil, fmt.Errorf("look for VMs: %w", err)
@@ -61,14 +61,17 @@ func Stamp(path string) (string, error) {
 	return fmt.Sprint(fi.Sys().(*syscall.Stat_t).Ino, " ", fi.Size(), " ", fi.ModTime().UnixNano()), nil
 }
 
-// Usage is how many bytes a file or directory takes of its disk, holes not counted.
+// Usage is how many bytes a file or directory takes of its disk, holes not counted. Returns fs.ErrNotExist.
 func Usage(path string) (int64, error) {
 	var sum int64
-	err := filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
+	err := filepath.WalkDir(path, func(below string, d fs.DirEntry, err error) error {
+		var fi fs.FileInfo
+		if err == nil {
+			fi, err = d.Info()
 		}
-		fi, err := d.Info()
+		if below != path && errors.Is(err, fs.ErrNotExist) {
+			return nil // it has gone meanwhile
+		}
 		if err != nil {
 			return err
 		}

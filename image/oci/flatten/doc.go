@@ -23,18 +23,9 @@ package flatten
 
 import (
 	"cmp"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 )
-
-// version is raised whenever the same layers come to another file system than before.
-const version = 2
-
-// ID names the file system that layers with a chain ID come to, in 64 hexadecimal digits.
-func ID(chain string) string {
-	return fmt.Sprintf("%x", sha256.Sum256(fmt.Appendf(nil, "flattened %d %s", version, chain)))
-}
 
 const (
 	// MaxBytes is the default of Limits.MaxBytes.

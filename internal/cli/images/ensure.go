@@ -47,6 +47,11 @@ func (s *Shell) Ensure(ctx context.Context, vm *smartvm.Spec, pull *PullPolicy) 
 	}
 	if *pull != "always" {
 		i, err := images.Find(vm.Image)
+		if err == nil && *pull == "missing" {
+			done := s.Status(s.Transfer.Text)
+			i, err = images.Restore(ctx, i)
+			done()
+		}
 		if err == nil {
 			vm.Image = i.Name
 			return nil

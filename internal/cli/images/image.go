@@ -1,18 +1,16 @@
 package images
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/internal/cli/imageview"
 	"push.rocks/smartvm/internal/human"
 )
 
@@ -20,7 +18,7 @@ func (s *Shell) image() *cobra.Command {
 	return s.Group("image", "Fetch, make and remove images",
 		"Fetch, make and remove images: what smartvm run IMAGE boots. An image is stored\n"+
 			"once, however many names it has and VMs use it, and no VM ever writes it.",
-		s.pull(), s.importImage(), s.list(), s.inspect(), s.remove(), s.prune(), s.verify())
+		append(s.views(), s.pull(), s.importImage(), s.tag(), s.remove(), s.prune(), s.verify())...)
 }
 
 // store opens the images.
@@ -69,9 +67,19 @@ func (s *Shell) pull() *cobra.Command {
 // Pull fetches an image and shows how far that is.
 func (s *Shell) Pull(ctx context.Context, images *image.Store, ref, name string) (*image.Image, error) {
 	done := s.Status(s.Transfer.Text)
-	defer done()
 	i, err := images.Pull(ctx, ref, name)
+	done()
+	if err == nil {
+		s.replaced(i)
+	}
 	return i, s.Invalid(err)
+}
+
+// replaced says that a name stood for another image before: an archive names itself.
+func (s *Shell) replaced(i *image.Image) {
+	if old := i.Replaced; old != nil {
+		s.note("replaced", "%s is now image %.12s in place of %.12s, which came from %s", i.Name, i.ID, old.ID, human.Printable(old.Source))
+	}
 }
 
 // Invalid makes a usage error of one that is the caller's.
@@ -117,6 +125,7 @@ func (s *Shell) importImage() *cobra.Command {
 			if err != nil {
 				return s.Invalid(err)
 			}
+			s.replaced(i)
 			return s.made(i)
 		},
 	}
@@ -130,91 +139,33 @@ func (s *Shell) importImage() *cobra.Command {
 	return cmd
 }
 
-func (s *Shell) list() *cobra.Command {
-	var quiet bool
-	cmd := &cobra.Command{
-		Use:     "ls [flags]",
-		Aliases: []string{"list"},
-		Short:   "List images",
-		Long: "List the images that are here. SIZE is what an image takes on disk, also of\n" +
-			"what it shares with others.\n\n" +
-			"The fields of -o json are those of smartvm image inspect.",
-		Args: s.Takes(0, 0, "flags only"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			images, err := s.store()
-			if err != nil {
-				return err
-			}
-			all, err := images.List()
-			if err != nil {
-				return err
-			}
-			list, rows := []*image.Inspection{}, []string(nil)
-			for _, i := range all {
-				in, err := images.Inspect(i.Name)
-				if errors.Is(err, image.ErrNotFound) {
-					continue // meanwhile
-				}
-				if err != nil {
-					return err
-				}
-				if quiet {
-					fmt.Fprintln(s.Stdout, i.Name)
-				}
-				list = append(list, in)
-				rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s ago\t%d", i.Name, contents(in), human.Size(in.Size), human.Ago(time.Since(i.Created)), len(in.UsedBy)))
-			}
-			switch {
-			case quiet:
-				return nil
-			case s.JSON():
-				return s.WriteJSON(list)
-			}
-			return s.Table("NAME\tCONTENT\tSIZE\tCREATED\tVMS", rows)
-		},
+// views are the commands that show images.
+func (s *Shell) views() []*cobra.Command {
+	v := &imageview.Shell{
+		Stdout: s.Stdout, JSON: s.JSON, Store: s.store, Usage: s.Usage, Takes: s.Takes, WriteJSON: s.WriteJSON, Table: s.Table,
+		Warn: func(err error) { s.note("warning", "%v", err) },
 	}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print names only")
-	return cmd
+	return v.Commands()
 }
 
-// contents says what an image has.
-func contents(in *image.Inspection) string {
-	text := ""
-	for _, o := range in.Objects {
-		if text != "" {
-			text += ", "
-		}
-		kind, _, _ := strings.Cut(o.ID, "-")
-		text += cmp.Or(o.Type, kind)
-		if o.Release != "" {
-			text += " " + o.Release
-		}
-	}
-	return cmp.Or(text, "bundle "+in.Bundle)
-}
-
-func (s *Shell) inspect() *cobra.Command {
+func (s *Shell) tag() *cobra.Command {
 	return &cobra.Command{
-		Use:   "inspect IMAGE...",
-		Short: "Show all about images",
-		Long:  "Show all that is known about images, as a JSON array.",
-		Args:  s.Takes(1, -1, "an image"),
-		RunE: func(_ *cobra.Command, args []string) error {
+		Use:     "tag IMAGE NAME",
+		Short:   "Give an image one more name",
+		Long:    "Give an image one more name, which costs nothing, and print that. What had the\nname has it no more.",
+		Example: "  smartvm image tag debian:12 base",
+		Args:    s.Takes(2, 2, "an image and a name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
 			images, err := s.store()
 			if err != nil {
 				return err
 			}
-			list := []*image.Inspection{}
-			var errs []error
-			for _, name := range args {
-				in, err := images.Inspect(name)
-				if err != nil {
-					errs = append(errs, err)
-					continue
-				}
-				list = append(list, in)
+			i, err := images.Tag(cmd.Context(), args[0], args[1])
+			if err != nil {
+				return s.Invalid(err)
 			}
-			return errors.Join(append(errs, s.WriteJSON(list))...)
+			s.replaced(i)
+			return s.made(i)
 		},
 	}
 }
@@ -239,18 +190,20 @@ func (s *Shell) remove() *cobra.Command {
 }
 
 func (s *Shell) prune() *cobra.Command {
-	var all bool
+	var o image.PruneOptions
 	cmd := &cobra.Command{
 		Use:   "prune [flags]",
 		Short: "Remove what no image needs",
-		Long:  "Remove what no image needs any more, and with -a the images that no VM uses.",
-		Args:  s.Takes(0, 0, "flags only"),
+		Long: "Remove what no image needs any more, and with -a the images that no VM uses. The\n" +
+			"layers of a registry's images are kept, so that others that share them need not\n" +
+			"fetch them; --layers removes them. No VM needs them.",
+		Args: s.Takes(0, 0, "flags only"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			images, err := s.store()
 			if err != nil {
 				return err
 			}
-			r, err := images.Prune(cmd.Context(), all)
+			r, err := images.Prune(cmd.Context(), o)
 			if err != nil {
 				return err
 			}
@@ -264,7 +217,8 @@ func (s *Shell) prune() *cobra.Command {
 			return err
 		},
 	}
-	cmd.Flags().BoolVarP(&all, "all", "a", false, "remove images that no VM uses, too")
+	cmd.Flags().BoolVarP(&o.All, "all", "a", false, "remove images that no VM uses, too")
+	cmd.Flags().BoolVar(&o.Layers, "layers", false, "remove the layers that are kept for pulls of other images, too")
 	return cmd
 }
 
@@ -279,18 +233,17 @@ func (s *Shell) verify() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			var unreadable error
 			if len(args) == 0 {
 				all, err := images.List()
-				if err != nil {
-					return err
-				}
 				for _, i := range all {
 					args = append(args, i.Name)
 				}
+				unreadable = err
 			}
 			done := s.Status(s.Transfer.Text)
 			defer done()
-			return s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) })
+			return errors.Join(unreadable, s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) }))
 		},
 	}
 }

@@ -126,6 +126,18 @@ func (s *Shell) Installed(what, path string) {
 	}
 }
 
+// note says something that is no failure.
+func (s *Shell) note(event, format string, args ...any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	text := fmt.Sprintf(format, args...)
+	if s.JSON() {
+		s.event(map[string]any{"event": event, "message": text})
+		return
+	}
+	fmt.Fprintf(s.Stderr, "smartvm: %s\n", text)
+}
+
 func (s *Shell) event(e map[string]any) {
 	data, err := json.Marshal(e)
 	if err == nil {
