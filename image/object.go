@@ -40,10 +40,9 @@ const (
 	initrdFile  = "initrd"
 )
 
-func (s *Store) objectDir(id string) string                  { return s.objects.Dir(id) }
-func (s *Store) file(o *Object) string                       { return s.objects.File(o) }
-func (s *Store) object(id string) (*Object, error)           { return s.objects.Get(id) }
-func (s *Store) placed(d *draft, err error) (*Object, error) { return s.objects.Placed(d, err) }
+func (s *Store) objectDir(id string) string        { return s.objects.Dir(id) }
+func (s *Store) file(o *Object) string             { return s.objects.File(o) }
+func (s *Store) object(id string) (*Object, error) { return s.objects.Get(id) }
 
 type draft = objects.Draft
 
