@@ -40,13 +40,13 @@ type Set struct {
 }
 
 // String keeps values out of what is printed.
-func (*Set) String() string { return "(secret)" }
+func (Set) String() string { return "(secret)" }
 
 // GoString does so for %#v.
-func (*Set) GoString() string { return "(secret)" }
+func (Set) GoString() string { return "(secret)" }
 
 // LogValue does so for logs.
-func (*Set) LogValue() slog.Value { return slog.StringValue("(secret)") }
+func (Set) LogValue() slog.Value { return slog.StringValue("(secret)") }
 
 // Options say how files are read.
 type Options struct {
@@ -141,8 +141,10 @@ func (o Options) read(path string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	if fi, err := f.Stat(); err != nil || fi.IsDir() {
-		return nil, errors.Join(err, errors.New("is a directory"))
+	if fi, err := f.Stat(); err != nil {
+		return nil, err
+	} else if fi.IsDir() {
+		return nil, errors.New("is a directory")
 	} else if o.Plain && !fi.Mode().IsRegular() {
 		return nil, nil
 	}

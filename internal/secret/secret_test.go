@@ -133,7 +133,8 @@ func TestLoad(t *testing.T) {
 	var log bytes.Buffer
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "secrets", got)
 	slog.New(slog.NewTextHandler(&log, nil)).Info("x", "secrets", got)
-	if text := fmt.Sprintf("%v %+v %#v %s", got, got, got, &log); strings.Contains(text, "file") || strings.Contains(text, "key") {
+	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "secrets", *got)
+	if text := fmt.Sprintf("%v %+v %#v %v %+v %#v %s", got, got, got, *got, *got, *got, &log); strings.Contains(text, "file") || strings.Contains(text, "key") {
 		t.Errorf("printed: %s", text)
 	}
 }

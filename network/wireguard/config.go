@@ -41,10 +41,9 @@ type Peer struct {
 
 // Bounds of a configuration.
 const (
-	maxConfig   = 64 << 10 // bytes
-	maxPeers    = 64
-	maxPrefixes = 256 // of one line
-	maxDNS      = 3
+	maxConfig = 64 << 10 // bytes
+	maxPeers  = 64
+	maxDNS    = 3
 )
 
 // Load is Parse of a file.
@@ -64,7 +63,7 @@ func Load(path string) (*Config, error) {
 var ErrConfig = errors.New("invalid WireGuard configuration")
 
 // hooks are what wg-quick would run: a file from elsewhere must not run programs here.
-var hooks = []string{"preup", "postup", "predown", "postdown", "saveconfig"}
+var hooks = []string{"preup", "postup", "predown", "postdown"}
 
 // Parse reads a configuration. Returns all that is wrong, joined, each an ErrConfig with its line; no key is in it.
 func Parse(r io.Reader) (*Config, error) {
@@ -105,6 +104,9 @@ func (p *parser) fail(format string, args ...any) {
 }
 
 func (p *parser) line(text string) {
+	if p.number == 1 {
+		text = strings.TrimPrefix(text, "\ufeff") // a byte order mark
+	}
 	text, _, _ = strings.Cut(text, "#")
 	text = strings.TrimSpace(text)
 	switch {
@@ -118,7 +120,7 @@ func (p *parser) line(text string) {
 	key, value = strings.ToLower(strings.TrimSpace(key)), strings.TrimSpace(value)
 	lists := key == "address" || key == "allowedips" || key == "dns"
 	switch {
-	case !ok || value == "":
+	case !ok || value == "" && key != "dns":
 		p.fail("want NAME = VALUE")
 	case p.section == "":
 		p.fail("stands before any section")
@@ -165,13 +167,13 @@ func (p *parser) set(key, value string) {
 	var err error
 	switch key {
 	case "interface privatekey":
-		p.config.privateKey, err = parseKey(value)
+		p.config.privateKey, err = parseKey(value, false)
 	case "interface address":
 		p.config.Addresses, err = p.prefixes(p.config.Addresses, value, false)
 	case "interface mtu":
 		p.config.MTU, err = parseNumber(value, 576, 65535)
 	case "interface listenport":
-		p.config.ListenPort, err = parseNumber(value, 1, 65535)
+		p.config.ListenPort, err = parseNumber(value, 0, 65535)
 	case "interface dns":
 		for text := range strings.SplitSeq(value, ",") {
 			// What is no address is a search domain, as for wg-quick.
@@ -179,10 +181,14 @@ func (p *parser) set(key, value string) {
 				p.config.DNS = append(p.config.DNS, a)
 			}
 		}
+	case "interface saveconfig":
+		if value != "false" {
+			err = errors.New("want false: the file is not written here")
+		}
 	case "interface table", "interface fwmark":
 		// Where guests go is their network's affair.
 	case "peer publickey":
-		p.peer.publicKey, err = parseKey(value)
+		p.peer.publicKey, err = parseKey(value, false)
 		for _, other := range p.config.Peers[:len(p.config.Peers)-1] {
 			if err == nil && other.publicKey == p.peer.publicKey {
 				err = errors.New("another peer has this PublicKey")
@@ -190,15 +196,16 @@ func (p *parser) set(key, value string) {
 		}
 	case "peer presharedkey":
 		var k wgtypes.Key
-		k, err = parseKey(value)
-		p.peer.preshared = &k
+		if k, err = parseKey(value, true); k != (wgtypes.Key{}) {
+			p.peer.preshared = &k
+		}
 	case "peer allowedips":
 		p.peer.Allowed, err = p.prefixes(p.peer.Allowed, value, true)
 	case "peer endpoint":
 		p.peer.Endpoint, err = value, checkEndpoint(value)
 	case "peer persistentkeepalive":
 		var seconds int
-		if value != "off" {
+		if !strings.EqualFold(value, "off") {
 			seconds, err = parseNumber(value, 0, 65535)
 		}
 		p.peer.Keepalive = time.Duration(seconds) * time.Second
@@ -211,10 +218,10 @@ func (p *parser) set(key, value string) {
 	}
 }
 
-// parseKey tells nothing of what it was given.
-func parseKey(text string) (wgtypes.Key, error) {
+// parseKey tells nothing of what it was given. Where it may be none, a key of zeros is none, as for wg.
+func parseKey(text string, none bool) (wgtypes.Key, error) {
 	k, err := wgtypes.ParseKey(text)
-	if err != nil || k == (wgtypes.Key{}) {
+	if err != nil || !none && k == (wgtypes.Key{}) {
 		return k, errors.New("want a key: 32 bytes in base64")
 	}
 	return k, nil
@@ -238,8 +245,8 @@ func (p *parser) prefixes(list []netip.Prefix, text string, masked bool) ([]neti
 				prefix = netip.PrefixFrom(a, a.BitLen())
 			}
 		}
-		if err != nil || !prefix.IsValid() || prefix.Addr().Is4In6() || len(list) == maxPrefixes {
-			return list, fmt.Errorf("%.60q: want addresses with their lengths, such as 10.7.0.2/32, at most %d", part, maxPrefixes)
+		if err != nil || !prefix.IsValid() || prefix.Addr().Is4In6() {
+			return list, fmt.Errorf("%.60q: want addresses with their lengths, such as 10.7.0.2/32", part)
 		}
 		if masked {
 			prefix = prefix.Masked()

@@ -59,6 +59,37 @@ func TestParse(t *testing.T) {
 	}
 }
 
+// What generators of files write, and wg and wg-quick take.
+func TestParse_Generated(t *testing.T) {
+	const head = "[Interface]\nPrivateKey = " + privateKey + "\nAddress = 10.7.0.2/32\n"
+	many := "AllowedIPs = " + strings.TrimSuffix(strings.Repeat("10.7.0.0/24, ", 300), ", ") + "\n"
+	peer := func(lines string) string { return head + "[Peer]\nPublicKey = " + publicKey + "\n" + lines }
+	for name, in := range map[string]string{
+		"no resolver":           head + "DNS =\n",
+		"not to be saved":       head + "SaveConfig = false\n",
+		"byte order mark":       "\ufeff" + head,
+		"any port":              head + "ListenPort = 0\n",
+		"no keepalive":          peer("PersistentKeepalive = Off\n"),
+		"many prefixes":         peer(many),
+		"preshared key of none": peer("PresharedKey = " + strings.Repeat("A", 43) + "=\n"),
+		"ends of lines":         strings.ReplaceAll(head, "\n", "\r\n"),
+		"mark and table":        head + "FwMark = off\nTable = 0x1\n",
+		"no end of line":        strings.TrimSpace(head),
+	} {
+		c, err := wireguard.Parse(strings.NewReader(in))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if c.Addresses[0] != netip.MustParsePrefix("10.7.0.2/32") || len(c.DNS) > 0 || c.ListenPort != 0 {
+			t.Errorf("%s: got %+v", name, c)
+		}
+		if want := strings.Count(in, "10.7.0.0/24"); len(c.Peers) > 0 && (len(c.Peers[0].Allowed) != want || c.Peers[0].Keepalive != 0) {
+			t.Errorf("%s: got %+v, want %d prefixes", name, c.Peers[0], want)
+		}
+	}
+}
+
 func TestParse_Wrong(t *testing.T) {
 	const head = "[Interface]\nPrivateKey = " + privateKey + "\nAddress = 10.7.0.2/32\n"
 	peer := func(lines string) string { return head + "[Peer]\nPublicKey = " + publicKey + "\n" + lines }
@@ -71,11 +102,11 @@ func TestParse_Wrong(t *testing.T) {
 		head + head:                               "line 4: a second [Interface]",
 		head + "[Peer]\n":                         "[Peer] has no PublicKey",
 		head + "PostUp = rm -rf /\n":              "line 4: postup is refused",
-		head + "SaveConfig = true\n":              "saveconfig is refused",
+		head + "SaveConfig = true\n":              "want false: the file is not written here",
 		head + "MTU = 9\n":                        "from 576 to 65535",
 		head + "MTU\n":                            "want NAME = VALUE",
 		head + "MTU =\n":                          "want NAME = VALUE",
-		head + "ListenPort = 70000\n":             "from 1 to 65535",
+		head + "ListenPort = 70000\n":             "from 0 to 65535",
 		head + "ListenPort = 1\nListenPort = 2\n": "listenport was there in line 4",
 		head + "Colour = red\n":                   "unknown setting \"colour\"",
 		head + "Address = 10.0.0.1/33\n":          "want addresses",
