@@ -237,7 +237,10 @@ func (f *found) manifest(ctx context.Context, want manifest.Platform, digest str
 		if err := errors.Join(manifest.ValidDigest(l.Digest), manifest.ValidDigest(diffIDs[n])); err != nil {
 			return nil, err
 		}
-		if l.Size < 0 || l.Size > math.MaxInt64-i.Size {
+		if l.Size < 0 {
+			return nil, fmt.Errorf("read manifest: a layer of %d bytes", l.Size)
+		}
+		if l.Size > math.MaxInt64-i.Size {
 			return nil, &flatten.LimitError{What: "bytes of layers", Limit: math.MaxInt64}
 		}
 		i.Size += l.Size

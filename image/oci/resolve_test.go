@@ -2,6 +2,7 @@ package oci_test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/http"
@@ -194,32 +195,46 @@ func (keychain) Resolve(authn.Resource) (authn.Authenticator, error) {
 
 func TestResolve_BadAnswers(t *testing.T) {
 	zeros := "sha256:" + strings.Repeat("0", 64)
-	answer := func(text string) func(w http.ResponseWriter, r *http.Request) bool {
+	config := `{"os":"linux","architecture":"amd64","rootfs":{"type":"layers","diff_ids":["` + zeros + `"]}}`
+	configDigest := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(config)))
+	answer := func(manifest string) func(w http.ResponseWriter, r *http.Request) bool {
 		return func(w http.ResponseWriter, r *http.Request) bool {
+			text, ok := config, strings.HasSuffix(r.URL.Path, "/blobs/"+configDigest)
 			if strings.Contains(r.URL.Path, "/manifests/") {
+				text, ok = manifest, true
+			}
+			if ok {
 				fmt.Fprint(w, text)
 			}
-			return strings.Contains(r.URL.Path, "/manifests/")
+			return ok
 		}
 	}
-	for name, text := range map[string]string{
-		"nothing":                 "",
-		"no JSON":                 "<html>",
-		"too much":                strings.Repeat(" ", 5<<20) + "{}",
-		"no configuration":        `{"layers":[]}`,
-		"a digest with a path":    `{"config":{"digest":"sha256:../../../etc/passwd"}}`,
-		"another algorithm":       `{"config":{"digest":"md5:00000000000000000000000000000000"}}`,
-		"an index of nothing":     `{"manifests":[]}`,
-		"an index of bad ones":    `{"manifests":[{"digest":"x"}]}`,
-		"an index of itself":      `{"manifests":[{"digest":"` + zeros + `"}]}`,
-		"a size below 0":          `{"config":{"digest":"` + zeros + `"},"layers":[{"digest":"` + zeros + `","size":-1}]}`,
-		"a thousand layers":       `{"config":{"digest":"` + zeros + `"},"layers":[{}` + strings.Repeat(",{}", 999) + `]}`,
-		"a configuration of none": `{"config":{"digest":"` + zeros + `"}}`,
+	one := func(size string) string {
+		return `{"config":{"digest":"` + configDigest + `"},"layers":[{"digest":"` + zeros + `","size":` + size + `}]}`
+	}
+	for name, c := range map[string]struct{ text, want string }{
+		"nothing":                 {"", "read manifest: EOF"},
+		"no JSON":                 {"<html>", "read manifest: invalid character"},
+		"too much":                {strings.Repeat(" ", 5<<20) + "{}", "more than 4194304 bytes"},
+		"no configuration":        {`{"layers":[]}`, `digest "" is not a SHA-256`},
+		"a digest with a path":    {`{"config":{"digest":"sha256:../../../etc/passwd"}}`, "is not a SHA-256"},
+		"another algorithm":       {`{"config":{"digest":"md5:00000000000000000000000000000000"}}`, "is not a SHA-256"},
+		"an index of nothing":     {`{"manifests":[]}`, "there are: none"},
+		"an index of bad ones":    {`{"manifests":[{"digest":"x"}]}`, `digest "x" is not a SHA-256`},
+		"an index of itself":      {`{"manifests":[{"digest":"` + zeros + `"}]}`, "manifest " + zeros + ": has digest"},
+		"a size below 0":          {one("-1"), "a layer of -1 bytes"},
+		"a size of 1":             {one("1"), ""},
+		"a thousand layers":       {`{"config":{"digest":"` + zeros + `"},"layers":[{}` + strings.Repeat(",{}", 999) + `]}`, "more than 512 layers"},
+		"a configuration of none": {`{"config":{"digest":"` + zeros + `"}}`, "no such image"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := serve(t, t.TempDir(), answer(text))
-			if i, err := oci.Resolve(t.Context(), s.host()+"/a", oci.Options{}); err == nil {
-				t.Errorf("%+v", i)
+			s := serve(t, t.TempDir(), answer(c.text))
+			i, err := oci.Resolve(t.Context(), s.host()+"/a", oci.Options{})
+			if c.want == "" && err == nil {
+				return // the control: what is wrong with the others is what they are about
+			}
+			if err == nil || c.want == "" || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%+v, %v, want %q", i, err, c.want)
 			}
 		})
 	}

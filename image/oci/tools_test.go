@@ -17,22 +17,15 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/testenv"
 )
-
-func need(t testing.TB, tools ...string) {
-	t.Helper()
-	for _, tool := range tools {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip("needs: " + tool)
-		}
-	}
-}
 
 // An image that umoci made comes out as umoci itself unpacks it.
 func TestFlatten_LikeUmoci(t *testing.T) {
 	testenv.Require(t, testenv.Root)
-	need(t, "umoci", "unshare", "e2fsck")
+	testenv.Fixture(t, fixtures.Umoci)
+	testenv.Fixture(t, fixtures.MkfsExt4) // e2fsck is of the same package
 	tmp := t.TempDir()
 	at := func(n string) string { return filepath.Join(tmp, n) }
 	image := at("layout") + ":1"
@@ -116,7 +109,6 @@ func TestFetch_Pushed(t *testing.T) {
 // What a full disk has no room for does not keep the room that it had.
 func TestFetch_FullDisk(t *testing.T) {
 	testenv.Require(t, testenv.Root)
-	need(t, "unshare")
 	dir, layers := t.TempDir(), t.TempDir()
 	add(t, dir, "1", noise(300_000, 0))
 	self, err := os.Executable()

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -285,8 +286,8 @@ func TestMerge_Short(t *testing.T) {
 	put(t, source, map[string]string{"a": "old"})
 	whole := archive(t, file("a", strings.Repeat("new", 1000))...).Bytes()
 	_, err := share.Merge{Volumes: []spec.Volume{{Source: source, Sync: true}}, Told: make([]agentproto.Volume, 1), Copied: taken(t, source), MaxBytes: 1 << 20}.Apply(t.Context(), bytes.NewReader(whole[:1000]))
-	if err == nil {
-		t.Error("no error")
+	if !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("got %v", err)
 	}
 	if diff := cmp.Diff(map[string]string{"a": "old"}, tree(t, source)); diff != "" {
 		t.Error(diff)

@@ -75,21 +75,26 @@ func TestUnpack_Hostile(t *testing.T) {
 	link := func(kind byte, name, to string) tar.Header {
 		return tar.Header{Typeflag: kind, Name: name, Linkname: to, Mode: 0o777}
 	}
-	for name, headers := range map[string][]tar.Header{
-		"parent":              {file("../secret")},
-		"deep parent":         {file("a/../../secret")},
-		"link and through":    {link(tar.TypeSymlink, "out", ".."), file("out/secret")},
-		"absolute link":       {link(tar.TypeSymlink, "out", "/"), file("out/tmp/secret")},
-		"link in the middle":  {link(tar.TypeSymlink, "a", "../"), file("a/b/c")},
-		"hard link":           {link(tar.TypeLink, "mine", "../secret")},
-		"hard link by a link": {link(tar.TypeSymlink, "out", ".."), link(tar.TypeLink, "mine", "out/secret")},
-		"directory is a link": {link(tar.TypeSymlink, "out", ".."), {Typeflag: tar.TypeDir, Name: "out/", Mode: 0o777}},
-		"device":              {{Typeflag: tar.TypeChar, Name: "null", Devmajor: 1, Devminor: 3, Mode: 0o666}},
-		"FIFO":                {{Typeflag: tar.TypeFifo, Name: "fifo", Mode: 0o666}},
+	const escapes = "path escapes from parent"
+	unsafe := treetar.ErrUnsafe.Error()
+	for name, c := range map[string]struct {
+		want    string // in the error
+		headers []tar.Header
+	}{
+		"parent":              {unsafe, []tar.Header{file("../secret")}},
+		"deep parent":         {unsafe, []tar.Header{file("a/../../secret")}},
+		"link and through":    {escapes, []tar.Header{link(tar.TypeSymlink, "out", ".."), file("out/secret")}},
+		"absolute link":       {escapes, []tar.Header{link(tar.TypeSymlink, "out", "/"), file("out/tmp/secret")}},
+		"link in the middle":  {escapes, []tar.Header{link(tar.TypeSymlink, "a", "../"), file("a/b/c")}},
+		"hard link":           {unsafe, []tar.Header{link(tar.TypeLink, "mine", "../secret")}},
+		"hard link by a link": {escapes, []tar.Header{link(tar.TypeSymlink, "out", ".."), link(tar.TypeLink, "mine", "out/secret")}},
+		"directory is a link": {"file exists", []tar.Header{link(tar.TypeSymlink, "out", ".."), {Typeflag: tar.TypeDir, Name: "out/", Mode: 0o777}}},
+		"device":              {unsafe, []tar.Header{{Typeflag: tar.TypeChar, Name: "null", Devmajor: 1, Devminor: 3, Mode: 0o666}}},
+		"FIFO":                {unsafe, []tar.Header{{Typeflag: tar.TypeFifo, Name: "fifo", Mode: 0o666}}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := unpack(t, archive(t, headers...), treetar.Options{Owners: os.Getuid() == 0}); err == nil {
-				t.Error("it was unpacked")
+			if _, err := unpack(t, archive(t, c.headers...), treetar.Options{Owners: os.Getuid() == 0}); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v", err)
 			}
 		})
 	}

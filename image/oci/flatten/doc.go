@@ -12,7 +12,7 @@
 //   - a hard link leads to a file of its own layer or of one below, or is refused. What AUFS kept for hard links alone is such
 //     a file, and has no name;
 //   - devices are kept, being mere numbers until a guest opens them;
-//   - extended attributes user, trusted and security are kept, but for those that overlayfs obeys; ACLs are not;
+//   - extended attributes user, trusted and security are kept, except trusted.overlay.* and user.overlay.*, which overlayfs would interpret; ACLs are not;
 //   - times before 1970 become 1970, and only the time of modification is kept;
 //   - directories that no entry describes are root's, with mode 0755.
 //

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/testenv"
 )
 
@@ -111,11 +112,8 @@ func target(t testing.TB) *os.File {
 // fsck has e2fsck find nothing wrong.
 func fsck(t testing.TB, f *os.File) {
 	t.Helper()
-	tool, err := exec.LookPath("e2fsck")
-	if err != nil {
-		t.Skip("needs: e2fsck")
-	}
-	if out, err := exec.CommandContext(t.Context(), tool, "-fn", f.Name()).CombinedOutput(); err != nil {
+	testenv.Fixture(t, fixtures.MkfsExt4) // of the same package
+	if out, err := exec.CommandContext(t.Context(), "e2fsck", "-fn", f.Name()).CombinedOutput(); err != nil {
 		t.Fatalf("e2fsck: %v\n%s", err, out)
 	}
 }
@@ -124,11 +122,6 @@ func fsck(t testing.TB, f *os.File) {
 func mounted(t testing.TB, f *os.File, script string) []byte {
 	t.Helper()
 	testenv.Require(t, testenv.Root)
-	for _, tool := range []string{"unshare", "mount"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skip("needs: " + tool)
-		}
-	}
 	cmd := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-euc", `mount -t ext4 -o ro,loop "$0" "$1"; `+script, f.Name(), t.TempDir())
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr

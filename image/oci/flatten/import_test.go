@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/stream"
 	"push.rocks/smartvm/internal/testenv"
 )
@@ -134,6 +135,9 @@ func TestTarToExt4_Packed(t *testing.T) {
 	if _, err := rand.NewChaCha8([32]byte{}).Read(random); err != nil {
 		t.Fatal(err)
 	}
+	for _, tool := range []fixtures.Name{fixtures.Bzip2, fixtures.XZ, fixtures.Zstd} {
+		testenv.Fixture(t, tool)
+	}
 	whole := tarOf(t, true, file("BZh91AY", "a name like a magic number"), file("a", string(random)))
 	for _, c := range []struct {
 		program string
@@ -153,9 +157,6 @@ func TestTarToExt4_Packed(t *testing.T) {
 	} {
 		t.Run(c.program, func(t *testing.T) {
 			cmd := exec.CommandContext(t.Context(), "sh", "-c", c.program)
-			if _, err := exec.LookPath(strings.Fields(c.program)[0]); err != nil {
-				t.Skip("needs: " + c.program)
-			}
 			cmd.Stdin = io.MultiReader(bytes.NewReader(whole)) // a pipe: its size is not known
 			packed, err := cmd.Output()
 			if err != nil {
