@@ -23,12 +23,12 @@ type Options struct {
 }
 
 // modules returns what a guest may need, in the order of insertion, and which of it must be there. crc32c_generic is what
-// ext4 asks for by an alias, where it is not part of the kernel's library.
+// ext4, and libcrc32c for erofs, ask for by an alias, where it is not part of the kernel's library.
 func modules() (names []string, essential map[string]bool) {
 	names = []string{
 		"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "ipv6", "failover", "net_failover", "virtio_net",
 		"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport", "virtio-rng", "virtio_balloon",
-		"squashfs", "erofs", "overlay", "crc32c_generic", "ext4",
+		"squashfs", "crc32c_generic", "erofs", "overlay", "ext4",
 	}
 	return names, map[string]bool{"virtio_mmio": true, "virtio_blk": true, "overlay": true}
 }

@@ -90,6 +90,16 @@ func TestBuild_Modules(t *testing.T) {
 	}
 }
 
+// What is asked for by an alias alone is there before what asks: libcrc32c does not load without a crc32c.
+func TestBuild_Alias(t *testing.T) {
+	o := initramfs.Options{Release: "6.1", Modules: tree("kernel/fs/overlay.ko\nkernel/fs/ext4.ko\n",
+		dep+"k/erofs.ko: k/libcrc32c.ko\nk/libcrc32c.ko:\nk/crc32c_generic.ko:\n")}
+	got := content(t, build(t, o))["modules"]
+	if want := "/k/crc32c_generic.ko\n/lib/modules/6.1/k/libcrc32c.ko\n/lib/modules/6.1/k/erofs.ko"; !strings.HasSuffix(got, want) {
+		t.Errorf("got %q", got)
+	}
+}
+
 func TestBuild_Missing(t *testing.T) {
 	for name, builtin := range map[string]string{"overlay": "", "virtio_blk": "kernel/overlay.ko\n"} {
 		o := initramfs.Options{Modules: tree(builtin, strings.ReplaceAll(dep, name, "x")), Release: "6.1"}
