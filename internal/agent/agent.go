@@ -173,8 +173,8 @@ const maxText = 4 << 10
 // clean keeps a guest from writing to somebody's terminal by an error.
 func clean(text string) string {
 	return strings.Map(func(r rune) rune {
-		if r < ' ' && r != '\n' || r == 0x7f || r >= 0x80 && r < 0xa0 {
-			return '?'
+		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
+			return '?' // a line feed too: what follows would seem to be of this program
 		}
 		return r
 	}, text[:min(len(text), maxText)])

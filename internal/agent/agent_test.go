@@ -600,7 +600,7 @@ func TestCopy(t *testing.T) {
 		"file":               {from + "/random", "new", "new"},
 		"file into":          {from + "/random", "there", "there/random"},
 		"file over":          {from + "/random", "over", "over"},
-		"symlink":            {from + "/away", "new", "new"},
+		"symlink":            {from + "/away", "there", "there/away"},
 		"relative, slash":    {from + "/", "there/", "there/tree"},
 		"file of nothing":    {from + "/nothing", "new", "new"},
 		"sparse":             {from + "/sub/sparse", "there/", "there/sparse"},

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/treetar"
 )
 
@@ -20,18 +21,24 @@ type CopyOptions struct {
 	// Owners keeps the numbers of users and groups, and set-user-id bits. Otherwise copies belong to who makes them: root in
 	// the guest, the caller on the host.
 	Owners bool
+	// FollowLink copies what a source that is a symbolic link leads to. Links below a source are always copied as links.
+	FollowLink bool
 	// Progress is told how many bytes were copied.
 	Progress func(int64)
 }
 
 // CopyTo copies a file or a tree into the guest. A directory at to takes it under its name, "/." at the end of from means what
-// is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in a directory.
+// is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in a directory. What cannot be read, is
+// neither file, directory nor link, or would replace what is none of them either is left out: all else is copied, and an error says what
+// is missing.
 func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o CopyOptions) error {
+	source, err := from, error(nil)
 	if from != "-" {
-		if _, err := os.Lstat(from); err != nil {
+		if source, err = treetar.Source(from, o.FollowLink); err != nil {
 			return err
 		}
 	}
+	var left treetar.LeftOut
 	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpWrite, Path: to, Archive: o.Owners})
 	if err != nil {
 		return err
@@ -61,7 +68,7 @@ func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o Co
 		if from == "-" {
 			_, err = io.Copy(w, piped)
 		} else {
-			err = treetar.Pack(w, filepath.Clean(from), topOf(from, r.IsDir))
+			err = treetar.Pack(w, source, topOf(from, r.IsDir), treetar.PackOptions{Left: left.Add})
 		}
 		err = errors.Join(err, w.to.Flush())
 		if err == nil {
@@ -79,8 +86,10 @@ func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o Co
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case err == nil && exit.Code != 0:
-		return fmt.Errorf("copy to %s: %w", to, &GuestError{exit.Reason})
-	case err != nil && sendErr != nil && !errors.Is(sendErr, ErrLost) && !errors.Is(sendErr, errUnread):
+		err = errors.Join(left.Err(), &GuestError{exit.Reason})
+	case err == nil:
+		err = left.Err()
+	case sendErr != nil && !errors.Is(sendErr, ErrLost) && !errors.Is(sendErr, errUnread):
 		err = sendErr // which is why the agent was left
 	}
 	if err != nil {
@@ -94,7 +103,7 @@ func topOf(from string, intoDir bool) string {
 	if !intoDir {
 		return "top"
 	}
-	if contents(from) {
+	if treetar.Contents(from) {
 		return "."
 	}
 	if full, err := filepath.Abs(from); err == nil {
@@ -102,9 +111,6 @@ func topOf(from string, intoDir bool) string {
 	}
 	return strings.TrimPrefix(filepath.Base(from), "/")
 }
-
-// contents says whether a path means what is in the directory.
-func contents(p string) bool { return p == "." || strings.HasSuffix(p, "/.") }
 
 // errUnread is what became of an archive that is not read to its end.
 var errUnread = errors.New("it was not read")
@@ -134,9 +140,10 @@ func (w *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// CopyFrom copies a file or a tree out of the guest, by the same rules. To "-" writes a tar archive to out.
+// CopyFrom copies a file or a tree out of the guest, by the same rules. To "-" writes a tar archive to out. Only what was asked for is
+// written, no link below to is followed, and a link is made nowhere but in a directory, where the next copy does not follow it.
 func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o CopyOptions) error {
-	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpRead, Path: from, Contents: contents(from)})
+	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpRead, Path: from, Contents: treetar.Contents(from), Follow: o.FollowLink})
 	if err != nil {
 		return err
 	}
@@ -147,9 +154,10 @@ func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o
 		return fmt.Errorf("copy from %s: %w", from, err)
 	}
 	taken := make(chan error, 1)
+	var left treetar.LeftOut
 	go func() {
-		err := destination{from, to, out, o}.take(bufio.NewReaderSize(in, bufferSize))
-		if err != nil {
+		err := destination{from, to, out, o, &left}.take(bufio.NewReaderSize(in, bufferSize))
+		if err != nil && !errors.Is(err, treetar.ErrEmpty) { // why it is empty is still to come
 			_ = conn.Close()
 		}
 		in.Discard()
@@ -164,7 +172,12 @@ func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case err == nil && exit.Code != 0:
-		err = &GuestError{exit.Reason}
+		err = errors.Join(left.Err(), &GuestError{exit.Reason})
+		if takeErr != nil && !errors.Is(takeErr, treetar.ErrEmpty) {
+			err = takeErr
+		}
+	case err == nil && takeErr == nil:
+		err = left.Err()
 	case takeErr != nil && (err == nil || !errors.Is(takeErr, io.ErrUnexpectedEOF)):
 		err = takeErr
 	}
@@ -179,37 +192,43 @@ type destination struct {
 	from, to string
 	out      io.Writer
 	o        CopyOptions
+	left     *treetar.LeftOut
 }
 
 // take unpacks what comes from the guest.
 func (d destination) take(in io.Reader) error {
-	from, to := d.from, d.to
-	if to == "-" {
+	if d.to == "-" {
 		_, err := io.Copy(struct{ io.Writer }{d.out}, in)
 		return err
 	}
-	u := treetar.Options{Owners: d.o.Owners, Progress: d.o.Progress}
-	dir := to
-	fi, err := os.Stat(to)
-	switch {
-	case err == nil && fi.IsDir():
-	case err == nil || !strings.HasSuffix(to, "/"):
-		dir, u.Top = filepath.Dir(to), filepath.Base(to)
-		if contents(from) { // into a new directory of that name
-			if err := os.Mkdir(to, 0o755); err != nil {
-				return err
-			}
-			dir, u.Top = to, ""
-		}
-	default:
+	u := treetar.Options{Owners: d.o.Owners, Progress: d.o.Progress, NoFollow: true, Left: d.left.Add}
+	dir, top, err := treetar.Target(d.to)
+	if err != nil {
 		return err
+	}
+	asked := path.Base(path.Clean(d.from))
+	contents := treetar.Contents(d.from) || asked == "/"
+	switch {
+	case contents && top != "":
+		if err := os.Mkdir(d.to, 0o755); err != nil {
+			return err
+		}
+		dir = d.to
+	case contents:
+	case top != "":
+		u.Top, u.NoLink = top, true
+	default: // under its own name, whatever the guest calls it
+		u.Top = asked
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	return treetar.Unpack(in, root, u)
+	if err = treetar.Unpack(in, root, u); errors.Is(err, treetar.ErrTopLink) {
+		err = hint.Add(err, "smartvm cp -L copies what it leads to")
+	}
+	return err
 }
 
 // Split parses "VM:PATH", as in cp; found says whether there is a VM. A path that begins with "/" or "." has none.

@@ -65,6 +65,7 @@ type Request struct {
 	Path     string `json:"path,omitempty"`     // absolute
 	Archive  bool   `json:"archive,omitempty"`  // owners too
 	Contents bool   `json:"contents,omitempty"` // of a directory: what is in it, not itself
+	Follow   bool   `json:"follow,omitempty"`   // of OpRead: what a link at Path leads to, not the link
 
 	// Of OpDial:
 	Port uint16 `json:"port,omitempty"`

@@ -53,7 +53,7 @@ func pieces(f *os.File, size int64) (all []piece, err error) {
 func (p *packer) withHoles(f *os.File, h *tar.Header) error {
 	all, err := pieces(f, h.Size)
 	if err != nil {
-		return err
+		return &unreadError{err}
 	}
 	var where, records bytes.Buffer
 	fmt.Fprintln(&where, len(all))
@@ -99,7 +99,7 @@ func (p *packer) withHoles(f *os.File, h *tar.Header) error {
 	}
 	for _, part := range all {
 		if err == nil {
-			err = p.content(io.NewSectionReader(f, part.at, part.size), &tar.Header{Size: part.size})
+			err = p.stream(io.NewSectionReader(f, part.at, part.size), h.Name, part.size)
 		}
 	}
 	return err

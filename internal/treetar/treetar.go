@@ -13,142 +13,28 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// Pack writes the file or tree at name, in root, as an archive whose entries are called top and what is below it; "." is the
-// tree's contents. Sockets are left out.
-func Pack(w io.Writer, name, top string) error {
-	return pack(&packer{w: w}, name, top)
-}
-
-// PackSparse is Pack, but of large holes in files only their sizes are written, as GNU tar's format 1.0 has it, which not every tool reads.
-func PackSparse(w io.Writer, name, top string) error {
-	return pack(&packer{w: w, sparse: true}, name, top)
-}
-
-func pack(p *packer, name, top string) error {
-	p.tw, p.links, p.buf = tar.NewWriter(p.w), map[[2]uint64]string{}, make([]byte, bufferSize)
-	err := filepath.WalkDir(name, func(at string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(name, at)
-		if err != nil {
-			return err
-		}
-		as := path.Join(top, filepath.ToSlash(rel))
-		if as == "." {
-			return nil
-		}
-		info, err := d.Info()
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil // it was there a moment ago
-		}
-		if err != nil {
-			return err
-		}
-		return p.pack(at, as, info)
-	})
-	if err != nil {
-		return fmt.Errorf("pack %s: %w", name, err)
-	}
-	return p.tw.Close()
-}
-
-// Opaque is the record of a directory in a layer of overlayfs that hides what is below it.
-const (
-	Opaque        = "SCHILY.xattr." + overlayOpaque
-	overlayOpaque = "trusted.overlay.opaque"
-)
-
-type packer struct {
-	w      io.Writer
-	tw     *tar.Writer          // to w
-	links  map[[2]uint64]string // by device and inode: the first name
-	buf    []byte
-	sparse bool
-}
-
-// bufferSize is of pieces of files. They are large, so that buffers around us pass them on as they are.
-const bufferSize = 256 << 10
-
-func (p *packer) pack(at, as string, info fs.FileInfo) error {
-	target := ""
-	switch info.Mode().Type() {
-	case fs.ModeSocket:
-		return nil
-	case fs.ModeSymlink:
-		var err error
-		if target, err = os.Readlink(at); err != nil {
-			return err
-		}
-	}
-	h, err := tar.FileInfoHeader(info, target)
-	if err != nil {
-		return err
-	}
-	h.Name, h.Format = as, tar.FormatPAX
-	h.Uname, h.Gname = "", "" // names mean other users elsewhere
-	if info.IsDir() {
-		h.Name += "/"
-		value := make([]byte, 1)
-		if n, err := unix.Lgetxattr(at, overlayOpaque, value); err == nil && n == 1 && value[0] == 'y' {
-			h.PAXRecords = map[string]string{Opaque: "y"}
-		}
-	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if ok && st.Nlink > 1 && info.Mode().IsRegular() {
-		id := [2]uint64{uint64(st.Dev), st.Ino} //nolint:unconvert // of another type elsewhere
-		if first, seen := p.links[id]; seen {
-			h.Typeflag, h.Linkname, h.Size = tar.TypeLink, first, 0
-		} else {
-			p.links[id] = as
-		}
-	}
-	if h.Typeflag != tar.TypeReg {
-		return p.tw.WriteHeader(h)
-	}
-	// Nonblocking: it may have become a FIFO.
-	f, err := os.OpenFile(at, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if ok && p.sparse && h.Size-st.Blocks*512 > minHoles {
-		return p.withHoles(f, h)
-	}
-	if err := p.tw.WriteHeader(h); err != nil {
-		return err
-	}
-	return p.content(f, h)
-}
-
-func (p *packer) content(f io.Reader, h *tar.Header) error {
-	n, err := io.CopyBuffer(p.tw, io.LimitReader(f, h.Size), p.buf)
-	if err == nil && n < h.Size {
-		_, err = io.CopyN(p.tw, zeros{}, h.Size-n) // it has been cut short meanwhile
-	}
-	return err
-}
-
-type zeros struct{}
-
-func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
-
 // Options say how an archive is unpacked.
 type Options struct {
-	// Top is what the first part of each name becomes; "" leaves names as they are, "." drops it.
+	// Top is what the first part of each name becomes, whatever it is called; "" leaves names as they are, "." drops it.
 	Top string
+	// NoLink refuses a symbolic link as Top itself.
+	NoLink bool
+	// NoFollow goes by no symbolic link below the directory that is unpacked in, as cp does: a link is in the way of a directory.
+	NoFollow bool
 	// Owners are kept, and set-user-id bits. Otherwise everything is the caller's.
 	Owners bool
 	// MaxHoles is how many bytes of holes the files of an archive may have together, which cost its sender nothing; 0 means DefaultMaxHoles.
 	MaxHoles int64
 	// Odd makes what is neither a file, a directory nor a link, before it gets its attributes. If nil, that is ErrUnsafe.
 	Odd func(h *tar.Header) error
+	// Left is told of what is left out, and why; the rest is unpacked all the same. If nil, the first ends it.
+	Left func(name string, why error)
 	// Progress is told how many bytes of files have been written.
 	Progress func(int64)
 }
@@ -156,13 +42,28 @@ type Options struct {
 // DefaultMaxHoles is read within half a minute.
 const DefaultMaxHoles = 64 << 30
 
-// ErrUnsafe means that an archive has what is not unpacked.
-var ErrUnsafe = errors.New("unsafe archive")
+// Errors of unpacking.
+var (
+	// ErrUnsafe means that an archive has what is not unpacked.
+	ErrUnsafe = errors.New("unsafe archive")
+	// ErrInTheWay means that something else is where an entry belongs, and is not replaced by it.
+	ErrInTheWay = errors.New("in the way")
+	// ErrTopLink means that Top would have become a symbolic link.
+	ErrTopLink = errors.New("is a symbolic link")
+	// ErrEmpty means that nothing came that could have become Top.
+	ErrEmpty = errors.New("empty archive")
+)
 
-// Unpack unpacks an archive in root. Files that are there are replaced, directories filled. Returns ErrUnsafe, and what
-// os.Root returns for names that lead out of it.
+const (
+	maxPath = 4095 // bytes of a name
+	// maxDirs bounds what is remembered of directories: the bytes of their names, and of what goes with each.
+	maxDirs, perDir = 256 << 20, 256
+)
+
+// Unpack unpacks an archive in root. Files and links that are there are replaced, directories filled, and nothing else is touched.
+// Returns ErrUnsafe, ErrInTheWay, ErrTopLink, ErrEmpty, and what os.Root returns for names that lead out of it.
 func Unpack(r io.Reader, root *os.Root, o Options) error {
-	u := &unpacker{root: root, o: o, buf: make([]byte, bufferSize), in: &counter{r: r}}
+	u := &unpacker{root: root, o: o, buf: make([]byte, bufferSize), in: &counter{r: r}, known: map[string]bool{".": true}}
 	tr := tar.NewReader(u.in)
 	for {
 		h, err := tr.Next()
@@ -172,11 +73,28 @@ func Unpack(r io.Reader, root *os.Root, o Options) error {
 		if err != nil {
 			return fmt.Errorf("unpack: %w", err)
 		}
+		u.any = true
+		named := h.Name
 		if err := u.entry(h, tr); err != nil {
-			return fmt.Errorf("unpack %q: %w", h.Name, err)
+			if o.Left == nil || fatal(err) || h.Name == o.Top {
+				return fmt.Errorf("unpack %q: %w", named, reason(err))
+			}
+			o.Left(named, reason(err))
 		}
 	}
 }
+
+// fatal says whether an error is not of one entry alone.
+func fatal(err error) bool {
+	return slices.ContainsFunc([]error{errArchive, errTooMuch, ErrTopLink, unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EIO, unix.EMFILE, unix.ENFILE, unix.ENOMEM},
+		func(e error) bool { return errors.Is(err, e) })
+}
+
+// errArchive is of the archive itself, errTooMuch of more than it may have.
+var (
+	errArchive = errors.New("read archive")
+	errTooMuch = fmt.Errorf("%w: too much", ErrUnsafe)
+)
 
 const blockSize = 4096
 
@@ -185,9 +103,12 @@ type unpacker struct {
 	o       Options
 	buf     []byte
 	written int64
-	in      *counter      // the archive; nil: it is bounded already
-	holes   int64         // bytes of files that were not in it
-	dirs    []*tar.Header // their modes and times, when all is in them
+	in      *counter        // the archive; nil: it is bounded already
+	holes   int64           // bytes of files that were not in it
+	known   map[string]bool // directories that need no look
+	names   int             // see maxDirs
+	any     bool            // there was an entry
+	dirs    []*tar.Header   // their modes and times, when all is in them
 }
 
 type counter struct {
@@ -210,7 +131,10 @@ func (u *unpacker) read(r io.Reader, b []byte) (int, error) {
 	n, err := io.ReadFull(r, b)
 	limit := cmp.Or(u.o.MaxHoles, DefaultMaxHoles)
 	if u.holes += max(0, int64(n)-(u.in.n-was)); u.holes > limit {
-		return n, fmt.Errorf("%w: more than %d MiB of holes", ErrUnsafe, limit>>20)
+		return n, fmt.Errorf("%w: more than %d MiB of holes", errTooMuch, limit>>20)
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: %w", errArchive, err)
 	}
 	return n, err
 }
@@ -222,7 +146,7 @@ func (u *unpacker) name(name string) (string, error) {
 		_, rest, _ := strings.Cut(name, "/")
 		name = path.Join(u.o.Top, rest)
 	}
-	if !filepath.IsLocal(name) {
+	if !filepath.IsLocal(name) || len(name) > maxPath {
 		return "", ErrUnsafe
 	}
 	return name, nil
@@ -237,26 +161,20 @@ func (u *unpacker) entry(h *tar.Header, r io.Reader) error {
 		return nil
 	}
 	h.Name = name
-	if dir := path.Dir(name); dir != "." {
-		if err := u.root.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
+	if err := u.directory(path.Dir(name), 0o755); err != nil {
+		return err
 	}
 	if h.Typeflag == tar.TypeDir {
-		if err := u.root.Mkdir(name, 0o700); errors.Is(err, fs.ErrExist) {
-			if fi, statErr := u.root.Stat(name); statErr == nil && fi.IsDir() {
-				err = nil
-			}
-			if err != nil {
-				return err
-			}
-		} else if err != nil {
+		if err := u.remember(name); err != nil {
 			return err
 		}
-		u.dirs = append(u.dirs, h)
-		return nil
+		u.dirs = append(u.dirs, &tar.Header{Name: name, Typeflag: h.Typeflag, Mode: h.Mode, Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime})
+		return u.directory(name, 0o700)
 	}
-	if err := u.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if h.Typeflag == tar.TypeSymlink && u.o.NoLink && name == path.Clean(u.o.Top) {
+		return fmt.Errorf("%w to %q", ErrTopLink, h.Linkname)
+	}
+	if err := u.clear(name); err != nil {
 		return err
 	}
 	switch h.Typeflag {
@@ -274,6 +192,9 @@ func (u *unpacker) entry(h *tar.Header, r io.Reader) error {
 		return nil
 	case tar.TypeLink:
 		to, err := u.name(h.Linkname)
+		if err == nil {
+			err = u.directory(path.Dir(to), 0o755)
+		}
 		if err != nil {
 			return err
 		}
@@ -285,9 +206,65 @@ func (u *unpacker) entry(h *tar.Header, r io.Reader) error {
 			}
 			break
 		}
-		return fmt.Errorf("%w: neither file, directory nor link", ErrUnsafe)
+		return fmt.Errorf("%w: %w", ErrUnsafe, errOdd)
 	}
 	return u.attributes(h)
+}
+
+func (u *unpacker) remember(dir string) error {
+	if u.names += len(dir) + perDir; u.names > maxDirs {
+		return fmt.Errorf("%w: too many directories", errTooMuch)
+	}
+	return nil
+}
+
+// directory makes a directory and those above it, where they are not there.
+func (u *unpacker) directory(name string, mode fs.FileMode) error {
+	if u.known[name] {
+		return nil
+	}
+	if err := u.directory(path.Dir(name), 0o755); err != nil {
+		return err
+	}
+	err := u.root.Mkdir(name, mode)
+	if errors.Is(err, fs.ErrExist) {
+		look := u.root.Stat
+		if u.o.NoFollow {
+			look = u.root.Lstat
+		}
+		var fi fs.FileInfo
+		if fi, err = look(name); err == nil && !fi.IsDir() {
+			err = inTheWay(fi.Mode(), name, "a directory")
+		}
+	}
+	if err == nil {
+		u.known[name] = true
+		err = u.remember(name)
+	}
+	return err
+}
+
+// clear removes a file or a link, which something else is to replace.
+func (u *unpacker) clear(name string) error {
+	fi, err := u.root.Lstat(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case fi.Mode().IsRegular(), fi.Mode().Type() == fs.ModeSymlink:
+		return u.root.Remove(name)
+	}
+	return inTheWay(fi.Mode(), name, "a file")
+}
+
+// inTheWay says why something of a mode is not replaced.
+func inTheWay(mode fs.FileMode, name, by string) error {
+	what := map[fs.FileMode]string{
+		0: "a file", fs.ModeDir: "a directory", fs.ModeSymlink: "a symbolic link", fs.ModeNamedPipe: "a FIFO", fs.ModeSocket: "a socket",
+		fs.ModeDevice: "a device", fs.ModeDevice | fs.ModeCharDevice: "a device",
+	}[mode.Type()]
+	return fmt.Errorf("%q is %s, which %s does not replace: %w", name, cmp.Or(what, "something else"), by, ErrInTheWay)
 }
 
 // WriteFile writes a new file of so many bytes, with mode 0600, and leaves holes where there are only zeros.
@@ -349,9 +326,17 @@ func (u *unpacker) attributes(h *tar.Header) error {
 
 // finish gives directories their modes, the innermost first: what is in them is there.
 func (u *unpacker) finish() error {
+	if u.o.Top != "" && !u.any {
+		return fmt.Errorf("unpack: %w", ErrEmpty)
+	}
 	for i := len(u.dirs) - 1; i >= 0; i-- {
-		if err := u.attributes(u.dirs[i]); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("unpack %q: %w", u.dirs[i].Name, err)
+		err := u.attributes(u.dirs[i])
+		switch {
+		case err == nil, errors.Is(err, fs.ErrNotExist):
+		case u.o.Left == nil || fatal(err):
+			return fmt.Errorf("unpack %q: %w", u.dirs[i].Name, reason(err))
+		default:
+			u.o.Left(u.dirs[i].Name, reason(err))
 		}
 	}
 	return nil

@@ -5,11 +5,15 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"push.rocks/smartvm/internal/treetar"
 )
@@ -88,7 +92,7 @@ func TestUnpack_Hostile(t *testing.T) {
 		"link in the middle":  {escapes, []tar.Header{link(tar.TypeSymlink, "a", "../"), file("a/b/c")}},
 		"hard link":           {unsafe, []tar.Header{link(tar.TypeLink, "mine", "../secret")}},
 		"hard link by a link": {escapes, []tar.Header{link(tar.TypeSymlink, "out", ".."), link(tar.TypeLink, "mine", "out/secret")}},
-		"directory is a link": {"file exists", []tar.Header{link(tar.TypeSymlink, "out", ".."), {Typeflag: tar.TypeDir, Name: "out/", Mode: 0o777}}},
+		"directory is a link": {escapes, []tar.Header{link(tar.TypeSymlink, "out", ".."), {Typeflag: tar.TypeDir, Name: "out/", Mode: 0o777}}},
 		"device":              {unsafe, []tar.Header{{Typeflag: tar.TypeChar, Name: "null", Devmajor: 1, Devminor: 3, Mode: 0o666}}},
 		"FIFO":                {unsafe, []tar.Header{{Typeflag: tar.TypeFifo, Name: "fifo", Mode: 0o666}}},
 	} {
@@ -157,7 +161,7 @@ func TestPackSparse(t *testing.T) {
 				t.Fatal(err)
 			}
 			var b bytes.Buffer
-			if err := treetar.PackSparse(&b, from, "."); err != nil || b.Len() > 1<<20 {
+			if err := treetar.Pack(&b, from, ".", treetar.PackOptions{Sparse: true}); err != nil || b.Len() > 1<<20 {
 				t.Fatalf("%d bytes, %v", b.Len(), err)
 			}
 			dir, err := unpack(t, b.Bytes(), treetar.Options{MaxHoles: 64 << 20})
@@ -180,5 +184,94 @@ func TestPackSparse(t *testing.T) {
 				t.Errorf("%v, %v", fi, err)
 			}
 		})
+	}
+}
+
+// onWrite calls do before the first write.
+type onWrite struct {
+	bytes.Buffer
+	do func()
+}
+
+func (w *onWrite) Write(p []byte) (int, error) {
+	if w.do != nil {
+		w.do()
+		w.do = nil
+	}
+	return w.Buffer.Write(p)
+}
+
+// What goes away or changes while it is packed does not spoil the archive.
+func TestPack_Changes(t *testing.T) {
+	dir := t.TempDir()
+	large := bytes.Repeat([]byte("large"), 200_000)
+	for name, data := range map[string][]byte{"a": []byte("first"), "cut": large, "gone": []byte("gone"), "grows": []byte("1"), "z": []byte("last")} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "lost/below"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	w := &onWrite{do: func() {
+		err := errors.Join(os.Remove(filepath.Join(dir, "gone")), os.RemoveAll(filepath.Join(dir, "lost")), os.WriteFile(filepath.Join(dir, "grows"), []byte("123"), 0o600))
+		if err != nil {
+			t.Error(err)
+		}
+	}}
+	var left treetar.LeftOut
+	cut := 0
+	o := treetar.PackOptions{Left: left.Add}
+	r, pipe := io.Pipe()
+	go func() {
+		pipe.CloseWithError(treetar.Pack(io.MultiWriter(pipe, w), dir, ".", o))
+	}()
+	got := map[string]int{}
+	tr := tar.NewReader(r)
+	for {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Name == "cut" {
+			if err := os.Truncate(filepath.Join(dir, "cut"), 600_000); err != nil {
+				t.Fatal(err)
+			}
+			cut = int(h.Size)
+		}
+		n, err := io.Copy(io.Discard, tr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got[h.Name] = int(n)
+	}
+	if diff := cmp.Diff(map[string]int{"a": 5, "cut": len(large), "grows": 3, "z": 4}, got); diff != "" || cut != len(large) {
+		t.Error(diff)
+	}
+	if err := left.Err(); err == nil || err.Error() != `left out "cut": became shorter while it was read, and is filled up with zeros` {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A directory is nobody else's before it has its mode.
+func TestUnpack_Private(t *testing.T) {
+	seen := fs.FileMode(0)
+	dir := t.TempDir()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	headers := []tar.Header{{Typeflag: tar.TypeDir, Name: "d/", Mode: 0o755}, {Typeflag: tar.TypeFifo, Name: "d/f", Mode: 0o600}}
+	err = treetar.Unpack(bytes.NewReader(archive(t, headers...)), root, treetar.Options{Odd: func(*tar.Header) error {
+		fi, err := os.Stat(filepath.Join(dir, "d"))
+		seen = fi.Mode().Perm()
+		return errors.Join(err, syscall.Mkfifo(filepath.Join(dir, "d/f"), 0o600))
+	}})
+	if fi, statErr := os.Stat(filepath.Join(dir, "d")); err != nil || statErr != nil || fi.Mode().Perm() != 0o755 || seen != 0o700 {
+		t.Errorf("meanwhile %v, then %v, %v, %v", seen, fi, statErr, err)
 	}
 }

@@ -26,9 +26,11 @@ func (s *Shell) copy() *cobra.Command {
 		Short: "Copy files to and from VMs",
 		Long: "Copy files and trees between this host and a running VM. One side is VM:PATH. A\n" +
 			"directory that is there takes what is copied under its name; \"/.\" at the end of\n" +
-			"a source means what is in it. - is a tar archive on standard input or output.\n" +
-			"Modes, times, links and holes are kept; with -a owners too. Several sources go\n" +
-			"into a directory, which must be there.",
+			"a source means what is in it, \"/\" what a link leads to. - is a tar archive on\n" +
+			"standard input or output. Modes, times, links and holes are kept; with -a owners\n" +
+			"too. Several sources go into a directory, which must be there. What cannot be\n" +
+			"copied (devices, FIFOs, sockets, what may not be read) is named, and all else is\n" +
+			"copied. Devices and the like are never replaced.",
 		Example: "  smartvm cp app.conf web:/etc/\n" +
 			"  smartvm cp web:/var/log ./logs\n" +
 			"  tar c src | smartvm cp - web:/srv",
@@ -38,6 +40,7 @@ func (s *Shell) copy() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVarP(&o.Owners, "archive", "a", false, "keep the numbers of owners, and set-user-id bits")
+	cmd.Flags().BoolVarP(&o.FollowLink, "follow-link", "L", false, "copy what a source that is a link leads to")
 	return cmd
 }
 
@@ -51,6 +54,9 @@ func (s *Shell) copyAll(ctx context.Context, sources []string, to string, o smar
 		case !fromVM && !intoVM:
 			return s.Usage(fmt.Errorf("%s and %s: one of them must be in a VM", from, to), "write it as VM:PATH")
 		}
+	}
+	if target == "-" && s.Terminal() {
+		return s.Usage(errors.New("an archive is not for a terminal"), "smartvm cp "+sources[0]+" - | tar t")
 	}
 	if len(sources) > 1 {
 		if target == "-" {

@@ -60,7 +60,7 @@ func fill(dir, from string) error {
 	packed := make(chan struct{})
 	go func() {
 		defer close(packed)
-		out.CloseWithError(treetar.Pack(out, from, "."))
+		out.CloseWithError(treetar.Pack(out, from, ".", treetar.PackOptions{}))
 	}()
 	err = treetar.Unpack(in, root, treetar.Options{Owners: true, Odd: func(h *tar.Header) error {
 		kind := map[byte]uint32{tar.TypeFifo: unix.S_IFIFO, tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK}[h.Typeflag]

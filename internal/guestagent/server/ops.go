@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -25,7 +24,8 @@ func (s *Server) read(ss *session) error {
 	if !filepath.IsAbs(path) {
 		return fmt.Errorf("%q is not absolute", ss.req.Path)
 	}
-	if _, err := os.Lstat(path); err != nil {
+	source, err := treetar.Source(ss.req.Path, ss.req.Follow)
+	if err != nil {
 		return err
 	}
 	if err := ss.reply(agentproto.Reply{}); err != nil {
@@ -38,48 +38,43 @@ func (s *Server) read(ss *session) error {
 	}
 	out := ss.conn.Writer(agentproto.KindStdout)
 	buffered := bufio.NewWriterSize(out, agentproto.MaxData)
-	pack := treetar.Pack
+	var left treetar.LeftOut
+	o := treetar.PackOptions{Left: left.Add}
 	if path == agentproto.ChangesDir { // for a host of this version: what its guest left as holes is not worth the time
-		pack = treetar.PackSparse
+		o = treetar.PackOptions{Sparse: true}
 	}
-	err := errors.Join(pack(buffered, path, top), buffered.Flush(), out.Close())
-	ss.exit(err)
+	err = errors.Join(treetar.Pack(buffered, source, top, o), buffered.Flush(), out.Close())
+	ss.exit(errors.Join(err, left.Err()))
 	return nil
 }
 
 // write unpacks what the host sends: in the directory at the path, or beside it under its name.
 func (s *Server) write(ss *session) error {
-	path := filepath.Clean(ss.req.Path)
-	if !filepath.IsAbs(path) {
+	if !filepath.IsAbs(ss.req.Path) {
 		return fmt.Errorf("%q is not absolute", ss.req.Path)
 	}
-	o := treetar.Options{Owners: ss.req.Archive}
-	dir := path
-	fi, err := os.Stat(path)
-	isDir := err == nil && fi.IsDir()
-	switch {
-	case isDir:
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
+	dir, top, err := treetar.Target(ss.req.Path)
+	if err != nil {
 		return err
-	case ss.req.Path != path && ss.req.Path[len(ss.req.Path)-1] == '/':
-		return fmt.Errorf("%s: %w", ss.req.Path, errors.New("no such directory"))
-	default:
-		dir, o.Top = filepath.Dir(path), filepath.Base(path)
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	if err := ss.reply(agentproto.Reply{IsDir: isDir}); err != nil {
+	if err := ss.reply(agentproto.Reply{IsDir: top == ""}); err != nil {
 		return nil
 	}
 	ss.listen(nil)
-	err = treetar.Unpack(bufio.NewReaderSize(ss.stdin, agentproto.MaxData), root, o)
+	var left treetar.LeftOut
+	err = treetar.Unpack(bufio.NewReaderSize(ss.stdin, agentproto.MaxData), root, treetar.Options{Top: top, Owners: ss.req.Archive, Left: left.Add})
+	if errors.Is(err, treetar.ErrEmpty) {
+		err = nil // the host knows what it has left out
+	}
 	if err == nil {
 		ss.stdin.Discard()
 	}
-	ss.exit(err)
+	ss.exit(errors.Join(err, left.Err()))
 	return nil
 }
 
@@ -87,7 +82,7 @@ func (s *Server) write(ss *session) error {
 func (ss *session) exit(err error) {
 	e := agentproto.Exit{}
 	if err != nil {
-		e = agentproto.Exit{Code: 1, Error: err.Error()}
+		e = agentproto.Exit{Code: 1, Error: strings.ReplaceAll(err.Error(), "\n", "; ")}
 	}
 	_ = ss.conn.SendJSON(agentproto.KindExit, e)
 }
