@@ -101,31 +101,40 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 	if err != nil {
 		return nil, errors.Join(err, hold.Release())
 	}
+	if err := draft.Check(o.Name, o.Labels); err != nil {
+		return nil, errors.Join(m.fail("snapshot", err, nil), draft.Abort(), hold.Release())
+	}
 	// While this VM's last snapshot is looked at and copied it is not removed.
 	release, err := all.Hold(ctx)
 	if err != nil {
 		return nil, errors.Join(err, draft.Abort(), hold.Release())
 	}
-	manifest, warnings, err := m.capture(ctx, o, v, draft)
+	var sn *snapshot.Snapshot
+	commit := func(manifest *snapshot.Manifest) (err error) {
+		if !o.ephemeral {
+			err = stage.Sparse(ctx, filepath.Join(draft.Path(), snapshot.MemoryFile))
+		}
+		if err == nil {
+			m.trace("commit")
+			sn, err = draft.Commit(ctx, *manifest, o.Progress)
+		}
+		if err == nil {
+			err = m.host.claim(sn)
+		}
+		return err
+	}
+	manifest, warnings, err := m.capture(ctx, o, v, draft, commit)
 	err = errors.Join(err, release(), hold.Release())
 	if err == nil && o.Stop {
 		// It has ended. Until nothing of its run is left; what goes wrong with that is no reason to do without the snapshot.
 		if _, err := m.Stop(context.WithoutCancel(ctx), StopOptions{}); err != nil && !errors.Is(err, ErrNotFound) {
 			warnings = append(warnings, err.Error())
 		}
+	} else if err == nil {
+		err = commit(&manifest)
 	}
-	if err == nil && !o.ephemeral {
-		err = stage.Sparse(ctx, filepath.Join(draft.Path(), snapshot.MemoryFile))
-	}
-	var sn *snapshot.Snapshot
-	if err == nil {
-		m.trace("commit")
-		sn, err = draft.Commit(ctx, manifest, o.Progress)
-	}
-	if err == nil {
-		if err = m.host.claim(sn); err != nil {
-			err = errors.Join(err, m.host.RemoveSnapshot(context.WithoutCancel(ctx), sn.ID, true))
-		}
+	if err != nil && sn != nil {
+		err = errors.Join(err, m.host.RemoveSnapshot(context.WithoutCancel(ctx), sn.ID, true))
 	}
 	if err != nil {
 		return nil, errors.Join(m.fail("snapshot", err, nil), draft.Abort())
@@ -169,8 +178,9 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 	return last.Snapshot, nil
 }
 
-// capture writes all files of the snapshot but the manifest, which it returns. The VM's own state is as before afterwards.
-func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM, draft *snapshot.Draft) (sm snapshot.Manifest, warnings []string, err error) {
+// capture writes all files of the snapshot but the manifest, which it returns. The VM's own state is as before afterwards, unless it
+// is to stop: then it ends when commit has made the snapshot, and only then.
+func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM, draft *snapshot.Draft, commit func(*snapshot.Manifest) error) (sm snapshot.Manifest, warnings []string, err error) {
 	last, err := m.diffBase(ctx, o)
 	if err != nil {
 		return sm, nil, err
@@ -210,22 +220,33 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 			keep.Drives = append(keep.Drives, d.id)
 		}
 	}
-	how := capture.Options{Hook: o.Hook, DropCaches: o.DropCaches, End: o.Stop}
-	if last != nil {
-		how.Base = last.Path(snapshot.MemoryFile)
-	}
-	result, err := v.Capture(ctx, draft.Path(), how)
-	if err != nil {
-		return sm, nil, err
-	}
-	keep.Balloon = result.Balloon
-	sm = snapshot.Manifest{Name: o.Name, Labels: o.Labels, Ephemeral: o.ephemeral, Paused: result.Paused}
+	sm = snapshot.Manifest{Name: o.Name, Labels: o.Labels, Ephemeral: o.ephemeral}
 	if last != nil {
 		sm.Parent = last.ID
 	} else if r := m.rec().Restored; r != nil {
 		sm.Parent = r.Snapshot
 	}
-	return sm, result.Warnings, m.describe(&sm, &keep)
+	complete := func(r capture.Result) error {
+		keep.Balloon, sm.Paused = r.Balloon, r.Paused
+		return m.describe(&sm, &keep)
+	}
+	how := capture.Options{Hook: o.Hook, DropCaches: o.DropCaches}
+	if last != nil {
+		how.Base = last.Path(snapshot.MemoryFile)
+	}
+	if o.Stop {
+		how.End = func(r capture.Result) error {
+			if err := complete(r); err != nil {
+				return err
+			}
+			return commit(&sm)
+		}
+	}
+	result, err := v.Capture(ctx, draft.Path(), how)
+	if err == nil && !o.Stop {
+		err = complete(result)
+	}
+	return sm, result.Warnings, err
 }
 
 // describe completes the manifest of a snapshot.

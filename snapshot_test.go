@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -287,6 +288,78 @@ func TestFork_AllOrNone(t *testing.T) {
 	}
 	s.stopAndRemove(m)
 	s.removeSnapshot(h, sn.ID)
+}
+
+// A VM that is to end with its snapshot ends when there is one, and goes on where there is none: with a name that is taken or none, or
+// labels that are too long, it is not even paused.
+func TestSnapshot_StopWithoutSnapshot(t *testing.T) {
+	s := newSite(t, smartvm.LaunchDirect)
+	var mu sync.Mutex
+	var steps []string
+	spoil := func() {}
+	s.options = smartvm.WithTrace(s.options, func(step string) {
+		mu.Lock()
+		defer mu.Unlock()
+		if steps = append(steps, step); step == "call commit" {
+			spoil()
+		}
+	})
+	h := s.open()
+	m := s.started(h, s.spec("count"))
+	s.countsOn(m.ID(), 3)
+	taken := s.snapshot(m, smartvm.SnapshotOptions{Name: "taken"})
+	goesOn := func(what string, o smartvm.SnapshotOptions, want error, paused bool) {
+		t.Helper()
+		mu.Lock()
+		steps = nil
+		mu.Unlock()
+		o.Stop = true
+		if _, err := m.Snapshot(t.Context(), o); !errors.Is(err, want) {
+			t.Errorf("%s: got %v, want %v", what, err, want)
+		}
+		mu.Lock()
+		if got := slices.Contains(steps, "call pause"); got != paused {
+			t.Errorf("%s: paused: %v, want %v: %q", what, got, paused, steps)
+		}
+		mu.Unlock()
+		wantState(t, m, smartvm.Running)
+		s.console.forget(m.ID())
+		s.countsOn(m.ID(), 3)
+		store, err := h.Snapshots()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if all, err := store.List(); err != nil || len(all) != 1 {
+			t.Errorf("%s: %d snapshots, %v", what, len(all), err)
+		}
+	}
+	goesOn("a taken name", smartvm.SnapshotOptions{Name: "taken"}, snapshot.ErrExists, false)
+	goesOn("a name that is none", smartvm.SnapshotOptions{Name: "my snap"}, snapshot.ErrInvalid, false)
+	goesOn("a long label", smartvm.SnapshotOptions{Labels: map[string]string{"a": strings.Repeat("a", 1<<16)}}, snapshot.ErrInvalid, false)
+	mu.Lock()
+	spoil = func() {
+		drafts, err := filepath.Glob(filepath.Join(filepath.Dir(taken.Dir()), ".tmp", "*", snapshot.StateFile))
+		if err != nil || len(drafts) != 1 {
+			t.Errorf("%q, %v", drafts, err)
+		}
+		for _, d := range drafts {
+			if err := os.Remove(d); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	mu.Unlock()
+	goesOn("no state", smartvm.SnapshotOptions{Name: "late"}, snapshot.ErrInvalid, true)
+	mu.Lock()
+	spoil = func() {}
+	mu.Unlock()
+	last := s.snapshot(m, smartvm.SnapshotOptions{Name: "last", Stop: true}) // the control
+	wantState(t, m, smartvm.Stopped)
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	s.removeSnapshot(h, last.ID)
+	s.removeSnapshot(h, taken.ID)
 }
 
 // A VM whose page faults are served by this process goes on as any; what it touched is recorded, and brought before the next touches it.

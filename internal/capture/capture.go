@@ -53,7 +53,9 @@ type Options struct {
 	Base       string // a memory file that the VMM completes; "": it writes all of it
 	Hook       string // a program in the guest
 	DropCaches bool   // and have its balloon take what it does not use
-	End        bool   // it does not go on, but ends, unless something went wrong
+	// End is called when all is written, while the VM still stands still. If it returns nil, the VM ends, else it goes on, as
+	// it does where End is nil.
+	End func(Result) error
 }
 
 // Result is what is worth knowing about it.
@@ -70,7 +72,7 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 			return r, err
 		}
 	}
-	undo, ended := context.WithoutCancel(ctx), false
+	undo, ended, begun := context.WithoutCancel(ctx), false, time.Time{}
 	if !v.Running && v.Agent != nil {
 		r.Warnings = append(r.Warnings, "the VM was paused: its programs are not at rest, and go on in one that is restored before it knows who it is")
 	}
@@ -109,7 +111,7 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 	}
 	v.Trace("pause")
 	if v.Running {
-		begun := time.Now()
+		begun = time.Now()
 		defer func() {
 			v.Trace("resume")
 			if !ended {
@@ -124,7 +126,13 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 	if err := v.write(ctx, dir, o.Base != ""); err != nil {
 		return r, err
 	}
-	if err := errors.Join(v.copyDrives(ctx, dir), v.metadata(ctx, dir), v.stood(ctx)); err != nil || !o.End {
+	if err := errors.Join(v.copyDrives(ctx, dir), v.metadata(ctx, dir), v.stood(ctx)); err != nil || o.End == nil {
+		return r, err
+	}
+	if v.Running {
+		r.Paused = time.Since(begun)
+	}
+	if err := o.End(r); err != nil {
 		return r, err
 	}
 	err = v.Process.Revert(undo)

@@ -56,6 +56,12 @@ func (d *Draft) ID() string { return d.id }
 // Path is the draft's directory, for StateFile, MemoryFile and whatever else belongs to the snapshot.
 func (d *Draft) Path() string { return d.path }
 
+// Check says whether a snapshot may be called that, before anything is written for it. Commit asks again.
+func (d *Draft) Check(name string, labels map[string]string) error {
+	m := &Manifest{Version: manifestVersion, ID: d.id, Name: name, Labels: labels, MemSizeMiB: 1, Firecracker: "-", Arch: "-"}
+	return errors.Join(m.validateSelf(), d.free(m))
+}
+
 // Abort removes the draft, unless it has been committed. It is idempotent.
 func (d *Draft) Abort() error {
 	var errs []error

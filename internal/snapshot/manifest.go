@@ -85,61 +85,60 @@ type External struct {
 // validate says all that is wrong with a manifest, but for what only its files can show.
 func (m *Manifest) validate() error { return errors.Join(m.validateSelf(), m.validateFiles()) }
 
-func (m *Manifest) validateSelf() error {
-	var errs []error
-	check := func(ok bool, format string, args ...any) {
-		if !ok {
-			errs = append(errs, fmt.Errorf("%w: "+format, append([]any{ErrInvalid}, args...)...))
-		}
+// faults are all that is wrong with a manifest.
+type faults []error
+
+func (f *faults) check(ok bool, format string, args ...any) {
+	if !ok {
+		*f = append(*f, fmt.Errorf("%w: "+format, append([]any{ErrInvalid}, args...)...))
 	}
-	check(m.Version == manifestVersion, "version %d, not %d", m.Version, manifestVersion)
-	check(validID(m.ID), "id %.64q", m.ID)
-	check(m.Name == "" || validName(m.Name), "name %.64q must be 1 to 64 letters, digits and .-_, none of these first", m.Name)
-	check(m.Parent == "" || validID(m.Parent), "parent %.64q", m.Parent)
-	check(m.HugePages == "" || m.HugePages == "2M", "huge pages %.64q", m.HugePages)
-	check(m.MemSizeMiB > 0 && int64(m.MemSizeMiB) <= maxFileSize>>20, "%d MiB of memory", m.MemSizeMiB)
-	check(m.Paused >= 0, "paused for %v", m.Paused)
-	check(len(m.Labels) <= maxLabels, "%d labels", len(m.Labels))
+}
+
+func (m *Manifest) validateSelf() error {
+	var errs faults
+	errs.check(m.Version == manifestVersion, "version %d, not %d", m.Version, manifestVersion)
+	errs.check(validID(m.ID), "id %.64q", m.ID)
+	errs.check(m.Name == "" || validName(m.Name), "name %.64q must be 1 to 64 letters, digits and .-_, none of these first", m.Name)
+	errs.check(m.Parent == "" || validID(m.Parent), "parent %.64q", m.Parent)
+	errs.check(m.HugePages == "" || m.HugePages == "2M", "huge pages %.64q", m.HugePages)
+	errs.check(m.MemSizeMiB > 0 && int64(m.MemSizeMiB) <= maxFileSize>>20, "%d MiB of memory", m.MemSizeMiB)
+	errs.check(m.Paused >= 0, "paused for %v", m.Paused)
+	errs.check(len(m.Labels) <= maxLabels, "%d labels", len(m.Labels))
 	for k, v := range m.Labels {
-		check(k != "" && len(k) <= maxText && len(v) <= maxText, "label %.64q", k)
+		errs.check(k != "" && len(k) <= maxText && len(v) <= maxText, "label %.64q", k)
 	}
 	for _, text := range []string{m.Firecracker, m.Format, m.Arch, m.CPUVendor, m.CPUModel, m.CPUTemplate, m.HostKernel} {
-		check(len(text) <= maxText, "%.64q is too long", text)
+		errs.check(len(text) <= maxText, "%.64q is too long", text)
 	}
-	check(m.Firecracker != "", "no version of Firecracker")
-	check(m.Arch != "", "no architecture")
-	check(len(m.Machine) <= MaxMachine, "%d bytes about the machine", len(m.Machine))
-	check(len(m.External) <= maxExternal, "%d files elsewhere", len(m.External))
+	errs.check(m.Firecracker != "", "no version of Firecracker")
+	errs.check(m.Arch != "", "no architecture")
+	errs.check(len(m.Machine) <= MaxMachine, "%d bytes about the machine", len(m.Machine))
+	errs.check(len(m.External) <= maxExternal, "%d files elsewhere", len(m.External))
 	for _, e := range m.External {
-		check(e.Device != "" && len(e.Device) <= maxText && filepath.IsAbs(e.Path) && len(e.Path) <= maxText && !strings.ContainsRune(e.Path, 0) &&
+		errs.check(e.Device != "" && len(e.Device) <= maxText && filepath.IsAbs(e.Path) && len(e.Path) <= maxText && !strings.ContainsRune(e.Path, 0) &&
 			e.Size >= 0 && (e.SHA256 == "" || kept.ValidDigest(e.SHA256)), "file elsewhere %.64q", e.Path)
 	}
 	return errors.Join(errs...)
 }
 
 func (m *Manifest) validateFiles() error {
-	var errs []error
-	check := func(ok bool, format string, args ...any) {
-		if !ok {
-			errs = append(errs, fmt.Errorf("%w: "+format, append([]any{ErrInvalid}, args...)...))
-		}
-	}
-	check(len(m.Files) <= maxFiles, "%d files", len(m.Files))
+	var errs faults
+	errs.check(len(m.Files) <= maxFiles, "%d files", len(m.Files))
 	for name, f := range m.Files {
-		check(validPath(name), "path %.64q", name)
-		check(f.Size >= 0 && f.Size <= maxFileSize, "%.64s has %d bytes", name, f.Size)
-		check(f.Digest == "" && m.Ephemeral || kept.ValidDigest(f.Digest), "%.64s has digest %.64q", name, f.Digest)
+		errs.check(validPath(name), "path %.64q", name)
+		errs.check(f.Size >= 0 && f.Size <= maxFileSize, "%.64s has %d bytes", name, f.Size)
+		errs.check(f.Digest == "" && m.Ephemeral || kept.ValidDigest(f.Digest), "%.64s has digest %.64q", name, f.Digest)
 		for dir := path.Dir(name); dir != "." && dir != "/"; dir = path.Dir(dir) {
 			_, both := m.Files[dir]
-			check(!both, "%.64s is a file and a directory", dir)
+			errs.check(!both, "%.64s is a file and a directory", dir)
 		}
 	}
 	_, state := m.Files[StateFile]
 	memory, ok := m.Files[MemoryFile]
-	check(state, "no file %s", StateFile)
-	check(ok, "no file %s", MemoryFile)
+	errs.check(state, "no file %s", StateFile)
+	errs.check(ok, "no file %s", MemoryFile)
 	// What can be plugged in later comes after what the guest has.
-	check(!ok || memory.Size>>20 >= int64(m.MemSizeMiB) && memory.Size%pageSize == 0, "%s has %d bytes, of a guest of %d MiB", MemoryFile, memory.Size, m.MemSizeMiB)
+	errs.check(!ok || memory.Size>>20 >= int64(m.MemSizeMiB) && memory.Size%pageSize == 0, "%s has %d bytes, of a guest of %d MiB", MemoryFile, memory.Size, m.MemSizeMiB)
 	return errors.Join(errs...)
 }
 
