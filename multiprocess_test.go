@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/store"
 )
 
 // Many processes on one runtime directory.
@@ -539,6 +540,84 @@ func TestProcesses_StarterAndVMMDie(t *testing.T) {
 				s.stopAndRemove(m)
 			}
 		})
+	}
+}
+
+// Who waits for a lost VM that somebody is starting waits for that run, and kills nothing.
+func TestProcesses_WaitBesideStart(t *testing.T) {
+	s := newSite(t, smartvm.LaunchDirect)
+	other, h := s.remote(), s.open()
+	m := s.startedBy(other, h, "idle")
+	pid := vmmProcess(t, m)
+	other.kill()
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if exit, err := m.Wait(t.Context()); err != nil || exit.Outcome != smartvm.OutcomeLost {
+		t.Fatalf("it ended %+v, %v, want lost", exit, err)
+	}
+	about, err := m.Inspect(t.Context())
+	if err != nil || about.Cgroup == "" {
+		t.Fatalf("%+v, %v", about, err)
+	}
+	// As a start: the lock is held for a while, and then there is a process in the VM's group.
+	all, err := store.Open(s.options.RuntimeDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := all.TryLock(m.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	waited := make(chan error, 1)
+	go func() {
+		exit, err := m.Wait(t.Context())
+		if err == nil && (exit == nil || exit.Outcome != smartvm.OutcomeLost) {
+			err = fmt.Errorf("it ended %+v, want lost", exit)
+		}
+		waited <- err
+	}()
+	inVain := func() {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if exit, err := m.Wait(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("it ended %+v, %v, want to wait for it still", exit, err)
+		}
+	}
+	inVain()
+	if err := os.Mkdir(about.Cgroup, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	group, err := os.Open(about.Cgroup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer group.Close()
+	vmm := exec.Command("sleep", "600")
+	vmm.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd()), Pdeathsig: syscall.SIGKILL}
+	if err := vmm.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- vmm.Wait() }()
+	inVain()
+	select {
+	case err := <-ended:
+		t.Fatalf("a wait has ended the VMM that another was starting: %v", err)
+	default:
+	}
+	if err := vmm.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-ended
+	if err := errors.Join(os.Remove(about.Cgroup), lock.Unlock()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-waited; err != nil {
+		t.Error(err)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
 
