@@ -17,6 +17,7 @@ import (
 
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/manifest"
+	"push.rocks/smartvm/internal/imagename"
 	"push.rocks/smartvm/internal/stream"
 )
 
@@ -29,10 +30,10 @@ func inArchive(ctx context.Context, rest string, o Options) (f found, err error)
 	}
 	b := bufio.NewReader(r)
 	if stream.Packing(b) != "" {
-		f, err = inSpool(ctx, b, place{ref, baseName(file)}, o)
+		f, err = inSpool(ctx, b, place{ref, imagename.OfPath(file)}, o)
 		return f, errors.Join(err, r.Close())
 	}
-	return readArchive(r, place{ref, baseName(file)})
+	return readArchive(r, place{ref, imagename.OfPath(file)})
 }
 
 // place is where an image is in an archive.
@@ -210,12 +211,12 @@ func (a *archive) docker(l *local, at place) (found, error) {
 			name = i.RepoTags[0]
 		}
 		if at.ref != "" {
-			name = familiarName(at.ref)
-			if !slices.ContainsFunc(i.RepoTags, func(t string) bool { return familiarName(t) == name }) {
+			name = imagename.OfText(at.ref)
+			if !slices.ContainsFunc(i.RepoTags, func(t string) bool { return imagename.OfText(t) == name }) {
 				continue
 			}
 		}
-		names, keys, chosen = append(names, called(name, at.base)), append(keys, i.Config+" "+strings.Join(i.Layers, " ")), append(chosen, i)
+		names, keys, chosen = append(names, imagename.Given(name, at.base)), append(keys, i.Config+" "+strings.Join(i.Layers, " ")), append(chosen, i)
 	}
 	one, err := only(names, keys)
 	if err != nil {

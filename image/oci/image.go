@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -19,6 +20,7 @@ import (
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/registries"
+	"push.rocks/smartvm/image/trust"
 )
 
 // Options say where images come from. The zero value is fit for public registries.
@@ -33,6 +35,8 @@ type Options struct {
 	// Registries reads what is said of registries: mirrors, places, blocked and insecure ones. It is called for references of
 	// registries only. Nil: nothing is.
 	Registries func() (*registries.Config, error)
+	// Trust reads the policy that images are checked against before Resolve returns them; see package trust for which are. Nil: all are allowed.
+	Trust func() (*trust.Policy, error)
 	// Transport is for HTTP, of an *http.Transport a copy. Nil: http.DefaultTransport.
 	Transport http.RoundTripper
 	// Unless is what a registry's tag led to before, an Image's Index, or its Digest if it has none. While it does, Resolve
@@ -128,7 +132,7 @@ func fileName(digest string) string { return strings.ReplaceAll(digest, ":", "-"
 // An image without a name is called after its file or directory, as far as that gives a name.
 //
 // Errors are ErrNotFound, ErrUnchanged, ErrPlainHTTP, *UnreachableError, *manifest.PlatformError, *manifest.NotImageError,
-// *flatten.DigestError, *flatten.LimitError, *transport.Error of go-containerregistry for what a registry says, and those of
+// *flatten.DigestError, *flatten.LimitError, *trust.RejectedError, *transport.Error of go-containerregistry for what a registry says, and those of
 // files.
 func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
 	if o.Arch == "" {
@@ -137,7 +141,15 @@ func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	f, err := find(ctx, ref, o)
+	var policy *trust.Policy
+	var err error
+	if o.Trust != nil {
+		policy, err = o.Trust()
+	}
+	var f found
+	if err == nil {
+		f, err = find(ctx, ref, o, policy)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("resolve image %.300q: %w", ref, err)
 	}
@@ -148,6 +160,10 @@ func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
 				i, err = found, nil
 			}
 		}
+	}
+	if err == nil {
+		f.subject.Manifests = slices.DeleteFunc([]string{i.Digest, i.Index}, func(d string) bool { return d == "" })
+		err = policy.Check(ctx, f.subject)
 	}
 	if limit := o.Limits.OrDefaults().MaxBytes; err == nil && i.Size > limit {
 		err = &flatten.LimitError{What: "bytes of layers", Limit: limit, Option: "MaxBytes"}
@@ -167,6 +183,8 @@ type found struct {
 	kind   string // media type that whoever led here gives it; empty: none
 	digest string // that text must have; empty: any
 	id     string // the image's, if text is not its own
+	// subject is what a policy is asked about.
+	subject trust.Subject
 	// instead describes the same in another way, for when this one leads nowhere. It may be nil.
 	instead func() (found, error)
 }

@@ -13,6 +13,7 @@ import (
 
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/imagename"
 )
 
 // local is a source in files.
@@ -81,7 +82,7 @@ func inLayout(rest string) (found, error) {
 			return found{}, notExist(err)
 		}
 		defer func() { err = errors.Join(err, index.Close()) }()
-		return l.choose(index, baseName(dir), ref)
+		return l.choose(index, imagename.OfPath(dir), ref)
 	}()
 	if err != nil {
 		return found{}, errors.Join(err, root.Close())
@@ -103,8 +104,8 @@ func (l *local) choose(index io.Reader, base, ref string) (found, error) {
 	named := map[string][]manifest.Descriptor{}
 	for _, m := range d.Manifests {
 		tag := m.Annotations["org.opencontainers.image.ref.name"]
-		full := called(cmp.Or(m.Annotations["io.containerd.image.name"], tag), base)
-		if ref != "" && ref != tag && familiarName(ref) != full {
+		full := imagename.Given(cmp.Or(m.Annotations["io.containerd.image.name"], tag), base)
+		if ref != "" && ref != tag && imagename.OfText(ref) != full {
 			continue
 		}
 		if named[full] == nil {
@@ -169,5 +170,5 @@ func inDir(dir string) (found, error) {
 	if err != nil {
 		return found{}, errors.Join(err, root.Close())
 	}
-	return found{from: l, name: called("", baseName(dir)), text: text}, nil
+	return found{from: l, name: imagename.Given("", imagename.OfPath(dir)), text: text}, nil
 }

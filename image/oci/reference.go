@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
+	"push.rocks/smartvm/image/trust"
 	"push.rocks/smartvm/internal/hint"
 )
 
@@ -37,10 +38,26 @@ func isPath(ref string) bool {
 }
 
 // find goes where a reference leads.
-func find(ctx context.Context, ref string, o Options) (found, error) {
+func find(ctx context.Context, ref string, o Options, policy *trust.Policy) (found, error) {
 	if !Local(ref) {
-		return inRegistry(ctx, strings.TrimPrefix(ref, dockerTransport), o)
+		return inRegistry(ctx, strings.TrimPrefix(ref, dockerTransport), o, policy)
 	}
+	f, err := inFiles(ctx, ref, o)
+	if err != nil {
+		return found{}, err
+	}
+	transport, path := "docker-archive", ""
+	if scheme, rest, ok := strings.Cut(ref, ":"); ok {
+		transport = scheme
+		path, _ = cutRef(rest)
+	}
+	if f.subject, err = trust.OfFile(transport, path); err != nil {
+		return found{}, errors.Join(err, f.from.Close())
+	}
+	return f, nil
+}
+
+func inFiles(ctx context.Context, ref string, o Options) (found, error) {
 	scheme, rest, _ := strings.Cut(ref, ":")
 	switch {
 	case ref == "-" && o.Stdin != nil:
@@ -87,70 +104,6 @@ func fileHint(err error, ref string) error {
 		return hint.Add(err, "there is a file %.300s here: docker-archive:%.300s reads what docker save wrote, oci:%.300s a layout", ref, ref, ref)
 	}
 	return err
-}
-
-// baseName makes a repository's name of a path: "my-app" of "/tmp/My App.tar.gz".
-func baseName(path string) string {
-	if abs, err := filepath.Abs(path); err == nil {
-		path = abs
-	}
-	base := strings.ToLower(filepath.Base(path))
-	for _, suffix := range []string{".gz", ".tgz", ".zst", ".xz", ".tar"} {
-		base = strings.TrimSuffix(base, suffix)
-	}
-	if base = plain(base); base == "" {
-		return "image"
-	}
-	return base
-}
-
-// called is what people call an image of a name that a file gives it: familiar of it, or of a name with base as repository.
-func called(given, base string) string {
-	if strings.ContainsAny(given, ":/") {
-		if ref, err := name.ParseReference(given); err == nil {
-			return familiar(ref)
-		}
-	}
-	tag := plain(given)
-	if tag == "" {
-		tag = "latest"
-	}
-	return base + ":" + tag
-}
-
-// familiarName is familiar of a name that may be anything.
-func familiarName(s string) string {
-	ref, err := name.ParseReference(s)
-	if err != nil {
-		return s
-	}
-	return familiar(ref)
-}
-
-// maxPlain is how long a part of a name may be: so much has every tool.
-const maxPlain = 128
-
-// plain makes of any text one that repositories and tags can be called: letters and digits with single ".", "_" and "-"
-// between them.
-func plain(s string) string {
-	var b strings.Builder
-	gap := ""
-	for _, r := range s {
-		switch {
-		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
-			if b.Len() > 0 {
-				b.WriteString(gap)
-			}
-			gap = ""
-			b.WriteRune(r)
-		case gap == "" && (r == '.' || r == '_'):
-			gap = string(r)
-		case gap == "":
-			gap = "-"
-		}
-	}
-	text := b.String()
-	return strings.TrimRight(text[:min(len(text), maxPlain)], "._-")
 }
 
 // explain makes an error of a registry one that people can do something about.

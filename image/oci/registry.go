@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 
@@ -20,6 +21,8 @@ import (
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/registries"
+	"push.rocks/smartvm/image/trust"
+	"push.rocks/smartvm/internal/imagename"
 )
 
 // registry is a repository, at its own host and at mirrors.
@@ -45,7 +48,7 @@ type host struct {
 // errRedirects ends what leads in circles.
 var errRedirects = errors.New("too many redirects")
 
-func inRegistry(ctx context.Context, text string, o Options) (found, error) {
+func inRegistry(ctx context.Context, text string, o Options, policy *trust.Policy) (found, error) {
 	typed, err := name.ParseReference(text)
 	if err != nil {
 		return found{}, fileHint(err, text)
@@ -85,7 +88,8 @@ func inRegistry(ctx context.Context, text string, o Options) (found, error) {
 		}
 		r.hosts = append(r.hosts, h)
 	}
-	f := found{from: r, name: familiar(typed)}
+	f := found{from: r, name: imagename.OfReference(typed), subject: trust.OfRegistry(ref)}
+	f.subject.Signatures = r.signatures
 	if d, ok := ref.(name.Digest); ok {
 		f.digest = d.DigestStr()
 		if err := manifest.ValidDigest(f.digest); err != nil {
@@ -93,7 +97,8 @@ func inRegistry(ctx context.Context, text string, o Options) (found, error) {
 		}
 	}
 	err = r.ask(ctx, func(h *host) (err error) {
-		if f.digest == "" && o.Unless != "" && h.digest(ctx, ref.Identifier()) == o.Unless {
+		// What has not changed may not be allowed any more.
+		if f.digest == "" && o.Unless != "" && policy.Anything(f.subject) && h.digest(ctx, ref.Identifier()) == o.Unless {
 			return ErrUnchanged
 		}
 		f.text, f.kind, err = h.manifest(ctx, ref.Identifier())
@@ -123,15 +128,6 @@ func places(ref name.Reference, conf *registries.Config, o Options) (all []regis
 	}
 	own, err := conf.Places(ref)
 	return append(all, own...), err
-}
-
-// familiar is a reference as people write it.
-func familiar(ref name.Reference) string {
-	n := ref.Name()
-	if rest, ok := strings.CutPrefix(n, name.DefaultRegistry+"/"); ok {
-		n = strings.TrimPrefix(rest, "library/")
-	}
-	return n
 }
 
 // ask calls f with hosts in turn until one serves, which is then asked for everything else.
@@ -221,6 +217,35 @@ func (h *host) manifest(ctx context.Context, identifier string) (text []byte, ki
 	defer func() { err = errors.Join(err, resp.Body.Close()) }()
 	text, err = readSmall(resp.Body)
 	return text, resp.Header.Get("Content-Type"), err
+}
+
+// signatures are those of a manifest, from the first host that has some.
+func (r *registry) signatures(ctx context.Context, digest string) (all []trust.Signature, err error) {
+	r.mu.Lock()
+	hosts := slices.Clone(r.hosts)
+	r.mu.Unlock()
+	for _, h := range hosts {
+		if err = h.login(ctx); err == nil {
+			all, err = trust.Stored(ctx, digest, h.small)
+		}
+		if len(all) > 0 {
+			return all, nil
+		}
+	}
+	return nil, err
+}
+
+// small reads a part of the repository, nil if it is not there.
+func (h *host) small(ctx context.Context, part string) (text []byte, err error) {
+	resp, err := h.do(ctx, http.MethodGet, part, http.Header{"Accept": {accept}})
+	if errors.Is(err, ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	text, err = readSmall(resp.Body)
+	return text, errors.Join(err, resp.Body.Close())
 }
 
 // digest is what a tag leads to, as far as the registry says so without being asked for more.

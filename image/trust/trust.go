@@ -2,18 +2,21 @@
 // skopeo read it.
 //
 // Of its requirements there are reject, insecureAcceptAnything, and sigstoreSigned by keys. What is of another kind is valid, and accepts nothing: a policy
-// that is followed by half is none.
+// that is followed by half is none. Signatures are read as cosign stores them, whatever a registries.d says.
 package trust
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -25,8 +28,9 @@ const (
 	maxKey    = 64 << 10 // bytes of a file with keys
 )
 
-// Policy says which images may be used. It is safe for concurrent use.
+// Policy says which images may be used; nil allows all. It is safe for concurrent use.
 type Policy struct {
+	file       string
 	standard   []requirement
 	transports map[string]map[string][]requirement // by transport and scope
 }
@@ -51,12 +55,23 @@ type Signature struct {
 
 // RejectedError says that the policy does not allow an image.
 type RejectedError struct {
-	Scope  string // of the policy, that decided: "default", or a transport with what of it
-	Reason string
+	File        string // the policy's, if it was read from one
+	Scope       string // of the policy, that decided: "default", or a transport with what of it
+	Requirement string // its type
+	Reason      string
 }
 
 func (e *RejectedError) Error() string {
-	return fmt.Sprintf("not allowed by the policy of images (%s): %s", e.Scope, e.Reason)
+	return fmt.Sprintf("not allowed by %s (%s: %s): %s", cmp.Or(e.File, "the policy of images"), e.Scope, e.Requirement, e.Reason)
+}
+
+// Hint is what to do about it.
+func (e *RejectedError) Hint() string {
+	file := cmp.Or(e.File, "the policy")
+	if e.Requirement == typeSigned {
+		return fmt.Sprintf("cosign sign --key signs an image in its registry; %s says under %q whose signatures count", file, e.Scope)
+	}
+	return fmt.Sprintf("%s decides under %q; a narrower scope in it can allow the image, and --signature-policy takes another file", file, e.Scope)
 }
 
 // document is a policy.json.
@@ -64,6 +79,12 @@ type document struct {
 	Default    []json.RawMessage                       `json:"default"`
 	Transports map[string]map[string][]json.RawMessage `json:"transports"`
 }
+
+// Types of requirements.
+const (
+	typeAny    = "insecureAcceptAnything"
+	typeSigned = "sigstoreSigned"
+)
 
 // requirement is one thing that must be so.
 type requirement struct {
@@ -95,7 +116,25 @@ func Load(file string) (*Policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read policy of images %s: %w", file, err)
 	}
+	p.file = file
 	return p, nil
+}
+
+// Default reads the policy of this machine's user, given how to look up environment variables, when it is called: the user's own, or else the machine's. Where
+// there is neither it is nil.
+func Default(lookup func(string) (string, bool)) func() (*Policy, error) {
+	return func() (*Policy, error) {
+		files := []string{"/etc/containers/policy.json"}
+		if home, _ := lookup("HOME"); home != "" {
+			files = append([]string{filepath.Join(home, ".config", "containers", "policy.json")}, files...)
+		}
+		for _, file := range files {
+			if p, err := Load(file); !errors.Is(err, fs.ErrNotExist) {
+				return p, err
+			}
+		}
+		return nil, nil
+	}
 }
 
 func readFile(file string, most int64) ([]byte, error) {
@@ -160,12 +199,12 @@ func parseRequirement(raw json.RawMessage) (r requirement, err error) {
 	switch kind.Type {
 	case "signedBy":
 		return requirement{Type: kind.Type, unsupported: "signedBy (GPG) is not supported here"}, nil
-	case "reject", "insecureAcceptAnything", "sigstoreSigned":
+	case "reject", typeAny, typeSigned:
 	default:
 		return r, fmt.Errorf("type %q: want reject, insecureAcceptAnything, sigstoreSigned or signedBy", kind.Type)
 	}
 	for _, name := range notHere {
-		if _, ok := fields[name]; ok && kind.Type == "sigstoreSigned" {
+		if _, ok := fields[name]; ok && kind.Type == typeSigned {
 			return requirement{Type: kind.Type, unsupported: name + " is not supported here, keys alone are"}, nil
 		}
 	}
@@ -179,9 +218,9 @@ func parseRequirement(raw json.RawMessage) (r requirement, err error) {
 		}
 	}
 	switch {
-	case r.Type != "sigstoreSigned" && (keys > 0 || r.SignedIdentity != nil):
+	case r.Type != typeSigned && (keys > 0 || r.SignedIdentity != nil):
 		return r, fmt.Errorf("%s takes neither keys nor signedIdentity", r.Type)
-	case r.Type == "sigstoreSigned" && keys != 1:
+	case r.Type == typeSigned && keys != 1:
 		return r, errors.New("want one of keyPath, keyPaths, keyData and keyDatas")
 	}
 	for _, k := range append(r.KeyDatas, r.KeyData) {
@@ -212,6 +251,9 @@ func (i *identity) validate() error {
 
 // Check returns nil if the policy allows an image, *RejectedError if it does not, and what kept it from finding out.
 func (p *Policy) Check(ctx context.Context, s Subject) error {
+	if p == nil {
+		return nil
+	}
 	scope, all := p.find(s)
 	for _, r := range all {
 		reason, err := r.check(ctx, s)
@@ -219,10 +261,19 @@ func (p *Policy) Check(ctx context.Context, s Subject) error {
 			return err
 		}
 		if reason != "" {
-			return &RejectedError{Scope: scope, Reason: reason}
+			return &RejectedError{File: p.file, Scope: scope, Requirement: r.Type, Reason: reason}
 		}
 	}
 	return nil
+}
+
+// Anything says whether an image is allowed whatever it is: only its name counts.
+func (p *Policy) Anything(s Subject) bool {
+	if p == nil {
+		return true
+	}
+	_, all := p.find(s)
+	return !slices.ContainsFunc(all, func(r requirement) bool { return r.Type != typeAny })
 }
 
 // find returns what decides about an image: the narrowest scope that it is in.
@@ -270,7 +321,7 @@ func (r requirement) check(ctx context.Context, s Subject) (reason string, err e
 		return r.unsupported, nil
 	case r.Type == "reject":
 		return "it is rejected", nil
-	case r.Type == "insecureAcceptAnything":
+	case r.Type == typeAny:
 		return "", nil
 	case s.Signatures == nil:
 		return "it must be signed, and what is not of a registry has no signatures", nil

@@ -234,3 +234,76 @@ func TestParse_Wrong(t *testing.T) {
 		t.Errorf("no file: %v", err)
 	}
 }
+
+// A user's own policy comes before the machine's.
+func TestDefault(t *testing.T) {
+	home := t.TempDir()
+	lookup := func(name string) (string, bool) { return home, name == "HOME" }
+	before, err := trust.Default(lookup)()
+	if err != nil {
+		t.Skipf("this machine's policy is broken: %v", err)
+	}
+	file := filepath.Join(home, ".config", "containers", "policy.json")
+	write := func(text string) {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := trust.Subject{Transport: "docker", Repository: "registry.test/app", Tag: "1"}
+	if _, err := os.Stat("/etc/containers/policy.json"); errors.Is(err, os.ErrNotExist) && (before != nil || before.Check(t.Context(), s) != nil || !before.Anything(s)) {
+		t.Errorf("without any: %+v", before)
+	}
+	write(`{"default": [{"type": "insecureAcceptAnything"}, {"type": "reject"}]}`)
+	p, err := trust.Default(lookup)()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rejected, ok := errors.AsType[*trust.RejectedError](p.Check(t.Context(), s)); !ok || rejected.File != file || rejected.Requirement != "reject" || p.Anything(s) {
+		t.Errorf("got %+v", rejected)
+	}
+	write("{")
+	if _, err := trust.Default(lookup)(); err == nil || !strings.Contains(err.Error(), file) {
+		t.Errorf("a broken one: %v", err)
+	}
+}
+
+// What a registry gives as signatures is bounded, and is what it says.
+func TestStored(t *testing.T) {
+	digest := func(text string) string {
+		sum := sha256.Sum256([]byte(text))
+		return fmt.Sprintf("sha256:%x", sum)
+	}
+	blobs := map[string]string{}
+	var layers []string
+	layer := func(payload, is string, size int) {
+		blobs["blobs/"+digest(payload)] = is
+		layers = append(layers, fmt.Sprintf(`{"digest": %q, "size": %d, "annotations": {"dev.cosignproject.cosign/signature": %q}}`, digest(payload), size, "of "+payload))
+	}
+	layer("the oldest", "the oldest", 10)
+	for n := range 60 {
+		layer(fmt.Sprint(n), fmt.Sprint(n), 2)
+	}
+	layer("wrong", "rubbish", 5)
+	layer("large", "large", 1<<20)
+	layer(strings.Repeat("x", 65<<10), strings.Repeat("x", 65<<10), 1)
+	layer("last", "last", 4)
+	layers = append(layers, fmt.Sprintf(`{"digest": %q, "size": 4}`, digest("last")))
+	blobs["manifests/"+strings.Replace(manifest, ":", "-", 1)+".sig"] = fmt.Sprintf(`{"schemaVersion": 2, "config": {}, "layers": [%s]}`, strings.Join(layers, ","))
+	get := func(_ context.Context, part string) ([]byte, error) {
+		if text, ok := blobs[part]; ok {
+			return []byte(text), nil
+		}
+		return nil, nil
+	}
+	all, err := trust.Stored(t.Context(), manifest, get)
+	if err != nil || len(all) != 60 || string(all[0].Payload) != "1" || all[0].Base64 != "of 1" || string(all[59].Payload) != "last" {
+		t.Errorf("%d: %+v, %v", len(all), all, err)
+	}
+	if all, err := trust.Stored(t.Context(), another, get); err != nil || len(all) != 0 {
+		t.Errorf("of one that has none: %+v, %v", all, err)
+	}
+	down := errors.New("registry is down")
+	if _, err := trust.Stored(t.Context(), manifest, func(context.Context, string) ([]byte, error) { return nil, down }); !errors.Is(err, down) {
+		t.Errorf("got %v", err)
+	}
+}

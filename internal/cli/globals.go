@@ -15,9 +15,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
-	"push.rocks/smartvm/image/login"
-	"push.rocks/smartvm/image/oci"
-	"push.rocks/smartvm/image/registries"
+	"push.rocks/smartvm/internal/cli/registry"
 	"push.rocks/smartvm/internal/supervise"
 	"push.rocks/smartvm/internal/vmflags"
 	"push.rocks/smartvm/network"
@@ -29,7 +27,7 @@ type globals struct {
 	runtimeDir, dataDir, firecracker, jailer string
 	launcher, version, releases              string
 	ephemeral, offline                       bool
-	mirrors                                  []string
+	registry                                 registry.Flags
 	limits                                   vmflags.Limits
 	manifest                                 string
 	bridge, subnet, firewall                 string
@@ -52,7 +50,7 @@ func (g *globals) flags(root *cobra.Command) {
 	f.StringVar(&g.launcher, "launcher", "", "`how` to start the VMM: jailer (what root gets) or direct")
 	f.BoolVar(&g.ephemeral, "ephemeral-writable-drives", true, "give each VM a copy of its writable drives")
 	f.BoolVar(&g.offline, "offline", false, "fetch nothing")
-	f.StringSliceVar(&g.mirrors, "registry-mirror", nil, "registry `host` to ask first; may be repeated [$SMARTVM_REGISTRY_MIRROR]")
+	g.registry.Global(f, os.LookupEnv)
 	g.limits.Flags(f)
 	f.StringVar(&g.manifest, "base-manifest", "", "manifest of base:hosted, a `path` or URL [$SMARTVM_BASE_MANIFEST]")
 	f.StringVar(&g.bridge, "bridge", "", "`name` of the default network's bridge, "+network.DefaultBridge+" without it [$SMARTVM_BRIDGE]")
@@ -87,9 +85,7 @@ func (g *globals) finish(a *app) error {
 		}
 		*path = abs
 	}
-	if mirrors := os.Getenv("SMARTVM_REGISTRY_MIRROR"); len(g.mirrors) == 0 && mirrors != "" {
-		g.mirrors = strings.Split(mirrors, ",")
-	}
+	g.registry.Finish()
 	switch err := g.limits.Finish(os.Getenv); {
 	case err != nil:
 		return usage("%w", err)
@@ -176,7 +172,8 @@ func (a *app) peek() (*smartvm.Host, error) {
 		LookupEnv: os.LookupEnv,
 	}
 	o.Images = image.Options{Offline: g.offline, Limits: g.limits.Limits(), Progress: a.images.Progress, Waiting: a.images.Waiting}
-	o.Images.OCI = oci.Options{Keychain: &login.Keychain{Files: login.Files(os.LookupEnv), Log: g.log}, Registries: registries.Default(os.LookupEnv), Mirrors: g.mirrors, Stdin: a.Stdin}
+	o.Images.OCI = g.registry.Options(g.log)
+	o.Images.OCI.Stdin = a.Stdin
 	o.Install, o.Installed, o.Binaries.URL = true, a.images.Installed, g.releases
 	if strings.Contains(g.manifest, "://") {
 		o.BaseImages.ManifestURL = g.manifest
