@@ -222,16 +222,19 @@ func Bundles(dir string) func(id string) bool {
 // name gives i its name, in place of what had it. The caller holds the store.
 func (s *Store) name(ctx context.Context, i *Image) error {
 	i.Version = imageVersion
-	if i.Created.IsZero() {
-		i.Created = time.Now().UTC().Truncate(time.Second)
-	}
 	i.identify()
 	release, err := s.locks.One(ctx, oneName, i.Name, "another smartvm that makes the same image")
 	if err != nil {
 		return err
 	}
-	if old, err := s.read(i.Name); err == nil && old.ID != i.ID {
+	switch old, err := s.read(i.Name); {
+	case err == nil && old.ID != i.ID:
 		i.Replaced = old
+	case err == nil && i.Created.IsZero():
+		i.Created = old.Created
+	}
+	if i.Created.IsZero() {
+		i.Created = time.Now().UTC().Truncate(time.Second)
 	}
 	return errors.Join(atomicfile.WriteJSON(s.nameFile(i.Name), i), release())
 }

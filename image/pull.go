@@ -64,7 +64,16 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 	defer func() { err = errors.Join(err, w.Close()) }()
 	o := s.opts.OCI
 	o.Limits, o.Arch, o.TempDir, o.Log = s.opts.Limits, s.opts.Arch, w.Dir, s.log
+	was := s.pulled(ref, name)
+	o.Unless = cmp.Or(was.Index, was.Digest)
 	img, err := oci.Resolve(ctx, ref, o)
+	if errors.Is(err, oci.ErrUnchanged) {
+		if here, err := s.again(ctx, was); here || err != nil {
+			return was, err
+		}
+		o.Unless = ""
+		img, err = oci.Resolve(ctx, ref, o)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -119,6 +128,15 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 		return nil, err
 	}
 	return i, errors.Join(s.publish(ctx, i, root), root.Close())
+}
+
+// pulled is what a pull of a reference has made here before, as one would make it now; the zero value if that is nothing.
+func (s *Store) pulled(ref, name string) *Image {
+	i, err := s.Find(cmp.Or(name, strings.TrimPrefix(ref, "docker://")))
+	if err != nil || i.Source != ref || name != "" && i.Name != name || i.Arch != s.opts.Arch || !strings.HasPrefix(i.Root, chainID("")) || oci.Local(ref) {
+		return &Image{}
+	}
+	return i
 }
 
 // again names an image whose root is here already, and whole.

@@ -469,3 +469,79 @@ func TestInspect_About(t *testing.T) {
 		t.Errorf("of before: %+v, %v", in, err)
 	}
 }
+
+// A tag that has not changed costs one question, which registries do not count, as long as what it led to is here and complete.
+func TestPull_Unchanged(t *testing.T) {
+	layout := filepath.Join(t.TempDir(), "layout")
+	tag := func(tag, content string) {
+		t.Helper()
+		d, err := ocitest.Add(layout, "amd64", files(map[string]string{"etc/issue": content}))
+		if err == nil && tag == "index" {
+			d, err = ocitest.AddIndex(layout, d)
+		}
+		if err == nil {
+			err = ocitest.Tag(layout, tag, d)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	tag("1", "one")
+	tag("index", "two")
+	var mu sync.Mutex
+	var asked []string
+	host := serve(t, layout, func(r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		if r.URL.Path != "/v2/" {
+			asked = append(asked, r.Method+" "+r.URL.Path)
+		}
+	})
+	dir := storeDir(t)
+	pull := func(s *image.Store, ref, name string) (*image.Image, []string) {
+		t.Helper()
+		asked = nil
+		i, err := s.Pull(t.Context(), ref, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantSound(t, s, dir)
+		return i, asked
+	}
+	s := open(t, dir)
+	for _, ref := range []string{host + "/app:1", "docker://" + host + "/app:index"} {
+		head := []string{"HEAD /v2/app/manifests/" + ref[strings.LastIndex(ref, ":")+1:]}
+		first, all := pull(s, ref, "")
+		if len(all) < 3 {
+			t.Errorf("%s: at first %q: want a manifest, a configuration and a layer", ref, all)
+		}
+		again, all := pull(open(t, dir), ref, "")
+		if diff := cmp.Diff(head, all); diff != "" || again.ID != first.ID || again.Root != first.Root || again.Name != first.Name || !again.Created.Equal(first.Created) {
+			t.Errorf("%s: %s\n%+v, then %+v", ref, diff, first, again)
+		}
+		if named, all := pull(s, ref, "mine"); len(all) < 2 || named.Name != "mine" || named.Root != first.Root {
+			t.Errorf("%s: another name: %+v, %q", ref, named, all)
+		}
+		if named, all := pull(s, ref, "mine"); cmp.Diff(head, all) != "" || named.Name != "mine" {
+			t.Errorf("%s: again by another name: %+v, %q", ref, named, all)
+		}
+		// What is not complete is made again, whatever the registry says.
+		if err := os.RemoveAll(filepath.Join(dir, "objects", first.Root)); err != nil {
+			t.Fatal(err)
+		}
+		if again, all = pull(s, ref, ""); again.Root != first.Root || len(all) < 3 {
+			t.Errorf("%s: without its object: %+v, %q", ref, again, all)
+		}
+	}
+	before, err := s.Find(host + "/app:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(layout, "index.json")); err != nil {
+		t.Fatal(err)
+	}
+	tag("1", "three")
+	if i, _ := pull(s, host+"/app:1", ""); i.ID == before.ID || i.Replaced == nil {
+		t.Errorf("a tag that leads elsewhere now: %+v", i)
+	}
+}

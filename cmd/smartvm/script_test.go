@@ -68,7 +68,7 @@ func runScripts(t *testing.T, dir string) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": codeCommand, "eventually": eventuallyCommand, "until": untilCommand, "begin": beginCommand, "signal": signalCommand, "end": endCommand,
-			"endsupervisor": endSupervisorCommand, "releases": releasesCommand,
+			"endsupervisor": endSupervisorCommand, "releases": releasesCommand, "registry": registryCommand,
 		},
 	})
 }
