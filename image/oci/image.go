@@ -30,6 +30,8 @@ type Options struct {
 	Arch string
 	// Keychain knows the registries' passwords, a login.Keychain those of docker and podman. Nil: none.
 	Keychain authn.Keychain
+	// Login is for the registry itself that a reference leads to, in place of what Keychain knows. Mirrors are not told it.
+	Login authn.Authenticator
 	// Mirrors are hosts, as in "mirror.example:5000", that are asked for Docker Hub's images first, in this order.
 	Mirrors []string
 	// Registries reads what is said of registries: mirrors, places, blocked and insecure ones. It is called for references of

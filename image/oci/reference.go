@@ -111,15 +111,15 @@ func explain(err error, repo name.Repository, ref string) error {
 	var status *transport.Error
 	switch {
 	case errors.Is(err, ErrPlainHTTP):
-		return hint.Add(err, "insecure = true in a [[registry]] of registries.conf allows it")
+		return hint.Add(err, "insecure = true in a [[registry]] of registries.conf allows it, and so does --tls-verify=false")
 	case errors.As(err, new(x509.UnknownAuthorityError)):
-		return hint.Add(err, "its authority's certificate belongs into /etc/containers/certs.d/%s/ca.crt", repo.RegistryStr())
+		return hint.Add(err, "its authority's certificate belongs into /etc/containers/certs.d/%s/ca.crt, or a directory for --cert-dir", repo.RegistryStr())
 	case errors.Is(err, errRedirects):
 		return err
 	case errors.As(err, &status):
 		switch status.StatusCode {
 		case http.StatusUnauthorized, http.StatusForbidden:
-			err = hint.Add(err, "there is no such image, or it wants a login: docker login %s", repo.RegistryStr())
+			err = hint.Add(err, "there is no such image, or it wants a login: docker login %s, or --creds USER", repo.RegistryStr())
 		}
 		return fileHint(err, ref)
 	case errors.As(err, new(*url.Error)):

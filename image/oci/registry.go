@@ -39,6 +39,7 @@ type registry struct {
 type host struct {
 	repo     name.Repository
 	keychain authn.Keychain
+	auth     authn.Authenticator // in place of the keychain's, if not nil
 
 	mu     sync.Mutex // while it is logged in to
 	in     bool
@@ -88,6 +89,7 @@ func inRegistry(ctx context.Context, text string, o Options, policy *trust.Polic
 		}
 		r.hosts = append(r.hosts, h)
 	}
+	r.hosts[len(r.hosts)-1].auth = o.Login
 	f := found{from: r, name: imagename.OfReference(typed), subject: trust.OfRegistry(ref)}
 	f.subject.Signatures = r.signatures
 	if d, ok := ref.(name.Digest); ok {
@@ -176,8 +178,8 @@ func (h *host) login(ctx context.Context) error {
 	if h.in {
 		return nil
 	}
-	auth := authn.Anonymous
-	if h.keychain != nil {
+	auth := cmp.Or(h.auth, authn.Anonymous)
+	if h.auth == nil && h.keychain != nil {
 		var err error
 		if auth, err = authn.Resolve(ctx, h.keychain, h.repo); err != nil {
 			return fmt.Errorf("log in to %s: %w", h.repo.RegistryStr(), err)

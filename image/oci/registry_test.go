@@ -10,12 +10,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-containerregistry/pkg/authn"
 
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/image/oci/ocitest"
@@ -265,4 +267,42 @@ func first(a, b string) string {
 		return b
 	}
 	return a
+}
+
+// A login that was given for an image is its registry's; a mirror is not told it, and the keychain's is the mirror's alone then.
+func TestResolve_Login(t *testing.T) {
+	dir := t.TempDir()
+	add(t, dir, "1", files("a"))
+	told := func(to *[]string, serves bool) func(w http.ResponseWriter, r *http.Request) bool {
+		return func(w http.ResponseWriter, r *http.Request) bool {
+			if user, password, ok := r.BasicAuth(); ok {
+				*to = append(*to, user+":"+password)
+			} else {
+				w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+				w.WriteHeader(http.StatusUnauthorized)
+				return true
+			}
+			if !serves && r.URL.Path != "/v2/" {
+				http.NotFound(w, r)
+				return true
+			}
+			return false
+		}
+	}
+	var mirrors, registrys []string
+	mirror, registry := serve(t, dir, told(&mirrors, false)), serve(t, dir, told(&registrys, true))
+	text := fmt.Sprintf("[[registry]]\nlocation = %q\n[[registry.mirror]]\nlocation = %q\n", registry.host(), mirror.host())
+	o := oci.Options{Login: &authn.Basic{Username: "me", Password: "secret"}, Keychain: keys{mirror.host(): "mirror", registry.host(): "stale"}, Registries: conf(t, text)}
+	pull(t, resolve(t, registry.host()+"/app:1", o), t.TempDir())
+	all := func(list []string) []string { slices.Sort(list); return slices.Compact(list) }
+	if diff := cmp.Diff([][]string{{"mirror:word"}, {"me:secret"}}, [][]string{all(mirrors), all(registrys)}); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// keys are users by registry.
+type keys map[string]string
+
+func (k keys) Resolve(r authn.Resource) (authn.Authenticator, error) {
+	return &authn.Basic{Username: k[r.RegistryStr()], Password: "word"}, nil
 }

@@ -32,8 +32,12 @@ var ErrBlocked = errors.New("blocked")
 // Config is what the files say. The zero value says nothing.
 type Config struct {
 	// CertDirs have directories of registries' names, with their ports if any; the "*.crt" in these are certificates of
-	// authorities that vouch for the registry.
+	// authorities that vouch for the registry, "*.cert" and "*.key" of one name what we are known by there.
 	CertDirs []string
+	// CertDir has such files for every registry.
+	CertDir string
+	// TLSVerify says of every registry whether somebody must vouch for its certificate. Nil: the files say it.
+	TLSVerify *bool
 
 	search   []string
 	aliases  map[string]string
@@ -216,7 +220,7 @@ func (c *Config) Places(ref name.Reference) ([]Place, error) {
 		}
 	}
 	if best == nil {
-		return []Place{{Repository: ref.Context()}}, nil
+		best = &registry{place: place{Location: whole}, Prefix: whole}
 	}
 	if best.Blocked {
 		return nil, fmt.Errorf("%s is %w by %s", best.Prefix, ErrBlocked, best.path)
@@ -234,6 +238,9 @@ func (c *Config) Places(ref name.Reference) ([]Place, error) {
 	var places []Place
 	for _, p := range append(all, own) {
 		var options []name.Option
+		if c.TLSVerify != nil {
+			p.Insecure = !*c.TLSVerify
+		}
 		if p.Insecure {
 			options = append(options, name.Insecure)
 		}
@@ -268,32 +275,58 @@ func (c *Config) Transport(base *http.Transport, p Place) (*http.Transport, erro
 		t.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
 	}
 	t.TLSClientConfig.InsecureSkipVerify = p.Insecure
+	var dirs []string
 	for _, dir := range c.CertDirs {
-		dir = filepath.Join(dir, p.Repository.RegistryStr())
+		dirs = append(dirs, filepath.Join(dir, p.Repository.RegistryStr()))
+	}
+	for _, dir := range append(dirs, c.CertDir) {
 		entries, err := os.ReadDir(dir)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("read certificates: %w", err)
+		if dir == "" || errors.Is(err, fs.ErrNotExist) && dir != c.CertDir {
+			continue
 		}
 		for _, e := range entries[:min(len(entries), maxFiles)] {
-			if !strings.HasSuffix(e.Name(), ".crt") {
-				continue
+			if err == nil {
+				err = addCertificate(t.TLSClientConfig, filepath.Join(dir, e.Name()))
 			}
-			path := filepath.Join(dir, e.Name())
-			text, err := readFile(path)
-			if err != nil {
-				return nil, fmt.Errorf("read certificates: %w", err)
-			}
-			if t.TLSClientConfig.RootCAs == nil {
-				if t.TLSClientConfig.RootCAs, err = x509.SystemCertPool(); err != nil {
-					return nil, fmt.Errorf("read certificates: %w", err)
-				}
-			}
-			if !t.TLSClientConfig.RootCAs.AppendCertsFromPEM(text) {
-				return nil, fmt.Errorf("read certificates: %s holds none", path)
-			}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read certificates: %w", err)
 		}
 	}
 	return t, nil
+}
+
+// addCertificate adds what a file holds, by its name.
+func addCertificate(c *tls.Config, path string) error {
+	ending := filepath.Ext(path)
+	if ending != ".crt" && ending != ".cert" {
+		return nil
+	}
+	text, err := readFile(path)
+	if err != nil {
+		return err
+	}
+	if ending == ".crt" {
+		if c.RootCAs == nil {
+			if c.RootCAs, err = x509.SystemCertPool(); err != nil {
+				return err
+			}
+		}
+		if !c.RootCAs.AppendCertsFromPEM(text) {
+			return fmt.Errorf("%s holds none", path)
+		}
+		return nil
+	}
+	key, err := readFile(strings.TrimSuffix(path, ending) + ".key")
+	if err != nil {
+		return err
+	}
+	own, err := tls.X509KeyPair(text, key)
+	if err != nil {
+		return fmt.Errorf("%s and its key: %w", path, err)
+	}
+	c.Certificates = append(c.Certificates, own)
+	return nil
 }
 
 // readFile reads a small one.

@@ -1,8 +1,15 @@
 package registries_test
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"maps"
+	"math/big"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -244,4 +251,71 @@ func FuzzRead(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What a command line says of certificates comes before what files say.
+func TestConfig_TLSVerify(t *testing.T) {
+	c := read(t, "[[registry]]\nlocation = \"bad.test\"\ninsecure = true\n[[registry.mirror]]\nlocation = \"mirror.test\"\n")
+	for verify, want := range map[*bool]map[string][]string{
+		nil:        {"bad.test/a:1": {"mirror.test/a", "bad.test/a!"}, "debian:12": {"index.docker.io/library/debian"}},
+		new(true):  {"bad.test/a:1": {"mirror.test/a", "bad.test/a"}, "debian:12": {"index.docker.io/library/debian"}},
+		new(false): {"bad.test/a:1": {"mirror.test/a!", "bad.test/a!"}, "debian:12": {"index.docker.io/library/debian!"}},
+	} {
+		c.TLSVerify = verify
+		for ref, want := range want {
+			got, err := places(t, c, ref)
+			if err != nil || cmp.Diff(want, got) != "" {
+				t.Errorf("%s: %q, %v, want %q", ref, got, err, want)
+			}
+		}
+	}
+}
+
+// What we are known by is a certificate with its key, of a directory for all registries or for one.
+func TestConfig_Transport(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	of := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	der, err := x509.CreateCertificate(rand.Reader, of, of, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	files := map[string]string{"client.cert": certificate, "client.key": string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})), "README": "x"}
+	all, one := t.TempDir(), t.TempDir()
+	write(t, all, files)
+	write(t, filepath.Join(one, "registry.test"), files)
+	repository, err := name.NewRepository("registry.test/a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	place := registries.Place{Repository: repository}
+	for _, c := range []*registries.Config{{CertDir: all}, {CertDirs: []string{"/nonexistent", one}}} {
+		transport, err := c.Transport(&http.Transport{}, place)
+		if err != nil || len(transport.TLSClientConfig.Certificates) != 1 || transport.TLSClientConfig.RootCAs != nil {
+			t.Errorf("%+v: %+v, %v", c, transport, err)
+		}
+	}
+	other := registries.Place{Repository: name.MustParseReference("other.test/a:1").Context()}
+	if transport, err := (&registries.Config{CertDirs: []string{one}}).Transport(&http.Transport{}, other); err != nil || len(transport.TLSClientConfig.Certificates) > 0 {
+		t.Errorf("another registry is told who we are: %v", err)
+	}
+	if err := os.Remove(filepath.Join(all, "client.key")); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []*registries.Config{{CertDir: all}, {CertDir: "/nonexistent"}} {
+		if _, err := c.Transport(&http.Transport{}, place); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	write(t, all, map[string]string{"client.key": "rubbish"})
+	if _, err := (&registries.Config{CertDir: all}).Transport(&http.Transport{}, place); err == nil || !strings.Contains(err.Error(), "client.cert") {
+		t.Errorf("no key: %v", err)
+	}
 }

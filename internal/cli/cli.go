@@ -129,7 +129,7 @@ func (a *app) root() *cobra.Command {
 			}
 			return cmd.Help()
 		},
-		PersistentPreRunE: func(*cobra.Command, []string) error { return a.global.finish(a) },
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return a.global.finish(cmd.Context(), a) },
 	}
 	root.Flags().BoolVar(&version, "version", false, "the same as smartvm version")
 	root.SetIn(a.Stdin)
@@ -157,7 +157,7 @@ func (a *app) imageShell() *images.Shell {
 	return &images.Shell{
 		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr,
 		JSON: func() bool { return a.json }, Terminal: func() bool { return terminal(a.Stderr) },
-		Status: a.status, Host: a.peek, Takes: takes,
+		Status: a.status, Host: a.peek, Takes: takes, Registry: a.global.registry.Pull,
 		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
 		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },
 	}

@@ -38,6 +38,7 @@ func newCreate(a *app) *cobra.Command {
 	cmd.Flags().SetInterspersed(false)
 	c.vm.Add(cmd.Flags())
 	c.pull.Flag(cmd)
+	a.global.registry.Pull(cmd)
 	cmd.Flags().BoolVar(&c.dryRun, "dry-run", false, "print what would be done, and do nothing")
 	return cmd
 }

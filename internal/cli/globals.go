@@ -67,7 +67,7 @@ func (g *globals) flags(root *cobra.Command) {
 }
 
 // finish checks what the flags were given, and asks the environment about those that were not.
-func (g *globals) finish(a *app) error {
+func (g *globals) finish(ctx context.Context, a *app) error {
 	for name, to := range map[string]*string{
 		"SMARTVM_RUNTIME_DIR": &g.runtimeDir, "SMARTVM_DATA_DIR": &g.dataDir, "SMARTVM_FIRECRACKER": &g.firecracker, "SMARTVM_JAILER": &g.jailer,
 		"SMARTVM_BRIDGE": &g.bridge, "SMARTVM_SUBNET": &g.subnet, "SMARTVM_FIREWALL": &g.firewall,
@@ -85,8 +85,7 @@ func (g *globals) finish(a *app) error {
 		}
 		*path = abs
 	}
-	g.registry.Finish()
-	switch err := g.limits.Finish(os.Getenv); {
+	switch err := errors.Join(g.limits.Finish(os.Getenv), g.registry.Finish(ctx, a.Stdin, a.Stderr)); {
 	case err != nil:
 		return usage("%w", err)
 	case !slices.Contains([]string{"table", "json"}, g.output):

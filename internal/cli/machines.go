@@ -89,7 +89,7 @@ func (a *app) one(ctx context.Context, ref string) (*smartvm.Host, *smartvm.Mach
 // completeVMs offers the VMs there are: ids, and names where they have one. It finds none where anything is wrong.
 func (a *app) completeVMs(most int) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-		if most >= 0 && len(args) >= most || a.global.finish(a) != nil {
+		if most >= 0 && len(args) >= most || a.global.finish(cmd.Context(), a) != nil {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
 		h, err := a.peek()

@@ -62,6 +62,7 @@ func newRun(a *app) *cobra.Command {
 	f.SetInterspersed(false) // what follows the image is the command's
 	c.vm.Add(cmd.Flags())
 	c.pull.Flag(cmd)
+	a.global.registry.Pull(cmd)
 	c.streams.Flags(cmd)
 	f.BoolVarP(&c.detach, "detach", "d", false, "let the VM run by itself and print its id")
 	c.wait.Flag(cmd, "with -d, ")

@@ -60,7 +60,9 @@ func (s *Shell) pull() *cobra.Command {
 			return s.made(i)
 		},
 	}
+	cmd.Flags().SortFlags = false
 	cmd.Flags().StringVar(&name, "name", "", "what it is `called` here, if not as there")
+	s.Registry(cmd)
 	return cmd
 }
 

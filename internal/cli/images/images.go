@@ -32,6 +32,8 @@ type Shell struct {
 	Usage func(err error, hint string) error
 	// Takes checks the number of arguments.
 	Takes func(least, most int, what string) cobra.PositionalArgs
+	// Registry adds the flags of commands that ask registries.
+	Registry func(cmd *cobra.Command)
 	// WriteJSON writes a document to Stdout.
 	WriteJSON func(v any) error
 
