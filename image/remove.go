@@ -112,8 +112,9 @@ func (s *Store) unname(ctx context.Context, i *Image, others []*Image, unsure bo
 
 // PruneOptions say what is removed beside what no image needs.
 type PruneOptions struct {
-	All    bool // images that no VM uses
-	Layers bool // the layers of all images: VMs need none, but a pull of an image that shares some fetches them again
+	All    bool              // images that no VM uses
+	Only   func(*Image) bool // of those; nil: all
+	Layers bool              // the layers of all images: VMs need none, but a pull of an image that shares some fetches them again
 }
 
 // Prune removes what no image needs.
@@ -137,7 +138,7 @@ func (s *Store) prune(ctx context.Context, o PruneOptions) (*Removed, error) {
 		if err != nil {
 			return r, err
 		}
-		if !o.All || len(by) > 0 {
+		if !o.All || len(by) > 0 || o.Only != nil && !o.Only(i) {
 			continue
 		}
 		images = slices.DeleteFunc(images, func(other *Image) bool { return other.Name == i.Name })

@@ -193,16 +193,27 @@ func (s *Shell) remove() *cobra.Command {
 
 func (s *Shell) prune() *cobra.Command {
 	var o image.PruneOptions
+	var filters []string
 	cmd := &cobra.Command{
 		Use:   "prune [flags]",
 		Short: "Remove what no image needs",
 		Long: "Remove what no image needs any more, and with -a the images that no VM uses. The\n" +
 			"layers of a registry's images are kept, so that others that share them need not\n" +
-			"fetch them; --layers removes them. No VM needs them.",
-		Args: s.Takes(0, 0, "flags only"),
+			"fetch them; --layers removes them. No VM needs them.\n\n" +
+			"--filter has -a remove only images that meet it: those of smartvm image ls.",
+		Example: "  smartvm image prune -a --filter until=240h --filter label!=keep",
+		Args:    s.Takes(0, 0, "flags only"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if len(filters) > 0 && !o.All {
+				return s.Usage(errors.New("--filter is about images, which only -a removes"), "")
+			}
 			images, err := s.store()
 			if err != nil {
+				return err
+			}
+			if o.Only, err = imageview.Filter(filters, images.Find); errors.Is(err, imageview.ErrFilter) {
+				return s.Usage(err, "")
+			} else if err != nil {
 				return err
 			}
 			r, err := images.Prune(cmd.Context(), o)
@@ -220,6 +231,7 @@ func (s *Shell) prune() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVarP(&o.All, "all", "a", false, "remove images that no VM uses, too")
+	cmd.Flags().StringArrayVar(&filters, "filter", nil, "with -a, remove only images that meet a `filter`")
 	cmd.Flags().BoolVar(&o.Layers, "layers", false, "remove the layers that are kept for pulls of other images, too")
 	return cmd
 }

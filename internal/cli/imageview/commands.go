@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -40,8 +41,9 @@ func (s *Shell) list() *cobra.Command {
 		Short:   "List images",
 		Long: "List the images that are here. SIZE is what an image takes on disk, also of\n" +
 			"what it shares with others.\n\n" +
-			"--filter takes label=NAME, label=NAME=VALUE, reference=PATTERN, before=IMAGE and\n" +
-			"since=IMAGE, all of which must be met. --format is a template of Go for each\n" +
+			"--filter takes label=NAME, label=NAME=VALUE, label!=..., reference=PATTERN,\n" +
+			"before=IMAGE, since=IMAGE and until=TIME (24h: it came here longer ago; or a\n" +
+			"date), all of which must be met. --format is a template of Go for each\n" +
 			"image, with .Name .ID .Digest .Content .Size .Created .Platform .Author .Labels\n" +
 			".VMs and json.\n\n" +
 			"The fields of -o json are those of smartvm image inspect.",
@@ -60,11 +62,13 @@ func (s *Shell) list() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if list, err = Filter(list, filters, images.Find); errors.Is(err, ErrFilter) {
+			meets, err := Filter(filters, images.Find)
+			if errors.Is(err, ErrFilter) {
 				return s.Usage(err, "")
 			} else if err != nil {
 				return err
 			}
+			list = slices.DeleteFunc(list, func(in *image.Inspection) bool { return !meets(&in.Image) })
 			switch {
 			case quiet:
 				for _, in := range list {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"text/template"
 	"time"
@@ -21,51 +22,70 @@ import (
 // shortID is how many digits of an id are shown.
 const shortID = 12
 
-// Filter chooses images. Each of the filters must be met: label=NAME, label=NAME=VALUE, reference=PATTERN, before=IMAGE or
-// since=IMAGE. Find finds the image of the latter two.
-func Filter(all []*image.Inspection, filters []string, find func(ref string) (*image.Image, error)) ([]*image.Inspection, error) {
+// Filter makes one of several that must all be met: label=NAME, label=NAME=VALUE, label!=NAME, label!=NAME=VALUE, reference=PATTERN, before=IMAGE, since=IMAGE
+// or until=TIME. Find finds the images that are named.
+func Filter(filters []string, find func(ref string) (*image.Image, error)) (meets func(*image.Image) bool, err error) {
+	var all []func(*image.Image) bool
 	var errs []error
 	for _, f := range filters {
 		meets, err := parse(f, find)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		all = slices.DeleteFunc(slices.Clone(all), func(in *image.Inspection) bool { return !meets(in) })
+		all, errs = append(all, meets), append(errs, err)
 	}
-	return all, errors.Join(errs...)
+	return func(i *image.Image) bool {
+		return !slices.ContainsFunc(all, func(meets func(*image.Image) bool) bool { return !meets(i) })
+	}, errors.Join(errs...)
 }
 
 // ErrFilter says that a filter makes no sense.
-var ErrFilter = errors.New("want label=NAME, label=NAME=VALUE, reference=PATTERN, before=IMAGE or since=IMAGE")
+var ErrFilter = errors.New("want label=NAME, label=NAME=VALUE, label!=NAME, label!=NAME=VALUE, reference=PATTERN, before=IMAGE, since=IMAGE or until=TIME, as in 24h or 2026-01-31")
 
-func parse(filter string, find func(ref string) (*image.Image, error)) (meets func(*image.Inspection) bool, err error) {
+func parse(filter string, find func(ref string) (*image.Image, error)) (meets func(*image.Image) bool, err error) {
 	kind, value, ok := strings.Cut(filter, "=")
 	if !ok || value == "" {
 		return nil, fmt.Errorf("filter %q: %w", filter, ErrFilter)
 	}
 	switch kind {
-	case "label":
+	case "label", "label!":
 		name, want, exact := strings.Cut(value, "=")
-		return func(in *image.Inspection) bool {
-			got, ok := in.Config.Labels[name]
-			return ok && (!exact || got == want)
+		return func(i *image.Image) bool {
+			got, ok := i.Config.Labels[name]
+			return (ok && (!exact || got == want)) == (kind == "label")
 		}, nil
 	case "reference":
 		if _, err := path.Match(value, ""); err != nil {
 			return nil, fmt.Errorf("filter %q: %w: %w", filter, ErrFilter, err)
 		}
-		return func(in *image.Inspection) bool { return matches(value, in.Name) }, nil
+		return func(i *image.Image) bool { return matches(value, i.Name) }, nil
 	case "before", "since":
 		other, err := find(value)
 		if err != nil {
 			return nil, fmt.Errorf("filter %q: %w", filter, err)
 		}
-		return func(in *image.Inspection) bool {
-			return kind == "before" && in.Created.Before(other.Created) || kind == "since" && in.Created.After(other.Created)
+		return func(i *image.Image) bool {
+			return kind == "before" && i.Created.Before(other.Created) || kind == "since" && i.Created.After(other.Created)
 		}, nil
+	case "until":
+		if end, ok := moment(value, time.Now()); ok {
+			return func(i *image.Image) bool { return i.Created.Before(end) }, nil
+		}
 	}
 	return nil, fmt.Errorf("filter %q: %w", filter, ErrFilter)
+}
+
+// moment is a time as docker's filters have it: how long ago, in seconds of Unix, or a date with more or less of a time.
+func moment(text string, now time.Time) (time.Time, bool) {
+	if ago, err := time.ParseDuration(text); err == nil {
+		return now.Add(-ago), true
+	}
+	if seconds, err := strconv.ParseInt(text, 10, 64); err == nil {
+		return time.Unix(seconds, 0), true
+	}
+	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02T15:04", time.DateOnly} {
+		if t, err := time.ParseInLocation(layout, text, time.Local); err == nil {
+			return t, true
+		}
+	}
+	return time.Time{}, false
 }
 
 // matches says whether a name, with or without its tag, is of a pattern.

@@ -3,6 +3,7 @@ package imageview_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -30,6 +31,7 @@ func TestFilter(t *testing.T) {
 		inspection("debian:11", 1, nil), inspection("debian:12", 2, map[string]string{"team": "web", "empty": ""}),
 		inspection("localhost:5000/app", 3, map[string]string{"team": "db"}),
 	}
+	old := fmt.Sprintf("%.0fh", time.Since(all[1].Created).Hours()+12) // between the first and the second
 	find := func(ref string) (*image.Image, error) {
 		for _, in := range all {
 			if in.Name == ref {
@@ -39,37 +41,49 @@ func TestFilter(t *testing.T) {
 		return nil, image.ErrNotFound
 	}
 	for filters, want := range map[string]string{
-		"":                               "debian:11 debian:12 localhost:5000/app",
-		"label=team":                     "debian:12 localhost:5000/app",
-		"label=team=web":                 "debian:12",
-		"label=empty=":                   "debian:12",
-		"label=none":                     "",
-		"reference=debian":               "debian:11 debian:12",
-		"reference=*:12":                 "debian:12",
-		"reference=localhost:5000/a*":    "localhost:5000/app",
-		"before=debian:12":               "debian:11",
-		"since=debian:11":                "debian:12 localhost:5000/app",
-		"since=debian:11,label=team=web": "debian:12",
+		"":                                "debian:11 debian:12 localhost:5000/app",
+		"label=team":                      "debian:12 localhost:5000/app",
+		"label=team=web":                  "debian:12",
+		"label=empty=":                    "debian:12",
+		"label=none":                      "",
+		"reference=debian":                "debian:11 debian:12",
+		"reference=*:12":                  "debian:12",
+		"reference=localhost:5000/a*":     "localhost:5000/app",
+		"before=debian:12":                "debian:11",
+		"since=debian:11":                 "debian:12 localhost:5000/app",
+		"since=debian:11,label=team=web":  "debian:12",
+		"label!=team":                     "debian:11",
+		"label!=team=web":                 "debian:11 localhost:5000/app",
+		"label!=team,label!=none":         "debian:11",
+		"until=1h":                        "debian:11 debian:12 localhost:5000/app",
+		"until=" + old:                    "debian:11",
+		"until=2026-01-02T00:00:00Z":      "debian:11",
+		"until=2026-01-02T01:00:00+01:00": "debian:11",
+		"until=1767312000":                "debian:11",
+		"until=2025-12-30":                "",
+		"until=2030-01-01T10:30":          "debian:11 debian:12 localhost:5000/app",
 	} {
 		var list []string
 		if filters != "" {
 			list = strings.Split(filters, ",")
 		}
-		got, err := imageview.Filter(all, list, find)
+		meets, err := imageview.Filter(list, find)
 		var names []string
-		for _, in := range got {
-			names = append(names, in.Name)
+		for _, in := range all {
+			if err == nil && meets(&in.Image) {
+				names = append(names, in.Name)
+			}
 		}
 		if err != nil || strings.Join(names, " ") != want {
 			t.Errorf("%s: %q, %v, want %q", filters, names, err, want)
 		}
 	}
-	for _, filter := range []string{"label", "label=", "size=3", "reference=[", ""} {
-		if _, err := imageview.Filter(all, []string{filter}, find); !errors.Is(err, imageview.ErrFilter) {
+	for _, filter := range []string{"label", "label=", "size=3", "reference=[", "", "until=", "until=soon", "until!=1h", "label!"} {
+		if _, err := imageview.Filter([]string{filter}, find); !errors.Is(err, imageview.ErrFilter) {
 			t.Errorf("%q: %v", filter, err)
 		}
 	}
-	if _, err := imageview.Filter(all, []string{"since=none"}, find); !errors.Is(err, image.ErrNotFound) {
+	if _, err := imageview.Filter([]string{"since=none"}, find); !errors.Is(err, image.ErrNotFound) {
 		t.Errorf("since none: %v", err)
 	}
 }
