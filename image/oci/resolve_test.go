@@ -23,6 +23,8 @@ import (
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/oci/ocitest"
+	"push.rocks/smartvm/internal/fixtures"
+	"push.rocks/smartvm/internal/testenv"
 )
 
 var wantConfig = oci.Config{
@@ -295,18 +297,34 @@ func TestResolve_Archives(t *testing.T) {
 	if diff := cmp.Diff([]string{"oci.tar", "oci.tar.gz"}, have(t, tmp)); diff != "" {
 		t.Errorf("left behind: %s", diff)
 	}
-	if _, err := exec.LookPath("skopeo"); err != nil {
-		t.Skip("needs: skopeo")
+}
+
+// An archive as docker save writes it, and what is made of that, is the same image.
+func TestResolve_Skopeo(t *testing.T) {
+	skopeo := testenv.Fixture(t, fixtures.Skopeo)
+	dir, tmp := t.TempDir(), t.TempDir()
+	add(t, dir, "1", files("a"), files("b"), files("a"))
+	want := resolve(t, "oci:"+dir, oci.Options{})
+	archive, layout := filepath.Join(tmp, "docker.tar"), filepath.Join(tmp, "layout")
+	run(t, skopeo, "copy", "--insecure-policy", "oci:"+dir+":1", "docker-archive:"+archive+":some/name:2")
+	run(t, skopeo, "copy", "--insecure-policy", "docker-archive:"+archive, "oci:"+layout+":3")
+	for ref, name := range map[string]string{
+		"docker-archive:" + archive: "some/name:2", "docker-archive:" + archive + ":some/name:2": "some/name:2", "oci:" + layout: "layout:3",
+	} {
+		config := want.Config
+		if strings.HasPrefix(ref, "oci:") {
+			config.Healthcheck = nil // skopeo leaves it out, for OCI knows none
+		}
+		i := resolve(t, ref, oci.Options{})
+		if i.Name != name || i.Chain != want.Chain || !cmp.Equal(i.Config, config) {
+			t.Errorf("%s: %+v", ref, i)
+		}
+		layers := t.TempDir()
+		pull(t, i, layers)
+		if diff := cmp.Diff(layerFiles(i), have(t, layers)); diff != "" {
+			t.Error(diff)
+		}
 	}
-	run(t, "skopeo", "copy", "oci:"+dir+":1", "docker-archive:"+at("docker.tar")+":some/name:2")
-	check("docker-archive:"+at("docker.tar"), oci.Options{})
-	check("docker-archive:"+at("docker.tar")+":some/name:2", oci.Options{})
-	if i := resolve(t, "docker-archive:"+at("docker.tar"), oci.Options{}); i.Name != "some/name:2" {
-		t.Errorf("name %q", i.Name)
-	}
-	run(t, "skopeo", "copy", "docker-archive:"+at("docker.tar"), "oci:"+at("layout")+":3")
-	want.Config.Healthcheck = nil // skopeo leaves it out, for OCI knows none
-	check("oci:"+at("layout"), oci.Options{})
 }
 
 func run(t testing.TB, name string, args ...string) {
