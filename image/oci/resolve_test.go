@@ -189,6 +189,66 @@ func TestResolve_Auth(t *testing.T) {
 	}
 }
 
+// An identity token, of docker login in a browser or of a helper, is changed for one that the registry takes; where a blob's redirect leads, nobody is told it.
+func TestResolve_IdentityToken(t *testing.T) {
+	dir := t.TempDir()
+	add(t, dir, "1", files("a"))
+	store := serve(t, dir, func(w http.ResponseWriter, r *http.Request) bool {
+		if got := r.Header.Get("Authorization"); got != "" {
+			t.Errorf("where a redirect leads, %q is known", got)
+		}
+		return false
+	})
+	var s *server
+	s = serve(t, dir, func(w http.ResponseWriter, r *http.Request) bool {
+		switch {
+		case r.URL.Path == "/token":
+			if r.Method != http.MethodPost || r.FormValue("grant_type") != "refresh_token" || r.FormValue("refresh_token") != "identity" {
+				w.WriteHeader(http.StatusUnauthorized)
+			}
+			fmt.Fprint(w, `{"access_token":"t0"}`)
+		case r.Header.Get("Authorization") != "Bearer t0":
+			w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="s"`, s.URL))
+			w.WriteHeader(http.StatusUnauthorized)
+		case strings.Contains(r.URL.Path, "/blobs/"):
+			http.Redirect(w, r, store.URL+r.URL.Path, http.StatusTemporaryRedirect)
+		default:
+			return false
+		}
+		return true
+	})
+	pull(t, resolve(t, s.host()+"/a:1", oci.Options{Keychain: identity{}}), t.TempDir())
+	if got := store.blobs(); len(got) != 2 {
+		t.Errorf("the redirects led to %q", got)
+	}
+}
+
+type identity struct{}
+
+func (identity) Resolve(authn.Resource) (authn.Authenticator, error) {
+	return authn.FromConfig(authn.AuthConfig{IdentityToken: "identity"}), nil
+}
+
+// What TLS has protected as far as a registry does not come in plain text from another machine.
+func TestResolve_RedirectToPlain(t *testing.T) {
+	dir := t.TempDir()
+	add(t, dir, "1", files("a"))
+	for to, want := range map[string]error{"https://store.test": nil, "http://store.test": oci.ErrPlainHTTP} {
+		_, err := oci.Resolve(t.Context(), "registry.test/a:1", oci.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+			return memory{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Host == "registry.test" && strings.Contains(r.URL.Path, "/blobs/") {
+					http.Redirect(w, r, to+r.URL.Path, http.StatusTemporaryRedirect)
+				} else {
+					ocitest.Registry(dir).ServeHTTP(w, r)
+				}
+			})}.RoundTrip(r)
+		})})
+		if !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", to, err, want)
+		}
+	}
+}
+
 type keychain struct{}
 
 func (keychain) Resolve(authn.Resource) (authn.Authenticator, error) {

@@ -307,3 +307,24 @@ func TestStored(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// What a registry stores as signatures is anybody's.
+func FuzzStored(f *testing.F) {
+	f.Add([]byte(`{"layers": [{"digest": "` + manifest + `", "size": 3, "annotations": {"dev.cosignproject.cosign/signature": "c2ln"}}]}`))
+	f.Add([]byte(`{"manifests": []}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		asked := 0
+		all, err := trust.Stored(t.Context(), manifest, func(_ context.Context, part string) ([]byte, error) {
+			if asked++; asked > 65 || strings.Contains(part, "..") {
+				t.Errorf("request %d is for %q", asked, part)
+			}
+			if strings.HasPrefix(part, "manifests/") {
+				return data, nil
+			}
+			return []byte("sig"), nil
+		})
+		if err != nil && len(all) > 0 {
+			t.Errorf("%+v and %v", all, err)
+		}
+	})
+}
