@@ -22,6 +22,7 @@ import (
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/image/trust"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/imagename"
 )
 
@@ -52,7 +53,7 @@ var errRedirects = errors.New("too many redirects")
 func inRegistry(ctx context.Context, text string, o Options, policy *trust.Policy) (found, error) {
 	typed, err := name.ParseReference(text)
 	if err != nil {
-		return found{}, fileHint(err, text)
+		return found{}, fileHint(hint.Add(err, "a registry's image is [HOST/]NAME[:TAG], its name in small letters"), text)
 	}
 	conf := &registries.Config{}
 	if o.Registries != nil {

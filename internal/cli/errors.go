@@ -109,10 +109,19 @@ func message(err error) string {
 	return text
 }
 
+// asDocker are commands that docker has without a group.
+var asDocker = map[string]string{
+	"pull": "image pull", "images": "image ls", "rmi": "image rm", "tag": "image tag", "import": "image import", "history": "image history", "kill": "stop",
+}
+
 func unknownCommand(cmd *cobra.Command, name string) error {
+	meant := cmd.SuggestionsFor(name)
+	if asDocker[name] != "" {
+		meant = []string{"smartvm " + asDocker[name]}
+	}
 	return &usageError{
 		err:  fmt.Errorf("unknown command %q", name),
-		hint: didYouMean(cmd.SuggestionsFor(name), "", "smartvm --help lists the commands"),
+		hint: didYouMean(meant, "", "smartvm --help lists the commands"),
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/trust"
 )
 
 // Failure is an error that goes from one process to another, or to a program that reads JSON.
@@ -33,6 +34,7 @@ const (
 	CodeInterrupted  = "INTERRUPTED"
 	CodeInUse        = "IN_USE"
 	CodeOffline      = "OFFLINE"
+	CodeNotAllowed   = "NOT_ALLOWED" // by a policy of images
 	CodeFailed       = "FAILED"
 )
 
@@ -68,6 +70,8 @@ func code(err error, fields bool) string {
 		return CodeInUse
 	case errors.Is(err, image.ErrOffline):
 		return CodeOffline
+	case errors.As(err, new(*trust.RejectedError)):
+		return CodeNotAllowed
 	case errors.Is(err, smartvm.ErrExists):
 		return CodeExists
 	case errors.Is(err, smartvm.ErrState):
