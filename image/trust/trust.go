@@ -2,7 +2,7 @@
 // skopeo read it.
 //
 // Of its requirements there are reject, insecureAcceptAnything, and sigstoreSigned by keys. What is of another kind is valid, and accepts nothing: a policy
-// that is followed by half is none. Signatures are read as cosign stores them, whatever a registries.d says.
+// that is followed by half is none. Signatures are read as cosign stores them, in its form of before the bundles of version 3, whatever a registries.d says.
 package trust
 
 import (
@@ -69,7 +69,7 @@ func (e *RejectedError) Error() string {
 func (e *RejectedError) Hint() string {
 	file := cmp.Or(e.File, "the policy")
 	if e.Requirement == typeSigned {
-		return fmt.Sprintf("cosign sign --key signs an image in its registry; %s says under %q whose signatures count", file, e.Scope)
+		return fmt.Sprintf("cosign sign --key KEY --new-bundle-format=false signs an image in its registry; %s says under %q whose signatures count, and needs matchRepository for cosign's", file, e.Scope)
 	}
 	return fmt.Sprintf("%s decides under %q; a narrower scope in it can allow the image, and --signature-policy takes another file", file, e.Scope)
 }
