@@ -79,6 +79,34 @@ func TestResolve_Certificates(t *testing.T) {
 	}
 }
 
+// What is said of all registries counts for mirrors of Docker Hub as well.
+func TestResolve_InsecureMirror(t *testing.T) {
+	dir := t.TempDir()
+	d := add(t, dir, "1", files("a"))
+	s := httptest.NewUnstartedServer(ocitest.Registry(dir))
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.StartTLS()
+	defer s.Close()
+	hub := serve(t, t.TempDir(), nil)
+	text := "[[registry]]\nprefix = \"docker.io\"\nlocation = \"" + hub.host() + "\"\n"
+	for verify, want := range map[*bool]bool{nil: false, new(true): false, new(false): true} {
+		o := oci.Options{Mirrors: []string{strings.TrimPrefix(s.URL, "https://")}, Registries: func() (*registries.Config, error) {
+			c, err := conf(t, text)()
+			if err == nil {
+				c.TLSVerify = verify
+			}
+			return c, err
+		}}
+		i, err := oci.Resolve(t.Context(), "app:1", o)
+		if want && (err != nil || i.Digest != d.Digest) || !want && !errors.Is(err, oci.ErrNotFound) {
+			t.Errorf("%v: %+v, %v", want, i, err)
+		}
+		if err == nil {
+			_ = i.Close()
+		}
+	}
+}
+
 // Plain HTTP on another machine is for registries of which somebody has said so, and does not lead to this machine.
 func TestResolve_Insecure(t *testing.T) {
 	dir := t.TempDir()

@@ -120,13 +120,18 @@ func inRegistry(ctx context.Context, text string, o Options, policy *trust.Polic
 // could be something else.
 func places(ref name.Reference, conf *registries.Config, o Options) (all []registries.Place, err error) {
 	if repo := ref.Context(); repo.RegistryStr() == name.DefaultRegistry {
+		var options []name.Option
+		insecure := conf.TLSVerify != nil && !*conf.TLSVerify
+		if insecure {
+			options = append(options, name.Insecure)
+		}
 		for _, m := range o.Mirrors {
-			mirror, err := name.NewRegistry(m)
+			mirror, err := name.NewRegistry(m, options...)
 			if err != nil {
 				o.Log.Warn("mirror skipped", "mirror", m, "err", err)
 				continue
 			}
-			all = append(all, registries.Place{Repository: mirror.Repo(repo.RepositoryStr())})
+			all = append(all, registries.Place{Repository: mirror.Repo(repo.RepositoryStr()), Insecure: insecure})
 		}
 	}
 	own, err := conf.Places(ref)
