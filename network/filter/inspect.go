@@ -5,9 +5,13 @@ import "strings"
 // TablePrefix is how the names of all our tables begin.
 const TablePrefix = "smartvm-"
 
+// Group is the interface group that the bridges of all networks are in, of this host and others of ours beside it: by it rules tell them from
+// the host's other interfaces.
+const Group = 0x5356
+
 // Changes says whether what is in a chain changes while nobody does anything to the network: it is a guest's, or follows the host's interfaces.
 func Changes(chain string) bool {
-	return chain == narrow || strings.HasPrefix(chain, (&Guest{}).chain())
+	return chain == Narrow || strings.HasPrefix(chain, (&Guest{}).chain())
 }
 
 // TableName is that of a bridge's tables.

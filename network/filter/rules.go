@@ -34,7 +34,7 @@ func (t *Tables) rules(l *layout) ([]nft.Ruled, error) {
 		nft.Chain(nft.NAT(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), nft.Plain(t.masqueraded()...)),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: fromGuest}, nft.Plain(t.leaving(l)...)),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: refused}, nft.Plain(refusal()...)),
-		nft.Chain(nftables.Chain{Table: l.inet, Name: narrow}, nil),
+		nft.Chain(nftables.Chain{Table: l.inet, Name: Narrow}, nil),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: toGuest}, nft.Plain(append(t.answered(), nft.Join(nft.Redirected(), nft.Accept()), nft.Drop())...)),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: toHost}, nft.Plain(t.entering(l)...)),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: bounds}, t.bounded(l)),
@@ -184,7 +184,7 @@ func (t *Tables) forwarded() (all []nft.Exprs) {
 		all = append(all, passes, nft.Join(nft.Iif(t.Bridge), nft.OifNot(t.Via), nft.OifNot(t.Bridge), ofAnswer(expr.CmpOpNeq), nft.Drop()))
 	}
 	all = append(all, t.beside(), nft.Join(nft.Known(), nft.Accept()), nft.Join(nft.Iif(t.Bridge), nft.Jump(fromGuest)), nft.Join(nft.Oif(t.Bridge), nft.Jump(toGuest)))
-	return append(append(all, t.tunnel()...), nft.Jump(narrow))
+	return append(append(all, t.tunnel()...), nft.Jump(Narrow))
 }
 
 // answered has what comes to a published port by another interface than that by which guests leave be answered where it came from.

@@ -53,7 +53,7 @@ const (
 	toHost        = "to-host"
 	egress        = "egress"
 	bounds        = "bounds"
-	narrow        = "narrow"
+	Narrow        = "narrow" // what keeps the host from forwarding for others: see package forward
 	refused       = "refused"
 	OverPrefix    = "over " // how rules of bounds are called
 	logDenied     = "log-denied"
@@ -216,7 +216,7 @@ func (t *Tables) renew(conn *nftables.Conn, l *layout) error {
 	}
 	for i := range rules {
 		was = slices.DeleteFunc(was, func(name string) bool { return name == rules[i].Chain.Name })
-		if rules[i].Chain.Name == narrow {
+		if rules[i].Chain.Name == Narrow {
 			continue
 		}
 		conn.FlushChain(&rules[i].Chain)

@@ -1,7 +1,7 @@
 // Package forward has a host forward for our guests and, if it did not before, for nobody else.
 //
 // Linux decides by the interface at which a packet comes in: where forwarding is off for all, it is switched on for each interface by which
-// answers to guests may come, and rules drop what comes in there for others than guests (filter.Narrow). The variable for all stays as it
+// answers to guests may come, and rules drop what comes in there for others than guests (Narrow). The variable for all stays as it
 // is, so that whoever sets it is seen: then nothing is dropped, and nothing is switched off in the end.
 //
 // IPv6 has that since Linux 6.17. Before, forwarding is on for all or none. Whoever switches it on for all also has it on for new interfaces
@@ -46,7 +46,7 @@ func State() string {
 
 // Ensure has the host forward what comes from networks and what goes to them. The journal, of Sysctls alone, says what was done for that
 // already. It returns where the host forwards for them alone, and whether something had to be done.
-func Ensure(ctx context.Context, j *journal.Journal, networks []*filter.Tables) (narrow filter.Narrow, changed bool, err error) {
+func Ensure(ctx context.Context, j *journal.Journal, networks []*filter.Tables) (narrow Narrow, changed bool, err error) {
 	ipv6 := false
 	for _, t := range networks { // who switches it off for all does so here too
 		ipv6 = ipv6 || t.Subnet6.IsValid()
@@ -65,7 +65,7 @@ func Ensure(ctx context.Context, j *journal.Journal, networks []*filter.Tables) 
 	// The rules first: at no time does the host forward for others.
 	narrow = narrowed(append(j.Effects(), needed...))
 	for _, t := range networks {
-		if err := t.Narrow(narrow); err != nil && !errors.Is(err, fs.ErrNotExist) { // they come back by themselves
+		if err := narrow.set(t.Name); err != nil && !errors.Is(err, fs.ErrNotExist) { // they come back by themselves
 			return narrow, false, err
 		}
 	}
@@ -168,7 +168,7 @@ func others() (names []string, err error) {
 }
 
 // narrowed says for what the host forwards only because we want it to.
-func narrowed(effects []journal.Effect) (n filter.Narrow) {
+func narrowed(effects []journal.Effect) (n Narrow) {
 	for _, e := range effects {
 		s := e.(*Sysctl)
 		name := filepath.Base(filepath.Dir(s.Name))

@@ -1,4 +1,4 @@
-package filter
+package forward
 
 import (
 	"errors"
@@ -13,12 +13,9 @@ import (
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/internal/nft"
 )
-
-// Group is the interface group that the bridges of all networks are in, of this host and others of ours beside it: by it rules tell them from
-// the host's other interfaces.
-const Group = 0x5356
 
 // Narrow says where the host forwards only for guests: what comes in there, and goes to no network of ours, is dropped.
 type Narrow struct {
@@ -43,12 +40,12 @@ func (n Narrow) texts() (all []string) {
 }
 
 func (n Narrow) rules() (all []nft.Rule) {
-	elsewhere := nft.MetaIsNot(expr.MetaKeyOIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
+	elsewhere := nft.MetaIsNot(expr.MetaKeyOIFGROUP, binaryutil.NativeEndian.PutUint32(filter.Group))
 	for _, text := range n.texts() {
 		protocol, name, _ := strings.Cut(text, " ")
 		from := nft.Iif(name)
 		if name == "" {
-			from = nft.MetaIsNot(expr.MetaKeyIIFGROUP, binaryutil.NativeEndian.PutUint32(Group))
+			from = nft.MetaIsNot(expr.MetaKeyIIFGROUP, binaryutil.NativeEndian.PutUint32(filter.Group))
 		}
 		family := map[string]byte{"ipv4": unix.NFPROTO_IPV4, "ipv6": unix.NFPROTO_IPV6}[protocol]
 		all = append(all, nft.Rule{Exprs: nft.Join(nft.Nfproto(family), from, elsewhere, nft.Drop()), Text: text})
@@ -56,13 +53,13 @@ func (n Narrow) rules() (all []nft.Rule) {
 	return all
 }
 
-// Narrow sets it. Returns an error that is fs.ErrNotExist where the tables are gone.
-func (t *Tables) Narrow(n Narrow) error {
+// set has a network's table do so. Returns an error that is fs.ErrNotExist where the table is gone.
+func (n Narrow) set(table string) error {
 	conn, err := nft.Open()
 	if err != nil {
 		return err
 	}
-	chain := nftables.Chain{Table: newLayout(t.Name).inet, Name: narrow}
+	chain := nftables.Chain{Table: &nftables.Table{Name: table, Family: nftables.TableFamilyINet}, Name: filter.Narrow}
 	rules, err := conn.GetRules(chain.Table, &chain)
 	var now []string
 	for _, r := range rules {
@@ -77,10 +74,10 @@ func (t *Tables) Narrow(n Narrow) error {
 		}
 	}
 	if errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("narrow forwarding in table %s: %w", t.Name, fs.ErrNotExist)
+		return fmt.Errorf("narrow forwarding in table %s: %w", table, fs.ErrNotExist)
 	}
 	if err != nil {
-		return fmt.Errorf("narrow forwarding in table %s: %w", t.Name, err)
+		return fmt.Errorf("narrow forwarding in table %s: %w", table, err)
 	}
 	return nil
 }
