@@ -164,7 +164,7 @@ func (m *Machine) watch(r *run) {
 	defer close(r.done)
 	ctx := m.host.networks(context.Background())
 	listening, stopListening := context.WithCancel(ctx)
-	look := r.upkeep.Look(listening, m.RuntimeDir(), m.rec().Interfaces, cmp.Or(m.host.opts.healInterval, defaultHealInterval), m.host.log)
+	look, part := r.upkeep.Look(listening, m.RuntimeDir(), m.rec().Interfaces, cmp.Or(m.host.opts.healInterval, defaultHealInterval), m.host.log)
 	go m.attend(listening, r)
 	for ended := false; !ended; {
 		select {
@@ -177,6 +177,8 @@ func (m *Machine) watch(r *run) {
 			return
 		case answer := <-look:
 			answer(m.heal(ctx, r))
+		case <-part:
+			_ = r.upkeep.HealPart(ctx, r.journal.Effects()) // what it cannot do the next look tells
 		case <-r.proc.Done():
 			ended = true
 		}

@@ -143,16 +143,20 @@ func (h *healers) start(ctx context.Context, i attach.Interface, effects []journ
 	h.work.Go(func() {
 		upkeep := new(upkeep.Upkeep)
 		defer upkeep.Close()
-		look := upkeep.Look(ctx, "", []attach.Interface{i}, healInterval, slog.New(slog.DiscardHandler))
+		look, part := upkeep.Look(ctx, "", []attach.Interface{i}, healInterval, slog.New(slog.DiscardHandler))
 		for {
+			var heal func(context.Context, []journal.Effect) error
 			select {
 			case <-ctx.Done():
 				return
 			case answer := <-look:
 				answer(nil)
+				heal = upkeep.Heal
+			case <-part:
+				heal = upkeep.HealPart
 			}
 			h.busy.Add(1)
-			err := upkeep.Heal(ctx, effects)
+			err := heal(ctx, effects)
 			h.last.Store(time.Now().UnixNano())
 			h.busy.Add(-1)
 			if err != nil { // it is tried again, at the next look

@@ -20,6 +20,22 @@ type Guest struct{ filter.Guest }
 
 // Apply adds it. Returns an error that is fs.ErrNotExist where the tables are gone.
 func (g *Guest) Apply(ctx context.Context) error {
+	if err := g.enter(); err != nil {
+		return err
+	}
+	return errors.Join(g.Loopback(), g.Guest.Apply(ctx))
+}
+
+// Repair adds what somebody has removed of it, and puts right what is another, and says whether the tables had to be changed. An entry that is as it
+// shall be is not touched by making it again.
+func (g *Guest) Repair(ctx context.Context) (done bool, err error) {
+	if err = errors.Join(g.enter(), g.Loopback()); err != nil {
+		return false, err
+	}
+	return g.Guest.Repair(ctx)
+}
+
+func (g *Guest) enter() error {
 	err := g.eachEntry(func(h *netlink.Handle, e *netlink.Neigh) error {
 		if e.LinkIndex == 0 {
 			return errors.New("its port or the bridge is gone")
@@ -29,7 +45,7 @@ func (g *Guest) Apply(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("add guest %s to bridge %s: %w", g.Tap, g.Bridge(), err)
 	}
-	return errors.Join(g.Loopback(), g.Guest.Apply(ctx))
+	return nil
 }
 
 // Replace puts what the guest is now in place of what it was: see filter.Guest.
@@ -68,7 +84,7 @@ func (g *Guest) eachEntry(f func(*netlink.Handle, *netlink.Neigh) error) error {
 		return err
 	}
 	defer h.Close()
-	entries := []*netlink.Neigh{{LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER, HardwareAddr: mac}}
+	entries := []*netlink.Neigh{{LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER | rtnl.Sticky, HardwareAddr: mac}}
 	for _, a := range []netip.Addr{g.IP4, g.IP6} {
 		if a.IsValid() {
 			family := map[bool]int{true: unix.AF_INET, false: unix.AF_INET6}[a.Is4()]

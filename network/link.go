@@ -197,7 +197,7 @@ func (t *Tap) Join() error {
 	if err := netlink.LinkSetMaster(link, bridge); err != nil {
 		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
 	}
-	if err := t.bound(link); err != nil {
+	if err := rtnl.SetPort(link.Attrs().Index, t.flags()); err != nil {
 		return fmt.Errorf("join tap %s to bridge %s: %w", t.Name, t.Bridge, err)
 	}
 	// Without ARP of its own: what a bridge passes by (see filter), the host's protocols would answer.
@@ -207,8 +207,8 @@ func (t *Tap) Join() error {
 	return nil
 }
 
-// Joined says whether the tap is a port of its bridge.
-func (t *Tap) Joined() (bool, error) {
+// Repair makes the tap again what Join makes it, where it is not, or in any case. It says whether the bridge knows nothing of it any more, as it was no port.
+func (t *Tap) Repair(always bool) (again bool, err error) {
 	link, err := netlink.LinkByName(t.Name)
 	if err != nil {
 		return false, fmt.Errorf("find tap %s: %w", t.Name, err)
@@ -217,12 +217,28 @@ func (t *Tap) Joined() (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("find bridge %s: %w", t.Bridge, err)
 	}
-	return link.Attrs().MasterIndex == bridge.Attrs().Index, nil
+	again = always || link.Attrs().MasterIndex != bridge.Attrs().Index
+	if !again {
+		is, err := rtnl.Port(link.Attrs().Index)
+		if err != nil {
+			return false, fmt.Errorf("look at tap %s: %w", t.Name, err)
+		}
+		const flags = unix.IFF_UP | unix.IFF_NOARP
+		changed := link.Attrs().RawFlags&flags != flags || t.MTU != 0 && link.Attrs().MTU != t.MTU
+		for flag, on := range t.flags() {
+			now, told := is[flag] // an older kernel has not all of them
+			changed = changed || told && (now != 0) != on
+		}
+		if !changed {
+			return false, rtnl.SetVariable(t.Name, "ipv6", "disable_ipv6", "1")
+		}
+	}
+	return again, t.Join()
 }
 
-// bound keeps a port to the addresses that its guest's entries give it (see Guest): the bridge learns none from what the guest sends, and
+// flags keep a port to the addresses that its guest's entries give it (see Guest): the bridge learns none from what the guest sends, and
 // sends it nothing that is for others.
-func (t *Tap) bound(link netlink.Link) error {
+func (t *Tap) flags() map[int]bool {
 	flags := map[int]bool{
 		nl.IFLA_BRPORT_LEARNING:      false,
 		nl.IFLA_BRPORT_UNICAST_FLOOD: false,
@@ -230,11 +246,16 @@ func (t *Tap) bound(link netlink.Link) error {
 		nl.IFLA_BRPORT_MCAST_FLOOD: t.Mutual || t.LAN,
 		nl.IFLA_BRPORT_BCAST_FLOOD: t.Mutual || t.LAN,
 		nl.IFLA_BRPORT_ISOLATED:    !t.Mutual,
+		// The bridge answers nothing for others, and sends nothing back.
+		nl.IFLA_BRPORT_NEIGH_SUPPRESS: false,
+		nl.IFLA_BRPORT_PROXYARP:       false,
+		nl.IFLA_BRPORT_MODE:           false,
+		nl.IFLA_BRPORT_LOCKED:         false,
 	}
 	if t.LAN { // nor does the LAN take it for a router of multicast, and send it all there is
 		flags[nl.IFLA_BRPORT_MULTICAST_ROUTER] = false
 	}
-	return rtnl.SetPort(link.Attrs().Index, flags)
+	return flags
 }
 
 // create makes a tap that outlives the descriptor, and belongs to a user before it does: one without an owner is

@@ -166,7 +166,7 @@ func TestNetwork_UpdateNames(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	effects := []journal.Effect{g.use, &network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge}, &g.filter}
-	looks := upkeep.Look(ctx, "", []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, time.Hour, slog.New(slog.DiscardHandler))
+	looks, _ := upkeep.Look(ctx, "", []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, time.Hour, slog.New(slog.DiscardHandler))
 	// followed waits until the supervising process has seen what is new.
 	followed := func(name, want string) {
 		t.Helper()

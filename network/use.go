@@ -181,7 +181,7 @@ func (u *Use) bringUp(ctx context.Context) error {
 	if was != nil {
 		return u.repair(ctx, was, false)
 	}
-	if err := filter.Allowed(); err != nil { // said before anything is done
+	if err := inspect.Allowed(); err != nil { // said before anything is done
 		return err
 	}
 	if err := u.takeDown(ctx); err != nil { // what a crash left

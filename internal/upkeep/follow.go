@@ -21,7 +21,7 @@ func (u *Upkeep) Follow(ctx context.Context, vm attach.VM, j *journal.Journal, s
 	for _, e := range j.Effects() {
 		if b, ok := e.(*bridged.Guest); ok {
 			b.Host = s.Policy != nil && s.Policy.AllowHost
-			if err := heal(ctx, b, false); err != nil {
+			if err := b.Repair(ctx, false); err != nil {
 				return err
 			}
 		}
@@ -145,13 +145,4 @@ func match(now, want []filter.Port) (stay, fresh []filter.Port) {
 		}
 	}
 	return stay, fresh
-}
-
-// heal puts a guest's rules in place again, if they are not there or in any case.
-func heal(ctx context.Context, g *bridged.Guest, always bool) error {
-	there, err := g.There(ctx)
-	if err != nil || there && !always {
-		return err
-	}
-	return g.Replace(ctx)
 }

@@ -50,10 +50,13 @@ type socket struct {
 // quietTime is how long after the first change it is told: somebody who removes a network removes more than one thing.
 const quietTime = 5 * time.Millisecond
 
+// partTime is how often a VM's own part is looked at, at most, where others change rules again and again, or undo what is repaired.
+const partTime = time.Second
+
 // Look tells when to Heal: at intervals, when somebody has changed something, and, with the VM's directory, when a process asks by that, until ctx
-// ends. What comes by the channel wants to know what came of it.
-func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, every time.Duration, log *slog.Logger) <-chan func(error) {
-	now := make(chan func(error), 1)
+// ends. What comes by the first channel wants to know what came of it. By the second it tells when to HealPart.
+func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, every time.Duration, log *slog.Logger) (<-chan func(error), <-chan struct{}) {
+	now, part := make(chan func(error), 1), make(chan struct{}, 1)
 	tell := func() {
 		select {
 		case now <- func(error) {}:
@@ -67,20 +70,31 @@ func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, e
 			}
 		})
 	}
-	var tables, bridges []string
+	var of watch.Of
 	for _, i := range all {
 		table := i.Network.Table()
 		if i.Network.LAN != nil {
 			table = bridged.Table(i.Tap)
 		}
-		tables, bridges = append(tables, table), append(bridges, i.Network.Bridge)
+		of.Tables, of.Bridges = append(of.Tables, table), append(of.Bridges, i.Network.Bridge)
+		p := watch.Port{Name: i.Tap, Bridge: i.Network.Bridge}
+		for _, a := range []netip.Addr{i.IP4, i.IP6} {
+			if a.IsValid() {
+				p.Addresses = append(p.Addresses, a)
+			}
+		}
+		of.Ports = append(of.Ports, p)
 	}
+	changed := make(chan struct{}, 1)
+	u.work.Go(func() { pace(ctx, changed, part) })
 	u.work.Go(func() {
 		tick := time.NewTicker(every)
 		defer tick.Stop()
 		var listen func(context.Context, func()) error
-		if len(tables) > 0 {
-			listen = func(ctx context.Context, event func()) error { return watch.Watch(ctx, tables, bridges, tell, event) }
+		if len(all) > 0 {
+			listen = func(ctx context.Context, event func()) error {
+				return watch.Watch(ctx, of, tell, event, func() { offer(changed) })
+			}
 		}
 		for ctx.Err() == nil {
 			if err := await(ctx, tick.C, listen, tell); err != nil && ctx.Err() == nil {
@@ -89,7 +103,39 @@ func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, e
 			}
 		}
 	})
-	return now
+	return now, part
+}
+
+// offer tells, unless it is told already.
+func offer(to chan<- struct{}) {
+	select {
+	case to <- struct{}{}:
+	default:
+	}
+}
+
+// pace passes on that something has changed, so often at most.
+func pace(ctx context.Context, changed <-chan struct{}, to chan<- struct{}) {
+	wait := func(d time.Duration) {
+		select {
+		case <-ctx.Done():
+		case <-time.After(d):
+		}
+	}
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		}
+		wait(quietTime)
+		select { // what came meanwhile is looked at with it
+		case <-changed:
+		default:
+		}
+		offer(to)
+		wait(partTime)
+	}
 }
 
 // ask waits for what comes of it.
@@ -135,13 +181,25 @@ func await(ctx context.Context, tick <-chan time.Time, listen func(context.Conte
 	}
 }
 
-// Heal restores a VM's part in its networks when those had to be restored themselves, or when others have removed it. Effects are those of
+// Heal restores a VM's part in its networks when those had to be restored themselves, or when others have removed or changed it. Effects are those of
 // its run.
 func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
+	return u.heal(ctx, effects, false)
+}
+
+// HealPart does so without a look at the networks themselves, for which it need not wait for those who do, unless more is amiss than the guest's own part.
+func (u *Upkeep) HealPart(ctx context.Context, effects []journal.Effect) error {
+	if u.heal(ctx, effects, true) == nil {
+		return nil
+	}
+	return u.heal(ctx, effects, false)
+}
+
+func (u *Upkeep) heal(ctx context.Context, effects []journal.Effect, part bool) error {
 	if u.restored == nil {
 		u.restored = map[string]int{}
 	}
-	if u.lost != nil {
+	if u.lost != nil && !part {
 		if err := u.lost(); err != nil {
 			return err
 		}
@@ -153,6 +211,9 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 		var err error
 		switch e := e.(type) {
 		case *network.Use:
+			if part {
+				continue
+			}
 			if err = u.hold(ctx, e); err == nil {
 				now, of, err = e.Check(ctx)
 			}
@@ -160,31 +221,31 @@ func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 				err = u.rebind(e.Network.Bridge)
 			}
 		case *network.Tap:
-			again, err = rejoin(e, now > u.restored[e.Name])
+			again, err = e.Repair(now > u.restored[e.Name])
 			if err != nil && e.LAN { // a bridge that is gone is not ours to make, and the rules hold without it
 				gone, err = errors.Join(gone, err), nil
 			}
 		case *network.Slot:
-			again, err = rejoin(e.Port(), now > u.restored[e.Name])
+			again, err = e.Port().Repair(now > u.restored[e.Name])
 		case *network.Guest:
 			names := u.names[e.Tap]
 			if again {
 				err = e.Apply(ctx)
 			} else {
-				err = e.Loopback()
+				_, err = e.Repair(ctx)
 			}
 			if again && names != nil {
 				names.forget()
 			}
-			if err == nil && names != nil {
+			if err == nil && names != nil && !part {
 				err = names.follow(of, e.Policy)
 			}
-			if err == nil {
+			if err == nil && !part {
 				u.restored[e.Tap] = now
 				err = u.sure(e)
 			}
 		case *bridged.Guest:
-			err = heal(ctx, e, again)
+			err = e.Repair(ctx, again)
 		}
 		if err != nil {
 			return errors.Join(gone, err)
@@ -201,17 +262,6 @@ func (u *Upkeep) hold(ctx context.Context, e *network.Use) error {
 	}
 	u.guards[e.VM] = release
 	return err
-}
-
-// rejoin makes a tap a port of its bridge again, where it is none or is to be made one in any case.
-func rejoin(t *network.Tap, always bool) (done bool, err error) {
-	if !always {
-		joined, err := t.Joined()
-		if joined || err != nil {
-			return false, err
-		}
-	}
-	return true, t.Join()
 }
 
 // announce has the other guests of a network know where this one is. It does not hold up the start: without it they find it later.

@@ -152,7 +152,34 @@ func (g *Guest) enter(mac net.HardwareAddr) error {
 			return hint.Add(fmt.Errorf("%s: %w", mac, ErrMAC), "bridge fdb show br %s lists them; without mac= the VM gets one of its own", g.Bridge)
 		}
 	}
-	return netlink.NeighSet(&netlink.Neigh{LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER, HardwareAddr: mac})
+	return set(port, mac)
+}
+
+func set(port int, mac net.HardwareAddr) error {
+	return netlink.NeighSet(&netlink.Neigh{LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER | rtnl.Sticky, HardwareAddr: mac})
+}
+
+// Repair makes again what somebody has removed or changed, or all in any case.
+func (g *Guest) Repair(ctx context.Context, always bool) error {
+	there, err := g.There(ctx)
+	if err != nil {
+		return err
+	}
+	if !there || always {
+		return g.Replace(ctx)
+	}
+	mac, err := net.ParseMAC(g.MAC)
+	if err != nil {
+		return err
+	}
+	port, err := rtnl.Index(g.Tap)
+	if err == nil && port != 0 {
+		err = set(port, mac)
+	}
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) { // it is no port while there is no bridge of the name
+		return fmt.Errorf("add guest %s to bridge %s: %w", g.Tap, g.Bridge, err)
+	}
+	return nil
 }
 
 // Revert removes the tables and the entry.

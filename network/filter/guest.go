@@ -81,7 +81,8 @@ func (g *Guest) Replace(context.Context) error {
 		return err
 	}
 	err = withLog(g.Table, func(l *layout) error {
-		if err := remove(conn, map[string]*layout{g.Table: l}, []*Guest{g}, l.namesOf(g.Tap, compiled)); err != nil {
+		keep := append([]*nftables.Set{}, l.namesOf(g.Tap, compiled)...) // and the addresses of the network's names
+		if err := remove(conn, map[string]*layout{g.Table: l}, []*Guest{g}, keep); err != nil {
 			return err
 		}
 		if err := g.add(conn, l); err != nil {
@@ -109,6 +110,18 @@ func (g *Guest) compile() ([]policy.Compiled, error) {
 // chain is that of the guest's own policy.
 func (g *Guest) chain() string { return "guest-" + g.Tap }
 
+// chains are those of the guest's own policy, none without one.
+func (g *Guest) chains(l *layout, compiled []policy.Compiled) []nft.Ruled {
+	if g.Policy == nil {
+		return nil
+	}
+	rules := policyRules{layout: l, chain: g.chain(), tap: g.Tap, allowed: g.Policy.DefaultAction != policy.Deny, allow: expr.VerdictAccept}
+	if g.Routed {
+		rules.near = g.Bridge()
+	}
+	return rules.chains(compiled)
+}
+
 func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 	compiled, err := g.compile()
 	if err != nil {
@@ -119,20 +132,14 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 			return err
 		}
 	}
-	if g.Policy != nil {
-		rules := policyRules{layout: l, chain: g.chain(), tap: g.Tap, allowed: g.Policy.DefaultAction != policy.Deny, allow: expr.VerdictAccept}
-		if g.Routed {
-			rules.near = g.Bridge()
-		}
-		own := rules.chains(compiled)
-		for i := range own {
-			conn.AddChain(&own[i].Chain)
-			conn.FlushChain(&own[i].Chain) // it may be half of an earlier life
-		}
-		for i := range own {
-			if err := own[i].AddRules(conn); err != nil {
-				return err
-			}
+	own := g.chains(l, compiled)
+	for i := range own {
+		conn.AddChain(&own[i].Chain)
+		conn.FlushChain(&own[i].Chain) // it may be half of an earlier life
+	}
+	for i := range own {
+		if err := own[i].AddRules(conn); err != nil {
+			return err
 		}
 	}
 	members, err := g.members(l)
@@ -176,10 +183,19 @@ func Remove(guests []*Guest) error {
 		layouts[g.Table] = l
 	}
 	present := slices.DeleteFunc(slices.Clone(guests), func(g *Guest) bool { return layouts[g.Table] == nil })
-	if err := remove(conn, layouts, present, nil); err != nil {
-		return fmt.Errorf("remove guests: %w", err)
+	err = remove(conn, layouts, present, nil)
+	if err == nil {
+		err = conn.Flush()
 	}
-	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+	if errors.Is(err, unix.EEXIST) { // something is other than it was added
+		if err = clear(conn, present); err == nil {
+			err = remove(conn, layouts, present, nil)
+		}
+		if err == nil {
+			err = conn.Flush()
+		}
+	}
+	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove guests: %w", err)
 	}
 	// Whoever has the address next is neither to go on with a connection nor to be reached by it.
@@ -203,8 +219,7 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, ke
 		if err != nil {
 			return err
 		}
-		hasChain := g.Policy != nil || len(rules) > 0
-		if hasChain {
+		if g.Policy != nil || len(rules) > 0 {
 			conn.AddChain(chain)
 			chains[l.inet] = append(append(chains[l.inet], chain.Name), ledTo(rules, chain.Name+".")...)
 		}
@@ -218,9 +233,10 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, ke
 			return err
 		}
 		for _, m := range members {
-			if hasChain || m.set != l.policies { // no element leads to a chain that is not there
-				elements[m.set] = append(elements[m.set], m.elements...)
+			if m.set == l.policies { // it is as the guest's chain is, and not as its policy is to be
+				m.elements = g.decided(m.elements[0].Key, len(rules) > 0)
 			}
+			elements[m.set] = append(elements[m.set], m.elements...)
 		}
 		addresses[g.Table] = append(addresses[g.Table], g.IP4, g.IP6)
 	}
@@ -315,8 +331,7 @@ func (g *Guest) members(l *layout) ([]member, error) {
 		addresses, addresses6 = append(addresses, g.IP6), append(addresses6, g.IP6)
 	}
 	all := []member{{l.macs, element(sender), false}, {l.senders4, from(g.IP4), false}, {l.senders6, from(addresses6...), false}}
-	own := []nftables.SetElement{{Key: mac, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain()}}}
-	all = append(all, member{l.policies, own, g.Policy == nil})
+	all = append(all, member{l.policies, g.decided(mac, g.Policy != nil), false})
 	for _, a := range addresses {
 		hosts, metadata, dns, resolver := l.host4, l.metadata4, l.dns4, l.resolver4
 		if a.Is6() {
@@ -331,6 +346,15 @@ func (g *Guest) members(l *layout) ([]member, error) {
 			member{metadata, element(a.AsSlice()), g.Policy == nil || !g.Policy.AllowMetadata})
 	}
 	return all, nil
+}
+
+// decided is the element that says which policy decides about a guest: its own, or none. Of whom there is none nothing passes.
+func (g *Guest) decided(mac []byte, own bool) []nftables.SetElement {
+	verdict := &expr.Verdict{Kind: expr.VerdictContinue}
+	if own {
+		verdict = &expr.Verdict{Kind: expr.VerdictGoto, Chain: g.chain()}
+	}
+	return []nftables.SetElement{{Key: mac, VerdictData: verdict}}
 }
 
 // published are the elements of its ports.

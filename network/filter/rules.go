@@ -45,6 +45,10 @@ func (t *Tables) rules(l *layout) ([]nft.Ruled, error) {
 			nft.Join(nft.IifPrefix(t.Taps), nft.Jump(fromGuest)))),
 		nft.Chain(nftables.Chain{Table: l.bridge, Name: fromGuest}, nft.Plain(t.genuine(l)...)),
 	}
+	if !t.Mutual || t.Routed { // the kernel has isolated their ports, unless somebody undoes that
+		all = append(all, nft.Chain(nft.Base(l.bridge, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), nft.Plain(
+			nft.Join(nft.IifPrefix(t.Taps), nft.Exprs{nft.Meta(expr.MetaKeyOIFNAME, nft.Reg), nft.Equal([]byte(t.Taps))}, nft.Drop()))))
+	}
 	if t.Via != "" {
 		all = append(all, nft.Chain(nft.Base(l.inet, "answers", nftables.ChainHookPrerouting, nftables.ChainPriorityMangle), nft.Plain(
 			nft.Join(nft.Iif(t.Bridge), ofAnswer(expr.CmpOpEq), nft.Exprs{&expr.Immediate{Register: nft.Reg, Data: mark()}, &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: nft.Reg}}))))
@@ -183,7 +187,9 @@ func (t *Tables) forwarded() (all []nft.Exprs) {
 	} else { // known connections too: the way may have changed. Bridged frames come here where br_netfilter is loaded.
 		all = append(all, passes, nft.Join(nft.Iif(t.Bridge), nft.OifNot(t.Via), nft.OifNot(t.Bridge), ofAnswer(expr.CmpOpNeq), nft.Drop()))
 	}
-	all = append(all, t.beside(), nft.Join(nft.Known(), nft.Accept()), nft.Join(nft.Iif(t.Bridge), nft.Jump(fromGuest)), nft.Join(nft.Oif(t.Bridge), nft.Jump(toGuest)))
+	all = append(all, t.beside(), nft.Join(nft.Known(), nft.Accept()), nft.Join(nft.Iif(t.Bridge), nft.Jump(fromGuest)),
+		nft.Join(nft.Iif(t.Bridge), nft.Drop()), // somebody has emptied a chain there, as each ends in a verdict
+		nft.Join(nft.Oif(t.Bridge), nft.Jump(toGuest)))
 	return append(append(all, t.tunnel()...), nft.Jump(Narrow))
 }
 
@@ -271,7 +277,7 @@ func (t *Tables) leaving(l *layout) (all []nft.Exprs) {
 	if t.Egress == nil {
 		rest = l.ends(unruled)
 	}
-	return append(all, nft.Exprs{nft.Load(nft.EtherSource, nft.Reg), nft.VerdictOf(l.policies)}, rest)
+	return append(all, nft.Join(nft.Exprs{nft.Load(nft.EtherSource, nft.Reg), nft.VerdictOf(l.policies)}, rest), nft.Goto(refused))
 }
 
 // entering is what a guest may send to the host itself: answers, echo requests, neighbour discovery, and to its DNS proxy.

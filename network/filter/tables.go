@@ -47,7 +47,7 @@ const (
 	ownerPrefix = "owner-"
 	// Rules of an earlier version are replaced when somebody looks who has these. Later ones stay: they have all sets of the earlier.
 	versionPrefix = "rules "
-	version       = 8
+	version       = 9
 	fromGuest     = "from-guest"
 	toGuest       = "to-guest"
 	toHost        = "to-host"
@@ -67,7 +67,7 @@ type layout struct {
 
 	macs                 *nftables.Set // bridge: tap . MAC that a guest may send from
 	senders4, senders6   *nftables.Set // bridge: tap . MAC . address, likewise
-	policies             *nftables.Set // MAC -> the chain of its policies
+	policies             *nftables.Set // MAC -> the chain of its own policy, or on to the next rule
 	host4, host6         *nftables.Set // sources that may reach the host
 	metadata4, metadata6 *nftables.Set // sources that may reach link-local and metadata addresses
 	dns4, dns6           *nftables.Set // source -> the port of its DNS proxy, whomever it asks, as its own policy has names

@@ -75,6 +75,44 @@ func SetPort(index int, attributes map[int]bool) error {
 	return request(unix.RTM_SETLINK, msg, port)
 }
 
+// Port returns the attributes of a bridge's port (IFLA_BRPORT_*) that are a byte, by the port's index: none where it is no port.
+func Port(index int) (map[int]byte, error) {
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(index)
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
+	req.AddData(msg)
+	answer, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil {
+		return nil, err
+	}
+	port := map[int]byte{}
+	for _, m := range answer {
+		data := m[min(unix.SizeofIfInfomsg, len(m)):]
+		for _, kind := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_SLAVE_DATA} {
+			all, err := nl.ParseRouteAttr(data)
+			if err != nil {
+				return nil, err
+			}
+			data = nil
+			for _, a := range all {
+				if a.Attr.Type&^unix.NLA_F_NESTED == kind {
+					data = a.Value
+				}
+			}
+		}
+		all, err := nl.ParseRouteAttr(data)
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range all {
+			if len(a.Value) == 1 {
+				port[int(a.Attr.Type)] = a.Value[0]
+			}
+		}
+	}
+	return port, nil
+}
+
 // SetUpNoARP sets an interface up that is to have no ARP of its own.
 func SetUpNoARP(index int) error {
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)

@@ -11,6 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Sticky has a bridge's entry stay at its port (NTF_STICKY), though a port that learns sees the MAC elsewhere.
+const Sticky = 1 << 6
+
 // maxLists is how often something is listed that changes meanwhile.
 const maxLists = 20
 

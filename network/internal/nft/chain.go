@@ -60,12 +60,22 @@ func (c *Ruled) AddRules(conn *nftables.Conn) error {
 			}
 		}
 		var comment []byte
-		if rule.Text != "" {
-			comment = userdata.AppendString(nil, userdata.TypeComment, rule.Text[:min(len(rule.Text), maxComment)])
+		if text := rule.comment(); text != "" {
+			comment = userdata.AppendString(nil, userdata.TypeComment, text)
 		}
 		conn.AddRule(&nftables.Rule{Table: c.Chain.Table, Chain: &c.Chain, Exprs: rule.Exprs, UserData: comment})
 	}
 	return nil
+}
+
+func (r *Rule) comment() string { return r.Text[:min(len(r.Text), maxComment)] }
+
+// Comments are those of its rules, as package-level Comments tells them.
+func (c *Ruled) Comments() (all []string) {
+	for i := range c.Rules {
+		all = append(all, c.Rules[i].comment())
+	}
+	return all
 }
 
 // Base is a chain that packets go through.
