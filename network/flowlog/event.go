@@ -24,7 +24,9 @@ type Event struct {
 	// Host is the name that the guest asked for, or the last that it was told Destination has. It is the guest's, or a stranger's: any bytes.
 	Host  string `json:"host,omitempty"`
 	Type  string `json:"type,omitempty"`  // of records that it asked for
-	Count uint64 `json:"count,omitempty"` // Lost: of how many at least nothing is known
+	Count uint64 `json:"count,omitempty"` // Lost: of how many at least nothing is known; else of how many, since Since, this is the last
+	// Since is when the event was of which this is a repetition, and was logged last.
+	Since time.Time `json:"since,omitzero"`
 }
 
 // Unlogged says that what guests of a network begin is not logged, as the kernel cannot.
@@ -66,7 +68,11 @@ func (e Event) String() string {
 		}
 	}
 	why := map[string]string{OfNetwork: " of network " + printable(e.Network), OfVM: " of the VM"}[e.Policy]
-	return fmt.Sprintf("%s %s %s: %s%s", text, printable(e.Protocol), to, printable(e.Rule), why)
+	again := ""
+	if e.Count > 0 {
+		again = fmt.Sprintf(" (%d more in %s)", e.Count, e.Time.Sub(e.Since).Round(100*time.Millisecond))
+	}
+	return fmt.Sprintf("%s %s %s: %s%s%s", text, printable(e.Protocol), to, printable(e.Rule), why, again)
 }
 
 // printable escapes what a terminal would not show as it is.

@@ -11,10 +11,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 
@@ -54,16 +57,16 @@ func TestLog(t *testing.T) {
 	to := netip.MustParseAddr("192.0.2.1")
 	l.Answered("one.example", []netip.Addr{to})
 	const flood = 2000
-	for range flood {
-		l.Add(Event{Time: time.Now(), Network: "lan", Reason: Reason{Verdict: Denied, Rule: "r"}, Protocol: "tcp", Destination: to})
-		l.Refused("lan", OfVM, strings.Repeat("\xff", 255), "A")
+	for i := range flood {
+		l.Add(Event{Time: time.Now(), Network: "lan", Reason: Reason{Verdict: Denied, Rule: "r"}, Protocol: "tcp", Destination: to, Port: uint16(i)})
+		l.Refused("lan", OfVM, strings.Repeat("\xff", 250)+strconv.Itoa(i), "A")
 	}
 	l.Add(Event{Time: time.Now(), Network: "lan", Reason: Reason{Verdict: Allowed, Rule: "r"}, Protocol: "tcp", Destination: to})
 	for i := range 3 * maxNames { // no more is known than that
 		l.Answered("other.example", []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})})
 	}
-	if len(l.names) != maxNames {
-		t.Errorf("%d names are known", len(l.names))
+	if len(l.names) != maxNames || len(l.repeats) != maxRepeats {
+		t.Errorf("%d names are known, and %d events that may come again", len(l.names), len(l.repeats))
 	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
@@ -83,6 +86,45 @@ func TestLog(t *testing.T) {
 	}
 	if got := all(t, path, time.Now().Add(time.Hour)); len(got) != 0 {
 		t.Errorf("of the future there are %d", len(got))
+	}
+}
+
+// What comes again and again is an event when it begins, and then one every few seconds that says how often; what is another is one of its own.
+func TestLog_Repeats(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	synctest.Test(t, func(t *testing.T) {
+		l, err := Create(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		try := func(port uint16) {
+			l.Add(Event{Time: time.Now().UTC(), Reason: Reason{Denied, OfVM, "default deny"}, Protocol: "tcp", Destination: netip.MustParseAddr("192.0.2.1"), Port: port})
+		}
+		try(443)
+		for range 400 {
+			try(80)
+			time.Sleep(10 * time.Millisecond)
+		}
+		time.Sleep(20 * time.Second) // then it is as new
+		for range 3 {
+			try(80)
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
+	var got []string
+	for _, e := range all(t, path, time.Time{}) {
+		_, text, _ := strings.Cut(e.String(), "denied  ")
+		got = append(got, text)
+	}
+	const rest = ": default deny of the VM"
+	want := []string{
+		"tcp 192.0.2.1:443" + rest, "tcp 192.0.2.1:80" + rest, "tcp 192.0.2.1:80" + rest + " (399 more in 4s)",
+		"tcp 192.0.2.1:80" + rest, "tcp 192.0.2.1:80" + rest + " (2 more in 0s)",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
 	}
 }
 

@@ -18,9 +18,13 @@ const (
 	burst    = 300     // events of a kind at once
 	maxNames = 1024    // addresses whose names are known
 	lostTime = time.Second
+
+	repeatTime = 5 * time.Second // in which what is the same is one event
+	maxRepeats = 256             // of them are known at a time
 )
 
-// Log keeps the newest of what a guest tried in a file. What comes too fast is counted, each kind by itself, so that a flood of one hides no other.
+// Log keeps the newest of what a guest tried in a file. What is the same as a moment ago is counted, and so is what comes too fast, each kind by itself, so
+// that a flood of one hides no other.
 type Log struct {
 	mu      sync.Mutex
 	file    *logfile.Writer // nil: closed
@@ -29,6 +33,8 @@ type Log struct {
 	lost    uint64
 	lostOf  string      // the network of the last of these
 	tell    *time.Timer // of what was lost
+	repeats map[Event]*repeat
+	merge   *time.Timer // nil: there are no repeats
 	err     error       // the first of writing
 }
 
@@ -44,13 +50,19 @@ type bucket struct {
 	at   time.Time
 }
 
+// repeat is how often an event has come again since it was logged, of which it is the key without a time.
+type repeat struct {
+	since, last time.Time
+	count       uint64
+}
+
 // Create opens the log at path, which goes on if it is there.
 func Create(path string) (*Log, error) {
 	w, err := logfile.CreateTimed(path, limit)
 	if err != nil {
 		return nil, err
 	}
-	return &Log{file: w, buckets: map[kind]*bucket{}, names: map[netip.Addr]string{}}, nil
+	return &Log{file: w, buckets: map[kind]*bucket{}, names: map[netip.Addr]string{}, repeats: map[Event]*repeat{}}, nil
 }
 
 // Answered notes that the guest was told a name's addresses.
@@ -80,6 +92,50 @@ func (l *Log) Add(e Event) {
 	if e.Host == "" {
 		e.Host = l.names[e.Destination]
 	}
+	key := e
+	key.Time = time.Time{}
+	if r := l.repeats[key]; r != nil {
+		r.count++
+		r.last = e.Time
+		return
+	}
+	if !l.admit(e, 1) || l.file == nil || len(l.repeats) >= maxRepeats {
+		return
+	}
+	l.repeats[key] = &repeat{since: e.Time}
+	if l.merge == nil {
+		l.merge = time.AfterFunc(repeatTime, func() {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			l.writeRepeats()
+		})
+	}
+}
+
+// writeRepeats logs what has come again, and forgets what has not.
+func (l *Log) writeRepeats() {
+	if l.file == nil {
+		return
+	}
+	for key, r := range l.repeats {
+		if r.count == 0 {
+			delete(l.repeats, key)
+			continue
+		}
+		e := key
+		e.Time, e.Since, e.Count = r.last, r.since, r.count
+		l.admit(e, r.count)
+		r.since, r.count = r.last, 0
+	}
+	l.merge.Reset(repeatTime)
+	if len(l.repeats) == 0 {
+		l.merge.Stop()
+		l.merge = nil
+	}
+}
+
+// admit logs an event that stands for some, unless there were too many of its kind, and says whether it did.
+func (l *Log) admit(e Event, count uint64) bool {
 	k := kind{e.Verdict, e.Protocol == dns}
 	b := l.buckets[k]
 	if b == nil {
@@ -91,17 +147,18 @@ func (l *Log) Add(e Event) {
 	b.at = now
 	if b.left < 1 {
 		l.lostOf = e.Network
-		if l.lost++; l.tell == nil && l.file != nil {
+		if l.lost += count; l.tell == nil && l.file != nil {
 			l.tell = time.AfterFunc(lostTime, func() {
 				l.mu.Lock()
 				defer l.mu.Unlock()
 				l.writeLost()
 			})
 		}
-		return
+		return false
 	}
 	b.left--
 	l.write(e)
+	return true
 }
 
 func (l *Log) writeLost() {
@@ -134,6 +191,12 @@ func (l *Log) Close() error {
 	}
 	if l.tell != nil {
 		l.tell.Stop()
+	}
+	if l.merge != nil {
+		l.writeRepeats()
+	}
+	if l.merge != nil {
+		l.merge.Stop()
 	}
 	l.writeLost()
 	err := errors.Join(l.err, l.file.Close())
