@@ -280,11 +280,31 @@ func TestLAN_Spoofing(t *testing.T) {
 			checksum4(b)
 			return append(b, kind, 0, 0, 0, 0, 0, 0, 0)
 		}
+		// An error about what one sent to another.
+		error4 := func(kind byte, from, to string) []byte {
+			b := packet4(unix.IPPROTO_ICMP, own4, peerMachine, nil, icmp4(kind, 3, [4]byte{}, datagram(from+":1", to+":2", "?")))
+			b[3], b[10], b[11] = b[3]+16, 0, 0 // with the mark
+			checksum4(b)
+			return b
+		}
+		error6 := func(from, to string) []byte {
+			about := slices.Concat([]byte{1, 4, 0, 0, 0, 0, 0, 0, 0x60, 0, 0, 0, 0, 8, 17, 64}, netip.MustParseAddr(from).AsSlice(), netip.MustParseAddr(to).AsSlice())
+			return packet6(own6, 58, append(about, 0, 1, 0, 2, 0, 8, 0, 0)...)
+		}
 		for _, tt := range []struct {
 			name  string
 			frame []byte
 			want  bool
 		}{
+			{"error about own", frame(mac, unix.ETH_P_IP, error4(3, peerMachine, own4)), who == "bound"}, // the other's address is not known
+			{"error about oth", frame(mac, unix.ETH_P_IP, error4(3, peerHost, peerMachine)), false},
+			{"redirect of oth", frame(mac, unix.ETH_P_IP, error4(5, peerHost, peerMachine)), false},
+			{"expired of oth", frame(mac, unix.ETH_P_IP, error4(11, peerHost, peerMachine)), false},
+			{"echo", frame(mac, unix.ETH_P_IP, error4(8, peerHost, peerMachine)), true},
+			{"error6 own", frame(mac, unix.ETH_P_IPV6, error6(peerMachine6, own6)), true},
+			{"error6 oth", frame(mac, unix.ETH_P_IPV6, error6(own6, peerMachine6)), false},
+			{"error6 cut", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, 1, 4, 0, 0, 0, 0, 0, 0)), false},
+			{"error6 hidden", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, error6(own6, peerMachine6)[40:], hopByHop)), false},
 			{"arp", frame(mac, unix.ETH_P_ARP, arp(mac, own4, peerMachine)), true},
 			{"arp probe", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0", own4)), true},
 			{"ip4", frame(mac, unix.ETH_P_IP, udp4(own4, 1000)), true},

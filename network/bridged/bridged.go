@@ -251,7 +251,7 @@ func (g *Guest) There(context.Context) (bool, error) {
 }
 
 // version is that of the rules.
-const version = 1
+const version = 2
 
 // text is what each rule is marked with: of which version it is, and for what guest.
 func (g *Guest) text() (string, error) {

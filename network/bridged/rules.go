@@ -70,6 +70,19 @@ func (g *Guest) genuine(mac net.HardwareAddr) []nft.Exprs {
 		nft.Join(v4, nft.L4(unix.IPPROTO_UDP), nft.Is(nft.DestPort, nft.Port(67)), nft.IsNot(nft.DHCPClient, mac), nft.Drop()),
 		nft.Join(v4, nft.L4(unix.IPPROTO_IGMP), nft.Is(nft.ICMPType, []byte{0x11}), nft.Drop()), // a query: it would be the LAN's querier
 	}
+	// An error of ICMP is taken for a part of the connection that it is about, whoever sends it: it must be about what was sent to the guest. One that is cut
+	// before it says so passes no rule that looks there. Where its address is not known, that cannot be seen.
+	errors4 := func(first, last byte) nft.Exprs {
+		return nft.Join(v4, nft.L4(unix.IPPROTO_ICMP), nft.InRange(nft.ICMPType, []byte{first}, []byte{last}))
+	}
+	errors6 := nft.Join(v6, nft.L4(unix.IPPROTO_ICMPV6), nft.InRange(nft.ICMPType, []byte{1}, []byte{127}))
+	for _, is := range []nft.Exprs{errors4(3, 5), errors4(11, 12)} {
+		if g.IP4.IsValid() {
+			all = append(all, nft.Join(is, nft.Is(nft.Source4, g.IP4.AsSlice()), nft.Is(nft.ICMPAbout4, g.IP4.AsSlice()), nft.Accept()))
+		}
+		all = append(all, nft.Join(is, nft.Drop()))
+	}
+	all = append(all, nft.Join(errors6, nft.Is(nft.SourceID6, id), nft.Is(nft.ICMPAboutID6, id), nft.Accept()), nft.Join(errors6, nft.Drop()))
 	if g.IP4.IsValid() {
 		ip4 := g.IP4.AsSlice()
 		all = append(all,

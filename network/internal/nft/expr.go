@@ -89,9 +89,10 @@ var (
 	ICMPAbout4  = Field{expr.PayloadBaseTransportHeader, 24, 4} // where the packet went that an error is about
 	ICMPAbout6  = Field{expr.PayloadBaseTransportHeader, 32, 16}
 	// The lower halves of IPv6 addresses, and the MAC for which a DHCP client asks.
-	SourceID6  = Field{expr.PayloadBaseNetworkHeader, 16, 8}
-	NDTargetID = Field{expr.PayloadBaseTransportHeader, 16, 8}
-	DHCPClient = Field{expr.PayloadBaseTransportHeader, 8 + 28, 6}
+	SourceID6    = Field{expr.PayloadBaseNetworkHeader, 16, 8}
+	ICMPAboutID6 = Field{expr.PayloadBaseTransportHeader, 40, 8}
+	NDTargetID   = Field{expr.PayloadBaseTransportHeader, 16, 8}
+	DHCPClient   = Field{expr.PayloadBaseTransportHeader, 8 + 28, 6}
 )
 
 // Load loads a part of a packet.
