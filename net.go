@@ -55,7 +55,7 @@ func (h *Host) pool(name string) (*attach.Pool, error) {
 
 // networks is the context of effects: what they share in this process.
 func (h *Host) networks(ctx context.Context) context.Context {
-	return network.NewContext(ctx, &network.Shared{Reaper: &h.reaper, Guards: &h.guards, Trace: h.opts.trace, Log: h.log})
+	return network.NewContext(ctx, &network.Shared{Reaper: &h.reaper, Guards: &h.guards, Trace: h.opts.trace, Refresh: catalog.Refresher(h.Networks), Log: h.log})
 }
 
 // defaultHealInterval is how long a guest may be without rules after somebody's flush, or held still after somebody's death.

@@ -132,19 +132,13 @@ func (m *Machine) launch(ctx context.Context, r *run, console io.Writer) (stage 
 }
 
 // asOfNow completes an effect: whose a file is that is to be lent, until its lease was taken it may have been another VM's;
-// where a guest's DNS proxy is, and at which ports it is published; what its network's policy is.
+// where a guest's DNS proxy is, and at which ports it is published.
 func (m *Machine) asOfNow(ctx context.Context, r *run, e journal.Effect) (journal.Effect, error) {
 	switch e := e.(type) {
 	case *stage.Owner:
 		return stage.NewOwner(e.Path, e.UID, e.GID)
 	case *share.Image:
 		e.Log = m.host.log.With("vm", m.rec().ID)
-	case *network.Use:
-		networks, err := m.host.Networks()
-		if err == nil {
-			err = networks.Refresh(&e.Network)
-		}
-		return e, err
 	case *network.Guest:
 		vm := attach.VM{ID: m.rec().ID, Store: m.host.store}
 		return e, errors.Join(r.upkeep.Publish(ctx, vm, e, r.journal.Do), r.upkeep.Add(m.RuntimeDir(), e, m.rec().Interfaces, m.host.log))

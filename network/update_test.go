@@ -360,3 +360,49 @@ func TestNetwork_ManyNames(t *testing.T) {
 		t.Errorf("%d addresses are left, one is the other guest's", got)
 	}
 }
+
+// A VM that starts while its network is changed has the settings of before or after, whichever it finds, and waits where these are not both written down yet;
+// what nobody changes is refused.
+func TestUse_Updated(t *testing.T) {
+	if !nettest.Alone(t) {
+		return
+	}
+	old, fresh := network.Settings{Policy: deny("203.0.113.9")}, network.Settings{Policy: deny(world4)}
+	s := newSite(t, func(c *network.Config) { c.Settings = old })
+	g := s.guest(0, nil)
+	starts := func(refresh func(*network.Config) error) error {
+		u := s.use("b")
+		err := u.Apply(network.NewContext(t.Context(), &network.Shared{Refresh: refresh}))
+		return errors.Join(err, u.Revert(t.Context()))
+	}
+	update := func(to network.Settings) {
+		if err := network.Update(t.Context(), s.dir, s.config.Name, to); err != nil {
+			t.Error(err)
+		}
+	}
+	asked := 0
+	if err := starts(func(c *network.Config) error { // as it was, and then it is changed
+		if c.Settings = fresh; asked == 0 {
+			c.Settings = old
+			update(fresh)
+		}
+		asked++
+		return nil
+	}); err != nil || asked != 2 {
+		t.Errorf("changed behind its back: %v, after %d looks", err, asked)
+	}
+	asked = 0
+	if err := starts(func(c *network.Config) error { // as it will be
+		if c.Settings = old; asked == 1 {
+			update(old)
+		}
+		asked++
+		return nil
+	}); err != nil || asked != 2 {
+		t.Errorf("before it is changed: %v, after %d looks", err, asked)
+	}
+	if err := starts(func(c *network.Config) error { c.Settings = fresh; return nil }); err == nil || !strings.Contains(err.Error(), "other settings, and 1 VMs") {
+		t.Errorf("other settings for good: %v", err)
+	}
+	s.remove(g)
+}

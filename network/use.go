@@ -9,12 +9,12 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io/fs"
-	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -78,10 +78,39 @@ func (u *Use) path(names ...string) string {
 	return filepath.Join(append([]string{u.Dir, u.Network.Name}, names...)...)
 }
 
+// errOther says that a network is up with other settings.
+var errOther = errors.New("it is up with other settings")
+
+// Who changes a network writes down its settings, and then gives them to what is up: updateTime is how long at most that is waited for.
+const (
+	updateTime = time.Second
+	updateStep = 10 * time.Millisecond
+)
+
 // Apply brings the network up, if it is not, and says that the VM uses it. Returns ErrTaken where a bridge or tables of its
 // name are somebody else's, *OverlapError, filter.ErrTooOld.
 func (u *Use) Apply(ctx context.Context) error {
 	ctx = u.ahead(ctx)
+	refresh := sharedOf(ctx).Refresh
+	for deadline := time.Now().Add(updateTime); ; {
+		if refresh != nil {
+			if err := refresh(&u.Network); err != nil {
+				return err
+			}
+		}
+		err := u.apply(ctx)
+		if refresh == nil || !errors.Is(err, errOther) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		case <-time.After(updateStep):
+		}
+	}
+}
+
+func (u *Use) apply(ctx context.Context) error {
 	unlock, err := Lock(u.Dir)
 	if err != nil {
 		return err
@@ -174,7 +203,7 @@ func (u *Use) bringUp(ctx context.Context) error {
 	}
 	if was != nil && !same(was.Network, u.Network) {
 		if users := u.users(); len(users) > 0 {
-			return hint.Add(fmt.Errorf("it is up with other settings, and %d VMs or warm slots use it", len(users)), "stop them first, or use another network")
+			return hint.Add(fmt.Errorf("%w, and %d VMs or warm slots use it", errOther, len(users)), "stop them first, or use another network")
 		}
 		was = nil
 	}
@@ -452,33 +481,4 @@ func (u *Use) Hold(ctx context.Context) (release func(), err error) {
 	g := *now.guard()
 	_, err = k.Hold(g, u.VM)
 	return func() { k.Release(g, u.VM) }, err
-}
-
-// Shared is what the effects of one process share. Put it into their context by NewContext.
-type Shared struct {
-	Reaper *Reaper       // removes many taps at once; nil: each by itself
-	Guards *guard.Keeper // holds those of networks; nil: nobody does
-	Trace  journal.Trace // of the networks' journals
-	Log    *slog.Logger
-}
-
-type sharedKey struct{}
-
-// NewContext returns a context whose effects share s.
-func NewContext(ctx context.Context, s *Shared) context.Context {
-	return context.WithValue(ctx, sharedKey{}, s)
-}
-
-func sharedOf(ctx context.Context) *Shared {
-	if s, ok := ctx.Value(sharedKey{}).(*Shared); ok {
-		return s
-	}
-	return &Shared{}
-}
-
-func (s *Shared) log() *slog.Logger {
-	if s.Log == nil {
-		return slog.New(slog.DiscardHandler)
-	}
-	return s.Log
 }

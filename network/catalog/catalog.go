@@ -91,6 +91,17 @@ func (s *Store) Refresh(c *network.Config) error {
 	return err
 }
 
+// Refresher is Refresh by the store that open returns at the time.
+func Refresher(open func() (*Store, error)) func(*network.Config) error {
+	return func(c *network.Config) error {
+		s, err := open()
+		if err == nil {
+			err = s.Refresh(c)
+		}
+		return err
+	}
+}
+
 // Update gives a network other settings, for VMs that start from now on: see also Update for one that is up. Returns ErrNotFound, and all that is wrong
 // with them, joined.
 func (s *Store) Update(name string, change func(*network.Settings)) (network.Config, error) {
