@@ -25,6 +25,7 @@ import (
 	"push.rocks/smartvm/internal/uffd"
 	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/internal/vmm"
+	"push.rocks/smartvm/network/catalog"
 )
 
 // Machine is one VM. Whichever process started it looks after it; from any other it can be used all the same.
@@ -400,11 +401,18 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := m.rec()
+	r, err := readRecord(m.host.store, m.ID()) // another process may have changed it
+	if err != nil {
+		return nil, err
+	}
+	interfaces, err := attach.States(r.Interfaces, m.RuntimeDir(), catalog.Refresher(m.host.Networks))
+	if err != nil {
+		return nil, err
+	}
 	i := &Inspection{
 		ID: r.ID, Name: r.Spec.Name, State: state, Created: r.Created, Launcher: LaunchDirect, UID: r.UID,
 		Firecracker: r.Binary, FirecrackerVersion: r.BinaryVersion, RuntimeDir: m.RuntimeDir(), Cgroup: r.Cgroup,
-		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Interfaces: attach.States(r.Interfaces, m.RuntimeDir()), Spec: r.Spec,
+		ConsoleLog: m.ConsoleLog(), VMMLog: m.VMMLog(), Staged: r.Staged, Interfaces: interfaces, Spec: r.Spec,
 	}
 	if i.Guest, err = m.Guest(); err != nil {
 		return nil, err

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -13,8 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/policy"
 )
@@ -64,6 +68,21 @@ func TestMachine_Update(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	third, err := s.open().Machine(t.Context(), m.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// shown is what the third says of the VM, though it was another that changed it.
+	shown := func(most int) {
+		t.Helper()
+		in, err := third.Inspect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := in.Interfaces[0].Network.MaxConnections; n != most || in.Spec.Policy == nil || len(in.Spec.Ports) != 3 {
+			t.Errorf("shown are at most %d connections, want %d, and %+v", n, most, in.Spec)
+		}
+	}
 	update := func(change func(*smartvm.Spec)) error {
 		return other.Update(t.Context(), func(s *smartvm.Spec) error { change(s); return nil })
 	}
@@ -88,6 +107,21 @@ func TestMachine_Update(t *testing.T) {
 	if got := rules(); !slices.Equal(got, wantRules) {
 		t.Errorf("got rules %q, want %q", got, wantRules)
 	}
+	shown(0)
+	networks, err := h.Networks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(networks.Dir) })
+	changed, err := networks.Update(network.DefaultName, func(c *network.Settings) { c.MaxConnections = 77 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown(0) // that is not what holds yet
+	if err := network.Update(t.Context(), filepath.Join(h.RuntimeDir(), store.NetworkDir), changed.Name, changed.Settings); err != nil {
+		t.Fatal(err)
+	}
+	shown(77)
 	config, err := m.VMConfig(t.Context())
 	if err != nil || config.NetworkInterfaces[0].RxRateLimiter == nil || config.NetworkInterfaces[0].RxRateLimiter.Bandwidth.Size != 1<<20 {
 		t.Errorf("the VMM has limits %+v, %v", config.NetworkInterfaces, err)

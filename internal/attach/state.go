@@ -2,8 +2,10 @@ package attach
 
 import (
 	"fmt"
+	"path/filepath"
 	"strings"
 
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/inspect"
 )
@@ -17,9 +19,19 @@ type State struct {
 	Ports         []Port          `json:"ports,omitempty"` // published, while the VM runs
 }
 
-// States looks at interfaces of a VM whose directory is dir. Those of one that does not run have sent nothing.
-func States(all []Interface, dir string) (states []State) {
+// States looks at interfaces of a VM whose directory is dir. Those of one that does not run have sent nothing. Their networks have the settings that they are
+// up with or, after refresh, would be.
+func States(all []Interface, dir string, refresh func(*network.Config) error) (states []State, err error) {
 	for n, i := range all {
+		now, _, err := network.Current(filepath.Join(filepath.Dir(dir), store.NetworkDir), i.Network.Name)
+		if err == nil && now.Name == "" {
+			now = i.Network
+			err = refresh(&now)
+		}
+		if err != nil {
+			return nil, err
+		}
+		i.Network.Settings = now.Settings
 		s := State{Interface: i}
 		if n == 0 {
 			s.Ports, _ = Published(dir)
@@ -35,7 +47,7 @@ func States(all []Interface, dir string) (states []State) {
 		}
 		states = append(states, s)
 	}
-	return states
+	return states, nil
 }
 
 // PortsOf are those that are published of a VM with these interfaces.
