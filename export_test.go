@@ -28,9 +28,6 @@ func WithHealInterval(o Options, d time.Duration) Options {
 	return o
 }
 
-// DriveDevice is what a guest calls its n-th drive.
-func DriveDevice(n int) string { return driveDevice(n) }
-
 // EffectKinds is the list of effects.go.
 func EffectKinds() journal.Kinds { return maps.Clone(effects) }
 

@@ -174,15 +174,7 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 // addDrive adds a drive and says what the guest calls it.
 func addDrive(s *Spec, d Drive) (device string) {
 	s.Drives = append(s.Drives, d)
-	return driveDevice(len(s.Drives))
-}
-
-// driveDevice is what Linux calls a VM's n-th drive, from 1 on: vdz is followed by vdaa.
-func driveDevice(n int) (device string) {
-	for ; n > 0; n = (n - 1) / 26 {
-		device = string(rune('a'+(n-1)%26)) + device
-	}
-	return "/dev/vd" + device
+	return agentproto.DriveDevice(len(s.Drives))
 }
 
 // scratch is the drive that an image's guest writes.

@@ -137,15 +137,6 @@ func TestImage_Plan(t *testing.T) {
 }
 
 // A VM publishes what its image exposes, each at a port that is chosen when it starts, but for what it publishes anyhow.
-// Drives are called as Linux does (virtblk_name_format in drivers/block/virtio_blk.c).
-func TestImage_DriveDevice(t *testing.T) {
-	for n, want := range map[int]string{1: "/dev/vda", 26: "/dev/vdz", 27: "/dev/vdaa", 52: "/dev/vdaz", 53: "/dev/vdba", 702: "/dev/vdzz", 703: "/dev/vdaaa"} {
-		if got := smartvm.DriveDevice(n); got != want {
-			t.Errorf("drive %d: %s, want %s", n, got, want)
-		}
-	}
-}
-
 func TestImage_PublishAll(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h := tinyImages(t, s)

@@ -312,3 +312,11 @@ func isDevice(path string) bool {
 	name, ok := strings.CutPrefix(path, "/dev/")
 	return ok && name != "" && strings.Trim(name, lower+digits) == ""
 }
+
+// DriveDevice is what Linux calls a VM's n-th drive, from 1 on: vdz is followed by vdaa.
+func DriveDevice(n int) (device string) {
+	for ; n > 0; n = (n - 1) / 26 {
+		device = string(rune('a'+(n-1)%26)) + device
+	}
+	return "/dev/vd" + device
+}

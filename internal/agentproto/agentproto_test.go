@@ -207,3 +207,12 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// Drives are called as Linux does (virtblk_name_format in drivers/block/virtio_blk.c).
+func TestDriveDevice(t *testing.T) {
+	for n, want := range map[int]string{1: "/dev/vda", 26: "/dev/vdz", 27: "/dev/vdaa", 52: "/dev/vdaz", 53: "/dev/vdba", 702: "/dev/vdzz", 703: "/dev/vdaaa"} {
+		if got := agentproto.DriveDevice(n); got != want {
+			t.Errorf("drive %d: %s, want %s", n, got, want)
+		}
+	}
+}
