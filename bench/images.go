@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -139,7 +141,7 @@ func used(dirs ...string) (sum int64, err error) {
 	return sum, err
 }
 
-// pulls measures smartvm image pull from a registry in this process, and tar with the same layers.
+// pulls measures smartvm image pull from a registry in this process over a bounded link, and what curl and tar do with the same.
 func (b *bench) pulls(ctx context.Context) error {
 	layout := filepath.Join(b.Disk, "layout")
 	var list []ocitest.Layer
@@ -153,7 +155,7 @@ func (b *bench) pulls(ctx context.Context) error {
 	if err := ocitest.Tag(layout, "latest", made); err != nil {
 		return err
 	}
-	server := httptest.NewServer(ocitest.Registry(layout))
+	server := httptest.NewServer(new(link).limit(ocitest.Registry(layout)))
 	defer server.Close()
 	ref := strings.TrimPrefix(server.URL, "http://") + "/bench:latest"
 	blobs, err := layerBlobs(layout)
@@ -162,7 +164,7 @@ func (b *bench) pulls(ctx context.Context) error {
 	}
 	for round := range pullRounds + 1 {
 		b.samples.counting = round > 0 // the first brings all into the page cache
-		data, unpacked := filepath.Join(b.Disk, "data"), filepath.Join(b.Disk, "unpacked")
+		data := filepath.Join(b.Disk, "data")
 		begun := time.Now()
 		cmd := exec.CommandContext(ctx, b.SmartVM, "image", "pull", "--data-dir", data, "--runtime-dir", b.cliDir(), ref)
 		if out, err := cmd.CombinedOutput(); err != nil {
@@ -171,23 +173,81 @@ func (b *bench) pulls(ctx context.Context) error {
 		pull := time.Since(begun)
 		b.samples.time("pull", pull)
 		b.samples.add("pull-memory", "MiB", float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
-		if err := os.Mkdir(unpacked, 0o755); err != nil {
+		if err := os.RemoveAll(data); err != nil {
 			return err
 		}
-		begun = time.Now()
-		for _, blob := range blobs {
-			if out, err := exec.CommandContext(ctx, "tar", "-xzf", blob, "-C", unpacked).CombinedOutput(); err != nil {
-				return fmt.Errorf("tar: %w\n%s", err, out)
+		for _, piped := range []bool{false, true} {
+			tar, err := b.untar(ctx, server.URL, blobs, piped)
+			if err != nil {
+				return err
 			}
-		}
-		tar := time.Since(begun)
-		b.samples.time("tar", tar)
-		b.samples.add("pull/tar", "", float64(tar)/float64(pull))
-		if err := errors.Join(os.RemoveAll(data), os.RemoveAll(unpacked)); err != nil {
-			return err
+			if piped {
+				b.samples.time("tar-piped", tar)
+				continue
+			}
+			b.samples.time("tar", tar)
+			b.samples.add("pull/tar", "", float64(tar)/float64(pull))
 		}
 	}
 	return nil
+}
+
+// untar fetches layers and unpacks them when all are there or, piped, each as it arrives. It returns how long that took.
+func (b *bench) untar(ctx context.Context, url string, blobs []string, piped bool) (took time.Duration, err error) {
+	fetched, unpacked := filepath.Join(b.Disk, "fetched"), filepath.Join(b.Disk, "unpacked")
+	defer func() { err = errors.Join(err, os.RemoveAll(fetched), os.RemoveAll(unpacked)) }()
+	if err := errors.Join(os.Mkdir(fetched, 0o700), os.Mkdir(unpacked, 0o755)); err != nil {
+		return 0, err
+	}
+	const fetch, unpack = `for l; do curl -sSfo "$0/${l##*:}" "$l"; done; `, `for l; do tar -xzf "$0/${l##*:}" -C "$0/../unpacked"; done`
+	script := "set -e; " + fetch + unpack
+	if piped {
+		script = `set -e -o pipefail; for l; do curl -sSf "$l" | tar -xzC "$0/../unpacked"; done`
+	}
+	args := []string{"-c", script, fetched}
+	for _, blob := range blobs {
+		args = append(args, url+"/v2/bench/blobs/sha256:"+filepath.Base(blob))
+	}
+	begun := time.Now()
+	if out, err := exec.CommandContext(ctx, "bash", args...).CombinedOutput(); err != nil {
+		return 0, fmt.Errorf("curl and tar: %w\n%s", err, out)
+	}
+	return time.Since(begun), nil
+}
+
+const (
+	// linkRate is how many bytes the registry sends in a second, whoever asks: a gigabit link.
+	linkRate = 1e9 / 8
+	// linkBurst is what it may be late by, as timers are, and yet make up for.
+	linkBurst = 50 * time.Millisecond
+)
+
+// link is what all answers go through.
+type link struct {
+	mu   sync.Mutex
+	free time.Time // when all that it has been given will be through
+}
+
+func (l *link) limit(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { h.ServeHTTP(&limited{w, l}, r) })
+}
+
+type limited struct {
+	http.ResponseWriter
+	link *link
+}
+
+func (w *limited) Write(p []byte) (int, error) {
+	l := w.link
+	l.mu.Lock()
+	if late := time.Now().Add(-linkBurst); l.free.Before(late) {
+		l.free = late
+	}
+	l.free = l.free.Add(time.Duration(float64(len(p)) / linkRate * float64(time.Second)))
+	wait := time.Until(l.free)
+	l.mu.Unlock()
+	time.Sleep(wait)
+	return w.ResponseWriter.Write(p)
 }
 
 // layerBlobs are a layout's layers: what is large.

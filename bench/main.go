@@ -31,8 +31,9 @@
 //   - stage: Host.Create of a VM whose image has 1 GiB, 900 MiB of them data; stage-copied: how much of it was copied; cp: a
 //     copy of the same; 20-vms-of-image: what 20 such VMs take, in per cent of the image.
 //
-//   - pull: smartvm image pull, the whole program, of ten layers with 300 MiB from a registry in this process; pull-memory:
-//     the most that program had resident; tar: tar -xzf of the same layers onto the same disk.
+//   - pull: smartvm image pull, the whole program, of ten layers with 300 MiB, 40 % of that as they are sent, from a registry in this
+//     process over a link of 1 Gbit/s; pull-memory: the most that program had resident; tar: curl of the same layers over the same link,
+//     and then tar -xzf of them onto the same disk; tar-piped: curl | tar -xz of each in turn.
 //
 //   - guest-*, agent-*: in real guests of the minimal image, in the lab where this machine boots none (such rows are marked; one run's
 //     ratios alone count). guest-kernel: the guest's kernel until it runs the agent; guest-modules, guest-mounts: what that takes for the agent's

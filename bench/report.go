@@ -181,7 +181,7 @@ func (r *report) ratios() {
 		{Name: "stage-ms", Value: r.p50("stage"), Op: "<=", Bar: 5},
 		{Name: "stage-bytes-copied", Value: r.p50("stage-copied"), Op: "<=", Bar: 0},
 		{Name: "20-vms-of-image-percent", Value: r.p50("20-vms-of-image"), Op: "<=", Bar: 1},
-		{Name: "oci-rate/tar", Value: r.p50("pull/tar"), Op: ">=", Bar: 1},
+		{Name: "oci-rate/tar", Value: r.p50("pull/tar"), Op: ">=", Bar: 1.3},
 		{Name: "oci-memory-mib", Value: r.p95("pull-memory"), Op: "<=", Bar: 100},
 		{Name: "warm-slot-ms", Value: r.p50("warm-slot"), Op: "<=", Bar: 1},
 		{Name: "cold-tap-ms", Value: r.p50("cold-tap-1"), Op: "<=", Bar: 2},
