@@ -113,15 +113,12 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 	if here, err := s.again(ctx, i); here || err != nil {
 		return i, err
 	}
-	if err := img.Fetch(ctx, layers, func(done, total int64) { s.opts.Progress("fetch", done, total) }); err != nil {
-		return nil, err
-	}
 	root, err := s.draft(ctx, func(dir string) (*Object, error) {
 		f, err := os.Create(filepath.Join(dir, "root.ext4"))
 		if err != nil {
 			return nil, err
 		}
-		_, err = img.Flatten(ctx, layers, f, func(done, total int64) { s.opts.Progress("unpack", done, total) })
+		_, err = img.Flatten(ctx, layers, f, s.opts.Progress)
 		return &Object{ID: i.Root, Type: "ext4", Files: []File{{Name: "root.ext4"}}}, errors.Join(err, f.Close())
 	})
 	if err != nil {

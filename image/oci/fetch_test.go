@@ -191,6 +191,8 @@ func like(err, want error) bool {
 	switch want := want.(type) {
 	case *flatten.DigestError:
 		return errors.As(err, &want)
+	case *flatten.LimitError:
+		return errors.As(err, &want)
 	case *transport.Error:
 		return errors.As(err, &want)
 	}

@@ -9,8 +9,6 @@ import (
 	"log/slog"
 	"math"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -18,6 +16,7 @@ import (
 
 	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/image/trust"
@@ -57,11 +56,7 @@ type (
 )
 
 // Layer is one of an image's, a tar.
-type Layer struct {
-	Digest string // "sha256:…", of the file as it is fetched
-	DiffID string // "sha256:…", of the tar
-	Size   int64  // bytes, as it is fetched
-}
+type Layer = layers.Layer
 
 // Image is one image that was found. It is safe for concurrent use until it is closed.
 type Image struct {
@@ -98,27 +93,6 @@ type source interface {
 
 // Close lets go of connections and temporary files.
 func (i *Image) Close() error { return i.from.Close() }
-
-// Flatten makes one file system of the layers that Fetch left in dir: see flatten.Layers for dst and for errors. Progress, if
-// not nil, is told how many of the layers' bytes are done.
-func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File, progress func(done, total int64)) (flatten.Stats, error) {
-	layers := make([]flatten.Layer, len(i.Layers))
-	for n, l := range i.Layers {
-		layers[n] = flatten.Layer{Path: filepath.Join(dir, fileName(l.Digest)), DiffID: l.DiffID}
-	}
-	var tell func(done int64)
-	if progress != nil {
-		tell = func(done int64) { progress(done, i.Size) }
-	}
-	stats, err := flatten.Layers(ctx, layers, dst, flatten.Options{Limits: i.limits, Progress: tell})
-	if err != nil {
-		return flatten.Stats{}, fmt.Errorf("flatten %s: %w", i.Name, err)
-	}
-	return stats, nil
-}
-
-// fileName is a blob's in the directory of layers.
-func fileName(digest string) string { return strings.ReplaceAll(digest, ":", "-") }
 
 // Resolve finds an image and reads its manifest and configuration, of a registry's image nothing more. The caller closes it.
 // References are:

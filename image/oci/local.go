@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -45,6 +46,14 @@ func (l *local) manifest(ctx context.Context, digest string) (text []byte, err e
 func (l *local) elsewhere(string, error) bool { return false }
 
 func (l *local) Close() error { return l.close() }
+
+// notExist is ErrNotFound for a missing file.
+func notExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %w", ErrNotFound, err)
+	}
+	return err
+}
 
 // cutRef splits PATH[:REF] where the path exists: both may have colons.
 func cutRef(s string) (path, ref string) {

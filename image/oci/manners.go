@@ -8,8 +8,9 @@ import (
 	"log/slog"
 	"net/http"
 	"strconv"
-	"syscall"
 	"time"
+
+	"push.rocks/smartvm/internal/download"
 )
 
 const (
@@ -20,7 +21,7 @@ const (
 )
 
 // errStalled says that a server said nothing for stallTime.
-var errStalled = fmt.Errorf("nothing came for %v", stallTime)
+var errStalled = fmt.Errorf("nothing came for %v: %w", stallTime, download.ErrStalled)
 
 // manners is how servers are spoken to: not in plain text unless they are on this machine, again when they are busy or
 // hang up, and with an end to waiting.
@@ -50,7 +51,7 @@ func (m *manners) RoundTrip(req *http.Request) (*http.Response, error) {
 			_ = resp.Body.Close()
 		}
 		m.log.Debug("asking again", attrs...)
-		if err := sleep(req.Context(), wait); err != nil {
+		if err := download.Sleep(req.Context(), wait); err != nil {
 			return nil, err
 		}
 	}
@@ -77,7 +78,7 @@ func (m *manners) once(req *http.Request) (*http.Response, error) {
 func pause(resp *http.Response, err error, try int) (time.Duration, bool) {
 	wait := firstPause << try
 	if err != nil {
-		return wait, dropped(err)
+		return wait, download.Dropped(err)
 	}
 	if resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode < http.StatusInternalServerError {
 		return 0, false
@@ -89,27 +90,6 @@ func pause(resp *http.Response, err error, try int) (time.Duration, bool) {
 		wait = max(time.Until(t), 0)
 	}
 	return wait, wait <= maxPause
-}
-
-// dropped says whether an error is a connection's end.
-func dropped(err error) bool {
-	for _, e := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, errStalled} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }
 
 // body is a response's that must not stall. Its timer runs while something is read: what has come may be long in the writing.

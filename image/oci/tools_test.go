@@ -48,9 +48,6 @@ func TestFlatten_LikeUmoci(t *testing.T) {
 	if len(i.Layers) != 5 || i.Config.User != "7" {
 		t.Errorf("%+v", i)
 	}
-	if err := i.Fetch(t.Context(), tmp, nil); err != nil {
-		t.Fatal(err)
-	}
 	f, err := os.Create(at("root.ext4"))
 	if err != nil {
 		t.Fatal(err)

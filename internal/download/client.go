@@ -109,7 +109,7 @@ func (c *Client) retry(ctx context.Context, try func() (news bool, err error)) e
 		}
 		pause := c.Pause
 		if pause == nil {
-			pause = sleep
+			pause = Sleep
 		}
 		if err := pause(ctx, d); err != nil {
 			return fmt.Errorf("download: %w", err)
@@ -117,7 +117,8 @@ func (c *Client) retry(ctx context.Context, try func() (news bool, err error)) e
 	}
 }
 
-func sleep(ctx context.Context, d time.Duration) error {
+// Sleep ends early with the context, whose cause it returns then.
+func Sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {

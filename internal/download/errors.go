@@ -4,9 +4,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
+	"syscall"
 	"time"
 )
 
@@ -74,6 +76,16 @@ func transient(err error) bool {
 		return false
 	}
 	return errors.As(err, new(*transportError))
+}
+
+// Dropped says whether an error is a connection's end.
+func Dropped(err error) bool {
+	for _, e := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, ErrStalled} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // redact takes from a URL what may be secret.

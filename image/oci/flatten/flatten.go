@@ -23,8 +23,10 @@ type Stats struct {
 
 // Layer is a tar, packed with gzip, zstd or not at all, with whiteouts of what lower layers have.
 type Layer struct {
-	Path   string
 	DiffID string // "sha256:…", of the tar
+	// Open reads it from its beginning. It is called once for each pass, when all that is read before has been, and may wait, as Read
+	// may, until there is something to read or the context ends.
+	Open func(ctx context.Context) (io.ReadCloser, error)
 }
 
 // Options say how layers are made a file system. Zero values stand for defaults.
@@ -37,8 +39,7 @@ type Options struct {
 
 // Layers makes one file system of layers, of which the lowest comes first: dst becomes an ext4 image that can only be mounted
 // read-only. Memory: about 1 KiB for each entry besides a few MiB. After an error dst's content is
-// rubbish. A file that is not what it should be (*DigestError) is removed. Other errors are *LimitError, *EntryError and
-// those of files.
+// rubbish. Errors are *DigestError, *LimitError, *EntryError and those of Open and of files.
 func Layers(ctx context.Context, layers []Layer, dst *os.File, o Options) (Stats, error) {
 	s := &stack{layers: layers, progress: o.Progress, max: newLimits(o.Limits)}
 	return s.flatten(ctx, dst)
@@ -115,7 +116,9 @@ func (s *stack) read(ctx context.Context, v visitor, n int, order func(i int) in
 
 // layer reads one layer: one goroutine unpacks it, this one goes through its tar and checks its digest.
 func (s *stack) layer(ctx context.Context, l Layer, f func(e entry, content io.Reader) error) (err error) {
-	file, err := os.Open(l.Path)
+	reading, stop := context.WithCancel(ctx)
+	defer stop()
+	file, err := l.Open(reading)
 	if err != nil {
 		return err
 	}
@@ -124,11 +127,14 @@ func (s *stack) layer(ctx context.Context, l Layer, f func(e entry, content io.R
 	limited := &bounded{left: s.max.maxBytes - s.unpacked, err: bytesLimit("bytes unpacked", s.max.maxBytes)}
 	err = stream.Unpacked(ctx, &counter{r: file, f: s.advance}, func(r io.Reader) error {
 		limited.r = io.TeeReader(r, digest)
-		if err := readTar(limited, true, &s.used, f); err != nil {
-			return err
+		err := readTar(limited, true, &s.used, f)
+		if err == nil {
+			// What follows the tar's end counts for the digest.
+			_, err = io.Copy(io.Discard, limited)
 		}
-		// What follows the tar's end counts for the digest.
-		_, err := io.Copy(io.Discard, limited)
+		if err != nil {
+			stop() // there may be more to wait for
+		}
 		return err
 	})
 	s.unpacked = s.max.maxBytes - limited.left
@@ -136,7 +142,7 @@ func (s *stack) layer(ctx context.Context, l Layer, f func(e entry, content io.R
 		return fmt.Errorf("layer %s: %w", l.DiffID, err)
 	}
 	if got := "sha256:" + hex.EncodeToString(digest.Sum(nil)); got != l.DiffID {
-		return errors.Join(&DigestError{"unpacked layer", l.DiffID, got}, os.Remove(l.Path))
+		return &DigestError{"unpacked layer", l.DiffID, got}
 	}
 	return nil
 }

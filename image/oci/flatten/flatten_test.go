@@ -3,7 +3,7 @@ package flatten_test
 import (
 	"archive/tar"
 	"context"
-	"os"
+	"io"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -241,11 +241,15 @@ func TestLayers_Progress(t *testing.T) {
 	l := layers(t, []ent{file("a", string(make([]byte, 1<<20)))}, []ent{file("b", "")})
 	var size, last int64
 	for _, l := range l {
-		fi, err := os.Stat(l.Path)
+		r, err := l.Open(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		size += fi.Size()
+		n, err := io.Copy(io.Discard, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size += n
 	}
 	if _, err := flatten.Layers(t.Context(), l, target(t), flatten.Options{Progress: func(done int64) { last = done }}); err != nil || last != size {
 		t.Errorf("%d of %d bytes: %v", last, size, err)

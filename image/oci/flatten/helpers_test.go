@@ -3,6 +3,7 @@ package flatten_test
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -71,26 +72,19 @@ func tarOf(t testing.TB, trailer bool, entries ...ent) []byte {
 	return buf.Bytes()
 }
 
-// layer writes a layer's file.
-func layer(t testing.TB, content []byte) flatten.Layer {
-	t.Helper()
-	f, err := os.CreateTemp(t.TempDir(), "layer-")
-	if err != nil {
-		t.Fatal(err)
+// layer is one of some content, packed as it is in file.
+func layer(content, file []byte) flatten.Layer {
+	return flatten.Layer{
+		DiffID: fmt.Sprintf("sha256:%x", sha256.Sum256(content)),
+		Open:   func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(file)), nil },
 	}
-	if _, err = f.Write(content); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return flatten.Layer{Path: f.Name(), DiffID: fmt.Sprintf("sha256:%x", sha256.Sum256(content))}
 }
 
 func layers(t testing.TB, all ...[]ent) (l []flatten.Layer) {
 	t.Helper()
 	for n, entries := range all {
-		l = append(l, layer(t, tarOf(t, n%2 == 0, entries...)))
+		content := tarOf(t, n%2 == 0, entries...)
+		l = append(l, layer(content, content))
 	}
 	return l
 }
