@@ -94,21 +94,16 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, one()) }()
-	layers := filepath.Join(w.Dir, layersDir)
-	if oci.Local(ref) { // a copy of what is here is not kept
-		err = os.Mkdir(layers, 0o700)
-	} else {
-		layers = s.path(layersDir)
+	layers := s.path(layersDir)
+	if !oci.Local(ref) { // what is here is read there
 		for _, l := range img.Layers {
 			i.Layers = append(i.Layers, l.Digest)
 		}
 		var keep func() error
-		if keep, err = s.locks.Lock(ctx, layers, unix.LOCK_SH, "another smartvm to finish removing images"); err == nil {
-			defer func() { err = errors.Join(err, keep()) }()
+		if keep, err = s.locks.Lock(ctx, layers, unix.LOCK_SH, "another smartvm to finish removing images"); err != nil {
+			return nil, fmt.Errorf("store layers: %w", err)
 		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("store layers: %w", err)
+		defer func() { err = errors.Join(err, keep()) }()
 	}
 	if here, err := s.again(ctx, i); here || err != nil {
 		return i, err

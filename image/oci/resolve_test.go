@@ -340,8 +340,8 @@ func TestResolve_Archives(t *testing.T) {
 		}
 		layers := t.TempDir()
 		pull(t, i, layers)
-		if diff := cmp.Diff(layerFiles(i), have(t, layers)); diff != "" {
-			t.Error(diff)
+		if got := have(t, layers); len(got) > 0 {
+			t.Errorf("%s: layers were copied: %q", ref, got)
 		}
 	}
 	check("oci:"+dir+":1", oci.Options{})
@@ -381,8 +381,8 @@ func TestResolve_Skopeo(t *testing.T) {
 		}
 		layers := t.TempDir()
 		pull(t, i, layers)
-		if diff := cmp.Diff(layerFiles(i), have(t, layers)); diff != "" {
-			t.Error(diff)
+		if got := have(t, layers); len(got) > 0 {
+			t.Errorf("%s: layers were copied: %q", ref, got)
 		}
 	}
 }

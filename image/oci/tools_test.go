@@ -114,7 +114,7 @@ func TestFetch_FullDisk(t *testing.T) {
 	}
 	cmd := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-euc",
 		`mount -t tmpfs -o size=100k none "$1"; "$0" -test.run='^TestChild$' && exit 1; echo left: $(ls "$1")`, self, layers)
-	cmd.Env = append(os.Environ(), "OCI_TEST_CHILD=oci:"+dir+":1\n"+layers)
+	cmd.Env = append(os.Environ(), "OCI_TEST_CHILD="+serve(t, dir, nil).host()+"/a:1\n"+layers)
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "no space left") || !strings.HasSuffix(string(out), "left:\n") {
 		t.Errorf("%v: %s", err, out)

@@ -244,3 +244,53 @@ func TestFlatten_WrongDiffID(t *testing.T) {
 		t.Errorf("%q are there", got)
 	}
 }
+
+// Layers of a layout are checked where they are, and stay there.
+func TestFlatten_InPlace(t *testing.T) {
+	dir := t.TempDir()
+	add(t, dir, "1", files("a"), files("b"))
+	i := resolve(t, "oci:"+dir, oci.Options{})
+	blob := ocitest.Blob(dir, i.Layers[0].Digest)
+	content, err := os.ReadFile(blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dated := bytes.Clone(content)
+	dated[4] ^= 1 // gzip's time: what is in it stays the same
+	for name, c := range map[string]struct {
+		content []byte
+		want    error
+	}{
+		"as it was":     {content, nil},
+		"another file":  {dated, &flatten.DigestError{}},
+		"longer":        {append(bytes.Clone(content), 0), &flatten.DigestError{}},
+		"shorter":       {content[:len(content)-1], &flatten.DigestError{}},
+		"not there":     {nil, oci.ErrNotFound},
+		"another layer": {content, &flatten.DigestError{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := os.WriteFile(blob, c.content, 0o600)
+			if c.content == nil {
+				err = os.Remove(blob)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			i, u := resolve(t, "oci:"+dir, oci.Options{}), newUnpacking(t)
+			if name == "another layer" {
+				i.Layers[0].DiffID = i.Layers[1].DiffID
+			}
+			var steps []string
+			_, err = i.Flatten(u.ctx, u.dir, u.root, func(step string, _, _ int64) { steps = append(steps, step) })
+			if c.want == nil && err != nil || c.want != nil && !like(err, c.want) || slices.Contains(steps, "fetch") {
+				t.Errorf("%v, want %v; steps: %q", err, c.want, steps)
+			}
+			if got, err := os.ReadFile(blob); c.content != nil && (err != nil || !bytes.Equal(got, c.content)) {
+				t.Errorf("the file is not as it was: %v", err)
+			}
+			if got := have(t, u.dir); len(got) > 0 {
+				t.Errorf("%q were copied", got)
+			}
+		})
+	}
+}
