@@ -1,5 +1,5 @@
 // Package oci turns container images into root file systems: Resolve finds an image in a registry, an OCI layout or an
-// archive, Fetch brings its layers here, and Flatten makes one read-only ext4 image of them.
+// archive, and Flatten makes one read-only ext4 image of its layers, which it fetches meanwhile.
 //
 // All that is fetched is foreign. Layers are checked against their digests, packed and unpacked; package flatten says
 // what they may hold.

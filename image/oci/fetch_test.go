@@ -116,6 +116,7 @@ func TestFetch_Faults(t *testing.T) {
 		name    string
 		answers []handler
 		partial []byte // left by an earlier one
+		whole   []byte // as well, under the layer's name
 		want    error
 		asked   int
 	}{
@@ -129,6 +130,9 @@ func TestFetch_Faults(t *testing.T) {
 		{name: "all is there", partial: content, asked: 0},
 		{name: "too much is there", partial: append(bytes.Clone(content), "more"...), asked: 1},
 		{name: "rubbish is there", partial: flipped[:150_000], asked: 2},
+		{name: "it is there", whole: content, asked: 0},
+		{name: "it is there, and has been damaged since", whole: flipped, asked: 1},
+		{name: "it is there, but for its end", whole: content[:150_000], asked: 1},
 		{name: "something is there, no range can be had", partial: content[:150_000], answers: []handler{status(416)}, asked: 2},
 		{name: "another range than was asked for", partial: content[:150_000], answers: []handler{func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Range", "bytes 7-9/10")
@@ -151,8 +155,11 @@ func TestFetch_Faults(t *testing.T) {
 			s := serve(t, dir, answers(l.Digest, c.answers...))
 			layers := t.TempDir()
 			name := strings.ReplaceAll(l.Digest, ":", "-")
-			if c.partial != nil {
-				if err := os.WriteFile(filepath.Join(layers, name+".partial"), c.partial, 0o600); err != nil {
+			for n, left := range map[string][]byte{name + ".partial": c.partial, name: c.whole} {
+				if left == nil {
+					continue
+				}
+				if err := os.WriteFile(filepath.Join(layers, n), left, 0o600); err != nil {
 					t.Fatal(err)
 				}
 			}

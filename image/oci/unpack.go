@@ -70,12 +70,6 @@ func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File, progress 
 		cancel(err)
 	}
 	f.Wait()
-	var wrong *flatten.DigestError
-	for _, l := range i.Layers {
-		if errors.As(err, &wrong) && l.DiffID == wrong.Want { // the next pull brings it anew
-			err = errors.Join(err, os.Remove(layers.Path(dir, l.Digest)))
-		}
-	}
 	return stats, context.Cause(ctx)
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"hash"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -115,13 +116,11 @@ func (t *transfer) anywhere(ctx context.Context) error {
 }
 
 // claim opens the partial file under a lock, and waits while another process has it. It returns nil when the layer is
-// there.
+// there. A file that has been damaged since is fetched again, and replaced.
 func (t *transfer) claim(ctx context.Context) (*os.File, error) {
 	for {
-		if fi, err := os.Stat(t.path); err == nil && fi.Size() == t.layer.Size {
-			t.set(func() { t.begun, t.ended, t.have = true, true, fi.Size() })
-			t.count(fi.Size() * t.times)
-			return nil, nil
+		if there, err := t.there(); there || err != nil {
+			return nil, err
 		}
 		f, err := os.OpenFile(t.path+download.PartialSuffix, os.O_RDWR|os.O_CREATE, 0o600)
 		if err != nil {
@@ -136,6 +135,27 @@ func (t *transfer) claim(ctx context.Context) (*os.File, error) {
 		// Another has just finished with it.
 	}
 }
+
+func (t *transfer) there() (yes bool, err error) {
+	f, err := os.Open(t.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	h := sha256.New()
+	n, err := io.Copy(h, io.LimitReader(f, t.layer.Size+1))
+	if err != nil || n != t.layer.Size || digest(h) != t.layer.Digest {
+		return false, err
+	}
+	t.set(func() { t.begun, t.ended, t.have = true, true, n })
+	t.count(n * t.times)
+	return true, nil
+}
+
+func digest(h hash.Hash) string { return manifest.Algorithm + hex.EncodeToString(h.Sum(nil)) }
 
 // resume takes stock of what is there.
 func (t *transfer) resume() error {
@@ -187,7 +207,7 @@ func (t *transfer) all(ctx context.Context) error {
 			return err
 		}
 	}
-	if got := manifest.Algorithm + hex.EncodeToString(t.hash.Sum(nil)); got != t.layer.Digest {
+	if got := digest(t.hash); got != t.layer.Digest {
 		return &flatten.DigestError{What: "layer", Want: t.layer.Digest, Got: got}
 	}
 	return nil
