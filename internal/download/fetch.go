@@ -20,9 +20,6 @@ import (
 	"push.rocks/smartvm/internal/atomicfile"
 )
 
-// PartialSuffix ends the name of a file that is not whole yet.
-const PartialSuffix = ".partial"
-
 // File is what there is to fetch.
 type File struct {
 	URL string
@@ -63,8 +60,12 @@ func (c *Client) Fetch(ctx context.Context, f File, path string, progress func(d
 	if ok, err := t.there(ctx); ok || err != nil {
 		return err
 	}
-	if t.file, err = t.open(ctx); err != nil {
-		return err
+	if t.file, err = OpenPartial(ctx, path, func() {
+		if c.Waiting != nil {
+			c.Waiting(path)
+		}
+	}); err != nil {
+		return fmt.Errorf("download: %w", err)
 	}
 	// Closing lets go of the lock, so it is last.
 	defer func() { err = errors.Join(err, t.file.Close()) }()
@@ -93,32 +94,6 @@ type transfer struct {
 	total   int64  // bytes, 0: unknown
 	etag    string // of what is in file, "" for unknown
 	foreign bool   // file has bytes that another process wrote
-}
-
-// open makes or finds the partial file, and locks it.
-func (t *transfer) open(ctx context.Context) (*os.File, error) {
-	name := t.path + PartialSuffix
-	for {
-		f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
-		if err != nil {
-			return nil, fmt.Errorf("download: %w", err)
-		}
-		err = Lock(ctx, f, unix.LOCK_EX, func() {
-			if t.client.Waiting != nil {
-				t.client.Waiting(t.path)
-			}
-		})
-		if err == nil && StillAt(f, name) {
-			if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
-				return nil, errors.Join(fmt.Errorf("download: %w: %s is no regular file", fs.ErrInvalid, name), err, f.Close())
-			}
-			return f, nil
-		}
-		// Who had it has finished, and moved or removed it.
-		if err = errors.Join(err, f.Close()); err != nil {
-			return nil, fmt.Errorf("download: %w", err)
-		}
-	}
 }
 
 // there says whether path has the wanted content.

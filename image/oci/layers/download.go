@@ -115,27 +115,23 @@ func (t *transfer) anywhere(ctx context.Context) error {
 	}
 }
 
-// claim opens the partial file under a lock, and waits while another process has it. It returns nil when the layer is
-// there. A file that has been damaged since is fetched again, and replaced.
+// claim opens the partial file, and waits while another process has it. It returns nil when the layer is there.
 func (t *transfer) claim(ctx context.Context) (*os.File, error) {
-	for {
-		if there, err := t.there(); there || err != nil {
-			return nil, err
-		}
-		f, err := os.OpenFile(t.path+download.PartialSuffix, os.O_RDWR|os.O_CREATE, 0o600)
-		if err != nil {
-			return nil, err
-		}
-		if err = download.Lock(ctx, f, unix.LOCK_EX, nil); err == nil && download.StillAt(f, f.Name()) {
-			return f, nil
-		}
-		if err = errors.Join(err, f.Close()); err != nil {
-			return nil, err
-		}
-		// Another has just finished with it.
+	if there, err := t.there(); there || err != nil {
+		return nil, err
 	}
+	f, err := download.OpenPartial(ctx, t.path, nil)
+	if err != nil {
+		return nil, err
+	}
+	there, err := t.there() // another may have brought it
+	if !there && err == nil {
+		return f, nil
+	}
+	return nil, errors.Join(err, os.Remove(f.Name()), f.Close())
 }
 
+// there says whether the whole layer is: one that has been damaged since is fetched again, and replaced.
 func (t *transfer) there() (yes bool, err error) {
 	f, err := os.Open(t.path)
 	if errors.Is(err, fs.ErrNotExist) {
