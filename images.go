@@ -189,7 +189,6 @@ func (h *Host) scratch(ctx context.Context, s *spec.Scratch) (Drive, error) {
 	}
 	size := int64(cmp.Or(s.SizeMiB, spec.DefaultScratchMiB)) << 20
 	if s.Keep != "" {
-		d.CacheType = "Writeback" // what the guest has synced outlives the host's crash too
 		d.PathOnHost, err = volumes.Named(ctx, s.Keep, size)
 	} else {
 		d.PathOnHost, err = volumes.Blank(ctx, size)

@@ -167,14 +167,16 @@ type MachineConfig struct {
 
 // Drive is a block device backed by a raw file or a block device of the host.
 type Drive struct {
-	DriveID      string       `json:"driveId"` // [A-Za-z0-9_]
-	PathOnHost   string       `json:"pathOnHost"`
-	IsRootDevice bool         `json:"isRootDevice"`
-	IsReadOnly   bool         `json:"isReadOnly,omitempty"`
-	PartUUID     string       `json:"partuuid,omitempty"`  // only with IsRootDevice
-	CacheType    string       `json:"cacheType,omitempty"` // Unsafe (default) or Writeback
-	IOEngine     string       `json:"ioEngine,omitempty"`  // Sync (default) or Async
-	RateLimiter  *RateLimiter `json:"rateLimiter,omitempty"`
+	DriveID      string `json:"driveId"` // [A-Za-z0-9_]
+	PathOnHost   string `json:"pathOnHost"`
+	IsRootDevice bool   `json:"isRootDevice"`
+	IsReadOnly   bool   `json:"isReadOnly,omitempty"`
+	PartUUID     string `json:"partuuid,omitempty"` // only with IsRootDevice
+	// CacheType is Unsafe, where the guest's flushes do nothing, or Writeback, where they are fsyncs of the file. Empty: Writeback for a file
+	// that the guest writes itself, Unsafe for a copy.
+	CacheType   string       `json:"cacheType,omitempty"`
+	IOEngine    string       `json:"ioEngine,omitempty"` // Sync (default) or Async
+	RateLimiter *RateLimiter `json:"rateLimiter,omitempty"`
 	// Ephemeral says whether the VM gets a copy of its own that is thrown away with it. Nil: yes for a
 	// writable drive (unless the host switches that off), no for a read-only one.
 	Ephemeral *bool `json:"ephemeral,omitempty"`

@@ -37,6 +37,9 @@ func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, er
 	s.Drives = append([]spec.Drive(nil), s.Drives...)
 	for i := range s.Drives {
 		d := &s.Drives[i]
+		if d.CacheType == "" && !d.IsReadOnly && !stage.Wanted(ephemeral, d.IsReadOnly, d.Ephemeral) {
+			d.CacheType = "Writeback" // what the guest has synced outlives the host's crash too
+		}
 		d.PathOnHost = r.file(fmt.Sprintf("drives[%d].pathOnHost", i), d.PathOnHost, access(ephemeral, d.IsReadOnly, d.Ephemeral))
 	}
 	s.Pmem = append([]spec.Pmem(nil), s.Pmem...)
