@@ -47,6 +47,10 @@ var operations = map[string]func(context.Context, string, volume.Options) error{
 	"resize": func(ctx context.Context, dir string, o volume.Options) error {
 		return volume.Resize(ctx, filepath.Join(dir, "disk"), 2*small, o)
 	},
+	"trim": func(ctx context.Context, dir string, o volume.Options) error {
+		_, err := volume.Trim(ctx, filepath.Join(dir, "disk"), o)
+		return err
+	},
 	"remove": func(_ context.Context, dir string, o volume.Options) error {
 		s, err := volume.Open(filepath.Join(dir, "store"))
 		if err != nil {
@@ -98,7 +102,7 @@ func sizeOf(t *testing.T, path string) int64 {
 // Whoever is first, a VM's lease or a command: the other is refused, and can go on once the first is done.
 func TestLocks(t *testing.T) {
 	inUse := errors.New("in use")
-	for _, what := range []string{"clone", "resize", "remove"} {
+	for _, what := range []string{"clone", "resize", "trim", "remove"} {
 		t.Run(what, func(t *testing.T) {
 			dir, disk := disks(t, what)
 			vms, err := store.Open(filepath.Join(t.TempDir(), "vms"))
@@ -139,7 +143,7 @@ func TestLocks_Commands(t *testing.T) {
 	for _, tt := range []struct {
 		first, then string
 		busy        bool
-	}{{"resize", "resize", true}, {"resize", "clone", true}, {"clone", "resize", true}, {"clone", "clone", false}} {
+	}{{"resize", "resize", true}, {"resize", "trim", true}, {"trim", "clone", true}, {"resize", "clone", true}, {"clone", "resize", true}, {"clone", "clone", false}} {
 		dir, _ := disks(t, "")
 		var then error
 		if err := operations[tt.first](t.Context(), dir, volume.Options{InUse: func(string) error {

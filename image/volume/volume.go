@@ -135,30 +135,66 @@ func buildNamed(path string, make func(temp *os.File) error) error {
 	return atomicfile.SyncDir(filepath.Dir(path))
 }
 
+// openExt4 opens the disk at path, which no VM may have open, to change the ext4 in it. Errors say what was to be done.
+func openExt4(verb, path string, o Options) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%s disk: %w", verb, err)
+	}
+	kind := ""
+	if err = errors.Join(disklock.Lock(f, false), o.check(path)); err == nil {
+		kind, err = Detect(path)
+	}
+	if err == nil && kind != "ext4" {
+		err = fmt.Errorf("%w: want ext4", ErrFormat)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s disk %s: %w", verb, path, err), f.Close())
+	}
+	return f, nil
+}
+
+// Trim gives the host's file system back what is free in the ext4 of the disk at path, which no VM may have open: it becomes holes. Returns
+// how many bytes less the disk takes. Errors are ErrFormat for other file systems, which fstrim trims in the guest if its VMM offers discard;
+// and disklock.ErrBusy.
+func Trim(ctx context.Context, path string, o Options) (freed int64, err error) {
+	f, err := openExt4("trim", path, o)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	before, err := used(f)
+	if err == nil {
+		err = run(ctx, f, "e2fsck", "-f", "-p", "-E", "discard", inChild)
+	}
+	after, statErr := used(f)
+	if err := errors.Join(err, statErr); err != nil {
+		return 0, fmt.Errorf("trim disk %s: %w", path, err)
+	}
+	return before - after, nil
+}
+
+// used is what a file takes on the host, in bytes.
+func used(f *os.File) (int64, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(int(f.Fd()), &st)
+	return st.Blocks * 512, err
+}
+
 // Resize makes the disk at path, which no VM may have open, size bytes large, and an ext4 in it likewise. Once it has begun to, it does not stop
 // for the end of ctx. Returns ErrFormat for other file systems: they grow while they are mounted, in the guest; and disklock.ErrBusy.
 func Resize(ctx context.Context, path string, size int64, o Options) error {
 	if size < MinSize || size > MaxSize {
 		return fmt.Errorf("resize disk %s: %w: %d bytes", path, fs.ErrInvalid, size)
 	}
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	f, err := openExt4("resize", path, o)
 	if err != nil {
-		return fmt.Errorf("resize disk: %w", err)
+		return err
 	}
 	defer f.Close()
-	if err := errors.Join(disklock.Lock(f, false), o.check(path)); err != nil {
-		return fmt.Errorf("resize disk %s: %w", path, err)
-	}
-	kind, err := Detect(path)
-	if err != nil {
-		return fmt.Errorf("resize disk: %w", err)
-	}
 	fi, err := f.Stat()
 	if err != nil {
 		return fmt.Errorf("resize disk: %w", err)
-	}
-	if kind != "ext4" {
-		return fmt.Errorf("resize disk %s: %w: want ext4", path, ErrFormat)
 	}
 	if err := run(ctx, f, "e2fsck", "-f", "-p", inChild); err != nil {
 		return fmt.Errorf("resize disk %s: %w", path, err)

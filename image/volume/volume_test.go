@@ -155,6 +155,70 @@ func TestResize(t *testing.T) {
 	}
 }
 
+// What was deleted on a disk takes nothing on the host any more, and what is there stays.
+func TestTrim(t *testing.T) {
+	path := blank(t, "ext4", 256<<20)
+	content := bytes.Repeat([]byte("smartvm "), 8<<20)
+	if err := os.WriteFile(filepath.Join(filepath.Dir(path), "big"), content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const small = 1 << 20
+	if got := allocated(t, path); got > small {
+		t.Errorf("empty, it takes %d bytes", got)
+	}
+	debugfs(t, path, "write big kept")
+	debugfs(t, path, "write big big")
+	debugfs(t, path, "rm big")
+	full := allocated(t, path)
+	if full < 2*int64(len(content)) {
+		t.Errorf("before, it takes %d bytes", full)
+	}
+	freed, err := volume.Trim(t.Context(), path, volume.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := allocated(t, path)
+	if over := got - int64(len(content)); over < 0 || over > small || freed != full-got {
+		t.Errorf("it takes %d bytes of %d, for a file of %d; freed %d", got, full, len(content), freed)
+	}
+	fsck(t, path)
+	if out := debugfs(t, path, "cat kept"); !bytes.Contains(out, content) {
+		t.Error("the file that was kept is another")
+	}
+	other := filepath.Join(t.TempDir(), "other")
+	if err := os.WriteFile(other, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	full = allocated(t, other)
+	if _, err := volume.Trim(t.Context(), other, volume.Options{}); !errors.Is(err, volume.ErrFormat) || allocated(t, other) != full {
+		t.Errorf("of no file system: %v, it takes %d bytes of %d", err, allocated(t, other), full)
+	}
+}
+
+func allocated(t *testing.T, path string) int64 {
+	t.Helper()
+	var st syscall.Stat_t
+	if err := syscall.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
+}
+
+// debugfs changes an ext4 without mounting it.
+func debugfs(t *testing.T, path, command string) []byte {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "debugfs", "-w", "-R", command, filepath.Base(path))
+	if cmd.Path == "debugfs" {
+		cmd.Path, cmd.Err = "/usr/sbin/debugfs", nil
+	}
+	cmd.Dir = filepath.Dir(path) // its name may have blanks, which debugfs does not take
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("debugfs %s: %v", command, err)
+	}
+	return out
+}
+
 func TestDetect_CutOff(t *testing.T) {
 	path := blank(t, "ext4", 16<<20)
 	if err := os.Truncate(path, 8<<20); err != nil {

@@ -24,7 +24,7 @@ func (s *Shell) Commands() []*cobra.Command { return []*cobra.Command{s.disk(), 
 func (s *Shell) disk() *cobra.Command {
 	return s.Group("disk", "Make and remove disks",
 		"Make disks for --drive, and manage those that run --keep NAME has made.",
-		s.createDisk(), s.cloneDisk(), s.resizeDisk(), s.listDisks(), s.removeDisks())
+		s.createDisk(), s.cloneDisk(), s.resizeDisk(), s.trimDisks(), s.listDisks(), s.removeDisks())
 }
 
 func (s *Shell) createDisk() *cobra.Command {
@@ -101,6 +101,35 @@ func (s *Shell) resizeDisk() *cobra.Command {
 					return s.Invalid(err)
 				}
 				return s.path(args[0])
+			})
+		},
+	}
+}
+
+func (s *Shell) trimDisks() *cobra.Command {
+	return s.trim("PATH...", "a path", func(_ *smartvm.Host, path string) (string, error) { return path, nil })
+}
+
+// trim is the command that makes holes in disks, which find finds.
+func (s *Shell) trim(args, want string, find func(h *smartvm.Host, arg string) (string, error)) *cobra.Command {
+	return &cobra.Command{
+		Use:   "trim " + args,
+		Short: "Give the host back what is free in disks",
+		Long: "Make holes of what is free in disks with an ext4 that no running VM has: what\n" +
+			"guests have deleted comes back to the host. It needs e2fsck.\n\n" +
+			"The fields of -o json: path, freed (bytes).",
+		Args: s.Takes(1, -1, want),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return s.OnHost(func(h *smartvm.Host) error {
+				o := volume.Options{InUse: unread(cmd.Context(), h, false)}
+				return s.Each(cmd.Context(), args, func(ctx context.Context, arg string) (any, error) {
+					path, err := find(h, arg)
+					if err != nil {
+						return nil, s.Invalid(err)
+					}
+					freed, err := volume.Trim(ctx, path, o)
+					return map[string]any{"path": path, "freed": freed}, s.Invalid(err)
+				})
 			})
 		},
 	}

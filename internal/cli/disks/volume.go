@@ -19,7 +19,7 @@ import (
 func (s *Shell) volume() *cobra.Command {
 	return s.Group("volume", "Make and remove named volumes",
 		"Manage the volumes that run -v NAME:GUEST makes: disks that are mounted in guests\nand outlive them.",
-		s.createVolume(), s.listVolumes(), s.inspectVolumes(), s.removeVolumes(), s.pruneVolumes())
+		s.createVolume(), s.listVolumes(), s.inspectVolumes(), s.trimVolumes(), s.removeVolumes(), s.pruneVolumes())
 }
 
 // onVolumes does something with the volumes of the host.
@@ -129,6 +129,17 @@ func (s *Shell) inspectVolumes() *cobra.Command {
 			})
 		},
 	}
+}
+
+func (s *Shell) trimVolumes() *cobra.Command {
+	return s.trim("NAME...", "a name", func(h *smartvm.Host, name string) (string, error) {
+		all, err := h.Volumes()
+		if err != nil {
+			return "", err
+		}
+		d, err := all.Volumes().Find(name)
+		return d.Path, err
+	})
 }
 
 func (s *Shell) removeVolumes() *cobra.Command {
