@@ -8,12 +8,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/testenv"
+	"push.rocks/smartvm/spec"
 )
 
 // secretValue must be nowhere on the host but in the files that the user has it in.
@@ -290,5 +293,76 @@ func TestLinuxNamedVolumes(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// What a guest deletes on its drives takes nothing on the host any more: at once where its VMM offers discard, else once the volume is trimmed.
+func TestLinuxDiscard(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	const name, written, rest = "discarded", 64 << 20, 8 << 20
+	volumes, err := h.Volumes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := startGuest(t, h, smartvm.Spec{
+		Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256),
+		NamedVolumes: []smartvm.NamedVolume{{Name: name, Target: "/data", SizeMiB: 256}},
+	})
+	t.Cleanup(func() {
+		if err := volumes.Volumes().Remove(name, volume.Options{}); err != nil {
+			t.Error(err)
+		}
+	})
+	i, err := m.Inspect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := firecracker.ParseVersion(i.FirecrackerVersion)
+	if err != nil {
+		t.Fatal(err)
+	}
+	offered := v.AtLeast(firecracker.Version{Major: 1, Minor: 17})
+	used := func() map[string]int64 {
+		disk, err := volumes.Volumes().Find(name)
+		scratch, statErr := os.Stat(i.Staged[spec.ScratchDrive].Path)
+		if err := errors.Join(err, statErr); err != nil {
+			t.Fatal(err)
+		}
+		return map[string]int64{"volume": disk.Used, "scratch": scratch.Sys().(*syscall.Stat_t).Blocks * 512}
+	}
+	empty := used()
+	inGuest(t, m, asRoot("head -c 67108864 /dev/zero | tee /data/big >/big; sync"), 0, "")
+	full := used()
+	inGuest(t, m, asRoot("rm /data/big /big; echo kept >/data/kept; sync"), 0, "")
+	for drive := range full {
+		if full[drive] < empty[drive]+written {
+			t.Errorf("%s: %d bytes were written, and it takes %d, before %d", drive, written, full[drive], empty[drive])
+		}
+		for ctx := patient(t); offered && used()[drive] > empty[drive]+rest; { // the guest's kernel does it when the deletion is on the disk
+			if ctx.Err() != nil {
+				t.Fatalf("%s: it takes %d bytes still, before %d", drive, used()[drive], empty[drive])
+			}
+			inGuest(t, m, asRoot("sync"), 0, "")
+		}
+	}
+	deleted := used()
+	t.Logf("Firecracker %s: empty %v, written %v, deleted %v", v, empty, full, deleted)
+	if !offered && deleted["volume"] < full["volume"] {
+		t.Errorf("without discard it takes %v, before %v", deleted, full)
+	}
+	inGuest(t, m, asRoot("fstrim /data 2>/dev/null && echo trimmed; cat /data/kept"), 0, map[bool]string{true: "trimmed\n"}[offered]+"kept\n")
+	endGuest(t, m)
+	disk, err := volumes.Volumes().Find(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	freed, err := volume.Trim(t.Context(), disk.Path, volume.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := volumes.Volumes().Find(name)
+	t.Logf("trimmed: %d bytes, freed %d", after.Used, freed)
+	if err != nil || after.Used > empty["volume"]+rest || after.Used+freed != disk.Used {
+		t.Errorf("trimmed, it takes %d bytes, %v, before %d; freed %d", after.Used, err, disk.Used, freed)
 	}
 }

@@ -154,7 +154,7 @@ func makePlan(s *Spec, p *proposal) *plan {
 	if l := s.Logger; l != nil {
 		pl.config.Log = vmm.LogOptions{Level: l.Level, ShowLevel: l.ShowLevel, ShowOrigin: l.ShowLogOrigin}
 	}
-	pl.Calls = configure.Calls(s)
+	pl.Calls = configure.Calls(s, p.version)
 	if p.restored != nil {
 		pl.Calls = configure.RestoreCalls(s, &p.restored.Load, p.version)
 	}

@@ -3,6 +3,7 @@ package smartvm_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
@@ -146,4 +147,58 @@ func golden(t *testing.T, path string, got []byte) {
 	if diff := cmp.Diff(string(want), string(got)); diff != "" {
 		t.Errorf("%s: -want +got:\n%s", path, diff)
 	}
+}
+
+// A guest can trim what it writes where the VMM offers that, unless its drive says otherwise; an older VMM is not asked, but by a drive that wants it.
+func TestPlan_Discard(t *testing.T) {
+	testenv.Require(t, testenv.KVM)
+	no, yes := false, true
+	for version, want := range map[string]string{"1.16.1": "-----", "1.17.0": "yy---"} {
+		site := newFaultSite(t, fakefc.Script{Version: version})
+		path := site.spec.Drives[0].PathOnHost
+		site.spec.Drives = []smartvm.Drive{
+			{DriveID: "copy", PathOnHost: path},
+			{DriveID: "inplace", PathOnHost: path, Ephemeral: &no},
+			{DriveID: "not", PathOnHost: path, Discard: &no},
+			{DriveID: "readonly", PathOnHost: path, IsReadOnly: true},
+			{DriveID: "async", PathOnHost: path, IOEngine: "Async"},
+		}
+		h := site.open(t)
+		if got := discards(t, h, site.spec); got != want {
+			t.Errorf("%s: the drives have %s, want %s", version, got, want)
+		}
+		site.spec.Drives[4] = smartvm.Drive{DriveID: "wanted", PathOnHost: path, Discard: &yes}
+		if version == "1.17.0" {
+			if got := discards(t, h, site.spec); got != "yy--y" {
+				t.Errorf("%s: with one that wants it the drives have %s", version, got)
+			}
+		} else if _, err := h.Plan(t.Context(), site.spec); !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "discard") || !strings.Contains(err.Error(), "1.17.0") {
+			t.Errorf("%s: one that wants it: %v", version, err)
+		}
+	}
+}
+
+// discards says of each drive whether the VMM is told to offer discard.
+func discards(t *testing.T, h *smartvm.Host, s smartvm.Spec) (got string) {
+	t.Helper()
+	text, err := h.Plan(t.Context(), s)
+	var plan struct {
+		Calls []struct {
+			Path string
+			Body struct{ Discard bool }
+		}
+	}
+	if err = errors.Join(err, json.Unmarshal(text, &plan)); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range plan.Calls {
+		switch {
+		case !strings.HasPrefix(c.Path, "/drives/"):
+		case c.Body.Discard:
+			got += "y"
+		default:
+			got += "-"
+		}
+	}
+	return got
 }

@@ -35,6 +35,7 @@ func TestCheckVersion(t *testing.T) {
 		field, where string
 	}{
 		{"mtu", firecracker.NetworkInterface{MTU: 1500}, "1.16.0 1.17.0 2.0.0", "1.7.0 1.15.1", "1.16.0", "mtu", "PUT /network-interfaces"},
+		{"discard", firecracker.Drive{Discard: true}, "1.17.0 2.0.0", "1.7.0 1.16.1", "1.17.0", "discard", "PUT /drives"},
 		{"pmem", firecracker.Pmem{}, "1.14.0 1.16.0", "1.7.0 1.13.2", "1.14.0", "", "PUT /pmem"},
 		{"pmem limiter", firecracker.Pmem{RateLimiter: limits}, "1.16.0", "1.14.0 1.15.1", "1.16.0", "rate_limiter", "PUT /pmem"},
 		{"pmem update", firecracker.PartialPmem{}, "1.16.0", "1.14.0 1.15.1", "1.16.0", "", "PATCH /pmem"},

@@ -107,7 +107,7 @@ func TestReal_life(t *testing.T) {
 	boot := firecracker.BootSource{KernelImagePath: "kernel"}
 	machine := firecracker.MachineConfiguration{VCPUCount: 1, MemSizeMiB: 32, TrackDirtyPages: true, HugePages: firecracker.HugePagesNone}
 	drive := firecracker.Drive{
-		DriveID: "d_1", PathOnHost: "disk", CacheType: firecracker.CacheWriteback, IOEngine: firecracker.IOEngineSync,
+		DriveID: "d_1", PathOnHost: "disk", CacheType: firecracker.CacheWriteback, IOEngine: firecracker.IOEngineSync, Discard: vmm.version.AtLeast(firecracker.Version{Major: 1, Minor: 17}),
 		RateLimiter: &firecracker.RateLimiter{Ops: &firecracker.TokenBucket{Size: 5, OneTimeBurst: 3, RefillTimeMs: 100}},
 	}
 	vsock := firecracker.Vsock{GuestCID: 3, UDSPath: "v.sock"}

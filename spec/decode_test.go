@@ -56,6 +56,7 @@ const oursSpec = `{
   "ports": [{"hostIp": "127.0.0.1", "hostPort": 8080, "guestPort": 80, "protocol": "udp"}],
   "policy": {"defaultAction": "deny", "rules": [{"action": "allow", "protocol": "tcp", "destination": "10.0.0.0/8"}], "allowHost": true, "egress": "public"},
   "dns": ["1.1.1.1", "fd00::53"],
+  "drives": [{"driveId": "data", "pathOnHost": "data.img", "isRootDevice": false, "discard": false}],
   "balloon": {"amountMib": 128, "deflateOnOom": false, "freePageHinting": true, "freePageReporting": true},
   "mmds": {"networkInterfaces": ["eth0"], "imdsCompat": true},
   "entropy": {"rateLimiter": {"bandwidth": {"size": 1, "refillTime": 1}}},

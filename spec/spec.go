@@ -177,6 +177,9 @@ type Drive struct {
 	CacheType   string       `json:"cacheType,omitempty"`
 	IOEngine    string       `json:"ioEngine,omitempty"` // Sync (default) or Async
 	RateLimiter *RateLimiter `json:"rateLimiter,omitempty"`
+	// Discard says whether the guest can trim the drive, which makes holes in the file. It needs Firecracker ≥ 1.17, a writable drive and Sync.
+	// Nil: yes where those are. Ours
+	Discard *bool `json:"discard,omitempty"`
 	// Ephemeral says whether the VM gets a copy of its own that is thrown away with it. Nil: yes for a
 	// writable drive (unless the host switches that off), no for a read-only one.
 	Ephemeral *bool `json:"ephemeral,omitempty"`

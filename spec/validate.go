@@ -183,6 +183,7 @@ func (s Spec) checkStorage(p *problems) {
 		p.require(printable(d.PartUUID, "!"), at+"partuuid", d.PartUUID, "must be printable ASCII without spaces")
 		p.oneOf(at+"cacheType", d.CacheType, "Unsafe", "Writeback")
 		p.oneOf(at+"ioEngine", d.IOEngine, "Sync", "Async")
+		p.require(d.Discard == nil || !*d.Discard || !d.IsReadOnly && d.IOEngine != "Async", at+"discard", true, "is only for a writable drive with ioEngine Sync")
 		p.rateLimiter(at+"rateLimiter", d.RateLimiter)
 	}
 	for i, d := range s.Pmem {

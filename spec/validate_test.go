@@ -130,6 +130,8 @@ func storageRules() []breakage {
 		{"drives[1].partuuid", "only for the root device", func(s *vmspec.Spec) { s.Drives[1].PartUUID = "a-1" }},
 		{"drives[0].partuuid", "without spaces", func(s *vmspec.Spec) { s.Drives[0].PartUUID = "a init=/x" }},
 		{"drives[0].cacheType", "one of Unsafe, Writeback", func(s *vmspec.Spec) { s.Drives[0].CacheType = "unsafe" }},
+		{"drives[0].discard", "is only for a writable drive", func(s *vmspec.Spec) { s.Drives[0].Discard, s.Drives[0].IsReadOnly = new(true), true }},
+		{"drives[0].discard", "is only for a writable drive", func(s *vmspec.Spec) { s.Drives[0].Discard, s.Drives[0].IOEngine = new(true), "Async" }},
 		{"drives[0].ioEngine", "one of Sync, Async", func(s *vmspec.Spec) { s.Drives[0].IOEngine = "io_uring" }},
 		{"drives[0].rateLimiter.bandwidth.size", "not be 0 on its own", func(s *vmspec.Spec) { s.Drives[0].RateLimiter.Bandwidth.Size = 0 }},
 		{"drives[0].rateLimiter.ops.refillTime", "not be 0 on its own", func(s *vmspec.Spec) { s.Drives[0].RateLimiter.Ops.RefillTime = 0 }},

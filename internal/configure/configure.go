@@ -25,9 +25,9 @@ func put[T any](path string, body T, method func(*firecracker.Client, context.Co
 	return Call{path, body, func(ctx context.Context, c *firecracker.Client) error { return method(c, ctx, body) }}
 }
 
-// Calls translates a Spec into requests, in an order in which the VMM takes them. Paths are those in the VMM's
-// working directory.
-func Calls(s *spec.Spec) []Call {
+// Calls translates a Spec into requests to a VMM of version v, in an order in which the VMM takes them. Paths are those in
+// the VMM's working directory.
+func Calls(s *spec.Spec, v firecracker.Version) []Call {
 	m := s.MachineConfig
 	boot := firecracker.BootSource{KernelImagePath: store.KernelFile, BootArgs: s.BootSource.BootArgs}
 	if boot.BootArgs == "" {
@@ -48,18 +48,23 @@ func Calls(s *spec.Spec) []Call {
 		list = append(list, put("/cpu-config", config, (*firecracker.Client).PutCPUConfig))
 	}
 	list = append(list, put("/boot-source", boot, (*firecracker.Client).PutBootSource))
-	list = append(list, storageCalls(s)...)
+	list = append(list, storageCalls(s, v)...)
 	list = append(list, networkCalls(s)...)
 	return append(list, otherCalls(s)...)
 }
 
-func storageCalls(s *spec.Spec) []Call {
+func storageCalls(s *spec.Spec, v firecracker.Version) []Call {
 	var list []Call
+	offered := firecracker.CheckVersion(v, firecracker.Drive{Discard: true}) == nil
 	for _, d := range s.Drives {
+		discard := offered && !d.IsReadOnly && d.IOEngine != "Async"
+		if d.Discard != nil {
+			discard = *d.Discard
+		}
 		list = append(list, put("/drives/"+d.DriveID, firecracker.Drive{
 			DriveID: d.DriveID, PathOnHost: DevicePath(d.DriveID), IsRootDevice: d.IsRootDevice, IsReadOnly: d.IsReadOnly,
 			PartUUID: d.PartUUID, CacheType: firecracker.CacheType(d.CacheType), IOEngine: firecracker.IOEngine(d.IOEngine),
-			RateLimiter: RateLimiter(d.RateLimiter),
+			RateLimiter: RateLimiter(d.RateLimiter), Discard: discard,
 		}, (*firecracker.Client).PutDrive))
 	}
 	for _, d := range s.Pmem {

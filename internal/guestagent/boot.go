@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/internal/guestagent/disk"
 	"push.rocks/smartvm/internal/guestagent/fill"
 )
 
@@ -253,7 +254,7 @@ func (g *guest) joinScratch(b *agentproto.Boot) error {
 	if err := mountReadOnly(b, lowerDir); err != nil {
 		return err
 	}
-	if err := mount(filesystem{kind: agentproto.Ext4, source: b.ScratchDevice, target: scratchDir}); err != nil {
+	if err := mount(filesystem{kind: agentproto.Ext4, source: b.ScratchDevice, target: scratchDir, data: disk.Options("/sys", b.ScratchDevice)}); err != nil {
 		return err
 	}
 	upper, work := filepath.Join(scratchDir, "upper"), filepath.Join(scratchDir, "work")

@@ -24,7 +24,7 @@ func (g *guest) mountVolumes(b *agentproto.Boot) error {
 		if err := awaitDevice(b.ChangesDevice); err != nil {
 			return err
 		}
-		if err := mount(filesystem{kind: agentproto.Ext4, source: b.ChangesDevice, target: agentproto.ChangesDir}); err != nil {
+		if err := mount(filesystem{kind: agentproto.Ext4, source: b.ChangesDevice, target: agentproto.ChangesDir, data: disk.Options("/sys", b.ChangesDevice)}); err != nil {
 			return err
 		}
 		if err := g.keepWritable(agentproto.ChangesDir); err != nil {
@@ -84,7 +84,7 @@ func (g *guest) mountDisk(number int, d agentproto.Disk) error {
 		return err
 	}
 	at := fmt.Sprintf("/run/smartvm/disk-%d", number)
-	if err := mount(filesystem{kind: agentproto.Ext4, source: d.Device, target: at}); err != nil {
+	if err := mount(filesystem{kind: agentproto.Ext4, source: d.Device, target: at, data: disk.Options("/sys", d.Device)}); err != nil {
 		return err
 	}
 	if err := g.keepWritable(at); err != nil {

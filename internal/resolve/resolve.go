@@ -62,7 +62,7 @@ func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, er
 	if s.Metrics != nil {
 		s.Metrics = &spec.Metrics{MetricsPath: r.abs(s.Metrics.MetricsPath)}
 	}
-	for _, c := range configure.Calls(s) {
+	for _, c := range configure.Calls(s, v) {
 		r.errs = append(r.errs, versionErrors(c, v)...)
 	}
 	return extract, errors.Join(r.errs...)

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -16,6 +17,16 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/treetar"
 )
+
+// Options are those to mount an ext4 on a drive with: where the drive takes it, the host is told at once what is free again. The kernel
+// complains of the option elsewhere. Sys is /sys.
+func Options(sys, device string) string {
+	text, err := os.ReadFile(filepath.Join(sys, "block", filepath.Base(device), "queue/discard_max_bytes"))
+	if err != nil || strings.TrimSpace(string(text)) == "0" {
+		return ""
+	}
+	return "discard"
+}
 
 // Put brings the disk that is mounted on at to where it belongs.
 func Put(at string, d agentproto.Disk) error {

@@ -75,6 +75,26 @@ func TestPut(t *testing.T) {
 	}
 }
 
+// The host is told of what is free on drives that take it, and no other.
+func TestOptions(t *testing.T) {
+	sys := t.TempDir()
+	for device, limit := range map[string]string{"vda": "0\n", "vdb": "2147483136\n", "vdc": ""} {
+		queue := filepath.Join(sys, "block", device, "queue")
+		err := os.MkdirAll(queue, 0o755)
+		if limit != "" {
+			err = errors.Join(err, os.WriteFile(filepath.Join(queue, "discard_max_bytes"), []byte(limit), 0o644))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for device, want := range map[string]string{"vda": "", "vdb": "discard", "vdc": "", "vdd": ""} {
+		if got := disk.Options(sys, "/dev/"+device); got != want {
+			t.Errorf("%s is mounted with %q, want %q", device, got, want)
+		}
+	}
+}
+
 // wantTree compares what is below a directory: name, kind, mode, owner, names of the inode.
 func wantTree(t *testing.T, dir, want string) {
 	t.Helper()
