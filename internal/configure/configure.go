@@ -5,8 +5,10 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"net/netip"
 	"path"
+	"strings"
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/store"
@@ -57,15 +59,16 @@ func storageCalls(s *spec.Spec, v firecracker.Version) []Call {
 	var list []Call
 	offered := firecracker.CheckVersion(v, firecracker.Drive{Discard: true}) == nil
 	for _, d := range s.Drives {
+		send := tryDiscard
 		discard := offered && !d.IsReadOnly && d.IOEngine != "Async"
 		if d.Discard != nil {
-			discard = *d.Discard
+			discard, send = *d.Discard, (*firecracker.Client).PutDrive
 		}
 		list = append(list, put("/drives/"+d.DriveID, firecracker.Drive{
 			DriveID: d.DriveID, PathOnHost: DevicePath(d.DriveID), IsRootDevice: d.IsRootDevice, IsReadOnly: d.IsReadOnly,
 			PartUUID: d.PartUUID, CacheType: firecracker.CacheType(d.CacheType), IOEngine: firecracker.IOEngine(d.IOEngine),
 			RateLimiter: RateLimiter(d.RateLimiter), Discard: discard,
-		}, (*firecracker.Client).PutDrive))
+		}, send))
 	}
 	for _, d := range s.Pmem {
 		list = append(list, put("/pmem/"+d.ID, firecracker.Pmem{
@@ -74,6 +77,16 @@ func storageCalls(s *spec.Spec, v firecracker.Version) []Call {
 		}, (*firecracker.Client).PutPmem))
 	}
 	return list
+}
+
+// tryDiscard does without discard where the VMM does not know it: a build of what is to become 1.17, which says that it is that already.
+func tryDiscard(c *firecracker.Client, ctx context.Context, d firecracker.Drive) error {
+	err := c.PutDrive(ctx, d)
+	if fault, ok := errors.AsType[*firecracker.APIError](err); ok && d.Discard && strings.Contains(fault.Fault, "unknown field `discard`") {
+		d.Discard = false
+		err = c.PutDrive(ctx, d)
+	}
+	return err
 }
 
 // DevicePath is what a drive or pmem file is called in the VMM's working directory.
