@@ -238,6 +238,18 @@ func TestLinuxImage_Systemd(t *testing.T) {
 	if err != nil || bytes.Contains(log, []byte("FAILED")) {
 		t.Errorf("a unit failed: %v\n%s", err, log)
 	}
+	// What exec has started is in systemd's own group, which cannot be frozen for a snapshot: it is moved.
+	told(t, m, "sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >/run/sleeper")
+	sn, err := m.Snapshot(patient(t), smartvm.SnapshotOptions{})
+	if err != nil || len(sn.Warnings) > 0 {
+		t.Fatalf("%+v, %v", sn, err)
+	}
+	if err := h.RemoveSnapshot(t.Context(), sn.ID, false); err != nil {
+		t.Error(err)
+	}
+	if group := told(t, m, "cat /proc/$(cat /run/sleeper)/cgroup"); group != "0::/smartvm" {
+		t.Errorf("while the snapshot was made it was in %s", group)
+	}
 	checkRestart(t, m)
 	pressKeys(t, m)
 	checkEnded(t, m)

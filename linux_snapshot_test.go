@@ -8,13 +8,17 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"os/exec"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
 )
 
@@ -184,6 +188,43 @@ func TestLinuxFork(t *testing.T) {
 	for _, f := range append(forks, m) {
 		endGuest(t, f)
 	}
+	if _, err := h.Sweep(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func init() { children["snapshot-killed"] = snapshotKilled }
+
+// snapshotKilled makes a snapshot of a VM and is killed before it lets the guest's programs go on.
+func snapshotKilled(args []string) int {
+	h, err := smartvm.Open(smartvm.WithTrace(smartvm.Options{RuntimeDir: args[0], DataDir: args[1], FirecrackerBinary: args[2]}, func(step string) {
+		if step == "call thaw" {
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+	}))
+	if err == nil {
+		var m *smartvm.Machine
+		if m, err = h.Machine(context.Background(), args[3]); err == nil {
+			_, err = m.Snapshot(context.Background(), smartvm.SnapshotOptions{})
+		}
+	}
+	fmt.Fprintln(os.Stderr, "it was not killed:", err)
+	return 1
+}
+
+// When the process that makes a snapshot dies once the VM runs again, the one that supervises the VM lets the guest's programs go on.
+func TestLinuxSnapshot_Killed(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	m := restoreGuest(t, h, unconnected, smartvm.RestoreOptions{})
+	cmd := exec.CommandContext(patient(t), os.Args[0], h.RuntimeDir(), h.DataDir(), testenv.Firecracker(t), m.ID())
+	cmd.Env = append(os.Environ(), "SMARTVM_TEST_CHILD=snapshot-killed")
+	out, err := cmd.CombinedOutput()
+	if state := cmd.ProcessState; state == nil || state.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		t.Fatalf("%v: %s", err, out)
+	}
+	ask(t, m, "true") // which begins when others go on
+	endGuest(t, m)
 	if _, err := h.Sweep(t.Context()); err != nil {
 		t.Error(err)
 	}

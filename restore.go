@@ -294,11 +294,14 @@ func (m *Machine) identity() *agentproto.Identity {
 	return &agentproto.Identity{Hostname: b.Hostname, MachineID: b.MachineID, Interfaces: attach.Rekey(r.Was, m.rec().Interfaces), DNS: b.DNS, Hosts: b.Hosts}
 }
 
+// identifyTime bounds one try to tell a guest who it is.
+const identifyTime = time.Minute
+
 // identify tells a restored guest who it is, as soon as it listens, and writes down when that was.
 func (m *Machine) identify(ctx context.Context, r *run, g *GuestState) {
 	var warnings []string
 	err := capture.Retry(ctx, func() (err error) {
-		short, cancel := context.WithTimeout(ctx, agentproto.FreezeTimeout)
+		short, cancel := context.WithTimeout(ctx, identifyTime)
 		defer cancel()
 		g.Skew, warnings, err = m.guest().Identify(short, m.identity())
 		return err

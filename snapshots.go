@@ -223,6 +223,9 @@ func (h *Host) releaseHold(ctx context.Context, id string) error {
 	if mib, ok := hold.Deflates(); ok && err == nil {
 		err = c.PatchBalloon(ctx, mib)
 	}
+	if g, guestErr := m.Guest(); hold.Resumes() && err == nil && guestErr == nil && m.hasAgent() && g.Ready() {
+		err = m.guest().Thaw(ctx)
+	}
 	if err = errors.Join(err, c.Close()); err != nil {
 		return errors.Join(err, hold.Abandon()) // it is tried again
 	}

@@ -4,16 +4,27 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"io"
 	"time"
 
 	"push.rocks/smartvm/internal/agentproto"
 )
 
-// Freeze stops the guest's programs and file systems, so that a snapshot finds them at rest. The guest thaws by itself when
-// nobody does it for agentproto.FreezeTimeout.
-func (c *Client) Freeze(ctx context.Context, dropCaches bool) error {
-	_, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpFreeze, DropCaches: dropCaches})
-	return err
+// Freeze stops the guest's programs and file systems, so that a snapshot finds them at rest. They go on after Thaw, and when this process
+// ends or closes what Freeze returns, unless a snapshot was made before: what is restored from that goes on after Identify only.
+func (c *Client) Freeze(ctx context.Context, dropCaches bool) (io.Closer, error) {
+	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpFreeze, DropCaches: dropCaches})
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	if _, err = answer(conn); !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return conn, nil
 }
 
 // Thaw lets a guest go on that was frozen.

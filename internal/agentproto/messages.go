@@ -29,16 +29,13 @@ const (
 	OpResume Op = "resume" // go on with an OpExec or OpMain whose connection was lost: a Reply with Received, then its frames
 
 	// Around a snapshot. Its making ends all connections, in the guest that goes on as in those that are restored from it: see OpResume.
-	OpFreeze   Op = "freeze"   // stop programs and file systems, until one of the following, or for FreezeTimeout at most
+	OpFreeze   Op = "freeze"   // stop programs and file systems, until one of the following, or until the host closes the connection
 	OpThaw     Op = "thaw"     // let them go on
 	OpIdentify Op = "identify" // be who Identity says, in a guest that was restored; then let them go on
 )
 
 // SecretDir is where a guest has its secrets, each in a file.
 const SecretDir = "/run/secrets"
-
-// FreezeTimeout is how long a guest waits, by its own clock, for a host that has frozen it.
-const FreezeTimeout = time.Minute
 
 // Request is what the host wants.
 type Request struct {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -16,7 +17,6 @@ import (
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/agent"
-	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/stage"
@@ -91,9 +91,12 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 				r.Warnings = append(r.Warnings, v.thaw(undo, o)...)
 			}
 		}()
-		warnings, err := v.freeze(ctx, o)
+		frozen, warnings, err := v.freeze(ctx, o)
 		if r.Warnings = append(r.Warnings, warnings...); err != nil {
 			return r, err
+		}
+		if frozen != nil {
+			defer frozen.Close()
 		}
 	}
 	if v.listens() && v.Balloon && o.DropCaches {
@@ -159,23 +162,23 @@ func (v *VM) stood(ctx context.Context) error {
 }
 
 // patience bounds how long a guest may take to come to rest: it has to write out what it holds in memory.
-const patience = agentproto.FreezeTimeout / 4
+const patience = 15 * time.Second
 
-// freeze brings the guest to rest. One that cannot be asked is taken as it is.
-func (v *VM) freeze(ctx context.Context, o Options) (warnings []string, err error) {
+// freeze brings the guest to rest, until what it returns is closed. One that cannot be asked is taken as it is.
+func (v *VM) freeze(ctx context.Context, o Options) (frozen io.Closer, warnings []string, err error) {
 	if v.Booting {
-		return []string{"the guest has not finished booting, or does not answer: it may not survive being restored"}, nil
+		return nil, []string{"the guest has not finished booting, or does not answer: it may not survive being restored"}, nil
 	}
 	if err := RunHook(ctx, v.Agent, o.Hook, HookFreeze); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	v.Trace("freeze")
 	short, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if err := v.Agent.Freeze(short, o.DropCaches); err != nil {
+	if frozen, err = v.Agent.Freeze(short, o.DropCaches); err != nil {
 		warnings = append(warnings, fmt.Sprintf("the guest was not brought to rest: %v", err))
 	}
-	return warnings, nil
+	return frozen, warnings, nil
 }
 
 // thaw lets the guest go on, as soon as it listens again: making the snapshot has cut off who it spoke with.
@@ -187,7 +190,8 @@ func (v *VM) thaw(ctx context.Context, o Options) (warnings []string) {
 	defer cancel()
 	v.Trace("thaw")
 	if err := Retry(ctx, func() error { return v.Agent.Thaw(ctx) }); err != nil {
-		return []string{fmt.Sprintf("the guest goes on only after %s: %v", agentproto.FreezeTimeout, err)}
+		v.Hold.Keep()
+		return []string{fmt.Sprintf("VM %s: its programs stand still until somebody tells the guest to go on, as who supervises it tries to: %v", v.Name, err)}
 	}
 	if err := RunHook(ctx, v.Agent, o.Hook, HookThaw); err != nil {
 		return []string{fmt.Sprintf("VM %s: %v", v.Name, err)}

@@ -15,7 +15,10 @@ import (
 )
 
 // Hold says that a process holds a VM still for a while. One that dies leaves its file, unlocked, for others to see.
-type Hold struct{ f *os.File }
+type Hold struct {
+	f    *os.File
+	keep bool
+}
 
 // Hold marks a VM as held. Returns ErrLocked where another process holds it, fs.ErrNotExist without the VM.
 func (s *Store) Hold(id string) (*Hold, error) {
@@ -57,7 +60,7 @@ func (s *Store) hold(id string, create int) (*Hold, error) {
 		ours, err := f.Stat()
 		there, statErr := os.Stat(path)
 		if err == nil && statErr == nil && os.SameFile(ours, there) {
-			return &Hold{f}, nil
+			return &Hold{f: f}, nil
 		}
 		if err := errors.Join(err, f.Close()); err != nil {
 			return nil, fmt.Errorf("hold VM: %w", err)
@@ -107,8 +110,14 @@ func (h *Hold) notes() []string {
 // Abandon lets others take over what is noted, as if this process had died.
 func (h *Hold) Abandon() error { return h.f.Close() }
 
+// Keep has Release abandon the VM: something of what is noted is still to be done.
+func (h *Hold) Keep() { h.keep = true }
+
 // Release takes the mark away. A VM that is gone meanwhile has none.
 func (h *Hold) Release() error {
+	if h.keep {
+		return h.Abandon()
+	}
 	err := os.Remove(h.f.Name())
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil

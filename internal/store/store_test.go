@@ -307,3 +307,41 @@ func TestLease_OddNames(t *testing.T) {
 		t.Errorf("left: %v, %v", entries, err)
 	}
 }
+
+// A VM that is released is nobody's; if something is still to be done for it, others take that over with what is noted.
+func TestHold_Keep(t *testing.T) {
+	s := open(t)
+	lock, err := s.Create("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Unlock()
+	for _, keep := range []bool{false, true} {
+		h, err := s.Hold("vm")
+		if err == nil {
+			err = h.MustResume()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if keep {
+			h.Keep()
+		}
+		if err := h.Release(); err != nil {
+			t.Fatal(err)
+		}
+		other, err := s.Abandoned("vm")
+		if !keep {
+			if !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("released: %v", err)
+			}
+			continue
+		}
+		if err != nil || !other.Resumes() {
+			t.Fatalf("to be taken over: %v", err)
+		}
+		if err := other.Release(); err != nil {
+			t.Error(err)
+		}
+	}
+}

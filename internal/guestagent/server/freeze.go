@@ -17,44 +17,37 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 )
 
-// freezer holds programs and file systems still around a snapshot. Programs are stopped by control groups, which they cannot
-// see, as they could a signal.
+// Rest is a guest whose programs and file systems stand still. Its functions let them go on.
+type Rest struct{ Files, Programs func() }
+
+// freezer says who holds the guest at rest.
 type freezer struct {
-	mu     sync.Mutex
-	timer  *time.Timer // nil: nothing is frozen
-	groups []string    // directories of control groups
-	mounts []*os.File  // of file systems
+	// programs is locked for reading while a program is started, and locked while they stand still.
+	programs sync.RWMutex
+
+	mu   sync.Mutex
+	by   *session // whose host has asked for that; nil: nothing stands still
+	rest Rest
 }
 
-const (
-	cgroupRoot = "/sys/fs/cgroup"
-	// frozenGroup takes programs that are in no group yet: the root of the groups cannot be frozen.
-	frozenGroup = "smartvm"
-	// freezePatience is how long programs may take to come to rest; one in the kernel's depths may not before the file system
-	// answers.
-	freezePatience = time.Second
-)
-
-// freeze stops programs first: then nothing is written while the file systems settle.
+// freeze has the guest stand still until its host says otherwise, or goes: a clock would not do, as it jumps by the time for which a VM was
+// paused, or a busy host left it alone. Where the VMM has cut off the host, a snapshot was made, and this may be another VM.
 func (s *Server) freeze(ss *session) error {
 	f := &s.frozen
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.timer != nil {
-		return errors.New("the guest is frozen already")
+	if err := f.freeze(ss, s.Stop); err != nil {
+		return err
 	}
-	f.timer = time.AfterFunc(agentproto.FreezeTimeout, f.thaw)
-	f.freezePrograms()
-	unix.Sync()
-	if ss.req.DropCaches {
-		_ = os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
+	err := ss.reply(agentproto.Reply{})
+	ss.listen(nil)
+	<-ss.gone
+	if !errors.Is(err, ErrCutOff) && !errors.Is(ss.lost, ErrCutOff) {
+		f.thaw(ss)
 	}
-	f.freezeMounts()
-	return ss.reply(agentproto.Reply{})
+	return nil
 }
 
 func (s *Server) thaw(ss *session) error {
-	s.frozen.thaw()
+	s.frozen.thaw(nil)
 	return ss.reply(agentproto.Reply{})
 }
 
@@ -64,14 +57,14 @@ func (s *Server) identify(ss *session) error {
 		return errors.New("no identity is given")
 	}
 	r := agentproto.Reply{Skew: s.welcome(ss.req)}
-	s.frozen.thawMounts() // names are written there
+	s.frozen.thawFiles() // names are written there
 	if s.Identify != nil {
 		for _, err := range s.Identify(ss.req.Identity) {
 			r.Warnings = append(r.Warnings, err.Error())
 		}
 	}
 	s.hangUp()
-	s.frozen.thaw()
+	s.frozen.thaw(nil)
 	s.update(func() {
 		if r.Skew != 0 {
 			s.skew = r.Skew
@@ -80,52 +73,101 @@ func (s *Server) identify(ss *session) error {
 	return ss.reply(r)
 }
 
-func (f *freezer) thaw() {
-	f.thawMounts()
+func (f *freezer) freeze(by *session, stop func(dropCaches bool) Rest) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, dir := range f.groups {
-		_ = setFrozen(dir, false)
+	if f.by != nil {
+		return errors.New("the guest is frozen already")
 	}
-	if f.timer != nil {
-		f.timer.Stop()
+	for n := 0; !f.programs.TryLock(); n++ {
+		if n == freezeLooks {
+			return errors.New("a program is being started, which takes too long")
+		}
+		time.Sleep(time.Millisecond)
 	}
-	f.groups, f.timer = nil, nil
+	f.by, f.rest = by, stop(by.req.DropCaches)
+	return nil
 }
 
-func (f *freezer) thawMounts() {
+// thaw ends what by has asked for, whoever that was if it is nil.
+func (f *freezer) thaw(by *session) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, m := range f.mounts {
-		_ = control(m, func(fd int) error { return unix.IoctlSetInt(fd, fiThaw, 0) })
-		_ = m.Close()
-	}
-	f.mounts = nil
-}
-
-// freezePrograms freezes all control groups below the root but the one that this program is in. What is in the root itself,
-// as it is where no init of the image's makes groups, is moved into one before.
-func (f *freezer) freezePrograms() {
-	own, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
+	if f.by == nil || by != nil && f.by != by {
 		return
 	}
-	_, path, _ := strings.Cut(strings.TrimSpace(string(own)), "0::/")
-	if top, _, _ := strings.Cut(path, "/"); top == "" {
-		gather(filepath.Join(cgroupRoot, frozenGroup))
-	} else {
-		path = top
+	f.rest.Files()
+	f.rest.Programs()
+	f.by = nil
+	f.programs.Unlock()
+}
+
+func (f *freezer) thawFiles() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.by != nil {
+		f.rest.Files()
 	}
+}
+
+// Programs are stopped by control groups, which they cannot see, as they could a signal.
+const (
+	cgroupRoot = "/sys/fs/cgroup"
+	// frozenGroup takes programs that are in the root, which cannot be frozen, or in the group that this program is in.
+	frozenGroup = "smartvm"
+	// freezeLooks are how often, a millisecond apart, it is looked whether programs have come to rest; one in the kernel's depths may not
+	// before the file system answers. It does not leave the kernel.
+	freezeLooks = 1000
+)
+
+// stop stops programs first: then nothing is written while the file systems settle.
+func stop(dropCaches bool) Rest {
+	groups := freezePrograms()
+	unix.Sync()
+	if dropCaches {
+		_ = os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
+	}
+	mounts := freezeMounts()
+	return Rest{
+		Files: func() {
+			for _, m := range mounts {
+				_ = control(m, func(fd int) error { return unix.IoctlSetInt(fd, fiThaw, 0) })
+				_ = m.Close()
+			}
+			mounts = nil
+		},
+		Programs: func() {
+			for _, dir := range groups {
+				_ = setFrozen(dir, false)
+			}
+		},
+	}
+}
+
+// freezePrograms freezes all control groups below the root but the one that this program is in, and returns their directories. What is in
+// that, or in the root itself, is moved into another before.
+func freezePrograms() (groups []string) {
+	own, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return nil
+	}
+	_, path, _ := strings.Cut(strings.TrimSpace(string(own)), "0::/")
+	top, _, _ := strings.Cut(path, "/")
+	gather(path)
 	entries, _ := os.ReadDir(cgroupRoot)
 	for _, e := range entries {
 		dir := filepath.Join(cgroupRoot, e.Name())
-		if e.IsDir() && e.Name() != path && setFrozen(dir, true) == nil {
-			f.groups = append(f.groups, dir)
+		if e.IsDir() && e.Name() != top && setFrozen(dir, true) == nil {
+			groups = append(groups, dir)
 		}
 	}
-	for deadline := time.Now().Add(freezePatience); time.Now().Before(deadline) && slices.ContainsFunc(f.groups, moving); {
+	for range freezeLooks {
+		if !slices.ContainsFunc(groups, moving) {
+			break
+		}
 		time.Sleep(time.Millisecond)
 	}
+	return groups
 }
 
 func setFrozen(dir string, on bool) error {
@@ -142,9 +184,10 @@ func moving(dir string) bool {
 	return err == nil && strings.Contains(string(events), "frozen 0")
 }
 
-// gather moves all programs but this one, and others of its file, from the root into a group. Again, until no more come: one
-// may have started another meanwhile.
-func gather(dir string) {
+// gather moves all programs but this one, and others of its file, from a group into frozenGroup, and an init that is in a group of its own
+// (systemd's is init.scope). Again, until no more come: one may have started another meanwhile.
+func gather(from string) {
+	dir := filepath.Join(cgroupRoot, frozenGroup)
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return
 	}
@@ -153,14 +196,14 @@ func gather(dir string) {
 		return
 	}
 	for range 8 {
-		list, err := os.ReadFile(filepath.Join(cgroupRoot, "cgroup.procs"))
+		list, err := os.ReadFile(filepath.Join(cgroupRoot, from, "cgroup.procs"))
 		if err != nil {
 			return
 		}
 		moved := 0
 		for _, pid := range strings.Fields(string(list)) {
 			exe, err := os.Stat("/proc/" + pid + "/exe")
-			if err != nil || os.SameFile(own, exe) { // the kernel's own have none
+			if err != nil || pid == "1" && from != "" || os.SameFile(own, exe) { // the kernel's own have none
 				continue
 			}
 			if os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(pid), 0) == nil {
@@ -181,10 +224,10 @@ const (
 
 // freezeMounts freezes the file systems on drives. What is laid over an image is on none that can be seen; it is synced, and
 // who could write to it is frozen.
-func (f *freezer) freezeMounts() {
+func freezeMounts() (mounts []*os.File) {
 	list, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
-		return
+		return nil
 	}
 	defer list.Close()
 	seen := map[string]bool{}
@@ -202,8 +245,9 @@ func (f *freezer) freezeMounts() {
 			_ = m.Close()
 			continue
 		}
-		f.mounts = append(f.mounts, m)
+		mounts = append(mounts, m)
 	}
+	return mounts
 }
 
 // freezable reads a line of mountinfo (proc(5)): a file system on a drive that is written to.

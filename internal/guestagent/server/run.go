@@ -121,7 +121,7 @@ func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.E
 		return process.Failed(err)
 	}
 	defer streams.close()
-	pid, done, err := s.start(p, ss.req, streams)
+	pid, done, err := s.startFor(ss, p, streams)
 	streams.closeChild()
 	if err != nil {
 		return process.Failed(err)
@@ -160,6 +160,18 @@ func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.E
 	close(ended)
 	output.Wait()
 	return process.Ended(status)
+}
+
+// startFor starts a program once others may run. Its host may have gone with another VM meanwhile: then nobody wants it here.
+func (s *Server) startFor(ss *session, p program, streams *stdio) (int, <-chan unix.WaitStatus, error) {
+	s.frozen.programs.RLock()
+	defer s.frozen.programs.RUnlock()
+	select {
+	case <-ss.orphaned:
+		return 0, nil, notRun(errors.New("it was asked for in the VM that this was restored from"))
+	default:
+		return s.start(p, ss.req, streams)
+	}
 }
 
 func (s *Server) start(p program, req agentproto.Request, streams *stdio) (int, <-chan unix.WaitStatus, error) {

@@ -29,6 +29,8 @@ type Server struct {
 	Identify func(*agentproto.Identity) []error
 	// SetClock sets the guest's clock: New has it set this machine's.
 	SetClock func(time.Time) error
+	// Stop stops programs and file systems: New has it stop this machine's.
+	Stop func(dropCaches bool) Rest
 
 	frozen  freezer
 	waiting atomic.Int32 // sessions that wait for their host
@@ -62,7 +64,7 @@ func New(reaper *process.Reaper, boot *agentproto.Boot) *Server {
 	}
 	return &Server{
 		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{}, main: make(chan call),
-		told: make(chan struct{}), sessions: map[string]*session{}, SetClock: setClock,
+		told: make(chan struct{}), sessions: map[string]*session{}, SetClock: setClock, Stop: stop,
 	}
 }
 
