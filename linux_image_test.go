@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
@@ -63,6 +64,7 @@ func makeImages(t *testing.T, dir string) {
 		"squashed":          {Rootfs: work + "/minimal.squashfs"},
 		"debian":            {Rootfs: testenv.Fixture(t, fixtures.Debian), BootArgs: image.QuietBootArgs + " systemd.show_status=1"},
 		"openrc":            {Rootfs: testenv.Fixture(t, fixtures.OpenRC)},
+		"docker":            {Rootfs: testenv.Fixture(t, fixtures.Docker)},
 	} {
 		o.Name = name
 		if _, err := images.Import(t.Context(), o); err != nil {
@@ -293,11 +295,11 @@ func TestLinuxImage_InUse(t *testing.T) {
 // wantModules has a guest of a kernel load a module that is not in its initramfs.
 func wantModules(t *testing.T, h *smartvm.Host, kernel string) {
 	t.Helper()
-	const script = `modprobe tun && grep -w tun /proc/misc && grep /lib/modules /proc/mounts
+	const script = `test -e /dev/net/tun || modprobe tun && tunctl -t tap9 && grep /lib/modules /proc/mounts
 touch /lib/modules/$(uname -r)/x 2>/dev/null || echo not writable
 modprobe nonesuch 2>/dev/null || echo no such one`
 	wantText(t, runImage(t, h, smartvm.Spec{Image: "minimal", Kernel: kernel, Command: []string{"sh", "-c", script}}),
-		" tun", "/lib/modules/", " ro,", "not writable", "no such one")
+		"tap9", "/lib/modules/", " ro,", "not writable", "no such one")
 }
 
 // Guests have all modules of a distribution's kernel whose package has just been unpacked, whose lists depmod has not made.
@@ -306,6 +308,50 @@ func TestLinuxImage_Modules(t *testing.T) {
 	wantText(t, runImage(t, imageHost(t, smartvm.LaunchJailed), smartvm.Spec{
 		Image: "minimal", Command: []string{"sh", "-c", "modprobe tun && grep -w tun /proc/misc"},
 	}), "tun")
+}
+
+// A guest runs containers: the kernel loads by itself what firewalls, bridges and overlays need, and groups can be made. The container
+// has an address on a bridge, and its memory is limited.
+func TestLinuxImage_Docker(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	volumes, err := h.Volumes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := volumes.Volumes().Remove("containers", volume.Options{}); err != nil {
+			t.Error(err)
+		}
+	})
+	m := bootGuest(t, h, smartvm.Spec{
+		Image: "docker", Command: sh(idle), MachineConfig: linuxMachine(512),
+		NamedVolumes: []smartvm.NamedVolume{{Name: "containers", Target: "/var/lib/docker", SizeMiB: 128}}, // it lays overlays over no overlay
+	})
+	if got := told(t, m, "grep -c '^nf_tables ' /proc/modules; iptables -t nat -L; grep -c '^nf_tables ' /proc/modules"); !strings.HasPrefix(got, "0\nChain PREROUTING") || !strings.HasSuffix(got, "\n1") {
+		t.Errorf("the firewall is %q", got)
+	}
+	minimal, err := os.Open(testenv.Fixture(t, fixtures.Minimal))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer minimal.Close()
+	// Docker gives a containerd that it starts itself 15 seconds.
+	const script = `exec 2>&1
+await() { until grep -q "$1" /log; do sleep 0.5; kill -0 $! || break; done; }
+containerd >/log 2>&1 & await 'successfully booted'
+dockerd --containerd /run/containerd/containerd.sock >>/log 2>&1 & await 'API listen'
+docker import - tiny && docker run --rm --memory 32m tiny sh -c 'cat /sys/fs/cgroup/memory.max; ip addr show eth0' || cat /log`
+	var out bytes.Buffer
+	begun := time.Now()
+	exit, err := m.Exec(patient(t), smartvm.Cmd{Args: sh(script), Stdin: minimal, Stdout: &out})
+	t.Logf("a container ran after %v", time.Since(begun).Round(time.Second))
+	if text := out.String(); err != nil || exit.Code != 0 || !strings.Contains(text, "\n33554432\n") || !strings.Contains(text, "inet 172.") {
+		t.Errorf("the container ended %+v, %v: %s", exit, err, text)
+	}
+	if driver := told(t, m, "docker info -f '{{.Driver}}'"); driver != "overlay2" {
+		t.Errorf("its root is of %s", driver)
+	}
+	endGuest(t, m)
 }
 
 // This machine's own kernel boots guests, as the package has it. In the lab that is the distribution's generic one.
@@ -346,6 +392,9 @@ func TestLinuxImage_HostKernel(t *testing.T) {
 	if err := b.Release(); err != nil {
 		t.Fatal(err)
 	}
-	wantText(t, runImage(t, h, smartvm.Spec{Image: "minimal", Kernel: image.HostKernel, Command: []string{"uname", "-r"}}), name)
+	console := runImage(t, h, smartvm.Spec{Image: "minimal", Kernel: image.HostKernel, Command: []string{"uname", "-r"}})
+	if wantText(t, console, name); strings.Contains(console, "insert module") {
+		t.Errorf("a module was not to be loaded:\n%s", console)
+	}
 	wantModules(t, h, image.HostKernel)
 }
