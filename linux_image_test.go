@@ -292,14 +292,16 @@ func TestLinuxImage_InUse(t *testing.T) {
 	}
 }
 
-// wantModules has a guest of a kernel load a module that is not in its initramfs.
+// wantModules has a guest of a kernel load a module that is not in its initramfs, and its kernel another by itself: the image's modprobe is
+// not where the kernel looks for one.
 func wantModules(t *testing.T, h *smartvm.Host, kernel string) {
 	t.Helper()
 	const script = `test -e /dev/net/tun || modprobe tun && tunctl -t tap9 && grep /lib/modules /proc/mounts
+test -e /sbin/modprobe || ip link add auto9 type dummy && ip link show auto9
 touch /lib/modules/$(uname -r)/x 2>/dev/null || echo not writable
 modprobe nonesuch 2>/dev/null || echo no such one`
 	wantText(t, runImage(t, h, smartvm.Spec{Image: "minimal", Kernel: kernel, Command: []string{"sh", "-c", script}}),
-		"tap9", "/lib/modules/", " ro,", "not writable", "no such one")
+		"tap9", "auto9: <", "/lib/modules/", " ro,", "not writable", "no such one")
 }
 
 // Guests have all modules of a distribution's kernel whose package has just been unpacked, whose lists depmod has not made.

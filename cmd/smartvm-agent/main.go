@@ -1,5 +1,6 @@
 // Command smartvm-agent is the first program of a guest: /init of the initramfs that smartvm gives to images. Beside an
-// image's own init it runs on as two processes that serve the host. In a system that boots by itself it is a service:
+// image's own init it runs on as two processes that serve the host, and where an image has no modprobe the kernel runs it in the place of
+// that. In a system that boots by itself it is a service:
 //
 //	smartvm-agent serve
 package main
@@ -11,6 +12,7 @@ import (
 	"syscall"
 
 	"push.rocks/smartvm/internal/guestagent"
+	"push.rocks/smartvm/internal/guestagent/modprobe"
 	"push.rocks/smartvm/internal/guestagent/process"
 )
 
@@ -27,6 +29,9 @@ func main() {
 }
 
 func run(child <-chan os.Signal) error {
+	if name, ok := modprobe.Asked(os.Args[1:]); ok {
+		return modprobe.Load(name)
+	}
 	if os.Getpid() != 1 {
 		verb := ""
 		if len(os.Args) == 2 {

@@ -69,14 +69,19 @@ func Main(s Signals) error {
 // say writes a line to the console.
 func say(format string, args ...any) { fmt.Fprintf(os.Stderr, "smartvm-agent: "+format+"\n", args...) }
 
+// without says what the guest does without, if there is anything.
+func without(err error) {
+	if err != nil {
+		say("%v", err)
+	}
+}
+
 // run returns when the VM is to end.
 func (g *guest) run() error {
 	if err := mount(filesystem{kind: "proc", target: "/proc"}); err != nil {
 		return err
 	}
-	if err := slacken(bootSlack); err != nil {
-		say("%v", err) // it only takes longer
-	}
+	without(slacken(bootSlack)) // it only takes longer
 	// A kernel may have mounted the second one itself.
 	if err := mount(filesystem{kind: "sysfs", target: "/sys"}); err != nil {
 		return err
@@ -105,9 +110,7 @@ func (g *guest) run() error {
 	if err := furnish(b); err != nil {
 		return err
 	}
-	if err := slacken(usualSlack); err != nil {
-		say("%v", err)
-	}
+	without(slacken(usualSlack))
 	for _, dir := range b.Directories {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			say("make the image's volume: %v", err) // what needs it will say so

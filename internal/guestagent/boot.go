@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/disk"
 	"push.rocks/smartvm/internal/guestagent/fill"
+	"push.rocks/smartvm/internal/guestagent/modprobe"
 )
 
 const (
@@ -367,9 +368,7 @@ func furnish(b *agentproto.Boot) error {
 	if own.Directories {
 		own.Skip = append(own.Skip, "systemd", "udev")
 	}
-	if err := mountOver(filesystem{kind: "tmpfs", target: "/run", flags: safe, data: "mode=755"}, own); err != nil {
-		say("%v", err)
-	}
+	without(mountOver(filesystem{kind: "tmpfs", target: "/run", flags: safe, data: "mode=755"}, own))
 	usual := []filesystem{
 		{kind: "tmpfs", target: "/dev/shm", flags: safe, data: "mode=1777"},
 		{kind: "devpts", target: "/dev/pts", flags: unix.MS_NOSUID | unix.MS_NOEXEC, data: "mode=620,gid=5,ptmxmode=666"},
@@ -378,21 +377,19 @@ func furnish(b *agentproto.Boot) error {
 		usual = append(usual, filesystem{kind: "cgroup2", target: "/sys/fs/cgroup", flags: safe | unix.MS_NOEXEC})
 	}
 	for _, f := range usual {
-		if err := mount(f); err != nil {
-			say("%v", err)
-		}
+		without(mount(f))
 	}
 	if b.ModulesDevice != "" {
-		if err := mountModules(b.ModulesDevice); err != nil {
-			say("%v", err)
+		err := mountModules(b.ModulesDevice)
+		if err == nil && !b.HasInit() { // which takes our place
+			err = modprobe.Offer()
 		}
+		without(err)
 	}
 	for name, target := range map[string]string{"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"} {
 		_ = os.Symlink("/proc/self/fd"+target, "/dev/"+name)
 	}
-	if err := loopback(); err != nil {
-		say("%v", err)
-	}
+	without(loopback())
 	setNetwork(b)
 	if b.Hostname != "" {
 		if err := unix.Sethostname([]byte(b.Hostname)); err != nil {

@@ -195,9 +195,7 @@ func Serve(b *agentproto.Boot, child <-chan os.Signal) error {
 		b = new(agentproto.Boot)
 	}
 	frugal()
-	if err := slacken(usualSlack); err != nil {
-		say("%v", err)
-	}
+	without(slacken(usualSlack))
 	var reaper process.Reaper
 	go reaper.Run(child)
 	s := server.New(&reaper, b)
