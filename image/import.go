@@ -8,7 +8,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"reflect"
 
+	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/hint"
@@ -31,10 +33,20 @@ type ImportOptions struct {
 	// Initrd is the path of an initramfs that boots by itself, in place of ours. It needs Kernel.
 	Initrd   string
 	BootArgs string
+	// Runs is what the root file system's image runs.
+	Runs config.Change
 }
 
-func (o *ImportOptions) check() error {
+// check also returns what the image runs.
+func (o *ImportOptions) check() (config.Config, error) {
 	errs := []error{ownName(o.Name)}
+	runs, err := o.Runs.Apply(config.Config{})
+	if err != nil {
+		errs = append(errs, invalid("%w", err))
+	}
+	if o.Rootfs == "" && !reflect.ValueOf(runs).IsZero() {
+		errs = append(errs, invalid("what an image runs needs a root file system"))
+	}
 	if o.Kernel == "" && o.Rootfs == "" {
 		errs = append(errs, invalid("an image needs a kernel or a root file system"))
 	}
@@ -44,17 +56,20 @@ func (o *ImportOptions) check() error {
 	if o.Kernel == "" && o.Modules != "" {
 		errs = append(errs, invalid("modules need their kernel"))
 	}
-	return errors.Join(errs...)
+	return runs, errors.Join(errs...)
 }
 
 // Import makes an image of files of this machine, which are only read, and gives it a name, in place of what had it.
 // Errors that are fs.ErrInvalid are the caller's; ErrNoKernel says that this machine's kernel was not found.
 func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
-	if err := o.check(); err != nil {
+	runs, err := o.check()
+	if err != nil {
 		return nil, err
 	}
-	err := s.locks.Begin()
-	i := &Image{Name: imagename.Familiar(o.Name), Source: importSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != ""}
+	err = s.locks.Begin()
+	i := &Image{
+		Name: imagename.Familiar(o.Name), Source: importSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != "", Config: runs,
+	}
 	var parts []*draft
 	if err == nil {
 		parts, err = s.importParts(ctx, i, o)

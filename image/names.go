@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -49,7 +50,11 @@ func (i *Image) has(digest string) bool {
 // identify fills in the id of an image that has none of its own: what is kept of it.
 func (i *Image) identify() {
 	if i.ID == "" {
-		sum := sha256.Sum256([]byte(strings.Join([]string{i.Root, i.Kernel, i.Initrd, i.Bundle, i.BootArgs}, "\n")))
+		parts := []string{i.Root, i.Kernel, i.Initrd, i.Bundle, i.BootArgs}
+		if runs, err := json.Marshal(i.Config); err == nil && string(runs) != "{}" {
+			parts = append(parts, string(runs))
+		}
+		sum := sha256.Sum256([]byte(strings.Join(parts, "\n")))
 		i.ID = hex.EncodeToString(sum[:])
 	}
 }

@@ -29,6 +29,7 @@ import (
 
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/oci/ocitest"
 	"push.rocks/smartvm/image/volume"
@@ -180,6 +181,7 @@ func TestImport_Refused(t *testing.T) {
 		"rootfs is device": {image.ImportOptions{Name: "x", Rootfs: "/dev/null"}, fs.ErrInvalid},
 		"rootfs missing":   {image.ImportOptions{Name: "x", Rootfs: rootfs + "x"}, fs.ErrNotExist},
 		"modules missing":  {image.ImportOptions{Name: "x", Kernel: kernel, Modules: rootfs + "x"}, fs.ErrNotExist},
+		"runs nothing":     {image.ImportOptions{Name: "x", Kernel: kernel, Runs: config.Change{User: "u"}}, fs.ErrInvalid},
 		"no modules":       {image.ImportOptions{Name: "x", Kernel: kernel, Modules: rootfs}, fs.ErrInvalid},
 	} {
 		if i, err := s.Import(t.Context(), c.o); !errors.Is(err, c.want) {
@@ -190,6 +192,38 @@ func TestImport_Refused(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 	wantSound(t, s, dir)
+}
+
+// What an imported image runs is part of what it is.
+func TestImport_Runs(t *testing.T) {
+	s := open(t, storeDir(t))
+	kernel, rootfs := sources(t)
+	line := `["/bin/app", "-v"]`
+	add := func(name string, runs config.Change) *image.Image {
+		t.Helper()
+		i, err := s.Import(t.Context(), image.ImportOptions{Name: name, Kernel: kernel, Rootfs: rootfs, Runs: runs})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i
+	}
+	plain, runs := add("plain", config.Change{}), add("runs", config.Change{Cmd: &line, Env: []string{"A=b"}, User: "5:6", WorkingDir: "/srv"})
+	if plain.ID == runs.ID || plain.Root != runs.Root {
+		t.Errorf("ids %s and %s, roots %s and %s", plain.ID, runs.ID, plain.Root, runs.Root)
+	}
+	found, err := s.Find(runs.ID[:12])
+	if err != nil || found.Name != "runs" {
+		t.Fatalf("by its id: %+v, %v", found, err)
+	}
+	b, err := s.Boot(t.Context(), "runs", image.BootOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Release()
+	g := b.Guest
+	if got, want := fmt.Sprintf("%s %s %s %s", g.Command, g.Env, g.User, g.WorkingDir), "[/bin/app -v] [A=b] 5:6 /srv"; got != want {
+		t.Errorf("the guest runs %s, want %s", got, want)
+	}
 }
 
 // An ext4 that was copied while it was mounted is not what it seems to whoever mounts it read-only, as all images are.

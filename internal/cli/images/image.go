@@ -7,9 +7,11 @@ import (
 	"io/fs"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/internal/cli/imageview"
 	"push.rocks/smartvm/internal/human"
 )
@@ -103,6 +105,7 @@ func (s *Shell) made(i *image.Image) error {
 
 func (s *Shell) importImage() *cobra.Command {
 	var o image.ImportOptions
+	var runs changeFlags
 	cmd := &cobra.Command{
 		Use:   "import [flags] NAME",
 		Short: "Make an image of files",
@@ -110,17 +113,20 @@ func (s *Shell) importImage() *cobra.Command {
 			"The kernel is a vmlinux, bzImage, arm64 Image or EFI image of any distribution,\n" +
 			"with its modules; \"host\" is the one that this machine runs. An image of a kernel alone lends it to\n" +
 			"images without: run --kernel NAME, or to all of them if it is called \"kernel\".\n\n" +
-			"The root file system is a directory, a tar, or an ext4, squashfs or erofs image.",
+			"The root file system is a directory, a tar, or an ext4, squashfs or erofs image.\n" +
+			"What it runs is said as in a Dockerfile: --cmd and --entrypoint take a JSON array\n" +
+			"of arguments, or a line for /bin/sh -c.",
 		Example: "  smartvm image import --kernel host kernel\n" +
 			"  smartvm image import --kernel vmlinuz --modules lib/modules/6.1.0-40-cloud-amd64 kernel\n" +
-			"  mmdebstrap bookworm - | smartvm image import --rootfs - debian",
+			"  mmdebstrap bookworm - | smartvm image import --rootfs - debian\n" +
+			"  smartvm image import --rootfs app.tar --cmd '[\"/bin/app\", \"-v\"]' --env A=b app",
 		Args: s.Takes(1, 1, "the image's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			images, err := s.store()
 			if err != nil {
 				return err
 			}
-			o.Name, o.Stdin = args[0], s.Stdin
+			o.Name, o.Stdin, o.Runs = args[0], s.Stdin, runs.of(cmd)
 			done := s.Status(s.Transfer.Text)
 			i, err := images.Import(cmd.Context(), o)
 			done()
@@ -138,7 +144,32 @@ func (s *Shell) importImage() *cobra.Command {
 	f.StringVar(&o.Rootfs, "rootfs", "", "root file system at `path`, - for a tar on standard input")
 	f.StringVar(&o.Initrd, "initrd", "", "initramfs at `path` that boots by itself")
 	f.StringVar(&o.BootArgs, "append", "", "kernel command `line`")
+	runs.add(f)
 	return cmd
+}
+
+// changeFlags say what an image runs.
+type changeFlags struct {
+	entrypoint, cmd string
+	change          config.Change
+}
+
+func (c *changeFlags) add(f *pflag.FlagSet) {
+	f.StringVar(&c.cmd, "cmd", "", "`command` that it runs")
+	f.StringVar(&c.entrypoint, "entrypoint", "", "`command` that its command is given to")
+	f.StringArrayVarP(&c.change.Env, "env", "e", nil, "`NAME=VALUE` for what it runs; may be repeated")
+	f.StringVarP(&c.change.User, "user", "u", "", "`user` who runs it: NAME or UID, with :GROUP")
+	f.StringVarP(&c.change.WorkingDir, "workdir", "w", "", "`directory` that it runs in")
+}
+
+func (c *changeFlags) of(cmd *cobra.Command) config.Change {
+	if cmd.Flags().Changed("cmd") {
+		c.change.Cmd = &c.cmd
+	}
+	if cmd.Flags().Changed("entrypoint") {
+		c.change.Entrypoint = &c.entrypoint
+	}
+	return c.change
 }
 
 // views are the commands that show images.
