@@ -193,7 +193,7 @@ func (s *Store) needs() (needed map[string]bool, unsure bool, err error) {
 		for _, id := range i.objects() {
 			needed[id] = true
 		}
-		for _, l := range i.Layers {
+		for _, l := range append([]string{i.Digest, "sha256:" + i.ID}, i.Layers...) {
 			needed[layerFile(l)] = true
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/oci/pack"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/imagename"
 )
@@ -104,6 +105,9 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 			return nil, fmt.Errorf("store layers: %w", err)
 		}
 		defer func() { err = errors.Join(err, keep()) }()
+		if err := pack.Keep(layers, img.Documents[:]...); err != nil {
+			return nil, err
+		}
 	}
 	if here, err := s.again(ctx, i); here || err != nil {
 		return i, err

@@ -240,8 +240,8 @@ func TestPull_Layers(t *testing.T) {
 		if _, err := s.Prune(t.Context(), o); err != nil {
 			t.Error(err)
 		}
-		if got, want := len(tree(t, filepath.Join(dir, "layers"))), map[bool]int{false: 2, true: 0}[o.Layers]; got != want {
-			t.Errorf("%+v: %d layers are there, want %d", o, got, want)
+		if got, want := len(tree(t, filepath.Join(dir, "layers"))), map[bool]int{false: 2 + 2, true: 0}[o.Layers]; got != want {
+			t.Errorf("%+v: %d layers and documents are there, want %d", o, got, want)
 		}
 	}
 	wantSound(t, s, dir) // without its layers

@@ -662,8 +662,8 @@ func TestPull_Shared(t *testing.T) {
 	if _, err := s.Remove(t.Context(), three, false); err != nil {
 		t.Error(err)
 	}
-	if got := len(tree(t, filepath.Join(dir, "layers"))); got != 9 {
-		t.Errorf("%d layers are kept, want 9", got)
+	if got := len(tree(t, filepath.Join(dir, "layers"))); got != 9+2 {
+		t.Errorf("%d layers and documents are kept, want 9 and 2", got)
 	}
 	offline := open(t, dir, func(o *image.Options) { o.Offline = true })
 	if _, err := offline.Pull(t.Context(), one, ""); !errors.Is(err, image.ErrOffline) {

@@ -75,6 +75,8 @@ type Image struct {
 	About  config.About
 	Layers []Layer // the lowest first
 	Size   int64   // bytes of all layers, as they are fetched
+	// Documents are the texts of the manifest and of the configuration. An archive of docker's has no manifest: nil.
+	Documents [2][]byte
 
 	limits flatten.Limits
 	from   source
@@ -240,7 +242,10 @@ func (f *found) manifest(ctx context.Context, want manifest.Platform, digest str
 		i.Size += l.Size
 		i.Layers = append(i.Layers, Layer{Digest: l.Digest, DiffID: diffIDs[n], Size: l.Size})
 	}
-	i.Chain = chain(diffIDs)
+	i.Chain = Chain(diffIDs)
+	if i.Documents[1] = text; f.id == "" {
+		i.Documents[0] = f.text
+	}
 	sizes := make([]int64, len(i.Layers))
 	for n, l := range i.Layers {
 		sizes[n] = l.Size
@@ -264,8 +269,8 @@ func (i *Image) configure(text []byte, want manifest.Platform) (diffIDs []string
 	return c.DiffIDs, nil
 }
 
-// chain is the chain ID of layers: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
-func chain(diffIDs []string) string {
+// Chain is the chain ID of layers, by their DiffIDs: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
+func Chain(diffIDs []string) string {
 	var id string
 	for n, d := range diffIDs {
 		if n == 0 {

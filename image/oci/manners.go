@@ -61,7 +61,11 @@ func (m *manners) RoundTrip(req *http.Request) (*http.Response, error) {
 func (m *manners) once(req *http.Request) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(req.Context())
 	timer := time.AfterFunc(stallTime, func() { cancel(errStalled) })
-	resp, err := m.base.RoundTrip(req.WithContext(ctx))
+	req = req.WithContext(ctx)
+	if req.Body != nil && req.Body != http.NoBody {
+		req.Body = &sent{req.Body, timer}
+	}
+	resp, err := m.base.RoundTrip(req)
 	timer.Stop()
 	if err != nil {
 		if ctx.Err() != nil {
@@ -72,6 +76,17 @@ func (m *manners) once(req *http.Request) (*http.Response, error) {
 	}
 	resp.Body = &body{ReadCloser: resp.Body, ctx: ctx, timer: timer, cancel: cancel}
 	return resp, nil
+}
+
+// sent is a request's body: while it is sent, the server need not answer.
+type sent struct {
+	io.ReadCloser
+	timer *time.Timer
+}
+
+func (s *sent) Read(p []byte) (int, error) {
+	s.timer.Reset(stallTime)
+	return s.ReadCloser.Read(p)
 }
 
 // pause says whether to ask again, and when.

@@ -50,18 +50,35 @@ type host struct {
 // errRedirects ends what leads in circles.
 var errRedirects = errors.New("too many redirects")
 
-func inRegistry(ctx context.Context, text string, o Options, policy *trust.Policy) (found, error) {
-	typed, err := name.ParseReference(text)
-	if err != nil {
-		return found{}, fileHint(hint.Add(err, "a registry's image is [HOST/]NAME[:TAG], its name in small letters"), text)
+// parse reads a reference as it was typed, and as it is meant.
+func parse(text string, o Options) (typed, ref name.Reference, conf *registries.Config, err error) {
+	if typed, err = name.ParseReference(text); err != nil {
+		return nil, nil, nil, fileHint(hint.Add(err, "a registry's image is [HOST/]NAME[:TAG], its name in small letters"), text)
 	}
-	conf := &registries.Config{}
+	conf = &registries.Config{}
 	if o.Registries != nil {
 		if conf, err = o.Registries(); err != nil {
-			return found{}, err
+			return nil, nil, nil, err
 		}
 	}
-	ref, err := name.ParseReference(conf.Expand(text))
+	ref, err = name.ParseReference(conf.Expand(text))
+	return typed, ref, conf, err
+}
+
+// transport is how a place is spoken to.
+func (o Options) transport(conf *registries.Config, p registries.Place) (m *manners, idle func(), err error) {
+	base, idle := cmp.Or(o.Transport, http.DefaultTransport), func() {}
+	if t, ok := base.(*http.Transport); ok {
+		if t, err = conf.Transport(t, p); err != nil {
+			return nil, nil, err
+		}
+		base, idle = t, t.CloseIdleConnections
+	}
+	return &manners{base: base, log: o.Log, local: here(hostOf(p.Repository)), insecure: p.Insecure}, idle, nil
+}
+
+func inRegistry(ctx context.Context, text string, o Options, policy *trust.Policy) (found, error) {
+	typed, ref, conf, err := parse(text, o)
 	if err != nil {
 		return found{}, err
 	}
@@ -71,16 +88,14 @@ func inRegistry(ctx context.Context, text string, o Options, policy *trust.Polic
 	}
 	r := &registry{log: o.Log, gave: map[string]*host{}}
 	for _, p := range places {
-		base := cmp.Or(o.Transport, http.DefaultTransport)
-		if t, ok := base.(*http.Transport); ok {
-			if t, err = conf.Transport(t, p); err != nil {
-				return found{}, errors.Join(err, r.Close())
-			}
-			base, r.idle = t, append(r.idle, t.CloseIdleConnections)
+		t, idle, err := o.transport(conf, p)
+		if err != nil {
+			return found{}, errors.Join(err, r.Close())
 		}
+		r.idle = append(r.idle, idle)
 		h := &host{repo: p.Repository, keychain: o.Keychain}
 		h.client = http.Client{
-			Transport: &manners{base: base, log: o.Log, local: here(hostOf(p.Repository)), insecure: p.Insecure},
+			Transport: t,
 			CheckRedirect: func(_ *http.Request, via []*http.Request) error {
 				if len(via) >= 10 {
 					return errRedirects

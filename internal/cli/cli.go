@@ -156,7 +156,7 @@ func (a *app) root() *cobra.Command {
 func (a *app) imageShell() *images.Shell {
 	return &images.Shell{
 		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr,
-		JSON: func() bool { return a.json }, Terminal: func() bool { return terminal(a.Stderr) },
+		JSON: func() bool { return a.json }, Terminal: func() bool { return terminal(a.Stderr) }, Screen: func() bool { return terminal(a.Stdout) },
 		Status: a.status, Host: a.peek, Takes: takes, Registry: a.global.registry.Pull,
 		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
 		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },

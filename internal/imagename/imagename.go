@@ -46,10 +46,20 @@ func CutDigest(ref string) (repository, digest string, pinned bool) {
 	if !pinned || !strings.HasPrefix(digest, "sha256:") {
 		return ref, "", false
 	}
+	return untagged(name), digest, true
+}
+
+func untagged(name string) string {
 	if colon := strings.LastIndexByte(name, ':'); colon > strings.LastIndexByte(name, '/') {
-		name = name[:colon]
+		return name[:colon]
 	}
-	return name, digest, true
+	return name
+}
+
+// Pinned is a reference of a registry with a digest in place of a tag.
+func Pinned(ref, digest string) string {
+	name, _, _ := strings.Cut(ref, "@")
+	return untagged(name) + "@" + digest
 }
 
 // Of says whether a name is one of a repository.

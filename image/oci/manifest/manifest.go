@@ -188,6 +188,15 @@ func (p Platform) String() string {
 	return s
 }
 
+// Parse reads what String writes.
+func Parse(text string) (Platform, error) {
+	parts := strings.Split(text, "/")
+	if len(parts) < 2 || len(parts) > 3 {
+		return Platform{}, fmt.Errorf("platform %.100q: want OS/ARCHITECTURE", text)
+	}
+	return Platform{parts[0], parts[1], strings.Join(parts[2:], "")}, nil
+}
+
 // Linux is the platform of "amd64", "amd64/v3" or "arm64".
 func Linux(arch string) Platform {
 	arch, variant, _ := strings.Cut(arch, "/")

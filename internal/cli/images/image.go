@@ -20,7 +20,7 @@ func (s *Shell) image() *cobra.Command {
 	return s.Group("image", "Fetch, make and remove images",
 		"Fetch, make and remove images: what smartvm run IMAGE boots. An image is stored\n"+
 			"once, however many names it has and VMs use it, and no VM ever writes it.",
-		append(s.views(), s.pull(), s.importImage(), s.tag(), s.remove(), s.prune(), s.verify())...)
+		append(s.views(), s.pull(), s.importImage(), s.tag(), s.save(), s.push(), s.remove(), s.prune(), s.verify())...)
 }
 
 // store opens the images.

@@ -24,6 +24,7 @@ type Shell struct {
 	Stdout, Stderr io.Writer
 	JSON           func() bool
 	Terminal       func() bool // somebody looks at Stderr
+	Screen         func() bool // Stdout is a terminal
 	// Status shows what is going on, until done.
 	Status func(text func(time.Duration) string) (done func())
 	// Host opens the host as it is. The caller closes it.

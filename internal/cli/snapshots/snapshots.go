@@ -17,6 +17,7 @@ import (
 	"push.rocks/smartvm/internal/cli/guest"
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/internal/stream"
 	"push.rocks/smartvm/internal/vmflags"
 )
 
@@ -354,7 +355,7 @@ func (s *Shell) export() *cobra.Command {
 				progress := func(done, total int64) { transfer.Set("export", done, total) }
 				ctx := cmd.Context()
 				if args[1] == "-" {
-					err = orLeave(ctx, func() error { return sn.Export(ctx, s.Stdout, progress) })
+					err = stream.OrLeave(ctx, func() error { return sn.Export(ctx, s.Stdout, progress) })
 				} else {
 					err = exportFile(ctx, sn, args[1], progress)
 				}
@@ -378,27 +379,6 @@ func exportFile(ctx context.Context, sn *snapshot.Snapshot, path string, progres
 	return err
 }
 
-// orLeave calls f, and when the context has ended does not wait long for it: who reads a pipe may have stopped, or who writes it, and
-// then f ends with the process.
-func orLeave(ctx context.Context, f func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-	}
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(leaveTime):
-		return context.Cause(ctx)
-	}
-}
-
-// leaveTime is how long what was interrupted may take to clear up.
-const leaveTime = time.Second
-
 func (s *Shell) load() *cobra.Command {
 	var o snapshot.ImportOptions
 	cmd := &cobra.Command{
@@ -418,7 +398,7 @@ func (s *Shell) load() *cobra.Command {
 				}
 				defer s.Status(human.Doing("importing"))()
 				var sn *snapshot.Snapshot
-				err := orLeave(cmd.Context(), func() (err error) {
+				err := stream.OrLeave(cmd.Context(), func() (err error) {
 					sn, err = all.Import(cmd.Context(), in, o)
 					return err
 				})
