@@ -126,6 +126,7 @@ func oursTo(t *testing.T, image [][]ent, to string) error {
 
 // unpackAll writes what umoci makes of all images, and what is in ours, to files. It is alone in a mount namespace.
 func unpackAll(t *testing.T, dir string) {
+	syscall.Umask(0o022) // umoci makes what an image only implies by it
 	count, err := strconv.Atoi(os.Getenv("SMARTVM_IMAGES"))
 	if err != nil {
 		t.Fatal(err)
