@@ -61,8 +61,9 @@ type archiver struct {
 	ctx   context.Context
 	w     *tar.Writer
 	left  Limits
-	names map[uint32]string // of files with several: the first
-	dirs  map[uint32]bool   // that were seen: each has one name
+	names map[uint32]string      // of files with several: the first
+	dirs  map[uint32]bool        // that were seen: each has one name
+	leave func(name string) bool // of a layer; nil: it is none
 }
 
 func (t *archiver) add(name string, i *inode) error {
@@ -71,6 +72,9 @@ func (t *archiver) add(name string, i *inode) error {
 	}
 	if t.left.Entries--; t.left.Entries < 0 {
 		return fmt.Errorf("%w: it has more files than allowed", ErrTooLarge)
+	}
+	if done, err := t.inLayer(name, i); done || err != nil {
+		return err
 	}
 	h := &tar.Header{Format: tar.FormatPAX, Name: name, Mode: int64(i.mode & 0o7777), Uid: i.uid, Gid: i.gid, ModTime: i.modified}
 	kind := i.mode & kindMask
@@ -87,6 +91,10 @@ func (t *archiver) add(name string, i *inode) error {
 	if err := t.fs.attributes(i, h); err != nil {
 		return err
 	}
+	hides, err := t.noted(h)
+	if err != nil {
+		return err
+	}
 	switch kind {
 	case kindDir:
 		h.Typeflag, h.Name = tar.TypeDir, name+"/"
@@ -95,6 +103,11 @@ func (t *archiver) add(name string, i *inode) error {
 		}
 		if err := t.w.WriteHeader(h); err != nil {
 			return err
+		}
+		if hides {
+			if err := t.mark(path.Join(name, opaque), i.modified); err != nil {
+				return err
+			}
 		}
 		return t.children(name, i)
 	case kindFile:
