@@ -19,8 +19,8 @@ func malformed(format string, args ...any) error {
 
 // Features without which a file system cannot be read, as far as it makes a difference here.
 const (
-	isRecovered = 0x4 // its journal has to be replayed
-	has64Bits   = 0x80
+	needsRecovery = 0x4 // its journal has to be replayed
+	has64Bits     = 0x80
 	// Types of files in directories, extents, MMP, flexible groups, seeds of checksums, large directories.
 	readable = has64Bits | 0x2 | 0x40 | 0x100 | 0x200 | 0x2000 | 0x4000
 )
@@ -44,7 +44,7 @@ type FS struct {
 	descriptors               int64 // where they begin
 }
 
-// Open reads what describes the file system. Errors are ErrFormat and those of r.
+// Open reads what describes the file system, and its journal, if that has to be replayed, which is done in memory. Errors are ErrFormat and those of r.
 func Open(r io.ReaderAt) (*FS, error) {
 	b := make([]byte, 1024)
 	if _, err := r.ReadAt(b, superblock); err != nil {
@@ -54,10 +54,7 @@ func Open(r io.ReaderAt) (*FS, error) {
 		return nil, malformed("it has no superblock")
 	}
 	features := le.Uint32(b[0x60:])
-	if features&isRecovered != 0 {
-		return nil, malformed("its journal is not replayed")
-	}
-	if unknown := features &^ readable; unknown != 0 {
+	if unknown := features &^ (readable | needsRecovery); unknown != 0 {
 		return nil, malformed("it has features %#x", unknown)
 	}
 	if shift := le.Uint32(b[0x18:]); shift > 6 {
@@ -82,6 +79,11 @@ func Open(r io.ReaderAt) (*FS, error) {
 		return nil, malformed("group descriptors of %d bytes", f.descriptorSize)
 	case f.perGroup == 0 || f.blocks == 0 || f.blocks > 1<<44/uint64(f.block):
 		return nil, malformed("%d blocks, %d inodes in a group", f.blocks, f.perGroup)
+	}
+	if features&needsRecovery != 0 {
+		if err := f.recover(); err != nil {
+			return nil, err
+		}
 	}
 	return f, nil
 }
