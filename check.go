@@ -1,6 +1,7 @@
 package smartvm
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 
@@ -21,9 +22,7 @@ func (h *Host) proposal(rec *record) (*proposal, error) {
 	if r := rec.Restored; r != nil {
 		p.stageDir = r.StageDir // not every process has the data directory in its options
 	}
-	if p.uid == 0 {
-		p.uid = uidFor(h.RuntimeDir(), rec.ID, 0)
-	}
+	p.uid = cmp.Or(p.uid, store.UID(h.RuntimeDir(), rec.ID, 0))
 	for _, d := range devices(&rec.Spec, p) {
 		if d.staged {
 			if rec.Staged == nil {

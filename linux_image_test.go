@@ -15,6 +15,8 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/give"
+	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/testenv"
@@ -314,6 +316,47 @@ func TestLinuxImage_Modules(t *testing.T) {
 
 // A guest runs containers: the kernel loads by itself what firewalls, bridges and overlays need, and groups can be made. The container
 // has an address on a bridge, and its memory is limited.
+// A VM becomes an image while it runs, and when it has ended; either has what was written, and is nobody in particular.
+func TestLinuxCommit(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchDirect)
+	images, err := h.Images()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := startGuest(t, h, smartvm.Spec{Image: "minimal", Name: "builder", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256)})
+	commit := func(name string) {
+		t.Helper()
+		line := `["sh", "-c", "echo got $(cat /opt/app/f).; ls /etc/os-release /lost+found 2>&1; true"]`
+		made, err := give.Commit(t.Context(), images, give.CommitOptions{
+			Image: "minimal", Root: m.Spec().Drives[0].PathOnHost, Name: name, Read: m.ReadScratch, Change: config.Change{Cmd: &line},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if _, err := images.Remove(context.WithoutCancel(t.Context()), made.Name, false); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	inGuest(t, m, asRoot("mkdir -p /opt/app; echo one >/opt/app/f; rm /etc/os-release"), 0, "")
+	commit("committed:1")
+	inGuest(t, m, asRoot("cat /opt/app/f; echo two >>/opt/app/f"), 0, "one\n") // it goes on
+	if _, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	commit("committed:2")
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for name, want := range map[string]string{"committed:1": "got one.", "committed:2": "got one two."} {
+		text := runImage(t, h, smartvm.Spec{Image: name, MachineConfig: linuxMachine(256)})
+		wantText(t, text, want)
+		wantText(t, text, "/etc/os-release: No such file")
+		wantText(t, text, "/lost+found: No such file")
+	}
+}
+
 func TestLinuxImage_Docker(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	volumes, err := h.Volumes()

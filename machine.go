@@ -3,7 +3,6 @@ package smartvm
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -119,8 +118,8 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 	pl := makePlan(&rec.Spec, p)
 	if rec.Jailer != "" {
 		err := j.Do(ctx, pl.Create[0])
-		for i := uint32(1); errors.Is(err, fs.ErrExist) && i < uidsPerSlot; i++ {
-			p.uid = uidFor(m.host.RuntimeDir(), rec.ID, i)
+		for i := uint32(1); errors.Is(err, fs.ErrExist) && i < store.UIDs; i++ {
+			p.uid = store.UID(m.host.RuntimeDir(), rec.ID, i)
 			pl = makePlan(&rec.Spec, p)
 			err = j.Do(ctx, pl.Create[0])
 		}
@@ -177,19 +176,6 @@ func (m *Machine) make(ctx context.Context, rec *record, p *proposal) (err error
 	}
 	m.trace("record")
 	return rec.write(m.host.store)
-}
-
-// The user ids that VMMs get in jails. systemd's list of ranges leaves what is above its containers' free
-// (systemd.io/UIDS-GIDS). A runtime directory has a part of it, chosen by its path.
-const (
-	uidFirst    = 1_900_000_000
-	uidSlots    = 2000
-	uidsPerSlot = 65536
-)
-
-// uidFor is the user id that a VM tries as its n-th.
-func uidFor(runtimeDir, id string, n uint32) int {
-	return uidFirst + int(hash(runtimeDir)%uidSlots)*uidsPerSlot + int((hash(id)+n)%uidsPerSlot)
 }
 
 // erase removes what make made, and all else of the VM. The caller has the lock and gives it up.
@@ -270,17 +256,11 @@ func (m *Machine) look(ctx context.Context) (state State, sure bool, err error) 
 
 // exists returns ErrNotFound once the VM is removed, be it that another has got its id.
 func (m *Machine) exists() error {
-	var now struct {
-		Nonce string `json:"nonce"`
+	nonce, err := m.host.store.Nonce(m.rec().ID)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && nonce != m.rec().Nonce {
+		err = ErrNotFound
 	}
-	data, err := os.ReadFile(m.path(store.MachineFile))
-	if err == nil { // a whole record takes ten times as long, of each start too
-		err = json.Unmarshal(data, &now)
-	}
-	switch {
-	case errors.Is(err, fs.ErrNotExist), err == nil && now.Nonce != m.rec().Nonce:
-		return fmt.Errorf("VM %s: %w", m.rec().ID, ErrNotFound)
-	case err != nil:
+	if err != nil {
 		return fmt.Errorf("VM %s: %w", m.rec().ID, err)
 	}
 	return nil

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"io"
 	"io/fs"
 	"net"
@@ -386,10 +385,4 @@ func (m *Machine) acquired(ctx context.Context, op string, lock *store.Lock) (*s
 		return nil, errors.Join(err, lock.Unlock())
 	}
 	return lock, nil
-}
-
-func hash(s string) uint32 {
-	h := fnv.New32a()
-	_, _ = io.WriteString(h, s)
-	return h.Sum32()
 }

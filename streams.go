@@ -22,11 +22,14 @@ func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
 	if console == nil && m.host.opts.Console != nil {
 		console = m.host.opts.Console(m.rec().ID)
 	}
-	files := make([]*logfile.Writer, 3)
+	files, metrics := make([]*logfile.Writer, 3), ""
+	if m.rec().Spec.Metrics != nil {
+		metrics = m.rec().Spec.Metrics.MetricsPath
+	}
 	for i, f := range []struct {
 		path  string
 		limit int64
-	}{{m.ConsoleLog(), consoleLimit}, {m.VMMLog(), logLimit}, {m.metricsPath(), metricsLimit}} {
+	}{{m.ConsoleLog(), consoleLimit}, {m.VMMLog(), logLimit}, {metrics, metricsLimit}} {
 		if f.path == "" {
 			continue
 		}
@@ -41,32 +44,12 @@ func (m *Machine) streams(console io.Writer) (s vmm.Streams, err error) {
 			return s, err
 		}
 	}
-	s.Console, s.Log = tee{files[0], console}, files[1]
+	s.Console, s.Log = logfile.Tee{Writer: files[0], Live: console}, files[1]
 	if files[2] != nil {
 		s.Metrics = files[2]
 	}
 	return s, nil
 }
 
-func (m *Machine) metricsPath() string {
-	if m.rec().Spec.Metrics == nil {
-		return ""
-	}
-	return m.rec().Spec.Metrics.MetricsPath
-}
-
 // CommandLog is what the command of a Run put out, kept as ConsoleLog is; there is none where the console has it.
 func (m *Machine) CommandLog() string { return m.path(store.CommandLog) }
-
-// tee passes on to live, if there is one, what it writes to the log.
-type tee struct {
-	*logfile.Writer
-	live io.Writer
-}
-
-func (t tee) Write(p []byte) (int, error) {
-	if t.live != nil {
-		_, _ = t.live.Write(p)
-	}
-	return t.Writer.Write(p)
-}

@@ -45,8 +45,8 @@ type Image struct {
 	Replaced *Image `json:"-"`
 }
 
-// importSource is the Source of what was imported.
-const importSource = "import"
+// ImportSource is the Source of what was imported, or made of a VM.
+const ImportSource = "import"
 
 const (
 	imageVersion = 1
@@ -120,7 +120,7 @@ func (s *Store) missing(i *Image) (all []string) {
 // Restore pulls an image again if parts of it are not here and there is where to get them from: a bundle may have made room
 // for others.
 func (s *Store) Restore(ctx context.Context, i *Image) (*Image, error) {
-	if len(s.missing(i)) == 0 || i.Source == importSource || oci.Local(i.Source) {
+	if len(s.missing(i)) == 0 || i.Source == ImportSource || oci.Local(i.Source) {
 		return i, nil
 	}
 	return s.Pull(ctx, i.Source, i.Name)

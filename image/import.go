@@ -68,7 +68,7 @@ func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 	}
 	err = s.locks.Begin()
 	i := &Image{
-		Name: imagename.Familiar(o.Name), Source: importSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != "", Config: runs,
+		Name: imagename.Familiar(o.Name), Source: ImportSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != "", Config: runs,
 	}
 	var parts []*draft
 	if err == nil {

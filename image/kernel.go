@@ -42,7 +42,7 @@ func (s *Store) kernelImage(ctx context.Context, name string) (*Image, error) {
 // fetchKernel stores the kernel of the newest base image under DefaultKernel, where this machine's own is not to be had. The caller holds the store.
 func (s *Store) fetchKernel(ctx context.Context, why error) (i *Image, err error) {
 	err = s.opts.Base.Kernel(ctx, func(path, _ string) error {
-		i = &Image{Name: DefaultKernel, Source: importSource, Arch: s.opts.Arch}
+		i = &Image{Name: DefaultKernel, Source: ImportSource, Arch: s.opts.Arch}
 		if err := s.placeAll(s.storeKernel(ctx, i, path, "")); err != nil {
 			return err
 		}
@@ -76,7 +76,7 @@ func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, erro
 	if old != nil && old.Stamp == now {
 		return old, nil
 	}
-	i := &Image{Name: HostKernel, Source: importSource, Arch: s.opts.Arch, Stamp: now}
+	i := &Image{Name: HostKernel, Source: ImportSource, Arch: s.opts.Arch, Stamp: now}
 	if err := s.placeAll(s.storeKernel(ctx, i, h.Kernel, h.Modules)); err != nil {
 		return nil, err
 	}

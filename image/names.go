@@ -44,7 +44,7 @@ func ownName(name string) error {
 func (i *Image) has(digest string) bool {
 	return digest != "" && (i.Digest == digest || i.Index == digest || "sha256:"+i.ID == digest ||
 		// Images of before do not say of which index they are.
-		i.Index == "" && !oci.Local(i.Source) && i.Source != importSource && strings.HasSuffix(i.Source, "@"+digest))
+		i.Index == "" && !oci.Local(i.Source) && i.Source != ImportSource && strings.HasSuffix(i.Source, "@"+digest))
 }
 
 // identify fills in the id of an image that has none of its own: what is kept of it.

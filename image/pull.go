@@ -43,7 +43,7 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	if preset, ok := strings.CutPrefix(ref, BaseScheme); ok {
 		i, err = s.pullBase(ctx, preset, name)
 	} else {
-		i, err = s.pullOCI(ctx, ref, name)
+		i, err = s.pullOCI(ctx, ref, name, nil)
 	}
 	if err = errors.Join(err, one()); err != nil {
 		return nil, fmt.Errorf("pull %s: %w", ref, err)
@@ -52,9 +52,18 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	return i, nil
 }
 
+// Keep takes an image that was made here, in a workshop that is open, from a layout whose layers are in the directory of those that are kept too.
+// They stay as long as it does. It boots as the image does that it was made from.
+func (s *Store) Keep(ctx context.Context, layout, name string, from *Image) (*Image, error) {
+	if err := ownName(name); err != nil {
+		return nil, err
+	}
+	return s.pullOCI(ctx, "oci:"+layout, imagename.Familiar(name), from)
+}
+
 // pullOCI holds the store only while it looks whether the image is here, and when it stores it: until then what it makes is in
 // a directory of its own, and the layers are kept by a lock on theirs.
-func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err error) {
+func (s *Store) pullOCI(ctx context.Context, ref, name string, from *Image) (i *Image, err error) {
 	if s.opts.Offline && !oci.Local(ref) {
 		return nil, hint.Add(ErrOffline, "smartvm image pull %s, without --offline, brings it", ref)
 	}
@@ -83,6 +92,9 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 		Name: cmp.Or(name, img.Name), Source: ref, Arch: s.opts.Arch, ID: img.ID, Digest: img.Digest, Index: img.Index,
 		Config: img.Config, About: img.About, Root: chainID(img.Chain),
 	}
+	if from != nil {
+		i.Source, i.Kernel, i.Modules, i.Initrd, i.BootArgs = ImportSource, from.Kernel, from.Modules, from.Initrd, from.BootArgs
+	}
 	// An archive says itself what it is called.
 	if err := ValidName(i.Name); err != nil {
 		return nil, err
@@ -96,7 +108,7 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string) (i *Image, err er
 	}
 	defer func() { err = errors.Join(err, one()) }()
 	layers := s.path(layersDir)
-	if !oci.Local(ref) { // what is here is read there
+	if from != nil || !oci.Local(ref) { // what is here is read there
 		for _, l := range img.Layers {
 			i.Layers = append(i.Layers, l.Digest)
 		}

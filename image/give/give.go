@@ -63,7 +63,7 @@ func leave(ctx context.Context, s *image.Store, what, ref string, f func(j *job)
 	if w.Offline && what == "push" {
 		return hint.Add(image.ErrOffline, "smartvm image push, without --offline, sends it")
 	}
-	if i.Kernel != "" || i.Initrd != "" {
+	if what != "commit" && (i.Kernel != "" || i.Initrd != "") {
 		w.Log.Warn("an image's kernel and initramfs are left out: others have no place for them", "image", i.Name)
 	}
 	if j.parts, err = j.whole(ctx); err != nil {
@@ -85,6 +85,8 @@ func (j *job) whole(ctx context.Context) (*pack.Image, error) {
 	from := pack.Origin{Reference: i.Source, Digest: i.Digest, ID: i.ID, Dir: j.Dir}
 	switch {
 	case oci.Local(i.Source):
+	case i.Source == image.ImportSource:
+		from.Reference = "-"
 	case j.Offline:
 		from.Reference = "-"
 	default:

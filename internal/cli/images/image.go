@@ -7,11 +7,10 @@ import (
 	"io/fs"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
-	"push.rocks/smartvm/image/oci/config"
+	"push.rocks/smartvm/internal/cli/change"
 	"push.rocks/smartvm/internal/cli/imageview"
 	"push.rocks/smartvm/internal/human"
 )
@@ -105,7 +104,7 @@ func (s *Shell) made(i *image.Image) error {
 
 func (s *Shell) importImage() *cobra.Command {
 	var o image.ImportOptions
-	var runs changeFlags
+	var runs change.Flags
 	cmd := &cobra.Command{
 		Use:   "import [flags] NAME",
 		Short: "Make an image of files",
@@ -126,7 +125,7 @@ func (s *Shell) importImage() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			o.Name, o.Stdin, o.Runs = args[0], s.Stdin, runs.of(cmd)
+			o.Name, o.Stdin, o.Runs = args[0], s.Stdin, runs.Of(cmd)
 			done := s.Status(s.Transfer.Text)
 			i, err := images.Import(cmd.Context(), o)
 			done()
@@ -144,32 +143,8 @@ func (s *Shell) importImage() *cobra.Command {
 	f.StringVar(&o.Rootfs, "rootfs", "", "root file system at `path`, - for a tar on standard input")
 	f.StringVar(&o.Initrd, "initrd", "", "initramfs at `path` that boots by itself")
 	f.StringVar(&o.BootArgs, "append", "", "kernel command `line`")
-	runs.add(f)
+	runs.Add(f)
 	return cmd
-}
-
-// changeFlags say what an image runs.
-type changeFlags struct {
-	entrypoint, cmd string
-	change          config.Change
-}
-
-func (c *changeFlags) add(f *pflag.FlagSet) {
-	f.StringVar(&c.cmd, "cmd", "", "`command` that it runs")
-	f.StringVar(&c.entrypoint, "entrypoint", "", "`command` that its command is given to")
-	f.StringArrayVarP(&c.change.Env, "env", "e", nil, "`NAME=VALUE` for what it runs; may be repeated")
-	f.StringVarP(&c.change.User, "user", "u", "", "`user` who runs it: NAME or UID, with :GROUP")
-	f.StringVarP(&c.change.WorkingDir, "workdir", "w", "", "`directory` that it runs in")
-}
-
-func (c *changeFlags) of(cmd *cobra.Command) config.Change {
-	if cmd.Flags().Changed("cmd") {
-		c.change.Cmd = &c.cmd
-	}
-	if cmd.Flags().Changed("entrypoint") {
-		c.change.Entrypoint = &c.entrypoint
-	}
-	return c.change
 }
 
 // views are the commands that show images.
