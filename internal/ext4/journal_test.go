@@ -19,7 +19,7 @@ import (
 func TestTar_Journal(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	testenv.Fixture(t, fixtures.MkfsExt4)
-	const script = `cd "$0"; truncate -s 64M image; mkfs.ext4 -q $1 image; mkdir mnt; mount -o loop$2 image mnt; cd mnt
+	const script = `unset CDPATH; cd "$0"; truncate -s 64M image; mkfs.ext4 -q $1 image; mkdir mnt; mount -o loop$2 image mnt; cd mnt
 for round in 1 2 3; do
   for n in $(seq 40); do mkdir -p d$n/e$n; echo $round >d$n/f; ln -s d$n s$n$round; done; sync d1/f
   rm -r d1* ; for n in $(seq 30); do printf '\300\073\071\230 like a journal' >m$n; head -c 20000 /dev/zero | tr '\0' $round >b$n; done; sync m30

@@ -25,7 +25,7 @@ import (
 
 // overlaid runs a script in an overlay of a directory and a scratch, in the directory $0, where it leaves lower.tar, merged.tar and the scratch.
 const overlaid = `
-cd "$0"; mkdir lower merged mnt
+unset CDPATH; cd "$0"; mkdir lower merged mnt
 cd lower; mkdir -p a/b gone kept/below usr/lib; echo 1 >a/one; echo 2 >a/b/two; echo 3 >gone/three; echo 4 >kept/below/four; echo 5 >five; ln five six
 ln -s usr/lib lib; echo so >usr/lib/so; cd ..
 tar --sort=name --format=pax -cf lower.tar -C lower .
