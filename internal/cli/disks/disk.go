@@ -116,8 +116,8 @@ func (s *Shell) trim(args, want string, find func(h *smartvm.Host, arg string) (
 		Use:   "trim " + args,
 		Short: "Give the host back what is free in disks",
 		Long: "Make holes of what is free in disks with an ext4 that no running VM has: what\n" +
-			"guests have deleted comes back to the host. It needs e2fsck. With Firecracker 1.17\n" +
-			"and later it comes back while the guest runs.\n\n" +
+			"guests have deleted comes back to the host. It needs e2fsck. With Firecracker\n" +
+			"1.17 and later it comes back while the guest runs.\n\n" +
 			"The fields of -o json: path, freed (bytes).",
 		Args: s.Takes(1, -1, want),
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -15,12 +15,12 @@ func (s *Shell) commit() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "commit [flags] VM IMAGE",
 		Short: "Make an image of a VM",
-		Long: "Make an image of the one that a VM runs and of what it has written, as its uppermost\n" +
-			"layer, and print its name. Programs of a VM that runs stand still meanwhile. Files\n" +
-			"that say who the VM is (/etc/hostname, hosts, machine-id, resolv.conf), volumes, and\n" +
-			"what is on other disks are not in it.\n\n" +
-			"What the image runs is said as in a Dockerfile: --cmd and --entrypoint take a JSON\n" +
-			"array of arguments, or a line for /bin/sh -c.",
+		Long: "Make an image of the one that a VM runs and of what it has written, as its\n" +
+			"uppermost layer, and print its name. Programs of a VM that runs stand still\n" +
+			"meanwhile. Files that say who the VM is (/etc/hostname, hosts, machine-id,\n" +
+			"resolv.conf), volumes, and what is on other disks are not in it.\n\n" +
+			"What the image runs is said as in a Dockerfile: --cmd and --entrypoint take a\n" +
+			"JSON array of arguments, or a line for /bin/sh -c.",
 		Example: "  smartvm commit web team/web:2\n" +
 			"  smartvm commit --cmd '[\"/srv/app\"]' -m 'app 1.3' build app:1.3",
 		Args:              s.Takes(2, 2, "a VM and the image's name"),

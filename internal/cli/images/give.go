@@ -18,10 +18,10 @@ func (s *Shell) save() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "save [flags] IMAGE",
 		Short: "Write an image to a file, or to standard output",
-		Long: "Write an image as a tar that smartvm image pull, docker load, podman load and skopeo\n" +
-			"read: an OCI archive. A pulled image has the digest that it had, as far as its\n" +
-			"layers are here or can be fetched again; an imported one has one layer. Kernels\n" +
-			"are not in it.\n\n" +
+		Long: "Write an image as a tar that smartvm image pull, docker load, podman load and\n" +
+			"skopeo read: an OCI archive. A pulled image has the digest that it had, as far\n" +
+			"as its layers are here or can be fetched again; an imported one has one layer.\n" +
+			"Kernels are not in it.\n\n" +
 			"Here -o names the file, as with docker save; without it the tar goes to standard\n" +
 			"output.",
 		Example: "  smartvm image save -o app.tar app\n" +
@@ -52,11 +52,11 @@ func (s *Shell) push() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "push [flags] IMAGE [REFERENCE]",
 		Short: "Send an image to a registry",
-		Long: "Send an image to a registry, under the name that it has here or another, with the\n" +
-			"logins of docker and podman, and print where it is and its digest. What the\n" +
-			"registry has is not sent. A pulled image has the digest that it had, as far as its\n" +
-			"layers are here or can be fetched again; an imported one has one layer. Kernels\n" +
-			"are not sent.",
+		Long: "Send an image to a registry, under the name that it has here or another, with\n" +
+			"the logins of docker and podman, and print where it is and its digest. What the\n" +
+			"registry has is not sent. A pulled image has the digest that it had, as far as\n" +
+			"its layers are here or can be fetched again; an imported one has one layer.\n" +
+			"Kernels are not sent.",
 		Example: "  smartvm image push app registry.example/team/app:2\n" +
 			"  smartvm image tag app registry.example/team/app:2\n" +
 			"  smartvm image push registry.example/team/app:2",

@@ -40,7 +40,7 @@ func (s *Shell) pull() *cobra.Command {
 		Long: "Fetch an image and print its name. IMAGE is one of\n" +
 			"  debian:12, HOST/NAME:TAG, NAME@sha256:...   a registry's, as with docker\n" +
 			"  oci:DIR[:TAG]                               an OCI layout\n" +
-			"  docker-archive:FILE[:NAME]                  what docker save writes; oci-archive: too\n" +
+			"  docker-archive:FILE[:NAME]                  by docker save; oci-archive: too\n" +
 			"  dir:DIR                                     what skopeo writes\n" +
 			"  -                                           either, as a tar on standard input\n" +
 			"  base:latest, base:lts, base:hosted          Firecracker's own images, or yours\n\n" +
@@ -110,13 +110,14 @@ func (s *Shell) importImage() *cobra.Command {
 		Short: "Make an image of files",
 		Long: "Make an image of files of this machine: a kernel, a root file system, or both.\n\n" +
 			"The kernel is a vmlinux, bzImage, arm64 Image or EFI image of any distribution,\n" +
-			"with its modules; \"host\" is the one that this machine runs. An image of a kernel alone lends it to\n" +
-			"images without: run --kernel NAME, or to all of them if it is called \"kernel\".\n\n" +
+			"with its modules; \"host\" is the one that this machine runs. An image of a\n" +
+			"kernel alone lends it to images without: run --kernel NAME, or to all of them if\n" +
+			"it is called \"kernel\".\n\n" +
 			"The root file system is a directory, a tar, or an ext4, squashfs or erofs image.\n" +
-			"What it runs is said as in a Dockerfile: --cmd and --entrypoint take a JSON array\n" +
-			"of arguments, or a line for /bin/sh -c.",
+			"What it runs is said as in a Dockerfile: --cmd and --entrypoint take a JSON\n" +
+			"array of arguments, or a line for /bin/sh -c.",
 		Example: "  smartvm image import --kernel host kernel\n" +
-			"  smartvm image import --kernel vmlinuz --modules lib/modules/6.1.0-40-cloud-amd64 kernel\n" +
+			"  smartvm image import --kernel vmlinuz --modules lib/modules/6.1.0-40 kernel\n" +
 			"  mmdebstrap bookworm - | smartvm image import --rootfs - debian\n" +
 			"  smartvm image import --rootfs app.tar --cmd '[\"/bin/app\", \"-v\"]' --env A=b app",
 		Args: s.Takes(1, 1, "the image's name"),
