@@ -28,12 +28,13 @@ const throughputRounds = 30
 // with our rules and without, in turns. Beside those stands what the kernel alone takes: rules that do nothing but know connections,
 // and NAT.
 func (s *networkSite) throughput() error {
+	plain := s.cable
 	s.cable.Policy = &policy.Policy{AllowHost: true}
 	r, err := s.rules()
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(s.cable.Apply(s.ctx), r.hold()); err != nil {
+	if err := errors.Join(plain.Revert(s.ctx), s.cable.Apply(s.ctx), r.hold()); err != nil {
 		return err
 	}
 	gateway, _ := s.config.Gateway()

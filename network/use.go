@@ -93,13 +93,14 @@ func (u *Use) Apply(ctx context.Context) error {
 	ctx = u.ahead(ctx)
 	refresh := sharedOf(ctx).Refresh
 	for deadline := time.Now().Add(updateTime); ; {
+		last := time.Now().After(deadline) // however long a look takes, there is one after that
 		if refresh != nil {
 			if err := refresh(&u.Network); err != nil {
 				return err
 			}
 		}
 		err := u.apply(ctx)
-		if refresh == nil || !errors.Is(err, errOther) || time.Now().After(deadline) {
+		if refresh == nil || !errors.Is(err, errOther) || last {
 			return err
 		}
 		select {
