@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/imagename"
@@ -181,20 +182,16 @@ func (s *Store) list() (all []*Image, bad []error, err error) {
 // mentioned is what a description names, whatever else it says.
 var mentioned = regexp.MustCompile(`[a-z0-9]+-[0-9a-f]{64}|sha256:[0-9a-f]{64}`)
 
-// needs are the names of all files and directories of objects and layers that images have. What cannot be read as an image needs
-// what it mentions; unsure says that something cannot be read at all.
-func (s *Store) needs() (needed map[string]bool, unsure bool, err error) {
-	all, bad, err := s.list()
-	if err != nil {
-		return nil, false, err
-	}
+// needs are the names of all files and directories of objects and layers that images have, as list returns them. What cannot be read as an
+// image needs what it mentions; unsure says that something cannot be read at all.
+func (s *Store) needs(all []*Image, bad []error) (needed map[string]bool, unsure bool) {
 	needed = map[string]bool{}
 	for _, i := range all {
 		for _, id := range i.objects() {
 			needed[id] = true
 		}
 		for _, l := range append([]string{i.Digest, "sha256:" + i.ID}, i.Layers...) {
-			needed[layerFile(l)] = true
+			needed[layers.Path("", l)] = true
 		}
 	}
 	for _, e := range bad {
@@ -206,10 +203,10 @@ func (s *Store) needs() (needed map[string]bool, unsure bool, err error) {
 		text, err := objects.ReadSome(s.nameFile(u.name), maxImage)
 		unsure = unsure || err != nil && !isNotExist(err)
 		for _, m := range mentioned.FindAll(text, -1) {
-			needed[layerFile(string(m))] = true
+			needed[layers.Path("", string(m))] = true
 		}
 	}
-	return needed, unsure, nil
+	return needed, unsure
 }
 
 // Bundles says whether images of a store have a base image's bundle, without opening the store. When in doubt they do.

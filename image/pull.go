@@ -72,8 +72,7 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string, from *Image) (i *
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, w.Close()) }()
-	o := s.opts.OCI
-	o.Limits, o.Arch, o.TempDir, o.Log = s.opts.Limits, s.opts.Arch, w.Dir, s.log
+	o := s.sources(w.Dir)
 	was := s.pulled(ref, name)
 	o.Unless = cmp.Or(was.Index, was.Digest)
 	img, err := oci.Resolve(ctx, ref, o)

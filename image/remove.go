@@ -154,9 +154,13 @@ func (s *Store) prune(ctx context.Context, o PruneOptions) (*Removed, error) {
 // sweep removes objects that neither an image nor a VM has, and layers whose images are gone, or all of them, and says how many
 // bytes that frees. Partial says that what interrupted pulls have fetched goes too. The caller has the store alone.
 func (s *Store) sweep(allLayers, partial bool) (freed int64, err error) {
-	needed, unsure, err := s.needs()
-	if err != nil || unsure {
+	all, bad, err := s.list()
+	if err != nil {
 		return 0, err
+	}
+	needed, unsure := s.needs(all, bad)
+	if unsure {
+		return 0, nil
 	}
 	err = s.objects.Take(s.path(objectsDir), &freed, func(name string) (bool, error) {
 		by, err := kept.Users(true, s.path(objectsDir, name))
@@ -184,9 +188,6 @@ func (s *Store) sweep(allLayers, partial bool) (freed int64, err error) {
 	return freed, nil
 }
 
-// layerFile is the name of a layer's file.
-func layerFile(digest string) string { return strings.Replace(digest, ":", "-", 1) }
-
 // Usage is what a store takes of its disk, in bytes.
 type Usage struct {
 	Images  int   `json:"images"`
@@ -210,10 +211,7 @@ func (s *Store) usage() (*Usage, error) {
 	if err != nil {
 		return nil, err
 	}
-	needed, _, err := s.needs()
-	if err != nil {
-		return nil, err
-	}
+	needed, _ := s.needs(images, bad)
 	u := &Usage{Images: len(images) + len(bad)}
 	for _, part := range []struct {
 		dir string

@@ -33,12 +33,18 @@ func (s *Store) Workshop(ctx context.Context) (*Workshop, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &Workshop{Dir: work.Dir, Layers: s.path(layersDir), OCI: s.opts.OCI, Offline: s.opts.Offline, Log: s.log, Progress: s.opts.Progress, work: work}
-	w.OCI.Limits, w.OCI.Arch, w.OCI.TempDir, w.OCI.Log = s.opts.Limits, s.opts.Arch, w.Dir, s.log
+	w := &Workshop{Dir: work.Dir, Layers: s.path(layersDir), OCI: s.sources(work.Dir), Offline: s.opts.Offline, Log: s.log, Progress: s.opts.Progress, work: work}
 	if w.unlock, err = s.locks.Lock(ctx, w.Layers, unix.LOCK_SH, "another smartvm to finish removing images"); err != nil {
 		return nil, errors.Join(err, work.Close())
 	}
 	return w, nil
+}
+
+// sources says where images come from, for somebody who has a directory to work in.
+func (s *Store) sources(temp string) oci.Options {
+	o := s.opts.OCI
+	o.Limits, o.Arch, o.TempDir, o.Log = s.opts.Limits, s.opts.Arch, temp, s.log
+	return o
 }
 
 // Close removes what is in Dir.

@@ -12,6 +12,7 @@ import (
 
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/oci/config"
+	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/pack"
 	"push.rocks/smartvm/internal/ext4"
 )
@@ -56,7 +57,7 @@ func Commit(ctx context.Context, s *image.Store, o CommitOptions) (made *image.I
 			return err
 		}
 		for i, l := range p.Layers {
-			to := pack.File(j.Layers, l.Digest)
+			to := layers.Path(j.Layers, l.Digest)
 			if _, err := os.Lstat(to); err == nil {
 				continue
 			}

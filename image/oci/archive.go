@@ -5,7 +5,6 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -265,7 +264,7 @@ func (a *archive) describe(n string) (manifest.Descriptor, error) {
 	if _, err := io.Copy(h, a.open(p)); err != nil {
 		return manifest.Descriptor{}, err
 	}
-	d := manifest.Descriptor{Digest: manifest.Algorithm + hex.EncodeToString(h.Sum(nil)), Size: p.size}
+	d := manifest.Descriptor{Digest: manifest.DigestOf(h), Size: p.size}
 	a.blobs[d.Digest] = p
 	return d, nil
 }

@@ -7,12 +7,12 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
+	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
@@ -81,7 +81,7 @@ func (i *Image) Copy(ctx context.Context, dir string, progress func(done, total 
 		if err != nil {
 			return err
 		}
-		err = atomicfile.Fill(filepath.Join(dir, strings.Replace(l.Digest, ":", "-", 1)), 0o600, func(f *os.File) error {
+		err = atomicfile.Fill(layers.Path(dir, l.Digest), 0o600, func(f *os.File) error {
 			_, err := io.Copy(f, io.LimitReader(r, l.Size+1)) // it is compared with its digest when it leaves
 			return err
 		})

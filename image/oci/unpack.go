@@ -3,7 +3,6 @@ package oci
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -123,7 +122,7 @@ func (c *checked) Read(p []byte) (int, error) {
 		return 0, &flatten.DigestError{What: "layer", Want: c.layer.Digest}
 	}
 	if end {
-		if got := manifest.Algorithm + hex.EncodeToString(c.hash.Sum(nil)); got != c.layer.Digest {
+		if got := manifest.DigestOf(c.hash); got != c.layer.Digest {
 			return 0, &flatten.DigestError{What: "layer", Want: c.layer.Digest, Got: got}
 		}
 	}

@@ -3,7 +3,6 @@ package layers
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"hash"
 	"io"
@@ -143,15 +142,13 @@ func (t *transfer) there() (yes bool, err error) {
 	defer func() { err = errors.Join(err, f.Close()) }()
 	h := sha256.New()
 	n, err := io.Copy(h, io.LimitReader(f, t.layer.Size+1))
-	if err != nil || n != t.layer.Size || digest(h) != t.layer.Digest {
+	if err != nil || n != t.layer.Size || manifest.DigestOf(h) != t.layer.Digest {
 		return false, err
 	}
 	t.set(func() { t.begun, t.ended, t.have = true, true, n })
 	t.count(n * t.times)
 	return true, nil
 }
-
-func digest(h hash.Hash) string { return manifest.Algorithm + hex.EncodeToString(h.Sum(nil)) }
 
 // resume takes stock of what is there.
 func (t *transfer) resume() error {
@@ -203,7 +200,7 @@ func (t *transfer) all(ctx context.Context) error {
 			return err
 		}
 	}
-	if got := digest(t.hash); got != t.layer.Digest {
+	if got := manifest.DigestOf(t.hash); got != t.layer.Digest {
 		return &flatten.DigestError{What: "layer", Want: t.layer.Digest, Got: got}
 	}
 	return nil

@@ -29,7 +29,7 @@ type Source struct {
 // atOnce is how many layers are fetched at the same time.
 const atOnce = 3
 
-// Path is where a layer is in a directory.
+// Path is where a directory has a layer, or another blob.
 func Path(dir, digest string) string { return filepath.Join(dir, strings.ReplaceAll(digest, ":", "-")) }
 
 // Fetch brings layers into a directory, each as "sha256-" and its digest, and verifies them. Layers that are there already are

@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"mime"
 	"slices"
 	"strconv"
@@ -273,6 +274,9 @@ func Digest(text []byte) string {
 	sum := sha256.Sum256(text)
 	return Algorithm + hex.EncodeToString(sum[:])
 }
+
+// DigestOf is that of what a SHA-256 has been given.
+func DigestOf(h hash.Hash) string { return Algorithm + hex.EncodeToString(h.Sum(nil)) }
 
 // ValidDigest makes sure that a digest can be part of a file's name.
 func ValidDigest(d string) error {

@@ -5,7 +5,6 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -14,6 +13,7 @@ import (
 
 	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/internal/ext4"
 )
@@ -78,12 +78,10 @@ func Write(dir string, progress func(done int64), fill func(w *tar.Writer) error
 	if err = errors.Join(err, z.Close(), f.Sync(), f.Close()); err != nil {
 		return Layer{}, "", fmt.Errorf("make layer: %w", err)
 	}
-	l = Layer{Descriptor: manifest.Descriptor{MediaType: typeLayer, Digest: digestOf(packed), Size: packed.size}}
-	l.Path = File(dir, l.Digest)
-	return l, digestOf(plain), os.Rename(f.Name(), l.Path)
+	l = Layer{Descriptor: manifest.Descriptor{MediaType: typeLayer, Digest: manifest.DigestOf(packed), Size: packed.size}}
+	l.Path = layers.Path(dir, l.Digest)
+	return l, manifest.DigestOf(plain), os.Rename(f.Name(), l.Path)
 }
-
-func digestOf(h hash.Hash) string { return manifest.Algorithm + hex.EncodeToString(h.Sum(nil)) }
 
 // sized counts what is hashed.
 type sized struct {

@@ -5,18 +5,16 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
-	"strings"
 
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/internal/atomicfile"
 )
@@ -44,7 +42,7 @@ const maxDocument = 4 << 20
 // Keep writes an image's documents into a directory, as its layers are there: under their digests.
 func Keep(dir string, documents ...[]byte) error {
 	for _, text := range documents {
-		path := File(dir, manifest.Digest(text))
+		path := layers.Path(dir, manifest.Digest(text))
 		if _, err := os.Lstat(path); err == nil {
 			continue
 		}
@@ -59,11 +57,6 @@ func Keep(dir string, documents ...[]byte) error {
 	return nil
 }
 
-// File is where a directory has what has a digest.
-func File(dir, digest string) string {
-	return filepath.Join(dir, strings.Replace(digest, ":", "-", 1))
-}
-
 // Kept reads an image whose documents and layers are in a directory. What is not there is fs.ErrNotExist. That layers are what their digests
 // say is checked when they leave.
 func Kept(dir, digest, id string) (*Image, error) {
@@ -73,7 +66,7 @@ func Kept(dir, digest, id string) (*Image, error) {
 			return nil, err
 		}
 		var err error
-		if texts[n], err = read(File(dir, d)); err != nil {
+		if texts[n], err = read(layers.Path(dir, d)); err != nil {
 			return nil, err
 		}
 		if got := manifest.Digest(texts[n]); got != d {
@@ -126,7 +119,7 @@ func Of(text, config []byte, dir string) (*Image, error) {
 		if err := manifest.ValidDigest(l.Digest); err != nil {
 			return nil, err
 		}
-		path := File(dir, l.Digest)
+		path := layers.Path(dir, l.Digest)
 		fi, err := os.Lstat(path)
 		if err == nil && (!fi.Mode().IsRegular() || fi.Size() != l.Size) {
 			err = fmt.Errorf("layer %s: has not %d bytes: %w", l.Digest, l.Size, fs.ErrNotExist)
@@ -187,16 +180,16 @@ func (from Origin) Fetch(ctx context.Context, o oci.Options, progress func(done,
 		}
 		return Of(found.Documents[0], found.Documents[1], dir)
 	}
-	var layers []Layer
+	var all []Layer
 	for _, l := range found.Layers {
 		kind := "application/vnd.oci.image.layer.v1.tar"
-		path := File(dir, l.Digest)
+		path := layers.Path(dir, l.Digest)
 		if l.Digest != l.DiffID {
 			kind = typeLayer
 		}
-		layers = append(layers, Layer{manifest.Descriptor{MediaType: kind, Digest: l.Digest, Size: l.Size}, path})
+		all = append(all, Layer{manifest.Descriptor{MediaType: kind, Digest: l.Digest, Size: l.Size}, path})
 	}
-	return New(found.Documents[1], layers)
+	return New(found.Documents[1], all)
 }
 
 // Size is how many bytes all layers have.
@@ -214,7 +207,7 @@ func (l *Layer) verified(w io.Writer, r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	if got := manifest.Algorithm + hex.EncodeToString(h.Sum(nil)); got != l.Digest || n != l.Size {
+	if got := manifest.DigestOf(h); got != l.Digest || n != l.Size {
 		return &flatten.DigestError{What: "layer", Want: l.Digest, Got: got}
 	}
 	return nil
