@@ -115,18 +115,18 @@ func (s *Store) bootKernel(ctx context.Context, b *Boot, o BootOptions) (*Object
 	case i.Bundle != "":
 		return nil, nil // bootRoot has it
 	}
-	k, err := s.use(ctx, i.Kernel, false)
+	k, err := s.objects.Use(ctx, i.Kernel, false)
 	if err != nil {
 		return nil, err
 	}
-	b.Kernel = s.file(k)
+	b.Kernel = s.objects.File(k)
 	s.keep(b, k)
 	if i.Modules != "" {
-		all, err := s.use(ctx, i.Modules, false)
+		all, err := s.objects.Use(ctx, i.Modules, false)
 		if err != nil {
 			return nil, err
 		}
-		b.Modules = s.file(all)
+		b.Modules = s.objects.File(all)
 		s.keep(b, all)
 	}
 	if !k.Modules {
@@ -149,21 +149,21 @@ func (s *Store) bootRoot(ctx context.Context, b *Boot) error {
 		return os.MkdirAll(users, 0o700)
 	}
 	if i.Initrd != "" {
-		o, err := s.use(ctx, i.Initrd, false)
+		o, err := s.objects.Use(ctx, i.Initrd, false)
 		if err != nil {
 			return err
 		}
-		b.Initrd = s.file(o)
+		b.Initrd = s.objects.File(o)
 		s.keep(b, o)
 	}
 	if i.Root == "" {
 		return nil
 	}
-	o, err := s.use(ctx, i.Root, false)
+	o, err := s.objects.Use(ctx, i.Root, false)
 	if err != nil {
 		return err
 	}
-	b.Root, b.RootType = s.file(o), o.Type
+	b.Root, b.RootType = s.objects.File(o), o.Type
 	s.keep(b, o)
 	return nil
 }
@@ -184,7 +184,7 @@ func (s *Store) bundle(ctx context.Context, b *Boot) (*base.Bundle, error) {
 
 // keep has the VM keep an object.
 func (s *Store) keep(b *Boot, o *Object) {
-	b.Users = append(b.Users, filepath.Join(s.objectDir(o.ID), kept.UsersDir))
+	b.Users = append(b.Users, filepath.Join(s.objects.Dir(o.ID), kept.UsersDir))
 }
 
 // bootInitramfs stores an initramfs of the agent and a kernel's modules, if it is not there.
@@ -198,15 +198,15 @@ func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *Object) err
 		fmt.Fprint(h, modules.ID)
 	}
 	id := kindInitrd + "-" + hex.EncodeToString(h.Sum(nil))
-	o, err := s.use(ctx, id, false)
+	o, err := s.objects.Use(ctx, id, false)
 	if isNotExist(err) {
-		o, err = s.build(ctx, func(dir string) (*Object, error) {
+		o, err = s.objects.Build(ctx, func(dir string) (*Object, error) {
 			return &Object{ID: id, Files: []File{{Name: initrdFile}}}, create(filepath.Join(dir, initrdFile), func(w io.Writer) error {
 				if err := initramfs.Build(w, initramfs.Options{Agent: s.opts.Agent}); err != nil || modules == nil {
 					return err
 				}
 				// The kernel takes one archive after the other.
-				f, err := os.Open(filepath.Join(s.objectDir(modules.ID), modulesFile))
+				f, err := os.Open(filepath.Join(s.objects.Dir(modules.ID), modulesFile))
 				if err != nil {
 					return err
 				}
@@ -218,7 +218,7 @@ func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *Object) err
 	if err != nil {
 		return fmt.Errorf("make initramfs: %w", err)
 	}
-	b.Initrd = s.file(o)
+	b.Initrd = s.objects.File(o)
 	s.keep(b, o)
 	return nil
 }

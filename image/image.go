@@ -62,7 +62,7 @@ func (i *Image) objects() []string {
 func (s *Store) dirs(i *Image) []string {
 	var all []string
 	for _, id := range i.objects() {
-		all = append(all, s.objectDir(id))
+		all = append(all, s.objects.Dir(id))
 	}
 	if i.Bundle != "" && s.opts.Base != nil {
 		all = append(all, s.opts.Base.Dir(i.Bundle))
@@ -87,7 +87,7 @@ func (s *Store) Inspect(ref string) (*Inspection, error) {
 	}
 	in := &Inspection{Image: *i, Missing: s.missing(i), Objects: []Object{}}
 	for _, id := range i.objects() {
-		if o, err := s.object(id); err == nil {
+		if o, err := s.objects.Get(id); err == nil {
 			in.Objects = append(in.Objects, *o)
 		}
 	}
@@ -105,7 +105,7 @@ func (s *Store) Inspect(ref string) (*Inspection, error) {
 // missing are the parts of an image that are not here.
 func (s *Store) missing(i *Image) (all []string) {
 	for _, id := range i.objects() {
-		if _, err := s.object(id); err != nil {
+		if _, err := s.objects.Get(id); err != nil {
 			all = append(all, id)
 		}
 	}
@@ -135,7 +135,7 @@ func (s *Store) Verify(ctx context.Context, name string) error {
 	i, err := s.Find(name)
 	if err == nil {
 		for _, id := range i.objects() {
-			if _, useErr := s.use(ctx, id, true); useErr != nil {
+			if _, useErr := s.objects.Use(ctx, id, true); useErr != nil {
 				err = errors.Join(err, fmt.Errorf("image %s: %w", i.Name, useErr))
 			}
 		}

@@ -15,6 +15,7 @@ import (
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/imagename"
+	"push.rocks/smartvm/internal/objects"
 	"push.rocks/smartvm/internal/stage"
 )
 
@@ -70,7 +71,7 @@ func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 	i := &Image{
 		Name: imagename.Familiar(o.Name), Source: ImportSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != "", Config: runs,
 	}
-	var parts []*draft
+	var parts []*objects.Draft
 	if err == nil {
 		parts, err = s.importParts(ctx, i, o)
 	}
@@ -87,7 +88,7 @@ func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 }
 
 // publish puts an image's parts in their places and gives it its name.
-func (s *Store) publish(ctx context.Context, i *Image, parts ...*draft) error {
+func (s *Store) publish(ctx context.Context, i *Image, parts ...*objects.Draft) error {
 	release, err := s.Hold(ctx)
 	if err != nil {
 		return err
@@ -105,7 +106,7 @@ func (s *Store) publish(ctx context.Context, i *Image, parts ...*draft) error {
 }
 
 // importParts drafts an image's parts. The caller closes them, on error too.
-func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) (parts []*draft, err error) {
+func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) (parts []*objects.Draft, err error) {
 	if o.Kernel == HostKernel {
 		h, err := s.host.Find()
 		if old, _ := s.Find(HostKernel); err != nil && errors.Is(err, ErrNoKernel) && old != nil && o.Modules == "" {
@@ -140,8 +141,8 @@ func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) (par
 }
 
 // storeCopy drafts a file as it is.
-func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*draft, error) {
-	return s.draft(ctx, func(dir string) (*Object, error) {
+func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*objects.Draft, error) {
+	return s.objects.Draft(ctx, func(dir string) (*Object, error) {
 		f := &stage.File{
 			Source: path, Target: filepath.Join(dir, o.Files[0].Name), UID: -1,
 			Progress: func(done, total int64) { s.opts.Progress("copy "+filepath.Base(path), done, total) },
@@ -150,10 +151,10 @@ func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*draft, 
 	})
 }
 
-func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*draft, error) {
+func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*objects.Draft, error) {
 	if o.Rootfs == "-" {
 		return s.storeUnpacked(ctx, func(dst *os.File) error {
-			return flatten.TarToExt4(ctx, s.watch(ctx, o.Stdin, "unpack", 0), dst, flatten.TarOptions{Limits: s.opts.Limits})
+			return flatten.TarToExt4(ctx, s.objects.Watch(ctx, o.Stdin, "unpack", 0), dst, flatten.TarOptions{Limits: s.opts.Limits})
 		})
 	}
 	path := o.Rootfs
@@ -191,15 +192,15 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*draft, error
 			if err != nil {
 				return err
 			}
-			r := s.watch(ctx, f, "unpack "+filepath.Base(path), fi.Size())
+			r := s.objects.Watch(ctx, f, "unpack "+filepath.Base(path), fi.Size())
 			return errors.Join(flatten.TarToExt4(ctx, r, dst, flatten.TarOptions{Limits: s.opts.Limits}), f.Close())
 		})
 	}
 	return nil, invalid("root file system %s: a guest cannot have %s for its root; make it ext4, squashfs or erofs", path, kind)
 }
 
-func (s *Store) storeUnpacked(ctx context.Context, unpack func(dst *os.File) error) (*draft, error) {
-	return s.draft(ctx, func(dir string) (*Object, error) {
+func (s *Store) storeUnpacked(ctx context.Context, unpack func(dst *os.File) error) (*objects.Draft, error) {
+	return s.objects.Draft(ctx, func(dir string) (*Object, error) {
 		o := &Object{ID: kindRoot + "-", Type: "ext4", Files: []File{{Name: "root.ext4"}}}
 		return o, create(filepath.Join(dir, "root.ext4"), func(w io.Writer) error { return unpack(w.(*os.File)) })
 	})

@@ -14,6 +14,7 @@ import (
 	"push.rocks/smartvm/internal/hostkernel"
 	"push.rocks/smartvm/internal/initramfs"
 	"push.rocks/smartvm/internal/kernel"
+	"push.rocks/smartvm/internal/objects"
 )
 
 // HostKernel stands for the kernel that this machine runs, and for the image that holds it.
@@ -87,7 +88,7 @@ func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, erro
 const kernelFormat = 1
 
 // placeAll puts drafts in their places and closes them. The caller holds the store.
-func (s *Store) placeAll(parts []*draft, err error) error {
+func (s *Store) placeAll(parts []*objects.Draft, err error) error {
 	for _, d := range parts {
 		if err == nil {
 			err = s.objects.Place(d)
@@ -100,7 +101,7 @@ func (s *Store) placeAll(parts []*draft, err error) error {
 // storeKernel drafts the kernel at path for i, extracted, with those of its modules that a guest needs to find its root, and
 // all of them as a disk that guests share. Modules is an unpacked /lib/modules/RELEASE, or the directory above, or "": all
 // is built in. The caller closes the drafts, on error too.
-func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string) (parts []*draft, err error) {
+func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string) (parts []*objects.Draft, err error) {
 	src, err := os.Open(path)
 	if err != nil {
 		return parts, fmt.Errorf("import kernel: %w", err)
@@ -114,7 +115,7 @@ func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string)
 		return nil, invalid("import kernel %s: no regular file", path)
 	}
 	var tree *os.Root
-	k, err := s.draft(ctx, func(dir string) (*Object, error) {
+	k, err := s.objects.Draft(ctx, func(dir string) (*Object, error) {
 		o := &Object{ID: kindKernel + "-", Files: []File{{Name: kernelFile}}}
 		err := create(filepath.Join(dir, kernelFile), func(w io.Writer) error {
 			info, err := kernel.Extract(ctx, w, src, fi.Size())
@@ -148,7 +149,7 @@ func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string)
 	if i.Kernel = k.ID; tree == nil {
 		return parts, nil
 	}
-	all, err := s.draft(ctx, func(dir string) (*Object, error) {
+	all, err := s.objects.Draft(ctx, func(dir string) (*Object, error) {
 		o := &Object{ID: kindModules + "-", Type: "ext4", Release: k.Release, Files: []File{{Name: modulesDisk}}}
 		return o, create(filepath.Join(dir, modulesDisk), func(w io.Writer) error { return s.modulesToExt4(ctx, tree.FS(), w.(*os.File)) })
 	})
@@ -185,7 +186,7 @@ func (s *Store) modulesToExt4(ctx context.Context, tree fs.FS, dst *os.File) err
 		defer close(packed)
 		w.CloseWithError(kernel.WriteModules(w, tree))
 	}()
-	err := flatten.TarToExt4(ctx, s.watch(ctx, r, "copy the kernel's modules", 0), dst, flatten.TarOptions{Once: true})
+	err := flatten.TarToExt4(ctx, s.objects.Watch(ctx, r, "copy the kernel's modules", 0), dst, flatten.TarOptions{Once: true})
 	r.CloseWithError(err)
 	<-packed
 	return err

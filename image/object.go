@@ -1,9 +1,7 @@
 package image
 
 import (
-	"context"
 	"fmt"
-	"io"
 	"regexp"
 
 	"push.rocks/smartvm/image/oci/flatten"
@@ -39,32 +37,6 @@ const (
 	modulesDisk = "modules.ext4"
 	initrdFile  = "initrd"
 )
-
-func (s *Store) objectDir(id string) string        { return s.objects.Dir(id) }
-func (s *Store) file(o *Object) string             { return s.objects.File(o) }
-func (s *Store) object(id string) (*Object, error) { return s.objects.Get(id) }
-
-type draft = objects.Draft
-
-// use checks that an object's files are what was stored: see objects.Store.Use.
-func (s *Store) use(ctx context.Context, id string, full bool) (*Object, error) {
-	return s.objects.Use(ctx, id, full)
-}
-
-// draft makes an object. The caller closes it.
-func (s *Store) draft(ctx context.Context, fill func(dir string) (*Object, error)) (*draft, error) {
-	return s.objects.Draft(ctx, fill)
-}
-
-// build stores an object. The caller holds the store.
-func (s *Store) build(ctx context.Context, fill func(dir string) (*Object, error)) (*Object, error) {
-	return s.objects.Build(ctx, fill)
-}
-
-// watch is a reader that tells how far it is and ends with its context. It seeks where r does.
-func (s *Store) watch(ctx context.Context, r io.Reader, step string, total int64) io.Reader {
-	return s.objects.Watch(ctx, r, step, total)
-}
 
 // InUse says whether VMs use what is in a directory that Boot has named as one of those that they do. When in doubt they do.
 func InUse(dir string) bool {

@@ -123,7 +123,7 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string, from *Image) (i *
 	if here, err := s.again(ctx, i); here || err != nil {
 		return i, err
 	}
-	root, err := s.draft(ctx, func(dir string) (*Object, error) {
+	root, err := s.objects.Draft(ctx, func(dir string) (*Object, error) {
 		f, err := os.Create(filepath.Join(dir, "root.ext4"))
 		if err != nil {
 			return nil, err
@@ -152,7 +152,7 @@ func (s *Store) again(ctx context.Context, i *Image) (here bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	_, err = s.use(ctx, i.Root, false)
+	_, err = s.objects.Use(ctx, i.Root, false)
 	switch {
 	case err == nil:
 		here, err = true, s.name(ctx, i)

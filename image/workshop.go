@@ -55,9 +55,9 @@ func (s *Store) Root(ctx context.Context, i *Image) (path, kind string, err erro
 	if i.Root == "" {
 		return "", "", errors.New("it has no root file system")
 	}
-	o, err := s.use(ctx, i.Root, false)
+	o, err := s.objects.Use(ctx, i.Root, false)
 	if err != nil {
 		return "", "", err
 	}
-	return s.file(o), o.Type, nil
+	return s.objects.File(o), o.Type, nil
 }

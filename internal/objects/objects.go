@@ -284,11 +284,7 @@ func (s *Store) Draft(ctx context.Context, fill func(dir string) (*Object, error
 
 // Build stores what fill makes in a directory. The caller holds the store.
 func (s *Store) Build(ctx context.Context, fill func(dir string) (*Object, error)) (*Object, error) {
-	return s.Placed(s.Draft(ctx, fill))
-}
-
-// Placed puts a draft in its place and closes it. The caller holds the store.
-func (s *Store) Placed(d *Draft, err error) (*Object, error) {
+	d, err := s.Draft(ctx, fill)
 	if err != nil {
 		return nil, err
 	}
