@@ -200,7 +200,7 @@ func (s *Store) needs(all []*Image, bad []error) (needed map[string]bool, unsure
 		if !errors.As(e, &u) {
 			continue
 		}
-		text, err := objects.ReadSome(s.nameFile(u.name), maxImage)
+		text, err := atomicfile.Read(s.nameFile(u.name), maxImage)
 		unsure = unsure || err != nil && !isNotExist(err)
 		for _, m := range mentioned.FindAll(text, -1) {
 			needed[layers.Path("", string(m))] = true

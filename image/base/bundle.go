@@ -243,12 +243,7 @@ func (s *Store) lock(ctx context.Context) (release func() error, err error) {
 }
 
 func readJSON[T any](path string, limit int) (v T, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return v, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
+	data, err := atomicfile.Read(path, int64(limit))
 	if err != nil {
 		return v, err
 	}

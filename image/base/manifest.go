@@ -6,13 +6,13 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 
+	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/strictjson"
 )
 
@@ -94,12 +94,7 @@ func readManifest(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxManifest+1))
+	return atomicfile.Read(path, maxManifest)
 }
 
 // origin is where a manifest comes from, and for what.

@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -177,12 +176,7 @@ func (s *Store) Find(version string) (Binary, error) {
 
 func readRecord(path string) (Binary, error) {
 	const limit = 64 << 10
-	f, err := os.Open(path)
-	if err != nil {
-		return Binary{}, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	data, err := atomicfile.Read(path, limit)
 	if err != nil {
 		return Binary{}, err
 	}

@@ -12,14 +12,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/strictjson"
 )
 
@@ -138,12 +137,7 @@ func Default(lookup func(string) (string, bool)) func() (*Policy, error) {
 }
 
 func readFile(file string, most int64) ([]byte, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, most+1))
+	data, err := atomicfile.Read(file, most)
 	if err == nil && int64(len(data)) > most {
 		err = fmt.Errorf("%s: more than %d bytes", file, most)
 	}

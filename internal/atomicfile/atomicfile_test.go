@@ -142,3 +142,19 @@ func TestWrite_LeavesTheOldOnError(t *testing.T) {
 		alone(t, path)
 	})
 }
+
+// Of a file that is too large so much is read that it shows, and no more.
+func TestRead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, []byte("12345"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for limit, want := range map[int64]string{0: "1", 3: "1234", 5: "12345", 9: "12345"} {
+		if got, err := atomicfile.Read(path, limit); err != nil || string(got) != want {
+			t.Errorf("limit %d: %q, %v, want %q", limit, got, err, want)
+		}
+	}
+	if _, err := atomicfile.Read(path+"x", 1); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+}

@@ -196,7 +196,7 @@ func syncFile(path string) error {
 
 // ReadJSON reads a document of at most limit bytes.
 func ReadJSON[T any](path string, limit int) (v T, err error) {
-	data, err := ReadSome(path, limit+1)
+	data, err := atomicfile.Read(path, int64(limit))
 	if err != nil {
 		return v, err
 	}
@@ -204,16 +204,6 @@ func ReadJSON[T any](path string, limit int) (v T, err error) {
 		return v, fmt.Errorf("read %s: %w: %w", path, ErrCorrupt, err)
 	}
 	return v, nil
-}
-
-// ReadSome reads a file, at most limit bytes.
-func ReadSome(path string, limit int) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, int64(limit)))
 }
 
 // Take removes from a directory what is to be gone, and adds up what that frees.

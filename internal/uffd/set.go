@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 
 	"push.rocks/smartvm/internal/atomicfile"
 )
@@ -54,12 +53,7 @@ func WriteSet(path string, s *Set) error {
 
 // ReadSet reads a set. Returns ErrSet for what is none.
 func ReadSet(path string) (*Set, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxSetFile+1))
+	data, err := atomicfile.Read(path, maxSetFile)
 	if err != nil {
 		return nil, err
 	}

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -70,12 +69,8 @@ func (s *Store) Get(name string) (network.Config, error) {
 }
 
 func readConfig[T any](path string) (c T, err error) {
-	f, err := os.Open(path)
+	data, err := atomicfile.Read(path, maxConfig)
 	if err != nil {
-		return c, err
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
-	if err := errors.Join(err, f.Close()); err != nil {
 		return c, err
 	}
 	return strictjson.Unmarshal[T](data, maxConfig)

@@ -77,15 +77,11 @@ func Kept(dir, digest, id string) (*Image, error) {
 }
 
 func read(path string) (text []byte, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	text, err = io.ReadAll(io.LimitReader(f, maxDocument+1))
+	text, err = atomicfile.Read(path, maxDocument)
 	if err == nil && len(text) > maxDocument {
 		err = &flatten.LimitError{What: "bytes of a manifest or configuration", Limit: maxDocument}
 	}
-	return text, errors.Join(err, f.Close())
+	return text, err
 }
 
 // Of describes an image by its documents. Its layers are in a directory, or it is fs.ErrNotExist.
