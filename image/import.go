@@ -40,7 +40,7 @@ type ImportOptions struct {
 
 // check also returns what the image runs.
 func (o *ImportOptions) check() (config.Config, error) {
-	errs := []error{ownName(o.Name)}
+	errs := []error{OwnName(o.Name)}
 	runs, err := o.Runs.Apply(config.Config{})
 	if err != nil {
 		errs = append(errs, invalid("%w", err))

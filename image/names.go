@@ -32,8 +32,8 @@ const (
 // ValidName says whether an image can be given a name.
 func ValidName(name string) error { return imagename.Valid(name) }
 
-// ownName is for names that people give: those with a digest are for what has it.
-func ownName(name string) error {
+// OwnName says whether people can give an image a name: those with a digest are for what has it.
+func OwnName(name string) error {
 	err := imagename.Own(name)
 	if name == HostKernel {
 		err = errors.Join(err, invalid("image name %q: it stands for this machine's kernel", name))
@@ -243,7 +243,7 @@ func (s *Store) name(ctx context.Context, i *Image) error {
 
 // Tag gives an image one more name, in place of what had it. Returns what Find does, and fs.ErrInvalid.
 func (s *Store) Tag(ctx context.Context, ref, name string) (*Image, error) {
-	if err := ownName(name); err != nil {
+	if err := OwnName(name); err != nil {
 		return nil, err
 	}
 	release, err := s.Hold(ctx)

@@ -26,7 +26,7 @@ const BaseScheme = "base:"
 // and base.
 func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	if name != "" { // before anything is fetched
-		if err := ownName(name); err != nil {
+		if err := OwnName(name); err != nil {
 			return nil, err
 		}
 		name = imagename.Familiar(name)
@@ -53,11 +53,8 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 }
 
 // Keep takes an image that was made here, in a workshop that is open, from a layout whose layers are in the directory of those that are kept too.
-// They stay as long as it does. It boots as the image does that it was made from.
+// They stay as long as it does. It boots as the image does that it was made from. Name is one of OwnName.
 func (s *Store) Keep(ctx context.Context, layout, name string, from *Image) (*Image, error) {
-	if err := ownName(name); err != nil {
-		return nil, err
-	}
 	return s.pullOCI(ctx, "oci:"+layout, imagename.Familiar(name), from)
 }
 

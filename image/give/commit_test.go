@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -169,7 +170,17 @@ func TestCommit_Imported(t *testing.T) {
 	if _, found := s.Find("none"); !errors.Is(err, refused) || !errors.Is(found, image.ErrNotFound) {
 		t.Errorf("%v, %v", err, found)
 	}
-	if _, err := give.Commit(t.Context(), s, give.CommitOptions{Image: "app", Root: root, Name: "No Name", Read: scratch(t)}); err == nil {
-		t.Error("a name that is none was taken")
+	// What is wrong with what was asked for is said before the VM stands still.
+	for name, o := range map[string]give.CommitOptions{
+		"a name that is none": {Name: "No Name"}, "the host's": {Name: image.HostKernel}, "a variable without a name": {Name: "fine", Change: config.Change{Env: []string{"=x"}}},
+	} {
+		o.Image, o.Root = "app", root
+		o.Read = func(context.Context, func(string) error) error {
+			t.Errorf("%s: the VM was stopped for it", name)
+			return nil
+		}
+		if _, err := give.Commit(t.Context(), s, o); !errors.Is(err, fs.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

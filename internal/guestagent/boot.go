@@ -258,7 +258,7 @@ func (g *guest) joinScratch(b *agentproto.Boot) error {
 	if err := mount(filesystem{kind: agentproto.Ext4, source: b.ScratchDevice, target: scratchDir, data: disk.Options("/sys", b.ScratchDevice)}); err != nil {
 		return err
 	}
-	upper, work := filepath.Join(scratchDir, "upper"), filepath.Join(scratchDir, "work")
+	upper, work := filepath.Join(scratchDir, agentproto.UpperDir), filepath.Join(scratchDir, "work")
 	for _, dir := range []string{upper, work} {
 		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err

@@ -18,9 +18,14 @@ import (
 	"push.rocks/smartvm/internal/ext4"
 )
 
-// Root is an ext4 file system.
+// Root is an ext4 file system, or a part of one.
 type Root struct {
-	Path     string
+	Path string
+	// Upper is the directory that was the upper one of an overlay, of which the layer is; empty: it is of all. Leave says which names in Upper are
+	// left out.
+	Upper string
+	Leave func(name string) bool
+
 	Limits   flatten.Limits
 	Progress func(done int64) // is told how many bytes the layer has. It may be nil
 }
@@ -28,19 +33,7 @@ type Root struct {
 // Flat makes an image of one layer, in a directory: what the file system has. What d says of the image stays, with its history as that of the layer.
 // The same file system gives the same image.
 func Flat(ctx context.Context, root Root, d config.Document, dir string) (i *Image, err error) {
-	f, err := os.Open(root.Path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	fs, err := ext4.Open(f)
-	if err != nil {
-		return nil, err
-	}
-	l := root.Limits.OrDefaults()
-	layer, diffID, err := Write(dir, root.Progress, func(w *tar.Writer) error {
-		return fs.Tar(ctx, w, ext4.Limits{Bytes: l.MaxBytes, Entries: l.MaxEntries})
-	})
+	layer, diffID, err := root.Layer(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -57,9 +50,30 @@ func Flat(ctx context.Context, root Root, d config.Document, dir string) (i *Ima
 	return New(text, []Layer{layer})
 }
 
-// Write makes a layer in a directory: a tar that fill writes, packed with gzip. After an error nothing is left of it. Progress, if not nil, is told
+// Layer makes a layer of it in a directory.
+func (r Root) Layer(ctx context.Context, dir string) (l Layer, diffID string, err error) {
+	f, err := os.Open(r.Path)
+	if err != nil {
+		return l, "", err
+	}
+	defer f.Close()
+	fs, err := ext4.Open(f)
+	if err != nil {
+		return l, "", err
+	}
+	bounds := r.Limits.OrDefaults()
+	limits := ext4.Limits{Bytes: bounds.MaxBytes, Entries: bounds.MaxEntries}
+	return write(dir, r.Progress, func(w *tar.Writer) error {
+		if r.Upper != "" {
+			return fs.Layer(ctx, w, r.Upper, r.Leave, limits)
+		}
+		return fs.Tar(ctx, w, limits)
+	})
+}
+
+// write makes a layer in a directory: a tar that fill writes, packed with gzip. After an error nothing is left of it. Progress, if not nil, is told
 // how many bytes the tar has.
-func Write(dir string, progress func(done int64), fill func(w *tar.Writer) error) (l Layer, diffID string, err error) {
+func write(dir string, progress func(done int64), fill func(w *tar.Writer) error) (l Layer, diffID string, err error) {
 	f, err := os.CreateTemp(dir, "layer-")
 	if err != nil {
 		return Layer{}, "", err
