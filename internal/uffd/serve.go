@@ -241,6 +241,8 @@ func (v *serving) bring(r region, pages Range, needed int64) (again bool, err er
 				}
 			}
 			page++
+		case errors.Is(err, unix.EFAULT):
+			return false, fmt.Errorf("read memory file: it became shorter: %w", err)
 		default:
 			return false, fmt.Errorf("give pages of the file: %w", err)
 		}
