@@ -20,8 +20,9 @@ var settleTime = 20 * time.Second
 const (
 	// turnTime is how long other packages' tests may keep us waiting.
 	turnTime = 15 * time.Minute
-	// turnDir is the same for all on the machine, unlike TMPDIR.
-	turnDir = "/tmp"
+	// turnDir and queueDir are the same for all on the machine, unlike TMPDIR. Who holds turnDir has the turn; who holds queueDir is next.
+	turnDir  = "/tmp"
+	queueDir = "/"
 	// worthTelling is a wait that a test's output tells of.
 	worthTelling = 100 * time.Millisecond
 )
@@ -84,11 +85,15 @@ func (l *turnLock) take() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.held == 0 {
-		f, err := lockDir(turnDir)
+		// Who has just given a turn back waits behind who is next, so that a package of many such tests does not keep the others out.
+		next, err := lockDir(queueDir)
 		if err != nil {
 			return err
 		}
-		l.file = f
+		l.file, err = lockDir(turnDir)
+		if err := errors.Join(err, next.Close()); err != nil {
+			return err
+		}
 	}
 	l.held++
 	return nil
@@ -110,7 +115,7 @@ func lockDir(path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for deadline := time.Now().Add(turnTime); ; <-tick.C {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)

@@ -219,6 +219,62 @@ func TestNoLeaks_Turns(t *testing.T) {
 	}
 }
 
+// TestTurn_Fair has another process wait while we take one turn after another, as packages with many such tests do: it comes before our next ones.
+func TestTurn_Fair(t *testing.T) {
+	if os.Getenv(turnVariable) != "" {
+		fmt.Println("starting")
+		testenv.Turn(t)
+		fmt.Println("its turn")
+		return
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), turnVariable+"=1")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := make(chan string, 10)
+	turns, first := 0, true
+	for came := false; !came; {
+		record(t, func(r testing.TB) {
+			testenv.Turn(r)
+			if first {
+				first = false
+				if err := cmd.Start(); err != nil {
+					t.Error(err)
+				}
+				go func() {
+					defer close(said)
+					for lines := bufio.NewScanner(out); lines.Scan(); {
+						said <- lines.Text()
+					}
+				}()
+				if line := <-said; line != "starting" {
+					t.Errorf("read %q", line)
+				}
+			}
+			turns++
+			select { // something that takes its time
+			case line := <-said:
+				came = true
+				if line != "its turn" {
+					t.Errorf("read %q", line)
+				}
+			case <-time.After(3 * time.Millisecond):
+			}
+		})
+		if turns > 100 {
+			t.Fatalf("%d turns of ours while it waited", turns)
+		}
+	}
+	for range said { // the rest of what it says
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%d turns of ours while it waited", turns)
+}
+
 func TestLinux_Hello(t *testing.T) {
 	testenv.Require(t, testenv.LinuxGuest)
 	testenv.Require(t, testenv.KVM)
