@@ -242,7 +242,7 @@ func (s *site) startedBy(r *remote, h *smartvm.Host, guest string) *smartvm.Mach
 	return m
 }
 
-// A VM can be used from any process, not only from the one that looks after it.
+// A VM can be used from any process, not only from the one that supervises it.
 func TestProcesses_Share(t *testing.T) {
 	eachVariant(t, func(t *testing.T, s *site) {
 		other, h := s.remote(), s.open()
@@ -264,10 +264,10 @@ func TestProcesses_Share(t *testing.T) {
 			t.Error(err)
 		}
 		if report, err := h.Recover(t.Context()); err != nil || len(report.Adopted)+len(report.Recovered)+len(report.Removed) > 0 {
-			t.Errorf("recovery took what another looks after: %+v, %v", report, err)
+			t.Errorf("recovery took what another supervises: %+v, %v", report, err)
 		}
 		if err := m.Adopt(t.Context()); !errors.Is(err, smartvm.ErrState) {
-			t.Errorf("adopt what another looks after: %v, want ErrState", err)
+			t.Errorf("adopt what another supervises: %v, want ErrState", err)
 		}
 		if err := m.Start(t.Context()); !errors.Is(err, smartvm.ErrState) {
 			t.Errorf("start: %v, want ErrState", err)
@@ -459,7 +459,7 @@ func wantReport(t *testing.T, got *smartvm.Report, err error, want smartvm.Repor
 	}
 }
 
-// A VM outlives the process that looked after it, and another takes it up.
+// A VM outlives the process that supervised it, and another takes it up.
 func TestProcesses_StarterDies(t *testing.T) {
 	eachVariant(t, func(t *testing.T, s *site) {
 		other, h := s.remote(), s.open()
@@ -585,7 +585,7 @@ func TestProcesses_WaitBesideStart(t *testing.T) {
 		}
 	}
 	inVain()
-	if err := os.Mkdir(about.Cgroup, 0o755); err != nil {
+	if err := os.MkdirAll(about.Cgroup, 0o755); err != nil { // what is above it goes with the last VM of anybody
 		t.Fatal(err)
 	}
 	group, err := os.Open(about.Cgroup)
@@ -621,7 +621,7 @@ func TestProcesses_WaitBesideStart(t *testing.T) {
 	}
 }
 
-// A VM without a process that looks after it can be stopped without taking it up before.
+// A VM without a process that supervises it can be stopped without taking it up before.
 func TestProcesses_StopUnattended(t *testing.T) {
 	eachVariant(t, func(t *testing.T, s *site) {
 		other, h := s.remote(), s.open()
