@@ -20,7 +20,6 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/cgroup"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/logfile"
 	"push.rocks/smartvm/internal/share"
@@ -29,6 +28,7 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/tinyguest"
 	"push.rocks/smartvm/internal/vmm"
+	"push.rocks/smartvm/journal"
 )
 
 // The conformance suite of effects: what package journal expects of one, asked of every kind in effects.go.

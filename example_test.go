@@ -68,7 +68,7 @@ func ExampleHost_Create() {
 	}
 }
 
-// What a service does when it starts: it looks after the VMs that an earlier one has left, and clears up.
+// What a service does when it starts: it supervises the VMs that an earlier one has left, and clears up.
 func ExampleHost_Recover() {
 	h, err := smartvm.Open(smartvm.Options{})
 	if err != nil {

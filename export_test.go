@@ -2,10 +2,11 @@ package smartvm
 
 import (
 	"maps"
-	"slices"
 	"time"
 
-	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/internal/plan"
+	"push.rocks/smartvm/internal/vmrun"
+	"push.rocks/smartvm/journal"
 )
 
 // What tests outside the package need of its inside.
@@ -29,13 +30,13 @@ func WithHealInterval(o Options, d time.Duration) Options {
 }
 
 // EffectKinds is the list of effects.go.
-func EffectKinds() journal.Kinds { return maps.Clone(effects) }
+func EffectKinds() journal.Kinds { return maps.Clone(plan.Effects) }
 
 // Allow is the one check of what may be done in which state, Operations what it knows of.
-func Allow(id, op, call string, s State) error { return allow(id, op, call, s) }
+func Allow(id, op, call string, s State) error { return vmrun.Allow(id, op, call, s) }
 
 // Operations: see Allow.
-func Operations() []string { return slices.Sorted(maps.Keys(transitions)) }
+func Operations() []string { return vmrun.Operations() }
 
 // UsesCgroups says whether a Host makes control groups where it can: see WithoutCgroups.
 func UsesCgroups(o Options) bool { return !o.noCgroup }

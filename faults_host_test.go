@@ -28,6 +28,7 @@ func init() {
 	children["no-kvm"] = noKVMChild
 	children["forbidden-kvm"] = forbiddenKVMChild
 	children["no-space"] = noSpaceChild
+	children["full"] = fullChild
 }
 
 // refuses checks that nothing can be made with a Firecracker, and that nothing is.
@@ -262,6 +263,7 @@ type childReport struct {
 	StartHint    string
 	State        smartvm.State
 	NoSpace      bool
+	Outcome      smartvm.Outcome
 	Left         []string // in the runtime directory
 }
 
@@ -467,6 +469,81 @@ func TestFault_NoSpace(t *testing.T) {
 			}
 			if got, err := os.ReadFile(disk); err != nil || !bytes.Equal(got, data) {
 				t.Errorf("the source changed: %v", err)
+			}
+		})
+	}
+}
+
+// fullChild runs a VM on a file system that becomes full before the VM ends, by itself or because it was lost.
+func fullChild(args []string) int {
+	site, dir := childSite(args[0]), filepath.Join(args[0], "runtime")
+	err := errors.Join(os.Mkdir(dir, 0o700), unix.Mount("none", dir, "tmpfs", 0, "mode=700,size=4m"))
+	if err != nil {
+		return finish(childReport{}, err)
+	}
+	report, err := fullLife(site, args[1] == "lost")
+	return finish(report, errors.Join(err, os.RemoveAll(filepath.Join(dir, ".hog"))))
+}
+
+func fullLife(site *faultSite, lost bool) (report childReport, err error) {
+	ctx := context.Background()
+	h, err := smartvm.Open(site.options)
+	if err != nil {
+		return report, err
+	}
+	m, err := h.Create(ctx, site.spec)
+	if err == nil {
+		err = m.Start(ctx)
+	}
+	if err != nil {
+		return report, err
+	}
+	hog := filepath.Join(h.RuntimeDir(), ".hog")
+	for _, size := range []int{4 << 20, 1} { // what is free, and the rest of it
+		if err := os.WriteFile(hog, make([]byte, size), 0o600); size > 1 && !errors.Is(err, unix.ENOSPC) {
+			return report, fmt.Errorf("it is not full: %w", err)
+		}
+		hog += "-more"
+	}
+	if lost {
+		in, err := m.Inspect(ctx)
+		if err = errors.Join(err, h.Close()); err != nil {
+			return report, err
+		}
+		if err := syscall.Kill(in.PIDs[0], syscall.SIGKILL); err != nil {
+			return report, err
+		}
+	} else if _, err := m.Stop(ctx, smartvm.StopOptions{}); err != nil {
+		return report, err
+	}
+	// As any process sees it.
+	other, err := smartvm.Open(site.options)
+	if err == nil {
+		m, err = other.Machine(ctx, m.ID())
+	}
+	if err != nil {
+		return report, err
+	}
+	exit, err := m.Wait(ctx)
+	if err == nil {
+		report.Outcome = exit.Outcome
+		report.State, err = m.State(ctx)
+	}
+	return report, errors.Join(err, m.Remove(ctx))
+}
+
+// How a VM ended is known although its file system was full by then; else one that is to be removed at its end would stay, and the file
+// system full.
+func TestFault_FullAtTheEnd(t *testing.T) {
+	testenv.Require(t, testenv.KVM, testenv.Root)
+	testenv.NoLeaks(t)
+	for how, want := range map[string]childReport{
+		"stopped": {Outcome: smartvm.OutcomeKilled, State: smartvm.Stopped}, "lost": {Outcome: smartvm.OutcomeLost, State: smartvm.Lost},
+	} {
+		t.Run(how, func(t *testing.T) {
+			site := newFaultSite(t, fakefc.Script{})
+			if diff := cmp.Diff(want, site.runChild(t, "full", how)); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
 			}
 		})
 	}

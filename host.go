@@ -3,12 +3,9 @@ package smartvm
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -24,17 +21,19 @@ import (
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/hint"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/locate"
+	"push.rocks/smartvm/internal/plan"
 	"push.rocks/smartvm/internal/resolve"
 	"push.rocks/smartvm/internal/secret"
 	"push.rocks/smartvm/internal/share"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/uffd"
+	"push.rocks/smartvm/internal/vmrun"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/guard"
 	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/snapshot"
 )
 
 // Options configure a Host. The zero value serves.
@@ -117,24 +116,17 @@ func DefaultRuntimeDir() string {
 // one. It is safe for concurrent use.
 type Host struct {
 	opts   Options
-	store  *store.Store
-	log    *slog.Logger
+	env    *vmrun.Env
 	cgroup string // where VMs get their groups, "" if nowhere
 
 	dataOnce sync.Once // makes the data directory
 
 	images func() (*image.Store, error) // opens them once
-
-	vmms locate.Finder
-
-	memory func() *uffd.Server                // makes it once
+	vmms   locate.Finder
 	facts  func() (snapshot.HostFacts, error) // reads them once
 
 	reaper network.Reaper
 	guards guard.Keeper
-
-	mu       sync.Mutex
-	machines map[string]*Machine // those that this process looks after
 }
 
 // Open opens a runtime directory, which it makes if need be. It refuses one that another user could have
@@ -171,10 +163,15 @@ func Open(opts Options) (*Host, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open runtime directory: %w", err)
 	}
-	h := &Host{opts: opts, store: st, log: opts.Log, machines: map[string]*Machine{}}
+	h := &Host{opts: opts}
+	h.env = &vmrun.Env{
+		Host: plan.Host{Store: st, StageDir: filepath.Join(opts.DataDir, store.StageDir), Limits: opts.Images.Limits},
+		Log:  opts.Log, Trace: opts.trace, StartTimeout: opts.StartTimeout, RepairEvery: cmp.Or(opts.healInterval, defaultRepairInterval),
+		Context: h.networkContext, Console: opts.Console, Progress: opts.Progress, LookupEnv: opts.LookupEnv,
+		Memory: sync.OnceValue(func() *uffd.Server { return uffd.NewServer(opts.Log) }),
+	}
 	h.images = sync.OnceValues(h.openImages)
 	h.facts = sync.OnceValues(snapshot.ReadHostFacts)
-	h.memory = sync.OnceValue(func() *uffd.Server { return uffd.NewServer(h.log) })
 	h.vmms.Binary, h.vmms.Version, h.vmms.Installed = opts.FirecrackerBinary, opts.FirecrackerVersion, h.installed
 	if opts.noCgroup {
 		return h, nil
@@ -191,21 +188,8 @@ func (h *Host) RuntimeDir() string { return h.opts.RuntimeDir }
 // DataDir holds what outlives VMs, absolute.
 func (h *Host) DataDir() string { return h.opts.DataDir }
 
-// stageDir is where drives are staged that can be reflinked there. It need not exist.
-func (h *Host) stageDir() string { return filepath.Join(h.opts.DataDir, store.StageDir) }
-
-// Close lets go of the VMs that this process looks after and leaves them running. Recover, in any process, takes them up.
-func (h *Host) Close() error {
-	h.mu.Lock()
-	owned := h.machines
-	h.machines = map[string]*Machine{}
-	h.mu.Unlock()
-	var errs []error
-	for _, m := range owned {
-		errs = append(errs, m.release())
-	}
-	return errors.Join(errs...)
-}
+// Close releases the VMs that this process supervises and leaves them running. Recover, in any process, takes them up.
+func (h *Host) Close() error { return h.env.Close() }
 
 // Create makes a VM that is ready to be started. The spec is checked against itself and the host, everything wrong
 // is reported at once as joined *FieldErrors, and nothing is left behind then. Returns ErrExists where id
@@ -221,115 +205,102 @@ func (h *Host) Create(ctx context.Context, spec Spec) (*Machine, error) {
 // create returns the new VM's lock as well, which the caller gives up. Attached, if not nil, says that the VM is one call's.
 func (h *Host) create(ctx context.Context, spec Spec, attached *RunOptions) (_ *Machine, _ *store.Lock, err error) {
 	h.dataOnce.Do(func() {
-		if err := errors.Join(store.Secure(h.opts.DataDir), store.Secure(h.stageDir())); err != nil {
-			h.log.Debug("no place for reflinks", "err", err)
+		if err := errors.Join(store.Secure(h.opts.DataDir), store.Secure(h.env.StageDir)); err != nil {
+			h.env.Log.Debug("no place for reflinks", "err", err)
 		}
 	})
-	rec, p, err := h.prepare(ctx, spec)
+	d, err := h.prepare(ctx, spec)
 	if err != nil {
 		return nil, nil, err
 	}
-	defer func() { err = errors.Join(err, rec.Boot.done()) }()
-	rec.Attached = attached != nil
-	if b := rec.Boot; attached != nil && attached.Command != nil && b != nil && b.Guest != nil {
-		b.Guest.Attach = !b.Guest.HasInit()
+	defer func() { err = errors.Join(err, d.release()) }()
+	d.in.Attached = attached != nil
+	if attached != nil && attached.Command != nil && d.in.HasAgent() {
+		d.in.Boot.Guest.Attach = !d.in.Boot.Guest.HasInit()
 	}
-	m, lock, err := h.build(ctx, rec, p)
-	if err == nil {
-		m.secrets = p.secrets
-		h.log.Info("created", "vm", rec.ID)
-	}
-	return m, lock, err
-}
-
-// build makes what a record describes. It returns the new VM's lock.
-func (h *Host) build(ctx context.Context, rec *record, p *proposal) (*Machine, *store.Lock, error) {
-	m := h.machine(rec)
-	lock, err := h.store.Create(rec.ID)
-	if errors.Is(err, fs.ErrExist) {
-		return nil, nil, fmt.Errorf("create VM %s: %w", rec.ID, ErrExists)
-	}
+	vm, lock, err := h.env.Make(ctx, d.in)
 	if err != nil {
-		return nil, nil, fmt.Errorf("create VM %s: %w", rec.ID, err)
+		return nil, nil, err
 	}
-	if err := m.make(ctx, rec, p); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			err = fmt.Errorf("%w: %w", ErrExists, err)
-		}
-		return nil, nil, errors.Join(&MachineError{ID: rec.ID, Stage: "create", Err: err}, m.erase(ctx, lock))
-	}
-	return m, lock, nil
+	vm.Provide(d.secrets)
+	h.env.Log.Info("created", "vm", d.in.ID)
+	return &Machine{h, vm}, lock, nil
 }
 
 // Plan says, as JSON, what creating and starting a VM would do to the host, and does none of it. Of an image, what all
 // its VMs share may be made ready in the data directory.
 func (h *Host) Plan(ctx context.Context, spec Spec) ([]byte, error) {
-	rec, p, err := h.prepare(ctx, spec)
+	d, err := h.prepare(ctx, spec)
 	if err != nil {
 		return nil, err
 	}
-	data, err := makePlan(&rec.Spec, p).MarshalJSON()
-	return data, errors.Join(err, rec.Boot.done())
+	data, err := d.in.Plan().MarshalJSON()
+	return data, errors.Join(err, d.release())
 }
 
-// prepare checks spec and gathers what a plan needs, without any effect. The caller is done with the record's image some
-// time.
-func (h *Host) prepare(ctx context.Context, spec Spec) (rec *record, p *proposal, err error) {
-	if spec.ID == "" {
-		spec.ID = randomHex(6)
-	}
+// draft is a VM that can be made.
+type draft struct {
+	in      *plan.Input
+	secrets *Secrets
+	release func() error // of its image, unless the VM has said that it uses it
+}
+
+// prepare checks spec and gathers what a plan needs, without any effect. The caller releases the draft.
+func (h *Host) prepare(ctx context.Context, spec Spec) (_ *draft, err error) {
+	rec := plan.New(spec.ID)
+	spec.ID = rec.ID
 	if err := spec.Validate(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	bin, err := h.vmms.VMM(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	errs := append(share.Resolve(&spec), secret.Absolute(&spec))
 	secrets, err := secret.Load(&spec, secret.Options{LookupEnv: h.opts.LookupEnv})
 	if err := errors.Join(append(errs, err)...); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	rec = &record{Version: recordVersion, Nonce: randomHex(4), Created: time.Now().UTC(), ID: spec.ID, Spec: spec}
+	rec.Spec = spec
 	networks, err := h.Networks()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: h.store}, &rec.Spec, networks); err != nil {
-		return nil, nil, err
+	if rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: h.env.Store}, &rec.Spec, networks); err != nil {
+		return nil, err
 	}
-	if rec.Boot, err = h.bootImage(ctx, &rec.Spec); err != nil {
-		return nil, nil, err
+	boot, release, err := h.bootImage(ctx, &rec.Spec)
+	if err != nil {
+		return nil, err
 	}
-	image := rec.Boot
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, image.done())
+			err = errors.Join(err, release())
 		}
 	}()
+	rec.Boot = boot
 	if err := h.launcher(rec, bin); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	rec.Ephemeral = h.opts.EphemeralWritableDrives == nil || *h.opts.EphemeralWritableDrives
 	if rec.Extract, err = resolve.Spec(&rec.Spec, bin.Version, rec.Ephemeral); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if rec.Boot != nil && rec.Boot.Guest != nil { // on files that are made with the VM, or its run
+	if rec.HasAgent() { // on files that are made with the VM, or its run
 		if err := h.addVolumes(ctx, rec); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		rec.Spec.Drives = append(rec.Spec.Drives, Drive{
-			DriveID: guestDrive, PathOnHost: filepath.Join(h.store.Dir(rec.ID), store.GuestFile), IsReadOnly: true,
-		})
+		addDrive(&rec.Spec, Drive{DriveID: guestDrive, PathOnHost: filepath.Join(h.env.Store.Dir(rec.ID), store.GuestFile), IsReadOnly: true})
 	}
-	if p, err = h.proposal(rec); err == nil {
-		p.secrets = secrets
+	in, err := h.env.Look(rec)
+	if err != nil {
+		return nil, err
 	}
-	return rec, p, err
+	return &draft{in: in, secrets: secrets, release: release}, nil
 }
 
 // launcher decides how the VMM is started.
-func (h *Host) launcher(rec *record, bin locate.VMM) (err error) {
+func (h *Host) launcher(rec *plan.Record, bin locate.VMM) (err error) {
 	rec.Binary, rec.BinaryVersion = bin.Path, bin.Version.String()
 	if h.opts.Launcher == LaunchJailed {
 		if rec.Jailer, err = locate.Jailer(bin, h.opts.JailerBinary); err != nil {
@@ -342,21 +313,21 @@ func (h *Host) launcher(rec *record, bin locate.VMM) (err error) {
 	return nil
 }
 
-// Machine finds a VM by its id, its name or the beginning of its id, if only one has it. Returns ErrNotFound.
+// Machine finds a VM by its id, its name or the beginning of its id, if only one has it. Returns ErrNotFound, ErrAmbiguous.
 func (h *Host) Machine(_ context.Context, ref string) (*Machine, error) {
-	ids, err := h.store.List()
+	ids, err := h.env.Store.List()
 	if err != nil {
 		return nil, err
 	}
 	if slices.Contains(ids, ref) { // before a name: an id is what programs use
 		return h.byID(ref)
 	}
-	if id := h.store.Holder("name", ref); id != "" {
+	if id := h.env.Store.Holder("name", ref); id != "" {
 		return h.byID(id)
 	}
 	ids = slices.DeleteFunc(ids, func(id string) bool { return !strings.HasPrefix(id, ref) })
 	if len(ids) > 1 {
-		return nil, fmt.Errorf("VM %q: %w: %s begin so", ref, ErrNotFound, strings.Join(ids, ", "))
+		return nil, fmt.Errorf("VM id prefix %q is %w: it matches %s", ref, ErrAmbiguous, strings.Join(ids, ", "))
 	}
 	if len(ids) == 0 || ref == "" {
 		return nil, hint.Add(fmt.Errorf("VM %q: %w", ref, ErrNotFound), "smartvm ps lists the VMs there are")
@@ -365,40 +336,28 @@ func (h *Host) Machine(_ context.Context, ref string) (*Machine, error) {
 }
 
 func (h *Host) byID(id string) (*Machine, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if m := h.machines[id]; m != nil {
-		return m, nil
-	}
-	rec, err := readRecord(h.store, id)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("VM %q: %w", id, ErrNotFound)
-	}
+	vm, err := h.env.Open(id)
 	if err != nil {
-		return nil, fmt.Errorf("VM %q: %w", id, err)
+		return nil, err
 	}
-	return h.machine(rec), nil
+	return &Machine{h, vm}, nil
 }
 
-// Machines returns all VMs, by id. One that comes or goes meanwhile may be in it or not.
+// Machines returns all VMs, by id. A VM that comes or goes meanwhile may be in it or not. An error is about VMs that cannot be read, which
+// another version of smartvm may have made: all others are returned with it.
 func (h *Host) Machines(context.Context) ([]*Machine, error) {
-	ids, err := h.store.List()
+	ids, err := h.env.Store.List()
 	if err != nil {
 		return nil, err
 	}
 	var all []*Machine
+	var errs []error
 	for _, id := range ids {
 		if m, err := h.byID(id); err == nil {
 			all = append(all, m)
 		} else if !errors.Is(err, ErrNotFound) {
-			return nil, err
+			errs = append(errs, err)
 		}
 	}
-	return all, nil
-}
-
-func randomHex(n int) string {
-	b := make([]byte, n)
-	_, _ = rand.Read(b) // never fails
-	return hex.EncodeToString(b)
+	return all, errors.Join(errs...)
 }

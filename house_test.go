@@ -17,7 +17,7 @@ import (
 	"testing"
 
 	"push.rocks/smartvm"
-	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 )
 
@@ -35,7 +35,7 @@ const (
 
 // roomier packages and why.
 var roomier = map[string]int{
-	".":            3800, // the domain is one package by decision: Host and Machine cannot be told apart without exporting their insides
+	".":            2400, // what an embedder uses is one package, so that its types are methods' receivers and results
 	"internal/cli": 1600, // one file a command
 }
 

@@ -7,15 +7,18 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/image/release"
 	"push.rocks/smartvm/image/volume"
 	"push.rocks/smartvm/internal/agentbin"
-	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/plan"
+	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/spec"
 )
@@ -28,14 +31,14 @@ func (h *Host) openImages() (*image.Store, error) {
 		return nil, fmt.Errorf("open data directory: %w", err)
 	}
 	o := h.opts.Images
-	o.Dir, o.Log = filepath.Join(h.opts.DataDir, store.ImageDir), h.log
+	o.Dir, o.Log = filepath.Join(h.opts.DataDir, store.ImageDir), h.env.Log
 	o.FetchKernel, o.Installed = o.FetchKernel || h.opts.Install, h.opts.Installed
 	if o.Agent == nil {
 		o.Agent = agentbin.Agent()
 	}
 	if o.Base == nil {
 		b := h.opts.BaseImages
-		b.Dir, b.Log, b.Offline, b.Progress = cmp.Or(b.Dir, filepath.Join(h.opts.DataDir, store.BaseDir)), h.log, o.Offline, o.Progress
+		b.Dir, b.Log, b.Offline, b.Progress = cmp.Or(b.Dir, filepath.Join(h.opts.DataDir, store.BaseDir)), h.env.Log, o.Offline, o.Progress
 		b.Waiting, b.InUse, b.Named = o.Waiting, image.InUse, image.Bundles(o.Dir)
 		var err error
 		if o.Base, err = base.Open(b); err != nil {
@@ -51,7 +54,7 @@ func (h *Host) Binaries() (*release.Store, error) {
 		return nil, fmt.Errorf("open data directory: %w", err)
 	}
 	o := h.opts.Binaries
-	o.Dir, o.Log, o.Offline = filepath.Join(h.opts.DataDir, store.BinaryDir), h.log, h.opts.Images.Offline
+	o.Dir, o.Log, o.Offline = filepath.Join(h.opts.DataDir, store.BinaryDir), h.env.Log, h.opts.Images.Offline
 	o.Progress, o.Waiting = h.opts.Images.Progress, h.opts.Images.Waiting
 	return release.Open(o)
 }
@@ -82,43 +85,17 @@ func (h *Host) Volumes() (*volume.Store, error) {
 	return volume.Open(filepath.Join(h.opts.DataDir, store.VolumeDir))
 }
 
-// boot is what a VM gets of its image, in its record.
-type boot struct {
-	Users []string         `json:"users"`           // where it says that it uses the image
-	Guest *agentproto.Boot `json:"guest,omitempty"` // what its guest's first program is told
-
-	release func() error // of the image: see image.Boot
-}
-
 const guestDrive = spec.GuestDrive
 
-// agentCID is the guest's context id, where nobody asks for another: the VMM keeps those of different VMs apart.
-const agentCID = 3
-
-// staged tells of the root that the VM has a layer over, and has room for what is copied.
-func (b *boot) staged(s *Spec) map[string]StagedDrive {
-	if b == nil || b.Guest == nil {
-		return map[string]StagedDrive{}
-	}
-	return map[string]StagedDrive{spec.RootDrive: {s.Drives[0].PathOnHost, "overlay"}}
-}
-
-// done lets others remove the image, unless the VM has said that it uses it.
-func (b *boot) done() error {
-	if b == nil {
-		return nil
-	}
-	return b.release()
-}
-
-// bootImage puts into s what its image gives: a kernel, an initramfs, a root drive and what goes over it.
-func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
+// bootImage puts into s what its image gives: a kernel, an initramfs, a root drive and what goes over it. Release lets others remove
+// the image, unless a VM has said by then that it uses it.
+func (h *Host) bootImage(ctx context.Context, s *Spec) (_ *plan.Boot, release func() error, err error) {
 	if s.Image == "" {
-		return nil, nil
+		return nil, func() error { return nil }, nil
 	}
 	images, err := h.Images()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	b, err := images.Boot(ctx, s.Image, image.BootOptions{
 		Kernel: s.Kernel, NoKernel: s.BootSource.KernelImagePath != "", Entrypoint: s.Entrypoint, Command: s.Command, Env: s.Env,
@@ -126,21 +103,28 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 	})
 	switch {
 	case errors.Is(err, image.ErrNotFound):
-		return nil, hint.Add(err, "smartvm image ls lists the images here; smartvm image pull %s fetches it", s.Image)
+		return nil, nil, hint.Add(err, "smartvm image ls lists the images here; smartvm image pull %s fetches it", s.Image)
 	case err != nil:
-		return nil, err
+		return nil, nil, err
 	}
-	boot := &boot{Users: b.Users, Guest: b.Guest, release: b.Release}
-	if err := attach.Expose(s, b.Image.Config.ExposedPorts, h.log); err != nil {
-		return nil, errors.Join(err, boot.release())
+	if err := h.bootFrom(ctx, s, b); err != nil {
+		return nil, nil, errors.Join(err, b.Release())
+	}
+	return &plan.Boot{Users: b.Users, Guest: b.Guest}, b.Release, nil
+}
+
+// bootFrom is bootImage for an image that was found.
+func (h *Host) bootFrom(ctx context.Context, s *Spec, b *image.Boot) error {
+	if err := attach.Expose(s, b.Image.Config.ExposedPorts, h.env.Log); err != nil {
+		return err
 	}
 	if n := len(s.Secrets) + len(s.EnvFiles) + len(s.Volumes) + len(s.NamedVolumes); n > 0 && b.Guest == nil {
-		return nil, errors.Join(fmt.Errorf("image %s boots by itself: %w: secrets, env files and volumes are for our own agent", s.Image, ErrNotSupported), boot.release())
+		return fmt.Errorf("image %s boots by itself: %w: secrets, env files and volumes are for our own agent", s.Image, ErrNotSupported)
 	}
 	if b.Guest != nil {
-		b.Guest.MachineID, b.Guest.Secrets = randomHex(16), len(s.Secrets)+len(s.EnvFiles) > 0
+		b.Guest.MachineID, b.Guest.Secrets = plan.RandomHex(16), len(s.Secrets)+len(s.EnvFiles) > 0
 		if s.Vsock == nil { // for the agent
-			s.Vsock = &Vsock{GuestCID: agentCID}
+			s.Vsock = &Vsock{GuestCID: plan.AgentCID}
 		}
 	}
 	s.BootSource.KernelImagePath = cmp.Or(s.BootSource.KernelImagePath, b.Kernel)
@@ -153,7 +137,7 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 	if b.Guest != nil {
 		scratch, err := h.scratch(ctx, s.Scratch)
 		if err != nil {
-			return nil, errors.Join(err, boot.release())
+			return err
 		}
 		scratch.Ephemeral = &yes
 		if s.Scratch != nil && s.Scratch.Keep != "" {
@@ -168,13 +152,13 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (*boot, error) {
 	if b.Modules != "" {
 		b.Guest.ModulesDevice = addDrive(s, Drive{DriveID: spec.ModulesDrive, PathOnHost: b.Modules, IsReadOnly: true})
 	}
-	return boot, nil
+	return nil
 }
 
 // addDrive adds a drive and says what the guest calls it.
 func addDrive(s *Spec, d Drive) (device string) {
 	s.Drives = append(s.Drives, d)
-	return agentproto.DriveDevice(len(s.Drives))
+	return guest.DriveDevice(len(s.Drives))
 }
 
 // scratch is the drive that an image's guest writes.
@@ -194,4 +178,42 @@ func (h *Host) scratch(ctx context.Context, s *spec.Scratch) (Drive, error) {
 		d.PathOnHost, err = volumes.Blank(ctx, size)
 	}
 	return d, err
+}
+
+// addVolumes gives a VM of an image the drives for its volumes, and tells its guest.
+func (h *Host) addVolumes(ctx context.Context, rec *plan.Record) error {
+	s, g := &rec.Spec, rec.Boot.Guest
+	disks, err := h.Volumes()
+	if err != nil {
+		return err
+	}
+	for i, v := range s.NamedVolumes {
+		path, err := disks.Volumes().Named(ctx, v.Name, int64(cmp.Or(v.SizeMiB, spec.DefaultVolumeMiB))<<20)
+		if err != nil {
+			return err
+		}
+		device := addDrive(s, Drive{DriveID: spec.NamedDrive(i), PathOnHost: path, CacheType: "Writeback", Ephemeral: new(bool)})
+		g.Disks = append(g.Disks, guest.Disk{Device: device, Target: v.Target, ReadOnly: v.ReadOnly})
+	}
+	if len(s.Volumes) == 0 {
+		_, err := g.Encode() // it may be too long by now
+		return err
+	}
+	g.Volumes = share.Guest(s.Volumes)
+	g.VolumeDevice = addDrive(s, Drive{DriveID: spec.VolumeDrive, PathOnHost: filepath.Join(h.env.Store.Dir(rec.ID), store.VolumeFile), IsReadOnly: true})
+	if slices.ContainsFunc(s.Volumes, func(v Volume) bool { return !v.ReadOnly }) {
+		var size Scratch
+		if s.Scratch != nil {
+			size.SizeMiB = s.Scratch.SizeMiB
+		}
+		changes, err := h.scratch(ctx, &size)
+		if err != nil {
+			return err
+		}
+		yes := true
+		changes.DriveID, changes.Ephemeral = spec.ChangesDrive, &yes
+		g.ChangesDevice = addDrive(s, changes)
+	}
+	_, err = g.Encode() // it may be too long by now
+	return err
 }

@@ -344,7 +344,7 @@ func TestHost_AdoptsPaused(t *testing.T) {
 		report, err := h.Recover(t.Context())
 		wantReport(t, report, err, smartvm.Report{Adopted: []string{m.ID()}})
 		wantState(t, m, smartvm.Paused)
-		if err := m.Resume(t.Context()); err != nil { // by one who does not look after it
+		if err := m.Resume(t.Context()); err != nil { // by one that does not supervise it
 			t.Error(err)
 		}
 		if m, err = h.Machine(t.Context(), m.ID()); err != nil {

@@ -274,7 +274,7 @@ func TestLinuxAgent_Service(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if g != nil && g.Degraded != "" {
+		if g.Degraded != "" {
 			break
 		}
 		if time.Now().After(end) {

@@ -163,7 +163,7 @@ func TestLinuxVolumes(t *testing.T) {
 	}
 }
 
-// Whoever looks after the VM may be killed: what its guest has changed is there all the same, and comes back with the next who clears up.
+// The supervisor of a VM may be killed: what its guest has changed is there all the same, and comes back with the next who clears up.
 func TestLinuxVolumes_Killed(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
 	src := volumeSource(t)

@@ -4,113 +4,35 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"io/fs"
-	"net"
-	"time"
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/configure"
-	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/vmm"
 )
-
-func (m *Machine) version() firecracker.Version {
-	v, _ := firecracker.ParseVersion(m.rec().BinaryVersion) // written by us
-	return v
-}
-
-// dialClient returns a client of the VM's VMM, in whichever process that was started. The caller closes it.
-func (m *Machine) dialClient() *firecracker.Client {
-	return firecracker.New(func(ctx context.Context) (net.Conn, error) {
-		return vmm.DialSocket(ctx, m.root(), store.SocketFile)
-	}, m.version())
-}
-
-// allowed returns *StateError where op, an entry of transitions, is not for the VM's state. Name is what the caller called.
-func (m *Machine) allowed(ctx context.Context, op, name string) error {
-	state, sure, err := m.look(ctx)
-	if err == nil && sure { // else the VMM will say what it thinks of it
-		err = allow(m.rec().ID, op, name, state)
-	}
-	return err
-}
-
-// call talks to the VMM of a started VM, as allowed.
-func (m *Machine) call(ctx context.Context, op, name string, f func(*firecracker.Client) error) error {
-	if err := m.allowed(ctx, op, name); err != nil {
-		return err
-	}
-	m.mu.Lock()
-	r := m.run
-	m.mu.Unlock()
-	proc, c := m.attach(), (*firecracker.Client)(nil)
-	if r != nil {
-		proc, c = r.proc, r.client
-	} else {
-		c = m.dialClient()
-		defer c.Close()
-	}
-	defer proc.EndIfHung()()
-	if err := f(c); err != nil {
-		return &MachineError{ID: m.rec().ID, Stage: name, Err: err}
-	}
-	return nil
-}
-
-// hold keeps other processes from making a snapshot of the VM, pausing or resuming it meanwhile. Op is what for.
-func (m *Machine) hold(op string) (*store.Hold, error) {
-	hold, err := m.host.store.Hold(m.rec().ID)
-	switch {
-	case errors.Is(err, store.ErrLocked):
-		return nil, fmt.Errorf("%s VM %s: %w: a snapshot of it is being made", op, m.rec().ID, ErrState)
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("VM %s: %w", m.rec().ID, ErrNotFound)
-	case err != nil:
-		return nil, fmt.Errorf("%s VM %s: %w", op, m.rec().ID, err)
-	}
-	return hold, nil
-}
-
-// holdSoon is hold that waits until a snapshot is made: what it writes down must not change meanwhile.
-func (m *Machine) holdSoon(ctx context.Context) (*store.Hold, error) {
-	for {
-		hold, err := m.hold("stop")
-		if !errors.Is(err, ErrState) {
-			return hold, err
-		}
-		select {
-		case <-ctx.Done():
-			return nil, err
-		case <-time.After(waitPoll):
-		}
-	}
-}
 
 // Pause stops the guest's CPUs and devices. What runs in it by Exec waits, and goes on with it; with Firecracker 1.16.0 and 1.16.1 other connections
 // to the guest end by the Resume, see [firecracker.Client.Resume]. Returns ErrState while a snapshot of it is being made.
 func (m *Machine) Pause(ctx context.Context) error {
-	hold, err := m.hold("pause")
+	hold, err := m.vm.Freeze("pause")
 	if err != nil {
 		return err
 	}
-	err = m.call(ctx, "pause", "pause", func(c *firecracker.Client) error { return c.Pause(ctx) })
+	err = m.vm.Call(ctx, "pause", "pause", func(c *firecracker.Client) error { return c.Pause(ctx) })
 	return errors.Join(err, hold.Release())
 }
 
 // Resume lets a paused guest go on. Returns ErrState while a snapshot of it is being made.
 func (m *Machine) Resume(ctx context.Context) error {
-	hold, err := m.hold("resume")
+	hold, err := m.vm.Freeze("resume")
 	if err != nil {
 		return err
 	}
-	err = m.call(ctx, "resume", "resume", func(c *firecracker.Client) error { return c.Resume(ctx) })
+	err = m.vm.Call(ctx, "resume", "resume", func(c *firecracker.Client) error { return c.Resume(ctx) })
 	return errors.Join(err, hold.Release())
 }
 
 // Info is what the VMM says of itself. Before the VM is started, the error has Code NO_CLIENT.
 func (m *Machine) Info(ctx context.Context) (info firecracker.InstanceInfo, err error) {
-	err = m.call(ctx, "call", "get info", func(c *firecracker.Client) (err error) {
+	err = m.vm.Call(ctx, "call", "get info", func(c *firecracker.Client) (err error) {
 		info, err = c.GetInstanceInfo(ctx)
 		return err
 	})
@@ -119,7 +41,7 @@ func (m *Machine) Info(ctx context.Context) (info firecracker.InstanceInfo, err 
 
 // VMConfig is the configuration that the VMM has. Paths in it are those in its working directory.
 func (m *Machine) VMConfig(ctx context.Context) (config firecracker.FullVMConfiguration, err error) {
-	err = m.call(ctx, "call", "get VM config", func(c *firecracker.Client) (err error) {
+	err = m.vm.Call(ctx, "call", "get VM config", func(c *firecracker.Client) (err error) {
 		config, err = c.GetVMConfig(ctx)
 		return err
 	})
@@ -129,22 +51,22 @@ func (m *Machine) VMConfig(ctx context.Context) (config firecracker.FullVMConfig
 // FlushMetrics makes the VMM write its metrics now; by itself it does so every minute and at the end. The Spec must
 // have Metrics.
 func (m *Machine) FlushMetrics(ctx context.Context) error {
-	return m.call(ctx, "call", "flush metrics", func(c *firecracker.Client) error { return c.FlushMetrics(ctx) })
+	return m.vm.Call(ctx, "call", "flush metrics", func(c *firecracker.Client) error { return c.FlushMetrics(ctx) })
 }
 
 // SetMetadata replaces the guest's metadata with anything that encodes to JSON. The Spec must have MMDS.
 func (m *Machine) SetMetadata(ctx context.Context, metadata any) error {
-	return m.call(ctx, "call", "set metadata", func(c *firecracker.Client) error { return c.PutMMDS(ctx, metadata) })
+	return m.vm.Call(ctx, "call", "set metadata", func(c *firecracker.Client) error { return c.PutMMDS(ctx, metadata) })
 }
 
 // PatchMetadata merges patch into the metadata, as RFC 7396 says: null removes.
 func (m *Machine) PatchMetadata(ctx context.Context, patch any) error {
-	return m.call(ctx, "call", "patch metadata", func(c *firecracker.Client) error { return c.PatchMMDS(ctx, patch) })
+	return m.vm.Call(ctx, "call", "patch metadata", func(c *firecracker.Client) error { return c.PatchMMDS(ctx, patch) })
 }
 
 // Metadata returns the guest's metadata, {} if there is none.
 func (m *Machine) Metadata(ctx context.Context) (metadata json.RawMessage, err error) {
-	err = m.call(ctx, "call", "get metadata", func(c *firecracker.Client) (err error) {
+	err = m.vm.Call(ctx, "call", "get metadata", func(c *firecracker.Client) (err error) {
 		metadata, err = c.GetMMDS(ctx)
 		return err
 	})
@@ -158,28 +80,28 @@ func (m *Machine) UpdateDrive(ctx context.Context, driveID string, limit *RateLi
 	if reread {
 		d.PathOnHost = configure.DevicePath(driveID)
 	}
-	return m.call(ctx, "call", "update drive", func(c *firecracker.Client) error { return c.PatchDrive(ctx, d) })
+	return m.vm.Call(ctx, "call", "update drive", func(c *firecracker.Client) error { return c.PatchDrive(ctx, d) })
 }
 
 // UpdateNetworkInterface changes the limits of an interface; a nil bucket stays, one of zeros is taken away.
 func (m *Machine) UpdateNetworkInterface(ctx context.Context, ifaceID string, rx, tx *RateLimiter) error {
 	n := firecracker.PartialNetworkInterface{IfaceID: ifaceID, RxRateLimiter: configure.RateLimiter(rx), TxRateLimiter: configure.RateLimiter(tx)}
-	return m.call(ctx, "call", "update network interface", func(c *firecracker.Client) error { return c.PatchNetworkInterface(ctx, n) })
+	return m.vm.Call(ctx, "call", "update network interface", func(c *firecracker.Client) error { return c.PatchNetworkInterface(ctx, n) })
 }
 
 // UpdateBalloon sets how many MiB the balloon takes from the guest. The VMM refuses until the guest's driver is active.
 func (m *Machine) UpdateBalloon(ctx context.Context, amountMiB uint32) error {
-	return m.call(ctx, "call", "update balloon", func(c *firecracker.Client) error { return c.PatchBalloon(ctx, amountMiB) })
+	return m.vm.Call(ctx, "call", "update balloon", func(c *firecracker.Client) error { return c.PatchBalloon(ctx, amountMiB) })
 }
 
 // UpdateBalloonStats sets the seconds between the balloon's statistics; it cannot switch them on or off.
 func (m *Machine) UpdateBalloonStats(ctx context.Context, intervalS uint16) error {
-	return m.call(ctx, "call", "update balloon statistics", func(c *firecracker.Client) error { return c.PatchBalloonStats(ctx, intervalS) })
+	return m.vm.Call(ctx, "call", "update balloon statistics", func(c *firecracker.Client) error { return c.PatchBalloonStats(ctx, intervalS) })
 }
 
 // BalloonStats tells about the guest's memory, if the Spec asked for statistics.
 func (m *Machine) BalloonStats(ctx context.Context) (stats firecracker.BalloonStats, err error) {
-	err = m.call(ctx, "call", "get balloon statistics", func(c *firecracker.Client) (err error) {
+	err = m.vm.Call(ctx, "call", "get balloon statistics", func(c *firecracker.Client) (err error) {
 		stats, err = c.GetBalloonStats(ctx)
 		return err
 	})

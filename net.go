@@ -29,7 +29,8 @@ func (h *Host) Warm(ctx context.Context, network string, n int) (Slots, error) {
 	if n < 0 || n > attach.MaxSlots {
 		return Slots{}, fmt.Errorf("warm network %s: %d slots: must be from 0 to %d", network, n, attach.MaxSlots)
 	}
-	return p.Resize(h.networks(ctx), n)
+	count, err := p.Resize(h.env.Context(ctx), n)
+	return Slots(count), err
 }
 
 // Slots counts the warm slots of a network. Returns catalog.ErrNotFound.
@@ -38,11 +39,14 @@ func (h *Host) Slots(network string) (Slots, error) {
 	if err != nil {
 		return Slots{}, err
 	}
-	return p.Count(), nil
+	return Slots(p.Count()), nil
 }
 
 // Slots says how many warm slots there are, and how many no VM has.
-type Slots = attach.Slots
+type Slots struct {
+	All  int `json:"all"`
+	Free int `json:"free"`
+}
 
 func (h *Host) pool(name string) (*attach.Pool, error) {
 	all, err := h.Networks()
@@ -50,13 +54,14 @@ func (h *Host) pool(name string) (*attach.Pool, error) {
 		return nil, err
 	}
 	config, err := all.Get(name)
-	return &attach.Pool{Store: h.store, Network: config, Trace: h.opts.trace}, err
+	return &attach.Pool{Store: h.env.Store, Network: config, Trace: h.env.Trace}, err
 }
 
-// networks is the context of effects: what they share in this process.
-func (h *Host) networks(ctx context.Context) context.Context {
-	return network.NewContext(ctx, &network.Shared{Reaper: &h.reaper, Guards: &h.guards, Trace: h.opts.trace, Refresh: catalog.Refresher(h.Networks), Log: h.log})
+// networkContext adds to the context of effects what they share in this process.
+func (h *Host) networkContext(ctx context.Context) context.Context {
+	return network.NewContext(ctx, &network.Shared{Reaper: &h.reaper, Guards: &h.guards, Trace: h.env.Trace, Refresh: catalog.Refresher(h.Networks), Log: h.env.Log})
 }
 
-// defaultHealInterval is how long a guest may be without rules after somebody's flush, or held still after somebody's death.
-const defaultHealInterval = 5 * time.Second
+// defaultRepairInterval is how long a guest may be without rules after they were flushed without an event, or frozen after the process that
+// froze it has died.
+const defaultRepairInterval = 5 * time.Second

@@ -25,7 +25,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm"
-	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
@@ -455,7 +454,7 @@ func TestNetwork_PortFree(t *testing.T) {
 	}
 	s := newSite(t, smartvm.LaunchDirect)
 	h := s.open()
-	ports := func(m *smartvm.Machine) []attach.Port {
+	ports := func(m *smartvm.Machine) []smartvm.PublishedPort {
 		t.Helper()
 		in, err := m.Inspect(t.Context())
 		if err != nil {

@@ -7,22 +7,17 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"slices"
 	"sync"
-	"time"
 
 	"push.rocks/smartvm/firecracker"
-	"push.rocks/smartvm/internal/agentproto"
-	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/capture"
-	"push.rocks/smartvm/internal/configure"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/locate"
-	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/internal/plan"
+	"push.rocks/smartvm/internal/restore"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/stranger"
 	"push.rocks/smartvm/network/policy"
+	"push.rocks/smartvm/snapshot"
 )
 
 // RestoreOptions say how a VM that starts from a snapshot differs from the one that the snapshot was made of. The zero value serves.
@@ -42,16 +37,6 @@ type RestoreOptions struct {
 	Paused bool
 
 	anew bool // its network identity is never that of the snapshot's VM
-}
-
-// restored is what is different about a VM that starts from a snapshot.
-type restored struct {
-	Load     configure.Restored `json:"load"`
-	Snapshot string             `json:"snapshot"` // its id
-	Dir      string             `json:"dir"`      // its directory
-	StageDir string             `json:"stageDir"` // where drives are staged that can be reflinked there
-	Was      []attach.Interface `json:"was,omitempty"`
-	Hook     string             `json:"hook,omitempty"`
 }
 
 // Restore makes a VM that starts from a snapshot, and goes on from there each time that it is started. It has drives of its own, as
@@ -76,20 +61,20 @@ func (h *Host) Restore(ctx context.Context, ref string, o RestoreOptions) (*Mach
 
 // origin is a snapshot that VMs are about to start from: it was looked at, and nothing that they need is removed until release.
 type origin struct {
-	*Snapshot
-	saved    saved
-	bin      locate.VMM
-	metadata []byte
-	stranger bool // whoever made it may have had anything in mind
-	release  func() error
+	restore.Origin
+	host    *Host
+	vmm     locate.VMM
+	release func() error
 }
 
 func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error) {
-	all, err := sn.host.Snapshots()
+	h := sn.host
+	all, err := h.Snapshots()
 	if err != nil {
 		return nil, err
 	}
-	from := &origin{Snapshot: sn}
+	from := &origin{host: h}
+	from.Snapshot, from.Host, from.Data = sn.Snapshot, h.env.Host, h.data()
 	if from.release, err = all.Hold(ctx); err != nil {
 		return nil, err
 	}
@@ -101,77 +86,57 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	if err := sn.Check(ctx); err != nil {
 		return nil, err
 	}
-	if from.saved, err = readSaved(sn.Snapshot); err != nil {
+	if from.Saved, err = restore.Read(sn.Snapshot); err != nil {
 		return nil, err
 	}
-	s := &from.saved
-	vm := &stranger.VM{Spec: &s.Spec, Images: s.Images, Drives: s.Drives, Interfaces: s.Interfaces, Files: func(name string) bool { _, ok := sn.Files[name]; return ok }}
-	if err := vm.Whole(); err != nil {
+	if err := from.Saved.Check(sn.Files); err != nil {
 		return nil, err
 	}
-	if from.stranger = sn.Imported && !trust; from.stranger {
-		if err := vm.Harmless(sn.host.opts.Launcher == LaunchJailed); err != nil {
+	if from.Untrusted = sn.Imported && !trust; from.Untrusted {
+		if err := from.Saved.CheckUntrusted(h.opts.Launcher == LaunchJailed); err != nil {
 			return nil, hint.Add(fmt.Errorf("%w: it was imported: %w", ErrNotSupported, err), "with --trust it is taken for one of this host's own")
 		}
 	}
-	if err := sn.Lacks(); err != nil {
+	if err := from.Data.Missing(from.Saved); err != nil {
 		return nil, err
 	}
-	if from.bin, err = sn.host.vmms.VMM(ctx); err != nil {
+	if from.vmm, err = h.vmms.VMM(ctx); err != nil {
 		return nil, err
 	}
-	if from.saved.Spec.MMDS != nil {
-		if from.metadata, err = os.ReadFile(sn.Path(capture.MetadataFile)); err != nil {
+	from.Firecracker = from.vmm.Version
+	if from.Saved.Spec.MMDS != nil {
+		if from.Metadata, err = os.ReadFile(sn.Path(capture.MetadataFile)); err != nil {
 			return nil, err
 		}
 	}
-	return from, sn.host.compatible(&sn.Manifest, from.bin.Version)
+	if from.Networks, err = h.Networks(); err != nil {
+		return nil, err
+	}
+	return from, h.compatible(&sn.Manifest, from.Firecracker)
 }
 
 // restore makes a VM. It returns the new VM's lock.
 func (from *origin) restore(ctx context.Context, o RestoreOptions) (*Machine, *store.Lock, error) {
-	rec, err := from.record(o)
-	var p *proposal
-	if err == nil {
-		p, err = from.host.proposal(rec)
-	}
+	in, err := from.look(o)
 	if err != nil {
-		return nil, nil, fmt.Errorf("restore snapshot %s: %w", from.ID, err)
+		return nil, nil, fmt.Errorf("restore snapshot %s: %w", from.Snapshot.ID, err)
 	}
-	return from.host.build(ctx, rec, p)
+	vm, lock, err := from.host.env.Make(ctx, in)
+	return &Machine{from.host, vm}, lock, err
 }
 
-// record says what the restored VM is.
-func (from *origin) record(o RestoreOptions) (*record, error) {
-	h, s := from.host, &from.saved
-	rec := &record{Version: recordVersion, Nonce: randomHex(4), Created: time.Now().UTC(), ID: cmp.Or(o.ID, randomHex(6)), Ephemeral: true}
-	rec.Restored = &restored{Snapshot: from.ID, Dir: from.Dir(), StageDir: h.stageDir(), Was: s.Interfaces, Hook: s.Hook}
-	rec.Restored.Load.Paused, rec.Restored.Load.Balloon = o.Paused, s.Balloon
-	if o.Memory == MemoryUFFD || o.Memory == "" && from.HugePages != "" {
-		rec.Restored.Load.MemorySocket = store.MemorySocket
-		if !from.bin.Version.AtLeast(firecracker.Version{Major: 1, Minor: 12}) { // it would hang with who serves it, not end
-			return nil, fmt.Errorf("%w: memory by userfaultfd with Firecracker %s, which is older than 1.12", ErrNotSupported, from.bin.Version)
-		}
-	}
-	if err := from.respec(rec, o); err != nil {
+func (from *origin) look(o RestoreOptions) (*plan.Input, error) {
+	rec, err := from.Record(restore.Options{
+		ID: o.ID, Name: o.Name, Hostname: o.Hostname, Labels: o.Labels, Ports: o.Ports, Policy: o.Policy, Metadata: o.Metadata,
+		UFFD: o.Memory == MemoryUFFD || o.Memory == "" && from.Snapshot.HugePages != "", Paused: o.Paused, Anew: o.anew,
+	})
+	if err != nil {
 		return nil, err
 	}
-	if err := h.launcher(rec, from.bin); err != nil {
+	if err := from.host.launcher(rec, from.vmm); err != nil {
 		return nil, err
 	}
-	rec.Boot = &boot{Users: []string{from.UsersDir()}, release: func() error { return nil }}
-	for _, users := range s.Images {
-		rec.Boot.Users = append(rec.Boot.Users, h.local(users))
-	}
-	if s.Guest != nil {
-		guest := *s.Guest
-		guest.Hostname, guest.MachineID = cmp.Or(o.Hostname, o.Name, rec.ID), randomHex(16)
-		rec.Boot.Guest = &guest
-	}
-	if rec.Restored.Load.Metadata = from.metadata; rec.Spec.MMDS != nil && o.Metadata != nil {
-		rec.Restored.Load.Metadata = o.Metadata
-	}
-	return rec, from.resolve(rec, o)
+	return from.host.env.Look(rec)
 }
 
 // compatible says why this host cannot go on where a snapshot stopped, and warns of what may go wrong.
@@ -186,7 +151,7 @@ func (h *Host) compatible(m *snapshot.Manifest, v firecracker.Version) error {
 	facts.Firecracker = v
 	warnings, refusals := snapshot.Compatible(m, facts)
 	for _, w := range warnings {
-		h.log.Warn("restore", "snapshot", m.ID, "err", w)
+		h.env.Log.Warn("restore", "snapshot", m.ID, "err", w)
 	}
 	if refusals != nil {
 		return fmt.Errorf("%w: %w", ErrNotSupported, refusals)
@@ -194,136 +159,11 @@ func (h *Host) compatible(m *snapshot.Manifest, v firecracker.Version) error {
 	return nil
 }
 
-// respec is the VM's configuration, from that of the snapshot's.
-func (from *origin) respec(rec *record, o RestoreOptions) error {
-	rec.Spec = from.saved.Spec
-	v, kept := &rec.Spec, from.saved.Drives
-	v.Drives, v.Pmem = slices.Clone(v.Drives), slices.Clone(v.Pmem)
-	v.ID, v.Name, v.Hostname, v.Ports = rec.ID, o.Name, o.Hostname, o.Ports
-	if o.Labels != nil {
-		v.Labels = o.Labels
-	}
-	if o.Policy != nil {
-		v.Policy = o.Policy
-	}
-	v.Logger, v.Metrics = nil, nil                                        // files of the user's, which are another VM's
-	v.Volumes, v.NamedVolumes, v.Secrets, v.EnvFiles = nil, nil, nil, nil // what was in them is in the memory and the drives
-	if v.Vsock != nil {
-		v.Vsock = &Vsock{GuestCID: v.Vsock.GuestCID}
-	}
-	for i := range v.Drives {
-		d := &v.Drives[i]
-		d.Ephemeral = nil
-		if slices.Contains(kept, d.DriveID) {
-			d.PathOnHost = from.Path(filepath.Join(snapshot.DrivesDir, d.DriveID))
-			continue
-		}
-		d.PathOnHost = from.host.local(d.PathOnHost)
-	}
-	for i := range v.Pmem {
-		d := &v.Pmem[i]
-		d.Ephemeral = nil
-		if d.PathOnHost = from.host.local(d.PathOnHost); slices.Contains(kept, d.ID) {
-			d.PathOnHost = from.Path(filepath.Join(snapshot.DrivesDir, d.ID))
-		}
-	}
-	return validateRestored(v)
-}
-
-// validateRestored checks what is new. The rest was checked when the snapshot's VM was made, and has been completed since.
-func validateRestored(v *Spec) error {
-	fresh := Spec{
-		ID: v.ID, Name: v.Name, Hostname: v.Hostname, Labels: v.Labels, Ports: v.Ports, Policy: v.Policy,
-		MachineConfig: v.MachineConfig, BootSource: BootSource{KernelImagePath: "restored"},
-	}
-	for _, n := range v.NetworkInterfaces {
-		fresh.NetworkInterfaces = append(fresh.NetworkInterfaces, NetworkInterface{IfaceID: n.IfaceID})
-	}
-	return fresh.Validate()
-}
-
-// resolve decides what is behind the interfaces.
-func (from *origin) resolve(rec *record, o RestoreOptions) error {
-	h := from.host
-	networks, err := h.Networks()
-	if err != nil {
-		return err
-	}
-	rec.Restored.Load.Taps = attach.Anew(&rec.Spec, rec.Restored.Was)
-	rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: h.store}, &rec.Spec, networks)
-	if err != nil {
-		return err
-	}
-	if !o.anew && !from.stranger {
-		attach.Wish(rec.Interfaces, rec.Restored.Was)
-	}
-	for _, i := range rec.Spec.NetworkInterfaces {
-		if rec.Restored.Load.Taps[i.IfaceID] == i.HostDevName {
-			delete(rec.Restored.Load.Taps, i.IfaceID)
-		} else if rec.Restored.Load.Taps[i.IfaceID] != "" {
-			rec.Restored.Load.Taps[i.IfaceID] = i.HostDevName
-		}
-	}
-	if len(rec.Restored.Load.Taps) > 0 {
-		load := firecracker.SnapshotLoadParams{NetworkOverrides: make([]firecracker.NetworkOverride, 1)}
-		if err := firecracker.CheckVersion(from.bin.Version, load); err != nil {
-			return hint.Add(fmt.Errorf("%w: %w", ErrNotSupported, err), "make VMs of which there are to be snapshots with --net netns: there the name is always the same")
-		}
-	}
-	return nil
-}
-
-// readdress looks at the addresses that the VM has got. A guest without an agent cannot be told of others.
-func (r *restored) readdress(rec *record, agent bool) error {
-	for i := range rec.Spec.NetworkInterfaces {
-		n := &rec.Spec.NetworkInterfaces[i]
-		if at := slices.IndexFunc(rec.Interfaces, func(i attach.Interface) bool { return i.ID == n.IfaceID }); at >= 0 && !n.Namespace {
-			n.GuestMAC = rec.Interfaces[at].MAC
-		}
-	}
-	if len(attach.Rekey(r.Was, rec.Interfaces)) > 0 && !agent {
-		return hint.Add(fmt.Errorf("%w: another VM has the addresses of this one, and nobody in its guest can be told of others", ErrNotSupported),
-			"stop the other; or make VMs of which there are to be several with --net netns: there addresses may be the same")
-	}
-	return nil
-}
-
-// identity is what the guest is told.
-func (m *Machine) identity() *agentproto.Identity {
-	b, r := m.rec().Boot.Guest, m.rec().Restored
-	return &agentproto.Identity{Hostname: b.Hostname, MachineID: b.MachineID, Interfaces: attach.Rekey(r.Was, m.rec().Interfaces), DNS: b.DNS, Hosts: b.Hosts}
-}
-
-// identifyTime bounds one try to tell a guest who it is.
-const identifyTime = time.Minute
-
-// identify tells a restored guest who it is, as soon as it listens, and writes down when that was.
-func (m *Machine) identify(ctx context.Context, r *run, g *GuestState) {
-	var warnings []string
-	err := capture.Retry(ctx, func() (err error) {
-		short, cancel := context.WithTimeout(ctx, identifyTime)
-		defer cancel()
-		g.Skew, warnings, err = m.guest().Identify(short, m.identity())
-		return err
-	})
-	if err != nil {
-		return // the context has ended: so has the VM
-	}
-	for _, w := range warnings {
-		m.host.log.Warn("restored guest", "vm", m.rec().ID, "err", w)
-	}
-	if err := capture.RunHook(ctx, m.guest(), m.rec().Restored.Hook, capture.HookThaw); err != nil {
-		m.host.log.Warn("restored guest", "vm", m.rec().ID, "err", err)
-	}
-	g.Agent = time.Since(r.started)
-	g.Command = g.Agent
-}
-
 // ForkOptions say how VMs are made of one.
 type ForkOptions struct {
 	RestoreOptions     // ID, Name and Hostname get "-1" and so on added
 	Concurrency    int // how many are started at once. 0: DefaultConcurrency
-	// Start starts a VM. Nil: this process does, and looks after it.
+	// Start starts a VM. Nil: this process does, and supervises it.
 	Start func(context.Context, *Machine) error
 }
 
@@ -375,10 +215,10 @@ func (sn *Snapshot) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine,
 	for _, m := range all {
 		wg.Go(func() {
 			if _, err := m.Stop(down, StopOptions{}); err != nil {
-				sn.host.log.Warn("stop a fork", "vm", m.ID(), "err", err)
+				sn.host.env.Log.Warn("stop a fork", "vm", m.ID(), "err", err)
 			}
-			if err := m.vanish(down); err != nil {
-				sn.host.log.Warn("remove a fork", "vm", m.ID(), "err", err)
+			if err := m.vm.RemoveIfThere(down); err != nil {
+				sn.host.env.Log.Warn("remove a fork", "vm", m.ID(), "err", err)
 			}
 		})
 	}
@@ -395,7 +235,7 @@ type fork struct {
 // start gives up the lock.
 func (f *fork) start(ctx context.Context, start func(context.Context, *Machine) error) error {
 	if start == nil {
-		_, err := f.Machine.start(ctx, f.lock, nil)
+		_, err := f.vm.Start(ctx, f.lock, nil)
 		return err
 	}
 	if err := f.lock.Unlock(); err != nil {

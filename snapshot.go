@@ -3,25 +3,21 @@ package smartvm
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"push.rocks/smartvm/firecracker"
-	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/atomicfile"
-	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/capture"
 	"push.rocks/smartvm/internal/hint"
-	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/internal/restore"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/snapshot"
 )
 
 // Snapshot is a VM at one moment: its memory, its devices and what it had written. It never changes; any number of VMs can start
@@ -35,7 +31,7 @@ type Snapshot struct {
 
 // VM is the name of the VM that the snapshot was made of, or its id.
 func (sn *Snapshot) VM() string {
-	s, _ := readSaved(sn.Snapshot) // for people to read
+	s, _ := restore.Read(sn.Snapshot) // for people to read
 	return cmp.Or(s.Spec.Name, s.Spec.ID)
 }
 
@@ -62,37 +58,18 @@ type SnapshotOptions struct {
 	ephemeral bool // it goes with its last VM
 }
 
-// saved is what a snapshot keeps of the VM.
-type saved struct {
-	Spec       Spec               `json:"spec"` // paths below the data directory are relative to it
-	Guest      *agentproto.Boot   `json:"guest,omitempty"`
-	Images     []string           `json:"images,omitempty"` // where users of the image say so, likewise
-	Drives     []string           `json:"drives,omitempty"` // that are in the snapshot, by id
-	Interfaces []attach.Interface `json:"interfaces,omitempty"`
-	Hook       string             `json:"hook,omitempty"`
-	Balloon    *uint32            `json:"balloon,omitempty"` // MiB that it is to have: it took more for the snapshot
-}
-
-func readSaved(sn *snapshot.Snapshot) (saved, error) {
-	s, err := strictjson.Unmarshal[saved](sn.Machine, snapshot.MaxMachine)
-	if err != nil {
-		err = fmt.Errorf("%w: what it says of the VM: %w", snapshot.ErrDamaged, err)
-	}
-	return s, err
-}
-
 // Snapshot makes a snapshot of a VM that runs or is paused, from any process. The VM stands still while its memory is written and
 // goes on afterwards, whatever happens; if this process dies, others see to that. What Exec has
 // under way goes on too; CopyTo, CopyFrom and connections to the guest are cut off.
 func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot, err error) {
-	hold, err := m.hold("snapshot")
+	hold, err := m.vm.Freeze("snapshot")
 	if err != nil {
 		return nil, err
 	}
 	v := &capture.VM{Hold: hold}
 	all, err := m.host.Snapshots()
 	if err == nil {
-		err = m.allowed(ctx, "call", "snapshot")
+		err = m.vm.Allowed(ctx, "call", "snapshot")
 	}
 	var draft *snapshot.Draft
 	if err == nil {
@@ -102,7 +79,7 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 		return nil, errors.Join(err, hold.Release())
 	}
 	if err := draft.Check(o.Name, o.Labels); err != nil {
-		return nil, errors.Join(m.fail("snapshot", err, nil), draft.Abort(), hold.Release())
+		return nil, errors.Join(m.vm.Fail("snapshot", err, nil), draft.Abort(), hold.Release())
 	}
 	// While this VM's last snapshot is looked at and copied it is not removed.
 	release, err := all.Hold(ctx)
@@ -115,11 +92,11 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 			err = stage.Sparse(ctx, filepath.Join(draft.Path(), snapshot.MemoryFile))
 		}
 		if err == nil {
-			m.trace("commit")
+			m.vm.TraceCall("commit")
 			sn, err = draft.Commit(ctx, *manifest, o.Progress)
 		}
 		if err == nil {
-			err = m.host.claim(sn)
+			err = m.host.data().Refer(sn)
 		}
 		return err
 	}
@@ -137,9 +114,9 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 		err = errors.Join(err, m.host.RemoveSnapshot(context.WithoutCancel(ctx), sn.ID, true))
 	}
 	if err != nil {
-		return nil, errors.Join(m.fail("snapshot", err, nil), draft.Abort())
+		return nil, errors.Join(m.vm.Fail("snapshot", err, nil), draft.Abort())
 	}
-	m.host.log.Info("snapshot", "vm", m.rec().ID, "snapshot", sn.ID, "paused", manifest.Paused)
+	m.host.env.Log.Info("snapshot", "vm", m.rec().ID, "snapshot", sn.ID, "paused", manifest.Paused)
 	return &Snapshot{Snapshot: sn, Warnings: warnings, host: m.host}, nil
 }
 
@@ -149,7 +126,7 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 		return nil, nil
 	}
 	tracked := m.rec().Spec.MachineConfig.TrackDirtyPages
-	if !tracked && !m.version().AtLeast(firecracker.Version{Major: 1, Minor: 13}) {
+	if !tracked && !m.rec().VMM().AtLeast(firecracker.Version{Major: 1, Minor: 13}) {
 		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, Firecracker %s", ErrNotSupported, m.rec().BinaryVersion),
 			"make the VM with trackDirtyPages, use Firecracker 1.13 or newer, or make a full snapshot")
 	}
@@ -157,7 +134,7 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, on a host that swaps", ErrNotSupported),
 			"swapoff -a, make the VM with trackDirtyPages, or make a full snapshot")
 	}
-	id, err := os.ReadFile(m.path(store.LastSnapshot))
+	id, err := os.ReadFile(m.vm.Path(store.LastSnapshot))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -169,7 +146,7 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 		err = last.Check(ctx)
 	}
 	if errors.Is(err, snapshot.ErrNotFound) || errors.Is(err, snapshot.ErrDamaged) { // then all of the memory is written
-		m.host.log.Debug("no base for a diff", "vm", m.rec().ID, "err", err)
+		m.host.env.Log.Debug("no base for a diff", "vm", m.rec().ID, "err", err)
 		return nil, nil
 	}
 	if err != nil {
@@ -185,7 +162,7 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	if err != nil {
 		return sm, nil, err
 	}
-	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec().Spec.Name, m.rec().ID), m.dialClient(), m.attach(), m.root(), m.trace
+	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec().Spec.Name, m.rec().ID), m.vm.Dial(), m.vm.Process(), m.vm.Root(), m.vm.TraceCall
 	defer func() { err = errors.Join(err, v.Client.Close()) }()
 	defer v.Process.EndIfHung()()
 	info, err := v.Client.GetInstanceInfo(ctx) // however long it takes to say so
@@ -196,28 +173,25 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	if m.rec().Jailer != "" {
 		v.UID = m.rec().UID
 	}
-	g, err := m.Guest()
+	g, err := m.vm.Guest()
 	if err != nil {
 		return sm, nil, err
 	}
-	if m.hasAgent() {
-		v.Agent, v.Booting = m.guest(), !g.Ready()
+	if m.rec().HasAgent() {
+		v.Agent, v.Booting = m.vm.Agent(), !g.Ready()
 	}
 	// What is written from then on is what has changed since this snapshot. If it does not come to be, a diff finds none.
-	v.Forget = func() error { return atomicfile.Write(m.path(store.LastSnapshot), []byte(draft.ID()), 0o600) }
+	v.Forget = func() error { return atomicfile.Write(m.vm.Path(store.LastSnapshot), []byte(draft.ID()), 0o600) }
 	v.Metadata, v.Balloon, v.Drives = m.rec().Spec.MMDS != nil, m.rec().Spec.Balloon != nil, map[string]string{}
-	p, err := m.host.proposal(m.rec())
+	in, err := m.host.env.Look(m.rec())
 	if err != nil {
 		return sm, nil, err
 	}
-	keep := saved{Hook: o.Hook, Interfaces: m.rec().Interfaces, Spec: m.rec().Spec}
-	if m.hasAgent() {
-		keep.Guest = m.rec().Boot.Guest
-	}
-	for _, d := range devices(&m.rec().Spec, p) {
-		if !d.readOnly || d.staged || strings.HasPrefix(d.source, m.RuntimeDir()+"/") { // what it only reads of others stays where it is
-			v.Drives[d.id] = d.source
-			keep.Drives = append(keep.Drives, d.id)
+	keep := restore.Saved{Hook: o.Hook}
+	for _, d := range in.Devices() {
+		if !d.ReadOnly || d.Staged || strings.HasPrefix(d.Source, m.RuntimeDir()+"/") { // what it only reads of others stays where it is
+			v.Drives[d.ID] = d.Source
+			keep.Drives = append(keep.Drives, d.ID)
 		}
 	}
 	sm = snapshot.Manifest{Name: o.Name, Labels: o.Labels, Ephemeral: o.ephemeral}
@@ -250,49 +224,11 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 }
 
 // describe completes the manifest of a snapshot.
-func (m *Machine) describe(sm *snapshot.Manifest, keep *saved) error {
-	keep.Spec.Drives, keep.Spec.Pmem = slices.Clone(keep.Spec.Drives), slices.Clone(keep.Spec.Pmem)
-	paths := map[string]*string{}
-	for i := range keep.Spec.Drives {
-		paths[keep.Spec.Drives[i].DriveID] = &keep.Spec.Drives[i].PathOnHost
-	}
-	for i := range keep.Spec.Pmem {
-		paths[keep.Spec.Pmem[i].ID] = &keep.Spec.Pmem[i].PathOnHost
-	}
-	for id, path := range paths {
-		if slices.Contains(keep.Drives, id) {
-			continue
-		}
-		fi, err := os.Stat(*path)
-		if err != nil {
-			return err
-		}
-		whole := *path
-		if *path = m.host.portable(*path); *path == whole { // what is in the data directory is looked for in that
-			sm.External = append(sm.External, snapshot.External{Device: id, Path: whole, Size: fi.Size()})
-		}
-		if m.rec().Boot == nil {
-			continue
-		}
-		for _, users := range m.rec().Boot.Users {
-			if users = m.host.portable(users); strings.HasPrefix(*path, filepath.Dir(users)+"/") {
-				keep.Images = append(keep.Images, users)
-			}
-		}
-	}
+func (m *Machine) describe(sm *snapshot.Manifest, keep *restore.Saved) error {
 	facts, err := m.host.facts()
 	if err != nil {
 		return err
 	}
-	c := m.rec().Spec.MachineConfig
-	sm.Firecracker, sm.CPUVendor, sm.CPUModel, sm.HostKernel = m.rec().BinaryVersion, facts.CPUVendor, facts.CPUModel, facts.Kernel
-	sm.MemSizeMiB, sm.CPUTemplate = c.MemSizeMiB, c.CPUTemplate
-	if c.HugePages != "None" {
-		sm.HugePages = c.HugePages
-	}
-	if m.rec().Spec.CPUConfig != nil {
-		sm.CPUTemplate = cmp.Or(sm.CPUTemplate, "custom")
-	}
-	sm.Machine, err = json.Marshal(keep)
-	return err
+	sm.CPUVendor, sm.CPUModel, sm.HostKernel = facts.CPUVendor, facts.CPUModel, facts.Kernel
+	return keep.Describe(sm, m.rec(), m.host.data())
 }

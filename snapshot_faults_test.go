@@ -16,8 +16,8 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/internal/sealed"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/snapshot"
 )
 
 // Snapshots that are disturbed: by other snapshots, by the end of their VM, by other processes, by who made them.

@@ -17,8 +17,8 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/fakefc"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/snapshot"
 )
 
 // counted returns the numbers that a counting guest has written.

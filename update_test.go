@@ -213,7 +213,7 @@ func TestMachine_UpdateUnsupervised(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := h.Close(); err != nil { // it goes on, and nobody looks after it
+	if err := h.Close(); err != nil { // it goes on unsupervised
 		t.Fatal(err)
 	}
 	h = s.open()

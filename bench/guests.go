@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/internal/agent"
 	"push.rocks/smartvm/internal/agentproto"
@@ -291,7 +292,7 @@ func (s *guestSite) connect(port uint32) (net.Conn, error) {
 // ask runs what is compared with in the guest, and returns the numbers that it prints.
 func (s *guestSite) ask(args ...string) (numbers []float64, err error) {
 	var out, errs bytes.Buffer
-	exit, err := s.client.Exec(s.ctx, agent.Cmd{Args: append([]string{guestHelper}, args...), Stdout: &out, Stderr: &errs})
+	exit, err := s.client.Exec(s.ctx, guest.Cmd{Args: append([]string{guestHelper}, args...), Stdout: &out, Stderr: &errs})
 	if err == nil && exit.Code != 0 {
 		err = fmt.Errorf("%v in the guest: %+v, %s", args, exit, &errs)
 	}
@@ -312,7 +313,7 @@ func (s *guestSite) ask(args ...string) (numbers []float64, err error) {
 func (s *guestSite) execs() error {
 	up, w := io.Pipe()
 	go func() {
-		_, err := s.client.Exec(s.ctx, agent.Cmd{Args: []string{guestHelper, "serve"}, Stdout: w, Stderr: os.Stderr})
+		_, err := s.client.Exec(s.ctx, guest.Cmd{Args: []string{guestHelper, "serve"}, Stdout: w, Stderr: os.Stderr})
 		_ = w.CloseWithError(err)
 	}()
 	if _, err := up.Read(make([]byte, 64)); err != nil {
@@ -333,7 +334,7 @@ func (s *guestSite) execs() error {
 		s.samples.add("guest-connect", "ms", time.Since(begun).Seconds()*1000)
 		_ = c.Close()
 		begun = time.Now()
-		exit, err := s.client.Exec(s.ctx, agent.Cmd{Args: []string{"true"}})
+		exit, err := s.client.Exec(s.ctx, guest.Cmd{Args: []string{"true"}})
 		if err != nil || exit.Code != 0 {
 			return fmt.Errorf("%+v, %w", exit, err)
 		}
@@ -423,7 +424,7 @@ func (s *guestSite) copies() error {
 // memory measures the idle agent's.
 func (s *guestSite) memory() error {
 	var out bytes.Buffer
-	if _, err := s.client.Exec(s.ctx, agent.Cmd{Args: []string{"sh", "-c", "sleep 10; cat /proc/1/status"}, Stdout: &out}); err != nil {
+	if _, err := s.client.Exec(s.ctx, guest.Cmd{Args: []string{"sh", "-c", "sleep 10; cat /proc/1/status"}, Stdout: &out}); err != nil {
 		return err
 	}
 	for line := range strings.Lines(out.String()) {

@@ -16,8 +16,8 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"push.rocks/smartvm/internal/attach"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/upkeep"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/netns"
 	"push.rocks/smartvm/network/policy"

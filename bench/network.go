@@ -16,8 +16,8 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/attach"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/netns"

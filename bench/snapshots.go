@@ -70,7 +70,8 @@ func (b *bench) faults(ctx context.Context, h *host) (err error) {
 		if _, err := dots.start(ctx, m); err != nil {
 			return err
 		}
-		b.samples.add(name, "faults", float64(m.MemoryStats().Faults))
+		stats, _ := m.MemoryStats()
+		b.samples.add(name, "faults", float64(stats.Faults))
 		_, err = m.Stop(ctx, smartvm.StopOptions{})
 		if err := errors.Join(err, m.Remove(ctx)); err != nil {
 			return err

@@ -1,6 +1,4 @@
-// Package agentproto is what the host tells the guest's first program: a block on a small read-only drive, which the
-// guest knows by how it begins, whatever the drive's place.
-package agentproto
+package guest
 
 import (
 	"bytes"
@@ -50,7 +48,8 @@ var (
 	ErrTooLarge = errors.New("too large for the guest's agent")
 )
 
-// Boot says how a guest boots. Text is UTF-8 without NUL.
+// Boot says how a guest boots. Its first program reads it from a small read-only drive, which it knows by how it begins, whatever the
+// drive's place. Text is UTF-8 without NUL.
 type Boot struct {
 	RootDevice string `json:"rootDevice"` // of the image: /dev/vda
 	RootType   string `json:"rootType"`   // Ext4, Squashfs or Erofs

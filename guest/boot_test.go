@@ -1,4 +1,4 @@
-package agentproto_test
+package guest_test
 
 import (
 	"bytes"
@@ -15,29 +15,29 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 )
 
 // addresses makes addresses comparable.
 var addresses = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
 
-func full() *agentproto.Boot {
-	return &agentproto.Boot{
-		RootDevice: "/dev/vda", RootType: agentproto.Squashfs, ScratchDevice: "/dev/vdb", ModulesDevice: "/dev/vdd", Hostname: "web-1.example",
+func full() *guest.Boot {
+	return &guest.Boot{
+		RootDevice: "/dev/vda", RootType: guest.Squashfs, ScratchDevice: "/dev/vdb", ModulesDevice: "/dev/vdd", Hostname: "web-1.example",
 		Command: []string{"/bin/sh", "-c", "echo '<&>' ü\n"}, Env: []string{"A=1", "B="},
 		User: "web:1000", WorkingDir: "/srv", Init: true, Directories: []string{"/data", "/srv/db"}, StopSignal: "SIGRTMIN+3",
-		Interfaces: []agentproto.Interface{{
+		Interfaces: []guest.Interface{{
 			MAC: "06:00:ac:10:00:02", Name: "eth0", MTU: 1400,
 			Addresses: []netip.Prefix{netip.MustParsePrefix("172.30.0.2/24"), netip.MustParsePrefix("fd00::2/64")},
 			Gateways:  []netip.Addr{netip.MustParseAddr("172.30.0.1"), netip.MustParseAddr("fd00::1")},
 		}},
-		Disks: []agentproto.Disk{{Device: "/dev/vdc", Target: "/data"}, {Device: "/dev/vdd", Target: "/srv/web", ReadOnly: true}},
+		Disks: []guest.Disk{{Device: "/dev/vdc", Target: "/data"}, {Device: "/dev/vdd", Target: "/srv/web", ReadOnly: true}},
 		DNS:   []netip.Addr{netip.MustParseAddr("172.30.0.1")}, Search: []string{"example.com"},
-		Hosts: []agentproto.Host{{Name: "db.example", Address: netip.MustParseAddr("fd00::7")}},
+		Hosts: []guest.Host{{Name: "db.example", Address: netip.MustParseAddr("fd00::7")}},
 	}
 }
 
-func encode(t testing.TB, b *agentproto.Boot) []byte {
+func encode(t testing.TB, b *guest.Boot) []byte {
 	t.Helper()
 	data, err := b.Encode()
 	if err != nil {
@@ -47,17 +47,17 @@ func encode(t testing.TB, b *agentproto.Boot) []byte {
 }
 
 func TestEncode(t *testing.T) {
-	for name, want := range map[string]*agentproto.Boot{
+	for name, want := range map[string]*guest.Boot{
 		"full":  full(),
-		"least": {RootDevice: "/dev/vda", RootType: agentproto.Ext4},
-		"long":  {RootDevice: "/dev/vda", RootType: agentproto.Erofs, Command: []string{strings.Repeat("x", 200<<10)}},
+		"least": {RootDevice: "/dev/vda", RootType: guest.Ext4},
+		"long":  {RootDevice: "/dev/vda", RootType: guest.Erofs, Command: []string{strings.Repeat("x", 200<<10)}},
 	} {
 		data := encode(t, want)
-		if len(data)%4096 != 0 || len(data) > agentproto.MaxSize {
+		if len(data)%4096 != 0 || len(data) > guest.MaxSize {
 			t.Errorf("%s: %d bytes", name, len(data))
 		}
 		// What follows on a drive does not matter.
-		got, err := agentproto.Decode(io.MultiReader(bytes.NewReader(data), strings.NewReader("rest")))
+		got, err := guest.Decode(io.MultiReader(bytes.NewReader(data), strings.NewReader("rest")))
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -68,83 +68,83 @@ func TestEncode(t *testing.T) {
 }
 
 func TestEncode_Invalid(t *testing.T) {
-	for name, change := range map[string]func(*agentproto.Boot){
-		"NoRoot":          func(b *agentproto.Boot) { b.RootDevice = "" },
-		"RootElsewhere":   func(b *agentproto.Boot) { b.RootDevice = "/dev/../etc/passwd" },
-		"RootType":        func(b *agentproto.Boot) { b.RootType = "overlay" },
-		"Modules":         func(b *agentproto.Boot) { b.ModulesDevice = "/dev/../sda" },
-		"Scratch":         func(b *agentproto.Boot) { b.ScratchDevice = "vdb" },
-		"DiskElsewhere":   func(b *agentproto.Boot) { b.Disks[0].Device = "/etc/passwd" },
-		"DiskOnRoot":      func(b *agentproto.Boot) { b.Disks[1].Target = "/" },
-		"DiskAbove":       func(b *agentproto.Boot) { b.Disks[1].Target = "/srv/../etc" },
-		"ScratchIsRoot":   func(b *agentproto.Boot) { b.ScratchDevice = b.RootDevice },
-		"HostnameLong":    func(b *agentproto.Boot) { b.Hostname = strings.Repeat("h", 65) },
-		"HostnameLines":   func(b *agentproto.Boot) { b.Hostname = "a\nb" },
-		"CommandUnnamed":  func(b *agentproto.Boot) { b.Command = []string{"", "x"} },
-		"CommandNUL":      func(b *agentproto.Boot) { b.Command = []string{"a\x00b"} },
-		"CommandNotUTF8":  func(b *agentproto.Boot) { b.Command = []string{"a\xff"} },
-		"EnvWithoutValue": func(b *agentproto.Boot) { b.Env = []string{"A"} },
-		"EnvWithoutName":  func(b *agentproto.Boot) { b.Env = []string{"=A"} },
-		"UserNUL":         func(b *agentproto.Boot) { b.User = "\x00" },
-		"Directory":       func(b *agentproto.Boot) { b.Directories = []string{"/data/"} },
-		"DirectoryRoot":   func(b *agentproto.Boot) { b.Directories = []string{"/"} },
-		"Directories":     func(b *agentproto.Boot) { b.Directories = slices.Repeat([]string{"/a"}, agentproto.MaxDirectories+1) },
-		"WorkingDir":      func(b *agentproto.Boot) { b.WorkingDir = "srv" },
-		"MAC":             func(b *agentproto.Boot) { b.Interfaces[0].MAC = "06:00:AC:10:00:02" },
-		"InterfaceName":   func(b *agentproto.Boot) { b.Interfaces[0].Name = "../eth0" },
-		"MTU":             func(b *agentproto.Boot) { b.Interfaces[0].MTU = 67 },
-		"Address":         func(b *agentproto.Boot) { b.Interfaces[0].Addresses[0] = netip.Prefix{} },
-		"Gateways":        func(b *agentproto.Boot) { b.Interfaces[0].Gateways[1] = b.Interfaces[0].Gateways[0] },
-		"DNS":             func(b *agentproto.Boot) { b.DNS = make([]netip.Addr, 4) },
-		"Search":          func(b *agentproto.Boot) { b.Search = []string{"a\nnameserver"} },
-		"HostName":        func(b *agentproto.Boot) { b.Hosts[0].Name = "db\n127.0.0.1 bank.example" },
-		"HostAddress":     func(b *agentproto.Boot) { b.Hosts[0].Address = netip.Addr{} },
-		"Hosts":           func(b *agentproto.Boot) { b.Hosts = slices.Repeat(b.Hosts, 129) },
-		"StopSignal":      func(b *agentproto.Boot) { b.StopSignal = "SIGSTOPPED" },
+	for name, change := range map[string]func(*guest.Boot){
+		"NoRoot":          func(b *guest.Boot) { b.RootDevice = "" },
+		"RootElsewhere":   func(b *guest.Boot) { b.RootDevice = "/dev/../etc/passwd" },
+		"RootType":        func(b *guest.Boot) { b.RootType = "overlay" },
+		"Modules":         func(b *guest.Boot) { b.ModulesDevice = "/dev/../sda" },
+		"Scratch":         func(b *guest.Boot) { b.ScratchDevice = "vdb" },
+		"DiskElsewhere":   func(b *guest.Boot) { b.Disks[0].Device = "/etc/passwd" },
+		"DiskOnRoot":      func(b *guest.Boot) { b.Disks[1].Target = "/" },
+		"DiskAbove":       func(b *guest.Boot) { b.Disks[1].Target = "/srv/../etc" },
+		"ScratchIsRoot":   func(b *guest.Boot) { b.ScratchDevice = b.RootDevice },
+		"HostnameLong":    func(b *guest.Boot) { b.Hostname = strings.Repeat("h", 65) },
+		"HostnameLines":   func(b *guest.Boot) { b.Hostname = "a\nb" },
+		"CommandUnnamed":  func(b *guest.Boot) { b.Command = []string{"", "x"} },
+		"CommandNUL":      func(b *guest.Boot) { b.Command = []string{"a\x00b"} },
+		"CommandNotUTF8":  func(b *guest.Boot) { b.Command = []string{"a\xff"} },
+		"EnvWithoutValue": func(b *guest.Boot) { b.Env = []string{"A"} },
+		"EnvWithoutName":  func(b *guest.Boot) { b.Env = []string{"=A"} },
+		"UserNUL":         func(b *guest.Boot) { b.User = "\x00" },
+		"Directory":       func(b *guest.Boot) { b.Directories = []string{"/data/"} },
+		"DirectoryRoot":   func(b *guest.Boot) { b.Directories = []string{"/"} },
+		"Directories":     func(b *guest.Boot) { b.Directories = slices.Repeat([]string{"/a"}, guest.MaxDirectories+1) },
+		"WorkingDir":      func(b *guest.Boot) { b.WorkingDir = "srv" },
+		"MAC":             func(b *guest.Boot) { b.Interfaces[0].MAC = "06:00:AC:10:00:02" },
+		"InterfaceName":   func(b *guest.Boot) { b.Interfaces[0].Name = "../eth0" },
+		"MTU":             func(b *guest.Boot) { b.Interfaces[0].MTU = 67 },
+		"Address":         func(b *guest.Boot) { b.Interfaces[0].Addresses[0] = netip.Prefix{} },
+		"Gateways":        func(b *guest.Boot) { b.Interfaces[0].Gateways[1] = b.Interfaces[0].Gateways[0] },
+		"DNS":             func(b *guest.Boot) { b.DNS = make([]netip.Addr, 4) },
+		"Search":          func(b *guest.Boot) { b.Search = []string{"a\nnameserver"} },
+		"HostName":        func(b *guest.Boot) { b.Hosts[0].Name = "db\n127.0.0.1 bank.example" },
+		"HostAddress":     func(b *guest.Boot) { b.Hosts[0].Address = netip.Addr{} },
+		"Hosts":           func(b *guest.Boot) { b.Hosts = slices.Repeat(b.Hosts, 129) },
+		"StopSignal":      func(b *guest.Boot) { b.StopSignal = "SIGSTOPPED" },
 	} {
 		b := full()
 		change(b)
-		if _, err := b.Encode(); !errors.Is(err, agentproto.ErrInvalid) {
-			t.Errorf("%s: got error %v, want %v", name, err, agentproto.ErrInvalid)
+		if _, err := b.Encode(); !errors.Is(err, guest.ErrInvalid) {
+			t.Errorf("%s: got error %v, want %v", name, err, guest.ErrInvalid)
 		}
 	}
 	b := full()
-	b.Env = []string{"A=" + strings.Repeat("x", agentproto.MaxSize)}
-	if _, err := b.Encode(); !errors.Is(err, agentproto.ErrTooLarge) {
-		t.Errorf("got error %v, want %v", err, agentproto.ErrTooLarge)
+	b.Env = []string{"A=" + strings.Repeat("x", guest.MaxSize)}
+	if _, err := b.Encode(); !errors.Is(err, guest.ErrTooLarge) {
+		t.Errorf("got error %v, want %v", err, guest.ErrTooLarge)
 	}
 }
 
 func TestDecode_Invalid(t *testing.T) {
 	block := func(doc string) string { return fmt.Sprintf("smartvm-boot 1 %d\n%s", len(doc), doc) }
 	const least = `{"rootDevice":"/dev/vda","rootType":"ext4"}`
-	if _, err := agentproto.Decode(strings.NewReader(block(least))); err != nil {
+	if _, err := guest.Decode(strings.NewReader(block(least))); err != nil {
 		t.Fatal(err)
 	}
 	for text, want := range map[string]error{
-		"":                                      agentproto.ErrNoBoot,
-		"smartvm-boo":                           agentproto.ErrNoBoot,
-		" " + block(least):                      agentproto.ErrNoBoot,
-		strings.Repeat("\x00", 8192):            agentproto.ErrNoBoot,
-		"smartvm-boot ":                         agentproto.ErrInvalid,
-		"smartvm-boot 1":                        agentproto.ErrInvalid,
-		"smartvm-boot 1 \n":                     agentproto.ErrInvalid,
-		"smartvm-boot 1 -1\n" + least:           agentproto.ErrInvalid,
-		"smartvm-boot 1 99999999999999999999\n": agentproto.ErrInvalid,
-		strings.Replace(block(least), " 1 ", " 2 ", 1): agentproto.ErrInvalid,
-		block(least)[:40]:    agentproto.ErrInvalid,
-		block(least + least): agentproto.ErrInvalid,
-		block(`{}`):          agentproto.ErrInvalid,
-		block(`null`):        agentproto.ErrInvalid,
-		block(`{"rootDevice":"/dev/vda","rootType":"ext4","init":"/x"}`): agentproto.ErrInvalid,
-		block(`{"rootDevice":"/dev/vda","rootType":1}`):                  agentproto.ErrInvalid,
-		block(strings.Repeat("[", 200<<10)):                              agentproto.ErrInvalid,
+		"":                                      guest.ErrNoBoot,
+		"smartvm-boo":                           guest.ErrNoBoot,
+		" " + block(least):                      guest.ErrNoBoot,
+		strings.Repeat("\x00", 8192):            guest.ErrNoBoot,
+		"smartvm-boot ":                         guest.ErrInvalid,
+		"smartvm-boot 1":                        guest.ErrInvalid,
+		"smartvm-boot 1 \n":                     guest.ErrInvalid,
+		"smartvm-boot 1 -1\n" + least:           guest.ErrInvalid,
+		"smartvm-boot 1 99999999999999999999\n": guest.ErrInvalid,
+		strings.Replace(block(least), " 1 ", " 2 ", 1): guest.ErrInvalid,
+		block(least)[:40]:    guest.ErrInvalid,
+		block(least + least): guest.ErrInvalid,
+		block(`{}`):          guest.ErrInvalid,
+		block(`null`):        guest.ErrInvalid,
+		block(`{"rootDevice":"/dev/vda","rootType":"ext4","init":"/x"}`): guest.ErrInvalid,
+		block(`{"rootDevice":"/dev/vda","rootType":1}`):                  guest.ErrInvalid,
+		block(strings.Repeat("[", 200<<10)):                              guest.ErrInvalid,
 	} {
-		if _, err := agentproto.Decode(strings.NewReader(text)); !errors.Is(err, want) {
+		if _, err := guest.Decode(strings.NewReader(text)); !errors.Is(err, want) {
 			t.Errorf("%.60q: got error %v, want %v", text, err, want)
 		}
 	}
-	if _, err := agentproto.Decode(iotest.ErrReader(io.ErrClosedPipe)); !errors.Is(err, io.ErrClosedPipe) {
+	if _, err := guest.Decode(iotest.ErrReader(io.ErrClosedPipe)); !errors.Is(err, io.ErrClosedPipe) {
 		t.Errorf("got error %v, want that of the reader", err)
 	}
 }
@@ -159,8 +159,8 @@ func (e *endless) Read(p []byte) (int, error) {
 
 func TestDecode_Bounded(t *testing.T) {
 	var e endless
-	_, err := agentproto.Decode(io.MultiReader(strings.NewReader("smartvm-boot 1 2147483647\n"), &e))
-	if !errors.Is(err, agentproto.ErrInvalid) || e.read > agentproto.MaxSize {
+	_, err := guest.Decode(io.MultiReader(strings.NewReader("smartvm-boot 1 2147483647\n"), &e))
+	if !errors.Is(err, guest.ErrInvalid) || e.read > guest.MaxSize {
 		t.Errorf("read %d bytes: %v", e.read, err)
 	}
 }
@@ -172,7 +172,7 @@ func TestParseSignal(t *testing.T) {
 		"": 0, "0": 0, "65": 0, "-1": 0, "+15": 0, "SIG": 0, "SIG15": 0, "SIGRTMIN-1": 0, "SIGRTMIN+31": 0, "SIGRTMAX+1": 0, "RTMIN3": 0,
 		"RTMAX-99": 0, "RTMIN+999999999999": 0, "TERMINATE": 0,
 	} {
-		got, err := agentproto.ParseSignal(text)
+		got, err := guest.ParseSignal(text)
 		if got != want || (err == nil) != (want != 0) {
 			t.Errorf("%q: got %d, %v, want %d", text, got, err, want)
 		}
@@ -187,18 +187,18 @@ func FuzzDecode(f *testing.F) {
 	f.Add([]byte("smartvm-boot 1 2\n{}"))
 	f.Add([]byte("smartvm-boot 1 0\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		want, err := agentproto.Decode(bytes.NewReader(data))
+		want, err := guest.Decode(bytes.NewReader(data))
 		if err != nil {
 			return
 		}
 		data, err = want.Encode()
-		if errors.Is(err, agentproto.ErrTooLarge) {
+		if errors.Is(err, guest.ErrTooLarge) {
 			return // escapes may be longer than what they stand for
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := agentproto.Decode(bytes.NewReader(data))
+		got, err := guest.Decode(bytes.NewReader(data))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -211,7 +211,7 @@ func FuzzDecode(f *testing.F) {
 // Drives are called as Linux does (virtblk_name_format in drivers/block/virtio_blk.c).
 func TestDriveDevice(t *testing.T) {
 	for n, want := range map[int]string{1: "/dev/vda", 26: "/dev/vdz", 27: "/dev/vdaa", 52: "/dev/vdaz", 53: "/dev/vdba", 702: "/dev/vdzz", 703: "/dev/vdaaa"} {
-		if got := agentproto.DriveDevice(n); got != want {
+		if got := guest.DriveDevice(n); got != want {
 			t.Errorf("drive %d: %s, want %s", n, got, want)
 		}
 	}

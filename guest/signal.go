@@ -1,4 +1,4 @@
-package agentproto
+package guest
 
 import (
 	"fmt"
@@ -8,9 +8,6 @@ import (
 
 	"golang.org/x/sys/unix"
 )
-
-// Detach, in place of a signal, says that the host is about to go, and that the program is to go on without it.
-const Detach = 0
 
 // The real-time signals as C libraries count them, which keep the first two for themselves.
 const (

@@ -14,9 +14,9 @@ import (
 	"slices"
 	"strings"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/image/oci"
-	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/initramfs"
 	"push.rocks/smartvm/internal/kept"
@@ -47,7 +47,7 @@ type Boot struct {
 	CopyRoot       bool   // the guest writes its root: it needs a copy
 	Modules        string // path of an ext4 file system with the kernel's modules, for Guest; "": there is none
 	// Guest is what the initramfs reads from a drive of its own; nil: the initramfs is not ours, and there is no overlay.
-	Guest *agentproto.Boot
+	Guest *guest.Boot
 	// Users are directories in which the VM says that it uses what is here, by a symbolic link to its own directory.
 	Users []string
 	// Release lets others remove what the VM has not yet said that it uses. It is called once, and never nil.
@@ -101,7 +101,7 @@ func (s *Store) Boot(ctx context.Context, name string, o BootOptions) (b *Boot, 
 }
 
 // bootKernel returns the kernel's object if it has modules.
-func (s *Store) bootKernel(ctx context.Context, b *Boot, o BootOptions) (*Object, error) {
+func (s *Store) bootKernel(ctx context.Context, b *Boot, o BootOptions) (*object, error) {
 	i := b.Image
 	switch {
 	case o.NoKernel:
@@ -183,12 +183,12 @@ func (s *Store) bundle(ctx context.Context, b *Boot) (*base.Bundle, error) {
 }
 
 // keep has the VM keep an object.
-func (s *Store) keep(b *Boot, o *Object) {
+func (s *Store) keep(b *Boot, o *object) {
 	b.Users = append(b.Users, filepath.Join(s.objects.Dir(o.ID), kept.UsersDir))
 }
 
 // bootInitramfs stores an initramfs of the agent and a kernel's modules, if it is not there.
-func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *Object) error {
+func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *object) error {
 	if len(s.opts.Agent) == 0 {
 		return hint.Add(errors.New("this smartvm was built without its guest agent"), "build it with make, or in a program of your own set Options.Images.Agent")
 	}
@@ -200,8 +200,8 @@ func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *Object) err
 	id := kindInitrd + "-" + hex.EncodeToString(h.Sum(nil))
 	o, err := s.objects.Use(ctx, id, false)
 	if isNotExist(err) {
-		o, err = s.objects.Build(ctx, func(dir string) (*Object, error) {
-			return &Object{ID: id, Files: []File{{Name: initrdFile}}}, create(filepath.Join(dir, initrdFile), func(w io.Writer) error {
+		o, err = s.objects.Build(ctx, func(dir string) (*object, error) {
+			return &object{ID: id, Files: []file{{Name: initrdFile}}}, create(filepath.Join(dir, initrdFile), func(w io.Writer) error {
 				if err := initramfs.Build(w, initramfs.Options{Agent: s.opts.Agent}); err != nil || modules == nil {
 					return err
 				}
@@ -224,16 +224,16 @@ func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *Object) err
 }
 
 // guestConfig is what the agent is told.
-func guestConfig(b *Boot, o BootOptions) *agentproto.Boot {
+func guestConfig(b *Boot, o BootOptions) *guest.Boot {
 	c := b.Image.Config
 	run, dir, signal := command(c, o), o.WorkingDir, c.StopSignal
 	if dir == "" && c.WorkingDir != "" {
 		dir = path.Join("/", c.WorkingDir) // which is what a relative one means
 	}
-	if _, err := agentproto.ParseSignal(signal); err != nil {
+	if _, err := guest.ParseSignal(signal); err != nil {
 		signal = "" // as with docker
 	}
-	return &agentproto.Boot{
+	return &guest.Boot{
 		RootDevice: rootDevice, RootType: b.RootType, ScratchDevice: scratchDevice,
 		Hostname: o.Hostname, Command: run, Init: becomesInit(run, c, o), Env: slices.Concat(slices.DeleteFunc(slices.Clone(c.Env), unnamed), o.Env),
 		User: cmp.Or(o.User, c.User), WorkingDir: dir, StopSignal: signal, Directories: c.Volumes,

@@ -5,8 +5,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/image/oci"
-	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/spec"
 )
 
@@ -39,14 +39,14 @@ func TestGuestConfig_Image(t *testing.T) {
 		Cmd: []string{"a"}, Env: []string{"A=1", "B", "=x", "C="}, User: "web:", WorkingDir: "srv/../app/", StopSignal: "SIGRTMIN+3", Volumes: []string{"/data", "/y"},
 	}
 	got := guestConfig(&Boot{Image: &Image{Config: c}}, BootOptions{Env: []string{"D=2"}})
-	want := &agentproto.Boot{
+	want := &guest.Boot{
 		RootDevice: rootDevice, ScratchDevice: scratchDevice, Command: []string{"a"}, Env: []string{"A=1", "C=", "D=2"}, User: "web:", WorkingDir: "/app",
 		StopSignal: "SIGRTMIN+3", Directories: []string{"/data", "/y"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
-	got.RootType = agentproto.Ext4
+	got.RootType = guest.Ext4
 	if _, err := got.Encode(); err != nil {
 		t.Error(err)
 	}

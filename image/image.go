@@ -88,7 +88,7 @@ func (s *Store) Inspect(ref string) (*Inspection, error) {
 	in := &Inspection{Image: *i, Missing: s.missing(i), Objects: []Object{}}
 	for _, id := range i.objects() {
 		if o, err := s.objects.Get(id); err == nil {
-			in.Objects = append(in.Objects, *o)
+			in.Objects = append(in.Objects, asObject(o))
 		}
 	}
 	for _, dir := range s.dirs(i) {

@@ -124,7 +124,7 @@ func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) (par
 		parts = append(parts, k...)
 	}
 	if o.Initrd != "" {
-		r, err := s.storeCopy(ctx, o.Initrd, &Object{ID: kindInitrd + "-", Files: []File{{Name: initrdFile}}})
+		r, err := s.storeCopy(ctx, o.Initrd, &object{ID: kindInitrd + "-", Files: []file{{Name: initrdFile}}})
 		if err != nil {
 			return parts, err
 		}
@@ -141,8 +141,8 @@ func (s *Store) importParts(ctx context.Context, i *Image, o ImportOptions) (par
 }
 
 // storeCopy drafts a file as it is.
-func (s *Store) storeCopy(ctx context.Context, path string, o *Object) (*objects.Draft, error) {
-	return s.objects.Draft(ctx, func(dir string) (*Object, error) {
+func (s *Store) storeCopy(ctx context.Context, path string, o *object) (*objects.Draft, error) {
+	return s.objects.Draft(ctx, func(dir string) (*object, error) {
 		f := &stage.File{
 			Source: path, Target: filepath.Join(dir, o.Files[0].Name), UID: -1,
 			Progress: func(done, total int64) { s.opts.Progress("copy "+filepath.Base(path), done, total) },
@@ -185,7 +185,7 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*objects.Draf
 	}
 	switch kind {
 	case "ext4", "squashfs", "erofs":
-		return s.storeCopy(ctx, path, &Object{ID: kindRoot + "-", Type: kind, Files: []File{{Name: "root." + kind}}})
+		return s.storeCopy(ctx, path, &object{ID: kindRoot + "-", Type: kind, Files: []file{{Name: "root." + kind}}})
 	case "":
 		return s.storeUnpacked(ctx, func(dst *os.File) error {
 			f, err := os.Open(path)
@@ -200,8 +200,8 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*objects.Draf
 }
 
 func (s *Store) storeUnpacked(ctx context.Context, unpack func(dst *os.File) error) (*objects.Draft, error) {
-	return s.objects.Draft(ctx, func(dir string) (*Object, error) {
-		o := &Object{ID: kindRoot + "-", Type: "ext4", Files: []File{{Name: "root.ext4"}}}
+	return s.objects.Draft(ctx, func(dir string) (*object, error) {
+		o := &object{ID: kindRoot + "-", Type: "ext4", Files: []file{{Name: "root.ext4"}}}
 		return o, create(filepath.Join(dir, "root.ext4"), func(w io.Writer) error { return unpack(w.(*os.File)) })
 	})
 }

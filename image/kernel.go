@@ -115,8 +115,8 @@ func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string)
 		return nil, invalid("import kernel %s: no regular file", path)
 	}
 	var tree *os.Root
-	k, err := s.objects.Draft(ctx, func(dir string) (*Object, error) {
-		o := &Object{ID: kindKernel + "-", Files: []File{{Name: kernelFile}}}
+	k, err := s.objects.Draft(ctx, func(dir string) (*object, error) {
+		o := &object{ID: kindKernel + "-", Files: []file{{Name: kernelFile}}}
 		err := create(filepath.Join(dir, kernelFile), func(w io.Writer) error {
 			info, err := kernel.Extract(ctx, w, src, fi.Size())
 			if err == nil && info.Arch != s.opts.Arch {
@@ -149,8 +149,8 @@ func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string)
 	if i.Kernel = k.ID; tree == nil {
 		return parts, nil
 	}
-	all, err := s.objects.Draft(ctx, func(dir string) (*Object, error) {
-		o := &Object{ID: kindModules + "-", Type: "ext4", Release: k.Release, Files: []File{{Name: modulesDisk}}}
+	all, err := s.objects.Draft(ctx, func(dir string) (*object, error) {
+		o := &object{ID: kindModules + "-", Type: "ext4", Release: k.Release, Files: []file{{Name: modulesDisk}}}
 		return o, create(filepath.Join(dir, modulesDisk), func(w io.Writer) error { return s.modulesToExt4(ctx, tree.FS(), w.(*os.File)) })
 	})
 	if err != nil {
@@ -161,7 +161,7 @@ func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string)
 }
 
 // addModules puts into o's directory those modules of o's kernel that a guest needs to find its root.
-func addModules(dir string, o *Object, root *os.Root) error {
+func addModules(dir string, o *object, root *os.Root) error {
 	release, err := kernel.ModulesRelease(root.FS())
 	if err != nil {
 		return err
@@ -172,7 +172,7 @@ func addModules(dir string, o *Object, root *os.Root) error {
 	if release != "" && release != o.Release {
 		return invalid("they are for the kernel %s, and the kernel is %s", release, o.Release)
 	}
-	o.Modules, o.Files = true, append(o.Files, File{Name: modulesFile})
+	o.Modules, o.Files = true, append(o.Files, file{Name: modulesFile})
 	return create(filepath.Join(dir, modulesFile), func(w io.Writer) error {
 		return initramfs.Build(w, initramfs.Options{Modules: root.FS(), Release: o.Release})
 	})

@@ -120,13 +120,13 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string, from *Image) (i *
 	if here, err := s.again(ctx, i); here || err != nil {
 		return i, err
 	}
-	root, err := s.objects.Draft(ctx, func(dir string) (*Object, error) {
+	root, err := s.objects.Draft(ctx, func(dir string) (*object, error) {
 		f, err := os.Create(filepath.Join(dir, "root.ext4"))
 		if err != nil {
 			return nil, err
 		}
 		_, err = img.Flatten(ctx, layers, f, s.opts.Progress)
-		return &Object{ID: i.Root, Type: "ext4", Files: []File{{Name: "root.ext4"}}}, errors.Join(err, f.Close())
+		return &object{ID: i.Root, Type: "ext4", Files: []file{{Name: "root.ext4"}}}, errors.Join(err, f.Close())
 	})
 	if err != nil {
 		return nil, err

@@ -12,7 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/journal"
 )
 
 // world is the host of these tests: the names that exist, and who made them.

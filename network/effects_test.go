@@ -18,8 +18,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"

@@ -10,7 +10,7 @@ import (
 	"slices"
 	"time"
 
-	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"
 )

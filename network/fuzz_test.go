@@ -9,8 +9,8 @@ import (
 	"strings"
 	"testing"
 
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/testenv"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/inspect"
 	"push.rocks/smartvm/network/netns"

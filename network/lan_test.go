@@ -18,10 +18,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/internal/upkeep"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"

@@ -18,11 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/attach"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
 	"push.rocks/smartvm/internal/upkeep"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/inspect"

@@ -4,7 +4,7 @@ import (
 	"context"
 	"log/slog"
 
-	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network/guard"
 )
 

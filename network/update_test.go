@@ -15,9 +15,9 @@ import (
 	"time"
 
 	"push.rocks/smartvm/internal/attach"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/catalog"
 	"push.rocks/smartvm/network/filter"

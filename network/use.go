@@ -21,8 +21,8 @@ import (
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/forward"

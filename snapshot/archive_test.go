@@ -22,7 +22,7 @@ import (
 
 	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/sealed"
-	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/snapshot"
 )
 
 func export(t testing.TB, sn *snapshot.Snapshot) []byte {

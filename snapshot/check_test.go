@@ -6,7 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/snapshot"
 )
 
 // Whatever happens to a file, Check says which and what.

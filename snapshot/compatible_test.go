@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"push.rocks/smartvm/firecracker"
-	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/snapshot"
 )
 
 func here() (snapshot.Manifest, snapshot.HostFacts) {

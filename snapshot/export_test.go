@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/testenv"
+	"push.rocks/smartvm/snapshot"
 )
 
 // stalled takes what is written only when it is told to. It says when somebody waits for that.

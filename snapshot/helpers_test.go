@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"push.rocks/smartvm/internal/snapshot"
+	"push.rocks/smartvm/snapshot"
 )
 
 // state is a state file as Firecracker until 1.14 writes it, with nothing in it. TestReal_state has a real one.

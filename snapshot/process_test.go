@@ -16,10 +16,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/testenv/killat"
+	"push.rocks/smartvm/snapshot"
 )
 
 // childVariable makes the test program do what its value says in the directory of childDir.

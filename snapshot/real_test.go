@@ -7,9 +7,9 @@ import (
 	"testing"
 
 	"push.rocks/smartvm/firecracker"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/testenv/bare"
 	"push.rocks/smartvm/internal/tinyguest"
+	"push.rocks/smartvm/snapshot"
 )
 
 // A real VM's state is read, its snapshot is stored, found damaged where a bit is another one, and restored.

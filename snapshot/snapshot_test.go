@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/kept"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/snapshot"
 )
 
 func TestStore_Life(t *testing.T) {

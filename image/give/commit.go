@@ -10,11 +10,11 @@ import (
 	"slices"
 	"time"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/pack"
-	"push.rocks/smartvm/internal/agentproto"
 )
 
 // CommitOptions say what becomes of what a VM has written. Image, Root, Name and Read are required.
@@ -54,7 +54,7 @@ func Commit(ctx context.Context, s *image.Store, o CommitOptions) (made *image.I
 		var diffID string
 		err = o.Read(ctx, func(path string) (err error) {
 			scratch := pack.Root{
-				Path: path, Upper: agentproto.UpperDir, Leave: func(name string) bool { return slices.Contains(own, name) },
+				Path: path, Upper: guest.UpperDir, Leave: func(name string) bool { return slices.Contains(own, name) },
 				Limits: j.OCI.Limits, Progress: func(n int64) { j.Progress("commit", n, 0) },
 			}
 			if layer, diffID, err = scratch.Layer(ctx, j.Dir); err != nil {

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 )
 
@@ -180,60 +181,28 @@ func clean(text string) string {
 	}, text[:min(len(text), maxText)])
 }
 
-// Size is that of a terminal.
-type Size struct{ Rows, Cols uint16 }
-
-// Cmd is a program to be run in the guest.
-type Cmd struct {
-	Args []string // the program and its arguments; found in the guest's PATH
-	Env  []string // NAME=VALUE, over the image's own
-	Dir  string   // absolute. "": the image's own
-	User string   // "name", "uid", "name:group" or "uid:gid" of the guest's. "": the image's own
-
-	// Stdin is read until its end, or nil; what is read last may be lost with the program. Stdout and Stderr get what it
-	// puts out, nil discards it. With a TTY all of it is in Stdout.
-	Stdin          io.Reader
-	Stdout, Stderr io.Writer
-	// TTY gives it a terminal, of Size and of the kind Term (like $TERM).
-	TTY  bool
-	Size Size
-	Term string
-
-	Signals <-chan syscall.Signal // are passed on to it, and to its process group
-	Resize  <-chan Size           // of the terminal
-	// Detach, when it is closed, ends the call with ErrDetached; the program goes on, and what it puts out is lost.
-	Detach <-chan struct{}
-}
-
-// Exit is how a program in the guest ended.
-type Exit struct {
-	Code   int            `json:"code"`             // 128 and the signal's number if a signal ended it, 127 and 126 if it could not be run
-	Signal syscall.Signal `json:"signal,omitempty"` // that ended it
-	Reason string         `json:"reason,omitempty"` // why it could not be run
-}
-
 // Exec runs a program and returns when it has ended. When ctx ends before, the program gets SIGHUP. It survives a pause of its VM and the
 // making of a snapshot; in a guest that is restored from that it gets SIGHUP. Returns ErrNoAgent, ErrLost, and what writing to Stdout and Stderr returns.
-func (c *Client) Exec(ctx context.Context, cmd Cmd) (Exit, error) {
+func (c *Client) Exec(ctx context.Context, cmd guest.Cmd) (guest.Exit, error) {
 	if len(cmd.Args) == 0 {
-		return Exit{}, errors.New("nothing to run")
+		return guest.Exit{}, errors.New("nothing to run")
 	}
 	return c.run(ctx, agentproto.OpExec, cmd)
 }
 
 // Main runs the image's own command, which waits for that. Of cmd the streams, the terminal, signals and sizes count.
-func (c *Client) Main(ctx context.Context, cmd Cmd) (Exit, error) {
+func (c *Client) Main(ctx context.Context, cmd guest.Cmd) (guest.Exit, error) {
 	return c.run(ctx, agentproto.OpMain, cmd)
 }
 
-func (c *Client) run(ctx context.Context, op agentproto.Op, cmd Cmd) (Exit, error) {
+func (c *Client) run(ctx context.Context, op agentproto.Op, cmd guest.Cmd) (guest.Exit, error) {
 	token := newToken()
 	conn, err := c.open(ctx, agentproto.Request{
 		Op: op, Args: cmd.Args, Env: cmd.Env, Dir: cmd.Dir, User: cmd.User, TTY: cmd.TTY,
 		Rows: cmd.Size.Rows, Cols: cmd.Size.Cols, Term: cmd.Term, NoStdin: cmd.Stdin == nil, Token: token,
 	})
 	if err != nil {
-		return Exit{}, err
+		return guest.Exit{}, err
 	}
 	conn.Resumable(agentproto.PingTime, c.again(ctx, conn, token))
 	defer conn.Close()
@@ -298,7 +267,7 @@ func (o *output) Write(p []byte) (n int, err error) {
 }
 
 // control passes signals and sizes on. It closes detached, and then the connection, when that is wanted.
-func control(conn *agentproto.Conn, cmd Cmd, ended <-chan struct{}, detached chan<- struct{}) {
+func control(conn *agentproto.Conn, cmd guest.Cmd, ended <-chan struct{}, detached chan<- struct{}) {
 	for {
 		select {
 		case <-ended:
@@ -318,14 +287,14 @@ func control(conn *agentproto.Conn, cmd Cmd, ended <-chan struct{}, detached cha
 }
 
 // ExitOf is what the agent says of a program's end.
-func ExitOf(e agentproto.Exit) Exit {
-	return Exit{Code: e.Code & 0xff, Signal: syscall.Signal(e.Signal), Reason: clean(e.Error)}
+func ExitOf(e agentproto.Exit) guest.Exit {
+	return guest.Exit{Code: e.Code & 0xff, Signal: syscall.Signal(e.Signal), Reason: clean(e.Error)}
 }
 
-func awaitExit(conn *agentproto.Conn) (Exit, error) {
+func awaitExit(conn *agentproto.Conn) (guest.Exit, error) {
 	k, payload, err := conn.Receive()
 	if err != nil {
-		return Exit{}, lost(err)
+		return guest.Exit{}, lost(err)
 	}
 	switch k {
 	case agentproto.KindReply:
@@ -333,12 +302,12 @@ func awaitExit(conn *agentproto.Conn) (Exit, error) {
 		if err == nil {
 			err = refused(r)
 		}
-		return Exit{}, err
+		return guest.Exit{}, err
 	case agentproto.KindExit:
 		e, err := agentproto.ParseJSON[agentproto.Exit](payload)
 		return ExitOf(e), err
 	}
-	return Exit{}, fmt.Errorf("%w: frame of kind %d for an exit", agentproto.ErrProtocol, k)
+	return guest.Exit{}, fmt.Errorf("%w: frame of kind %d for an exit", agentproto.ErrProtocol, k)
 }
 
 // maxEvents bounds those of one connection: a guest's life has few, and each is written down.
@@ -395,7 +364,7 @@ func (c *Client) ask(ctx context.Context, req agentproto.Request) (agentproto.Re
 }
 
 // Processes asks what runs in the guest.
-func (c *Client) Processes(ctx context.Context) ([]agentproto.Process, error) {
+func (c *Client) Processes(ctx context.Context) ([]guest.Process, error) {
 	r, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpProcesses})
 	for i := range r.Processes {
 		p := &r.Processes[i]
@@ -407,7 +376,7 @@ func (c *Client) Processes(ctx context.Context) ([]agentproto.Process, error) {
 }
 
 // Stats asks how the guest is.
-func (c *Client) Stats(ctx context.Context) (*agentproto.Stats, error) {
+func (c *Client) Stats(ctx context.Context) (*guest.Stats, error) {
 	r, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpStats})
 	if err == nil && r.Stats == nil {
 		err = agentproto.ErrProtocol

@@ -22,6 +22,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
@@ -84,7 +85,7 @@ func listen(t *testing.T) (net.Listener, *agent.Client) {
 	}}
 }
 
-func newServer(t *testing.T, boot *agentproto.Boot) (*server.Server, *agent.Client) {
+func newServer(t *testing.T, boot *guest.Boot) (*server.Server, *agent.Client) {
 	t.Helper()
 	l, c := listen(t)
 	s := server.New(reaper(), boot)
@@ -98,7 +99,7 @@ func newServer(t *testing.T, boot *agentproto.Boot) (*server.Server, *agent.Clie
 }
 
 // run runs a shell's script, and returns what it puts out.
-func run(t *testing.T, c *agent.Client, cmd agent.Cmd) (exit agent.Exit, stdout, stderr string) {
+func run(t *testing.T, c *agent.Client, cmd guest.Cmd) (exit guest.Exit, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
@@ -130,24 +131,24 @@ func lifeline(t *testing.T) (path string) {
 }
 
 func TestExec(t *testing.T) {
-	_, c := newServer(t, &agentproto.Boot{Env: []string{"A=image", "B=image"}, WorkingDir: "/usr"})
+	_, c := newServer(t, &guest.Boot{Env: []string{"A=image", "B=image"}, WorkingDir: "/usr"})
 	dir := t.TempDir()
 	for name, tt := range map[string]struct {
-		cmd            agent.Cmd
-		exit           agent.Exit
+		cmd            guest.Cmd
+		exit           guest.Exit
 		stdout, stderr string
 	}{
-		"streams":      {cmd: agent.Cmd{Args: sh("echo out; echo err >&2; exit 7")}, exit: agent.Exit{Code: 7}, stdout: "out\n", stderr: "err\n"},
-		"environment":  {cmd: agent.Cmd{Args: sh("echo $A $B $C; pwd"), Env: []string{"B=mine", "C=new"}}, stdout: "image mine new\n/usr\n"},
-		"directory":    {cmd: agent.Cmd{Args: sh("pwd"), Dir: dir}, stdout: dir + "\n"},
-		"input":        {cmd: agent.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader("in\x00\xff\n")}, stdout: "in\x00\xff\n"},
-		"no input":     {cmd: agent.Cmd{Args: []string{"cat"}}},
-		"signal":       {cmd: agent.Cmd{Args: sh("kill -TERM $$")}, exit: agent.Exit{Code: 143, Signal: syscall.SIGTERM}},
-		"child stays":  {cmd: agent.Cmd{Args: sh(`cat "$LIFE" & echo over`), Env: []string{"LIFE=" + lifeline(t)}}, stdout: "over\n"},
-		"input unread": {cmd: agent.Cmd{Args: []string{"true"}, Stdin: bytes.NewReader(make([]byte, 1<<20))}},
-		"much":         {cmd: agent.Cmd{Args: sh("head -c 3000000 /dev/zero | tr '\\0' x")}, stdout: strings.Repeat("x", 3000000)},
-		"terminal":     {cmd: agent.Cmd{Args: sh("tty >/dev/null && echo $TERM $(stty size); exit 3"), TTY: true, Term: "vt100", Size: agent.Size{Rows: 24, Cols: 80}}, exit: agent.Exit{Code: 3}, stdout: "vt100 24 80\r\n"},
-		"typed":        {cmd: agent.Cmd{Args: sh("stty -echo; echo ready; cat"), TTY: true, Stdin: strings.NewReader("line\n")}, stdout: "ready\r\nline\r\n"},
+		"streams":      {cmd: guest.Cmd{Args: sh("echo out; echo err >&2; exit 7")}, exit: guest.Exit{Code: 7}, stdout: "out\n", stderr: "err\n"},
+		"environment":  {cmd: guest.Cmd{Args: sh("echo $A $B $C; pwd"), Env: []string{"B=mine", "C=new"}}, stdout: "image mine new\n/usr\n"},
+		"directory":    {cmd: guest.Cmd{Args: sh("pwd"), Dir: dir}, stdout: dir + "\n"},
+		"input":        {cmd: guest.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader("in\x00\xff\n")}, stdout: "in\x00\xff\n"},
+		"no input":     {cmd: guest.Cmd{Args: []string{"cat"}}},
+		"signal":       {cmd: guest.Cmd{Args: sh("kill -TERM $$")}, exit: guest.Exit{Code: 143, Signal: syscall.SIGTERM}},
+		"child stays":  {cmd: guest.Cmd{Args: sh(`cat "$LIFE" & echo over`), Env: []string{"LIFE=" + lifeline(t)}}, stdout: "over\n"},
+		"input unread": {cmd: guest.Cmd{Args: []string{"true"}, Stdin: bytes.NewReader(make([]byte, 1<<20))}},
+		"much":         {cmd: guest.Cmd{Args: sh("head -c 3000000 /dev/zero | tr '\\0' x")}, stdout: strings.Repeat("x", 3000000)},
+		"terminal":     {cmd: guest.Cmd{Args: sh("tty >/dev/null && echo $TERM $(stty size); exit 3"), TTY: true, Term: "vt100", Size: guest.Size{Rows: 24, Cols: 80}}, exit: guest.Exit{Code: 3}, stdout: "vt100 24 80\r\n"},
+		"typed":        {cmd: guest.Cmd{Args: sh("stty -echo; echo ready; cat"), TTY: true, Stdin: strings.NewReader("line\n")}, stdout: "ready\r\nline\r\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			exit, stdout, stderr := run(t, c, tt.cmd)
@@ -163,15 +164,15 @@ func TestExec(t *testing.T) {
 		})
 	}
 	for _, tt := range []struct {
-		cmd  agent.Cmd
+		cmd  guest.Cmd
 		code int
 		text string
 	}{
-		{agent.Cmd{Args: []string{"no-such-program"}}, 127, `run "no-such-program"`},
-		{agent.Cmd{Args: []string{"/etc/passwd"}}, 126, "permission denied"},
-		{agent.Cmd{Args: sh("true"), Dir: "/no/such"}, 126, "/no/such"},
-		{agent.Cmd{Args: sh("true"), User: "no-such-user"}, 126, "no-such-user"},
-		{agent.Cmd{Args: []string{"true", strings.Repeat("x", 1<<20)}}, 126, "argument list too long"},
+		{guest.Cmd{Args: []string{"no-such-program"}}, 127, `run "no-such-program"`},
+		{guest.Cmd{Args: []string{"/etc/passwd"}}, 126, "permission denied"},
+		{guest.Cmd{Args: sh("true"), Dir: "/no/such"}, 126, "/no/such"},
+		{guest.Cmd{Args: sh("true"), User: "no-such-user"}, 126, "no-such-user"},
+		{guest.Cmd{Args: []string{"true", strings.Repeat("x", 1<<20)}}, 126, "argument list too long"},
 	} {
 		exit, _, _ := run(t, c, tt.cmd)
 		if exit.Code != tt.code || !strings.Contains(exit.Reason, tt.text) {
@@ -194,7 +195,7 @@ func TestExec_Flow(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var out counting
 			in := &watched{left: tt.size}
-			exit, err := c.Exec(t.Context(), agent.Cmd{Args: tt.command, Stdin: in, Stdout: &out})
+			exit, err := c.Exec(t.Context(), guest.Cmd{Args: tt.command, Stdin: in, Stdout: &out})
 			if err != nil || exit.Code != 0 || out.n != tt.back || out.wrong || in.left != 0 {
 				t.Errorf("%+v, %v, %d bytes, wrong: %v, %d left", exit, err, out.n, out.wrong, in.left)
 			}
@@ -252,11 +253,11 @@ func (c *counting) Write(p []byte) (int, error) {
 // Signals and sizes reach a program.
 func TestExec_Control(t *testing.T) {
 	_, c := newServer(t, nil)
-	signals, sizes := make(chan syscall.Signal), make(chan agent.Size)
+	signals, sizes := make(chan syscall.Signal), make(chan guest.Size)
 	out, in := io.Pipe()
-	done := make(chan agent.Exit, 1)
+	done := make(chan guest.Exit, 1)
 	go func() {
-		exit, err := c.Exec(t.Context(), agent.Cmd{
+		exit, err := c.Exec(t.Context(), guest.Cmd{
 			Args: sh(`trap 'echo resized $(stty size)' WINCH; trap 'echo told; exit 5' USR1; echo ready; while ` + tested + `; do sleep 0.01; done`),
 			TTY:  true, Stdout: in, Signals: signals, Resize: sizes,
 		})
@@ -278,7 +279,7 @@ func TestExec_Control(t *testing.T) {
 	}
 	await("ready")
 	for i := range 1000 {
-		sizes <- agent.Size{Rows: 25, Cols: uint16(1 + i)}
+		sizes <- guest.Size{Rows: 25, Cols: uint16(1 + i)}
 	}
 	await("resized 25 1000")
 	signals <- syscall.SIGUSR1
@@ -293,9 +294,9 @@ func TestExec_Stuck(t *testing.T) {
 	_, c := newServer(t, nil)
 	signals := make(chan syscall.Signal, 1)
 	out, in := io.Pipe()
-	done := make(chan agent.Exit, 1)
+	done := make(chan guest.Exit, 1)
 	go func() {
-		exit, err := c.Exec(t.Context(), agent.Cmd{Args: []string{"yes"}, Stdin: pattern{}, Stdout: in, Signals: signals})
+		exit, err := c.Exec(t.Context(), guest.Cmd{Args: []string{"yes"}, Stdin: pattern{}, Stdout: in, Signals: signals})
 		if err != nil {
 			t.Error(err)
 		}
@@ -322,7 +323,7 @@ func TestExec_Hangup(t *testing.T) {
 	out, in := io.Pipe()
 	done := make(chan error, 1)
 	go func() {
-		_, err := c.Exec(ctx, agent.Cmd{Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while " + tested + "; do sleep 0.01; done"), Dir: dir, Stdout: in})
+		_, err := c.Exec(ctx, guest.Cmd{Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while " + tested + "; do sleep 0.01; done"), Dir: dir, Stdout: in})
 		done <- err
 	}()
 	if _, err := out.Read(make([]byte, 6)); err != nil {
@@ -343,7 +344,7 @@ func TestExec_Parallel(t *testing.T) {
 	for i := range 50 {
 		all.Go(func() {
 			var out bytes.Buffer
-			exit, err := c.Exec(t.Context(), agent.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader(fmt.Sprint(i)), Stdout: &out})
+			exit, err := c.Exec(t.Context(), guest.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader(fmt.Sprint(i)), Stdout: &out})
 			if err != nil || exit.Code != 0 || out.String() != fmt.Sprint(i) {
 				t.Errorf("%d: %+v, %v, %q", i, exit, err, &out)
 			}
@@ -354,7 +355,7 @@ func TestExec_Parallel(t *testing.T) {
 
 // The image's command gets the host's streams, once.
 func TestMain_Command(t *testing.T) {
-	s, c := newServer(t, &agentproto.Boot{Command: sh("cat; exit 9")})
+	s, c := newServer(t, &guest.Boot{Command: sh("cat; exit 9")})
 	ended := make(chan agentproto.Exit, 1)
 	go func() {
 		exit, _ := s.Main(nil, nil)
@@ -366,7 +367,7 @@ func TestMain_Command(t *testing.T) {
 	go func() { watched <- c.Watch(t.Context(), func(e agentproto.Event) { seen <- e }) }()
 	<-seen
 	var out bytes.Buffer
-	exit, err := c.Main(t.Context(), agent.Cmd{Stdin: strings.NewReader("typed"), Stdout: &out})
+	exit, err := c.Main(t.Context(), guest.Cmd{Stdin: strings.NewReader("typed"), Stdout: &out})
 	if err != nil || exit.Code != 9 || out.String() != "typed" {
 		t.Errorf("%+v, %v, %q", exit, err, &out)
 	}
@@ -607,8 +608,8 @@ func TestCopy(t *testing.T) {
 		"into a deeper path": {from, "there/new", "there/new"},
 	} {
 		for way, do := range map[string]func(from, to string) error{
-			"to":   func(from, to string) error { return c.CopyTo(t.Context(), from, to, nil, agent.CopyOptions{}) },
-			"from": func(from, to string) error { return c.CopyFrom(t.Context(), from, to, nil, agent.CopyOptions{}) },
+			"to":   func(from, to string) error { return c.CopyTo(t.Context(), from, to, nil, guest.CopyOptions{}) },
+			"from": func(from, to string) error { return c.CopyFrom(t.Context(), from, to, nil, guest.CopyOptions{}) },
 		} {
 			t.Run(name+" "+way, func(t *testing.T) {
 				dir := t.TempDir()
@@ -634,24 +635,24 @@ func TestCopy(t *testing.T) {
 		}
 	}
 	var archive bytes.Buffer
-	if err := c.CopyFrom(t.Context(), from, "-", &archive, agent.CopyOptions{}); err != nil {
+	if err := c.CopyFrom(t.Context(), from, "-", &archive, guest.CopyOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	to := t.TempDir()
-	if err := c.CopyTo(t.Context(), "-", to, &archive, agent.CopyOptions{}); err != nil {
+	if err := c.CopyTo(t.Context(), "-", to, &archive, guest.CopyOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(list(t, from), list(t, to+"/tree")); diff != "" {
 		t.Error(diff)
 	}
 	for what, err := range map[string]error{
-		"from what is not there":         c.CopyFrom(t.Context(), "/no/such", to, nil, agent.CopyOptions{}),
-		"to below what is not there":     c.CopyTo(t.Context(), from, to+"/no/such", nil, agent.CopyOptions{}),
-		"to a directory that is not one": c.CopyTo(t.Context(), from, to+"/none/", nil, agent.CopyOptions{}),
-		"an archive to a file":           c.CopyTo(t.Context(), "-", to+"/none", strings.NewReader(""), agent.CopyOptions{}),
-		"what is no archive":             c.CopyTo(t.Context(), "-", to, strings.NewReader(strings.Repeat("no archive", 100)), agent.CopyOptions{}),
-		"not there here":                 c.CopyTo(t.Context(), "/no/such", to, nil, agent.CopyOptions{}),
-		"to a full device":               c.CopyFrom(t.Context(), from, "-", full{}, agent.CopyOptions{}),
+		"from what is not there":         c.CopyFrom(t.Context(), "/no/such", to, nil, guest.CopyOptions{}),
+		"to below what is not there":     c.CopyTo(t.Context(), from, to+"/no/such", nil, guest.CopyOptions{}),
+		"to a directory that is not one": c.CopyTo(t.Context(), from, to+"/none/", nil, guest.CopyOptions{}),
+		"an archive to a file":           c.CopyTo(t.Context(), "-", to+"/none", strings.NewReader(""), guest.CopyOptions{}),
+		"what is no archive":             c.CopyTo(t.Context(), "-", to, strings.NewReader(strings.Repeat("no archive", 100)), guest.CopyOptions{}),
+		"not there here":                 c.CopyTo(t.Context(), "/no/such", to, nil, guest.CopyOptions{}),
+		"to a full device":               c.CopyFrom(t.Context(), from, "-", full{}, guest.CopyOptions{}),
 	} {
 		if err == nil {
 			t.Errorf("%s: no error", what)

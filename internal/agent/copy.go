@@ -11,27 +11,17 @@ import (
 	"path/filepath"
 	"strings"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/treetar"
 )
 
-// CopyOptions say how files are copied.
-type CopyOptions struct {
-	// Owners keeps the numbers of users and groups, and set-user-id bits. Otherwise copies belong to who makes them: root in
-	// the guest, the caller on the host.
-	Owners bool
-	// FollowLink copies what a source that is a symbolic link leads to. Links below a source are always copied as links.
-	FollowLink bool
-	// Progress is told how many bytes were copied.
-	Progress func(int64)
-}
-
 // CopyTo copies a file or a tree into the guest. A directory at to takes it under its name, "/." at the end of from means what
 // is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in a directory. What cannot be read, is
 // neither file, directory nor link, or would replace what is none of them either is left out: all else is copied, and an error says what
 // is missing.
-func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o CopyOptions) error {
+func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o guest.CopyOptions) error {
 	source, err := from, error(nil)
 	if from != "-" {
 		if source, err = treetar.Source(from, o.FollowLink); err != nil {
@@ -142,7 +132,7 @@ func (w *counter) Write(p []byte) (int, error) {
 
 // CopyFrom copies a file or a tree out of the guest, by the same rules. To "-" writes a tar archive to out. Only what was asked for is
 // written, no link below to is followed, and a link is made nowhere but in a directory, where the next copy does not follow it.
-func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o CopyOptions) error {
+func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o guest.CopyOptions) error {
 	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpRead, Path: from, Contents: treetar.Contents(from), Follow: o.FollowLink})
 	if err != nil {
 		return err
@@ -191,7 +181,7 @@ func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o
 type destination struct {
 	from, to string
 	out      io.Writer
-	o        CopyOptions
+	o        guest.CopyOptions
 	left     *treetar.LeftOut
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/treetar"
@@ -105,16 +106,16 @@ func TestCopy_Rules(t *testing.T) {
 		"a file by way of \"..\"":                     {from: "tree/../file", to: "out", want: changes{"out": "new"}},
 		"a directory by way of \".\", under its name": {from: "rel/./42", to: "there", want: changes{"there/42": dir, "there/42/f": "x"}},
 	} {
-		for way, do := range map[string]func(from, to string, o agent.CopyOptions) error{
-			"to":   func(from, to string, o agent.CopyOptions) error { return c.CopyTo(t.Context(), from, to, nil, o) },
-			"from": func(from, to string, o agent.CopyOptions) error { return c.CopyFrom(t.Context(), from, to, nil, o) },
+		for way, do := range map[string]func(from, to string, o guest.CopyOptions) error{
+			"to":   func(from, to string, o guest.CopyOptions) error { return c.CopyTo(t.Context(), from, to, nil, o) },
+			"from": func(from, to string, o guest.CopyOptions) error { return c.CopyFrom(t.Context(), from, to, nil, o) },
 		} {
 			if tt.way != "" && tt.way != way {
 				continue
 			}
 			t.Run(name+" "+way, func(t *testing.T) {
 				at := t.TempDir()
-				if exit, out, errs := run(t, c, agent.Cmd{Args: []string{"sh", "-euc", world}, Dir: at}); exit.Code != 0 {
+				if exit, out, errs := run(t, c, guest.Cmd{Args: []string{"sh", "-euc", world}, Dir: at}); exit.Code != 0 {
 					t.Fatal(exit, out, errs)
 				}
 				want := shape(t, at)
@@ -122,7 +123,7 @@ func TestCopy_Rules(t *testing.T) {
 					want[name] = what
 				}
 				maps.DeleteFunc(want, func(_, what string) bool { return what == "" })
-				err := do(at+"/"+tt.from, at+"/"+tt.to, agent.CopyOptions{FollowLink: tt.follow})
+				err := do(at+"/"+tt.from, at+"/"+tt.to, guest.CopyOptions{FollowLink: tt.follow})
 				if tt.err == "" && err != nil || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
 					t.Errorf("got error %v, want %q", err, tt.err)
 				}
@@ -143,8 +144,8 @@ func TestCopy_Proc(t *testing.T) {
 		t.Fatal(err)
 	}
 	for way, do := range map[string]func() error{
-		"to":   func() error { return c.CopyTo(t.Context(), "/proc/version", to, nil, agent.CopyOptions{}) },
-		"from": func() error { return c.CopyFrom(t.Context(), "/proc/version", to, nil, agent.CopyOptions{}) },
+		"to":   func() error { return c.CopyTo(t.Context(), "/proc/version", to, nil, guest.CopyOptions{}) },
+		"from": func() error { return c.CopyFrom(t.Context(), "/proc/version", to, nil, guest.CopyOptions{}) },
 	} {
 		if err := do(); err != nil {
 			t.Fatal(err)
@@ -157,7 +158,7 @@ func TestCopy_Proc(t *testing.T) {
 		}
 	}
 	// What cannot be read is named.
-	if err := c.CopyTo(t.Context(), "/proc/self/mem", to, nil, agent.CopyOptions{}); err == nil || !strings.Contains(err.Error(), `left out "top": `) {
+	if err := c.CopyTo(t.Context(), "/proc/self/mem", to, nil, guest.CopyOptions{}); err == nil || !strings.Contains(err.Error(), `left out "top": `) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -253,7 +254,7 @@ func TestCopyFrom_Hostile(t *testing.T) {
 			c := guestSends(t, tt.archives...)
 			var err error
 			for range tt.archives {
-				err = c.CopyFrom(t.Context(), tt.from, filepath.Join(at, tt.to), nil, agent.CopyOptions{Owners: os.Getuid() == 0})
+				err = c.CopyFrom(t.Context(), tt.from, filepath.Join(at, tt.to), nil, guest.CopyOptions{Owners: os.Getuid() == 0})
 			}
 			if tt.err == "" && err != nil || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
 				t.Errorf("got error %v, want %q", err, tt.err)
@@ -274,7 +275,7 @@ func TestCopyFrom_LeftOut(t *testing.T) {
 	for i := range 1000 {
 		headers = append(headers, tar.Header{Typeflag: tar.TypeFifo, Name: fmt.Sprint("data/", i)})
 	}
-	err := guestSends(t, headers).CopyFrom(t.Context(), "/data", t.TempDir(), nil, agent.CopyOptions{})
+	err := guestSends(t, headers).CopyFrom(t.Context(), "/data", t.TempDir(), nil, guest.CopyOptions{})
 	if !errors.Is(err, treetar.ErrUnsafe) || !strings.Contains(err.Error(), `left out "data/0": `) || !strings.Contains(err.Error(), "left out 990 more") || len(err.Error()) > 2000 {
 		t.Errorf("got %v", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
 )
 
@@ -25,7 +26,7 @@ func TestExec_Detach(t *testing.T) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			_, err = c.Exec(t.Context(), agent.Cmd{
+			_, err = c.Exec(t.Context(), guest.Cmd{
 				Args: sh("trap 'echo hang-up >said; exit' HUP; read x; echo got $x; : >begun; while [ ! -e go ] && " + tested + "; do sleep 0.01; done; echo more; echo on >said"), Dir: dir,
 				TTY: tty, Stdin: typed, Detach: detach, Stdout: writerFunc(func(p []byte) (int, error) {
 					before := strings.Contains(out.String(), "got it")

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/server"
@@ -184,9 +185,9 @@ func TestFreeze_Restored(t *testing.T) {
 func TestFreeze_Exec(t *testing.T) {
 	g := newStill(t)
 	g.freeze(t)
-	exits := make(chan agent.Exit, 1)
+	exits := make(chan guest.Exit, 1)
 	go func() {
-		exit, err := g.Exec(t.Context(), agent.Cmd{Args: sh("test -e on"), Dir: g.dir})
+		exit, err := g.Exec(t.Context(), guest.Cmd{Args: sh("test -e on"), Dir: g.dir})
 		if err != nil {
 			t.Error(err)
 		}
@@ -210,7 +211,7 @@ func TestFreeze_ExecRestored(t *testing.T) {
 	_, frozen := g.freeze(t)
 	ended := make(chan error, 1)
 	go func() {
-		_, err := g.Exec(t.Context(), agent.Cmd{Args: sh("echo >run"), Dir: g.dir})
+		_, err := g.Exec(t.Context(), guest.Cmd{Args: sh("echo >run"), Dir: g.dir})
 		ended <- err
 	}()
 	conn := g.conn(t)

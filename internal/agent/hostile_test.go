@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
 	"push.rocks/smartvm/internal/agentproto"
 )
@@ -76,11 +77,11 @@ func TestClient_Hostile(t *testing.T) {
 				_ = slow.Close()
 			}()
 			for what, do := range map[string]func() error{
-				"exec":  func() error { _, err := c.Exec(ctx, agent.Cmd{Args: []string{"x"}, Stdout: w}); return err },
+				"exec":  func() error { _, err := c.Exec(ctx, guest.Cmd{Args: []string{"x"}, Stdout: w}); return err },
 				"stats": func() error { _, err := c.Stats(ctx); return err },
 				"watch": func() error { return c.Watch(ctx, func(agentproto.Event) {}) },
-				"from":  func() error { return c.CopyFrom(ctx, "/x", "-", io.Discard, agent.CopyOptions{}) },
-				"to":    func() error { return c.CopyTo(ctx, "-", "/x", bytes.NewReader(nil), agent.CopyOptions{}) },
+				"from":  func() error { return c.CopyFrom(ctx, "/x", "-", io.Discard, guest.CopyOptions{}) },
+				"to":    func() error { return c.CopyTo(ctx, "-", "/x", bytes.NewReader(nil), guest.CopyOptions{}) },
 				"dial":  func() error { _, err := c.DialTCP(ctx, 1); return err },
 			} {
 				err := do()
@@ -118,7 +119,7 @@ func TestWatch_Flood(t *testing.T) {
 func TestClient_ExitEarly(t *testing.T) {
 	c := hostile(t, append(frame(agentproto.KindStdout, []byte("some")), frame(agentproto.KindExit, []byte(`{"code":300}`))...), true)
 	var out bytes.Buffer
-	exit, err := c.Exec(t.Context(), agent.Cmd{Args: []string{"x"}, Stdout: &out})
+	exit, err := c.Exec(t.Context(), guest.Cmd{Args: []string{"x"}, Stdout: &out})
 	if err != nil || exit.Code != 300&0xff || out.String() != "some" {
 		t.Errorf("%+v, %v, %q", exit, err, &out)
 	}
@@ -136,7 +137,7 @@ func TestCopyTo_Lost(t *testing.T) {
 	defer endless.Close()
 	for name, in := range map[string]io.Reader{"silent": silent, "endless": endless} {
 		c := hostile(t, frame(agentproto.KindReply, []byte(`{"isDir":true}`)), false)
-		if err := c.CopyTo(t.Context(), "-", "/x", in, agent.CopyOptions{}); !errors.Is(err, agent.ErrLost) {
+		if err := c.CopyTo(t.Context(), "-", "/x", in, guest.CopyOptions{}); !errors.Is(err, agent.ErrLost) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -147,10 +148,10 @@ func TestVersions(t *testing.T) {
 	const others = agentproto.Version + 1
 	c := hostile(t, frame(agentproto.KindReply, fmt.Appendf(nil, `{"version":%d,"error":"no"}`, others)), true)
 	for what, do := range map[string]func() error{
-		"exec":  func() error { _, err := c.Exec(t.Context(), agent.Cmd{Args: []string{"x"}}); return err },
+		"exec":  func() error { _, err := c.Exec(t.Context(), guest.Cmd{Args: []string{"x"}}); return err },
 		"stats": func() error { _, err := c.Stats(t.Context()); return err },
 		"watch": func() error { return c.Watch(t.Context(), func(agentproto.Event) {}) },
-		"from":  func() error { return c.CopyFrom(t.Context(), "/x", "-", io.Discard, agent.CopyOptions{}) },
+		"from":  func() error { return c.CopyFrom(t.Context(), "/x", "-", io.Discard, guest.CopyOptions{}) },
 	} {
 		var version *agent.VersionError
 		if err := do(); !errors.As(err, &version) || version.Agent != others || version.Host != agentproto.Version {

@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 )
 
 func TestProcesses(t *testing.T) {
@@ -27,7 +27,7 @@ func TestProcesses(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		i := slices.IndexFunc(all, func(p agentproto.Process) bool { return p.PID == cmd.Process.Pid })
+		i := slices.IndexFunc(all, func(p guest.Process) bool { return p.PID == cmd.Process.Pid })
 		if i >= 0 && all[i].Command == "odd (name)??[2J -c read x" && all[i].Memory > 0 { // it has both a moment after its name
 			if p := all[i]; p.Parent != os.Getpid() || p.State == "" || p.User == "" {
 				t.Errorf("%+v", p)

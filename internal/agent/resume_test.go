@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/server"
@@ -149,7 +150,7 @@ func TestExec_CutOff(t *testing.T) {
 	in := make([]byte, 10<<20)
 	_, _ = rand.Read(in)
 	var out, errs bytes.Buffer
-	exit, err := c.Exec(t.Context(), agent.Cmd{Args: sh("tee /dev/stderr; exit 7"), Stdin: bytes.NewReader(in), Stdout: &out, Stderr: &errs})
+	exit, err := c.Exec(t.Context(), guest.Cmd{Args: sh("tee /dev/stderr; exit 7"), Stdin: bytes.NewReader(in), Stdout: &out, Stderr: &errs})
 	if err != nil || exit.Code != 7 || !bytes.Equal(out.Bytes(), in) || !bytes.Equal(errs.Bytes(), in) {
 		t.Errorf("%+v, %v, %d and %d bytes of %d", exit, err, out.Len(), errs.Len(), len(in))
 	}
@@ -160,7 +161,7 @@ func TestExec_CutOffAnywhere(t *testing.T) {
 	_, _, plain := newBrittle(t)
 	run := func(c *agent.Client) (string, error) {
 		var out bytes.Buffer
-		exit, err := c.Exec(t.Context(), agent.Cmd{Args: sh("read x; echo $x; exit 3"), Stdin: strings.NewReader("some\n"), Stdout: &out})
+		exit, err := c.Exec(t.Context(), guest.Cmd{Args: sh("read x; echo $x; exit 3"), Stdin: strings.NewReader("some\n"), Stdout: &out})
 		return fmt.Sprint(exit.Code, out.String()), err
 	}
 	if got, err := run(plain); err != nil || got != "3some\n" {
@@ -182,11 +183,11 @@ func TestExec_CutOffAnywhere(t *testing.T) {
 // Signals and sizes that come while the VM is paused, and its connections are cut off, reach the program.
 func TestExec_CutOffControl(t *testing.T) {
 	b, _, c := newBrittle(t)
-	signals, sizes := make(chan syscall.Signal), make(chan agent.Size)
+	signals, sizes := make(chan syscall.Signal), make(chan guest.Size)
 	var out transcript
 	done := make(chan error, 1)
 	go func() {
-		exit, err := c.Exec(t.Context(), agent.Cmd{
+		exit, err := c.Exec(t.Context(), guest.Cmd{
 			Args: sh(`trap 'echo told; exit 5' USR1; echo ready; while [ "$(stty size)" != "25 99" ] && ` + tested + `; do sleep 0.01; done; echo resized; while ` + tested + `; do sleep 0.01; done`),
 			TTY:  true, Stdout: &out, Signals: signals, Resize: sizes,
 		})
@@ -198,7 +199,7 @@ func TestExec_CutOffControl(t *testing.T) {
 	out.await(t, "ready")
 	resume := b.pause()
 	b.cut()
-	sizes <- agent.Size{Rows: 25, Cols: 99}
+	sizes <- guest.Size{Rows: 25, Cols: 99}
 	resume()
 	out.await(t, "resized")
 	resume = b.pause()
@@ -245,7 +246,7 @@ func hanging(ctx context.Context, t *testing.T, c *agent.Client, detach <-chan s
 	dir, out = t.TempDir(), new(transcript)
 	ended := make(chan error, 1)
 	go func() {
-		_, err := c.Exec(ctx, agent.Cmd{
+		_, err := c.Exec(ctx, guest.Cmd{
 			Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while [ ! -e go ] && " + tested + "; do [ ! -e ask ] || echo asked; sleep 0.01; done; echo on >said"), Dir: dir, Stdout: out, Detach: detach,
 		})
 		ended <- err

@@ -7,13 +7,13 @@ import (
 	"strings"
 	"testing"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
-	"push.rocks/smartvm/internal/agentproto"
 )
 
 // Secrets are told once; programs have the environment among them, under what they are given themselves.
 func TestTell(t *testing.T) {
-	s, c := newServer(t, &agentproto.Boot{Env: []string{"A=image"}, Secrets: true})
+	s, c := newServer(t, &guest.Boot{Env: []string{"A=image"}, Secrets: true})
 	kept := map[string][]byte{}
 	fail := errors.New("no room")
 	s.Secrets = func(files map[string][]byte) error {
@@ -46,7 +46,7 @@ func TestTell(t *testing.T) {
 	if err := c.Tell(t.Context(), map[string][]byte{"key": []byte("again")}, []string{"A=again"}); err != nil || len(kept["key"]) != 2 {
 		t.Errorf("told again: %v, %q", err, kept["key"])
 	}
-	if _, out, _ := run(t, c, agent.Cmd{Args: sh("echo $A ${#B} $C"), Env: []string{"C=mine"}}); out != "told 102400 mine\n" {
+	if _, out, _ := run(t, c, guest.Cmd{Args: sh("echo $A ${#B} $C"), Env: []string{"C=mine"}}); out != "told 102400 mine\n" {
 		t.Errorf("got %q", out)
 	}
 	if err := c.Tell(t.Context(), map[string][]byte{"key": make([]byte, 4<<20)}, nil); err == nil {

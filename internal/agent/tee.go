@@ -3,10 +3,12 @@ package agent
 import (
 	"io"
 	"sync"
+
+	"push.rocks/smartvm/guest"
 )
 
-// Tee is cmd with all that it puts out written to w too. What goes wrong with that is nobody's concern who wants to see it.
-func (cmd Cmd) Tee(w io.Writer) Cmd {
+// Tee is cmd with all its output written to w, too. Errors of w are ignored.
+func Tee(cmd guest.Cmd, w io.Writer) guest.Cmd {
 	both := &shared{to: w}
 	for _, out := range []*io.Writer{&cmd.Stdout, &cmd.Stderr} {
 		if *out == nil {

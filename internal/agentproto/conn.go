@@ -1,3 +1,4 @@
+// Package agentproto is how host and agent speak: frames over vsock, requests and replies.
 package agentproto
 
 import (
@@ -9,6 +10,8 @@ import (
 	"io"
 	"net"
 	"sync"
+
+	"push.rocks/smartvm/guest"
 )
 
 // Port is the vsock port on which the agent listens. Below 1024, so that no program without privileges can be there before it.
@@ -162,14 +165,14 @@ func (c *Conn) SendJSON(k Kind, v any) error {
 	return c.Send(k, data)
 }
 
-// Frame is a request's, for a host that sends it before there is a Conn. Returns ErrTooLarge.
+// Frame is a request's, for a host that sends it before there is a Conn. Returns guest.ErrTooLarge.
 func (r *Request) Frame() ([]byte, error) {
 	data, err := json.Marshal(r)
 	if err != nil {
 		return nil, err
 	}
 	if len(data) > maxControl {
-		return nil, fmt.Errorf("%w: a request of %d bytes, at most %d: arguments and environment are too long", ErrTooLarge, len(data), maxControl)
+		return nil, fmt.Errorf("%w: a request of %d bytes, at most %d: arguments and environment are too long", guest.ErrTooLarge, len(data), maxControl)
 	}
 	return append(head(KindRequest, len(data)), data...), nil
 }

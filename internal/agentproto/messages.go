@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"push.rocks/smartvm/guest"
 )
 
 // Op is what a connection is for.
@@ -87,22 +89,22 @@ type Identity struct {
 	MachineID  string       `json:"machineId,omitempty"`
 	Interfaces []Rekey      `json:"interfaces,omitempty"`
 	DNS        []netip.Addr `json:"dns,omitempty"`
-	Hosts      []Host       `json:"hosts,omitempty"`
+	Hosts      []guest.Host `json:"hosts,omitempty"`
 }
 
 // Rekey is an interface that gets another identity.
 type Rekey struct {
-	Was Interface `json:"was"`
-	Now Interface `json:"now"`
+	Was guest.Interface `json:"was"`
+	Now guest.Interface `json:"now"`
 }
 
 // Reply is the answer to a request.
 type Reply struct {
-	Version int    `json:"version"`
-	Error   string `json:"error,omitempty"` // "": it is done, or under way
-	Stats   *Stats `json:"stats,omitempty"`
+	Version int          `json:"version"`
+	Error   string       `json:"error,omitempty"` // "": it is done, or under way
+	Stats   *guest.Stats `json:"stats,omitempty"`
 
-	Processes []Process `json:"processes,omitempty"`
+	Processes []guest.Process `json:"processes,omitempty"`
 
 	IsDir bool `json:"isDir,omitempty"` // of OpWrite: Path is a directory
 	// Of OpResume: how many bytes of frames, but for the requests, the guest has.
@@ -143,32 +145,6 @@ type Exit struct {
 	Error  string `json:"error,omitempty"`  // why it was not run, or did not go well
 }
 
-// Stats is how the guest is.
-type Stats struct {
-	Uptime     time.Duration `json:"uptime"`     // nanoseconds
-	CPU        time.Duration `json:"cpu"`        // used since the start, all CPUs; nanoseconds
-	CPUs       int           `json:"cpus"`       // online
-	Memory     uint64        `json:"memory"`     // bytes
-	MemoryUsed uint64        `json:"memoryUsed"` // that cannot be had back at once
-	Disk       uint64        `json:"disk"`       // of /, bytes
-	DiskUsed   uint64        `json:"diskUsed"`
-	Processes  int           `json:"processes"`
-
-	DiskRead    uint64 `json:"diskRead"` // of all drives, since the start; bytes
-	DiskWritten uint64 `json:"diskWritten"`
-}
-
-// Process is one of the guest's.
-type Process struct {
-	PID     int           `json:"pid"`
-	Parent  int           `json:"ppid"`
-	User    string        `json:"user"`   // a name, or a number that has none
-	State   string        `json:"state"`  // a letter, as in /proc
-	CPU     time.Duration `json:"cpu"`    // used since its start; nanoseconds
-	Memory  uint64        `json:"memory"` // resident; bytes
-	Command string        `json:"command"`
-}
-
 // Bounds of what is told of processes.
 const (
 	MaxProcesses = 2048
@@ -182,3 +158,6 @@ func ParseJSON[T any](payload []byte) (v T, err error) {
 	}
 	return v, nil
 }
+
+// Detach, in place of a signal, says that the host is about to go, and that the program is to go on without it.
+const Detach = 0

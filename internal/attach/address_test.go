@@ -7,8 +7,8 @@ import (
 	"testing"
 
 	"push.rocks/smartvm/internal/attach"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 )
 

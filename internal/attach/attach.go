@@ -18,11 +18,12 @@ import (
 
 	"github.com/google/nftables"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/hint"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/catalog"
 	"push.rocks/smartvm/network/filter"
@@ -221,7 +222,7 @@ func (i *Interface) address(ctx context.Context, vm VM, do Do) error {
 }
 
 // Tell tells the guest of its interfaces: its first program, nil if it has none of ours, or else its kernel.
-func Tell(s *spec.Spec, guest *agentproto.Boot, all []Interface) error {
+func Tell(s *spec.Spec, guest *guest.Boot, all []Interface) error {
 	if guest != nil {
 		guest.Interfaces, guest.DNS, guest.Search = guestInterfaces(all), resolvers(all[0], s.Policy), s.DNSSearch
 		guest.Hosts = hosts(s, &all[0].Network)
@@ -241,7 +242,7 @@ func Tell(s *spec.Spec, guest *agentproto.Boot, all []Interface) error {
 }
 
 // hosts are the names that a guest is told. The host is at its network's gateway, also for a guest in a namespace, whose own gateway is in that.
-func hosts(s *spec.Spec, of *network.Config) (all []agentproto.Host) {
+func hosts(s *spec.Spec, of *network.Config) (all []guest.Host) {
 	gateway4, gateway6 := of.Gateway()
 	for _, h := range s.ExtraHosts {
 		addresses := []netip.Addr{h.IP}
@@ -250,7 +251,7 @@ func hosts(s *spec.Spec, of *network.Config) (all []agentproto.Host) {
 		}
 		for _, a := range addresses {
 			if a.IsValid() {
-				all = append(all, agentproto.Host{Name: h.Name, Address: a})
+				all = append(all, guest.Host{Name: h.Name, Address: a})
 			}
 		}
 	}
@@ -337,10 +338,10 @@ func (i *Interface) inside() (at []netip.Prefix, gateways []netip.Addr) {
 	return at, gateways
 }
 
-func guestInterfaces(all []Interface) (interfaces []agentproto.Interface) {
+func guestInterfaces(all []Interface) (interfaces []guest.Interface) {
 	for n, i := range all {
 		at, gateways := i.inside()
-		g := agentproto.Interface{MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU, Addresses: at, Routers: i.Network.LAN != nil}
+		g := guest.Interface{MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU, Addresses: at, Routers: i.Network.LAN != nil}
 		if i.File != "" {
 			g.MAC = network.InnerMAC
 		}

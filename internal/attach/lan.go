@@ -6,8 +6,8 @@ import (
 	"net/netip"
 	"slices"
 
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/resolvconf"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/policy"

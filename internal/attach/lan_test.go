@@ -10,10 +10,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/attach"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/spec"
@@ -74,18 +74,18 @@ func TestLAN(t *testing.T) {
 			if got := all[0]; got.MAC != tt.mac || tt.ip4 == "" && got.IP4.IsValid() || tt.ip4 != "" && got.IP4 != a(tt.ip4) || got.IP6.IsValid() {
 				t.Errorf("got %s %s %s, want %s %s", got.MAC, got.IP4, got.IP6, tt.mac, tt.ip4)
 			}
-			guest := &agentproto.Boot{RootDevice: "/dev/vda", RootType: agentproto.Ext4}
-			if err := attach.Tell(&spec.Spec{Image: "debian"}, guest, all); err != nil {
+			told := &guest.Boot{RootDevice: "/dev/vda", RootType: guest.Ext4}
+			if err := attach.Tell(&spec.Spec{Image: "debian"}, told, all); err != nil {
 				t.Fatal(err)
 			}
-			want := agentproto.Interface{MAC: tt.mac, Name: "eth0", Routers: true, Gateways: tt.gateways}
+			want := guest.Interface{MAC: tt.mac, Name: "eth0", Routers: true, Gateways: tt.gateways}
 			if tt.ip4 != "" {
 				want.Addresses = []netip.Prefix{netip.PrefixFrom(a(tt.ip4), 24)}
 			}
-			if diff := cmp.Diff([]agentproto.Interface{want}, guest.Interfaces, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); diff != "" {
+			if diff := cmp.Diff([]guest.Interface{want}, told.Interfaces, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); diff != "" {
 				t.Error(diff)
 			}
-			if diff := cmp.Diff(all[0].DNS, guest.DNS, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+			if diff := cmp.Diff(all[0].DNS, told.DNS, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 				t.Error(diff)
 			}
 		})

@@ -13,9 +13,9 @@ import (
 	"strings"
 
 	"push.rocks/smartvm/internal/atomicfile"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 )
 

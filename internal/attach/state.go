@@ -1,9 +1,7 @@
 package attach
 
 import (
-	"fmt"
 	"path/filepath"
-	"strings"
 
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
@@ -48,25 +46,4 @@ func States(all []Interface, dir string, refresh func(*network.Config) error) (s
 		states = append(states, s)
 	}
 	return states, nil
-}
-
-// PortsOf are those that are published of a VM with these interfaces.
-func PortsOf(all []State) (ports []Port) {
-	for _, i := range all {
-		ports = append(ports, i.Ports...)
-	}
-	return ports
-}
-
-// Short is the first of some ports, as text.
-func Short(ports []Port) string {
-	const shown = 3
-	var all []string
-	for _, p := range ports[:min(len(ports), shown)] {
-		all = append(all, p.String())
-	}
-	if more := len(ports) - shown; more > 0 {
-		all = append(all, fmt.Sprintf("%d more", more))
-	}
-	return strings.Join(all, ", ")
 }

@@ -8,7 +8,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/spec"
@@ -23,12 +23,12 @@ func TestTell_ExtraHosts(t *testing.T) {
 	}
 	s := &spec.Spec{Image: "debian", ExtraHosts: []spec.ExtraHost{{Name: "db", IP: netip.MustParseAddr("192.0.2.7")}, {Name: "host", HostGateway: true}}}
 	gateway4, gateway6 := of.Gateway()
-	want := []agentproto.Host{{Name: "db", Address: netip.MustParseAddr("192.0.2.7")}, {Name: "host", Address: gateway4}, {Name: "host", Address: gateway6}}
+	want := []guest.Host{{Name: "db", Address: netip.MustParseAddr("192.0.2.7")}, {Name: "host", Address: gateway4}, {Name: "host", Address: gateway6}}
 	ip4, ip6 := of.Guest(0)
 	for name, file := range map[string]string{"Bridge": "", "Namespace": "/run/ns"} {
 		t.Run(name, func(t *testing.T) {
 			all := []attach.Interface{{ID: "eth0", Network: of, MAC: "06:00:ac:10:00:02", IP4: ip4, IP6: ip6, File: file}}
-			guest := &agentproto.Boot{RootDevice: "/dev/vda", RootType: agentproto.Ext4}
+			guest := &guest.Boot{RootDevice: "/dev/vda", RootType: guest.Ext4}
 			if err := attach.Tell(s, guest, all); err != nil {
 				t.Fatal(err)
 			}

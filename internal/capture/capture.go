@@ -16,12 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
 	"push.rocks/smartvm/internal/hint"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
+	"push.rocks/smartvm/snapshot"
 )
 
 // MetadataFile is in a snapshot: the guest's metadata, which a VMM's own snapshot leaves out.
@@ -206,13 +207,13 @@ const (
 )
 
 // RunHook runs a program in a guest, unless it is "". It must end well, and soon.
-func RunHook(ctx context.Context, guest *agent.Client, hook, what string) error {
+func RunHook(ctx context.Context, a *agent.Client, hook, what string) error {
 	if hook == "" {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	exit, err := guest.Exec(ctx, agent.Cmd{Args: []string{hook, what}})
+	exit, err := a.Exec(ctx, guest.Cmd{Args: []string{hook, what}})
 	if err == nil && exit.Code != 0 {
 		err = fmt.Errorf("exit code %d", exit.Code)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agent"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/capture"
@@ -24,8 +25,8 @@ import (
 	"push.rocks/smartvm/internal/vmm"
 )
 
-// guest is an agent that does nothing, and tells what it was asked for. It has as much memory to spare as its balloon leaves.
-type guest struct {
+// fakeGuest is an agent that does nothing, and tells what it was asked for. It has as much memory to spare as its balloon leaves.
+type fakeGuest struct {
 	mu    sync.Mutex
 	log   []string       // what happened, in its order
 	exits map[string]int // of a hook, by its argument
@@ -37,7 +38,7 @@ func TestMain(m *testing.M) {
 	m.Run()
 }
 
-func (g *guest) did(what string) {
+func (g *fakeGuest) did(what string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.log = append(g.log, what)
@@ -45,7 +46,7 @@ func (g *guest) did(what string) {
 
 const spare = 200 // MiB
 
-func (g *guest) serve(ctx context.Context, raw net.Conn) error {
+func (g *fakeGuest) serve(ctx context.Context, raw net.Conn) error {
 	defer raw.Close()
 	for b := make([]byte, 1); b[0] != '\n'; {
 		if _, err := raw.Read(b); err != nil {
@@ -69,7 +70,7 @@ func (g *guest) serve(ctx context.Context, raw net.Conn) error {
 		if err != nil {
 			return err
 		}
-		reply.Stats = &agentproto.Stats{Memory: 1 << 30, MemoryUsed: 1<<30 - uint64(spare-b.AmountMiB)<<20}
+		reply.Stats = &guest.Stats{Memory: 1 << 30, MemoryUsed: 1<<30 - uint64(spare-b.AmountMiB)<<20}
 	case agentproto.OpExec:
 		g.did(strings.Join(req.Args, " "))
 		return conn.SendJSON(agentproto.KindExit, agentproto.Exit{Code: g.exits[req.Args[1]]})
@@ -82,7 +83,7 @@ func (g *guest) serve(ctx context.Context, raw net.Conn) error {
 }
 
 // vm is one of a fake VMM that runs, with a balloon of 8 MiB, and with that guest.
-func vm(t *testing.T, g *guest, faults map[string]fakefc.Fault) *capture.VM {
+func vm(t *testing.T, g *fakeGuest, faults map[string]fakefc.Fault) *capture.VM {
 	t.Helper()
 	dir := t.TempDir()
 	listen := func(name string) net.Listener {
@@ -175,7 +176,7 @@ func TestCapture_GoesOn(t *testing.T) {
 		"hook fails":   {faults: written, exits: map[string]int{"thaw": 4}, want: all, warnings: []string{"VM web: run /hook thaw in the guest: exit code 4"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			g := &guest{exits: tt.exits}
+			g := &fakeGuest{exits: tt.exits}
 			v := vm(t, g, tt.faults)
 			r, err := v.Capture(t.Context(), t.TempDir(), capture.Options{Hook: "/hook", DropCaches: true})
 			if tt.err == "" && err != nil || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
@@ -206,7 +207,7 @@ func TestCapture_GoesOn(t *testing.T) {
 
 // The balloon has what the guest does not use while the snapshot is made, but for a little.
 func TestCapture_Balloon(t *testing.T) {
-	g := &guest{}
+	g := &fakeGuest{}
 	v := vm(t, g, written)
 	var during uint32
 	v.Forget = func() error {
@@ -233,7 +234,7 @@ func TestCapture_Balloon(t *testing.T) {
 
 // What a process noted that died in the middle of a snapshot is done by the next one, and that knows what the balloon had before.
 func TestCapture_AfterDeath(t *testing.T) {
-	g := &guest{}
+	g := &fakeGuest{}
 	v := vm(t, g, written)
 	if err := v.Hold.MustDeflate(8); err != nil {
 		t.Fatal(err)
@@ -258,7 +259,7 @@ func TestCapture_NobodyListens(t *testing.T) {
 		"paused":   func(v *capture.VM) { v.Running = false },
 	} {
 		t.Run(name, func(t *testing.T) {
-			g := &guest{}
+			g := &fakeGuest{}
 			v := vm(t, g, written)
 			change(v)
 			if !v.Running {

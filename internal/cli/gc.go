@@ -26,7 +26,7 @@ func newGC(a *app) *cobra.Command {
 
 // collected is what gc -o json says.
 type collected struct {
-	Adopted   []string `json:"adopted"`   // run, and are looked after again
+	Adopted   []string `json:"adopted"`   // run, and are supervised again
 	Recovered []string `json:"recovered"` // had ended unseen
 	Removed   []string `json:"removed"`   // half made, half removed, or of a smartvm run or pool that was killed
 }
@@ -57,7 +57,7 @@ func (a *app) gc(cmd *cobra.Command, _ []string) error {
 	for _, part := range []struct {
 		did string
 		ids []string
-	}{{"looks after", c.Adopted}, {"recovered", c.Recovered}, {"removed", c.Removed}} {
+	}{{"supervises", c.Adopted}, {"recovered", c.Recovered}, {"removed", c.Removed}} {
 		for _, id := range part.ids {
 			fmt.Fprintf(a.Stdout, "%s %s\n", part.did, id)
 		}

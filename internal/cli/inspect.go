@@ -11,7 +11,7 @@ import (
 // inspected is what inspect says of a VM.
 type inspected struct {
 	*smartvm.Inspection
-	Supervised bool `json:"supervised"` // a process looks after it
+	Supervised bool `json:"supervised"` // a process supervises it
 }
 
 func newInspect(a *app) *cobra.Command {

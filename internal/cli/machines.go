@@ -59,7 +59,7 @@ func (a *app) each(ctx context.Context, refs []string, what string, do func(cont
 	return errors.Join(errs...)
 }
 
-// supervise gives m a process of its own, which starts it, or looks after it when it runs.
+// supervise gives m a process of its own, which starts it, or supervises it when it runs.
 func (a *app) supervise(ctx context.Context, h *smartvm.Host, m *smartvm.Machine, adopt bool) error {
 	program, err := os.Executable()
 	if err != nil {

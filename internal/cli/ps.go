@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"text/tabwriter"
 	"time"
@@ -13,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"push.rocks/smartvm"
-	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/human"
 )
 
@@ -25,20 +25,20 @@ type psCommand struct {
 // listed is what ps -o json says of a VM.
 type listed struct {
 	entry
-	State      smartvm.State       `json:"state"`
-	Supervised bool                `json:"supervised"` // a process looks after it
-	VCPUs      int                 `json:"vcpuCount"`
-	MemoryMiB  int                 `json:"memSizeMib"`
-	Labels     map[string]string   `json:"labels,omitempty"`
-	Created    time.Time           `json:"created"`
-	Started    time.Time           `json:"started,omitzero"` // while it runs
-	Addresses  []netip.Addr        `json:"addresses,omitempty"`
-	Ports      []attach.Port       `json:"ports,omitempty"` // published, while it runs
-	Received   uint64              `json:"receivedBytes"`   // by the guest, since its start
-	Sent       uint64              `json:"sentBytes"`
-	Exit       *smartvm.Exit       `json:"exit,omitempty"`     // of its last run
-	Guest      *smartvm.GuestState `json:"guest,omitempty"`    // as its agent says
-	Unsynced   bool                `json:"unsynced,omitempty"` // what the guest changes, or has, is to be copied back
+	State      smartvm.State           `json:"state"`
+	Supervised bool                    `json:"supervised"` // a process supervises it
+	VCPUs      int                     `json:"vcpuCount"`
+	MemoryMiB  int                     `json:"memSizeMib"`
+	Labels     map[string]string       `json:"labels,omitempty"`
+	Created    time.Time               `json:"created"`
+	Started    time.Time               `json:"started,omitzero"` // while it runs
+	Addresses  []netip.Addr            `json:"addresses,omitempty"`
+	Ports      []smartvm.PublishedPort `json:"ports,omitempty"` // published, while it runs
+	Received   uint64                  `json:"receivedBytes"`   // by the guest, since its start
+	Sent       uint64                  `json:"sentBytes"`
+	Exit       *smartvm.Exit           `json:"exit,omitempty"`     // of its last run
+	Guest      *smartvm.GuestState     `json:"guest,omitempty"`    // as its agent says
+	Unsynced   bool                    `json:"unsynced,omitempty"` // what the guest changes, or has, is to be copied back
 }
 
 func newPS(a *app) *cobra.Command {
@@ -48,7 +48,7 @@ func newPS(a *app) *cobra.Command {
 		Aliases: []string{"ls", "list"},
 		Short:   "List VMs",
 		Long: "List the VMs that run.\n\n" +
-			"The fields of -o json: id, name, state, supervised (a process looks after it),\n" +
+			"The fields of -o json: id, name, state, supervised (a process supervises it),\n" +
 			"vcpuCount, memSizeMib, labels, created, started, addresses, ports (published:\n" +
 			"address, host, guest, protocol, shadows), receivedBytes and sentBytes (by the\n" +
 			"guest), guest (how far it has come), exit (outcome, code, signal, started, ended,\n" +
@@ -67,10 +67,7 @@ func (c *psCommand) run(cmd *cobra.Command, _ []string) error {
 		return err
 	}
 	defer h.Close()
-	list, err := look(cmd.Context(), h)
-	if err != nil {
-		return err
-	}
+	list, unread := look(cmd.Context(), h) // VMs that cannot be read do not hide the others
 	if !c.all {
 		list = slices.DeleteFunc(list, func(l *listed) bool { return !runs(l.State) })
 	}
@@ -79,11 +76,11 @@ func (c *psCommand) run(cmd *cobra.Command, _ []string) error {
 		for _, l := range list {
 			fmt.Fprintln(c.Stdout, l.ID)
 		}
-		return nil
+		return unread
 	case c.json:
-		return writeJSON(c.Stdout, list)
+		return errors.Join(writeJSON(c.Stdout, list), unread)
 	}
-	return c.table(list)
+	return errors.Join(c.table(list), unread)
 }
 
 // runs says whether a VMM is there, or may be.
@@ -91,12 +88,9 @@ func runs(s smartvm.State) bool {
 	return slices.Contains([]smartvm.State{smartvm.Starting, smartvm.Running, smartvm.Paused, smartvm.Stopping}, s)
 }
 
-// look asks every VM how it is, newest first. Those that vanish meanwhile are left out.
+// look asks every VM how it is, newest first. VMs that are removed meanwhile are left out; an error is about those that could not be read.
 func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 	all, err := h.Machines(ctx)
-	if err != nil {
-		return nil, err
-	}
 	list, errs := make([]*listed, len(all)), make([]error, len(all))
 	slots := make(chan struct{}, atOnce)
 	var wg sync.WaitGroup
@@ -118,7 +112,7 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 					l.Addresses = append(l.Addresses, i.IP4)
 				}
 			}
-			l.Ports = attach.PortsOf(in.Interfaces)
+			l.Ports = in.Ports()
 			l.Received, l.Sent = in.Traffic()
 			l.Supervised, errs[i] = m.Supervised()
 			list[i] = l
@@ -128,7 +122,7 @@ func look(ctx context.Context, h *smartvm.Host) ([]*listed, error) {
 	list = slices.DeleteFunc(list, func(l *listed) bool { return l == nil })
 	slices.SortStableFunc(list, func(a, b *listed) int { return b.Created.Compare(a.Created) })
 	errs = slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, smartvm.ErrNotFound) })
-	return list, errors.Join(errs...)
+	return list, errors.Join(append(errs, err)...)
 }
 
 func (c *psCommand) table(list []*listed) error {
@@ -145,7 +139,7 @@ func (c *psCommand) table(list []*listed) error {
 			traffic = human.Size(int64(l.Received)) + "/" + human.Size(int64(l.Sent))
 		}
 		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n",
-			l.ID, l.Name, l.VCPUs, human.Size(int64(l.MemoryMiB)<<20), address, attach.Short(l.Ports), traffic, l.status())
+			l.ID, l.Name, l.VCPUs, human.Size(int64(l.MemoryMiB)<<20), address, shortPorts(l.Ports), traffic, l.status())
 	}
 	if err := w.Flush(); err != nil {
 		return err
@@ -199,4 +193,17 @@ func (l *listed) status() string {
 		s += ", unsynced"
 	}
 	return s
+}
+
+// shortPorts is the first of some ports, as text.
+func shortPorts(ports []smartvm.PublishedPort) string {
+	const shown = 3
+	var all []string
+	for _, p := range ports[:min(len(ports), shown)] {
+		all = append(all, p.String())
+	}
+	if more := len(ports) - shown; more > 0 {
+		all = append(all, fmt.Sprintf("%d more", more))
+	}
+	return strings.Join(all, ", ")
 }

@@ -91,13 +91,11 @@ func (a *app) waitFor(ctx context.Context, h *smartvm.Host, ref string) (*waited
 	defer release()
 	a.global.log.Debug("waiting", "vm", m.ID())
 	exit, err := m.Wait(ctx)
+	if errors.Is(err, smartvm.ErrState) {
+		err = &advised{err, "smartvm start " + label(m) + " starts it"}
+	}
 	if err != nil {
 		return nil, err
-	}
-	if exit == nil {
-		return nil, &advised{
-			fmt.Errorf("wait for VM %s: it never ran: %w", m.ID(), smartvm.ErrState), "smartvm start " + label(m) + " starts it",
-		}
 	}
 	w := &waited{entry: entryOf(m), Exit: exit}
 	if status, ok := statusOf(exit).(exitStatus); ok { //nolint:errorlint // it is ours

@@ -7,8 +7,8 @@ import (
 	"slices"
 
 	"push.rocks/smartvm/firecracker"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/snapshot"
 	"push.rocks/smartvm/spec"
 )
 

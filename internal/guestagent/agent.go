@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
 	"push.rocks/smartvm/internal/guestagent/server"
@@ -36,8 +37,8 @@ type Signals struct {
 	Child <-chan os.Signal // SIGCHLD
 }
 
-// guest is what is known of the guest on its way up.
-type guest struct {
+// system is what is known of the guest on its way up.
+type system struct {
 	signals  Signals
 	writable []int  // descriptors of the file systems on drives that are written to
 	farewell string // the last line on the console
@@ -51,7 +52,7 @@ func Main(s Signals) error {
 	if os.Getpid() != 1 {
 		return errors.New("this is the first program of a guest, for its kernel to run")
 	}
-	g := &guest{signals: s, begun: uptime()}
+	g := &system{signals: s, begun: uptime()}
 	immortal()
 	frugal()
 	defer g.end()
@@ -77,7 +78,7 @@ func without(err error) {
 }
 
 // run returns when the VM is to end.
-func (g *guest) run() error {
+func (g *system) run() error {
 	if err := mount(filesystem{kind: "proc", target: "/proc"}); err != nil {
 		return err
 	}
@@ -159,7 +160,7 @@ func took(t *time.Duration, f func()) {
 }
 
 // end ends all processes and the VM.
-func (g *guest) end() {
+func (g *system) end() {
 	_ = unix.Kill(-1, unix.SIGKILL)
 	for deadline := time.Now().Add(killPatience); time.Now().Before(deadline); {
 		pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil) // beside the reaper, if there is one
@@ -218,7 +219,7 @@ func awaitDevice(path string) error {
 }
 
 // awaitBoot waits for the drive that tells us what to do. sys lists drives, dev has them.
-func awaitBoot(sys, dev string) (b *agentproto.Boot, err error) {
+func awaitBoot(sys, dev string) (b *guest.Boot, err error) {
 	err = await(func() error {
 		b, err = findBoot(sys, dev)
 		return err

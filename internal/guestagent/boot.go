@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/guestagent/disk"
 	"push.rocks/smartvm/internal/guestagent/fill"
 	"push.rocks/smartvm/internal/guestagent/modprobe"
@@ -31,7 +31,7 @@ type modules []string
 
 // openModules returns those that are in the initramfs.
 func openModules() (modules, error) {
-	f, err := os.Open(agentproto.ModuleList)
+	f, err := os.Open(guest.ModuleList)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // the kernel has all built in
 	}
@@ -41,7 +41,7 @@ func openModules() (modules, error) {
 	defer f.Close()
 	m, err := readModuleList(f)
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", agentproto.ModuleList, err)
+		return nil, fmt.Errorf("read %s: %w", guest.ModuleList, err)
 	}
 	return m, nil
 }
@@ -86,7 +86,7 @@ const (
 
 // unwanted are modules of no use to this guest: each one takes the kernel longer to load than all that we do ourselves. Sys lists
 // devices and drives, as in /sys.
-func unwanted(b *agentproto.Boot, sys string) map[string]bool {
+func unwanted(b *guest.Boot, sys string) map[string]bool {
 	kinds := map[int]bool{}
 	devices, _ := filepath.Glob(filepath.Join(sys, "bus/virtio/devices/*/device"))
 	for _, device := range devices {
@@ -107,7 +107,7 @@ func unwanted(b *agentproto.Boot, sys string) map[string]bool {
 		"failover": !kinds[virtioNet], "net_failover": !kinds[virtioNet], "virtio_net": !kinds[virtioNet],
 		"vsock": !kinds[virtioVsock], "vmw_vsock_virtio_transport_common": !kinds[virtioVsock], "vmw_vsock_virtio_transport": !kinds[virtioVsock],
 		"rng_core": !kinds[virtioRNG], "virtio_rng": !kinds[virtioRNG], "virtio_balloon": !kinds[virtioBalloon],
-		"squashfs": b.RootType != agentproto.Squashfs && !more, "erofs": b.RootType != agentproto.Erofs && !more,
+		"squashfs": b.RootType != guest.Squashfs && !more, "erofs": b.RootType != guest.Erofs && !more,
 		"overlay": b.ScratchDevice == "",
 	}
 }
@@ -143,12 +143,12 @@ func readModuleList(r io.Reader) (modules, error) {
 
 // findBoot looks at all drives that are small enough. A drive of the image that pretends to be ours does not make it
 // past this: then there are two.
-func findBoot(sys, dev string) (*agentproto.Boot, error) {
+func findBoot(sys, dev string) (*guest.Boot, error) {
 	drives, err := filepath.Glob(filepath.Join(sys, "vd*"))
 	if err != nil {
 		return nil, err
 	}
-	var found *agentproto.Boot
+	var found *guest.Boot
 	var at string
 	for _, drive := range drives {
 		name := filepath.Base(drive)
@@ -157,12 +157,12 @@ func findBoot(sys, dev string) (*agentproto.Boot, error) {
 			return nil, err
 		}
 		sectors, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-		if err != nil || sectors > agentproto.MaxSize/sectorSize {
+		if err != nil || sectors > guest.MaxSize/sectorSize {
 			continue
 		}
 		b, err := readBoot(filepath.Join(dev, name))
 		switch {
-		case errors.Is(err, agentproto.ErrNoBoot) || errors.Is(err, fs.ErrNotExist):
+		case errors.Is(err, guest.ErrNoBoot) || errors.Is(err, fs.ErrNotExist):
 		case err != nil:
 			return nil, fmt.Errorf("drive %s: %w", name, err)
 		case found != nil:
@@ -172,18 +172,18 @@ func findBoot(sys, dev string) (*agentproto.Boot, error) {
 		}
 	}
 	if found == nil {
-		return nil, fmt.Errorf("%w on any drive of at most %d bytes: %w", agentproto.ErrNoBoot, agentproto.MaxSize, errNotYet)
+		return nil, fmt.Errorf("%w on any drive of at most %d bytes: %w", guest.ErrNoBoot, guest.MaxSize, errNotYet)
 	}
 	return found, nil
 }
 
-func readBoot(device string) (*agentproto.Boot, error) {
+func readBoot(device string) (*guest.Boot, error) {
 	f, err := os.Open(device)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	return agentproto.Decode(f)
+	return guest.Decode(f)
 }
 
 // filesystem is a mount to make. The source defaults to the kind.
@@ -213,7 +213,7 @@ const (
 )
 
 // mountRoot mounts on newRoot what will be the guest's root directory.
-func (g *guest) mountRoot(b *agentproto.Boot) error {
+func (g *system) mountRoot(b *guest.Boot) error {
 	if err := awaitDevice(b.RootDevice); err != nil {
 		return err
 	}
@@ -224,7 +224,7 @@ func (g *guest) mountRoot(b *agentproto.Boot) error {
 	if err != nil {
 		return fmt.Errorf("look at drive %s: %w", b.RootDevice, err)
 	}
-	if b.RootType != agentproto.Ext4 || strings.TrimSpace(string(readOnly)) != "0" {
+	if b.RootType != guest.Ext4 || strings.TrimSpace(string(readOnly)) != "0" {
 		return mountReadOnly(b, newRoot)
 	}
 	if err := mount(filesystem{kind: b.RootType, source: b.RootDevice, target: newRoot}); err != nil {
@@ -233,9 +233,9 @@ func (g *guest) mountRoot(b *agentproto.Boot) error {
 	return g.keepWritable(newRoot)
 }
 
-func mountReadOnly(b *agentproto.Boot, target string) error {
+func mountReadOnly(b *guest.Boot, target string) error {
 	f := filesystem{kind: b.RootType, source: b.RootDevice, target: target, flags: unix.MS_RDONLY}
-	if b.RootType == agentproto.Ext4 {
+	if b.RootType == guest.Ext4 {
 		// Without this a journal that was left unfinished would have to be played back, which needs a writable drive.
 		f.data = "noload"
 		if mount(f) == nil {
@@ -248,17 +248,17 @@ func mountReadOnly(b *agentproto.Boot, target string) error {
 
 // joinScratch lays the scratch over the root. Their own mounts are detached then: the overlay holds the layers, and the
 // image sees neither.
-func (g *guest) joinScratch(b *agentproto.Boot) error {
+func (g *system) joinScratch(b *guest.Boot) error {
 	if err := awaitDevice(b.ScratchDevice); err != nil {
 		return err
 	}
 	if err := mountReadOnly(b, lowerDir); err != nil {
 		return err
 	}
-	if err := mount(filesystem{kind: agentproto.Ext4, source: b.ScratchDevice, target: scratchDir, data: disk.Options("/sys", b.ScratchDevice)}); err != nil {
+	if err := mount(filesystem{kind: guest.Ext4, source: b.ScratchDevice, target: scratchDir, data: disk.Options("/sys", b.ScratchDevice)}); err != nil {
 		return err
 	}
-	upper, work := filepath.Join(scratchDir, agentproto.UpperDir), filepath.Join(scratchDir, "work")
+	upper, work := filepath.Join(scratchDir, guest.UpperDir), filepath.Join(scratchDir, "work")
 	for _, dir := range []string{upper, work} {
 		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
@@ -291,7 +291,7 @@ func detach(target string) error {
 }
 
 // keepWritable remembers the file system that is mounted at target for makeReadOnly.
-func (g *guest) keepWritable(target string) error {
+func (g *system) keepWritable(target string) error {
 	fd, err := unix.Open(target, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open %s: %w", target, err)
@@ -351,7 +351,7 @@ func switchRoot() error {
 }
 
 // furnish mounts in the image what every system has, and names the guest.
-func furnish(b *agentproto.Boot) error {
+func furnish(b *guest.Boot) error {
 	const safe = unix.MS_NOSUID | unix.MS_NODEV
 	needed := []filesystem{
 		{kind: "proc", target: "/proc", flags: safe | unix.MS_NOEXEC},
@@ -428,7 +428,7 @@ func mountModules(device string) error {
 		return err
 	}
 	return mount(filesystem{
-		kind: agentproto.Ext4, source: device, target: "/lib/modules/" + unix.ByteSliceToString(u.Release[:]),
+		kind: guest.Ext4, source: device, target: "/lib/modules/" + unix.ByteSliceToString(u.Release[:]),
 		flags: unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV, data: "noload",
 	})
 }

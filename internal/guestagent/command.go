@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
 	"push.rocks/smartvm/internal/guestagent/server"
@@ -29,7 +30,7 @@ func openConsole() (console *os.File, terminal bool, err error) {
 }
 
 // becomeInit returns only if it fails.
-func (g *guest) becomeInit(b *agentproto.Boot) error {
+func (g *system) becomeInit(b *guest.Boot) error {
 	if _, err := makeWorkingDir(b); err != nil {
 		say("%v", err) // programs that exec runs elsewhere do without
 	}
@@ -45,7 +46,7 @@ func (g *guest) becomeInit(b *agentproto.Boot) error {
 }
 
 // execInit makes this process the image's init: the command that is one, or the image's own.
-func execInit(b *agentproto.Boot) error {
+func execInit(b *guest.Boot) error {
 	command, env := b.Command, process.Environment(b.Env, "/")
 	program, err := ownInit()
 	if len(command) > 0 {
@@ -86,7 +87,7 @@ func ownInit() (string, error) {
 }
 
 // makeWorkingDir makes the directory that a command begins in, as docker does.
-func makeWorkingDir(b *agentproto.Boot) (string, error) {
+func makeWorkingDir(b *guest.Boot) (string, error) {
 	dir := cmp.Or(b.WorkingDir, "/")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", fmt.Errorf("make working directory: %w", err)
@@ -95,8 +96,8 @@ func makeWorkingDir(b *agentproto.Boot) (string, error) {
 }
 
 // runCommand returns the command's exit when it has ended, or could not be started.
-func (g *guest) runCommand(b *agentproto.Boot, srv *server.Server) (agentproto.Exit, error) {
-	stop, err := agentproto.ParseSignal(cmp.Or(b.StopSignal, "SIGTERM"))
+func (g *system) runCommand(b *guest.Boot, srv *server.Server) (agentproto.Exit, error) {
+	stop, err := guest.ParseSignal(cmp.Or(b.StopSignal, "SIGTERM"))
 	if err != nil {
 		return agentproto.Exit{}, err
 	}
@@ -136,7 +137,7 @@ func (g *guest) runCommand(b *agentproto.Boot, srv *server.Server) (agentproto.E
 
 // stopCommand waits for somebody to ask for the end. Then it asks the command that runs and, stopPatience later, kills
 // everything; where none runs yet it says so to asked.
-func (g *guest) stopCommand(asked chan<- os.Signal, running <-chan int, ended <-chan struct{}, stop syscall.Signal) {
+func (g *system) stopCommand(asked chan<- os.Signal, running <-chan int, ended <-chan struct{}, stop syscall.Signal) {
 	select {
 	case s := <-g.signals.Stop:
 		select {

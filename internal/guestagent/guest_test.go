@@ -12,12 +12,12 @@ import (
 	"strings"
 	"testing"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 )
 
 // over is the usual Boot: a root and a scratch.
-func over(rootType string, command ...string) agentproto.Boot {
-	return agentproto.Boot{RootDevice: "/dev/vda", RootType: rootType, ScratchDevice: "/dev/vdb", Command: command}
+func over(rootType string, command ...string) guest.Boot {
+	return guest.Boot{RootDevice: "/dev/vda", RootType: rootType, ScratchDevice: "/dev/vdb", Command: command}
 }
 
 // inOrder wants what a writable ext4 has whose journal is finished.
@@ -57,8 +57,8 @@ func TestLinuxGuest_Command(t *testing.T) {
 		listing  string
 		users    []string // "" is root
 	}{
-		agentproto.Ext4:     {image{"report": report}.ext4, "bin dev etc home proc report run srv sys tmp", []string{"", "web"}},
-		agentproto.Squashfs: {image{"report": report}.squashfs, "bin dev etc home proc report run srv sys tmp", []string{"web"}},
+		guest.Ext4:     {image{"report": report}.ext4, "bin dev etc home proc report run srv sys tmp", []string{"", "web"}},
+		guest.Squashfs: {image{"report": report}.squashfs, "bin dev etc home proc report run srv sys tmp", []string{"web"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			watch(t)
@@ -101,7 +101,7 @@ func TestLinuxGuest_NoScratch(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			watch(t)
 			root := image{}.ext4(t)
-			b := agentproto.Boot{RootDevice: "/dev/vdb", RootType: agentproto.Ext4, Command: []string{"/bin/sh", "-c", script}, User: "12:logs"}
+			b := guest.Boot{RootDevice: "/dev/vdb", RootType: guest.Ext4, Command: []string{"/bin/sh", "-c", script}, User: "12:logs"}
 			if writable {
 				b.User = "" // the image is root's
 			}
@@ -127,7 +127,7 @@ func TestLinuxGuest_SignalsAndOutput(t *testing.T) {
 	script := "for s in HUP QUIT ABRT PIPE ALRM USR1 USR2 TTIN TTOU XCPU SYS TRAP; do kill -$s 1; done; (sleep 0.1 & echo $! >/tmp/orphan); " +
 		"while [ -d /proc/$(cat /tmp/orphan) ]; do sleep 0.1; done; ps -o stat | grep -c Z; exec seq 10001 10200"
 	console := start(t, drive{path: image{}.ext4(t)}, drive{scratch(t), true},
-		drive{path: config(t, over(agentproto.Ext4, "sh", "-c", script))}).wait(t)
+		drive{path: config(t, over(guest.Ext4, "sh", "-c", script))}).wait(t)
 	has(t, console, "0")
 	if strings.Contains(console, "panic") {
 		t.Error(console)
@@ -152,7 +152,7 @@ func TestLinuxGuest_CtrlAltDel(t *testing.T) {
 			watch(t)
 			// An orphan that nobody waits for, and one that outlives the command.
 			script := c.script + "; (sleep 0 &); (setsid sleep 1000 &); echo ready; while :; do sleep 1; done"
-			b, upper := over(agentproto.Ext4, "sh", "-c", script), scratch(t)
+			b, upper := over(guest.Ext4, "sh", "-c", script), scratch(t)
 			b.StopSignal = c.signal
 			v := start(t, drive{path: image{}.ext4(t)}, drive{upper, true}, drive{path: config(t, b)})
 			v.await(t, "ready\n")
@@ -171,7 +171,7 @@ func TestLinuxGuest_Init(t *testing.T) {
 		"etc/hostname": "builder\n",
 		"rc":           "#!/bin/sh\necho \"init $(cat /proc/1/comm) $PPID $A $(hostname) $(cat /etc/hostname)\"\ntty\n(reboot)\n",
 	}.ext4(t)
-	b := over(agentproto.Ext4)
+	b := over(guest.Ext4)
 	b.Env, b.Hostname = []string{"A=1"}, "guest"
 	console := start(t, drive{path: root}, drive{scratch(t), true}, drive{path: config(t, b)}).wait(t)
 	has(t, console, "init init 1 1 guest guest", "/dev/console")
@@ -183,7 +183,7 @@ func TestLinuxGuest_CommandIsInit(t *testing.T) {
 	root := image{
 		"sbin/first": "#!/bin/sh\necho \"process $$ $(id -u) $# $1 $A $(pwd) $HOME\"; tty\nexec /bin/busybox reboot -f\n",
 	}.ext4(t)
-	b := over(agentproto.Ext4, "first", "an argument")
+	b := over(guest.Ext4, "first", "an argument")
 	b.Init, b.Env, b.WorkingDir, b.User, b.StopSignal = true, []string{"A=1"}, "/srv/new", "web", "SIGRTMIN+3"
 	console := start(t, drive{path: root}, drive{scratch(t), true}, drive{path: config(t, b)}).wait(t)
 	has(t, console, "process 1 0 1 an argument 1 /srv/new /", "/dev/console")
@@ -213,7 +213,7 @@ func TestLinuxGuest_Run(t *testing.T) {
 				return errors.Join(os.Chown(filepath.Join(dir, "run/app"), 999, 0), os.Chmod(filepath.Join(dir, "run/app"), 0o777|fs.ModeSticky),
 					os.Chown(filepath.Join(dir, "run/app/pid"), 999, 0), os.Chmod(filepath.Join(dir, "run/app/pid"), 0o640))
 			})
-			b := over(agentproto.Ext4, "first")
+			b := over(guest.Ext4, "first")
 			b.Init, b.Directories = c.init, []string{"/data/db", "/file"}
 			console := start(t, drive{path: root}, drive{scratch(t), true}, drive{path: config(t, b)}).wait(t)
 			has(t, console, append(c.want, "/run 755 0 directory", "/run/app 1777 999 directory", "/var/run/app 1777 999 directory", "/run/lock 755 0 directory", "1",
@@ -230,14 +230,14 @@ func TestLinuxGuest_Faults(t *testing.T) {
 	damaged := func(t *testing.T) string {
 		return file(t, append([]byte("smartvm-boot 1 9\n{\"broken\""), make([]byte, 4096)...))
 	}
-	with := func(change func(*agentproto.Boot)) func(*testing.T) string {
+	with := func(change func(*guest.Boot)) func(*testing.T) string {
 		return func(t *testing.T) string {
-			b := over(agentproto.Ext4, "sh", "-c", "exit 0")
+			b := over(guest.Ext4, "sh", "-c", "exit 0")
 			change(&b)
 			return config(t, b)
 		}
 	}
-	fine := with(func(*agentproto.Boot) {})
+	fine := with(func(*guest.Boot) {})
 	for name, c := range map[string]struct {
 		image  image
 		config func(*testing.T) string
@@ -245,38 +245,38 @@ func TestLinuxGuest_Faults(t *testing.T) {
 	}{
 		"Damaged": {nil, damaged, []string{"smartvm-agent: find the boot configuration: drive vdc: invalid boot configuration: .*"}},
 		"NoScratch": {
-			nil, with(func(b *agentproto.Boot) { b.ScratchDevice = "/dev/vdz" }),
+			nil, with(func(b *guest.Boot) { b.ScratchDevice = "/dev/vdz" }),
 			[]string{"smartvm-agent: wait for drive /dev/vdz: it did not appear"},
 		},
 		"NoExt4": {
-			nil, with(func(b *agentproto.Boot) { b.RootType = agentproto.Squashfs }),
+			nil, with(func(b *guest.Boot) { b.RootType = guest.Squashfs }),
 			[]string{"smartvm-agent: mount squashfs /dev/vda on /lower: invalid argument"},
 		},
 		"NoCommand": {
-			nil, with(func(b *agentproto.Boot) { b.Command = []string{"nosuch"} }),
+			nil, with(func(b *guest.Boot) { b.Command = []string{"nosuch"} }),
 			[]string{`smartvm-agent: run "nosuch": file does not exist in PATH`, "smartvm: command ended with exit code 127"},
 		},
 		"NotExecutable": {
-			nil, with(func(b *agentproto.Boot) { b.Command = []string{"/etc"} }),
+			nil, with(func(b *guest.Boot) { b.Command = []string{"/etc"} }),
 			[]string{`smartvm-agent: run "/etc": permission denied`, "smartvm: command ended with exit code 126"},
 		},
 		"NoUser": {
-			nil, with(func(b *agentproto.Boot) { b.User = "nobody" }),
+			nil, with(func(b *guest.Boot) { b.User = "nobody" }),
 			[]string{`smartvm-agent: find user "nobody": the image has no "nobody"`},
 		},
 		"HugePasswd": {
 			image{"etc/passwd": huge},
-			with(func(b *agentproto.Boot) { b.User = "web" }),
+			with(func(b *guest.Boot) { b.User = "web" }),
 			[]string{`smartvm-agent: find user "web": read /etc/passwd: more than 67108864 bytes`},
 		},
 		"ProcElsewhere": {image{"proc": "->/../../nowhere"}, fine, []string{"smartvm-agent: mount proc on /proc: mkdir /proc: file exists"}},
 		"NoSuchInit": {
-			nil, with(func(b *agentproto.Boot) { b.Command, b.Init = []string{"/sbin/init"}, true }),
+			nil, with(func(b *guest.Boot) { b.Command, b.Init = []string{"/sbin/init"}, true }),
 			[]string{"smartvm-agent: run /sbin/init: no such file or directory"},
 		},
 		"NoInit": {
 			image{"bin/sh": "->nowhere"},
-			with(func(b *agentproto.Boot) { b.Command = nil }),
+			with(func(b *guest.Boot) { b.Command = nil }),
 			[]string{"smartvm-agent: run the image's init: it has none of /sbin/init, .*"},
 		},
 	} {

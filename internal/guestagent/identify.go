@@ -13,13 +13,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/rtnl"
 )
 
 // identify makes a restored guest who it shall be: others have been restored from the same snapshot. Network first, since
 // the names in /etc/hosts are of its addresses.
-func identify(b *agentproto.Boot, id *agentproto.Identity) (errs []error) {
+func identify(b *guest.Boot, id *agentproto.Identity) (errs []error) {
 	for _, i := range id.Interfaces {
 		if err := rekey(i); err != nil {
 			errs = append(errs, fmt.Errorf("set up interface %s: %w", i.Now.MAC, err))
@@ -98,7 +99,7 @@ func expects(dir string, s unix.Signal) bool {
 
 // nameGuest writes the guest's names into files that images carry from the machine that they were made on, and that their init
 // reads. What is written over an image is the VM's own; a root without that stays as it is.
-func nameGuest(b *agentproto.Boot) (errs []error) {
+func nameGuest(b *guest.Boot) (errs []error) {
 	if b.ScratchDevice == "" {
 		return nil
 	}

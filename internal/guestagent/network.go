@@ -6,20 +6,20 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/netip"
 	"os"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
+	"push.rocks/smartvm/internal/guestagent/etc"
 	"push.rocks/smartvm/internal/guestagent/rtnl"
 )
 
 // setNetwork gives the guest's interfaces their addresses and routes, and says what it could not: a guest without a part of
 // its network is better than none.
-func setNetwork(b *agentproto.Boot) {
+func setNetwork(b *guest.Boot) {
 	for _, i := range b.Interfaces {
 		link, err := awaitLink(i.MAC)
 		if err == nil {
@@ -33,47 +33,18 @@ func setNetwork(b *agentproto.Boot) {
 }
 
 // putNetwork writes what programs read of the network.
-func putNetwork(b *agentproto.Boot) {
+func putNetwork(b *guest.Boot) {
 	if len(b.DNS) > 0 {
-		put("/etc/resolv.conf", resolvConf(b), b.ScratchDevice != "")
+		put("/etc/resolv.conf", etc.ResolvConf(b), b.ScratchDevice != "")
 	}
 	putHosts(b)
 }
 
 // putHosts writes under which address a command finds the guest's own name, and what else the guest is told of names.
-func putHosts(b *agentproto.Boot) {
+func putHosts(b *guest.Boot) {
 	if len(b.Interfaces) > 0 && !b.HasInit() || len(b.Hosts) > 0 {
-		put("/etc/hosts", hosts(b), b.ScratchDevice != "")
+		put("/etc/hosts", etc.Hosts(b), b.ScratchDevice != "")
 	}
-}
-
-func resolvConf(b *agentproto.Boot) string {
-	var text strings.Builder
-	if len(b.Search) > 0 {
-		fmt.Fprintf(&text, "search %s\n", strings.Join(b.Search, " "))
-	}
-	for _, a := range b.DNS {
-		fmt.Fprintf(&text, "nameserver %s\n", a)
-	}
-	return text.String()
-}
-
-func hosts(b *agentproto.Boot) string {
-	text := "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
-	own := "127.0.1.1"
-	for _, i := range b.Interfaces {
-		if n := slices.IndexFunc(i.Addresses, func(p netip.Prefix) bool { return p.Addr().Is4() }); n >= 0 {
-			own = i.Addresses[n].Addr().String()
-			break
-		}
-	}
-	if b.Hostname != "" {
-		text += own + " " + b.Hostname + "\n"
-	}
-	for _, h := range b.Hosts {
-		text += h.Address.String() + " " + h.Name + "\n"
-	}
-	return text
 }
 
 // put makes a file of the image this text: in place of what is there, or, where nothing can be written, over it.
@@ -119,7 +90,7 @@ func awaitLink(macs ...string) (link net.Interface, err error) {
 	return link, err
 }
 
-func setInterface(c rtnl.Conn, link net.Interface, i agentproto.Interface) error {
+func setInterface(c rtnl.Conn, link net.Interface, i guest.Interface) error {
 	name := link.Name
 	if i.Name != "" && i.Name != name {
 		if err := c.SetLink(link.Index, 0, 0, rtnl.Attribute(unix.IFLA_IFNAME, append([]byte(i.Name), 0))); err != nil {

@@ -12,16 +12,14 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/guestagent/rtnl"
 	"push.rocks/smartvm/internal/testenv/nettest"
 )
 
-func networkBoot() *agentproto.Boot {
-	return &agentproto.Boot{
-		Hostname: "web", Search: []string{"a.example", "b.example"},
-		DNS: []netip.Addr{netip.MustParseAddr("172.30.0.1"), netip.MustParseAddr("fd00::1")},
-		Interfaces: []agentproto.Interface{{
+func networkBoot() *guest.Boot {
+	return &guest.Boot{
+		Interfaces: []guest.Interface{{
 			MAC: "06:00:ac:10:00:02", Name: "eth0", MTU: 1400,
 			Addresses: []netip.Prefix{netip.MustParsePrefix("172.30.0.2/23"), netip.MustParsePrefix("fd00::2/64")},
 			Gateways:  []netip.Addr{netip.MustParseAddr("172.30.0.1"), netip.MustParseAddr("fd00::1")},
@@ -93,28 +91,5 @@ func TestSetInterface(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
-	}
-}
-
-func TestResolvConf(t *testing.T) {
-	if got, want := resolvConf(networkBoot()), "search a.example b.example\nnameserver 172.30.0.1\nnameserver fd00::1\n"; got != want {
-		t.Errorf("got %q, want %q", got, want)
-	}
-}
-
-func TestHosts(t *testing.T) {
-	b := networkBoot()
-	if got := hosts(b); !strings.HasSuffix(got, "\n172.30.0.2 web\n") || !strings.HasPrefix(got, "127.0.0.1 localhost\n::1 localhost ") {
-		t.Errorf("got %q", got)
-	}
-	b.Hosts = []agentproto.Host{
-		{Name: "db.example", Address: netip.MustParseAddr("192.0.2.7")}, {Name: "db.example", Address: netip.MustParseAddr("2001:db8::7")},
-	}
-	if got := hosts(b); !strings.HasSuffix(got, "\n172.30.0.2 web\n192.0.2.7 db.example\n2001:db8::7 db.example\n") {
-		t.Errorf("with more names: %q", got)
-	}
-	b.Interfaces, b.Hosts = nil, nil
-	if got := hosts(b); !strings.HasSuffix(got, "\n127.0.1.1 web\n") {
-		t.Errorf("without an interface: %q", got)
 	}
 }

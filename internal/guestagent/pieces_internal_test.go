@@ -14,7 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/testenv"
 )
 
@@ -54,18 +54,18 @@ func TestModules(t *testing.T) {
 		t.Errorf("with drives built in: %q and %q", first, rest)
 	}
 	for name, tt := range map[string]struct {
-		boot   agentproto.Boot
+		boot   guest.Boot
 		kinds  []int
 		drives int
 		want   string
 	}{
-		"least":      {agentproto.Boot{RootType: agentproto.Ext4}, []int{2}, 2, "libcrc32c ext4"},
-		"usual":      {agentproto.Boot{RootType: agentproto.Ext4, ScratchDevice: "/dev/vdb"}, []int{2, 2, 2, 19}, 3, "vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libcrc32c overlay ext4"},
-		"network":    {agentproto.Boot{RootType: agentproto.Squashfs}, []int{1, 4}, 2, "failover net_failover virtio_net rng_core virtio_rng squashfs libcrc32c ext4"},
-		"balloon":    {agentproto.Boot{RootType: agentproto.Ext4}, []int{5}, 2, "virtio_balloon libcrc32c ext4"},
-		"erofs":      {agentproto.Boot{RootType: agentproto.Erofs}, nil, 2, "libcrc32c erofs ext4"},
-		"modules":    {agentproto.Boot{RootType: agentproto.Ext4, ModulesDevice: "/dev/vdc"}, nil, 3, "libcrc32c ext4"},
-		"more there": {agentproto.Boot{RootType: agentproto.Ext4}, nil, 3, "squashfs libcrc32c erofs ext4"},
+		"least":      {guest.Boot{RootType: guest.Ext4}, []int{2}, 2, "libcrc32c ext4"},
+		"usual":      {guest.Boot{RootType: guest.Ext4, ScratchDevice: "/dev/vdb"}, []int{2, 2, 2, 19}, 3, "vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libcrc32c overlay ext4"},
+		"network":    {guest.Boot{RootType: guest.Squashfs}, []int{1, 4}, 2, "failover net_failover virtio_net rng_core virtio_rng squashfs libcrc32c ext4"},
+		"balloon":    {guest.Boot{RootType: guest.Ext4}, []int{5}, 2, "virtio_balloon libcrc32c ext4"},
+		"erofs":      {guest.Boot{RootType: guest.Erofs}, nil, 2, "libcrc32c erofs ext4"},
+		"modules":    {guest.Boot{RootType: guest.Ext4, ModulesDevice: "/dev/vdc"}, nil, 3, "libcrc32c ext4"},
+		"more there": {guest.Boot{RootType: guest.Ext4}, nil, 3, "squashfs libcrc32c erofs ext4"},
 	} {
 		sys := t.TempDir()
 		for i := range tt.drives {
@@ -122,12 +122,12 @@ func drives(t *testing.T, contents map[string][]byte) (sys, dev string) {
 }
 
 func TestFindBoot(t *testing.T) {
-	want := &agentproto.Boot{RootDevice: "/dev/vdb", RootType: agentproto.Ext4}
+	want := &guest.Boot{RootDevice: "/dev/vdb", RootType: guest.Ext4}
 	block, err := want.Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
-	large := append(bytes.Clone(block), make([]byte, agentproto.MaxSize)...)
+	large := append(bytes.Clone(block), make([]byte, guest.MaxSize)...)
 	damaged := bytes.Replace(block, []byte("ext4"), []byte("ext5"), 1)
 	for name, c := range map[string]struct {
 		drives map[string][]byte
@@ -137,9 +137,9 @@ func TestFindBoot(t *testing.T) {
 		"First":     {map[string][]byte{"vda": block, "vdb": large, "vdc": make([]byte, 4096)}, nil, ""},
 		"Last":      {map[string][]byte{"vda": make([]byte, 512), "vdb": large, "vdzz": block}, nil, ""},
 		"None":      {map[string][]byte{"vda": make([]byte, 4096), "vdb": nil}, errNotYet, ""},
-		"OnlyLarge": {map[string][]byte{"vda": large}, agentproto.ErrNoBoot, ""},
+		"OnlyLarge": {map[string][]byte{"vda": large}, guest.ErrNoBoot, ""},
 		"OtherKind": {map[string][]byte{"sda": block}, errNotYet, ""},
-		"Damaged":   {map[string][]byte{"vda": damaged}, agentproto.ErrInvalid, "drive vda"},
+		"Damaged":   {map[string][]byte{"vda": damaged}, guest.ErrInvalid, "drive vda"},
 		"Two":       {map[string][]byte{"vda": block, "vdc": block}, nil, "drives vda and vdc both have one"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -188,7 +188,7 @@ func TestFits(t *testing.T) {
 		{file, false, "it is a directory of the host, and the image has a file there"},
 	} {
 		got := ""
-		if err := fits(agentproto.Volume{Target: tt.target, IsFile: tt.isFile}); err != nil {
+		if err := fits(guest.Volume{Target: tt.target, IsFile: tt.isFile}); err != nil {
 			got = err.Error()
 		}
 		if got != tt.want {
@@ -223,7 +223,7 @@ func TestStoreSecrets(t *testing.T) {
 		if err := errors.Join(os.RemoveAll("/run/secrets"), os.WriteFile("/run/victim", []byte("victim"), 0o600), prepare()); err != nil {
 			t.Fatal(err)
 		}
-		if err := storeSecrets(new(agentproto.Boot), map[string][]byte{"key": []byte("value")}); err != nil {
+		if err := storeSecrets(new(guest.Boot), map[string][]byte{"key": []byte("value")}); err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}

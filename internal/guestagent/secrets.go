@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/fill"
 	"push.rocks/smartvm/internal/guestagent/process"
@@ -17,7 +18,7 @@ import (
 )
 
 // storeSecrets puts files where the command finds them: in memory, to be read by its user and nobody else.
-func storeSecrets(b *agentproto.Boot, files map[string][]byte) error {
+func storeSecrets(b *guest.Boot, files map[string][]byte) error {
 	u, err := process.Find(b.User)
 	if err != nil {
 		u = process.User{} // nobody will run the command, and it is that which says so
@@ -66,7 +67,7 @@ func writeSecrets(dir string, files map[string][]byte, u process.User) error {
 }
 
 // hearSecrets has the host tell its secrets before this process becomes the image's own init.
-func (g *guest) hearSecrets(b *agentproto.Boot) error {
+func (g *system) hearSecrets(b *guest.Boot) error {
 	l, err := listenHost()
 	if err != nil {
 		return err
@@ -87,7 +88,7 @@ func (g *guest) hearSecrets(b *agentproto.Boot) error {
 
 // The environment that the host has told may be longer than a boot configuration. It has its own place behind that.
 const (
-	envOffset = agentproto.MaxSize
+	envOffset = guest.MaxSize
 	maxEnv    = 4 << 20
 )
 

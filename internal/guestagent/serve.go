@@ -13,6 +13,7 @@ import (
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
 	"push.rocks/smartvm/internal/guestagent/server"
@@ -102,7 +103,7 @@ const bootFD = 3
 const self = "/proc/self/exe"
 
 // keepServer starts what answers the host when this process has become the image's init.
-func keepServer(b *agentproto.Boot) error {
+func keepServer(b *guest.Boot) error {
 	known := *b
 	known.Env = nil // stands behind it
 	data, err := known.Encode()
@@ -173,7 +174,7 @@ func Run(verb string, child <-chan os.Signal) error {
 		return Serve(nil, child)
 	case keptVerb:
 		boot := os.NewFile(bootFD, "boot")
-		b, err := agentproto.Decode(io.NewSectionReader(boot, 0, agentproto.MaxSize))
+		b, err := guest.Decode(io.NewSectionReader(boot, 0, guest.MaxSize))
 		if err != nil {
 			return err
 		}
@@ -189,10 +190,10 @@ func Run(verb string, child <-chan os.Signal) error {
 var ErrVerb = errors.New("run it as a service of a VM's guest: smartvm-agent serve")
 
 // Serve answers the host. Without a boot configuration, programs run as in an image that says nothing. Child is SIGCHLD.
-func Serve(b *agentproto.Boot, child <-chan os.Signal) error {
+func Serve(b *guest.Boot, child <-chan os.Signal) error {
 	begun := uptime()
 	if b == nil {
-		b = new(agentproto.Boot)
+		b = new(guest.Boot)
 	}
 	frugal()
 	without(slacken(usualSlack))

@@ -17,7 +17,7 @@ import (
 	"testing"
 	"time"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/fixtures"
 	"push.rocks/smartvm/internal/initramfs"
 	"push.rocks/smartvm/internal/lab"
@@ -195,7 +195,7 @@ func scratch(t *testing.T) string {
 }
 
 // config makes the drive that tells the guest what to do.
-func config(t *testing.T, b agentproto.Boot) string {
+func config(t *testing.T, b guest.Boot) string {
 	t.Helper()
 	data, err := b.Encode()
 	if err != nil {

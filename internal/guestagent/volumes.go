@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/guestagent/disk"
 )
 
@@ -19,15 +19,15 @@ import (
 const volumeDir = "/run/smartvm/volumes"
 
 // mountVolumes puts the host's volumes into the image. What is laid over what is kept by the kernel: afterwards nobody sees the drives.
-func (g *guest) mountVolumes(b *agentproto.Boot) error {
+func (g *system) mountVolumes(b *guest.Boot) error {
 	if b.ChangesDevice != "" {
 		if err := awaitDevice(b.ChangesDevice); err != nil {
 			return err
 		}
-		if err := mount(filesystem{kind: agentproto.Ext4, source: b.ChangesDevice, target: agentproto.ChangesDir, data: disk.Options("/sys", b.ChangesDevice)}); err != nil {
+		if err := mount(filesystem{kind: guest.Ext4, source: b.ChangesDevice, target: guest.ChangesDir, data: disk.Options("/sys", b.ChangesDevice)}); err != nil {
 			return err
 		}
-		if err := g.keepWritable(agentproto.ChangesDir); err != nil {
+		if err := g.keepWritable(guest.ChangesDir); err != nil {
 			return err
 		}
 	}
@@ -43,7 +43,7 @@ func (g *guest) mountVolumes(b *agentproto.Boot) error {
 	if err := awaitDevice(b.VolumeDevice); err != nil {
 		return err
 	}
-	if err := mount(filesystem{kind: agentproto.Ext4, source: b.VolumeDevice, target: volumeDir, flags: unix.MS_RDONLY, data: "noload"}); err != nil {
+	if err := mount(filesystem{kind: guest.Ext4, source: b.VolumeDevice, target: volumeDir, flags: unix.MS_RDONLY, data: "noload"}); err != nil {
 		return err
 	}
 	for i, v := range b.Volumes {
@@ -55,7 +55,7 @@ func (g *guest) mountVolumes(b *agentproto.Boot) error {
 	}
 	err = leave(volumeDir)
 	if b.ChangesDevice != "" {
-		err = errors.Join(err, leave(agentproto.ChangesDir))
+		err = errors.Join(err, leave(guest.ChangesDir))
 	}
 	_ = os.Remove(filepath.Dir(volumeDir))
 	return err
@@ -79,12 +79,12 @@ func mountAll(places []place) error {
 }
 
 // mountDisk mounts a disk that outlives the guest. One that is new gets what the image has in its place.
-func (g *guest) mountDisk(number int, d agentproto.Disk) error {
+func (g *system) mountDisk(number int, d guest.Disk) error {
 	if err := awaitDevice(d.Device); err != nil {
 		return err
 	}
 	at := fmt.Sprintf("/run/smartvm/disk-%d", number)
-	if err := mount(filesystem{kind: agentproto.Ext4, source: d.Device, target: at, data: disk.Options("/sys", d.Device)}); err != nil {
+	if err := mount(filesystem{kind: guest.Ext4, source: d.Device, target: at, data: disk.Options("/sys", d.Device)}); err != nil {
 		return err
 	}
 	if err := g.keepWritable(at); err != nil {
@@ -104,7 +104,7 @@ func leave(dir string) error {
 	return os.Remove(dir)
 }
 
-func mountVolume(number string, v agentproto.Volume) error {
+func mountVolume(number string, v guest.Volume) error {
 	lower := filepath.Join(volumeDir, number)
 	if err := fits(v); err != nil {
 		return err
@@ -119,7 +119,7 @@ func mountVolume(number string, v agentproto.Volume) error {
 	if v.ReadOnly {
 		return bind(lower, v)
 	}
-	upper, err := disk.Layers(lower, filepath.Join(agentproto.ChangesDir, number))
+	upper, err := disk.Layers(lower, filepath.Join(guest.ChangesDir, number))
 	if err != nil {
 		return err
 	}
@@ -136,7 +136,7 @@ func mountVolume(number string, v agentproto.Volume) error {
 }
 
 // fits says whether a volume can be mounted over what the image has in its place.
-func fits(v agentproto.Volume) error {
+func fits(v guest.Volume) error {
 	fi, err := os.Stat(v.Target)
 	switch {
 	case err != nil: // nothing, or a link to nothing
@@ -150,9 +150,9 @@ func fits(v agentproto.Volume) error {
 }
 
 // bind mounts a directory, or the file in it, where a volume belongs.
-func bind(dir string, v agentproto.Volume) error {
+func bind(dir string, v guest.Volume) error {
 	if v.IsFile {
-		dir = filepath.Join(dir, agentproto.VolumeFile)
+		dir = filepath.Join(dir, guest.VolumeFile)
 	}
 	if err := unix.Mount(dir, v.Target, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mount %s on %s: %w", dir, v.Target, err)

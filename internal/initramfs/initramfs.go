@@ -9,7 +9,7 @@ import (
 	"io/fs"
 	"strings"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/kernel"
 )
 
@@ -59,7 +59,7 @@ func Build(w io.Writer, o Options) error {
 		if err != nil {
 			return fmt.Errorf("build initramfs: %w", err)
 		}
-		entries = append(entries, kernel.Entry{Path: agentproto.ModuleList, Mode: 0o644, Content: []byte(strings.Join(paths, "\n"))})
+		entries = append(entries, kernel.Entry{Path: guest.ModuleList, Mode: 0o644, Content: []byte(strings.Join(paths, "\n"))})
 	}
 	for _, e := range entries {
 		if err := a.Add(e); err != nil {

@@ -1,20 +1,20 @@
-package smartvm
+package plan
 
 import (
 	"push.rocks/smartvm/internal/cgroup"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/bridged"
 )
 
-// effects lists every kind of side effect that a VM can have on a host. docs/effects.md explains them and is
+// Effects lists every kind of side effect that a VM can have on a host. docs/effects.md explains them and is
 // checked against this list.
-var effects = journal.Kinds{
+var Effects = journal.Kinds{
 	"lease":   func() journal.Effect { return new(store.Lease) },
 	"tree":    func() journal.Effect { return new(stage.Tree) },
 	"file":    func() journal.Effect { return new(stage.File) },

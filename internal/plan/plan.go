@@ -1,207 +1,151 @@
-package smartvm
+package plan
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"path/filepath"
 	"slices"
-	"strconv"
 
-	"push.rocks/smartvm/firecracker"
-	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/configure"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/share"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/vmm"
+	"push.rocks/smartvm/journal"
+	"push.rocks/smartvm/snapshot"
 )
 
-// proposal is what a host offers to one VM: everything a plan needs that is not in the Spec.
-type proposal struct {
-	id, nonce string
-	store     *store.Store
-	stageDir  string // beside the data directory, for drives that can be reflinked there
-	binary    string
-	jailer    string                  // "": started directly
-	uid       int                     // with a jailer
-	cgroup    string                  // "": no control group
-	ephemeral bool                    // the host's ephemeralWritableDrives
-	extract   bool                    // the kernel is a bzImage
-	copies    map[string]StagedDrive  // that were made, by drive id
-	reflinks  map[string]bool         // by path: a copy can be a reflink
-	inodes    map[string]string       // of files that are written in place, by path: their lease
-	owners    map[string]*stage.Owner // of those, by path, who must be lent to the jail's user
-	boot      *boot                   // of a VM with an image
-	secrets   *Secrets                // of its first start
-	restored  *restored               // of a VM that starts from a snapshot
-	version   firecracker.Version
-	limits    flatten.Limits // of what Volumes hold
-
-	interfaces []attach.Interface
-}
-
-// plan is what making and starting a VM does to the host, in order, and what the VMM is told. Making one has
+// Plan is what making and starting a VM does to the host, in order, and what the VMM is told. Making a plan has
 // no effects.
-type plan struct {
+type Plan struct {
 	Create []journal.Effect
 	Run    []journal.Effect
 	Calls  []configure.Call
-	config vmm.Config
+	Config vmm.Config
+
+	leased []journal.Effect // before Create: see Input.Lease
 }
 
-// device is a drive or pmem device, as far as staging goes.
-type device struct {
-	id, path           string
-	readOnly, isPmem   bool
-	ephemeral          *bool
-	staged, reflinking bool
-	source             string // what the VMM opens: the path, or its copy
-}
-
-func devices(s *Spec, p *proposal) []device {
-	var all []device
-	for _, d := range s.Drives {
-		all = append(all, device{id: d.DriveID, path: d.PathOnHost, readOnly: d.IsReadOnly, ephemeral: d.Ephemeral})
-	}
-	for _, d := range s.Pmem {
-		all = append(all, device{id: d.ID, path: d.PathOnHost, readOnly: d.IsReadOnly, ephemeral: d.Ephemeral, isPmem: true})
-	}
-	for i := range all {
-		d := &all[i]
-		d.source = d.path
-		if d.staged = stage.Wanted(p.ephemeral, d.readOnly, d.ephemeral); !d.staged {
-			continue
-		}
-		dir := filepath.Join(p.store.Dir(p.id), store.DriveDir)
-		if p.reflinks[d.path] {
-			dir = p.reflinkDir()
-		}
-		d.source = cmp.Or(p.copies[d.id].Path, filepath.Join(dir, d.id))
-		d.reflinking = filepath.Dir(d.source) == p.reflinkDir()
-	}
-	return all
-}
-
-func (p *proposal) reflinkDir() string { return filepath.Join(p.stageDir, p.id+"-"+p.nonce) }
-
-// makePlan is pure: the same spec and proposal give the same plan.
-func makePlan(s *Spec, p *proposal) *plan {
-	dir := p.store.Dir(p.id)
+// Plan is pure: the same input gives the same plan.
+func (in *Input) Plan() *Plan {
+	s, dir, uid := &in.Spec, in.Store.Dir(in.ID), -1
 	run := filepath.Join(dir, store.RunDir)
-	uid := -1
-	pl := &plan{config: vmm.Config{ID: p.id, Binary: p.binary, Dir: run, Cgroup: p.cgroup}}
-	if p.jailer != "" {
-		uid = p.uid
-		pl.config.Jailer = &vmm.Jailer{Binary: p.jailer, UID: uid}
-		pl.Create = append(pl.Create, p.store.Lease("uid", strconv.Itoa(uid), p.id)) // first: what follows depends on it
+	pl := &Plan{Config: vmm.Config{ID: in.ID, Binary: in.Binary, Dir: run, Cgroup: in.Cgroup, Log: vmm.LogOptions{}}}
+	if in.Jailer != "" {
+		uid = in.UID
+		pl.Config.Jailer = &vmm.Jailer{Binary: in.Jailer, UID: uid}
+		pl.leased = append(pl.leased, in.leaseUID())
 	}
 	if s.Name != "" {
-		pl.Create = append(pl.Create, p.store.Lease("name", s.Name, p.id))
+		pl.Create = append(pl.Create, in.Store.Lease("name", s.Name, in.ID))
 	}
-	pl.Create = append(pl.Create, p.boot.effects(dir, p.id+"-"+p.nonce, p.restored)...)
+	pl.Create = append(pl.Create, in.boot()...)
 	pl.Run = append(pl.Run, &stage.Tree{Path: run})
+	devices := in.Devices()
 	copies := &pl.Create
-	if p.restored != nil {
+	if in.Restored != nil {
 		copies = &pl.Run // each start finds them as the snapshot has them
 	}
-	devs := devices(s, p)
-	for _, t := range []struct {
-		path    string
-		reflink bool
-	}{{filepath.Join(dir, store.DriveDir), false}, {p.reflinkDir(), true}} {
-		if slices.ContainsFunc(devs, func(d device) bool { return d.staged && d.reflinking == t.reflink }) {
-			*copies = append(*copies, &stage.Tree{Path: t.path})
-		}
-	}
+	*copies = append(*copies, in.trees(devices)...)
 	if len(s.Volumes) > 0 {
-		image := &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes, Named: s.NamedVolumes, Limits: p.limits}
+		image := &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes, Named: s.NamedVolumes, Limits: in.Limits}
 		if share.Synced(s.Volumes) {
 			image.Copied = filepath.Join(dir, store.CopiedFile)
 		}
 		pl.Run = append(pl.Run, image)
 	}
-	pl.kernel(s, p)
-	for _, d := range devs {
-		pl.config.Items = append(pl.config.Items, stage.Item{Source: d.source, Name: configure.DevicePath(d.id), Writable: !d.readOnly || d.staged})
+	pl.kernel(in)
+	for _, d := range devices {
+		pl.Config.Items = append(pl.Config.Items, stage.Item{Source: d.Source, Name: configure.DevicePath(d.ID), Writable: !d.ReadOnly || d.Staged})
 		switch {
-		case d.staged:
-			*copies = append(*copies, &stage.File{Source: d.path, Target: d.source, UID: uid})
-		case !d.readOnly:
-			pl.Run = append(pl.Run, p.store.Drive(d.path, p.inodes[d.path], p.id))
-			if owner := p.owners[d.path]; owner != nil {
+		case d.Staged:
+			*copies = append(*copies, &stage.File{Source: d.path, Target: d.Source, UID: uid})
+		case !d.ReadOnly:
+			pl.Run = append(pl.Run, in.Store.Drive(d.path, in.inodes[d.path], in.ID))
+			if owner := in.owners[d.path]; owner != nil {
 				pl.Run = append(pl.Run, owner)
 			}
 		}
 	}
 	if s.Vsock != nil && s.Vsock.UDSPath != "" {
-		pl.Run = append(pl.Run, &stage.Link{Path: s.Vsock.UDSPath, Target: filepath.Join(pl.config.Root(), store.VsockFile)})
+		pl.Run = append(pl.Run, &stage.Link{Path: s.Vsock.UDSPath, Target: filepath.Join(pl.Config.Root(), store.VsockFile)})
 	}
-	vm := attach.VM{ID: p.id, Nonce: p.nonce, Store: p.store, UID: max(uid, 0)}
-	pl.Run = append(pl.Run, attach.Effects(vm, p.interfaces, s)...)
-	if p.cgroup != "" {
-		pl.Run = append(pl.Run, &cgroup.Group{Path: p.cgroup})
+	vm := attach.VM{ID: in.ID, Nonce: in.Nonce, Store: in.Store, UID: max(uid, 0)}
+	pl.Run = append(pl.Run, attach.Effects(vm, in.Interfaces, s)...)
+	if in.Cgroup != "" {
+		pl.Run = append(pl.Run, &cgroup.Group{Path: in.Cgroup})
 	}
-	if len(p.interfaces) > 0 {
-		pl.config.NetNS = p.interfaces[0].File
+	if len(in.Interfaces) > 0 {
+		pl.Config.NetNS = in.Interfaces[0].File
 	}
-	pl.config.Log = vmm.LogOptions{}
 	if l := s.Logger; l != nil {
-		pl.config.Log = vmm.LogOptions{Level: l.Level, ShowLevel: l.ShowLevel, ShowOrigin: l.ShowLogOrigin}
+		pl.Config.Log = vmm.LogOptions{Level: l.Level, ShowLevel: l.ShowLevel, ShowOrigin: l.ShowLogOrigin}
 	}
-	pl.Calls = configure.Calls(s, p.version)
-	if p.restored != nil {
-		pl.Calls = configure.RestoreCalls(s, &p.restored.Load, p.version)
+	pl.Calls = configure.Calls(s, in.VMM())
+	if in.Restored != nil {
+		pl.Calls = configure.RestoreCalls(s, &in.Restored.Load, in.VMM())
 	}
 	return pl
 }
 
-// kernel gives the VMM what it boots, or is restored from.
-func (pl *plan) kernel(s *Spec, p *proposal) {
-	item := func(source, name string) {
-		pl.config.Items = append(pl.config.Items, stage.Item{Source: source, Name: name})
+// trees are the directories of the copies of drives.
+func (in *Input) trees(devices []Device) (all []journal.Effect) {
+	for _, t := range []struct {
+		path    string
+		reflink bool
+	}{{filepath.Join(in.Store.Dir(in.ID), store.DriveDir), false}, {in.reflinkDir(), true}} {
+		if slices.ContainsFunc(devices, func(d Device) bool { return d.Staged && d.Reflinking == t.reflink }) {
+			all = append(all, &stage.Tree{Path: t.path})
+		}
 	}
-	if r := p.restored; r != nil {
+	return all
+}
+
+// kernel gives the VMM what it boots, or is restored from.
+func (pl *Plan) kernel(in *Input) {
+	item := func(source, name string) {
+		pl.Config.Items = append(pl.Config.Items, stage.Item{Source: source, Name: name})
+	}
+	if r := in.Restored; r != nil {
 		item(filepath.Join(r.Dir, snapshot.StateFile), filepath.Join(store.RestoreDir, snapshot.StateFile))
 		if r.Load.MemorySocket == "" {
 			item(filepath.Join(r.Dir, snapshot.MemoryFile), filepath.Join(store.RestoreDir, snapshot.MemoryFile))
 		}
 		return
 	}
-	image := s.BootSource.KernelImagePath
-	if p.extract {
-		image = filepath.Join(p.store.Dir(p.id), store.KernelFile)
-		pl.Create = append(pl.Create, &kernel.Extracted{Source: s.BootSource.KernelImagePath, Target: image})
+	boot := in.Spec.BootSource
+	image := boot.KernelImagePath
+	if in.Extract {
+		image = filepath.Join(in.Store.Dir(in.ID), store.KernelFile)
+		pl.Create = append(pl.Create, &kernel.Extracted{Source: boot.KernelImagePath, Target: image})
 	}
 	item(image, store.KernelFile)
-	if s.BootSource.InitrdPath != "" {
-		item(s.BootSource.InitrdPath, store.InitrdFile)
+	if boot.InitrdPath != "" {
+		item(boot.InitrdPath, store.InitrdFile)
 	}
 }
 
-// effects say that a VM uses its image, and write down what its guest is told.
-func (b *boot) effects(dir, vm string, r *restored) []journal.Effect {
-	if b == nil {
+// boot has the VM say that it uses its image, and writes down what its guest is told.
+func (in *Input) boot() (all []journal.Effect) {
+	if in.Boot == nil {
 		return nil
 	}
-	var all []journal.Effect
-	for _, users := range b.Users {
-		all = append(all, &stage.Link{Path: filepath.Join(users, vm), Target: dir})
+	dir := in.Store.Dir(in.ID)
+	for _, users := range in.Boot.Users {
+		all = append(all, &stage.Link{Path: filepath.Join(users, in.ID+"-"+in.Nonce), Target: dir})
 	}
-	if b.Guest != nil && r == nil { // a restored guest has read it
-		block, _ := b.Guest.Encode() // was done before
+	if in.Boot.Guest != nil && in.Restored == nil { // a restored guest has read it
+		block, _ := in.Boot.Guest.Encode() // was done before
 		all = append(all, &stage.Content{Path: filepath.Join(dir, store.GuestFile), Text: string(bytes.TrimRight(block, "\x00")), Size: int64(len(block))})
 	}
 	return all
 }
 
 // MarshalJSON is what --dry-run prints.
-func (pl *plan) MarshalJSON() ([]byte, error) {
+func (pl *Plan) MarshalJSON() ([]byte, error) {
 	type step struct {
 		Kind   string         `json:"kind"`
 		Effect journal.Effect `json:"effect"`
@@ -209,7 +153,7 @@ func (pl *plan) MarshalJSON() ([]byte, error) {
 	steps := func(all []journal.Effect) ([]step, error) {
 		list := []step{}
 		for _, e := range all {
-			kind, err := effects.Name(e)
+			kind, err := Effects.Name(e)
 			if err != nil {
 				return nil, err
 			}
@@ -217,11 +161,11 @@ func (pl *plan) MarshalJSON() ([]byte, error) {
 		}
 		return list, nil
 	}
-	create, err := steps(pl.Create)
+	create, err := steps(slices.Concat(pl.leased, pl.Create))
 	if err != nil {
 		return nil, err
 	}
-	run, err := steps(append(slices.Clip(pl.Run), vmm.New(&pl.config)))
+	run, err := steps(append(slices.Clip(pl.Run), vmm.New(&pl.Config)))
 	if err != nil {
 		return nil, err
 	}
@@ -230,5 +174,5 @@ func (pl *plan) MarshalJSON() ([]byte, error) {
 		Run    []step           `json:"run"`
 		Argv   []string         `json:"argv"`
 		Calls  []configure.Call `json:"calls"`
-	}{create, run, pl.config.Argv(), pl.Calls})
+	}{create, run, pl.Config.Argv(), pl.Calls})
 }

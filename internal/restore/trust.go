@@ -1,5 +1,4 @@
-// Package stranger looks at what a snapshot says of its VM that somebody else may have made.
-package stranger
+package restore
 
 import (
 	"errors"
@@ -10,23 +9,13 @@ import (
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/kept"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/spec"
+	"push.rocks/smartvm/snapshot"
 )
 
-// VM is what a snapshot says of its VM.
-type VM struct {
-	Spec       *spec.Spec
-	Images     []string          // where users of its image say so, below the data directory
-	Drives     []string          // that are in the snapshot, by id
-	Files      func(string) bool // says whether the snapshot has a file
-	Interfaces []attach.Interface
-}
-
-// Whole says what of the devices makes no sense: their ids are names of files, and what is not of the whole host is in its data directory. It is
-// snapshot.ErrDamaged.
-func (s *VM) Whole() error {
+// Check says which devices make no sense: their ids are names of files, and relative paths are below the data directory. Files says whether
+// the snapshot has a file. The error is snapshot.ErrDamaged.
+func (s *Saved) Check(files map[string]snapshot.File) error {
 	var ids []string
 	paths := slices.Clone(s.Images)
 	for _, d := range s.Spec.Drives {
@@ -49,7 +38,7 @@ func (s *VM) Whole() error {
 		}
 	}
 	for _, id := range s.Drives {
-		if !s.Files(snapshot.DrivesDir+"/"+id) || !slices.Contains(ids, id) {
+		if _, ok := files[snapshot.DrivesDir+"/"+id]; !ok || !slices.Contains(ids, id) {
 			return fmt.Errorf("%w: drive %q is not in it", snapshot.ErrDamaged, id)
 		}
 	}
@@ -61,11 +50,11 @@ func inImages(path string) bool {
 	return filepath.IsLocal(path) && filepath.Clean(path) == path && (strings.HasPrefix(path, store.ImageDir+"/objects/") || strings.HasPrefix(path, store.BaseDir+"/"))
 }
 
-// IsUsers says whether a path, below the data directory, is where users of an image say so.
-func IsUsers(path string) bool { return inImages(path) && filepath.Base(path) == kept.UsersDir }
+// isUsers says whether a path, below the data directory, is where users of an image say so.
+func isUsers(path string) bool { return inImages(path) && filepath.Base(path) == kept.UsersDir }
 
-// Harmless says what an imported snapshot would have of this host that its maker could have chosen.
-func (s *VM) Harmless(jailed bool) error {
+// CheckUntrusted says what an imported snapshot would have of this host that its maker could have chosen.
+func (s *Saved) CheckUntrusted(jailed bool) error {
 	var errs []error
 	if !jailed {
 		errs = append(errs, errors.New("its VMM can open any file that this user can; in a jail, which root can make, it cannot"))
@@ -82,7 +71,7 @@ func (s *VM) Harmless(jailed bool) error {
 		outside(d.ID, d.PathOnHost, d.IsReadOnly)
 	}
 	for _, users := range s.Images {
-		if !IsUsers(users) {
+		if !isUsers(users) {
 			errs = append(errs, fmt.Errorf("image %s is none", users))
 		}
 	}

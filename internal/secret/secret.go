@@ -1,5 +1,5 @@
 // Package secret reads what a guest is told that nobody else is to see: files, and variables for its command. What was read is
-// in memory alone; printed or logged, a Set says nothing.
+// in memory alone; printed or logged, a guest.Secrets says nothing.
 package secret
 
 import (
@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/spec"
 )
 
@@ -32,21 +32,6 @@ const (
 
 // patience is how long what is no plain file, like a pipe, may take to give all it has.
 const patience = 10 * time.Second
-
-// Set is what a guest is told.
-type Set struct {
-	Files map[string][]byte `json:"files,omitempty"` // by name
-	Env   []string          `json:"env,omitempty"`   // NAME=VALUE
-}
-
-// String keeps values out of what is printed.
-func (Set) String() string { return "(secret)" }
-
-// GoString does so for %#v.
-func (Set) GoString() string { return "(secret)" }
-
-// LogValue does so for logs.
-func (Set) LogValue() slog.Value { return slog.StringValue("(secret)") }
 
 // Options say how files are read.
 type Options struct {
@@ -84,11 +69,11 @@ func Absolute(s *spec.Spec) error {
 
 // Load reads what a spec names, nil if that is nothing. Of a variable that Env of the spec has too, that one counts. All that
 // is wrong is reported at once, as joined *spec.FieldErrors.
-func Load(s *spec.Spec, o Options) (*Set, error) {
+func Load(s *spec.Spec, o Options) (*guest.Secrets, error) {
 	if len(s.Secrets)+len(s.EnvFiles) == 0 {
 		return nil, nil
 	}
-	set := &Set{Files: map[string][]byte{}}
+	set := &guest.Secrets{Files: map[string][]byte{}}
 	var errs []error
 	add := func(path, value string, err error) {
 		reason := err

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/secret"
 	"push.rocks/smartvm/spec"
 )
@@ -120,7 +121,7 @@ func TestLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &secret.Set{
+	want := &guest.Secrets{
 		Files: map[string][]byte{"key": []byte("\x00key\n"), "nothing": {}, "piped": []byte("by a pipe")},
 		Env:   []string{"A=file", "CALLER=value of the caller", "A=later"},
 	}

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/spec"
 )
 
@@ -155,7 +155,7 @@ func (c *copier) tree(t *tree) error {
 // as is a file's name in the archive.
 func (t *tree) as(name string) string {
 	if t.file != "" {
-		name = agentproto.VolumeFile
+		name = guest.VolumeFile
 	}
 	return path.Join(strconv.Itoa(t.n), name)
 }

@@ -19,7 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/treetar"
 	"push.rocks/smartvm/spec"
 )
@@ -27,10 +27,10 @@ import (
 // Merge is what copies changes back.
 type Merge struct {
 	Volumes  []spec.Volume
-	Told     []agentproto.Volume // what the guest was told of each
-	Copied   string              // the file in which Image noted what it copied; what is not noted is the host's own
-	Suffix   string              // is added to the name of what is put beside what the host has changed
-	MaxBytes int64               // of all that the guest's files have, holes included
+	Told     []guest.Volume // what the guest was told of each
+	Copied   string         // the file in which Image noted what it copied; what is not noted is the host's own
+	Suffix   string         // is added to the name of what is put beside what the host has changed
+	MaxBytes int64          // of all that the guest's files have, holes included
 }
 
 // maxEntries bounds what a guest has changed, in files.
@@ -244,7 +244,7 @@ type dirMode struct {
 func split(entry string) (n int, name string, ok bool) {
 	parts := strings.SplitN(strings.TrimSuffix(entry, "/"), "/", 3)
 	n, err := strconv.Atoi(parts[0])
-	if err != nil || len(parts) < 3 || parts[1] != agentproto.UpperDir {
+	if err != nil || len(parts) < 3 || parts[1] != guest.UpperDir {
 		return 0, "", false
 	}
 	return n, parts[2], true
@@ -303,7 +303,7 @@ func (t *target) name(name string) (string, bool) {
 	if t.file == "" {
 		return name, filepath.IsLocal(name) && path.Clean(name) == name && name != "."
 	}
-	if name != agentproto.VolumeFile {
+	if name != guest.VolumeFile {
 		return "", true
 	}
 	return t.file, true

@@ -17,7 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/spec"
 )
@@ -285,7 +285,7 @@ func TestMerge_Short(t *testing.T) {
 	source := filepath.Join(t.TempDir(), "source")
 	put(t, source, map[string]string{"a": "old"})
 	whole := archive(t, file("a", strings.Repeat("new", 1000))...).Bytes()
-	_, err := share.Merge{Volumes: []spec.Volume{{Source: source, Sync: true}}, Told: make([]agentproto.Volume, 1), Copied: taken(t, source), MaxBytes: 1 << 20}.Apply(t.Context(), bytes.NewReader(whole[:1000]))
+	_, err := share.Merge{Volumes: []spec.Volume{{Source: source, Sync: true}}, Told: make([]guest.Volume, 1), Copied: taken(t, source), MaxBytes: 1 << 20}.Apply(t.Context(), bytes.NewReader(whole[:1000]))
 	if !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("got %v", err)
 	}
@@ -306,7 +306,7 @@ func FuzzMerge(f *testing.F) {
 			_ = w.Flush()
 		}
 		_ = w.Close()
-		_, _ = share.Merge{Volumes: []spec.Volume{{Source: top + "/source", Sync: true}}, Told: make([]agentproto.Volume, 1), MaxBytes: 1 << 10}.Apply(t.Context(), &b)
+		_, _ = share.Merge{Volumes: []spec.Volume{{Source: top + "/source", Sync: true}}, Told: make([]guest.Volume, 1), MaxBytes: 1 << 10}.Apply(t.Context(), &b)
 		entries, err := os.ReadDir(top)
 		if err != nil || len(entries) != 2 {
 			t.Errorf("outside: %v, %v", entries, err)

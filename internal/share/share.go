@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/spec"
 )
 
@@ -69,10 +69,10 @@ func resolve(v *spec.Volume) error {
 }
 
 // Guest says what the guest is told of volumes.
-func Guest(volumes []spec.Volume) (all []agentproto.Volume) {
+func Guest(volumes []spec.Volume) (all []guest.Volume) {
 	for _, v := range volumes {
 		fi, err := os.Stat(v.Source)
-		all = append(all, agentproto.Volume{Target: v.Target, ReadOnly: v.ReadOnly, IsFile: err == nil && !fi.IsDir()})
+		all = append(all, guest.Volume{Target: v.Target, ReadOnly: v.ReadOnly, IsFile: err == nil && !fi.IsDir()})
 	}
 	return all
 }

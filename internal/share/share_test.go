@@ -10,7 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/spec"
@@ -39,7 +39,7 @@ func TestResolve(t *testing.T) {
 	if s.Volumes[0].Source != real+"/d" || s.Volumes[1].Source != real+"/d/f" {
 		t.Errorf("got %+v", s.Volumes)
 	}
-	if diff := cmp.Diff([]agentproto.Volume{{Target: "/a"}, {Target: "/b", IsFile: true}}, share.Guest(s.Volumes[:2])); diff != "" {
+	if diff := cmp.Diff([]guest.Volume{{Target: "/a"}, {Target: "/b", IsFile: true}}, share.Guest(s.Volumes[:2])); diff != "" {
 		t.Error(diff)
 	}
 	if !share.Synced(s.Volumes) || share.Synced(s.Volumes[:1]) {

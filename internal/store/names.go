@@ -13,7 +13,7 @@ const (
 
 	// In a VM's directory, <runtime>/<id>/:
 
-	LockFile       = "lock"            // flock: held by the process that looks after the VM
+	LockFile       = "lock"            // flock: held by the process that supervises the VM
 	MachineFile    = "machine.json"    // what was asked for; the VM exists while this file does
 	ExitFile       = "exit.json"       // how the last run ended
 	CreateJournal  = "create.journal"  // effects that end with Remove

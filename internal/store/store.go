@@ -1,4 +1,4 @@
-// Package store keeps a directory for each VM, says who looks after it (a lock), and hands out names that must
+// Package store keeps a directory for each VM, says which process supervises it (a lock), and hands out names that must
 // be unique (leases). Many processes share one store.
 package store
 
@@ -114,7 +114,7 @@ func (s *Store) List() ([]string, error) {
 // Dir is where a VM's files are, whether or not they are there.
 func (s *Store) Dir(id string) string { return filepath.Join(s.dir, id) }
 
-// Lock is the right to look after one VM. It goes with the process that holds it, but a child process that
+// Lock is the right to supervise one VM. It goes with the process that holds it, but a child process that
 // was forked and has not yet called exec keeps it too, so whoever gets a lock finds no half-started VMM.
 type Lock struct {
 	f *os.File
@@ -186,7 +186,7 @@ func (s *Store) Lock(ctx context.Context, id string) (*Lock, error) {
 	}
 }
 
-// Unlock lets another process look after the VM. It is idempotent.
+// Unlock lets another process supervise the VM. It is idempotent.
 func (l *Lock) Unlock() error {
 	if err := l.f.Close(); err != nil && !errors.Is(err, fs.ErrClosed) {
 		return fmt.Errorf("unlock VM: %w", err)

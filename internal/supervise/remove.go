@@ -14,7 +14,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 )
 
-// RemoveAtEnd has m removed when it ends, by whichever process looks after it then.
+// RemoveAtEnd has m removed when it ends, by whichever process supervises it then.
 func RemoveAtEnd(m *smartvm.Machine) error {
 	if err := os.WriteFile(marker(m), nil, 0o600); err != nil {
 		return fmt.Errorf("VM %s: %w", m.ID(), err)
@@ -29,7 +29,9 @@ func RemoveEnded(ctx context.Context, m *smartvm.Machine) error {
 	if _, err := os.Lstat(marker(m)); err != nil {
 		return nil
 	}
-	if exit, err := m.Exit(); err != nil || exit == nil {
+	if _, err := m.Exit(); errors.Is(err, smartvm.ErrState) {
+		return nil
+	} else if err != nil {
 		return err
 	}
 	return Remove(ctx, m)

@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/attach"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/resolvconf"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/dnsproxy"
 	"push.rocks/smartvm/network/filter"

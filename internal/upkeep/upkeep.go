@@ -14,8 +14,8 @@ import (
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/control"
-	"push.rocks/smartvm/internal/journal"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"

@@ -361,7 +361,7 @@ func (p *Process) kill(ctx context.Context) error {
 	return group.Kill(ctx)
 }
 
-// ended says whether a VMM that this process looks after has ended.
+// ended says whether a VMM that this process supervises has ended.
 func (p *Process) ended() bool {
 	select {
 	case <-p.done: // nil, and never ready, for an attached process

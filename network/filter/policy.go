@@ -74,12 +74,15 @@ func (l *layout) names(tap, name string, kind nftables.SetDatatype) *nftables.Se
 // Names is a guest that reaches addresses of names, by a connection of its own, which the caller closes.
 type Names struct {
 	Guest
-	nft.Lasting
+	conn nft.Lasting
 }
+
+// Close closes the connection.
+func (g *Names) Close() { g.conn.Close() }
 
 // Allow lets the guest reach addresses, because of a domain of a policy's, for a time.
 func (g *Names) Allow(of Layer, domain string, addresses []netip.Addr, ttl time.Duration) error {
-	return g.Do(func(conn *nftables.Conn) error {
+	return g.conn.Do(func(conn *nftables.Conn) error {
 		l := newLayout(g.Table)
 		tap := g.Tap
 		if of == OfNetwork {

@@ -19,7 +19,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"push.rocks/smartvm/internal/journal"
+	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/network/rtnl"
 )

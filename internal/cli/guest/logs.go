@@ -81,8 +81,8 @@ func (s *Shell) show(ctx context.Context, m *smartvm.Machine, v view) error {
 	if v.follow {
 		go func() {
 			defer close(ended)
-			if _, waitErr = m.Wait(ctx); errors.Is(waitErr, smartvm.ErrNotFound) {
-				waitErr = nil // removed: so it has ended
+			if _, waitErr = m.Wait(ctx); errors.Is(waitErr, smartvm.ErrNotFound) || errors.Is(waitErr, smartvm.ErrState) {
+				waitErr = nil // it is removed, so it has ended; or it never ran
 			}
 		}()
 	}

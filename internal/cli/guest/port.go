@@ -8,7 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"push.rocks/smartvm/internal/attach"
+	"push.rocks/smartvm"
 )
 
 func (s *Shell) port() *cobra.Command {
@@ -43,7 +43,7 @@ func (s *Shell) port() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			all := slices.DeleteFunc(attach.PortsOf(in.Interfaces), func(p attach.Port) bool {
+			all := slices.DeleteFunc(in.Ports(), func(p smartvm.PublishedPort) bool {
 				return guest != 0 && (uint64(p.Guest) != guest || p.Protocol != protocol)
 			})
 			if guest != 0 && len(all) == 0 {
@@ -55,9 +55,9 @@ func (s *Shell) port() *cobra.Command {
 }
 
 // showPorts lists ports as docker does, with what they lead to or without.
-func (s *Shell) showPorts(all []attach.Port, whole bool) error {
+func (s *Shell) showPorts(all []smartvm.PublishedPort, whole bool) error {
 	if s.JSON() {
-		return s.WriteJSON(append([]attach.Port{}, all...))
+		return s.WriteJSON(append([]smartvm.PublishedPort{}, all...))
 	}
 	for _, p := range all {
 		for _, a := range p.Addresses() {

@@ -114,9 +114,8 @@ func gather(ctx context.Context, h *smartvm.Host, refs []string, before []*vmSta
 	}
 	if len(refs) == 0 {
 		var err error
-		if all, err = h.Machines(ctx); err != nil {
-			return nil, err
-		}
+		all, err = h.Machines(ctx)
+		errs = append(errs, err)
 	}
 	got, failed := make([]*vmStats, len(all)), make([]error, len(all))
 	var wg sync.WaitGroup

@@ -105,7 +105,7 @@ func (v *flowView) show(ctx context.Context, each func(flowlog.Event) error) err
 	if v.vm != nil && v.follow {
 		go func() {
 			_, err := v.vm.Wait(ctx)
-			if errors.Is(err, smartvm.ErrNotFound) { // removed: so it has ended
+			if errors.Is(err, smartvm.ErrNotFound) || errors.Is(err, smartvm.ErrState) { // it is removed, so it has ended; or it never ran
 				err = nil
 			}
 			ended <- err
@@ -140,7 +140,7 @@ func (v *flowView) look(ctx context.Context) error {
 	all := []*smartvm.Machine{v.vm}
 	if v.vm == nil {
 		var err error
-		if all, err = v.host.Machines(ctx); err != nil {
+		if all, err = v.host.Machines(ctx); err != nil && len(all) == 0 {
 			return err
 		}
 	}

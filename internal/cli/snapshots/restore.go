@@ -9,9 +9,9 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/human"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/supervise"
 	"push.rocks/smartvm/internal/vmflags"
+	"push.rocks/smartvm/snapshot"
 )
 
 // forked is a VM in the output of restore and fork.

@@ -16,9 +16,9 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/cli/guest"
 	"push.rocks/smartvm/internal/human"
-	"push.rocks/smartvm/internal/snapshot"
 	"push.rocks/smartvm/internal/stream"
 	"push.rocks/smartvm/internal/vmflags"
+	"push.rocks/smartvm/snapshot"
 )
 
 // Shell is what the commands need of the command line around them.

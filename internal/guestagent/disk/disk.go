@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/treetar"
 )
 
@@ -29,11 +29,11 @@ func Options(sys, device string) string {
 }
 
 // Put brings the disk that is mounted on at to where it belongs.
-func Put(at string, d agentproto.Disk) error {
+func Put(at string, d guest.Disk) error {
 	if err := os.MkdirAll(d.Target, 0o755); err != nil {
 		return err
 	}
-	data := filepath.Join(at, agentproto.DiskDir)
+	data := filepath.Join(at, guest.DiskDir)
 	if _, err := os.Lstat(data); errors.Is(err, fs.ErrNotExist) {
 		if err := fill(data, d.Target); err != nil {
 			return err

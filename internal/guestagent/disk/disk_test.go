@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/guestagent/disk"
 	"push.rocks/smartvm/internal/testenv"
 )
@@ -32,18 +32,18 @@ func TestPut(t *testing.T) {
 		os.WriteFile(filepath.Join(target, "sub/file"), []byte("image"), 0o640), os.Chown(filepath.Join(target, "sub/file"), 7, 8),
 		os.Link(filepath.Join(target, "sub/file"), filepath.Join(target, "again")), os.Symlink("sub/file", filepath.Join(target, "link")),
 		unix.Mkfifo(filepath.Join(target, "fifo"), 0o600), os.Mkdir(at, 0o755), unix.Mount("tmpfs", at, "tmpfs", 0, ""),
-		os.MkdirAll(filepath.Join(at, "lost+found"), 0o700), os.MkdirAll(filepath.Join(at, agentproto.DiskDir+".new/half"), 0o700), // of a guest that was killed
+		os.MkdirAll(filepath.Join(at, "lost+found"), 0o700), os.MkdirAll(filepath.Join(at, guest.DiskDir+".new/half"), 0o700), // of a guest that was killed
 	); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(at, unix.MNT_DETACH) })
-	put := func(d agentproto.Disk) {
+	put := func(d guest.Disk) {
 		t.Helper()
 		if err := disk.Put(at, d); err != nil {
 			t.Fatal(err)
 		}
 	}
-	d := agentproto.Disk{Device: "/dev/vdc", Target: target}
+	d := guest.Disk{Device: "/dev/vdc", Target: target}
 	put(d)
 	wantTree(t, target, "again file 640 7:8 2,fifo fifo 600 0:71 1,link link,sub dir 755 0:0 3,sub/empty dir 755 0:0 2,sub/file file 640 7:8 2,")
 	if fi, err := os.Stat(target); err != nil || fi.Mode().Perm() != 0o750 || fi.Mode()&fs.ModeSetgid == 0 || fi.Sys().(*syscall.Stat_t).Uid != 70 || fi.Sys().(*syscall.Stat_t).Gid != 71 {
@@ -68,8 +68,8 @@ func TestPut(t *testing.T) {
 	}
 	// Where the image has nothing.
 	nowhere := filepath.Join(dir, "image/no/where")
-	if err := os.RemoveAll(filepath.Join(at, agentproto.DiskDir)); err == nil {
-		put(agentproto.Disk{Device: "/dev/vdc", Target: nowhere})
+	if err := os.RemoveAll(filepath.Join(at, guest.DiskDir)); err == nil {
+		put(guest.Disk{Device: "/dev/vdc", Target: nowhere})
 		defer func() { _ = unix.Unmount(nowhere, unix.MNT_DETACH) }()
 		wantTree(t, nowhere, "")
 	}

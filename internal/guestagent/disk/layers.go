@@ -7,7 +7,7 @@ import (
 	"path/filepath"
 	"syscall"
 
-	"push.rocks/smartvm/internal/agentproto"
+	"push.rocks/smartvm/guest"
 )
 
 // Layers makes the directories that overlayfs wants. Its root is the upper one: that is to look as the lower.
@@ -16,7 +16,7 @@ func Layers(lower, dir string) (upper string, err error) {
 	if err != nil {
 		return "", err
 	}
-	upper = filepath.Join(dir, agentproto.UpperDir)
+	upper = filepath.Join(dir, guest.UpperDir)
 	for _, d := range []string{upper, filepath.Join(dir, "work")} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return "", err

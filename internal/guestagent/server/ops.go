@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/treetar"
 )
@@ -40,7 +41,7 @@ func (s *Server) read(ss *session) error {
 	buffered := bufio.NewWriterSize(out, agentproto.MaxData)
 	var left treetar.LeftOut
 	o := treetar.PackOptions{Left: left.Add}
-	if path == agentproto.ChangesDir { // for a host of this version: what its guest left as holes is not worth the time
+	if path == guest.ChangesDir { // for a host of this version: what its guest left as holes is not worth the time
 		o = treetar.PackOptions{Sparse: true}
 	}
 	err = errors.Join(treetar.Pack(buffered, source, top, o), buffered.Flush(), out.Close())
@@ -148,7 +149,7 @@ const ticks = 100
 
 // stats tells how the guest is.
 func stats(ss *session) error {
-	st := &agentproto.Stats{}
+	st := &guest.Stats{}
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
 )
@@ -46,7 +47,7 @@ func processes(ss *session) error {
 		return err
 	}
 	names := process.Names()
-	all := []agentproto.Process{}
+	all := []guest.Process{}
 	for _, dir := range dirs {
 		if p, ok := look(dir, names); ok && len(all) < agentproto.MaxProcesses {
 			all = append(all, p)
@@ -56,7 +57,7 @@ func processes(ss *session) error {
 }
 
 // look reads what /proc says of a process. One that has ended meanwhile is none.
-func look(dir string, names map[uint32]string) (p agentproto.Process, ok bool) {
+func look(dir string, names map[uint32]string) (p guest.Process, ok bool) {
 	stat, err := os.ReadFile(filepath.Join(dir, "stat"))
 	open, shut := bytes.IndexByte(stat, '('), bytes.LastIndexByte(stat, ')') // its name may hold either
 	fi, statErr := os.Stat(dir)

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
 )
@@ -22,7 +23,7 @@ import (
 // Server answers the host. Set its fields before Serve.
 type Server struct {
 	Reaper *process.Reaper
-	Boot   *agentproto.Boot // whose environment, user and directory programs get. nil: those of an image without any
+	Boot   *guest.Boot // whose environment, user and directory programs get. nil: those of an image without any
 	// Secrets stores the files that the host tells, for the command's user. nil: they are there.
 	Secrets func(files map[string][]byte) error
 	// Identify makes the guest who it shall be. It returns what could not be done. It may be nil.
@@ -58,9 +59,9 @@ const (
 )
 
 // New returns a server that knows nothing yet.
-func New(reaper *process.Reaper, boot *agentproto.Boot) *Server {
+func New(reaper *process.Reaper, boot *guest.Boot) *Server {
 	if boot == nil {
-		boot = new(agentproto.Boot)
+		boot = new(guest.Boot)
 	}
 	return &Server{
 		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{}, main: make(chan call),
