@@ -436,7 +436,7 @@ func (x *crashMatrix) wantEmpty(when string, args ...any) {
 			x.t.Fatal(err)
 		}
 		for _, e := range entries {
-			if e.Name() != store.LeaseDir && e.Name() != store.NetworkDir && e.Name() != store.SlotDir {
+			if e.Name() != store.LeaseDir && e.Name() != store.NetworkDir && e.Name() != store.SlotDir && e.Name() != store.EventDir {
 				x.clean(x.t)
 				x.t.Fatalf("%s: left behind: %s in %s", fmt.Sprintf(when, args...), e.Name(), dir)
 			}

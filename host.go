@@ -34,6 +34,7 @@ import (
 	"push.rocks/smartvm/network/guard"
 	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/snapshot"
+	"push.rocks/smartvm/status"
 )
 
 // Options configure a Host. The zero value serves.
@@ -167,7 +168,7 @@ func Open(opts Options) (*Host, error) {
 	h.env = &vmrun.Env{
 		Host: plan.Host{Store: st, StageDir: filepath.Join(opts.DataDir, store.StageDir), Limits: opts.Images.Limits},
 		Log:  opts.Log, Trace: opts.trace, StartTimeout: opts.StartTimeout, RepairEvery: cmp.Or(opts.healInterval, defaultRepairInterval),
-		Context: h.networkContext, Console: opts.Console, Progress: opts.Progress, LookupEnv: opts.LookupEnv,
+		Event: h.event, Context: h.networkContext, Console: opts.Console, Progress: opts.Progress, LookupEnv: opts.LookupEnv,
 		Memory: sync.OnceValue(func() *uffd.Server { return uffd.NewServer(opts.Log) }),
 	}
 	h.images = sync.OnceValues(h.openImages)
@@ -224,6 +225,7 @@ func (h *Host) create(ctx context.Context, spec Spec, attached *RunOptions) (_ *
 	}
 	vm.Provide(d.secrets)
 	h.env.Log.Info("created", "vm", d.in.ID)
+	vm.Event(status.EventCreated, "image", d.in.Spec.Image)
 	return &Machine{h, vm}, lock, nil
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/configure"
+	"push.rocks/smartvm/status"
 )
 
 // Pause stops the guest's CPUs and devices. What runs in it by Exec waits, and goes on with it; with Firecracker 1.16.0 and 1.16.1 other connections
@@ -17,6 +18,9 @@ func (m *Machine) Pause(ctx context.Context) error {
 		return err
 	}
 	err = m.vm.Call(ctx, "pause", "pause", func(c *firecracker.Client) error { return c.Pause(ctx) })
+	if err == nil {
+		m.vm.Event(status.EventPaused)
+	}
 	return errors.Join(err, hold.Release())
 }
 
@@ -27,6 +31,9 @@ func (m *Machine) Resume(ctx context.Context) error {
 		return err
 	}
 	err = m.vm.Call(ctx, "resume", "resume", func(c *firecracker.Client) error { return c.Resume(ctx) })
+	if err == nil {
+		m.vm.Event(status.EventResumed)
+	}
 	return errors.Join(err, hold.Release())
 }
 

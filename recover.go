@@ -13,6 +13,7 @@ import (
 	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
+	"push.rocks/smartvm/status"
 )
 
 // Report is what Recover did, by VM id.
@@ -93,7 +94,11 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 		if failed { // the command that the hint names finds it; the next removes it
 			return note(&report.Recovered, lock.Unlock())
 		}
-		return note(&report.Removed, vm.Erase(ctx, lock))
+		err := vm.Erase(ctx, lock)
+		if err == nil {
+			vm.Event(status.EventRemoved)
+		}
+		return note(&report.Removed, err)
 	}
 	if _, err := os.Stat(vm.Path(store.RunJournal)); err != nil {
 		return lock.Unlock()

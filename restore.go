@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/snapshot"
+	"push.rocks/smartvm/status"
 )
 
 // RestoreOptions say how a VM that starts from a snapshot differs from the one that the snapshot was made of. The zero value serves.
@@ -122,7 +123,15 @@ func (from *origin) restore(ctx context.Context, o RestoreOptions) (*Machine, *s
 		return nil, nil, fmt.Errorf("restore snapshot %s: %w", from.Snapshot.ID, err)
 	}
 	vm, lock, err := from.host.env.Make(ctx, in)
-	return &Machine{from.host, vm}, lock, err
+	if err != nil {
+		return nil, nil, err
+	}
+	kind := status.EventRestored
+	if o.anew {
+		kind = status.EventForked
+	}
+	vm.Event(kind, "snapshot", from.Snapshot.ID)
+	return &Machine{from.host, vm}, lock, nil
 }
 
 func (from *origin) look(o RestoreOptions) (*plan.Input, error) {

@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/snapshot"
+	"push.rocks/smartvm/status"
 )
 
 // Snapshot is a VM at one moment: its memory, its devices and what it had written. It never changes; any number of VMs can start
@@ -117,6 +118,7 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 		return nil, errors.Join(m.vm.Fail("snapshot", err, nil), draft.Abort())
 	}
 	m.host.env.Log.Info("snapshot", "vm", m.rec().ID, "snapshot", sn.ID, "paused", manifest.Paused)
+	m.vm.Event(status.EventSnapshot, "action", "create", "snapshot", sn.ID)
 	return &Snapshot{Snapshot: sn, Warnings: warnings, host: m.host}, nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"push.rocks/smartvm/internal/restore"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/snapshot"
+	"push.rocks/smartvm/status"
 )
 
 // What goes wrong with snapshots; test with errors.Is.
@@ -59,6 +60,7 @@ func (h *Host) RemoveSnapshot(ctx context.Context, ref string, force bool) error
 	if err := all.Remove(ctx, ref, force); err != nil {
 		return err
 	}
+	h.event(status.Event{Type: status.EventSnapshot, Attributes: map[string]string{"action": "remove", "snapshot": id}})
 	return h.data().Unrefer([]string{id})
 }
 

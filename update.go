@@ -8,6 +8,7 @@ import (
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/plan"
+	"push.rocks/smartvm/status"
 )
 
 // Update changes a VM's Policy, Ports and the limits of its interfaces, for good: change gets a copy of its Spec, of which nothing else may become
@@ -38,6 +39,7 @@ func (m *Machine) Update(ctx context.Context, change func(*Spec) error) (err err
 		m.vm.SetRecord(was)
 		return errors.Join(fmt.Errorf("update VM %s: %w", was.ID, err), was.Write(m.host.env.Store))
 	}
+	m.vm.Event(status.EventUpdated)
 	for i, n := range now.Spec.NetworkInterfaces {
 		before := was.Spec.NetworkInterfaces[i]
 		if reflect.DeepEqual(before, n) {

@@ -111,6 +111,9 @@ func leave(t testing.TB, dir string) {
 			t.Error(err)
 		}
 	}
+	if err := os.RemoveAll(filepath.Join(dir, ".events")); err != nil { // what has happened is kept
+		t.Error(err)
+	}
 	for _, empty := range []string{filepath.Join(dir, ".leases"), filepath.Join(dir, ".networks"), dir, filepath.Join(dir+".data", "staging")} {
 		if err := os.Remove(empty); err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Error(err)

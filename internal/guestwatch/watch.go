@@ -16,6 +16,7 @@ import (
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/capture"
 	"push.rocks/smartvm/internal/plan"
+	"push.rocks/smartvm/status"
 )
 
 // How often an agent that does not answer is asked again: of a guest that boots, and of one that has, or takes too long.
@@ -36,6 +37,8 @@ type Watch struct {
 	Booted    time.Time      // when the guest was made to run
 	Secrets   *guest.Secrets // for the guest; nil: it has them, or there are none
 	NoSecrets error          // why secrets could not be read for a guest that may wait for them
+	// Event takes what becomes of the guest: status.EventReady, or status.EventDegraded and why.
+	Event func(kind status.EventType, attributes ...string)
 
 	state    guest.State
 	reported bool        // since the last connection was made
@@ -66,7 +69,7 @@ func (w *Watch) Listen(ctx context.Context, ended <-chan struct{}) *guest.Exit {
 		w.reported = false
 		err := w.sendSecrets(ctx)
 		if err == nil {
-			err = w.Agent.Watch(ctx, w.event)
+			err = w.Agent.Watch(ctx, w.report)
 		}
 		select {
 		case <-ctx.Done():
@@ -105,6 +108,7 @@ func (w *Watch) pause(ctx context.Context, err error) time.Duration {
 		if w.state.Exit == nil && ctx.Err() == nil && w.state.Degraded == "" {
 			w.state.Degraded = fmt.Sprint(err)
 			w.note()
+			w.Event(status.EventDegraded, "error", w.state.Degraded)
 		}
 	}
 	return pause
@@ -117,10 +121,11 @@ func (w *Watch) note() {
 	}
 }
 
-// event takes what the guest reports.
-func (w *Watch) event(e agentproto.Event) {
+// report takes what the guest reports.
+func (w *Watch) report(e agentproto.Event) {
 	w.reported = true
 	g := &w.state
+	wasReady := g.Ready()
 	for phase, to := range map[agentproto.Phase]*time.Duration{agentproto.PhaseAgent: &g.Agent, agentproto.PhaseCommand: &g.Command} {
 		if at := e.Phases[phase]; at > 0 && *to == 0 {
 			*to = w.Booted.Sub(w.Started) + at
@@ -137,6 +142,9 @@ func (w *Watch) event(e agentproto.Event) {
 		g.Exit, w.command = &exit, &exit
 	}
 	w.note()
+	if !wasReady && g.Ready() {
+		w.Event(status.EventReady)
+	}
 }
 
 // sendSecrets gives the guest the secrets that it waits for.

@@ -8,6 +8,8 @@ const (
 	// NetworkDir holds the networks that are up: see package network.
 	NetworkDir = ".networks"
 
+	// EventDir holds the newest events.
+	EventDir = ".events"
 	// SlotDir holds warm slots, a directory a network, in it one a slot.
 	SlotDir = ".slots"
 

@@ -97,6 +97,7 @@ func (v *VM) Remove(ctx context.Context) error {
 		return err
 	}
 	v.env.Log.Info("removed", "vm", v.Record().ID)
+	v.Event(status.EventRemoved)
 	return nil
 }
 

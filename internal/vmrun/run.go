@@ -44,7 +44,7 @@ func (v *VM) newRun(lock *store.Lock, started time.Time) *Run {
 	released := make(chan struct{})
 	return &Run{
 		vm: v, lock: lock, started: started, released: released, release: sync.OnceFunc(func() { close(released) }), done: make(chan struct{}),
-		guest:    guestwatch.Watch{Record: v.Record(), Agent: v.Agent(), File: v.Path(store.GuestStateFile), Log: v.env.Log, Started: started},
+		guest:    guestwatch.Watch{Record: v.Record(), Agent: v.Agent(), File: v.Path(store.GuestStateFile), Log: v.env.Log, Started: started, Event: v.Event},
 		listened: make(chan *guest.Exit, 1),
 	}
 }

@@ -42,6 +42,7 @@ func (v *VM) Start(ctx context.Context, lock *store.Lock, console io.Writer) (*R
 		r.guest.Booted = time.Now()
 		r.begin()
 		v.env.Log.Info("started", "vm", v.Record().ID, "dur", time.Since(begun))
+		v.Event(status.EventStarted)
 		return r, nil
 	}
 	exit := &status.Exit{Outcome: status.OutcomeFailed, Code: -1, Started: r.started, Ended: time.Now().UTC(), Error: err.Error()}
@@ -49,6 +50,7 @@ func (v *VM) Start(ctx context.Context, lock *store.Lock, console io.Writer) (*R
 	if r.proc != nil && r.proc.Linger(err) {
 		ended = exitOf(r.proc.Exit())
 	}
+	v.Event(status.EventFailed, "error", err.Error())
 	v.Provide(r.guest.Secrets) // from a pipe they come once, and the start may be tried again
 	errs := []error{v.Fail(stage, err, ended), v.writeExit(exit)}
 	_ = share.Forget(v.Path(store.PendingFile), v.Path(store.CopiedFile)) // no guest has written anything
@@ -246,5 +248,6 @@ func (v *VM) Adopt(lock *store.Lock) (err error) {
 	r.client = v.Dial()
 	r.begin()
 	v.env.Log.Info("adopted", "vm", rec.ID)
+	v.Event(status.EventAdopted)
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"runtime"
+	"strconv"
 	"time"
 
 	"push.rocks/smartvm/internal/atomicfile"
@@ -149,7 +150,15 @@ func (v *VM) writeExit(exit *status.Exit) error {
 	if err != nil {
 		return err
 	}
-	return atomicfile.WriteReserved(v.Path(store.ExitFile), append(data, '\n'))
+	err = atomicfile.WriteReserved(v.Path(store.ExitFile), append(data, '\n'))
+	if exit.Outcome != status.OutcomeFailed { // which has an event of its own
+		code := exit.Code
+		if exit.Command != nil {
+			code = exit.Command.Code
+		}
+		v.Event(status.EventExited, "outcome", string(exit.Outcome), "code", strconv.Itoa(code), "signal", exit.Signal)
+	}
+	return err
 }
 
 // Wait returns when the VM's run has ended and is undone, how it ended, and what could not be undone. Returns at once if it does not

@@ -41,6 +41,7 @@ type Env struct {
 	Console      func(id string) io.Writer                 // may be nil, and return nil
 	Progress     func(drive string, done, total int64)     // of the copy of a drive, in bytes; may be nil
 	LookupEnv    func(name string) (value string, ok bool) // for files of the environment; may be nil
+	Event        func(e status.Event)                      // takes what happens to VMs
 
 	mu      sync.Mutex
 	closed  bool
@@ -162,6 +163,21 @@ func (v *VM) Dial() *firecracker.Client {
 // Agent returns a client of the agent in the VM's guest.
 func (v *VM) Agent() *agent.Client {
 	return &agent.Client{Dial: func(ctx context.Context) (net.Conn, error) { return vmm.DialSocket(ctx, v.Root(), store.VsockFile) }}
+}
+
+// Event says what has happened to the VM. Attributes are names and values by turns.
+func (v *VM) Event(kind status.EventType, attributes ...string) {
+	e := status.Event{Type: kind, VM: v.Record().ID, Name: v.Record().Spec.Name}
+	for i := 0; i+1 < len(attributes); i += 2 {
+		if attributes[i+1] == "" {
+			continue
+		}
+		if e.Attributes == nil {
+			e.Attributes = map[string]string{}
+		}
+		e.Attributes[attributes[i]] = attributes[i+1]
+	}
+	v.env.Event(e)
 }
 
 // Exists returns ErrNotFound once the VM is removed, even if another VM has its id now.

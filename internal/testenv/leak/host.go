@@ -8,10 +8,13 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/google/nftables"
+
+	"push.rocks/smartvm/internal/store"
 )
 
 // addMounts adds mounts and, where cgroups are mounted, cgroups.
@@ -138,6 +141,9 @@ func (s *Snapshot) addSockets() error {
 func (s *Snapshot) addFiles() error {
 	for _, root := range s.scope.Roots {
 		err := walk(root, func(path string, d fs.DirEntry) {
+			if slices.Contains(strings.Split(path, "/"), store.EventDir) {
+				return // what has happened is kept beyond the VMs, in bounds
+			}
 			s.add(file, fmt.Sprintf("%s (%s)", path, typeName(d.Type())))
 		})
 		if err != nil {

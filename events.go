@@ -1,0 +1,41 @@
+package smartvm
+
+import (
+	"context"
+	"iter"
+	"path/filepath"
+
+	"push.rocks/smartvm/internal/events"
+	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/status"
+)
+
+// Event is something that has happened on a host; EventType says what. The types are in package status.
+type (
+	Event     = status.Event
+	EventType = status.EventType
+)
+
+// EventsNow stands for the id of the newest event.
+const EventsNow = events.Now
+
+// eventBytes is how much of the events is kept, at most twice.
+const eventBytes = 1 << 20
+
+// Events yields what happens to the VMs of the runtime directory, and to snapshots, whichever process does it: first what is kept of the events
+// after the one with an id (0: all that are kept; EventsNow: none), then those that come. It ends when ctx ends, whose error is the last.
+// A reader that comes too late for some events is given a *status.LostError, which says between which ids they were, and goes on.
+func (h *Host) Events(ctx context.Context, since int64) iter.Seq2[Event, error] {
+	return h.ring().Follow(ctx, since)
+}
+
+func (h *Host) ring() *events.Ring {
+	return &events.Ring{Dir: filepath.Join(h.RuntimeDir(), store.EventDir), Limit: eventBytes}
+}
+
+// event adds an event. That it cannot be added, as on a full file system, stops nothing.
+func (h *Host) event(e Event) {
+	if err := h.ring().Append(context.Background(), e); err != nil {
+		h.env.Log.Warn("append event", "type", e.Type, "vm", e.VM, "err", err)
+	}
+}
