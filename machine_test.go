@@ -545,7 +545,7 @@ func TestHost_Names(t *testing.T) {
 			t.Errorf("%q leads to %v, %v, want %s", ref, got, err, want)
 		}
 	}
-	if _, err := h.Machine(t.Context(), "abc"); !errors.Is(err, smartvm.ErrNotFound) || !strings.Contains(err.Error(), "abc-1, abc-2") {
+	if _, err := h.Machine(t.Context(), "abc"); !errors.Is(err, smartvm.ErrAmbiguous) || errors.Is(err, smartvm.ErrNotFound) || !strings.Contains(err.Error(), "abc-1, abc-2") {
 		t.Errorf("an ambiguous beginning: %v", err)
 	}
 	if err := other.Remove(t.Context()); err != nil {

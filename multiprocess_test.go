@@ -613,6 +613,7 @@ func TestProcesses_WaitBesideStart(t *testing.T) {
 	if err := errors.Join(os.Remove(about.Cgroup), lock.Unlock()); err != nil {
 		t.Fatal(err)
 	}
+	_ = os.Remove(filepath.Dir(about.Cgroup)) // unless there are others in it
 	if err := <-waited; err != nil {
 		t.Error(err)
 	}

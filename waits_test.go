@@ -57,31 +57,6 @@ func TestHost_OtherVersions(t *testing.T) {
 	}
 }
 
-// The beginning of an id that two VMs have is not "not found", or a VM would be made because of it.
-func TestHost_Ambiguous(t *testing.T) {
-	s := newSite(t, smartvm.LaunchDirect)
-	h := s.open()
-	var all []*smartvm.Machine
-	for _, id := range []string{"abc1", "abc2"} {
-		spec := s.spec("idle")
-		spec.ID = id
-		m, err := h.Create(t.Context(), spec)
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, m)
-	}
-	if _, err := h.Machine(t.Context(), "abc"); !errors.Is(err, smartvm.ErrAmbiguous) || errors.Is(err, smartvm.ErrNotFound) || !strings.Contains(err.Error(), "abc1, abc2") {
-		t.Errorf("got %v", err)
-	}
-	if m, err := h.Machine(t.Context(), "abc1"); err != nil || m.ID() != "abc1" {
-		t.Errorf("got %v, %v", m, err)
-	}
-	for _, m := range all {
-		s.stopAndRemove(m)
-	}
-}
-
 // Who waits when its host is closed is told so: the VM has not ended.
 func TestMachine_WaitAcrossClose(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
