@@ -10,10 +10,12 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Event is something that has happened on a host; EventType says what. The types are in package status.
+// Event is something that has happened on a host; EventType says what. The types are in package status. LostError says which
+// events were dropped before they were read.
 type (
 	Event     = status.Event
 	EventType = status.EventType
+	LostError = status.LostError
 )
 
 // EventsNow stands for the id of the newest event.
@@ -24,7 +26,7 @@ const eventBytes = 1 << 20
 
 // Events yields what happens to the VMs of the runtime directory, and to snapshots, whichever process does it: first what is kept of the events
 // after the one with an id (0: all that are kept; EventsNow: none), then those that come. It ends when ctx ends, whose error is the last.
-// A reader that comes too late for some events is given a *status.LostError, which says between which ids they were, and goes on.
+// A reader that comes too late for some events is given a *LostError, which says between which ids they were, and goes on.
 func (h *Host) Events(ctx context.Context, since int64) iter.Seq2[Event, error] {
 	return h.ring().Follow(ctx, since)
 }

@@ -79,5 +79,75 @@ func ExampleHost_Recover() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println("run on:", report.Adopted, "ended unseen:", report.Recovered, "removed:", report.Removed)
+	fmt.Println("run on:", report.Adopted, "ended unsupervised:", report.Recovered, "removed:", report.Removed)
+}
+
+// A program in the guest of a VM that runs, with its output.
+func ExampleMachine_Exec() {
+	ctx := context.Background()
+	h, err := smartvm.Open(smartvm.Options{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer h.Close()
+	m, err := h.Machine(ctx, "build")
+	if err != nil {
+		log.Fatal(err)
+	}
+	exit, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"make", "test"}, Dir: "/src", Stdout: os.Stdout, Stderr: os.Stderr})
+	if errors.Is(err, smartvm.ErrNoAgent) {
+		log.Fatal("its guest has no agent: ", smartvm.Hint(err))
+	}
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("exit code", exit.Code)
+}
+
+// A VM's state is kept while it runs on, and ten VMs go on from it.
+func ExampleSnapshot_Fork() {
+	ctx := context.Background()
+	h, err := smartvm.Open(smartvm.Options{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer h.Close()
+	m, err := h.Machine(ctx, "template")
+	if err != nil {
+		log.Fatal(err)
+	}
+	sn, err := m.Snapshot(ctx, smartvm.SnapshotOptions{Name: "ready"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, warning := range sn.Warnings {
+		log.Print(warning)
+	}
+	workers, err := sn.Fork(ctx, 10, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{Name: "worker"}})
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, w := range workers {
+		fmt.Println(w.Name()) // worker-1, worker-2, …
+	}
+}
+
+// What happens on the host, from now on, whichever process does it.
+func ExampleHost_Events() {
+	h, err := smartvm.Open(smartvm.Options{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer h.Close()
+	for e, err := range h.Events(context.Background(), smartvm.EventsNow) {
+		var lost *smartvm.LostError
+		if errors.As(err, &lost) {
+			log.Print(lost) // look at all VMs once
+			continue
+		}
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(e.ID, e.Type, e.VM, e.Attributes)
+	}
 }
