@@ -118,7 +118,7 @@ func Open(opts Options) (*Store, error) {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
 	if opts.Client == nil {
-		opts.Client = &download.Client{Log: opts.Log}
+		opts.Client = &download.Client{Transport: download.Transport{Log: opts.Log}}
 	}
 	if opts.ReleaseLatest == nil {
 		opts.ReleaseLatest = func(ctx context.Context) (string, error) { return release.Latest(ctx, opts.Client, release.DefaultURL) }

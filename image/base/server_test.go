@@ -170,7 +170,7 @@ func merge(all ...map[string][]byte) map[string][]byte {
 func options(t *testing.T, b *bucket, latest string) base.Options {
 	return base.Options{
 		Dir: filepath.Join(t.TempDir(), "base"), BucketURL: b.URL + "/bucket/", Arch: "x86_64",
-		Client:        &download.Client{Pause: func(context.Context, time.Duration) error { return nil }},
+		Client:        &download.Client{Transport: download.Transport{Pause: func(context.Context, time.Duration) error { return nil }}},
 		ReleaseLatest: func(context.Context) (string, error) { return latest, nil },
 	}
 }

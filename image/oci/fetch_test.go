@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -101,6 +102,22 @@ func plain(content []byte) func(w http.ResponseWriter, r *http.Request) {
 	return func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(content) }
 }
 
+// early sends a blob's beginning and does not say that there is more.
+func early(content []byte, n int) func(w http.ResponseWriter, r *http.Request) {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		_ = http.NewResponseController(w).Flush() // before its length is known
+		_, _ = w.Write(content[:n])
+	}
+}
+
+// inBubble is a subtest in which time passes when all wait.
+func inBubble(t *testing.T, name string, f func(t *testing.T)) {
+	t.Run(name, func(t *testing.T) {
+		t.Parallel()
+		synctest.Test(t, f)
+	})
+}
+
 func TestFetch_Faults(t *testing.T) {
 	dir := t.TempDir()
 	add(t, dir, "1", noise(300_000, 0))
@@ -125,7 +142,7 @@ func TestFetch_Faults(t *testing.T) {
 		{name: "hangs up before it answers", answers: []handler{hangUp}, asked: 2},
 		{name: "hangs up in the middle", answers: []handler{firstBytes(content, 100_000)}, asked: 2},
 		{name: "hangs up and knows no ranges then", answers: []handler{firstBytes(content, 100_000), plain(content)}, asked: 2},
-		{name: "ends early, politely", answers: []handler{plain(content[:100_000])}, asked: 2},
+		{name: "ends early, politely", answers: []handler{early(content, 100_000)}, asked: 2},
 		{name: "half is there", partial: content[:150_000], asked: 1},
 		{name: "all is there", partial: content, asked: 0},
 		{name: "too much is there", partial: append(bytes.Clone(content), "more"...), asked: 1},
@@ -137,12 +154,15 @@ func TestFetch_Faults(t *testing.T) {
 		{name: "another range than was asked for", partial: content[:150_000], answers: []handler{func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Range", "bytes 7-9/10")
 			w.WriteHeader(http.StatusPartialContent)
-		}}, asked: 1, want: errAny},
+		}}, asked: 2},
+		{name: "no range can be had, and none was asked for", answers: []handler{status(416)}, asked: 1, want: &transport.Error{}},
+		{name: "a range, and none was asked for", answers: []handler{status(206)}, asked: 1, want: &transport.Error{}},
 		{name: "wrong content", answers: []handler{plain(flipped)}, asked: 1, want: &flatten.DigestError{}},
 		{name: "too much content", answers: []handler{plain(append(bytes.Clone(content), "more"...))}, asked: 1, want: &flatten.DigestError{}},
 		{name: "not found", answers: []handler{status(404)}, asked: 1, want: oci.ErrNotFound},
-		{name: "truncated each time", answers: []handler{
-			plain(content[:9]), plain(content[:9]), plain(content[:9]), plain(content[:9]), plain(content[:9]), plain(content[:9]),
+		{name: "too little content", answers: []handler{plain(content[:9])}, asked: 1, want: &flatten.DigestError{}},
+		{name: "ends early each time", answers: []handler{
+			early(content, 9), early(content, 9), early(content, 9), early(content, 9), early(content, 9), early(content, 9),
 		}, asked: 6, want: io.ErrUnexpectedEOF},
 		{name: "busy for good", answers: []handler{status(500), status(500), status(500), status(500), status(500), status(500)}, asked: 6, want: &transport.Error{}},
 		{name: "busy for an hour", answers: []handler{func(w http.ResponseWriter, _ *http.Request) {
@@ -150,9 +170,9 @@ func TestFetch_Faults(t *testing.T) {
 			w.WriteHeader(429)
 		}}, asked: 1, want: &transport.Error{}},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			s := serve(t, dir, answers(l.Digest, c.answers...))
+		inBubble(t, c.name, func(t *testing.T) {
+			n := newNetwork(t)
+			s := n.serve(t, dir, answers(l.Digest, c.answers...))
 			layers := t.TempDir()
 			name := strings.ReplaceAll(l.Digest, ":", "-")
 			for n, left := range map[string][]byte{name + ".partial": c.partial, name: c.whole} {
@@ -163,7 +183,7 @@ func TestFetch_Faults(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			i := resolve(t, s.host()+"/a:1", oci.Options{})
+			i := resolve(t, s.host()+"/a:1", oci.Options{Transport: n.Transport})
 			s.blobs()
 			err := i.Fetch(t.Context(), layers, nil)
 			if got := len(s.blobs()); got != c.asked {

@@ -2,8 +2,11 @@ package oci_test
 
 import (
 	"archive/tar"
+	"context"
 	"errors"
+	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -11,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"push.rocks/smartvm/image/oci"
@@ -76,9 +80,14 @@ type server struct {
 
 func serve(t testing.TB, dir string, instead func(w http.ResponseWriter, r *http.Request) bool) *server {
 	t.Helper()
+	return serveOn(t, nil, dir, instead)
+}
+
+func serveOn(t testing.TB, l net.Listener, dir string, instead func(w http.ResponseWriter, r *http.Request) bool) *server {
+	t.Helper()
 	s := &server{instead: instead}
 	h := ocitest.Registry(dir)
-	s.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		s.asked = append(s.asked, strings.TrimSpace(r.Method+" "+r.URL.Path+" "+r.Header.Get("Range")))
 		s.mu.Unlock()
@@ -86,9 +95,74 @@ func serve(t testing.TB, dir string, instead func(w http.ResponseWriter, r *http
 			h.ServeHTTP(w, r)
 		}
 	}))
+	if l != nil {
+		if err := s.Listener.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s.Listener = l
+	}
+	s.Start()
 	t.Cleanup(s.Close)
 	return s
 }
+
+// network is a bubble's, in which pauses take no time.
+type network struct {
+	*http.Transport
+	listeners map[string]*listener // by address
+}
+
+func newNetwork(t testing.TB) *network {
+	n := &network{listeners: map[string]*listener{}}
+	n.Transport = &http.Transport{DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
+		l := n.listeners[addr]
+		if l == nil {
+			return nil, syscall.ECONNREFUSED
+		}
+		near, far := net.Pipe()
+		select {
+		case l.conns <- far:
+			return near, nil
+		case <-l.closed:
+			return nil, syscall.ECONNREFUSED
+		}
+	}}
+	t.Cleanup(n.CloseIdleConnections)
+	return n
+}
+
+func (n *network) serve(t testing.TB, dir string, instead func(w http.ResponseWriter, r *http.Request) bool) *server {
+	t.Helper()
+	l := &listener{addr: fmt.Sprintf("localhost:%d", len(n.listeners)+1), conns: make(chan net.Conn), closed: make(chan struct{})}
+	n.listeners[l.addr] = l
+	return serveOn(t, l, dir, instead)
+}
+
+// listener is a server's in a network. It is its own address.
+type listener struct {
+	addr   string
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *listener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *listener) Addr() net.Addr  { return l }
+func (l *listener) Network() string { return "tcp" }
+func (l *listener) String() string  { return l.addr }
 
 // host is where the server is, as references have it.
 func (s *server) host() string { return strings.TrimPrefix(s.URL, "http://") }

@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/image/trust"
+	"push.rocks/smartvm/internal/download"
 )
 
 // Options say where images come from. The zero value is fit for public registries.
@@ -86,8 +87,8 @@ type Image struct {
 type source interface {
 	// manifest returns up to maxManifest bytes, which nobody has checked. Errors are ErrNotFound among others.
 	manifest(ctx context.Context, digest string) ([]byte, error)
-	// blob reads from offset on or, where that is not possible, from the start on: it says which.
-	blob(ctx context.Context, digest string, offset int64) (r io.ReadCloser, start int64, err error)
+	// blob reads from offset on or, where that is not possible, from the start on.
+	blob(ctx context.Context, digest string, offset int64) (*download.Body, error)
 	// elsewhere says that what came of a blob was of no use. It returns whether there is another place that will be asked.
 	elsewhere(digest string, err error) bool
 	Close() error
@@ -287,7 +288,7 @@ func Chain(diffIDs []string) string {
 
 // readBlob reads a small one.
 func readBlob(ctx context.Context, from source, digest string) (text []byte, err error) {
-	r, start, err := from.blob(ctx, digest, 0)
+	r, err := from.blob(ctx, digest, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -295,7 +296,7 @@ func readBlob(ctx context.Context, from source, digest string) (text []byte, err
 	if text, err = readSmall(r); err != nil {
 		return nil, err
 	}
-	if got := manifest.Digest(text); got != digest || start != 0 {
+	if got := manifest.Digest(text); got != digest {
 		return nil, &flatten.DigestError{What: "configuration", Want: digest, Got: got}
 	}
 	return text, nil

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"push.rocks/smartvm/image/oci/manifest"
+	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/imagename"
 )
@@ -23,19 +24,19 @@ type local struct {
 	close func() error
 }
 
-func (l *local) blob(_ context.Context, digest string, offset int64) (io.ReadCloser, int64, error) {
+func (l *local) blob(_ context.Context, digest string, offset int64) (*download.Body, error) {
 	f, err := l.open(digest)
 	if err != nil {
-		return nil, 0, notExist(err)
+		return nil, notExist(err)
 	}
 	if _, err := f.Seek(offset, io.SeekStart); err != nil {
-		return nil, 0, errors.Join(err, f.Close())
+		return nil, errors.Join(err, f.Close())
 	}
-	return f, offset, nil
+	return &download.Body{ReadCloser: f, Start: offset}, nil
 }
 
 func (l *local) manifest(ctx context.Context, digest string) (text []byte, err error) {
-	r, _, err := l.blob(ctx, digest, 0)
+	r, err := l.blob(ctx, digest, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -5,13 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
 	"slices"
-	"strings"
 	"sync"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -22,6 +20,7 @@ import (
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/image/trust"
+	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/imagename"
 )
@@ -74,7 +73,8 @@ func (o Options) transport(conf *registries.Config, p registries.Place) (m *mann
 		}
 		base, idle = t, t.CloseIdleConnections
 	}
-	return &manners{base: base, log: o.Log, local: here(hostOf(p.Repository)), insecure: p.Insecure}, idle, nil
+	m = &manners{Transport: download.Transport{Base: base, Log: o.Log}, local: here(hostOf(p.Repository)), insecure: p.Insecure}
+	return m, idle, nil
 }
 
 func inRegistry(ctx context.Context, text string, o Options, policy *trust.Policy) (found, error) {
@@ -281,39 +281,19 @@ func (h *host) digest(ctx context.Context, tag string) string {
 	return resp.Header.Get("Docker-Content-Digest")
 }
 
-func (r *registry) blob(ctx context.Context, digest string, offset int64) (body io.ReadCloser, start int64, err error) {
+func (r *registry) blob(ctx context.Context, digest string, offset int64) (body *download.Body, err error) {
 	err = r.ask(ctx, func(h *host) (err error) {
-		if body, start, err = h.blob(ctx, digest, offset); err == nil {
+		body, err = download.Range(offset, "", func(header http.Header) (*http.Response, error) {
+			return h.do(ctx, http.MethodGet, "blobs/"+digest, header)
+		})
+		if err == nil {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			r.gave[digest] = h
 		}
 		return err
 	})
-	return body, start, err
-}
-
-func (h *host) blob(ctx context.Context, digest string, offset int64) (io.ReadCloser, int64, error) {
-	header := http.Header{}
-	if offset > 0 {
-		header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
-	}
-	resp, err := h.do(ctx, http.MethodGet, "blobs/"+digest, header)
-	var status *transport.Error
-	if offset > 0 && errors.As(err, &status) && status.StatusCode == http.StatusRequestedRangeNotSatisfiable {
-		offset = 0
-		resp, err = h.do(ctx, http.MethodGet, "blobs/"+digest, nil)
-	}
-	if err != nil {
-		return nil, 0, err
-	}
-	if !strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)) {
-		if resp.StatusCode == http.StatusPartialContent {
-			return nil, 0, errors.Join(fmt.Errorf("%s: content range %q", resp.Request.URL.Redacted(), resp.Header.Get("Content-Range")), resp.Body.Close())
-		}
-		offset = 0
-	}
-	return resp.Body, offset, nil
+	return body, err
 }
 
 // do asks for a part of the repository. The caller closes the response's body.
@@ -333,7 +313,11 @@ func (h *host) do(ctx context.Context, method, part string, header http.Header) 
 	if err != nil {
 		return nil, err
 	}
-	if err := transport.CheckError(resp, http.StatusOK, http.StatusPartialContent); err != nil {
+	good := []int{http.StatusOK}
+	if header.Get("Range") != "" {
+		good = append(good, http.StatusPartialContent, http.StatusRequestedRangeNotSatisfiable)
+	}
+	if err := transport.CheckError(resp, good...); err != nil {
 		err = errors.Join(err, resp.Body.Close())
 		if resp.StatusCode == http.StatusNotFound {
 			err = fmt.Errorf("%w: %w", ErrNotFound, err)

@@ -40,20 +40,21 @@ func TestFetch_MirrorFails(t *testing.T) {
 		{name: "a layer is forbidden", blob: first, with: status(403), asked: true},
 		{name: "a layer is another", blob: first, with: plain(bytes.Repeat([]byte("x"), int(want.Layers[0].Size))), asked: true},
 		{name: "a layer is too long", blob: first, with: plain(make([]byte, 1<<20)), asked: true},
-		{name: "a layer never comes whole", blob: first, with: plain([]byte("x")), asked: true},
+		{name: "a layer is too short", blob: first, with: plain([]byte("x")), asked: true},
+		{name: "a layer never comes whole", blob: first, with: early([]byte("x"), 1), asked: true},
 		{name: "it is busy", blob: first, with: status(503), asked: true},
 		{name: "all are missing", blob: "sha256:", with: status(404), asked: true},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			mirror := serve(t, dir, func(w http.ResponseWriter, r *http.Request) bool {
+		inBubble(t, c.name, func(t *testing.T) {
+			n := newNetwork(t)
+			mirror := n.serve(t, dir, func(w http.ResponseWriter, r *http.Request) bool {
 				if !strings.Contains(r.URL.Path, "/blobs/"+c.blob) {
 					return false
 				}
 				c.with(w, r)
 				return true
 			})
-			hub := &hub{s: serve(t, dir, nil)}
+			hub := &hub{s: n.serve(t, dir, nil), base: n.Transport}
 			i := resolve(t, "app:1", oci.Options{Transport: hub, Mirrors: []string{mirror.host()}})
 			layers := t.TempDir()
 			if err := i.Fetch(t.Context(), layers, nil); err != nil {
@@ -64,6 +65,57 @@ func TestFetch_MirrorFails(t *testing.T) {
 			}
 			if got := len(hub.s.blobs()) > 0; got != c.asked {
 				t.Errorf("Docker Hub was asked for blobs: %v, want %v", got, c.asked)
+			}
+		})
+	}
+}
+
+// A mirror that gives half of a layer, right or wrong, is left for the registry itself, whether that
+// has the layer or not.
+func TestFetch_MirrorBreaksOff(t *testing.T) {
+	dir := t.TempDir()
+	add(t, dir, "1", noise(300_000, 0))
+	l := resolve(t, "oci:"+dir, oci.Options{}).Layers[0]
+	content, err := os.ReadFile(ocitest.Blob(dir, l.Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	flipped := bytes.Clone(content)
+	flipped[1000] ^= 1
+	const half = 100_000
+	rest := fmt.Sprintf("GET /v2/library/app/blobs/%s bytes=%d-", l.Digest, half)
+	for _, c := range []struct {
+		name  string
+		gives []byte
+		lost  bool     // to the registry itself as well
+		asked []string // of the registry itself
+	}{
+		{name: "right", gives: content, asked: []string{rest}},
+		{name: "wrong", gives: flipped, asked: []string{rest, strings.TrimSuffix(rest, fmt.Sprintf(" bytes=%d-", half))}},
+		{name: "lost", gives: content, asked: []string{rest}, lost: true},
+	} {
+		inBubble(t, c.name, func(t *testing.T) {
+			n := newNetwork(t)
+			mirror := n.serve(t, dir, answers(l.Digest, firstBytes(c.gives, half), status(404)))
+			hub := &hub{base: n.Transport, s: n.serve(t, dir, func(w http.ResponseWriter, r *http.Request) bool {
+				if c.lost && blob(r, l.Digest) {
+					http.NotFound(w, r)
+					return true
+				}
+				return false
+			})}
+			i := resolve(t, "app:1", oci.Options{Transport: hub, Mirrors: []string{mirror.host()}})
+			hub.s.blobs()
+			layers := t.TempDir()
+			err := i.Fetch(t.Context(), layers, nil)
+			if c.lost != errors.Is(err, oci.ErrNotFound) || !c.lost && err != nil {
+				t.Errorf("%v, lost: %v", err, c.lost)
+			}
+			if diff := cmp.Diff(c.asked, hub.s.blobs()); diff != "" {
+				t.Errorf("requests, -want +got:\n%s", diff)
+			}
+			if want := layerFiles(i); !c.lost && !cmp.Equal(want, have(t, layers)) {
+				t.Errorf("%q, want %q", have(t, layers), want)
 			}
 		})
 	}

@@ -106,6 +106,7 @@ func TestResolve_Mirrors(t *testing.T) {
 // hub sends what is meant for Docker Hub to a server.
 type hub struct {
 	s     *server
+	base  http.RoundTripper // nil: http.DefaultTransport
 	asked atomic.Bool
 }
 
@@ -116,7 +117,11 @@ func (h *hub) RoundTrip(r *http.Request) (*http.Response, error) {
 		to = r.Clone(r.Context())
 		to.URL.Scheme, to.URL.Host = "http", h.s.host()
 	}
-	resp, err := http.DefaultTransport.RoundTrip(to)
+	base := h.base
+	if base == nil {
+		base = http.DefaultTransport
+	}
+	resp, err := base.RoundTrip(to)
 	if resp != nil {
 		resp.Request = r
 	}

@@ -77,7 +77,7 @@ func (i *Image) Copy(ctx context.Context, dir string, progress func(done, total 
 		return i.Fetch(ctx, dir, progress)
 	}
 	for _, l := range i.Layers {
-		r, _, err := from.blob(ctx, l.Digest, 0)
+		r, err := from.blob(ctx, l.Digest, 0)
 		if err != nil {
 			return err
 		}

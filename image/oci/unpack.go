@@ -102,8 +102,11 @@ func (i *Image) flatten(
 
 // layer reads one where it is. What it comes to is compared with its digest at its end.
 func (l *local) layer(ctx context.Context, layer Layer) (io.ReadCloser, error) {
-	r, _, err := l.blob(ctx, layer.Digest, 0)
-	return &checked{r, layer, sha256.New(), 0}, err
+	r, err := l.blob(ctx, layer.Digest, 0)
+	if err != nil {
+		return nil, err
+	}
+	return &checked{r, layer, sha256.New(), 0}, nil
 }
 
 type checked struct {

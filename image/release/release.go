@@ -86,7 +86,7 @@ func Open(opts Options) (*Store, error) {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
 	if opts.Client == nil {
-		opts.Client = &download.Client{Log: opts.Log}
+		opts.Client = &download.Client{Transport: download.Transport{Log: opts.Log}}
 	}
 	if opts.Progress == nil {
 		opts.Progress = func(string, int64, int64) {}

@@ -141,7 +141,7 @@ func (s *server) wantRequests(t *testing.T, want ...string) {
 }
 
 func quick() *download.Client {
-	return &download.Client{Pause: func(context.Context, time.Duration) error { return nil }}
+	return &download.Client{Transport: download.Transport{Pause: func(context.Context, time.Duration) error { return nil }}}
 }
 
 func open(t *testing.T, s *server) (*release.Store, string) {

@@ -1,15 +1,10 @@
 package download
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"net/url"
-	"syscall"
-	"time"
 )
 
 var (
@@ -23,9 +18,8 @@ var (
 
 // StatusError is an answer that is no success.
 type StatusError struct {
-	URL        string // without credentials and query, as in all errors here
-	Code       int
-	RetryAfter time.Duration // how long the server wants us to wait before another try; 0: it does not say
+	URL  string // without credentials and query, as in all errors here
+	Code int
 }
 
 func (e *StatusError) Error() string {
@@ -56,37 +50,14 @@ func (e *SizeError) Error() string {
 	return fmt.Sprintf("get %s: it has %d bytes, not %d", e.URL, e.Got, e.Want)
 }
 
-// transportError is trouble on the way to the server or back.
-type transportError struct {
-	url string
-	err error
+// brokenError says that content broke off: another try may bring the rest.
+type brokenError struct {
+	name string
+	err  error
 }
 
-func (e *transportError) Error() string { return fmt.Sprintf("get %s: %v", e.url, e.err) }
-func (e *transportError) Unwrap() error { return e.err }
-
-// transient says whether another try may go better.
-func transient(err error) bool {
-	var status *StatusError
-	if errors.As(err, &status) {
-		return status.Code == http.StatusTooManyRequests || status.Code == http.StatusRequestTimeout || status.Code >= 500
-	}
-	var dns *net.DNSError
-	if errors.As(err, new(*tls.CertificateVerificationError)) || errors.Is(err, ErrRedirect) || errors.As(err, &dns) && dns.IsNotFound {
-		return false
-	}
-	return errors.As(err, new(*transportError))
-}
-
-// Dropped says whether an error is a connection's end.
-func Dropped(err error) bool {
-	for _, e := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, ErrStalled} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
-}
+func (e *brokenError) Error() string { return fmt.Sprintf("get %s: %v", e.name, e.err) }
+func (e *brokenError) Unwrap() error { return e.err }
 
 // redact takes from a URL what may be secret.
 func redact(raw string) string {

@@ -60,7 +60,7 @@ func TestFetch_NothingNew(t *testing.T) {
 	if err := quick(&waits).Fetch(t.Context(), s.file(), filepath.Join(dir, "file"), nil); err == nil {
 		t.Error("it was fetched")
 	}
-	// The first try brings something, the next five are one too many.
+	// The first try brings something, the next ones are too many.
 	if len(s.requests) < 3 || len(s.requests) > 10 || len(waits) != len(s.requests)-1 {
 		t.Errorf("%d requests, %d waits", len(s.requests), len(waits))
 	}
@@ -89,6 +89,20 @@ func TestFetch_ContentChanges(t *testing.T) {
 	}
 	wantContent(t, path, s.content)
 	s.wantRequests(t, "GET  ", `GET bytes=500- "old"`)
+
+	// A server that ignores the name has the parts joined, which the digest shows.
+	s.requests, s.etag = nil, ""
+	path = filepath.Join(t.TempDir(), "file")
+	answer := s.answer
+	s.answer = func(w http.ResponseWriter, r *http.Request, n int) bool {
+		r.Header.Del("If-Range")
+		return answer(w, r, n)
+	}
+	if err := quick(nil).Fetch(t.Context(), s.file(), path, nil); err != nil {
+		t.Fatal(err)
+	}
+	wantContent(t, path, s.content)
+	s.wantRequests(t, "GET  ", `GET bytes=500- "old"`, "GET  ")
 }
 
 func TestStatus(t *testing.T) {
@@ -105,15 +119,19 @@ func TestStatus(t *testing.T) {
 		{code: 401, requests: 1},
 		{code: 206, requests: 1}, // not asked for
 		{code: 204, requests: 1},
-		{code: 500, requests: 5, longest: 10 * time.Second},
-		{code: 503, retryAfter: "7", requests: 5, wait: 7 * time.Second, longest: 10 * time.Second},
-		{code: 429, requests: 5, longest: 10 * time.Second},
-		{code: 429, retryAfter: "20", requests: 5, wait: 20 * time.Second, longest: 20 * time.Second},
-		{code: 429, retryAfter: "86400", requests: 5, wait: download.MaxRetryAfter, longest: download.MaxRetryAfter},
-		{code: 429, retryAfter: date, requests: 5, wait: download.MaxRetryAfter, longest: download.MaxRetryAfter},
-		{code: 429, retryAfter: "-5", requests: 5, longest: 10 * time.Second},
-		{code: 429, retryAfter: "99999999999999999999", requests: 5, longest: 10 * time.Second},
-		{code: 429, retryAfter: "Thu, 01 Jan 1970 00:00:00 GMT", requests: 5, longest: 10 * time.Second},
+		{code: 416, requests: 1}, // nor that
+		{code: 408, requests: 6, longest: 10 * time.Second},
+		{code: 500, requests: 6, longest: 10 * time.Second},
+		{code: 503, retryAfter: "7", requests: 6, wait: 7 * time.Second, longest: 10 * time.Second},
+		{code: 503, retryAfter: "0", requests: 6, wait: 100 * time.Millisecond, longest: 10 * time.Second},
+		{code: 429, requests: 6, longest: 10 * time.Second},
+		{code: 429, retryAfter: "20", requests: 6, wait: 20 * time.Second, longest: 20 * time.Second},
+		{code: 429, retryAfter: "60", requests: 6, wait: download.MaxRetryAfter, longest: download.MaxRetryAfter},
+		{code: 429, retryAfter: "61", requests: 1},
+		{code: 429, retryAfter: date, requests: 1},
+		{code: 429, retryAfter: "99999999999999999999", requests: 1},
+		{code: 429, retryAfter: "-5", requests: 6, longest: 10 * time.Second},
+		{code: 429, retryAfter: "Thu, 01 Jan 1970 00:00:00 GMT", requests: 6, longest: 10 * time.Second},
 	} {
 		t.Run(fmt.Sprint(tt.code, " ", tt.retryAfter), func(t *testing.T) {
 			s := serve(t, content(1000))
@@ -207,6 +225,25 @@ func TestGet_Stalled(t *testing.T) {
 	}
 }
 
+func TestGet_BreaksOff(t *testing.T) {
+	s := serve(t, []byte("0123456789"))
+	broken := 5
+	s.answer = func(w http.ResponseWriter, _ *http.Request, n int) bool {
+		if n <= broken {
+			s.part(w, 5)
+		}
+		return false
+	}
+	if got, err := quick(nil).Get(t.Context(), s.URL, 10); err != nil || string(got) != "0123456789" {
+		t.Errorf("%q, %v", got, err)
+	}
+	s.requests, broken = nil, 100
+	var waits []time.Duration
+	if got, err := quick(&waits).Get(t.Context(), s.URL+"/?secret", 10); !errors.Is(err, io.ErrUnexpectedEOF) || len(waits) != 5 || strings.Contains(err.Error(), "secret") {
+		t.Errorf("%q, %v after %d further tries", got, err, len(waits))
+	}
+}
+
 func TestFetch_Cancelled(t *testing.T) {
 	reason := errors.New("the user has had enough")
 	t.Run("before the header", func(t *testing.T) {
@@ -235,7 +272,12 @@ func TestFetch_Cancelled(t *testing.T) {
 			return true
 		}
 		dir := t.TempDir()
-		if err := quick(nil).Fetch(ctx, s.file(), filepath.Join(dir, "file"), func(int64, int64) { cancel(reason) }); !errors.Is(err, reason) {
+		got := func(done, _ int64) {
+			if done > 0 {
+				cancel(reason)
+			}
+		}
+		if err := quick(nil).Fetch(ctx, s.file(), filepath.Join(dir, "file"), got); !errors.Is(err, reason) {
 			t.Errorf("%v", err)
 		}
 		wantNames(t, dir, "file.partial") // for another time
@@ -333,10 +375,8 @@ func TestRedirects_FromHTTPS(t *testing.T) {
 	plain := serve(t, []byte("content"))
 	secure := httptest.NewTLSServer(http.RedirectHandler(plain.URL, http.StatusFound))
 	t.Cleanup(secure.Close)
-	client := secure.Client()
-	client.CheckRedirect = download.CheckRedirect
 	c := quick(nil)
-	c.HTTP = client
+	c.Base = secure.Client().Transport
 	_, err := c.Get(t.Context(), secure.URL, 10)
 	wantError(t, err, download.ErrRedirect)
 	plain.wantRequests(t)
@@ -348,9 +388,13 @@ func TestBadCertificate(t *testing.T) {
 	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
 	secure.StartTLS()
 	t.Cleanup(secure.Close)
-	var waits []time.Duration
-	if _, err := quick(&waits).Get(t.Context(), secure.URL, 10); err == nil || len(waits) > 0 {
-		t.Errorf("%v, %d further tries", err, len(waits))
+	leads := httptest.NewServer(http.RedirectHandler(secure.URL, http.StatusFound))
+	t.Cleanup(leads.Close)
+	for _, url := range []string{secure.URL, leads.URL} {
+		var waits []time.Duration
+		if _, err := quick(&waits).Get(t.Context(), url, 10); err == nil || len(waits) > 0 {
+			t.Errorf("%v, %d further tries", err, len(waits))
+		}
 	}
 }
 

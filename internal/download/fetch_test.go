@@ -7,12 +7,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -91,14 +93,14 @@ func (s *server) part(w http.ResponseWriter, n int) {
 // quick does not wait before another try, and records how long it would have.
 func quick(waits *[]time.Duration) *download.Client {
 	var mu sync.Mutex
-	return &download.Client{Pause: func(_ context.Context, d time.Duration) error {
+	return &download.Client{Transport: download.Transport{Pause: func(_ context.Context, d time.Duration) error {
 		mu.Lock()
 		defer mu.Unlock()
 		if waits != nil {
 			*waits = append(*waits, d)
 		}
 		return nil
-	}}
+	}}}
 }
 
 func wantContent(t *testing.T, path string, want []byte) {
@@ -175,6 +177,7 @@ func TestFetch_Resumes(t *testing.T) {
 		{"all, of unknown size", data, func(f *download.File, _ *server) { f.Size = 0 }, nil},
 		{"more than all", make([]byte, 1001), nil, []string{"GET  "}},
 		{"more than all, of unknown size", make([]byte, 1001), func(f *download.File, _ *server) { f.Size = 0 }, []string{"GET bytes=1001- ", "GET  "}},
+		{"more than there may be", make([]byte, 1001), func(f *download.File, _ *server) { f.Size, f.MaxSize = 0, 1000 }, []string{"GET  "}},
 		{"a part of another", make([]byte, 400), nil, []string{"GET bytes=400- ", "GET  "}},
 		{"all of another", make([]byte, 1000), nil, []string{"GET  "}},
 		{"an empty one", nil, nil, []string{"GET  "}},
@@ -238,7 +241,7 @@ func TestFetch_AnotherPart(t *testing.T) {
 }
 
 func TestFetch_BadContent(t *testing.T) {
-	data := content(1000)
+	data := content(300_000) // more than is written at once
 	for _, tt := range []struct {
 		name   string
 		change func(f *download.File)
@@ -248,10 +251,9 @@ func TestFetch_BadContent(t *testing.T) {
 		{"another digest", func(f *download.File) { f.SHA256 = digest(nil) }, nil, new(download.DigestError)},
 		{"longer than it should be", func(f *download.File) { f.Size-- }, nil, new(download.SizeError)},
 		{"shorter than it should be", func(f *download.File) { f.Size++ }, nil, new(download.SizeError)},
-		{"longer than allowed", func(f *download.File) { f.Size, f.MaxSize = 0, 999 }, nil, new(download.SizeError)},
-		{"longer than allowed, unannounced", func(f *download.File) { f.Size, f.MaxSize = 0, 999 }, chunked(data), new(download.SizeError)},
-		{"shorter than it should be, unannounced", func(f *download.File) { f.Size++ }, chunked(data), new(download.SizeError)},
-		{"size and bound", func(f *download.File) { f.MaxSize = 999 }, nil, new(download.SizeError)},
+		{"longer than allowed", func(f *download.File) { f.Size, f.MaxSize = 0, 299_999 }, nil, new(download.SizeError)},
+		{"longer than allowed, unannounced", func(f *download.File) { f.Size, f.MaxSize = 0, 299_999 }, chunked(data), new(download.SizeError)},
+		{"size and bound", func(f *download.File) { f.MaxSize = 299_999 }, nil, new(download.SizeError)},
 		{"no digest", func(f *download.File) { f.SHA256 = "abc" }, nil, fs.ErrInvalid},
 		{"no bound", func(f *download.File) { f.MaxSize = 0 }, nil, fs.ErrInvalid},
 		{"no URL", func(f *download.File) { f.URL = "ftp://user:secret@host/" }, nil, fs.ErrInvalid},
@@ -264,13 +266,62 @@ func TestFetch_BadContent(t *testing.T) {
 			f := s.file()
 			tt.change(&f)
 			dir := t.TempDir()
-			err := quick(nil).Fetch(t.Context(), f, filepath.Join(dir, "file"), nil)
+			written := int64(0)
+			err := quick(nil).Fetch(t.Context(), f, filepath.Join(dir, "file"), func(done, _ int64) { written = done })
 			wantError(t, err, tt.want)
 			wantNames(t, dir)
+			if errors.As(err, new(*download.SizeError)) && tt.answer == nil && written > 0 {
+				t.Errorf("%d bytes were written of what has another size", written)
+			}
 			if len(s.requests) > 1 {
 				t.Errorf("%d requests", len(s.requests))
 			}
 		})
+	}
+}
+
+// What ends early without having said how long it is may come the next time; it is no other content.
+func TestFetch_EndsEarly(t *testing.T) {
+	s := serve(t, content(1000))
+	dir := t.TempDir()
+	path := filepath.Join(dir, "file")
+	s.answer = func(w http.ResponseWriter, _ *http.Request, n int) bool { chunked(s.content[:400])(w); return true }
+	if err := quick(nil).Fetch(t.Context(), s.file(), path, nil); !errors.Is(err, io.ErrUnexpectedEOF) || !strings.Contains(err.Error(), s.URL) {
+		t.Errorf("%v, want io.ErrUnexpectedEOF of %s", err, s.URL)
+	}
+	wantNames(t, dir, "file.partial")
+	s.requests, s.answer = nil, nil
+	if err := quick(nil).Fetch(t.Context(), s.file(), path, nil); err != nil {
+		t.Fatal(err)
+	}
+	wantContent(t, path, s.content)
+	s.wantRequests(t, "GET bytes=400- ")
+}
+
+// Servers may send less of a range than they are asked for, and say so.
+func TestFetch_ShortRanges(t *testing.T) {
+	s := serve(t, content(1000))
+	s.answer = func(w http.ResponseWriter, r *http.Request, n int) bool {
+		var from int
+		if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); err != nil {
+			s.part(w, 100)
+		}
+		last := min(from+299, 999)
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/1000", from, last))
+		w.WriteHeader(http.StatusPartialContent)
+		_, _ = w.Write(s.content[from : last+1])
+		return true
+	}
+	s.etag = ""
+	for _, size := range []int64{1000, 0} {
+		path := filepath.Join(t.TempDir(), "file")
+		f := s.file()
+		f.Size, s.requests = size, nil
+		if err := quick(nil).Fetch(t.Context(), f, path, nil); err != nil {
+			t.Fatal(err)
+		}
+		wantContent(t, path, s.content)
+		s.wantRequests(t, "GET  ", "GET bytes=100- ", "GET bytes=400- ", "GET bytes=700- ")
 	}
 }
 

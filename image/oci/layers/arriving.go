@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 
 	"push.rocks/smartvm/internal/download"
@@ -35,12 +36,13 @@ func (f *Fetch) Open(ctx context.Context, digest string) (*Arriving, error) {
 		if !t.begun {
 			return false
 		}
-		name := t.path
-		if !t.ended {
-			name += download.PartialSuffix
-		}
 		a.starts = t.starts
-		a.file, ferr = os.Open(name)
+		if !t.ended {
+			a.file, ferr = os.Open(t.path + download.PartialSuffix)
+		}
+		if t.ended || errors.Is(ferr, fs.ErrNotExist) { // it was moved just now
+			a.file, ferr = os.Open(t.path)
+		}
 		return true
 	})
 	return a, errors.Join(err, ferr)

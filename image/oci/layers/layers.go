@@ -4,11 +4,12 @@ package layers
 import (
 	"context"
 	"fmt"
-	"io"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+
+	"push.rocks/smartvm/internal/download"
 )
 
 // Layer is one of an image's, a tar.
@@ -20,8 +21,8 @@ type Layer struct {
 
 // Source is where layers come from. Its functions are safe for concurrent use.
 type Source struct {
-	// Blob reads from offset on or, where that is not possible, from the start on: it says which.
-	Blob func(ctx context.Context, digest string, offset int64) (r io.ReadCloser, start int64, err error)
+	// Blob reads from offset on or, where that is not possible, from the start on.
+	Blob func(ctx context.Context, digest string, offset int64) (*download.Body, error)
 	// Elsewhere says that what came of a blob was of no use. It returns whether there is another place that will be asked.
 	Elsewhere func(digest string, err error) bool
 }
@@ -70,7 +71,7 @@ func (f *Fetch) Start(ctx context.Context, cancel context.CancelCauseFunc) {
 			f.Go(func() {
 				defer func() { <-turn }()
 				if err := t.run(ctx); err != nil {
-					cancel(fmt.Errorf("fetch layer %s: %w", t.layer.Digest, err))
+					cancel(fmt.Errorf("fetch layer: %w", err))
 				}
 			})
 		}

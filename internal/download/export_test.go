@@ -1,4 +1,0 @@
-package download
-
-// CheckRedirect is the default client's rule.
-var CheckRedirect = checkRedirect
