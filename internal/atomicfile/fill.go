@@ -11,8 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fill replaces path with what fill writes, which may be large. It is on disk when Fill returns. Until all is there it has no name, where the file
-// system can do that: a process that is killed leaves nothing. A device or FIFO is written to as it is.
+// Fill replaces path with what fill writes, which may be large. It is on disk when Fill returns. Until
+// all is there it has no name, where the file system can do that: a process that is killed leaves
+// nothing, or for a moment, where path was there before, a file that the next Fill removes. A device
+// or FIFO is written to as it is.
 func Fill(path string, perm fs.FileMode, fill func(f *os.File) error) error {
 	err := replace(path, perm, fill)
 	if err != nil {
@@ -51,13 +53,15 @@ func replace(path string, perm fs.FileMode, fill func(f *os.File) error) (err er
 		return errors.Join(err, f.Close())
 	}
 	if !named {
-		temp = path + TempSuffix
+		temp = filepath.Join(dir, "."+filepath.Base(path)+TempSuffix)
 		self := "/proc/self/fd/" + strconv.Itoa(int(f.Fd()))
 		if err = unix.Linkat(unix.AT_FDCWD, self, unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW); err == nil {
 			return errors.Join(f.Close(), SyncDir(dir))
 		}
 		if errors.Is(err, fs.ErrExist) {
-			err = unix.Linkat(unix.AT_FDCWD, self, unix.AT_FDCWD, temp, unix.AT_SYMLINK_FOLLOW)
+			if err = os.Remove(temp); err == nil || errors.Is(err, fs.ErrNotExist) { // of a process that was killed here
+				err = unix.Linkat(unix.AT_FDCWD, self, unix.AT_FDCWD, temp, unix.AT_SYMLINK_FOLLOW)
+			}
 		}
 		if err != nil {
 			return errors.Join(fmt.Errorf("name what was written: %w", err), f.Close())

@@ -54,6 +54,17 @@ func TestFill(t *testing.T) {
 		t.Fatal(err)
 	}
 	want("second")
+	// What a process left that was killed before it could rename it.
+	if err := os.WriteFile(filepath.Join(dir, ".file"+atomicfile.TempSuffix), []byte("left"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := fill("second again", nil); err != nil {
+		t.Fatal(err)
+	}
+	want("second again")
+	if err := fill("second", nil); err != nil {
+		t.Fatal(err)
+	}
 	if err := fill("third", failed); !errors.Is(err, failed) || !strings.Contains(err.Error(), path) {
 		t.Error(err)
 	}
