@@ -39,7 +39,7 @@ func (i *Image) fetch(dir string, progress func(done int64)) *layers.Fetch {
 
 // Flatten makes one file system of the layers: see flatten.Layers for dst. It brings those of registries into dir, as Fetch does, and
 // unpacks them while they arrive; those of layouts and archives it reads where they are. Progress, if not nil, is told how many of
-// their bytes have come ("fetch") and, once they all have, how many are done ("unpack"), by one goroutine at a time. Errors are those of both.
+// their bytes have come ("fetch") and, once all are there and verified, how many are done ("unpack"), by one goroutine at a time. Errors are those of both.
 func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File, progress func(step string, done, total int64)) (flatten.Stats, error) {
 	if progress == nil {
 		progress = func(string, int64, int64) {}
@@ -50,20 +50,19 @@ func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File, progress 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var mu sync.Mutex
-	var come int64
 	f := i.fetch(dir, func(done int64) {
 		mu.Lock()
 		defer mu.Unlock()
-		come = done
 		progress("fetch", done, i.Size)
 	})
 	f.Start(ctx, cancel)
 	stats, err := i.arriving(ctx, f, dst, func(done int64) {
+		if !f.Whole() {
+			return
+		}
 		mu.Lock()
 		defer mu.Unlock()
-		if come == i.Size {
-			progress("unpack", done, i.Size)
-		}
+		progress("unpack", done, i.Size)
 	})
 	if err != nil {
 		cancel(err)

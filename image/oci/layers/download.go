@@ -17,7 +17,7 @@ type transfer struct {
 	layer Layer
 	path  string // of the finished file
 	times int64  // that the image has the layer
-	count func(n int64)
+	count func(n int64, ended bool)
 
 	mu     sync.Mutex
 	news   chan struct{} // closed when what follows changes, and replaced
@@ -36,18 +36,17 @@ func (t *transfer) set(change func()) {
 	t.news = make(chan struct{})
 }
 
-// grow says how many bytes are there now.
+// grow says how many bytes are there now, and whether they are all, and right. What is counted comes
+// first: who reads to the end finds all counted.
 func (t *transfer) grow(have int64, ended bool) {
-	var n int64
+	n := have - t.have // which nobody else changes
+	t.count(n*t.times, ended)
 	t.set(func() {
-		if n = have - t.have; n < 0 {
+		if n < 0 {
 			t.starts++
 		}
 		t.begun, t.have, t.ended = true, have, ended
 	})
-	if n != 0 {
-		t.count(n * t.times)
-	}
 }
 
 func (t *transfer) run(ctx context.Context) error {

@@ -46,6 +46,7 @@ type Fetch struct {
 	layers         map[string]*transfer
 	mu             sync.Mutex
 	done           int64
+	ended          int // layers
 }
 
 // Start begins. What one layer fails with ends all, by cancel, which is ctx's. The caller waits. Errors are *flatten.DigestError and those of the
@@ -78,9 +79,21 @@ func (f *Fetch) Start(ctx context.Context, cancel context.CancelCauseFunc) {
 	})
 }
 
-func (f *Fetch) count(n int64) {
+func (f *Fetch) count(n int64, ended bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.done += n
-	f.Progress(f.done)
+	if ended {
+		f.ended++
+	}
+	if n != 0 {
+		f.Progress(f.done)
+	}
+}
+
+// Whole says whether all layers are there, and verified.
+func (f *Fetch) Whole() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.ended == len(f.layers)
 }
