@@ -68,9 +68,8 @@ type Options struct {
 	MaxStored int    // bundles. Default: DefaultMaxStored
 	// ManifestURL or ManifestPath, not both, is Hosted's.
 	ManifestURL, ManifestPath string
-	BucketURL                 string           // default: DefaultBucketURL
-	Arch                      string           // "x86_64" or "aarch64". Default: this machine's
-	Client                    *download.Client // nil: the default one
+	BucketURL                 string // default: DefaultBucketURL
+	Arch                      string // "x86_64" or "aarch64". Default: this machine's
 	// ReleaseLatest returns the newest Firecracker's version: "v1.12.1". Nil: the Firecracker project is asked.
 	ReleaseLatest func(ctx context.Context) (string, error)
 	// Log gets a warning before a bundle is evicted.
@@ -84,6 +83,8 @@ type Options struct {
 	InUse func(dir string) bool
 	// Named says whether an image has a bundle, which then makes no room for others. Nil: none does.
 	Named func(id string) bool
+
+	client *download.Client // nil: the default one
 }
 
 // Store is a directory of bundles. It is safe for concurrent use.
@@ -117,11 +118,11 @@ func Open(opts Options) (*Store, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	if opts.Client == nil {
-		opts.Client = &download.Client{Transport: download.Transport{Log: opts.Log}}
+	if opts.client == nil {
+		opts.client = &download.Client{Transport: download.Transport{Log: opts.Log}}
 	}
 	if opts.ReleaseLatest == nil {
-		opts.ReleaseLatest = func(ctx context.Context) (string, error) { return release.Latest(ctx, opts.Client, release.DefaultURL) }
+		opts.ReleaseLatest = func(ctx context.Context) (string, error) { return release.Latest(ctx, release.DefaultURL) }
 	}
 	if opts.Progress == nil {
 		opts.Progress = func(string, int64, int64) {}

@@ -158,7 +158,7 @@ func (s *Store) list(ctx context.Context, prefix, delimiter string) (*listing, e
 		if token != "" {
 			q.Set("continuation-token", token)
 		}
-		data, err := s.opts.Client.Get(ctx, s.opts.BucketURL+"/?"+q.Encode(), maxListing)
+		data, err := s.opts.client.Get(ctx, s.opts.BucketURL+"/?"+q.Encode(), maxListing)
 		if err != nil {
 			return nil, err
 		}

@@ -3,7 +3,15 @@ package base
 import (
 	"net/url"
 	"strings"
+
+	"push.rocks/smartvm/internal/download"
 )
+
+// WithClient has a store fetch by a client.
+func WithClient(o Options, c *download.Client) Options {
+	o.client = c
+	return o
+}
 
 // Natural is how names are ordered.
 var Natural = natural

@@ -109,7 +109,7 @@ func (s *Store) bring(ctx context.Context, step string, a artifact, work string)
 		err = ErrOffline
 	default:
 		want := download.File{URL: a.url, SHA256: a.sha256, ETag: a.etag, Size: a.size, MaxSize: limit}
-		err = s.opts.Client.Fetch(ctx, want, path, progress)
+		err = s.opts.client.Fetch(ctx, want, path, progress)
 	}
 	if err == nil && f.SHA256 == "" {
 		f.SHA256, err = s.digest(ctx, path)

@@ -63,7 +63,7 @@ func (s *Store) hosted(ctx context.Context) (*plan, error) {
 		if from.url, err = url.Parse(s.opts.ManifestURL); err != nil {
 			return nil, fmt.Errorf("manifest's URL: %w", fs.ErrInvalid)
 		}
-		data, err = s.opts.Client.Get(ctx, s.opts.ManifestURL, maxManifest)
+		data, err = s.opts.client.Get(ctx, s.opts.ManifestURL, maxManifest)
 	case s.opts.ManifestPath != "":
 		if from.path, err = filepath.Abs(s.opts.ManifestPath); err == nil {
 			data, err = readManifest(from.path)

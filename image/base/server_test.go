@@ -168,11 +168,10 @@ func merge(all ...map[string][]byte) map[string][]byte {
 
 // options are those of a store of a test's own.
 func options(t *testing.T, b *bucket, latest string) base.Options {
-	return base.Options{
+	return base.WithClient(base.Options{
 		Dir: filepath.Join(t.TempDir(), "base"), BucketURL: b.URL + "/bucket/", Arch: "x86_64",
-		Client:        &download.Client{Transport: download.Transport{Pause: func(context.Context, time.Duration) error { return nil }}},
 		ReleaseLatest: func(context.Context) (string, error) { return latest, nil },
-	}
+	}, &download.Client{Transport: download.Transport{Pause: func(context.Context, time.Duration) error { return nil }}})
 }
 
 func open(t *testing.T, o base.Options) *base.Store {

@@ -1,5 +1,13 @@
 package release
 
+import "push.rocks/smartvm/internal/download"
+
+// WithClient has a store fetch by a client.
+func WithClient(o Options, c *download.Client) Options {
+	o.client = c
+	return o
+}
+
 // FindDigest is for the fuzzer.
 var FindDigest = findDigest
 

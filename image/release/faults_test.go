@@ -303,9 +303,9 @@ func TestInstall_TwoProcesses(t *testing.T) {
 	cmd := child(t, d, s.URL+"/releases")
 	<-told
 	waits := 0
-	store, err := release.Open(release.Options{
-		Dir: d, URL: s.URL + "/releases", Arch: arch, Client: quick(), Waiting: func(string) { waits++; close(goOn) },
-	})
+	store, err := release.Open(quick(release.Options{
+		Dir: d, URL: s.URL + "/releases", Arch: arch, Waiting: func(string) { waits++; close(goOn) },
+	}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -326,13 +326,13 @@ func TestInstall_Cancelled(t *testing.T) {
 	_, d := open(t, s)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	reason := errors.New("enough")
-	store, err := release.Open(release.Options{
-		Dir: d, URL: s.URL + "/releases", Arch: arch, Client: quick(), Progress: func(step string, _, _ int64) {
+	store, err := release.Open(quick(release.Options{
+		Dir: d, URL: s.URL + "/releases", Arch: arch, Progress: func(step string, _, _ int64) {
 			if step == "unpack" {
 				cancel(reason)
 			}
 		},
-	})
+	}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -381,7 +381,7 @@ func TestInstall_DiskFull(t *testing.T) {
 	fc := program(version, "firecracker")
 	fc.data = strings.Repeat("x", 4<<20)
 	s.put(version, archive(t, fc, program(version, "jailer")))
-	store, err := release.Open(release.Options{Dir: d, URL: s.URL + "/releases", Arch: arch, Client: quick()})
+	store, err := release.Open(quick(release.Options{Dir: d, URL: s.URL + "/releases", Arch: arch}))
 	if err != nil {
 		t.Fatal(err)
 	}

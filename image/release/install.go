@@ -46,7 +46,7 @@ func (s *Store) install(ctx context.Context, version string) error {
 		return err
 	}
 	url := s.opts.URL + "/download/" + version + "/" + name
-	sums, err := s.opts.Client.Get(ctx, url+".sha256.txt", maxSums)
+	sums, err := s.opts.client.Get(ctx, url+".sha256.txt", maxSums)
 	if err != nil {
 		return err
 	}
@@ -55,7 +55,7 @@ func (s *Store) install(ctx context.Context, version string) error {
 		return err
 	}
 	f := download.File{URL: url, SHA256: digest, MaxSize: maxArchive}
-	err = s.opts.Client.Fetch(ctx, f, archive, func(done, total int64) { s.opts.Progress(name, done, total) })
+	err = s.opts.client.Fetch(ctx, f, archive, func(done, total int64) { s.opts.Progress(name, done, total) })
 	if err != nil {
 		return err
 	}

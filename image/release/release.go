@@ -34,16 +34,17 @@ const DefaultURL = "https://github.com/firecracker-microvm/firecracker/releases"
 
 // Options configure a Store. Dir is required.
 type Options struct {
-	Dir     string           // a directory of ours alone, made if it is missing
-	URL     string           // of the releases. Default: DefaultURL
-	Arch    string           // "x86_64" or "aarch64". Default: this machine's
-	Client  *download.Client // nil: the default one
+	Dir     string // a directory of ours alone, made if it is missing
+	URL     string // of the releases. Default: DefaultURL
+	Arch    string // "x86_64" or "aarch64". Default: this machine's
 	Log     *slog.Logger
 	Offline bool // fetch nothing
 	// Progress is told how far a step is, in bytes; total 0 is unknown. It may be nil.
 	Progress func(step string, done, total int64)
 	// Waiting is told for what another process is waited for. It may be nil.
 	Waiting func(what string)
+
+	client *download.Client // nil: the default one
 }
 
 // ErrOffline says that something would have to be fetched, and must not.
@@ -85,8 +86,8 @@ func Open(opts Options) (*Store, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	if opts.Client == nil {
-		opts.Client = &download.Client{Transport: download.Transport{Log: opts.Log}}
+	if opts.client == nil {
+		opts.client = &download.Client{Transport: download.Transport{Log: opts.Log}}
 	}
 	if opts.Progress == nil {
 		opts.Progress = func(string, int64, int64) {}
@@ -124,11 +125,15 @@ func (s *Store) Latest(ctx context.Context) (string, error) {
 	if s.opts.Offline {
 		return "", fmt.Errorf("look up the newest Firecracker: %w", ErrOffline)
 	}
-	return Latest(ctx, s.opts.Client, s.opts.URL)
+	return latest(ctx, s.opts.client, s.opts.URL)
 }
 
 // Latest asks which of the releases at a URL is the newest: "v1.12.1".
-func Latest(ctx context.Context, client *download.Client, url string) (string, error) {
+func Latest(ctx context.Context, url string) (string, error) {
+	return latest(ctx, &download.Client{}, url)
+}
+
+func latest(ctx context.Context, client *download.Client, url string) (string, error) {
 	last, err := client.Location(ctx, url+"/latest")
 	if err != nil {
 		return "", fmt.Errorf("look up the newest Firecracker: %w", err)

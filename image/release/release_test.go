@@ -140,14 +140,14 @@ func (s *server) wantRequests(t *testing.T, want ...string) {
 	s.requests = nil
 }
 
-func quick() *download.Client {
-	return &download.Client{Transport: download.Transport{Pause: func(context.Context, time.Duration) error { return nil }}}
+func quick(o release.Options) release.Options {
+	return release.WithClient(o, &download.Client{Transport: download.Transport{Pause: func(context.Context, time.Duration) error { return nil }}})
 }
 
 func open(t *testing.T, s *server) (*release.Store, string) {
 	t.Helper()
 	d := filepath.Join(t.TempDir(), "bin")
-	store, err := release.Open(release.Options{Dir: d, URL: s.URL + "/releases/", Arch: arch, Client: quick()})
+	store, err := release.Open(quick(release.Options{Dir: d, URL: s.URL + "/releases/", Arch: arch}))
 	if err != nil {
 		t.Fatal(err)
 	}
