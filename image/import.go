@@ -154,7 +154,7 @@ func (s *Store) storeCopy(ctx context.Context, path string, o *object) (*objects
 func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*objects.Draft, error) {
 	if o.Rootfs == "-" {
 		return s.storeUnpacked(ctx, func(dst *os.File) error {
-			return flatten.TarToExt4(ctx, s.objects.Watch(ctx, o.Stdin, "unpack", 0), dst, flatten.TarOptions{Limits: s.opts.Limits})
+			return flatten.TarToExt4(ctx, s.objects.Watch(ctx, o.Stdin, "unpack", 0), dst, s.opts.Limits)
 		})
 	}
 	path := o.Rootfs
@@ -193,7 +193,7 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*objects.Draf
 				return err
 			}
 			r := s.objects.Watch(ctx, f, "unpack "+filepath.Base(path), fi.Size())
-			return errors.Join(flatten.TarToExt4(ctx, r, dst, flatten.TarOptions{Limits: s.opts.Limits}), f.Close())
+			return errors.Join(flatten.TarToExt4(ctx, r, dst, s.opts.Limits), f.Close())
 		})
 	}
 	return nil, invalid("root file system %s: a guest cannot have %s for its root; make it ext4, squashfs or erofs", path, kind)

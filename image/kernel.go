@@ -186,7 +186,7 @@ func (s *Store) modulesToExt4(ctx context.Context, tree fs.FS, dst *os.File) err
 		defer close(packed)
 		w.CloseWithError(kernel.WriteModules(w, tree))
 	}()
-	err := flatten.TarToExt4(ctx, s.objects.Watch(ctx, r, "copy the kernel's modules", 0), dst, flatten.TarOptions{Once: true})
+	err := flatten.TarToExt4(ctx, s.objects.Watch(ctx, r, "copy the kernel's modules", 0), dst, flatten.Limits{})
 	r.CloseWithError(err)
 	<-packed
 	return err

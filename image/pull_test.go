@@ -295,7 +295,7 @@ func TestObjects_NameSpaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.HasPrefix(evil.Root, "chain2-") || !strings.HasPrefix(audited.Root, "rootfs-") || evil.Root == audited.Root {
+	if !strings.HasPrefix(evil.Root, "chain3-") || !strings.HasPrefix(audited.Root, "rootfs-") || evil.Root == audited.Root {
 		t.Errorf("pulled is %s, imported %s", evil.Root, audited.Root)
 	}
 	wantSound(t, s, dir)

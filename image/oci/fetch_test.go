@@ -8,7 +8,9 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -60,6 +62,47 @@ func TestFetch_Shared(t *testing.T) {
 	}
 	if got := len(have(t, layers)); got != 11 {
 		t.Errorf("%d files, want 11", got)
+	}
+}
+
+// The layers that are unpacked first are fetched first.
+func TestFetch_LowestFirst(t *testing.T) {
+	dir := t.TempDir()
+	var all []ocitest.Layer
+	for n := range 6 {
+		all = append(all, files("f"+strconv.Itoa(n)))
+	}
+	add(t, dir, "1", all...)
+	var mu sync.Mutex
+	var asked []string
+	three := make(chan struct{})
+	var fetching atomic.Bool
+	s := serve(t, dir, func(_ http.ResponseWriter, r *http.Request) bool {
+		if !fetching.Load() || !strings.Contains(r.URL.Path, "/blobs/") {
+			return false
+		}
+		mu.Lock()
+		if asked = append(asked, path.Base(r.URL.Path)); len(asked) == 3 {
+			close(three)
+		}
+		mu.Unlock()
+		select {
+		case <-three:
+		case <-r.Context().Done():
+		}
+		return false
+	})
+	i := resolve(t, s.host()+"/a:1", oci.Options{})
+	fetching.Store(true)
+	if err := i.Fetch(t.Context(), t.TempDir(), nil); err != nil {
+		t.Fatal(err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	for _, l := range i.Layers[:3] {
+		if !slices.Contains(asked[:3], l.Digest) {
+			t.Errorf("%s is not among the first three: %q", l.Digest, asked)
+		}
 	}
 }
 

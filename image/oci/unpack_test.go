@@ -170,22 +170,22 @@ func TestFlatten_Arriving(t *testing.T) {
 // What one layer comes to ends all: one that is still waited for, and the unpacking of another.
 func TestFlatten_Ends(t *testing.T) {
 	dir := t.TempDir()
-	add(t, dir, "1", noise(100_000, 1), files("a", "b", "c"))
+	add(t, dir, "1", files("a", "b", "c"), noise(100_000, 1))
 	layers := resolve(t, "oci:"+dir, oci.Options{}).Layers
-	content, err := os.ReadFile(ocitest.Blob(dir, layers[1].Digest))
+	content, err := os.ReadFile(ocitest.Blob(dir, layers[0].Digest))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
 		name  string
-		upper func(cancel func(error), w http.ResponseWriter, r *http.Request)
-		lower func(w http.ResponseWriter, r *http.Request)
+		lower func(cancel func(error), w http.ResponseWriter, r *http.Request)
+		upper func(w http.ResponseWriter, r *http.Request)
 		limit int64
 		want  error
 	}{
 		{
-			name: "one is not there", want: oci.ErrNotFound, lower: status(http.StatusNotFound),
-			upper: func(_ func(error), w http.ResponseWriter, r *http.Request) {
+			name: "one is not there", want: oci.ErrNotFound, upper: status(http.StatusNotFound),
+			lower: func(_ func(error), w http.ResponseWriter, r *http.Request) {
 				_, _ = w.Write(content[:len(content)-9])
 				_ = http.NewResponseController(w).Flush()
 				<-r.Context().Done() // which is when the client goes
@@ -193,15 +193,15 @@ func TestFlatten_Ends(t *testing.T) {
 		},
 		{
 			name: "canceled", want: errAny,
-			upper: func(cancel func(error), _ http.ResponseWriter, r *http.Request) {
+			lower: func(cancel func(error), _ http.ResponseWriter, r *http.Request) {
 				cancel(errAny)
 				<-r.Context().Done()
 			},
 		},
 		{
 			name: "too many entries", want: &flatten.LimitError{}, limit: 2,
-			upper: func(_ func(error), w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(content) },
-			lower: func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
+			lower: func(_ func(error), w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(content) },
+			upper: func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -210,10 +210,10 @@ func TestFlatten_Ends(t *testing.T) {
 			defer cancel(nil)
 			s := serve(t, dir, func(w http.ResponseWriter, r *http.Request) bool {
 				switch {
-				case blob(r, layers[1].Digest):
-					c.upper(cancel, w, r)
-				case blob(r, layers[0].Digest) && c.lower != nil:
-					c.lower(w, r)
+				case blob(r, layers[0].Digest):
+					c.lower(cancel, w, r)
+				case blob(r, layers[1].Digest) && c.upper != nil:
+					c.upper(w, r)
 				default:
 					return false
 				}

@@ -257,7 +257,7 @@ func TestTar_Own(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = f.Close() })
-		if err := flatten.TarToExt4(t.Context(), from, f, flatten.TarOptions{}); err != nil {
+		if err := flatten.TarToExt4(t.Context(), from, f, flatten.Limits{}); err != nil {
 			t.Fatal(err)
 		}
 		return f
@@ -308,7 +308,7 @@ func TestTar_Refused(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if err := flatten.TarToExt4(t.Context(), &image, f, flatten.TarOptions{}); err != nil {
+	if err := flatten.TarToExt4(t.Context(), &image, f, flatten.Limits{}); err != nil {
 		t.Fatal(err)
 	}
 	whole, err := os.ReadFile(f.Name())

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -47,7 +46,7 @@ type linked struct {
 	names int
 }
 
-// maxLinks is how many names ext4 gives a file; a directory has two, and one in each of its directories.
+// maxLinks is how many names ext4 gives a file.
 const maxLinks = 65000
 
 // maxPath is of a name in the archive, in bytes.
@@ -216,15 +215,6 @@ func (c *copier) children(t *tree, name string) error {
 	_ = d.Close()
 	if err != nil {
 		t.out.add(name, err)
-	}
-	dirs := 0
-	for _, e := range entries {
-		if e.IsDir() {
-			dirs++
-		}
-	}
-	if dirs > maxLinks-2 {
-		return fmt.Errorf("%s: a directory with more than %d directories, which the file system of the copies cannot hold", filepath.Join(t.root.Name(), name), maxLinks-2)
 	}
 	for _, e := range entries {
 		child := path.Join(name, e.Name())

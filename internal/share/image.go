@@ -65,7 +65,7 @@ func (i *Image) Apply(ctx context.Context) (err error) {
 		out.CloseWithError(err)
 		walked <- err
 	}()
-	err = flatten.TarToExt4(ctx, in, f, flatten.TarOptions{Limits: i.Limits, Once: true})
+	err = flatten.TarToExt4(ctx, in, f, i.Limits)
 	in.CloseWithError(errStopped)
 	if why := <-walked; why != nil && !errors.Is(why, errStopped) {
 		err = why // which is all that the reader knows

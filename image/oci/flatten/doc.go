@@ -17,7 +17,7 @@
 //   - directories that no entry describes are root's, with mode 0755.
 //
 // The rules for layers are those of https://github.com/opencontainers/image-spec/blob/main/layer.md; docs/architecture.md says where
-// other programs differ. What an image may hold is bounded by Limits, names by what Linux takes, a file's hard links, a directory's directories and
+// other programs differ. What an image may hold is bounded by Limits, names by what Linux takes, a file's hard links and
 // extended attributes by what ext4 takes.
 package flatten
 
@@ -50,8 +50,8 @@ var ErrCut = errors.New("it is cut off: the mark of its end is missing")
 type Limits struct {
 	// MaxBytes is how much an image may hold: unpacked, and as its files' sizes add up, holes included. At most 8 TiB.
 	MaxBytes int64 `json:"maxBytes,omitempty"`
-	// MaxEntries is how many entries the tars of an image may have together, those that others override included. Each takes
-	// about 1 KiB of memory. At most 2^31.
+	// MaxEntries is how many entries the tars of an image may have together, those that others override included, and how many
+	// directories names may imply. Each takes about 1 KiB of memory. At most 2^31.
 	MaxEntries int64 `json:"maxEntries,omitempty"`
 }
 

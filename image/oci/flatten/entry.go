@@ -11,6 +11,10 @@ import (
 	"path"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/ext4/mkfs"
 )
 
 // Whiteouts: https://github.com/opencontainers/image-spec/blob/main/layer.md#whiteouts
@@ -45,10 +49,11 @@ const (
 // entry is what a tar's header comes to.
 type entry struct {
 	kind   kind
-	name   string      // clean, relative; "" is the root. Of a whiteout what it removes, of an opaque mark the directory.
-	target string      // of a link, clean and relative
-	header *tar.Header // for the writer, of kindDir and kindOther
-	aufs   bool        // a file of AUFS's own, which hard links of its layer may lead to
+	name   string     // clean, relative; "" is the root. Of a whiteout what it removes, of an opaque mark the directory.
+	target string     // of a link, clean and relative
+	inode  mkfs.Inode // of kindDir and kindOther, without content and extended attributes
+	xattrs map[string]string
+	aufs   bool // a file of AUFS's own, which hard links of its layer may lead to
 }
 
 // limits count what an image holds.
@@ -129,6 +134,8 @@ func (t *tail) Read(p []byte) (int, error) {
 
 const tarBlock = 512
 
+var zeros [tarBlock]byte
+
 // check says what is wrong with a tar that has come to its end after so many entries. One block for the mark is taken, as GNU tar
 // does with a warning.
 func (t *tail) check(entries int64) error {
@@ -150,30 +157,31 @@ func clean(h *tar.Header, layer bool) (e entry, err error) {
 			return e, err
 		}
 	}
-	out := &tar.Header{Typeflag: h.Typeflag, Name: e.name, Mode: h.Mode & 0o7777, Uid: h.Uid, Gid: h.Gid, ModTime: clampTime(h.ModTime)}
+	i := &e.inode
+	i.Mode, i.UID, i.GID, i.ModTime = uint16(h.Mode&0o7777), uint32(h.Uid), uint32(h.Gid), clampTime(h.ModTime)
 	switch h.Typeflag {
 	case tar.TypeXGlobalHeader, gnuVolume:
 		return entry{}, nil
 	case tar.TypeDir, gnuDumpDir:
-		out.Typeflag = tar.TypeDir
-		e.kind, out.Name = kindDir, e.name+"/"
-		if e.name == "" {
-			out.Name = "./"
-		}
+		e.kind, i.Mode = kindDir, i.Mode|unix.S_IFDIR
 	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
-		e.kind, out.Typeflag, out.Size = kindOther, tar.TypeReg, h.Size
+		e.kind, i.Mode = kindOther, i.Mode|unix.S_IFREG
 	case tar.TypeSymlink:
 		if h.Linkname == "" || len(h.Linkname) > maxPath {
 			return entry{}, entryError(h, fmt.Sprintf("a symbolic link to a name of %d bytes", len(h.Linkname)))
 		}
-		e.kind, out.Linkname = kindOther, h.Linkname
+		e.kind, i.Mode, i.Target = kindOther, i.Mode|unix.S_IFLNK|0o777, h.Linkname
 	case tar.TypeChar, tar.TypeBlock:
 		if h.Devmajor < 0 || h.Devmajor > 0xfff || h.Devminor < 0 || h.Devminor > 0xfffff {
 			return entry{}, entryError(h, fmt.Sprintf("device %d:%d, which Linux cannot have", h.Devmajor, h.Devminor))
 		}
-		e.kind, out.Devmajor, out.Devminor = kindOther, h.Devmajor, h.Devminor
+		kind := uint16(unix.S_IFCHR)
+		if h.Typeflag == tar.TypeBlock {
+			kind = unix.S_IFBLK
+		}
+		e.kind, i.Mode, i.Major, i.Minor = kindOther, i.Mode|kind, uint32(h.Devmajor), uint32(h.Devminor)
 	case tar.TypeFifo:
-		e.kind = kindOther
+		e.kind, i.Mode = kindOther, i.Mode|unix.S_IFIFO
 	case tar.TypeLink:
 		if e.target, err = cleanName(h.Linkname); err != nil {
 			return entry{}, entryError(h, "hard link: "+err.Error())
@@ -183,24 +191,20 @@ func clean(h *tar.Header, layer bool) (e entry, err error) {
 		if layer || h.Typeflag == gnuRest {
 			return entry{}, entryError(h, fmt.Sprintf("type %q is unknown", h.Typeflag))
 		}
-		e.kind, out.Typeflag, out.Size = kindOther, tar.TypeReg, h.Size // as GNU tar does
+		e.kind, i.Mode = kindOther, i.Mode|unix.S_IFREG // as GNU tar does
 	}
-	if e.aufs && (e.kind != kindOther || out.Typeflag != tar.TypeReg) {
+	if e.aufs && i.Mode&unix.S_IFMT != unix.S_IFREG {
 		return entry{}, nil
 	}
-	if e.kind != kindDir && (e.name == "" || e.name == "lost+found") {
+	if e.kind != kindDir && e.name == "" {
 		return entry{}, entryError(h, "must be a directory")
 	}
 	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) >= 1<<32-1 || int64(h.Gid) >= 1<<32-1 {
 		return entry{}, entryError(h, fmt.Sprintf("owner %d:%d", h.Uid, h.Gid))
 	}
-	if out.PAXRecords, err = xattrs(h); err != nil {
+	if e.xattrs, err = xattrs(h); err != nil {
 		return entry{}, err
 	}
-	if out.ModTime.Nanosecond() != 0 {
-		out.Format = tar.FormatPAX // the others have whole seconds
-	}
-	e.header = out
 	return e, nil
 }
 
@@ -248,12 +252,10 @@ func cleanName(name string) (string, error) {
 	return name, nil
 }
 
-// clampTime keeps to the times that the ext4 writer gets right.
+// clampTime knows no times before 1970.
 func clampTime(t time.Time) time.Time {
-	if s := t.Unix(); s < 0 || t.IsZero() {
+	if t.Unix() < 0 {
 		return time.Unix(0, 0)
-	} else if s >= 1<<33 {
-		return time.Unix(1<<33, 0)
 	}
 	return t
 }
@@ -263,7 +265,7 @@ const xattrRecord = "SCHILY.xattr."
 // maxXattr is how many bytes of a file's extended attributes ext4 has room for, without their own blocks.
 const maxXattr = 4096 - 64
 
-// xattrs picks the extended attributes that a guest is to see.
+// xattrs picks the extended attributes that a guest is to see, by their full names.
 func xattrs(h *tar.Header) (map[string]string, error) {
 	var kept map[string]string
 	used := 0
@@ -273,8 +275,7 @@ func xattrs(h *tar.Header) (map[string]string, error) {
 			if name, value, ok = libarchive(key, value); !ok {
 				continue
 			}
-			key = xattrRecord + name
-			if _, twice := h.PAXRecords[key]; twice {
+			if _, twice := h.PAXRecords[xattrRecord+name]; twice {
 				continue
 			}
 		}
@@ -289,7 +290,7 @@ func xattrs(h *tar.Header) (map[string]string, error) {
 		if kept == nil {
 			kept = map[string]string{}
 		}
-		kept[key] = value
+		kept[name] = value
 	}
 	if used > maxXattr {
 		return nil, entryError(h, fmt.Sprintf(

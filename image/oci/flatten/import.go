@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -20,24 +19,11 @@ import (
 	"push.rocks/smartvm/internal/stream"
 )
 
-// TarOptions say how a tar is made a file system. Zero values stand for defaults.
-type TarOptions struct {
-	Limits Limits
-	// Once says that one pass will do, as no name comes twice or goes through a symbolic link: no copy is made. Where that is
-	// wrong, the error is an *EntryError.
-	Once bool
-}
-
 // TarToExt4 makes dst an ext4 image, to be mounted read-only, of a root file system's tar: plain or packed with gzip, zstd,
 // xz or bzip2. It becomes what GNU tar makes of it: nothing in it is a whiteout, the last entry of a name wins, and what is
-// below a symbolic link goes where that leads. Where that takes a second pass and r is no io.Seeker that can seek, it is read
-// from a copy in dst's directory, which goes with the process. Errors are ErrEmpty, ErrCut, stream.ErrPacking, and those of Layers.
-func TarToExt4(ctx context.Context, r io.Reader, dst *os.File, o TarOptions) error {
-	t := &archive{r: r, max: newLimits(o.Limits), once: o.Once}
-	err := t.flatten(ctx, dst)
-	if t.copy != nil {
-		err = errors.Join(err, t.copy.Close())
-	}
+// below a symbolic link goes where that leads. Errors are ErrEmpty, ErrCut, stream.ErrPacking, and those of Layers.
+func TarToExt4(ctx context.Context, r io.Reader, dst *os.File, l Limits) error {
+	err := tarToExt4(ctx, r, dst, newLimits(l))
 	switch {
 	case err == nil:
 		return nil
@@ -51,69 +37,20 @@ func TarToExt4(ctx context.Context, r io.Reader, dst *os.File, o TarOptions) err
 	return fmt.Errorf("make ext4 of a tar: %w", err)
 }
 
-// archive is a tar to flatten.
-type archive struct {
-	r    io.Reader
-	max  limits
-	once bool
-	copy *os.File // of what was read, if r cannot seek
-}
-
-func (t *archive) flatten(ctx context.Context, dst *os.File) error {
-	again, err := t.repeatable(dst)
+func tarToExt4(ctx context.Context, r io.Reader, dst *os.File, l limits) error {
+	t, err := newTree(dst, l)
 	if err != nil {
 		return err
 	}
-	err = t.write(ctx, dst, func(w *writer) visitor { return newShadow(w) })
-	if errors.Is(err, errPlan) && t.once {
-		return &EntryError{Name: ".", Reason: "one of the tar's entries overrides another"}
-	}
-	if !errors.Is(err, errPlan) {
+	t.begin()
+	err = stream.Unpacked(ctx, r, func(r io.Reader) error {
+		limited := &bounded{r, l.maxBytes, bytesLimit("bytes unpacked", l.maxBytes)}
+		return readTar(limited, false, &l, func(e entry, content io.Reader) error { return t.entry(ctx, e, content) })
+	})
+	if err != nil {
 		return err
 	}
-	if t.copy != nil {
-		// The first pass need not have come to the end.
-		if _, err := io.Copy(io.Discard, t.r); err != nil {
-			return err
-		}
-	}
-	p := newPlan()
-	if err := again(); err != nil {
-		return err
-	}
-	if err := t.pass(ctx, p); err != nil {
-		return err
-	}
-	p.finish()
-	if err := again(); err != nil {
-		return err
-	}
-	return t.write(ctx, dst, func(w *writer) visitor { return &planned{plan: p, writer: w} })
-}
-
-// repeatable returns what makes r begin again.
-func (t *archive) repeatable(dst *os.File) (again func() error, err error) {
-	if seeker, ok := t.r.(io.Seeker); ok {
-		if start, err := seeker.Seek(0, io.SeekCurrent); err == nil {
-			return func() error { _, err := seeker.Seek(start, io.SeekStart); return err }, nil
-		}
-	}
-	if t.once {
-		return nil, nil
-	}
-	if t.copy, err = os.CreateTemp(filepath.Dir(dst.Name()), ".tar-"); err != nil {
-		return nil, err
-	}
-	if err := os.Remove(t.copy.Name()); err != nil {
-		return nil, err
-	}
-	// Packed it is smaller than what comes of it, but for what unpacks to nothing.
-	t.r = io.TeeReader(&bounded{r: t.r, left: t.max.maxBytes, err: bytesLimit("bytes of a tar", t.max.maxBytes)}, t.copy)
-	return func() error {
-		t.r = t.copy
-		_, err := t.copy.Seek(0, io.SeekStart)
-		return err
-	}, nil
+	return t.finish()
 }
 
 // bounded ends with an error after so many bytes.
@@ -131,64 +68,53 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (t *archive) write(ctx context.Context, dst *os.File, visit func(w *writer) visitor) error {
-	w, err := newWriter(ctx, dst, t.max)
-	if err != nil {
-		return err
-	}
-	return w.close(t.pass(ctx, visit(w)))
-}
-
-// pass goes through the tar once.
-func (t *archive) pass(ctx context.Context, v visitor) error {
-	l := limits{maxBytes: t.max.maxBytes, maxEntries: t.max.maxEntries}
-	if err := v.begin(1); err != nil {
-		return err
-	}
-	return stream.Unpacked(ctx, t.r, func(r io.Reader) error {
-		return readTar(&bounded{r, l.maxBytes, bytesLimit("bytes unpacked", l.maxBytes)}, false, &l, v.entry)
-	})
-}
-
 // DirToExt4 makes dst an ext4 image, to be mounted read-only, of a directory tree with its owners, modes, times, devices,
 // hard links and extended attributes. Sockets are left out, and so is what is mounted below root. The tree must not
 // change meanwhile. Errors are ErrEmpty and those of Layers.
 func DirToExt4(ctx context.Context, root *os.Root, dst *os.File, l Limits) error {
-	used := newLimits(l)
-	fi, err := root.Lstat(".")
-	if err != nil {
-		return fmt.Errorf("make ext4 of %s: %w", root.Name(), err)
-	}
-	w, err := newWriter(ctx, dst, used)
-	if err != nil {
-		return err
-	}
-	t := &tree{ctx: ctx, root: root, w: w, dev: fi.Sys().(*syscall.Stat_t).Dev, used: &used, links: map[[2]uint64]string{}}
-	if err = t.add("", fi); err == nil && used.entries == 1 {
-		err = hint.Add(ErrEmpty, "see whether it is the right directory, and what should be in it is mounted")
-	}
+	err := dirToExt4(ctx, root, dst, newLimits(l))
 	if wrong := (*EntryError)(nil); errors.As(err, &wrong) {
 		err = &EntryError{Name: path.Join(root.Name(), wrong.Name), Reason: wrong.Reason, IsFile: true}
 	}
-	if err = w.close(err); err != nil {
+	if err != nil {
 		return fmt.Errorf("make ext4 of %s: %w", root.Name(), err)
 	}
 	return nil
 }
 
-// tree is a directory tree that goes into an image.
-type tree struct {
-	ctx   context.Context
+func dirToExt4(ctx context.Context, root *os.Root, dst *os.File, l limits) error {
+	fi, err := root.Lstat(".")
+	if err != nil {
+		return err
+	}
+	t, err := newTree(dst, l)
+	if err != nil {
+		return err
+	}
+	t.begin()
+	d := &directory{root: root, tree: t, dev: fi.Sys().(*syscall.Stat_t).Dev, used: &l, buf: make([]byte, maxXattrs), links: map[[2]uint64]string{}}
+	if err := d.add(ctx, "", fi); err != nil {
+		return err
+	}
+	if l.entries == 1 {
+		return hint.Add(ErrEmpty, "see whether it is the right directory, and what should be in it is mounted")
+	}
+	return t.finish()
+}
+
+// directory is a directory that goes into an image.
+type directory struct {
 	root  *os.Root
-	w     *writer
+	tree  *tree
 	dev   uint64 // the file system that we stay on
 	used  *limits
+	buf   []byte               // for extended attributes
 	links map[[2]uint64]string // by device and inode, the first name of a file that has several
 }
 
-func (t *tree) add(name string, fi fs.FileInfo) error {
-	if t.ctx.Err() != nil {
-		return context.Cause(t.ctx)
+func (d *directory) add(ctx context.Context, name string, fi fs.FileInfo) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	st := fi.Sys().(*syscall.Stat_t)
 	if fi.Mode()&fs.ModeSocket != 0 {
@@ -196,29 +122,29 @@ func (t *tree) add(name string, fi fs.FileInfo) error {
 	}
 	h := &tar.Header{Name: name, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: fi.ModTime()}
 	if st.Nlink < 2 || fi.IsDir() {
-		return t.entry(h, name, fi)
+		return d.entry(ctx, h, name, fi)
 	}
 	file := [2]uint64{st.Dev, st.Ino} // what is mounted below may have the same numbers
-	if first := t.links[file]; first != "" {
+	if first := d.links[file]; first != "" {
 		h.Typeflag, h.Linkname = tar.TypeLink, first
-		return t.put(h, nil)
+		return d.put(ctx, h, nil)
 	}
-	err := t.entry(h, name, fi)
-	t.links[file] = h.Name
+	err := d.entry(ctx, h, name, fi)
+	d.links[file] = h.Name
 	return err
 }
 
 // entry writes the first or only name of a file, and what is in it.
-func (t *tree) entry(h *tar.Header, name string, fi fs.FileInfo) error {
+func (d *directory) entry(ctx context.Context, h *tar.Header, name string, fi fs.FileInfo) error {
 	st := fi.Sys().(*syscall.Stat_t)
 	here := path.Join(".", name)
 	var err error
 	switch fi.Mode().Type() {
 	case 0:
-		return t.file(h, here)
+		return d.file(ctx, h, here)
 	case fs.ModeSymlink:
 		h.Typeflag = tar.TypeSymlink
-		h.Linkname, err = t.root.Readlink(here)
+		h.Linkname, err = d.root.Readlink(here)
 	case fs.ModeNamedPipe:
 		h.Typeflag = tar.TypeFifo
 	case fs.ModeDevice, fs.ModeDevice | fs.ModeCharDevice:
@@ -233,20 +159,20 @@ func (t *tree) entry(h *tar.Header, name string, fi fs.FileInfo) error {
 		return entryError(h, "type "+fi.Mode().Type().String())
 	}
 	if err == nil {
-		err = t.xattrs(h, here)
+		err = d.xattrs(h, here)
 	}
 	if err == nil {
-		err = t.put(h, nil)
+		err = d.put(ctx, h, nil)
 	}
-	if err == nil && fi.IsDir() && st.Dev == t.dev {
-		err = t.children(name, here)
+	if err == nil && fi.IsDir() && st.Dev == d.dev {
+		err = d.children(ctx, name, here)
 	}
 	return err
 }
 
-func (t *tree) file(h *tar.Header, here string) (err error) {
+func (d *directory) file(ctx context.Context, h *tar.Header, here string) (err error) {
 	// Should the name have become a FIFO's, that must not stop us.
-	f, err := t.root.OpenFile(here, unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	f, err := d.root.OpenFile(here, unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}
@@ -259,40 +185,37 @@ func (t *tree) file(h *tar.Header, here string) (err error) {
 		return entryError(h, "was a file a moment ago")
 	}
 	h.Typeflag, h.Size = tar.TypeReg, fi.Size()
-	if err := t.xattrs(h, here); err != nil {
+	if err := d.xattrs(h, here); err != nil {
 		return err
 	}
-	return t.put(h, io.LimitReader(f, h.Size))
+	return d.put(ctx, h, io.LimitReader(f, h.Size))
 }
 
-func (t *tree) put(h *tar.Header, content io.Reader) error {
-	if err := t.used.add(h.Size); err != nil {
+func (d *directory) put(ctx context.Context, h *tar.Header, content io.Reader) error {
+	if err := d.used.add(h.Size); err != nil {
 		return err
 	}
 	e, err := clean(h, false)
 	if err != nil {
 		return err
 	}
-	if e.kind == kindLink {
-		return t.w.link(e.name, e.target)
-	}
-	return t.w.put(e.header, content)
+	return d.tree.entry(ctx, e, content)
 }
 
-func (t *tree) children(name, here string) error {
-	d, err := t.root.Open(here)
+func (d *directory) children(ctx context.Context, name, here string) error {
+	f, err := d.root.Open(here)
 	if err != nil {
 		return err
 	}
-	entries, err := d.ReadDir(-1)
-	if err = errors.Join(err, d.Close()); err != nil {
+	entries, err := f.ReadDir(-1)
+	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
 	for _, e := range entries {
 		child := path.Join(name, e.Name())
-		fi, err := t.root.Lstat(child)
+		fi, err := d.root.Lstat(child)
 		if err == nil {
-			err = t.add(child, fi)
+			err = d.add(ctx, child, fi)
 		}
 		if err != nil {
 			return err
@@ -306,15 +229,14 @@ const maxXattrs = 64 << 10
 
 // xattrs reads a file's extended attributes. Only names serve for all kinds of files: a symbolic link cannot be opened,
 // and a device should not be.
-func (t *tree) xattrs(h *tar.Header, here string) (err error) {
-	dir, err := t.root.Open(path.Dir(here))
+func (d *directory) xattrs(h *tar.Header, here string) (err error) {
+	dir, err := d.root.Open(path.Dir(here))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	name := "/proc/self/fd/" + strconv.Itoa(int(dir.Fd())) + "/" + path.Base(here)
-	buf := make([]byte, maxXattrs)
-	n, err := unix.Llistxattr(name, buf)
+	n, err := unix.Llistxattr(name, d.buf)
 	if errors.Is(err, unix.ENOTSUP) || n == 0 && err == nil {
 		return nil
 	}
@@ -322,12 +244,12 @@ func (t *tree) xattrs(h *tar.Header, here string) (err error) {
 		return fmt.Errorf("list extended attributes of %s: %w", here, err)
 	}
 	h.PAXRecords = map[string]string{}
-	for attr := range strings.SplitSeq(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
-		n, err := unix.Lgetxattr(name, attr, buf)
+	for attr := range strings.SplitSeq(strings.TrimSuffix(string(d.buf[:n]), "\x00"), "\x00") {
+		n, err := unix.Lgetxattr(name, attr, d.buf)
 		if err != nil {
 			return fmt.Errorf("read extended attribute %s of %s: %w", attr, here, err)
 		}
-		h.PAXRecords[xattrRecord+attr] = string(buf[:n])
+		h.PAXRecords[xattrRecord+attr] = string(d.buf[:n])
 	}
 	return nil
 }

@@ -32,7 +32,7 @@ func TestTarToExt4(t *testing.T) {
 	f := target(t)
 	plain := tarOf(t, true, dir(".", 0o755), dir(".", 0o711), file(".wh.a", "w"), file("a", "a"))
 	for _, how := range []string{"", "gzip", "zstd"} {
-		if err := flatten.TarToExt4(t.Context(), bytes.NewReader(pack(t, how, plain)), f, flatten.TarOptions{}); err != nil {
+		if err := flatten.TarToExt4(t.Context(), bytes.NewReader(pack(t, how, plain)), f, flatten.Limits{}); err != nil {
 			t.Fatal(err)
 		}
 		if diff := cmp.Diff([]string{". 5 0711 0:0", `.wh.a 0 0644 0:0 "w"`, `a 0 0644 0:0 "a"`}, listing(t, f)); diff != "" {
@@ -41,7 +41,7 @@ func TestTarToExt4(t *testing.T) {
 	}
 }
 
-// A tar becomes what GNU tar makes of it, also one that can be read only once.
+// A tar becomes what GNU tar makes of it. It is read once.
 func TestTarToExt4_LikeTar(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	for name, entries := range map[string][]ent{
@@ -74,20 +74,14 @@ func TestTarToExt4_LikeTar(t *testing.T) {
 				want[i] = regexp.MustCompile(`^(\S+ 5 .*) \S+Z$`).ReplaceAllString(line, "$1")
 			}
 			f := target(t)
-			if err := flatten.TarToExt4(t.Context(), io.MultiReader(bytes.NewReader(pack(t, "zstd", content))), f, flatten.TarOptions{}); err != nil {
+			if err := flatten.TarToExt4(t.Context(), io.MultiReader(bytes.NewReader(pack(t, "zstd", content))), f, flatten.Limits{}); err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(want, listing(t, f)); diff != "" {
-				t.Errorf("read once: -tar +ours:\n%s", diff)
+				t.Errorf("-tar +ours:\n%s", diff)
 			}
 			if left, err := os.ReadDir(filepath.Dir(f.Name())); err != nil || len(left) != 1 {
 				t.Errorf("%v is left: %v", left, err)
-			}
-			if err := flatten.TarToExt4(t.Context(), bytes.NewReader(content), f, flatten.TarOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(want, listing(t, f)); diff != "" {
-				t.Errorf("read twice: -tar +ours:\n%s", diff)
 			}
 		})
 	}
@@ -120,10 +114,8 @@ func TestTarToExt4_NoTar(t *testing.T) {
 		{"qcow2", append([]byte("QFI\xfb"), whole...), stream.ErrPacking},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			for _, r := range []io.Reader{bytes.NewReader(c.content), io.MultiReader(bytes.NewReader(c.content))} {
-				if err := flatten.TarToExt4(t.Context(), r, target(t), flatten.TarOptions{}); !errors.Is(err, c.want) {
-					t.Errorf("%v, want %v", err, c.want)
-				}
+			if err := flatten.TarToExt4(t.Context(), bytes.NewReader(c.content), target(t), flatten.Limits{}); !errors.Is(err, c.want) {
+				t.Errorf("%v, want %v", err, c.want)
 			}
 		})
 	}
@@ -163,7 +155,7 @@ func TestTarToExt4_Packed(t *testing.T) {
 				t.Fatal(err)
 			}
 			f := target(t)
-			if err := flatten.TarToExt4(t.Context(), io.MultiReader(bytes.NewReader(packed)), f, flatten.TarOptions{}); !errors.Is(err, c.want) {
+			if err := flatten.TarToExt4(t.Context(), io.MultiReader(bytes.NewReader(packed)), f, flatten.Limits{}); !errors.Is(err, c.want) {
 				t.Fatalf("%v, want %v", err, c.want)
 			}
 			if c.want == nil {
@@ -225,8 +217,7 @@ func TestTooMuchForExt4(t *testing.T) {
 		entries []ent
 		want    string // of the error
 	}{
-		{"64,997 directories", many(file("d/f", ""), 64_997, func(name string) ent { return dir(name, 0o700) }), ""},
-		{"64,998 implied ones", many(file("d/f", ""), 64_998, func(name string) ent { return file(name+"/f", "") }), `"d": more than 64997 directories`},
+		{"65,001 directories", many(file("d/f", ""), 65_001, func(name string) ent { return dir(name, 0o700) }), ""},
 		{"65,000 links", many(file("d/f", ""), 64_999, func(name string) ent { return link(name, "d/f") }), ""},
 		{"65,001 links", many(file("d/f", ""), 65_000, func(name string) ent { return link(name, "d/f") }), `"d/f": more than 65000 hard links`},
 		{"4,000 bytes of attributes", xattr(4000), ""},
@@ -234,7 +225,7 @@ func TestTooMuchForExt4(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := target(t)
-			err := flatten.TarToExt4(t.Context(), bytes.NewReader(tarOf(t, true, c.entries...)), f, flatten.TarOptions{})
+			err := flatten.TarToExt4(t.Context(), bytes.NewReader(tarOf(t, true, c.entries...)), f, flatten.Limits{})
 			if c.want == "" {
 				if err != nil {
 					t.Error(err)

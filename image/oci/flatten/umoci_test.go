@@ -68,7 +68,7 @@ func TestLayers_LikeUmoci(t *testing.T) {
 		g := &generator{Rand: rand.New(rand.NewPCG(seed, uint64(n))), links: map[string]string{}, alias: map[string][]string{}}
 		images[n] = g.image()
 		store.add(strconv.Itoa(n), images[n])
-		errs[n] = oursTo(t, images[n], filepath.Join(tmp, fmt.Sprintf("%d.ext4", n)))
+		errs[n] = oursTo(t, images[n], filepath.Join(tmp, fmt.Sprintf("%d.ext4", n)), n%20 == 0)
 	}
 	store.finish()
 	self, err := os.Executable()
@@ -110,16 +110,19 @@ func TestLayers_LikeUmoci(t *testing.T) {
 }
 
 // oursTo flattens an image to a file, which is empty after an error.
-func oursTo(t *testing.T, image [][]ent, to string) error {
+func oursTo(t *testing.T, image [][]ent, to string, check bool) error {
 	f, err := os.Create(to)
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, err = flatten.Layers(t.Context(), layers(t, image...), f, flatten.Options{})
-	if err != nil {
+	switch {
+	case err != nil:
 		if err := f.Truncate(0); err != nil {
 			t.Fatal(err)
 		}
+	case check:
+		fsck(t, f)
 	}
 	return errors.Join(err, f.Close())
 }

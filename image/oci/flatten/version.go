@@ -2,4 +2,4 @@ package flatten
 
 // Version is of what Layers makes of the same layers. Raise it with each change that makes another file system of them:
 // stores make theirs anew then.
-const Version = 2
+const Version = 3

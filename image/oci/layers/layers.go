@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 
@@ -38,7 +37,7 @@ func Path(dir, digest string) string { return filepath.Join(dir, strings.Replace
 // send the rest. Any number of processes may fetch into one directory.
 type Fetch struct {
 	From     Source
-	Layers   []Layer // the last are brought first
+	Layers   []Layer // the first are brought first
 	Dir      string
 	Progress func(done int64) // is told of bytes that are there, by one goroutine at a time
 
@@ -54,7 +53,7 @@ type Fetch struct {
 func (f *Fetch) Start(ctx context.Context, cancel context.CancelCauseFunc) {
 	f.layers = map[string]*transfer{}
 	var all []*transfer
-	for _, l := range slices.Backward(f.Layers) {
+	for _, l := range f.Layers {
 		if t := f.layers[l.Digest]; t != nil {
 			t.times++
 			continue

@@ -22,7 +22,7 @@ func inspection(name string, day int, labels map[string]string) *image.Inspectio
 			Name: name, ID: strings.Repeat("0123456789abcdef", 4), Digest: "sha256:x", Created: time.Date(2026, 1, day, 0, 0, 0, 0, time.UTC),
 			Config: oci.Config{Labels: labels},
 		},
-		Objects: []image.Object{{ID: "chain2-0", Type: "ext4"}, {ID: "kernel-0", Release: "6.1"}},
+		Objects: []image.Object{{ID: "chain3-0", Type: "ext4"}, {ID: "kernel-0", Release: "6.1"}},
 	}
 }
 
