@@ -9,12 +9,11 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/image/oci/pack"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/imagename"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // BaseScheme begins the reference of a base image: "base:latest", "base:lts" or "base:hosted".
@@ -109,7 +108,7 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string, from *Image) (i *
 			i.Layers = append(i.Layers, l.Digest)
 		}
 		var keep func() error
-		if keep, err = s.locks.Lock(ctx, layers, unix.LOCK_SH, "another smartvm to finish removing images"); err != nil {
+		if keep, err = s.locks.Lock(ctx, layers, lock.Shared, "another smartvm to finish removing images"); err != nil {
 			return nil, fmt.Errorf("store layers: %w", err)
 		}
 		defer func() { err = errors.Join(err, keep()) }()

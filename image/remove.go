@@ -8,13 +8,12 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/image/base"
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // Removed is what Remove or Prune took away.
@@ -174,7 +173,7 @@ func (s *Store) sweep(allLayers, partial bool) (freed int64, err error) {
 		return freed, fmt.Errorf("remove layers: %w", err)
 	}
 	defer dir.Close()
-	if err = unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+	if err = lock.Try(dir, lock.Exclusive); errors.Is(err, lock.ErrHeld) {
 		return freed, nil // a pull that is under way may want them
 	}
 	if err == nil {

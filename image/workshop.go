@@ -5,9 +5,8 @@ import (
 	"errors"
 	"log/slog"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/image/oci"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/storelock"
 )
 
@@ -34,7 +33,7 @@ func (s *Store) Workshop(ctx context.Context) (*Workshop, error) {
 		return nil, err
 	}
 	w := &Workshop{Dir: work.Dir, Layers: s.path(layersDir), OCI: s.sources(work.Dir), Offline: s.opts.Offline, Log: s.log, Progress: s.opts.Progress, work: work}
-	if w.unlock, err = s.locks.Lock(ctx, w.Layers, unix.LOCK_SH, "another smartvm to finish removing images"); err != nil {
+	if w.unlock, err = s.locks.Lock(ctx, w.Layers, lock.Shared, "another smartvm to finish removing images"); err != nil {
 		return nil, errors.Join(err, work.Close())
 	}
 	return w, nil

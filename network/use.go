@@ -17,10 +17,10 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network/bridged"
@@ -454,10 +454,7 @@ func Lock(dir string) (unlock func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock networks: %w", err)
 	}
-	for err = unix.EINTR; errors.Is(err, unix.EINTR); {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
-	}
-	if err != nil {
+	if err := lock.Block(f, lock.Exclusive); err != nil {
 		return nil, errors.Join(fmt.Errorf("lock networks: %w", err), f.Close())
 	}
 	return func() { _ = f.Close() }, nil

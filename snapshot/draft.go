@@ -11,10 +11,9 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // Draft is a snapshot that is being made, in a directory that nobody else looks into. Commit or Abort ends it. When its
@@ -42,7 +41,7 @@ func (s *Store) begin(ctx context.Context, id string) (d *Draft, err error) {
 	}
 	d.lock, err = os.Open(d.path)
 	if err == nil {
-		err = unix.Flock(int(d.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err = lock.Try(d.lock, lock.Exclusive)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("begin snapshot: %w", err), d.Abort())
@@ -127,7 +126,7 @@ func (d *Draft) publish(ctx context.Context, m *Manifest, seen map[string]string
 // rename is the moment in which a snapshot begins to exist. Those that make snapshots take turns in it, so that two do
 // not get one name.
 func (d *Draft) rename(ctx context.Context, m *Manifest) (err error) {
-	release, err := d.s.lock(ctx, d.s.temp(""), unix.LOCK_EX, "another smartvm that makes a snapshot")
+	release, err := d.s.lock(ctx, d.s.temp(""), lock.Exclusive, "another smartvm that makes a snapshot")
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // Remove removes a snapshot. While VMs use it, or it is being exported, it is an *InUseError; with force it goes all the same, and VMs
@@ -59,7 +60,7 @@ func (sn *Snapshot) keep(ctx context.Context) (release func() error, err error) 
 	if _, err := sn.s.read(sn.ID); err != nil {
 		return nil, err
 	}
-	return sn.s.lock(ctx, sn.UsersDir(), unix.LOCK_SH, "another smartvm that looks at the same snapshot")
+	return sn.s.lock(ctx, sn.UsersDir(), lock.Shared, "another smartvm that looks at the same snapshot")
 }
 
 // exported says whether somebody keeps a snapshot.
@@ -72,7 +73,7 @@ func (s *Store) exported(id string) (bool, error) {
 		return false, fmt.Errorf("look for exports: %w", err)
 	}
 	defer f.Close()
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+	if err := lock.Try(f, lock.Exclusive); errors.Is(err, lock.ErrHeld) {
 		return true, nil
 	} else if err != nil {
 		return false, fmt.Errorf("look for exports: %w", err)
@@ -137,7 +138,7 @@ func (s *Store) Sweep(context.Context) (removed []string, err error) {
 		return nil, fmt.Errorf("sweep snapshots: %w", err)
 	}
 	release := f.Close
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+	if err := lock.Try(f, lock.Exclusive); errors.Is(err, lock.ErrHeld) {
 		return nil, release()
 	} else if err != nil {
 		return nil, errors.Join(fmt.Errorf("sweep snapshots: %w", err), release())
@@ -166,7 +167,7 @@ func (s *Store) tidyOne(path string) error {
 	}
 	if err == nil {
 		defer f.Close()
-		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		if lock.Try(f, lock.Exclusive) != nil {
 			return nil // its maker lives
 		}
 		err = os.RemoveAll(path)

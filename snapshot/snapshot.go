@@ -17,6 +17,7 @@ import (
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/strictjson"
 )
 
@@ -252,7 +253,7 @@ func (sn *Snapshot) readSeen() map[string]string {
 
 // writeSeen stores the stamps, one process at a time.
 func (sn *Snapshot) writeSeen(ctx context.Context, now map[string]string) error {
-	release, err := sn.s.lock(ctx, sn.Dir(), unix.LOCK_EX, "another smartvm that checks the same snapshot")
+	release, err := sn.s.lock(ctx, sn.Dir(), lock.Exclusive, "another smartvm that checks the same snapshot")
 	if err != nil {
 		return err
 	}

@@ -17,9 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
-	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/store"
 )
 
@@ -117,29 +115,25 @@ func (s *Store) temp(name string) string { return filepath.Join(s.dir, tempDir, 
 // Hold keeps others from removing anything until it is let go of. Those that hold a store do not exclude each other. Who
 // makes a snapshot that is Ephemeral holds the store from before its Commit until there is a VM that uses it.
 func (s *Store) Hold(ctx context.Context) (release func() error, err error) {
-	return s.lock(ctx, s.dir, unix.LOCK_SH, "another smartvm to finish removing snapshots")
+	return s.lock(ctx, s.dir, lock.Shared, "another smartvm to finish removing snapshots")
 }
 
 // alone waits until nobody holds the store.
 func (s *Store) alone(ctx context.Context) (release func() error, err error) {
-	return s.lock(ctx, s.dir, unix.LOCK_EX, "another smartvm to finish with its snapshots")
+	return s.lock(ctx, s.dir, lock.Exclusive, "another smartvm to finish with its snapshots")
 }
 
 // lock takes a lock on a directory, which must be there. The lock dies with the process.
-func (s *Store) lock(ctx context.Context, path string, how int, what string) (release func() error, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("lock snapshots: %w", err)
-	}
+func (s *Store) lock(ctx context.Context, path string, how lock.Mode, what string) (release func() error, err error) {
 	waiting := func() {
 		if s.Waiting != nil {
 			s.Waiting(what)
 		}
 	}
-	if err := download.Lock(ctx, f, how, waiting); err != nil {
-		return nil, errors.Join(fmt.Errorf("lock snapshots: %w", err), f.Close())
+	if release, err = lock.Path(ctx, path, how, waiting); err != nil {
+		return nil, fmt.Errorf("lock snapshots: %w", err)
 	}
-	return f.Close, nil
+	return release, nil
 }
 
 // validID says whether s can be a snapshot's id, as it can a VM's.

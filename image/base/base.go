@@ -18,11 +18,10 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/image/release"
 	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/store"
 )
 
@@ -227,14 +226,11 @@ func (s *Store) alone(ctx context.Context, do func() error) (err error) {
 	if err := os.MkdirAll(s.path(workDir), 0o700); err != nil {
 		return err
 	}
-	f, err := os.Open(s.path(workDir))
+	release, err := lock.Path(ctx, s.path(workDir), lock.Exclusive, func() { s.opts.Waiting("another smartvm that fetches a base image") })
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	if err := download.Lock(ctx, f, unix.LOCK_EX, func() { s.opts.Waiting("another smartvm that fetches a base image") }); err != nil {
-		return err
-	}
+	defer func() { err = errors.Join(err, release()) }()
 	return do()
 }
 

@@ -15,10 +15,9 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/strictjson"
 )
 
@@ -162,7 +161,7 @@ func (s *Store) use(ctx context.Context, id string, full bool) (b *Bundle, err e
 // Hold keeps a bundle from being removed until it is let go of. Whoever makes a VM holds it until InUse sees the VM.
 // Returns fs.ErrNotExist.
 func (s *Store) Hold(ctx context.Context, id string) (release func() error, err error) {
-	f, err := s.lockBundle(id, func(f *os.File) error { return download.Lock(ctx, f, unix.LOCK_SH, nil) })
+	f, err := s.lockBundle(id, func(f *os.File) error { return lock.Wait(ctx, f, lock.Shared, nil) })
 	if err != nil {
 		return nil, fmt.Errorf("hold bundle %.140q: %w", id, err)
 	}
@@ -170,7 +169,7 @@ func (s *Store) Hold(ctx context.Context, id string) (release func() error, err 
 }
 
 // lockBundle opens and locks a bundle's directory, which is still there then.
-func (s *Store) lockBundle(id string, lock func(f *os.File) error) (*os.File, error) {
+func (s *Store) lockBundle(id string, take func(f *os.File) error) (*os.File, error) {
 	if !validID(id) {
 		return nil, fs.ErrInvalid
 	}
@@ -178,7 +177,7 @@ func (s *Store) lockBundle(id string, lock func(f *os.File) error) (*os.File, er
 	if err != nil {
 		return nil, err
 	}
-	if err = lock(f); err == nil && !download.StillAt(f, s.path(id)) {
+	if err = take(f); err == nil && !lock.StillAt(f, s.path(id)) {
 		err = fs.ErrNotExist
 	}
 	if err != nil {
@@ -236,7 +235,7 @@ func (s *Store) lock(ctx context.Context) (release func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := download.Lock(ctx, f, unix.LOCK_EX, nil); err != nil {
+	if err := lock.Wait(ctx, f, lock.Exclusive, nil); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f.Close, nil

@@ -8,9 +8,8 @@ import (
 	"io/fs"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // index is what is known beyond bundles.
@@ -106,8 +105,8 @@ func (s *Store) take(ctx context.Context, id string, remember bool) error {
 
 // takeIf removes a bundle unless it is in use, and calls last before. With remember, its digests are kept.
 func (s *Store) takeIf(ctx context.Context, id string, remember bool, last func()) error {
-	f, err := s.lockBundle(id, func(f *os.File) error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
-	if errors.Is(err, unix.EWOULDBLOCK) {
+	f, err := s.lockBundle(id, func(f *os.File) error { return lock.Try(f, lock.Exclusive) })
+	if errors.Is(err, lock.ErrHeld) {
 		return ErrInUse
 	}
 	if err != nil {

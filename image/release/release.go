@@ -20,11 +20,10 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/strictjson"
 )
@@ -263,11 +262,11 @@ func (s *Store) Install(ctx context.Context, version string) (b Binary, err erro
 	if err != nil {
 		return Binary{}, err
 	}
-	work, err := s.lock(ctx)
+	release, err := s.lock(ctx)
 	if err != nil {
 		return Binary{}, fmt.Errorf("install Firecracker %s: %w", version, err)
 	}
-	defer func() { err = errors.Join(err, work.Close()) }()
+	defer func() { err = errors.Join(err, release()) }()
 	if b, err := s.Find(version); err == nil && intact(b) {
 		return b, nil
 	}
@@ -289,20 +288,12 @@ func (s *Store) resolve(ctx context.Context, version string) (string, error) {
 }
 
 // lock makes the working directory and waits until no other process installs.
-func (s *Store) lock(ctx context.Context) (*os.File, error) {
+func (s *Store) lock(ctx context.Context) (release func() error, err error) {
 	dir := filepath.Join(s.opts.Dir, workDir)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	err = download.Lock(ctx, f, unix.LOCK_EX, func() { s.opts.Waiting("another smartvm that installs Firecracker") })
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
+	return lock.Path(ctx, dir, lock.Exclusive, func() { s.opts.Waiting("another smartvm that installs Firecracker") })
 }
 
 // intact says whether the programs are those that were installed.

@@ -1,4 +1,4 @@
-// Package disklock keeps those that change or copy a disk and the VMs that start with it apart.
+// Package disklock keeps the commands that change or copy a disk and the VMs that start with it apart.
 //
 // Which VM writes a disk is a lease, which outlives processes. What a command does to it lasts as long as its processes do, so that is a lock of
 // the disk's own file (flock): a command takes the lock and then looks for a lease, a VM takes the lease and then looks for a lock. Whatever the
@@ -7,10 +7,12 @@ package disklock
 
 import (
 	"errors"
-	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"push.rocks/smartvm/internal/lock"
 )
 
 // ErrBusy means that another process copies or changes the disk.
@@ -23,23 +25,31 @@ func Lock(f *os.File, shared bool) error {
 	if err != nil || !fi.Mode().IsRegular() {
 		return err
 	}
-	how := unix.LOCK_EX
+	how := lock.Exclusive
 	if shared {
-		how = unix.LOCK_SH
+		how = lock.Shared
 	}
-	for err = unix.EINTR; errors.Is(err, unix.EINTR); {
-		err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+	err = lock.Try(f, how)
+	for begun := time.Now(); errors.Is(err, lock.ErrHeld) && time.Since(begun) < maxAsk; err = lock.Try(f, how) {
+		time.Sleep(askPause) // it may be Free that has it
 	}
 	switch {
-	case errors.Is(err, unix.EWOULDBLOCK):
+	case errors.Is(err, lock.ErrHeld):
 		return ErrBusy
 	case errors.Is(err, unix.ENOLCK), errors.Is(err, unix.ENOTSUP), err == nil:
 		return nil
 	}
-	return fmt.Errorf("lock: %w", err)
+	return err
 }
 
-// Free returns ErrBusy if the disk at path is locked.
+// Free finds out by taking the lock, since only so a shared one is seen, and has it for two system calls. A lock that is
+// held for maxAsk is another command's.
+const (
+	maxAsk   = 50 * time.Millisecond
+	askPause = time.Millisecond
+)
+
+// Free returns ErrBusy if the disk at path is locked. No process that locks it meanwhile is refused.
 func Free(path string) error {
 	fi, err := os.Stat(path)
 	if err != nil || !fi.Mode().IsRegular() {

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/status"
 )
 
@@ -61,7 +61,7 @@ func (r *Ring) Append(ctx context.Context, e status.Event) (err error) {
 	defer dir.Close()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lockTime)
 	defer cancel()
-	if err := download.Lock(ctx, dir, unix.LOCK_EX, nil); err != nil {
+	if err := lock.Wait(ctx, dir, lock.Exclusive, nil); err != nil {
 		return err
 	}
 	f, last, err := r.open()

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/status"
 )
 
@@ -78,7 +78,7 @@ func (f *follower) pass() error {
 			return err
 		}
 		last := len(f.files) == 1
-		if last && download.StillAt(f.files[0].f, filepath.Join(f.ring.Dir, current)) {
+		if last && lock.StillAt(f.files[0].f, filepath.Join(f.ring.Dir, current)) {
 			return nil
 		}
 		if last { // what was written before it was renamed

@@ -9,9 +9,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
-	"golang.org/x/sys/unix"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // Hold says that a process holds a VM still for a while. One that dies leaves its file, unlocked, for others to see.
@@ -21,24 +20,20 @@ type Hold struct {
 }
 
 // Hold marks a VM as held. Returns ErrLocked where another process holds it, fs.ErrNotExist without the VM.
-func (s *Store) Hold(id string) (*Hold, error) {
-	for tries := 1; ; tries++ {
-		h, err := s.hold(id, os.O_CREATE)
-		if !errors.Is(err, ErrLocked) || tries == holdTries {
-			return h, err
-		}
-		time.Sleep(holdPause) // who looks for abandoned ones has it for a moment
-	}
-}
+func (s *Store) Hold(id string) (*Hold, error) { return s.hold(id, os.O_CREATE) }
 
-// How often Hold tries.
-const (
-	holdTries = 3
-	holdPause = 10 * time.Millisecond
-)
-
-// Abandoned takes over the hold of a process that has died. Returns fs.ErrNotExist where there is none, ErrLocked.
+// Abandoned takes over the hold of a process that has died. Returns fs.ErrNotExist where there is none of which anything
+// is to be taken over, ErrLocked.
 func (s *Store) Abandoned(id string) (*Hold, error) {
+	// Between the making of the file and its locking a hold looks abandoned. Nothing is noted in it then: left alone, its
+	// maker is not refused.
+	fi, err := os.Stat(filepath.Join(s.Dir(id), HoldFile))
+	if err == nil && fi.Size() == 0 {
+		err = fs.ErrNotExist
+	}
+	if err != nil {
+		return nil, fmt.Errorf("hold VM: %w", err)
+	}
 	return s.hold(id, 0)
 }
 
@@ -49,20 +44,14 @@ func (s *Store) hold(id string, create int) (*Hold, error) {
 		if err != nil {
 			return nil, fmt.Errorf("hold VM: %w", err)
 		}
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, errors.Join(ErrLocked, f.Close())
-		}
-		if err != nil {
+		if err := lock.Try(f, lock.Sole); err != nil {
 			return nil, errors.Join(fmt.Errorf("hold VM: %w", err), f.Close())
 		}
-		// Whoever had it may have let go in between, and its file is no longer the one that others find.
-		ours, err := f.Stat()
-		there, statErr := os.Stat(path)
-		if err == nil && statErr == nil && os.SameFile(ours, there) {
+		// The process that had it may have released it in between, and its file is no longer the one that others find.
+		if lock.StillAt(f, path) {
 			return &Hold{f: f}, nil
 		}
-		if err := errors.Join(err, f.Close()); err != nil {
+		if err := f.Close(); err != nil {
 			return nil, fmt.Errorf("hold VM: %w", err)
 		}
 	}

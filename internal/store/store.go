@@ -11,11 +11,11 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // A Store is a directory with a directory for each VM. Safe for concurrent use.
@@ -26,7 +26,7 @@ type Store struct {
 // Errors of this package. fs.ErrNotExist and fs.ErrExist tell of VM directories that are not there or are.
 var (
 	ErrUnsafe = errors.New("unsafe directory")
-	ErrLocked = errors.New("locked by another process")
+	ErrLocked = lock.ErrHeld
 )
 
 // Open makes dir if need be and checks that nobody but us can have prepared it, as Secure does.
@@ -123,7 +123,7 @@ type Lock struct {
 // Create makes a VM's directory and takes its lock. Returns fs.ErrExist when there is one.
 func (s *Store) Create(id string) (*Lock, error) {
 	// Between mkdir and the lock the directory looks abandoned; Reap waits for this shared lock.
-	root, err := s.lockRoot(unix.LOCK_SH)
+	root, err := s.lockRoot(lock.Shared)
 	if err != nil {
 		return nil, err
 	}
@@ -131,59 +131,68 @@ func (s *Store) Create(id string) (*Lock, error) {
 	if err := os.Mkdir(s.Dir(id), 0o700); err != nil {
 		return nil, fmt.Errorf("create VM directory: %w", err)
 	}
-	// Locked before it gets its name: whoever finds it unlocked takes the VM for a dead maker's.
+	// Locked before it gets its name: a process that finds it unlocked takes the VM for a dead maker's.
 	path := filepath.Join(s.Dir(id), LockFile)
-	f, err := os.OpenFile(path+atomicfile.TempSuffix, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("lock VM: %w", err)
+	temp := path + atomicfile.TempSuffix
+	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		if err = errors.Join(lock.Try(f, lock.Sole), os.Rename(temp, path)); err == nil {
+			return &Lock{f}, nil
+		}
+		err = errors.Join(err, os.Remove(temp), f.Close())
 	}
-	if err := errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB), os.Rename(f.Name(), path)); err != nil {
+	return nil, errors.Join(fmt.Errorf("lock VM: %w", err), os.Remove(s.Dir(id)))
+}
+
+// TryLock takes a VM's lock, or returns ErrLocked at once. Returns fs.ErrNotExist when the VM is gone.
+func (s *Store) TryLock(id string) (*Lock, error) {
+	f, path, err := s.openLock(id)
+	if err != nil {
+		return nil, err
+	}
+	return s.locked(f, path, lock.Try(f, lock.Sole))
+}
+
+// locked completes the locking of f, opened at path, which had the outcome err.
+func (s *Store) locked(f *os.File, path string, err error) (*Lock, error) {
+	// The last holder may have removed the VM, and another may have made it anew.
+	if err == nil && !lock.StillAt(f, path) {
+		err = fs.ErrNotExist
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("lock VM: %w", err), f.Close())
 	}
 	return &Lock{f}, nil
 }
 
-// TryLock takes a VM's lock, or returns ErrLocked at once. Returns fs.ErrNotExist when the VM is gone.
-func (s *Store) TryLock(id string) (*Lock, error) {
-	path := filepath.Join(s.Dir(id), LockFile)
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
+// Lock waits for a VM's lock. Returns fs.ErrNotExist when the VM is gone, ErrLocked with the context's cause when ctx ends.
+func (s *Store) Lock(ctx context.Context, id string) (*Lock, error) {
+	f, path, err := s.openLock(id)
 	if err != nil {
-		return nil, fmt.Errorf("lock VM: %w", err)
+		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, ErrLocked
-		}
-		return nil, fmt.Errorf("lock VM: %w", err)
-	}
-	// The last holder may have removed the VM, and another may have made it anew.
-	var held, there unix.Stat_t
-	if err := errors.Join(unix.Fstat(int(f.Fd()), &held), unix.Stat(path, &there)); err != nil || held.Ino != there.Ino {
-		f.Close()
-		return nil, fmt.Errorf("lock VM: %w", fs.ErrNotExist)
-	}
-	return &Lock{f}, nil
+	return s.locked(f, path, lock.Wait(ctx, f, lock.Sole, nil))
 }
 
-// lockPoll is how often Lock looks again. flock cannot wait under a context.
-const lockPoll = 2 * time.Millisecond
-
-// Lock waits for a VM's lock. Returns fs.ErrNotExist when the VM is gone, the context's cause when it ends.
-func (s *Store) Lock(ctx context.Context, id string) (*Lock, error) {
-	tick := time.NewTicker(lockPoll)
-	defer tick.Stop()
-	for {
-		l, err := s.TryLock(id)
-		if !errors.Is(err, ErrLocked) {
-			return l, err
-		}
-		select {
-		case <-ctx.Done():
-			return nil, fmt.Errorf("lock VM: %w: %w", ErrLocked, context.Cause(ctx))
-		case <-tick.C:
-		}
+func (s *Store) openLock(id string) (f *os.File, path string, err error) {
+	path = filepath.Join(s.Dir(id), LockFile)
+	if f, err = os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0); err != nil {
+		err = fmt.Errorf("lock VM: %w", err)
 	}
+	return f, path, err
+}
+
+// Locked says whether a process holds a VM's lock, and leaves the lock alone. A VM that is gone has none.
+func (s *Store) Locked(id string) (bool, error) {
+	f, _, err := s.openLock(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	held, err := lock.Held(f)
+	return held, errors.Join(err, f.Close())
 }
 
 // Unlock lets another process supervise the VM. It is idempotent.
@@ -211,7 +220,7 @@ func (s *Store) Remove(id string, l *Lock) error {
 		return errors.Join(fmt.Errorf("remove VM directory: %w", err), l.Unlock())
 	}
 	// Between the lock file's end and the directory's, another could reap that and make a new one.
-	root, err := s.lockRoot(unix.LOCK_EX)
+	root, err := s.lockRoot(lock.Exclusive)
 	if err != nil {
 		return errors.Join(err, l.Unlock())
 	}
@@ -222,7 +231,7 @@ func (s *Store) Remove(id string, l *Lock) error {
 // Reap removes a VM's directory if it has no lock file: its maker or remover died between two calls.
 // Where there is a lock file, it does nothing.
 func (s *Store) Reap(id string) error {
-	root, err := s.lockRoot(unix.LOCK_EX)
+	root, err := s.lockRoot(lock.Exclusive)
 	if err != nil {
 		return err
 	}
@@ -238,18 +247,12 @@ func (s *Store) Reap(id string) error {
 	return nil
 }
 
-func (s *Store) lockRoot(how int) (*os.File, error) {
+func (s *Store) lockRoot(m lock.Mode) (*os.File, error) {
 	f, err := os.Open(s.dir)
 	if err != nil {
 		return nil, fmt.Errorf("lock runtime directory: %w", err)
 	}
-	for {
-		err = unix.Flock(int(f.Fd()), how)
-		if err != unix.EINTR {
-			break
-		}
-	}
-	if err != nil {
+	if err := lock.Block(f, m); err != nil {
 		return nil, errors.Join(fmt.Errorf("lock runtime directory: %w", err), f.Close())
 	}
 	return f, nil

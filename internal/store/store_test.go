@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
@@ -163,6 +164,124 @@ func TestLock_Waits(t *testing.T) {
 	}
 	if _, err := s.Lock(t.Context(), "vm"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("lock what is removed: %v, want fs.ErrNotExist", err)
+	}
+}
+
+// A VM whose lock cannot be made leaves nothing: its directory's path is as long as one may be.
+func TestCreate_NothingLeft(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "runtime")
+	const maxPath = unix.PathMax - 1
+	for maxPath-len(dir) > 200 {
+		dir = filepath.Join(dir, strings.Repeat("d", 50))
+	}
+	s, err := store.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Create(strings.Repeat("v", maxPath-len(dir)-1)); !errors.Is(err, unix.ENAMETOOLONG) {
+		t.Fatalf("%v, want ENAMETOOLONG", err)
+	}
+	if ids, err := s.List(); err != nil || len(ids) > 0 {
+		t.Errorf("left: %q, %v", ids, err)
+	}
+}
+
+// Whether a VM is locked can be asked at any time: no process that tries to lock it is refused, or kept waiting.
+func TestLocked(t *testing.T) {
+	s := open(t)
+	lock, err := s.Create("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := func(id string, want bool) {
+		t.Helper()
+		if got, err := s.Locked(id); err != nil || got != want {
+			t.Errorf("locked: %v, %v, want %v", got, err, want)
+		}
+	}
+	want("vm", true)
+	want("none", false)
+	if err := lock.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	want("vm", false)
+	// While another process asks.
+	f, err := os.Open(filepath.Join(s.Dir("vm"), store.LockFile))
+	if err == nil {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_SH)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	want("vm", false)
+	f.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	var asking sync.WaitGroup
+	var asked atomic.Int32
+	defer func() { cancel(); asking.Wait() }()
+	for range 3 {
+		asking.Go(func() {
+			for ctx.Err() == nil {
+				if _, err := s.Locked("vm"); err != nil {
+					t.Error(err)
+				}
+				asked.Add(1)
+			}
+		})
+	}
+	for asked.Load() < 10_000 {
+		lock, err := s.TryLock("vm")
+		if err != nil {
+			t.Fatalf("refused: %v", err)
+		}
+		if err := lock.Unlock(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A hold that a process is only making is not taken for an abandoned one.
+func TestHold_Unnoted(t *testing.T) {
+	s := open(t)
+	lock, err := s.Create("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Unlock()
+	h, err := s.Hold("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Hold("vm"); !errors.Is(err, store.ErrLocked) {
+		t.Errorf("held by two: %v, want ErrLocked", err)
+	}
+	if err := h.Abandon(); err != nil { // as far as making it goes before it is locked
+		t.Fatal(err)
+	}
+	if _, err := s.Abandoned("vm"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without a note: %v, want fs.ErrNotExist", err)
+	}
+	if h, err = s.Hold("vm"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(h.MustResume(), h.MustDeflate(7)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Abandoned("vm"); !errors.Is(err, store.ErrLocked) {
+		t.Errorf("of a process that lives: %v, want ErrLocked", err)
+	}
+	if err := h.Abandon(); err != nil {
+		t.Fatal(err)
+	}
+	other, err := s.Abandoned("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mib, ok := other.Deflates(); !other.Resumes() || mib != 7 || !ok {
+		t.Errorf("resumes %v, deflates %d, %v", other.Resumes(), mib, ok)
+	}
+	if err := other.Release(); err != nil {
+		t.Error(err)
 	}
 }
 

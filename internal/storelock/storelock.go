@@ -12,10 +12,8 @@ import (
 	"os"
 	"path/filepath"
 
-	"golang.org/x/sys/unix"
-
-	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/kept"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // Dir is such a directory. All paths must be there.
@@ -30,12 +28,12 @@ type Dir struct {
 // Share keeps others from having the directory alone until it is released. Who shares it must not share it again, since a
 // process that waits for having it alone comes first. What is said to be waited for.
 func (d *Dir) Share(ctx context.Context, what string) (release func() error, err error) {
-	return d.enter(ctx, unix.LOCK_SH, what)
+	return d.enter(ctx, lock.Shared, what)
 }
 
 // Alone waits until nobody shares the directory, and clears away what those that died were making.
 func (d *Dir) Alone(ctx context.Context, what string) (release func() error, err error) {
-	release, err = d.enter(ctx, unix.LOCK_EX, what)
+	release, err = d.enter(ctx, lock.Exclusive, what)
 	if err != nil {
 		return nil, err
 	}
@@ -47,7 +45,7 @@ func (d *Dir) Alone(ctx context.Context, what string) (release func() error, err
 
 // enter takes the store's lock by way of another, which who waits has alone: so those that come one after the other, each
 // before the last has gone, do not keep out for good who wants the store alone.
-func (d *Dir) enter(ctx context.Context, how int, what string) (release func() error, err error) {
+func (d *Dir) enter(ctx context.Context, how lock.Mode, what string) (release func() error, err error) {
 	gate, err := d.Lock(ctx, d.Gate, how, what)
 	if err != nil {
 		return nil, err
@@ -77,8 +75,8 @@ func (d *Dir) tidy() error {
 		if err != nil {
 			err = os.RemoveAll(path) // no file or directory: none of ours
 		} else {
-			err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-			if errors.Is(err, unix.EWOULDBLOCK) {
+			err = lock.Try(f, lock.Exclusive)
+			if errors.Is(err, lock.ErrHeld) {
 				err = f.Close()
 			} else {
 				err = errors.Join(err, os.RemoveAll(path), f.Close())
@@ -97,22 +95,18 @@ func (d *Dir) Begin() error {
 	if err != nil {
 		return fmt.Errorf("lock store: %w", err)
 	}
-	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+	if lock.Try(f, lock.Exclusive) == nil {
 		err = d.tidy()
 	}
 	return errors.Join(err, f.Close())
 }
 
 // Lock takes a lock on a file or directory, which must be there. The lock dies with the process.
-func (d *Dir) Lock(ctx context.Context, path string, how int, what string) (release func() error, err error) {
-	f, err := os.Open(path)
-	if err != nil {
+func (d *Dir) Lock(ctx context.Context, path string, how lock.Mode, what string) (release func() error, err error) {
+	if release, err = lock.Path(ctx, path, how, func() { d.Waiting(what) }); err != nil {
 		return nil, fmt.Errorf("lock store: %w", err)
 	}
-	if err := download.Lock(ctx, f, how, func() { d.Waiting(what) }); err != nil {
-		return nil, errors.Join(fmt.Errorf("lock store: %w", err), f.Close())
-	}
-	return f.Close, nil
+	return release, nil
 }
 
 // One makes the making of one thing exclusive: one process does, others wait. The lock's file stays until the store is
@@ -125,10 +119,10 @@ func (d *Dir) One(ctx context.Context, kind, key, what string) (release func() e
 		if err != nil {
 			return nil, fmt.Errorf("lock store: %w", err)
 		}
-		if err := download.Lock(ctx, f, unix.LOCK_EX, func() { d.Waiting(what) }); err != nil {
+		if err := lock.Wait(ctx, f, lock.Exclusive, func() { d.Waiting(what) }); err != nil {
 			return nil, errors.Join(fmt.Errorf("lock store: %w", err), f.Close())
 		}
-		if download.StillAt(f, path) {
+		if lock.StillAt(f, path) {
 			return f.Close, nil
 		}
 		if err := f.Close(); err != nil { // the store was tidied meanwhile
@@ -158,11 +152,11 @@ func (d *Dir) Work() (*Work, error) {
 		if err != nil {
 			return nil, fmt.Errorf("make a place to work: %w", err)
 		}
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil && download.StillAt(f, dir) {
+		err = lock.Try(f, lock.Exclusive)
+		if err == nil && lock.StillAt(f, dir) {
 			return &Work{dir, f}, nil
 		}
-		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) {
+		if err != nil && !errors.Is(err, lock.ErrHeld) {
 			return nil, errors.Join(fmt.Errorf("make a place to work: %w", err), f.Close())
 		}
 		if err := f.Close(); err != nil {

@@ -8,9 +8,8 @@ import (
 	"path/filepath"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/store"
 )
 
@@ -56,30 +55,27 @@ func Sweep(ctx context.Context, h *smartvm.Host) error {
 	return errors.Join(errs...)
 }
 
-const (
-	holdTimeout = 10 * time.Second // how long Remove waits for a Hold
-	holdPoll    = 5 * time.Millisecond
-)
+// holdTimeout is how long Remove waits for a Hold.
+const holdTimeout = 10 * time.Second
 
 // Hold keeps Remove waiting for a moment after m has ended, so that the caller can read how. Release lets go.
 func Hold(m *smartvm.Machine) (release func(), err error) {
-	f, err := lock(m, unix.LOCK_SH)
+	f, err := os.Open(machineFile(m))
 	if err != nil {
 		return nil, fmt.Errorf("VM %s: %w", m.ID(), err)
+	}
+	if err := lock.Block(f, lock.Shared); err != nil { // Remove has it for a moment
+		return nil, errors.Join(fmt.Errorf("VM %s: %w", m.ID(), err), f.Close())
 	}
 	return func() { _ = f.Close() }, nil
 }
 
 // Remove removes m, but not before those who hold it have seen how it ended. That it is gone is success.
 func Remove(ctx context.Context, m *smartvm.Machine) error {
-	for deadline := time.Now().Add(holdTimeout); time.Now().Before(deadline) && ctx.Err() == nil; time.Sleep(holdPoll) {
-		f, err := lock(m, unix.LOCK_EX)
-		if err == nil {
-			f.Close()
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			break
-		}
+	patience, cancel := context.WithTimeout(ctx, holdTimeout)
+	defer cancel()
+	if release, err := lock.Path(patience, machineFile(m), lock.Exclusive, nil); err == nil {
+		_ = release()
 	}
 	if err := m.Remove(ctx); !errors.Is(err, smartvm.ErrNotFound) {
 		return err
@@ -87,14 +83,5 @@ func Remove(ctx context.Context, m *smartvm.Machine) error {
 	return nil
 }
 
-// lock locks the one file of a VM that never changes.
-func lock(m *smartvm.Machine, how int) (*os.File, error) {
-	f, err := os.Open(filepath.Join(m.RuntimeDir(), store.MachineFile))
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
-}
+// machineFile is what Hold and Remove lock.
+func machineFile(m *smartvm.Machine) string { return filepath.Join(m.RuntimeDir(), store.MachineFile) }

@@ -3,14 +3,12 @@ package testenv
 import (
 	"context"
 	"errors"
-	"os"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/testenv/leak"
 )
 
@@ -76,9 +74,9 @@ var turn turnLock
 
 // turnLock counts nested holders of a lock that other processes respect.
 type turnLock struct {
-	mu   sync.Mutex
-	held int
-	file *os.File
+	mu      sync.Mutex
+	held    int
+	release func() error
 }
 
 func (l *turnLock) take() error {
@@ -90,8 +88,8 @@ func (l *turnLock) take() error {
 		if err != nil {
 			return err
 		}
-		l.file, err = lockDir(turnDir)
-		if err := errors.Join(err, next.Close()); err != nil {
+		l.release, err = lockDir(turnDir)
+		if err := errors.Join(err, next()); err != nil {
 			return err
 		}
 	}
@@ -103,27 +101,14 @@ func (l *turnLock) give() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.held--; l.held == 0 {
-		_ = l.file.Close()
-		l.file = nil
+		_ = l.release()
 	}
 }
 
 // lockDir waits for a lock on a directory until turnTime is over. Unlike a lock
 // file, it leaves nothing behind.
-func lockDir(path string) (*os.File, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(turnTime); ; <-tick.C {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return f, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline) {
-			return nil, errors.Join(err, f.Close())
-		}
-	}
+func lockDir(path string) (release func() error, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), turnTime)
+	defer cancel()
+	return lock.Path(ctx, path, lock.Exclusive, nil)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -84,9 +83,11 @@ func (v *VM) Look(ctx context.Context) (state status.State, sure bool, err error
 		defer v.env.closeLater(c)
 		return v.ask(ctx, c, p)
 	}
-	lock, err := v.env.Store.TryLock(v.Record().ID)
-	if err == nil {
-		return status.Lost, true, lock.Unlock()
+	switch held, err := v.env.Store.Locked(v.Record().ID); {
+	case err != nil:
+		return "", false, fmt.Errorf("VM %s: %w", v.Record().ID, err)
+	case !held:
+		return status.Lost, true, nil
 	}
 	// A start deletes exit.json first; the end of a run writes it before any cleanup.
 	if exit, err := v.Exit(); err == nil && exit != nil {
@@ -100,16 +101,11 @@ func (v *VM) Look(ctx context.Context) (state status.State, sure bool, err error
 
 // Supervised says whether a process supervises the VM. Without one it goes on, but what its guest writes is lost.
 func (v *VM) Supervised() (bool, error) {
-	lock, err := v.env.Store.TryLock(v.Record().ID)
-	switch {
-	case errors.Is(err, store.ErrLocked):
-		return true, nil
-	case errors.Is(err, fs.ErrNotExist):
-		return false, nil
-	case err != nil:
+	held, err := v.env.Store.Locked(v.Record().ID)
+	if err != nil {
 		return false, fmt.Errorf("VM %s: %w", v.Record().ID, err)
 	}
-	return false, lock.Unlock()
+	return held, nil
 }
 
 // atRest tells the states of a VM that has no run.

@@ -13,11 +13,9 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/firecracker"
-	"push.rocks/smartvm/internal/download"
+	"push.rocks/smartvm/internal/lock"
 )
 
 // Member is the file of a VM that is in a pool, or is to be.
@@ -89,7 +87,7 @@ func (b *Member) take() bool {
 }
 
 func (b *Member) lock(f *os.File) bool {
-	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil || !download.StillAt(f, b.path) {
+	if lock.Try(f, lock.Exclusive) != nil || !lock.StillAt(f, b.path) {
 		_ = f.Close()
 		return false
 	}

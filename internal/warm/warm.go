@@ -16,12 +16,10 @@ import (
 	"strings"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/atomicfile"
-	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/internal/supervise"
@@ -103,14 +101,11 @@ func (s *Store) read(name string) (p Pool, err error) {
 
 // lock keeps other processes from changing pools.
 func (s *Store) lock(ctx context.Context) (unlock func(), err error) {
-	f, err := os.Open(s.dir)
+	release, err := lock.Path(ctx, s.dir, lock.Exclusive, nil)
 	if err != nil {
 		return nil, fmt.Errorf("lock pools: %w", err)
 	}
-	if err := download.Lock(ctx, f, unix.LOCK_EX, nil); err != nil {
-		return nil, errors.Join(fmt.Errorf("lock pools: %w", err), f.Close())
-	}
-	return func() { _ = f.Close() }, nil
+	return func() { _ = release() }, nil
 }
 
 // change rewrites a pool's file.
@@ -212,10 +207,10 @@ func (s *Store) lockFill(ctx context.Context, name string) (unlock func(), err e
 		if err != nil {
 			return nil, fmt.Errorf("fill pool %q: %w", name, err)
 		}
-		if err := download.Lock(ctx, f, unix.LOCK_EX, nil); err != nil {
+		if err := lock.Wait(ctx, f, lock.Exclusive, nil); err != nil {
 			return nil, errors.Join(fmt.Errorf("fill pool %q: %w", name, err), f.Close())
 		}
-		if download.StillAt(f, path) { // else the pool was removed meanwhile, and may be there again
+		if lock.StillAt(f, path) { // else the pool was removed meanwhile, and may be there again
 			return func() { _ = f.Close() }, nil
 		}
 		if err := f.Close(); err != nil {
