@@ -41,7 +41,8 @@ func Open(dir string) (*Store, error) {
 
 // Secure makes dir, and the parents it lacks, with mode 0700, and checks that it is ours alone: not a symbolic
 // link, our own, mode 0700, and that nobody but us and root can put another in its place: every parent is
-// ours or root's, and one that all may write is sticky, as /tmp is. Errors of those checks are ErrUnsafe.
+// ours or root's, and one that others may write is sticky, as /tmp is. Root's own group, and for another user than root the
+// primary group, which is often the user's alone, are not others. Errors of those checks are ErrUnsafe.
 func Secure(dir string) error {
 	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -81,11 +82,17 @@ func secureParents(dir string) error {
 		if err != nil {
 			return fmt.Errorf("check directory: %w", err)
 		}
-		if uid := int(fi.Sys().(*syscall.Stat_t).Uid); uid != os.Geteuid() && uid != 0 {
+		st := fi.Sys().(*syscall.Stat_t)
+		if uid := int(st.Uid); uid != os.Geteuid() && uid != 0 {
 			return fmt.Errorf("%w: %s, above it, belongs to user %d", ErrUnsafe, dir, uid)
 		}
-		if fi.Mode().Perm()&0o002 != 0 && fi.Mode()&fs.ModeSticky == 0 {
+		sticky := fi.Mode()&fs.ModeSticky != 0
+		if fi.Mode().Perm()&0o002 != 0 && !sticky {
 			return fmt.Errorf("%w: %s, above it, can be written by anybody", ErrUnsafe, dir)
+		}
+		own := int(st.Gid) == 0 || os.Geteuid() != 0 && int(st.Gid) == os.Getegid()
+		if fi.Mode().Perm()&0o020 != 0 && !sticky && !own {
+			return fmt.Errorf("%w: %s, above it, can be written by group %d", ErrUnsafe, dir, st.Gid)
 		}
 		if dir == filepath.Dir(dir) {
 			return nil

@@ -52,6 +52,15 @@ func TestSecure(t *testing.T) {
 			return errors.Join(os.Mkdir(dir, 0o700), os.Chown(dir, 65534, 65534))
 		}},
 		{"below another's", "above it, belongs to user 65534", true, func(dir string) error { return os.Chown(filepath.Dir(dir), 65534, 0) }},
+		{"below another group's", "above it, can be written by group 12345", true, func(dir string) error {
+			return errors.Join(os.Chown(filepath.Dir(dir), 0, 12345), os.Chmod(filepath.Dir(dir), 0o2775))
+		}},
+		{"below another group's that is sticky", "", true, func(dir string) error {
+			return errors.Join(os.Chown(filepath.Dir(dir), 0, 12345), os.Chmod(filepath.Dir(dir), 0o775|fs.ModeSticky))
+		}},
+		{"below another group's that only it may read", "", true, func(dir string) error {
+			return errors.Join(os.Chown(filepath.Dir(dir), 0, 12345), os.Chmod(filepath.Dir(dir), 0o755))
+		}},
 		{"below anybody's", "can be written by anybody", false, func(dir string) error { return os.Chmod(filepath.Dir(dir), 0o777) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
