@@ -124,7 +124,7 @@ func normalPlan(t *testing.T, h *smartvm.Host, site *faultSite) []byte {
 		{`smartvm/` + site.spec.ID + `-[0-9a-f]{8}/`, `$$PARENT/` + site.spec.ID + `-$$NONCE/`},
 		{site.spec.ID + `-[0-9a-f]{8}`, site.spec.ID + `-$$NONCE`},
 		{`"?\b(19|20)\d{8}\b"?`, `"$$UID"`}, // chosen by the runtime directory's path
-		{`"name": "[0-9a-f]+:[0-9a-f]+"`, `"name": "$$INODE"`},
+		{`"(name|file)": "[0-9a-f]+:[0-9a-f]+"`, `"$1": "$$INODE"`},
 	} {
 		text = regexp.MustCompile(r.pattern).ReplaceAllString(text, r.with)
 	}

@@ -63,7 +63,7 @@ func (h Host) Look(rec *Record) (*Input, error) {
 		if rec.Jailer == "" || !fi.Mode().IsRegular() {
 			continue // a block device gets a node of its own in the jail
 		}
-		if in.owners[d.path], err = stage.NewOwner(d.path, rec.UID, rec.UID); err != nil {
+		if in.owners[d.path], err = stage.NewOwner(d.path, in.inodes[d.path], rec.UID); err != nil {
 			return nil, fmt.Errorf("look at drive %s: %w", d.ID, err)
 		}
 	}

@@ -59,7 +59,9 @@ func (in *Input) Plan() *Plan {
 	}
 	pl.kernel(in)
 	for _, d := range devices {
-		pl.Config.Items = append(pl.Config.Items, stage.Item{Source: d.Source, Name: configure.DevicePath(d.ID), Writable: !d.ReadOnly || d.Staged})
+		pl.Config.Items = append(pl.Config.Items, stage.Item{
+			Source: d.Source, Name: configure.DevicePath(d.ID), Writable: !d.ReadOnly || d.Staged, File: in.inodes[d.Source],
+		})
 		switch {
 		case d.Staged:
 			*copies = append(*copies, &stage.File{Source: d.path, Target: d.Source, UID: uid})

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/stage"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 )
 
@@ -46,6 +47,98 @@ func inode(t *testing.T, path string) uint64 {
 		t.Fatal(err)
 	}
 	return fi.Sys().(*syscall.Stat_t).Ino
+}
+
+// fileName is what store.DriveName calls the file at path.
+func fileName(t *testing.T, path string) string {
+	t.Helper()
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store.DriveName(fi)
+}
+
+// swap puts a file of root's in the place of the one at path, as the owner of its directory can: by a name or by a link.
+func swap(t *testing.T, path string, byLink bool) (roots string) {
+	t.Helper()
+	roots = path + "-of-root"
+	err := errors.Join(os.WriteFile(roots, nil, 0o600), os.Rename(path, path+"-away"))
+	if byLink {
+		err = errors.Join(err, os.Symlink(roots, path))
+	} else {
+		err = errors.Join(err, os.Link(roots, path))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return roots
+}
+
+// Whoever owns a drive's directory cannot have root give a VMM another file than the one that was leased.
+func TestOwner_Swapped(t *testing.T) {
+	testenv.Require(t, testenv.Root)
+	for name, byLink := range map[string]bool{"by name": false, "by link": true} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "drive")
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			o, err := stage.NewOwner(path, fileName(t, path), vmmUser)
+			if err != nil {
+				t.Fatal(err)
+			}
+			roots := swap(t, path, byLink)
+			if _, err := stage.NewOwner(path, o.File, vmmUser); !errors.Is(err, stage.ErrReplaced) {
+				t.Errorf("described: %v, want ErrReplaced", err)
+			}
+			if err := o.Apply(t.Context()); !errors.Is(err, stage.ErrReplaced) {
+				t.Errorf("lent: %v, want ErrReplaced", err)
+			}
+			wantOwner(t, roots, 0)
+			wantOwner(t, path+"-away", 0)
+			// Nor have it given to the drive's owner.
+			o.WasUID, o.WasGID = 5, 5
+			if err := errors.Join(os.Chown(roots, vmmUser, vmmUser), o.Revert(t.Context())); err != nil {
+				t.Error(err)
+			}
+			wantOwner(t, roots, vmmUser)
+			// A journal of an older version does not tell which file it was: then it is known by its owner, links apart.
+			o.File = ""
+			if err := o.Revert(t.Context()); err != nil {
+				t.Error(err)
+			}
+			wantOwner(t, roots, map[bool]uint32{false: 5, true: vmmUser}[byLink])
+		})
+	}
+}
+
+func TestPlaceJailed_Swapped(t *testing.T) {
+	testenv.Require(t, testenv.Root)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "drive")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	item := stage.Item{Source: path, Name: "drive", Writable: true, File: fileName(t, path)}
+	if _, err := stage.PlaceJailed(t.Context(), filepath.Join(dir, "well"), vmmUser, []stage.Item{item}); err != nil {
+		t.Fatal(err)
+	}
+	bind := stage.Bind{Target: path, File: item.File}
+	if err := bind.Check(); err != nil {
+		t.Errorf("a bind that shows the file: %v", err)
+	}
+	swap(t, path, true)
+	if err := bind.Check(); !errors.Is(err, stage.ErrReplaced) {
+		t.Errorf("a bind that shows another: %v, want ErrReplaced", err)
+	}
+	root := filepath.Join(dir, "root")
+	if _, err := stage.PlaceJailed(t.Context(), root, vmmUser, []stage.Item{item}); !errors.Is(err, stage.ErrReplaced) {
+		t.Errorf("%v, want ErrReplaced", err)
+	}
+	if _, err := os.Lstat(filepath.Join(root, "drive")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it was placed: %v", err)
+	}
 }
 
 func TestPlaceJailed(t *testing.T) {
@@ -208,11 +301,12 @@ func TestOwner(t *testing.T) {
 	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chown(path, 5, 6)); err != nil {
 		t.Fatal(err)
 	}
-	o, err := stage.NewOwner(path, vmmUser, vmmUser)
+	o, err := stage.NewOwner(path, fileName(t, path), vmmUser)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(&stage.Owner{Path: path, UID: vmmUser, GID: vmmUser, WasUID: 5, WasGID: 6}, o); diff != "" {
+	want := &stage.Owner{Path: path, File: fileName(t, path), UID: vmmUser, GID: vmmUser, WasUID: 5, WasGID: 6}
+	if diff := cmp.Diff(want, o); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	if err := o.Apply(ctx); err != nil {
@@ -236,7 +330,7 @@ func TestOwner(t *testing.T) {
 	if err := errors.Join(os.Remove(path), o.Revert(ctx)); err != nil {
 		t.Errorf("of a file that is gone: %v", err)
 	}
-	if _, err := stage.NewOwner(path, 1, 1); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := stage.NewOwner(path, "", 1); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("of no file: %v", err)
 	}
 	if err := o.Apply(context.Background()); !errors.Is(err, fs.ErrNotExist) {

@@ -4,13 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"push.rocks/smartvm/internal/sockpath"
 )
 
 // A socket that is not there yet is tried this often. A notification descriptor would cost more to close than Firecracker
@@ -49,17 +48,34 @@ func (p *Process) Dial(ctx context.Context, name string) (net.Conn, error) {
 	}
 }
 
-// DialSocket connects to the Unix socket dir/name, however long that path is.
+// DialSocket connects to the Unix socket dir/name, however long that path is. The directory may be the VMM's own, so a link
+// there, which could lead to a socket of the host, is not followed.
 func DialSocket(ctx context.Context, dir, name string) (net.Conn, error) {
-	path, done, err := sockpath.At(dir, name)
+	c, err := dialSocket(ctx, filepath.Join(dir, name))
 	if err != nil {
 		return nil, fmt.Errorf("connect to VMM: %w", err)
 	}
-	defer done()
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", path)
+	return c, nil
+}
+
+func dialSocket(ctx context.Context, path string) (net.Conn, error) {
+	// The socket is connected to by a descriptor of it: nothing can be put in its place after it was looked at.
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("connect to VMM: %w", err)
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		return nil, fmt.Errorf("%w: %s is no socket", fs.ErrInvalid, path)
+	}
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return c, nil
 }

@@ -51,6 +51,9 @@ func bind(b stage.Bind) error {
 	if err := unix.Mount(b.Source, b.Target, "", unix.MS_BIND, ""); err != nil {
 		return err
 	}
+	if err := b.Check(); err != nil { // by path, it may have been replaced meanwhile
+		return err
+	}
 	if !b.ReadOnly {
 		return nil
 	}

@@ -406,6 +406,17 @@ func TestDialSocket(t *testing.T) {
 			if _, err := vmm.DialSocket(t.Context(), dir, "missing"); !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("no socket: %v, want fs.ErrNotExist", err)
 			}
+			// What the VMM may have put there: it does not lead to other sockets.
+			other := t.TempDir()
+			err = errors.Join(os.Symlink(filepath.Join(dir, name), filepath.Join(other, "link")), os.WriteFile(filepath.Join(other, "file"), nil, 0o600))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, bad := range []string{"link", "file"} {
+				if c, err := vmm.DialSocket(t.Context(), other, bad); !errors.Is(err, fs.ErrInvalid) {
+					t.Errorf("a %s: %v, %v, want fs.ErrInvalid", bad, c, err)
+				}
+			}
 		})
 	}
 }

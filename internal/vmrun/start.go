@@ -140,7 +140,7 @@ func (r *Run) complete(ctx context.Context, e journal.Effect) (journal.Effect, e
 	v := r.vm
 	switch e := e.(type) {
 	case *stage.Owner:
-		return stage.NewOwner(e.Path, e.UID, e.GID)
+		return stage.NewOwner(e.Path, e.File, e.UID)
 	case *share.Image:
 		e.Log = v.env.Log.With("vm", v.Record().ID)
 	case *network.Guest:
