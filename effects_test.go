@@ -406,3 +406,86 @@ func TestEffects_RecordIsEnough(t *testing.T) {
 		}
 	})
 }
+
+// While it cannot be told that a VMM has ended, what it uses is kept; it is undone once that can be told.
+func TestEffects_Barriers(t *testing.T) {
+	var barriers []string
+	for kind, e := range smartvm.EffectKinds() {
+		if _, ok := e().(journal.Barrier); ok {
+			barriers = append(barriers, kind)
+		}
+	}
+	slices.Sort(barriers)
+	if diff := cmp.Diff([]string{"cgroup", "process"}, barriers); diff != "" {
+		t.Fatalf("-want +got:\n%s", diff)
+	}
+	parent, err := cgroup.Parent("smartvm-barrier-test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if parent == "" {
+		t.Skip("no control groups can be made here")
+	}
+	for _, last := range barriers {
+		t.Run(last, func(t *testing.T) {
+			dir := t.TempDir()
+			testenv.NoLeaks(t)
+			// Groups are seen by way of a link, and not where it leads elsewhere: as in a container without their hierarchy.
+			way := filepath.Join(dir, "groups")
+			see := func(to string) {
+				t.Helper()
+				_ = os.Remove(way)
+				if err := os.Symlink(to, way); err != nil {
+					t.Fatal(err)
+				}
+			}
+			see(filepath.Dir(parent))
+			group := &cgroup.Group{Path: filepath.Join(way, filepath.Base(parent), filepath.Base(filepath.Dir(dir)))}
+			lease := effectCases["lease"].describe(t, dir)
+			process := describeProcess(t, dir).(*vmm.Process)
+			process.Cgroup = group.Path
+			done := []journal.Effect{lease, group, process}
+			if last == "cgroup" {
+				done = done[:2]
+			}
+			path := filepath.Join(dir, "journal")
+			j, err := journal.Create(path, smartvm.EffectKinds(), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, e := range done {
+				if err := j.Do(t.Context(), e); err != nil {
+					t.Fatal(err)
+				}
+			}
+			again := func() error { // as another process
+				if err := j.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if j, err = journal.Open(path, smartvm.EffectKinds(), nil); err != nil {
+					t.Fatal(err)
+				}
+				return j.Revert(t.Context())
+			}
+			see(dir)
+			if err := again(); err == nil || !strings.Contains(err.Error(), "revert "+last) || strings.Count(err.Error(), "revert") > 1 {
+				t.Errorf("undone without a look at the group: %v, want an error of %s alone", err, last)
+			}
+			if !effectCases["lease"].there(lease) {
+				t.Error("the lease was given back")
+			}
+			see(filepath.Dir(parent))
+			if last == "process" {
+				if alive, err := vmm.Attach(process.Dir, process.Cgroup).Alive(); err != nil || !alive {
+					t.Errorf("it lives: %v, %v", alive, err)
+				}
+			}
+			if err := again(); err != nil {
+				t.Error(err)
+			}
+			if effectCases["lease"].there(lease) || exists(group.Path) {
+				t.Error("not all was undone")
+			}
+		})
+	}
+}

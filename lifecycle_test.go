@@ -435,7 +435,7 @@ func TestMachine_ConsoleBlocks(t *testing.T) {
 		t.Errorf("stop: %v, want the context's end", err)
 	}
 	eventually(t, "the VMM ends", func() bool { return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) })
-	close(unblock)
+	defer close(unblock)
 	if exit, err := m.Wait(t.Context()); err != nil || exit.Outcome != smartvm.OutcomeKilled {
 		t.Errorf("it ended %+v, %v", exit, err)
 	}

@@ -166,7 +166,7 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	}
 	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec().Spec.Name, m.rec().ID), m.vm.Dial(), m.vm.Process(), m.vm.Root(), m.vm.TraceCall
 	defer func() { err = errors.Join(err, v.Client.Close()) }()
-	defer v.Process.EndIfHung()()
+	defer v.Process.EndIfHung(ctx)()
 	info, err := v.Client.GetInstanceInfo(ctx) // however long it takes to say so
 	if err != nil {
 		return sm, nil, err

@@ -33,6 +33,13 @@ type Effect interface {
 	Revert(context.Context) error
 }
 
+// Barrier is an effect that what was recorded before it serves, as a process has files open: while it cannot be undone,
+// nothing older is.
+type Barrier interface {
+	Effect
+	Barrier()
+}
+
 // Kinds names every kind of effect a journal may hold. The value makes an empty effect, a pointer to a
 // struct, for JSON to fill.
 type Kinds map[string]func() Effect
@@ -230,8 +237,8 @@ func (j *Journal) Effects() []Effect {
 	return all
 }
 
-// Revert undoes every effect, newest first, and removes the journal. It goes on after an error, and keeps the
-// journal then, so that it can be tried again. The context's values serve; its end does not stop the way down.
+// Revert undoes every effect, newest first, and removes the journal. After an error it keeps the journal, so that it can be
+// tried again, and goes on, but not past a Barrier. The context's values serve; its end does not stop the way down.
 func (j *Journal) Revert(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), RevertTimeout)
 	defer cancel()
@@ -244,6 +251,9 @@ func (j *Journal) Revert(ctx context.Context) error {
 		j.step("revert", e.kind)
 		if err := e.effect.Revert(ctx); err != nil {
 			errs = append(errs, fmt.Errorf("revert %s: %w", e.kind, err))
+			if _, ok := e.effect.(Barrier); ok {
+				break
+			}
 			continue
 		}
 		j.step("reverted", e.kind)

@@ -46,9 +46,17 @@ func (e *thing) Revert(context.Context) error {
 	return nil
 }
 
+// program is a thing that others serve.
+type program struct{ thing }
+
+func (*program) Barrier() {}
+
 func newWorld() (*world, journal.Kinds) {
 	w := &world{ours: map[string]bool{}, theirs: map[string]bool{}, fail: map[string]error{}}
-	return w, journal.Kinds{"thing": func() journal.Effect { return &thing{w: w} }}
+	return w, journal.Kinds{
+		"thing":   func() journal.Effect { return &thing{w: w} },
+		"program": func() journal.Effect { return &program{thing{w: w}} },
+	}
 }
 
 func create(t *testing.T, kinds journal.Kinds) (*journal.Journal, string) {
@@ -288,4 +296,39 @@ func FuzzOpen(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What a program uses is kept until it has ended: by this process, and by the next that reads the journal.
+func TestRevertStopsAtABarrier(t *testing.T) {
+	w, kinds := newWorld()
+	j, path := create(t, kinds)
+	do(t, j, w, "lease", "directory")
+	if err := j.Do(t.Context(), &program{thing{Name: "program", w: w}}); err != nil {
+		t.Fatal(err)
+	}
+	do(t, j, w, "newer", "newest")
+	w.log = nil
+	lives, stays := errors.New("it lives"), errors.New("it stays")
+	w.fail["-program"], w.fail["-newest"] = lives, stays
+	if err := j.Revert(t.Context()); !errors.Is(err, lives) || !errors.Is(err, stays) {
+		t.Errorf("got %v, want both errors", err)
+	}
+	// An effect that is no barrier holds up nothing.
+	if diff := cmp.Diff([]string{"-newer"}, w.log); diff != "" {
+		t.Error(diff)
+	}
+	j.Close()
+	j, err := journal.Open(path, kinds, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	delete(w.fail, "-program")
+	delete(w.fail, "-newest")
+	w.log = nil
+	if err := j.Revert(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]string{"-newest", "-newer", "-program", "-directory", "-lease"}, w.log); diff != "" {
+		t.Error(diff)
+	}
 }

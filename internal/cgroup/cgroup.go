@@ -90,10 +90,18 @@ func (g *Group) Apply(context.Context) error {
 	}
 }
 
+// Barrier keeps what the group's processes use until they have ended.
+func (g *Group) Barrier() {}
+
 // Revert kills every process in the group, waits for their end and removes the group.
 func (g *Group) Revert(ctx context.Context) error {
 	for {
 		err := unix.Rmdir(g.Path)
+		if err == unix.ENOENT {
+			if err := g.seen(); err != nil {
+				return fmt.Errorf("remove cgroup: %w", err)
+			}
+		}
 		if err == nil || err == unix.ENOENT {
 			break
 		}
@@ -115,45 +123,42 @@ func (g *Group) Revert(ctx context.Context) error {
 	return nil
 }
 
-// Kill sends SIGKILL to every process in the group and waits until it is empty. No group is success.
+// Kill sends SIGKILL to every process in the group and waits until it is empty. That there is no group is success.
 func (g *Group) Kill(ctx context.Context) error {
 	if alive, err := g.Populated(); err != nil || !alive {
 		return err
 	}
-	if err := g.Signal(ctx); err != nil {
+	if err := g.Signal(); err != nil {
 		return err
 	}
 	return g.Wait(ctx)
 }
 
-// Signal sends SIGKILL to every process in the group, also to those that are being forked.
-func (g *Group) Signal(ctx context.Context) error {
+// Signal sends SIGKILL to every process in the group, also to those that are being forked, and does not wait for their end.
+func (g *Group) Signal() error {
 	err := os.WriteFile(filepath.Join(g.Path, "cgroup.kill"), []byte("1"), 0)
-	switch {
-	case errors.Is(err, fs.ErrNotExist) && g.exists():
-		err = g.killEach(ctx) // Linux < 5.14 has no cgroup.kill
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV):
-		return nil
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, statErr := os.Stat(g.Path); statErr == nil {
+			err = g.signalEach() // Linux < 5.14 has no cgroup.kill
+		}
 	}
-	if err != nil {
+	if err = g.unlessGone(err); err != nil {
 		return fmt.Errorf("kill cgroup %s: %w", g.Path, err)
 	}
 	return nil
 }
 
-func (g *Group) exists() bool {
-	_, err := os.Stat(g.Path)
-	return err == nil
-}
-
-// killEach kills by PID, but a PID that is in the group now: the group's list is read again until it is empty.
-func (g *Group) killEach(ctx context.Context) error {
-	for {
+// signalEach signals by PID, but a PID that is in the group now. The group's list is read again until all in it have had
+// the signal: a process may have been forked meanwhile.
+func (g *Group) signalEach() error {
+	for done := map[int]bool{}; ; {
 		pids, err := g.PIDs()
+		pids = slices.DeleteFunc(pids, func(pid int) bool { return done[pid] })
 		if err != nil || len(pids) == 0 {
 			return err
 		}
 		for _, pid := range pids {
+			done[pid] = true
 			fd, err := unix.PidfdOpen(pid, 0)
 			if err != nil {
 				continue
@@ -163,8 +168,34 @@ func (g *Group) killEach(ctx context.Context) error {
 			}
 			unix.Close(fd)
 		}
-		if !pause(ctx, time.Millisecond) {
-			return context.Cause(ctx)
+	}
+}
+
+// unlessGone returns the error of an access to one of the group's files, nil where that says that there is no group.
+func (g *Group) unlessGone(err error) error {
+	switch {
+	case errors.Is(err, unix.ENODEV): // it was removed with the file open
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return g.seen()
+	}
+	return err
+}
+
+// seen returns an error unless the nearest directory above the group that exists is in a version 2 hierarchy. Where that is
+// not mounted, as in a container, a missing group says nothing about its processes.
+func (g *Group) seen() error {
+	for dir := filepath.Dir(g.Path); ; dir = filepath.Dir(dir) {
+		var st unix.Statfs_t
+		err := unix.Statfs(dir, &st)
+		switch {
+		case errors.Is(err, unix.ENOENT) && dir != filepath.Dir(dir):
+		case err != nil:
+			return fmt.Errorf("look for cgroup %s: %w", g.Path, err)
+		case st.Type != unix.CGROUP2_SUPER_MAGIC:
+			return fmt.Errorf("look for cgroup %s: %s is in no cgroup2 hierarchy", g.Path, dir)
+		default:
+			return nil
 		}
 	}
 }
@@ -172,11 +203,11 @@ func (g *Group) killEach(ctx context.Context) error {
 // PIDs lists the processes in the group, for people to read: a PID is no identity.
 func (g *Group) PIDs() ([]int, error) {
 	data, err := os.ReadFile(filepath.Join(g.Path, "cgroup.procs"))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-		return nil, nil
-	}
 	if err != nil {
-		return nil, fmt.Errorf("list cgroup: %w", err)
+		if err = g.unlessGone(err); err != nil {
+			err = fmt.Errorf("list cgroup: %w", err)
+		}
+		return nil, err
 	}
 	var pids []int
 	for _, f := range bytes.Fields(data) {
@@ -188,18 +219,19 @@ func (g *Group) PIDs() ([]int, error) {
 	return pids, nil
 }
 
-// Populated says whether a process of the group, or of a group below it, is alive. No group: false.
+// Populated says whether a process of the group, or of a group below it, is alive. Where there is no group, none is. Returns
+// an error where groups cannot be seen at all.
 func (g *Group) Populated() (bool, error) {
 	data, err := os.ReadFile(filepath.Join(g.Path, "cgroup.events"))
-	return populated(data, err)
+	return g.populated(data, err)
 }
 
-func populated(events []byte, err error) (bool, error) {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-		return false, nil
-	}
+func (g *Group) populated(events []byte, err error) (bool, error) {
 	if err != nil {
-		return false, fmt.Errorf("read cgroup events: %w", err)
+		if err = g.unlessGone(err); err != nil {
+			err = fmt.Errorf("read cgroup events: %w", err)
+		}
+		return false, err
 	}
 	return bytes.Contains(events, []byte("populated 1")), nil
 }
@@ -210,11 +242,11 @@ const waitSlice = 50 * time.Millisecond
 // Wait returns when no process of the group is alive, or with the context's cause.
 func (g *Group) Wait(ctx context.Context) error {
 	f, err := os.Open(filepath.Join(g.Path, "cgroup.events"))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-		return nil
-	}
 	if err != nil {
-		return fmt.Errorf("wait for cgroup: %w", err)
+		if err = g.unlessGone(err); err != nil {
+			err = fmt.Errorf("wait for cgroup: %w", err)
+		}
+		return err
 	}
 	defer f.Close()
 	buf := make([]byte, 256)
@@ -223,7 +255,7 @@ func (g *Group) Wait(ctx context.Context) error {
 		if n > 0 {
 			err = nil
 		}
-		alive, err := populated(buf[:n], err)
+		alive, err := g.populated(buf[:n], err)
 		if err != nil || !alive {
 			return err
 		}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -87,4 +88,28 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 		t.Error(err)
 	}
 	_ = cmd.Wait()
+}
+
+// Where groups cannot be seen, that there is none says nothing; where they can, it says that no process is alive.
+func TestNoGroup(t *testing.T) {
+	real := group(t)
+	hidden := &cgroup.Group{Path: filepath.Join(t.TempDir(), "none", "vm")}
+	for name, ask := range map[string]func(*cgroup.Group) error{
+		"populated": func(g *cgroup.Group) error { _, err := g.Populated(); return err },
+		"processes": func(g *cgroup.Group) error { _, err := g.PIDs(); return err },
+		"signal":    (*cgroup.Group).Signal,
+		"kill":      func(g *cgroup.Group) error { return g.Kill(t.Context()) },
+		"wait":      func(g *cgroup.Group) error { return g.Wait(t.Context()) },
+		"revert":    func(g *cgroup.Group) error { return g.Revert(t.Context()) },
+	} {
+		if err := ask(hidden); err == nil || !strings.Contains(err.Error(), "is in no cgroup2 hierarchy") {
+			t.Errorf("%s of a group that cannot be seen: %v", name, err)
+		}
+		if err := ask(real); err != nil {
+			t.Errorf("%s of no group: %v", name, err)
+		}
+	}
+	if alive, err := real.Populated(); alive || err != nil {
+		t.Errorf("populated: %v, %v, want false", alive, err)
+	}
 }

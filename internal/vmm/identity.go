@@ -16,9 +16,10 @@ import (
 	"push.rocks/smartvm/internal/store"
 )
 
-// Where there is no control group, a VMM is the process whose working directory or root is that of its run, a
-// place that nothing else has business in. Directories are compared by inode: of a process in a mount namespace of
-// its own, as a jailed one is, the paths say nothing.
+// Where there is no control group, a VMM is the process whose root is the jail of its run, or whose working directory is
+// that of its run and whose standard output is the run's console: a shell may stand in that directory too. What it executes
+// says less: the program may be a script, or have been replaced by a newer one since. Directories are compared by inode: of a
+// process in a mount namespace of its own, as a jailed one is, the paths say nothing.
 
 // identityPoll is how often the end of such a process is looked for.
 const identityPoll = 20 * time.Millisecond
@@ -29,55 +30,62 @@ func findByDir(dir string) ([]int, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list processes: %w", err)
 	}
-	homes := homesBelow(dir)
+	run := placesOf(dir)
 	var pids []int
 	for _, e := range entries {
-		if pid, err := strconv.Atoi(e.Name()); err == nil && livesIn(pid, homes) {
+		if pid, err := strconv.Atoi(e.Name()); err == nil && run.has(pid) {
 			pids = append(pids, pid)
 		}
 	}
 	return pids, nil
 }
 
-// homesBelow returns the working directories that a run in dir may have.
-func homesBelow(dir string) []fs.FileInfo {
+// places are the files by which the process of a run is known.
+type places struct {
+	homes   []fs.FileInfo // the working directories that it may have
+	console fs.FileInfo   // nil: it has none, and no VMM was started
+}
+
+// placesOf returns those of the run in dir.
+func placesOf(dir string) *places {
 	jail := filepath.Join(dir, store.JailDir)
-	places, _ := fs.Glob(os.DirFS(jail), "*/*/root") // the pattern is well-formed; one with dir in it might not be
-	for i := range places {
-		places[i] = filepath.Join(jail, places[i])
+	jails, _ := fs.Glob(os.DirFS(jail), "*/*/root") // the pattern is well-formed; one with dir in it might not be
+	for i := range jails {
+		jails[i] = filepath.Join(jail, jails[i])
 	}
-	var homes []fs.FileInfo
-	for _, path := range append(places, filepath.Join(dir, store.RootDir)) {
+	run := new(places)
+	for _, path := range append(jails, filepath.Join(dir, store.RootDir)) {
 		if fi, err := os.Stat(path); err == nil {
-			homes = append(homes, fi)
+			run.homes = append(run.homes, fi)
 		}
 	}
-	return homes
+	run.console, _ = os.Stat(filepath.Join(dir, store.ConsoleFIFO))
+	return run
 }
 
-func livesIn(pid int, homes []fs.FileInfo) bool {
-	for _, link := range []string{"cwd", "root"} {
-		at, err := os.Stat(filepath.Join("/proc", strconv.Itoa(pid), link))
-		if err == nil && slices.ContainsFunc(homes, func(home fs.FileInfo) bool { return os.SameFile(at, home) }) {
-			return true
-		}
+// has says whether a process is the run's.
+func (r *places) has(pid int) bool {
+	at := func(link string, places ...fs.FileInfo) bool {
+		fi, err := os.Stat(filepath.Join("/proc", strconv.Itoa(pid), link))
+		return err == nil && slices.ContainsFunc(places, func(place fs.FileInfo) bool { return place != nil && os.SameFile(fi, place) })
 	}
-	return false
+	return at("root", r.homes...) || at("cwd", r.homes...) && at("fd/1", r.console)
 }
 
-func killByDir(ctx context.Context, dir string) error {
+// signalByDir sends SIGKILL to the processes of the run in dir.
+func signalByDir(dir string) error {
 	pids, err := findByDir(dir)
 	if err != nil {
 		return err
 	}
-	homes := homesBelow(dir)
+	run := placesOf(dir)
 	for _, pid := range pids {
 		fd, err := unix.PidfdOpen(pid, 0)
 		if err != nil {
 			continue // it has ended
 		}
 		// The descriptor is of whatever has the PID now: only then can it be told who that is.
-		if livesIn(pid, homes) {
+		if run.has(pid) {
 			err = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
 		}
 		unix.Close(fd)
@@ -85,7 +93,7 @@ func killByDir(ctx context.Context, dir string) error {
 			return fmt.Errorf("signal process %d: %w", pid, err)
 		}
 	}
-	return waitByDir(ctx, dir)
+	return nil
 }
 
 func waitByDir(ctx context.Context, dir string) error {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,7 +19,6 @@ import (
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/stage"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/network/netns"
 )
 
 // Config is what it takes to start a VMM.
@@ -51,11 +49,15 @@ type LogOptions struct {
 }
 
 // Streams take what the VMM writes, each from one goroutine. A writer that blocks makes the VMM drop output, never wait.
-// They are closed when the VMM has ended and all it wrote has been passed on.
+// They are closed when the VMM has ended and all it wrote has been passed on. A writer that still blocks then does not keep
+// the VMM: it is closed whenever it returns.
 type Streams struct {
 	Console io.WriteCloser
 	Log     io.WriteCloser
-	Metrics io.WriteCloser // nil: no metrics FIFO is made
+	Metrics io.WriteCloser // if nil, no metrics FIFO is made
+	// Lost, if not nil, is called for the first write to each stream that fails, with the path of its FIFO. Later ones are
+	// lost in silence.
+	Lost func(path string, err error)
 }
 
 // Close closes them all. It is for a VMM that was not started.
@@ -113,16 +115,16 @@ func (c *Config) Argv() []string {
 }
 
 // Process is a VMM that runs, or ran. As an effect, Apply starts it and Revert kills it. It is identified by
-// its control group, or where there is none by its working directory or root: never by its PID.
+// its control group, or where there is none by its root or working directory: never by its PID.
 type Process struct {
 	Dir    string `json:"dir"`
 	Cgroup string `json:"cgroup,omitempty"`
 
 	cfg     *Config
-	pid     int           // 0 unless this process started it
+	child   *os.Process   // nil unless this process started it
 	adopted bool          // it is another's, and watched like our own
 	hold    *os.File      // keeps the metrics FIFO from seeming to end before the VMM has opened it
-	done    chan struct{} // closed when exit is set and the streams are drained
+	done    chan struct{} // closed when exit is set and the streams are drained, or given up
 	exit    Exit
 }
 
@@ -130,6 +132,9 @@ type Process struct {
 func New(cfg *Config) *Process {
 	return &Process{Dir: cfg.Dir, Cgroup: cfg.Cgroup, cfg: cfg, done: make(chan struct{})}
 }
+
+// Barrier keeps what the VMM uses, as drives that it has open, until it has ended.
+func (p *Process) Barrier() {}
 
 // Apply starts the VMM. It does not wait for the API: see Dial.
 func (p *Process) Apply(ctx context.Context) error {
@@ -164,15 +169,15 @@ func (p *Process) exec(root string, binds []stage.Bind, pumps []*pump, stdio [2]
 	// What is typed at our terminal is not for it. Nor is it a session: a kernel that gives each session as much of the
 	// processor as another (autogroup) would give us, who start many, no more than one of them.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	err := p.spawn(cmd, binds)
+	child, err := p.spawn(cmd, binds)
 	for _, f := range stdio {
 		f.Close()
 	}
 	if err != nil {
 		return err
 	}
-	p.pid = cmd.Process.Pid
-	go p.reap(cmd, pumps)
+	p.child = child
+	go p.reap(pumps)
 	return nil
 }
 
@@ -201,7 +206,7 @@ func (p *Process) openStreams(root string) (pumps []*pump, stdio [2]*os.File, er
 		if err := p.makeFIFO(f.path); err != nil {
 			return pumps, stdio, err
 		}
-		pump, err := openPump(f.path, f.to)
+		pump, err := openPump(f.path, f.to, s.Lost)
 		if err != nil {
 			return pumps, stdio, err
 		}
@@ -231,58 +236,33 @@ func (p *Process) makeFIFO(path string) error {
 	return os.Lchown(path, p.cfg.Jailer.UID, p.cfg.Jailer.UID)
 }
 
-// spawn starts cmd in the VMM's control group, and among binds where there are any.
-func (p *Process) spawn(cmd *exec.Cmd, binds []stage.Bind) error {
-	if p.Cgroup != "" {
-		dir, err := os.Open(p.Cgroup)
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		cmd.SysProcAttr.UseCgroupFD = true
-		cmd.SysProcAttr.CgroupFD = int(dir.Fd())
-	}
-	if p.cfg.Jailer == nil {
-		// What this process inherited itself, and did not mean to pass on. The jailer closes it all by itself.
-		// Linux < 5.11 cannot do it.
-		_ = unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC)
-		return startIn(p.cfg.NetNS, cmd)
-	}
-	return startJailed(cmd, filepath.Join(p.Dir, store.JailDir), binds)
-}
-
-// startIn starts cmd in a network namespace.
-func startIn(path string, cmd *exec.Cmd) error {
-	if path == "" {
-		return cmd.Start()
-	}
-	ns, err := netns.Open(path)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	return ns.Do(cmd.Start)
-}
-
-func (p *Process) reap(cmd *exec.Cmd, pumps []*pump) {
+func (p *Process) reap(pumps []*pump) {
 	var wg sync.WaitGroup
 	for _, pump := range pumps {
 		wg.Go(pump.run)
 	}
-	_ = cmd.Wait()
+	state, _ := p.child.Wait()
 	p.hold.Close()
-	p.exit = exitOf(cmd.ProcessState)
+	p.exit = exitOf(state)
 	p.drain(&wg, pumps)
 }
 
-// drainTimeout bounds how long the end of a VMM is held up by a stream that another process keeps open.
+// drainTimeout bounds how long the end of a VMM is held up by a stream that another process keeps open, and then by a writer
+// that blocks.
 const drainTimeout = time.Second
 
 func (p *Process) drain(wg *sync.WaitGroup, pumps []*pump) {
 	for _, pump := range pumps {
 		_ = pump.f.SetReadDeadline(time.Now().Add(drainTimeout))
 	}
-	wg.Wait()
+	drained := make(chan struct{})
+	go func() { wg.Wait(); close(drained) }()
+	timer := time.NewTimer(2 * drainTimeout)
+	defer timer.Stop()
+	select {
+	case <-drained:
+	case <-timer.C: // the goroutines of writers that block end when those return
+	}
 	close(p.done)
 }
 
@@ -303,7 +283,7 @@ func Adopt(cfg *Config) (*Process, error) {
 		if to == nil {
 			continue
 		}
-		pump, err := openPump(path, to)
+		pump, err := openPump(path, to, cfg.Streams.Lost)
 		if err != nil {
 			for _, pump := range pumps {
 				pump.close()
@@ -341,24 +321,26 @@ func (p *Process) PIDs() ([]int, error) {
 
 // Revert kills the VMM and waits for its end.
 func (p *Process) Revert(ctx context.Context) error {
-	err := p.kill(ctx)
-	if err != nil {
+	if err := p.signal(); err != nil {
 		return fmt.Errorf("kill VMM: %w", err)
 	}
 	return p.Wait(ctx)
 }
 
-func (p *Process) kill(ctx context.Context) error {
-	group := &cgroup.Group{Path: p.Cgroup}
-	switch {
-	case p.ended():
+// signal sends SIGKILL to the VMM, and does not wait for its end.
+func (p *Process) signal() error {
+	if p.ended() {
 		return nil
-	case p.Cgroup == "":
-		return killByDir(ctx, p.Dir)
-	case p.pid != 0: // Wait is for the child itself
-		return group.Signal(ctx)
 	}
-	return group.Kill(ctx)
+	if p.child != nil { // also where somebody has moved it to another group
+		if err := p.child.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return err
+		}
+	}
+	if p.Cgroup == "" {
+		return signalByDir(p.Dir)
+	}
+	return (&cgroup.Group{Path: p.Cgroup}).Signal()
 }
 
 // ended says whether a VMM that this process supervises has ended.
@@ -385,7 +367,7 @@ func (p *Process) Alive() (bool, error) {
 
 // Wait returns when the VMM has ended, or with the context's cause.
 func (p *Process) Wait(ctx context.Context) error {
-	if p.pid == 0 && !p.adopted { // nobody closes done
+	if p.child == nil && !p.adopted { // nothing closes done
 		return p.waitIdentity(ctx)
 	}
 	select {
@@ -433,10 +415,7 @@ func (p *Process) Stop(ctx context.Context, steps ...Step) (string, error) {
 			return "", fmt.Errorf("stop VMM: %w", context.Cause(ctx))
 		}
 	}
-	if err := p.kill(context.WithoutCancel(ctx)); err != nil {
-		return Killed, fmt.Errorf("kill VMM: %w", err)
-	}
-	return Killed, p.Wait(ctx) // a stream's writer that blocks holds up an end that is seen to already
+	return Killed, p.Revert(ctx)
 }
 
 // Killed is what Stop returns when SIGKILL ended the VMM.

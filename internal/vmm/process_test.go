@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/cgroup"
 	"push.rocks/smartvm/internal/stage"
@@ -43,6 +44,12 @@ func (s *sink) Close() error {
 	defer s.mu.Unlock()
 	s.closed = true
 	return nil
+}
+
+func (s *sink) isClosed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed
 }
 
 func (s *sink) String() string {
@@ -137,6 +144,12 @@ ls -l /proc/$$/fd
 echo "groups $(tr '\n' ' ' </proc/$$/cgroup)"
 echo warning >&2
 `)
+	// A descriptor that this process means to keep when it becomes another program is not for the VMM.
+	foreign, err := unix.Open("/dev/zero", unix.O_RDONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(foreign)
 	source := filepath.Join(filepath.Dir(s.config.Dir), "firecracker")
 	s.config.Items = []stage.Item{{Source: source, Name: "kernel"}, {Source: source, Name: "drives/a"}}
 	s.start(t)
@@ -170,6 +183,9 @@ echo warning >&2
 	}
 	if seen < 3 {
 		t.Errorf("%d descriptors", seen)
+	}
+	if flags, err := unix.FcntlInt(uintptr(foreign), unix.F_GETFD, 0); err != nil || flags != 0 {
+		t.Errorf("this process's own descriptor has flags %#x afterwards, %v, want 0", flags, err)
 	}
 	if s.config.Cgroup != "" && !strings.Contains(s.console.String(), "/"+filepath.Base(s.config.Cgroup)+" ") {
 		t.Errorf("not in its group:\n%s", s.console)
@@ -317,6 +333,147 @@ func TestProcess_StopKills(t *testing.T) {
 		if err := s.Revert(t.Context()); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// within fails the test if f takes for ever.
+func within(t *testing.T, what string, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { defer close(done); f() }()
+	select {
+	case <-done:
+	case <-time.After(testenv.Patience(10 * time.Second)):
+		t.Fatalf("%s does not return", what)
+	}
+}
+
+// immortal is a control group whose processes take no notice of signals, as those that wait for a dead disk.
+func immortal(t *testing.T) (group string, signalled func() bool) {
+	t.Helper()
+	group = t.TempDir()
+	kill := filepath.Join(group, "cgroup.kill")
+	err := errors.Join(os.WriteFile(kill, nil, 0o600), os.WriteFile(filepath.Join(group, "cgroup.events"), []byte("populated 1\nfrozen 0\n"), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return group, func() bool {
+		text, err := os.ReadFile(kill)
+		return err == nil && string(text) == "1"
+	}
+}
+
+// Whatever becomes of the VMM, a call ends with its context, and the VMM has been signalled.
+func TestAttach_Immortal(t *testing.T) {
+	for name, end := range map[string]func(*vmm.Process) error{
+		"stop":   func(p *vmm.Process) error { _, err := p.Stop(gone(t)); return err },
+		"revert": func(p *vmm.Process) error { return p.Revert(gone(t)) },
+	} {
+		group, signalled := immortal(t)
+		within(t, name, func() {
+			if err := end(vmm.Attach(t.TempDir(), group)); !errors.Is(err, errGone) {
+				t.Errorf("%s: %v, want %v", name, err, errGone)
+			}
+		})
+		if !signalled() {
+			t.Errorf("%s: it was not signalled", name)
+		}
+	}
+}
+
+// A child that somebody has moved to another group is ended all the same.
+func TestProcess_Moved(t *testing.T) {
+	s := newStand(t, forever)
+	if s.config.Cgroup == "" {
+		t.Skip("no control groups")
+	}
+	s.start(t)
+	s.up(t)
+	pids, err := s.PIDs()
+	if err != nil || len(pids) != 1 {
+		t.Fatalf("processes %v, %v", pids, err)
+	}
+	other := &cgroup.Group{Path: s.config.Cgroup + "-other"}
+	if err := other.Apply(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := other.Revert(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.WriteFile(filepath.Join(other.Path, "cgroup.procs"), []byte(fmt.Sprint(pids[0])), 0); err != nil {
+		t.Fatal(err)
+	}
+	within(t, "revert", func() {
+		if err := s.Revert(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+	if got := s.Exit().Signal; got != syscall.SIGKILL {
+		t.Errorf("ended by %v, want SIGKILL", got)
+	}
+}
+
+// refusing takes nothing.
+type refusing struct{ *sink }
+
+var errFull = errors.New("full")
+
+func (refusing) Write([]byte) (int, error) { return 0, errFull }
+
+// Of a stream that cannot be written down the first loss is told, and it goes on.
+func TestStreams_Lost(t *testing.T) {
+	s := newStand(t, "head -c 20000 /dev/zero; echo warning >&2\n") // more than one write
+	lost := map[string]int{}
+	s.config.Streams.Console = refusing{s.console}
+	s.config.Streams.Lost = func(path string, err error) {
+		if !errors.Is(err, errFull) {
+			t.Errorf("%s: %v", path, err)
+		}
+		lost[filepath.Base(path)]++
+	}
+	s.start(t)
+	<-s.Done()
+	if diff := cmp.Diff(map[string]int{store.ConsoleFIFO: 1}, lost); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	if s.log.String() != "warning\n" || !s.console.closed {
+		t.Errorf("log %q, console closed %v", s.log, s.console.closed)
+	}
+}
+
+// blocking is a writer that blocks.
+type blocking struct {
+	*sink
+	free chan struct{}
+}
+
+func (b blocking) Write(p []byte) (int, error) {
+	<-b.free
+	return b.sink.Write(p)
+}
+
+// A writer that blocks is given up, not the VM: its end is told.
+func TestStreams_Block(t *testing.T) {
+	s := newStand(t, "echo up; echo warning >&2\n")
+	free := make(chan struct{})
+	s.config.Streams.Console = blocking{s.console, free}
+	s.start(t)
+	within(t, "the end", func() { <-s.Done() })
+	if got := s.Exit(); got != (vmm.Exit{Known: true}) {
+		t.Errorf("exit %+v", got)
+	}
+	if s.log.String() != "warning\n" {
+		t.Errorf("log %q", s.log)
+	}
+	close(free)
+	within(t, "the writer", func() {
+		for tick := time.Tick(time.Millisecond); !s.console.isClosed(); <-tick {
+		}
+	})
+	if s.console.String() != "up\n" {
+		t.Errorf("console %q", s.console)
 	}
 }
 
@@ -468,13 +625,30 @@ func TestAttach_JailWithoutGroup(t *testing.T) {
 	if err := os.MkdirAll(home, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	sleeper := exec.Command("sleep", "1000")
-	sleeper.Dir = home
-	if err := sleeper.Start(); err != nil {
+	fifo := filepath.Join(dir, store.ConsoleFIFO)
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- sleeper.Wait() }()
+	console, err := os.OpenFile(fifo, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer console.Close()
+	start := func(stdout *os.File) (*exec.Cmd, <-chan error) {
+		cmd := exec.Command("sleep", "1000")
+		if cmd.Dir = home; stdout != nil {
+			cmd.Stdout = stdout
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		return cmd, ended
+	}
+	sleeper, ended := start(console)
+	// Somebody's shell stands there, too.
+	shell, shellEnded := start(nil)
 	attached := vmm.Attach(dir, "")
 	pids, err := attached.PIDs()
 	if diff := cmp.Diff([]int{sleeper.Process.Pid}, pids); err != nil || diff != "" {
@@ -485,6 +659,14 @@ func TestAttach_JailWithoutGroup(t *testing.T) {
 		t.Error(err)
 	}
 	<-ended
+	if alive, err := attached.Alive(); err != nil || alive {
+		t.Errorf("alive %v, %v", alive, err)
+	}
+	_ = shell.Process.Signal(syscall.SIGTERM)
+	<-shellEnded
+	if got := shell.ProcessState.Sys().(syscall.WaitStatus).Signal(); got != syscall.SIGTERM {
+		t.Errorf("the shell was ended by %v", got)
+	}
 }
 
 func TestAttach_Group(t *testing.T) {

@@ -24,7 +24,7 @@ func (v *VM) Call(ctx context.Context, op, name string, f func(*firecracker.Clie
 		c = v.Dial()
 		defer c.Close()
 	}
-	defer proc.EndIfHung()()
+	defer proc.EndIfHung(ctx)()
 	if err := f(c); err != nil {
 		return &status.MachineError{ID: v.Record().ID, Stage: name, Err: err}
 	}

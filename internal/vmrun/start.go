@@ -184,6 +184,9 @@ func (v *VM) streams(console io.Writer) (s vmm.Streams, err error) {
 			return s, err
 		}
 	}
+	s.Lost = func(path string, err error) {
+		v.env.Log.Warn("output of the VMM is lost", "vm", v.Record().ID, "stream", filepath.Base(path), "err", err)
+	}
 	s.Console, s.Log = logfile.Tee{Writer: files[0], Live: console}, files[1]
 	if files[2] != nil {
 		s.Metrics = files[2]

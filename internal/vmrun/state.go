@@ -133,7 +133,7 @@ func (v *VM) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process) (st
 	case ctx.Err() != nil:
 		return "", false, fmt.Errorf("VM %s: %w", v.Record().ID, context.Cause(ctx))
 	case err != nil:
-		if p.Hung() {
+		if p.Hung(ctx) {
 			_ = p.Revert(ctx) // the guest has ended; the process that supervises it sees the end now
 		}
 		if alive, err := p.Alive(); err == nil && !alive {
