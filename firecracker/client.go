@@ -60,7 +60,7 @@ type Client struct {
 
 // New returns a client that has not connected yet. Version is that of the VMM, as `firecracker --version` tells; the
 // zero Version makes the client ask the VMM before it first sends something that not every version since
-// [MinVersion] has. The caller closes the client.
+// [MinVersion] has, or resumes a VM. The caller closes the client.
 func New(dial DialFunc, version Version) *Client {
 	return &Client{dial: dial, version: version, turn: make(chan struct{}, 1)}
 }
@@ -187,22 +187,29 @@ func (c *Client) checkGates(ctx context.Context, method, path string, body any) 
 	if checkRequest(MinVersion, method, path, body) == nil {
 		return nil
 	}
+	version, err := c.learnVersion(ctx)
+	if err != nil {
+		return err
+	}
+	return checkRequest(version, method, path, body)
+}
+
+// learnVersion returns the VMM's version, which it asks for if it is not known.
+func (c *Client) learnVersion(ctx context.Context) (Version, error) {
 	c.mu.Lock()
 	version := c.version
 	c.mu.Unlock()
-	if version.IsZero() {
-		answer, err := c.run(ctx, http.MethodGet, "/version", nil)
-		if err != nil {
-			return fmt.Errorf("learn version: %w", err)
-		}
-		if version, err = decodeVersion(answer); err != nil {
-			return fmt.Errorf("learn version: %w", err)
-		}
-		c.mu.Lock()
-		c.version = version
-		c.mu.Unlock()
+	if !version.IsZero() {
+		return version, nil
 	}
-	return checkRequest(version, method, path, body)
+	version, err := c.GetVersion(ctx)
+	if err != nil {
+		return Version{}, fmt.Errorf("learn version: %w", err)
+	}
+	c.mu.Lock()
+	c.version = version
+	c.mu.Unlock()
+	return version, nil
 }
 
 // exchange sends one request and reads its answer. The caller holds the turn. Whatever goes wrong drops the

@@ -14,6 +14,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"push.rocks/smartvm/firecracker"
 )
 
@@ -419,3 +421,50 @@ type conn struct {
 func (c *conn) Read(p []byte) (int, error)  { return c.answers.Read(p) }
 func (c *conn) Write(p []byte) (int, error) { return len(p), nil }
 func (c *conn) Close() error                { return nil }
+
+// A client that was not told the VMM's version asks before it resumes: some lose the guest's vsock by that.
+func TestClient_ResumeLearnsVersion(t *testing.T) {
+	for version, want := range map[string][]string{
+		"1.12.1": {"GET /version", "PATCH /vm", "PATCH /vm"},
+		"1.16.1": {"GET /version", "PUT /snapshot/create", "PATCH /vm", "PUT /snapshot/create", "PATCH /vm"},
+	} {
+		var got []string
+		dial, _ := listen(t, answering(func(method, path, _ string) string {
+			got = append(got, method+" "+path)
+			if method == "GET" {
+				return answer(200, `{"firecracker_version":"`+version+`"}`)
+			}
+			return answer(204, "")
+		}))
+		c := newClient(t, dial, firecracker.Version{})
+		for range 2 {
+			if err := c.Resume(t.Context()); err != nil {
+				t.Errorf("%s: %v", version, err)
+			}
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: -want +got:\n%s", version, diff)
+		}
+	}
+}
+
+// Calls that learn the version at the same time share nothing unprotected: a test for the race detector.
+func TestClient_LearnsVersionAtOnce(t *testing.T) {
+	dial, _ := listen(t, answering(func(method, _, _ string) string {
+		if method == "GET" {
+			return answer(200, `{"firecracker_version":"1.16.2"}`)
+		}
+		return answer(204, "")
+	}))
+	c := newClient(t, dial, firecracker.Version{})
+	var calls sync.WaitGroup
+	for range 4 {
+		calls.Go(func() {
+			err := errors.Join(c.Resume(t.Context()), c.PutNetworkInterface(t.Context(), firecracker.NetworkInterface{IfaceID: "eth0", MTU: 1500}))
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	calls.Wait()
+}

@@ -113,7 +113,11 @@ func (c *Client) Pause(ctx context.Context) error {
 // made of it meanwhile, be it one that fails. So one is tried there, where nothing can be written. Open vsock connections
 // end by it; in other versions they outlive a pause.
 func (c *Client) Resume(ctx context.Context) error {
-	if c.version.resumesDeaf() {
+	version, err := c.learnVersion(ctx)
+	if err != nil {
+		return fmt.Errorf("PATCH /vm: %w", err)
+	}
+	if version.resumesDeaf() {
 		err := c.CreateSnapshot(ctx, SnapshotCreateParams{SnapshotPath: nowhere, MemFilePath: nowhere})
 		if err != nil && !errors.As(err, new(*APIError)) {
 			return err
