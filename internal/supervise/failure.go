@@ -40,6 +40,26 @@ const (
 
 func (f *Failure) Error() string { return f.Message }
 
+// sentinels are the errors that a code stands for. Of those that have none, the type tells more than another process learns.
+var sentinels = map[string]error{
+	CodeNotFound:     smartvm.ErrNotFound,
+	CodeExists:       smartvm.ErrExists,
+	CodeState:        smartvm.ErrState,
+	codeNoClient:     smartvm.ErrState,
+	CodeNotSupported: smartvm.ErrNotSupported,
+	CodeInterrupted:  context.Canceled,
+	CodeOffline:      image.ErrOffline,
+}
+
+// codeNoClient is the original's name of the state in which there is no VMM to talk to: see smartvm.StateError.
+const codeNoClient = "NO_CLIENT"
+
+// Is says whether target is what the code stands for: errors.Is serves in the process that reads a Failure, too.
+func (f *Failure) Is(target error) bool {
+	sentinel, ok := sentinels[f.Code]
+	return ok && target == sentinel
+}
+
 // Hint is advice: see smartvm.Hint.
 func (f *Failure) Hint() string { return f.Text }
 

@@ -25,7 +25,7 @@ const (
 
 // Spawn starts a process for c that outlives this one, and returns when its VM runs. Program is this
 // program. The error is what went wrong in that process, as a *Failure, or that there is none. When ctx ends first, the
-// process gives up its start.
+// process gives up its start, or stops the VM that it has just started.
 func (c Config) Spawn(ctx context.Context, program string) error {
 	c.ready = true
 	r, w, err := os.Pipe()
@@ -62,7 +62,11 @@ func (c Config) Spawn(ctx context.Context, program string) error {
 		}
 	}
 	if err == nil && msg.Error == nil {
-		return cmd.Process.Release()
+		go func() { _ = cmd.Wait() }() // so that it does not stay as a zombie, whenever it ends
+		if !stop() {                   // it has been told to give up, and stops the VM
+			return context.Cause(ctx)
+		}
+		return nil
 	}
 	if err == nil {
 		err = msg.Error

@@ -9,12 +9,15 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/image"
 	"push.rocks/smartvm/internal/supervise"
+	"push.rocks/smartvm/internal/testenv"
 )
 
 func TestConfig_ArgsParse(t *testing.T) {
@@ -51,6 +54,20 @@ func program(t *testing.T, script string) string {
 	return path
 }
 
+// await fails the test if something does not come about.
+func await(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	deadline := time.After(testenv.Patience(10 * time.Second))
+	for tick := time.Tick(time.Millisecond); !is(); {
+		select {
+		case <-tick:
+		case <-deadline:
+			t.Errorf("%s does not come", what)
+			return
+		}
+	}
+}
+
 func TestConfig_Spawn(t *testing.T) {
 	c := supervise.Config{RuntimeDir: t.TempDir(), ID: "a-1"}
 	for name, tt := range map[string]struct{ script, want string }{
@@ -84,6 +101,33 @@ func TestConfig_Spawn(t *testing.T) {
 			t.Errorf("got %v, want %v", err, cause)
 		}
 	})
+	// A start that succeeds as its context ends is given up, too: the process has been told so.
+	t.Run("context ends with the start", func(t *testing.T) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		cause := errors.New("enough")
+		path := program(t, "trap 'echo \"{}\" >&3; exit 0' TERM\n: >\"$0.ready\"\nwhile kill -0 $PPID; do sleep 0.01; done")
+		go func() {
+			await(t, "the process", func() bool { _, err := os.Stat(path + ".ready"); return err == nil })
+			cancel(cause)
+		}()
+		if err := c.Spawn(ctx, path); !errors.Is(err, cause) {
+			t.Errorf("got %v, want %v", err, cause)
+		}
+	})
+	t.Run("no zombie", func(t *testing.T) {
+		path := program(t, "echo $$ >\"$0.pid\"; echo '{}' >&3")
+		if err := c.Spawn(t.Context(), path); err != nil {
+			t.Fatal(err)
+		}
+		pid, err := os.ReadFile(path + ".pid")
+		if err != nil {
+			t.Fatal(err)
+		}
+		await(t, "its end", func() bool {
+			_, err := os.Stat("/proc/" + strings.TrimSpace(string(pid)))
+			return errors.Is(err, os.ErrNotExist)
+		})
+	})
 	t.Run("no program", func(t *testing.T) {
 		if err := c.Spawn(t.Context(), "/nonexistent"); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v", err)
@@ -107,6 +151,10 @@ func TestDescribe(t *testing.T) {
 		"sentinel":  {fmt.Errorf("a: %w", smartvm.ErrExists), supervise.Failure{Message: "a: already exists", Code: "ALREADY_EXISTS"}},
 		"no client": {&smartvm.StateError{ID: "a", Op: "pause", State: smartvm.Stopped, Want: []smartvm.State{smartvm.Running}}, supervise.Failure{Message: "pause VM a: it is stopped, not running", Code: "NO_CLIENT"}},
 		"cancelled": {context.Canceled, supervise.Failure{Message: "context canceled", Code: "INTERRUPTED"}},
+		"not found": {fmt.Errorf("a: %w", smartvm.ErrNotFound), supervise.Failure{Message: "a: not found", Code: "NOT_FOUND"}},
+		"state":     {fmt.Errorf("a: %w", smartvm.ErrState), supervise.Failure{Message: "a: wrong state", Code: "INVALID_STATE"}},
+		"too old":   {fmt.Errorf("a: %w", smartvm.ErrNotSupported), supervise.Failure{Message: "a: not supported", Code: "NOT_SUPPORTED"}},
+		"offline":   {fmt.Errorf("a: %w", image.ErrOffline), supervise.Failure{Message: "a: " + image.ErrOffline.Error(), Code: "OFFLINE"}},
 		"unknown":   {errors.New("x"), supervise.Failure{Message: "x", Code: "FAILED"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -125,6 +173,13 @@ func TestDescribe(t *testing.T) {
 			}
 			if diff := cmp.Diff(got, supervise.Describe(&back)); diff != "" {
 				t.Errorf("-sent +received:\n%s", diff)
+			}
+			for _, sentinel := range []error{
+				smartvm.ErrNotFound, smartvm.ErrExists, smartvm.ErrState, smartvm.ErrNotSupported, context.Canceled, image.ErrOffline,
+			} {
+				if want, got := errors.Is(tt.err, sentinel), errors.Is(fmt.Errorf("start: %w", &back), sentinel); got != want {
+					t.Errorf("it is %q there: %v, want %v", sentinel, got, want)
+				}
 			}
 		})
 	}
