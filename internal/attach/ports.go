@@ -13,8 +13,8 @@ import (
 	"strconv"
 	"strings"
 
+	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network/filter"
 	"push.rocks/smartvm/spec"
@@ -141,12 +141,9 @@ func Published(dir string) ([]Port, error) {
 	if _, err := os.Stat(filepath.Join(dir, store.RunJournal)); err != nil {
 		return nil, nil
 	}
-	data, err := os.ReadFile(filepath.Join(dir, store.PortsFile))
+	ports, err := atomicfile.ReadJSON[[]Port](filepath.Join(dir, store.PortsFile), maxPorts, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	if err != nil {
-		return nil, err
-	}
-	return strictjson.Unmarshal[[]Port](data, maxPorts)
+	return ports, err
 }

@@ -81,9 +81,12 @@ func (w *Watch) Listen(ctx context.Context, ended <-chan struct{}) *guest.Exit {
 	return w.command
 }
 
+// maxState bounds what is written down of a guest, in bytes.
+const maxState = 4 << 20
+
 // Read reads what was written down of a guest, nil if nothing was.
 func Read(file string) (*guest.State, error) {
-	g, err := plan.ReadJSON[guest.State](file)
+	g, err := atomicfile.ReadJSON[guest.State](file, maxState, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -97,11 +96,13 @@ func (r *Record) VMM() firecracker.Version {
 // Fields that are unknown are ignored: a newer smartvm of the same version of records may have more.
 func Read(st *store.Store, id string) (*Record, error) {
 	path := filepath.Join(st.Dir(id), store.MachineFile)
-	r, err := ReadJSON[Record](path)
-	if r.Version != Version && (err == nil || r.Version > Version) {
-		return nil, fmt.Errorf("%s has version %d, this smartvm reads version %d: %w", path, r.Version, Version, spec.ErrNotSupported)
-	}
-	if err == nil && r.ID != id {
+	r, err := atomicfile.ReadJSON[Record](path, maxRecord, Version)
+	switch {
+	case err != nil:
+		return nil, err
+	case r.Version != Version:
+		err = &atomicfile.VersionError{Path: path, Version: r.Version, Newest: Version}
+	case r.ID != id:
 		err = fmt.Errorf("%s is of VM %q: %w", path, r.ID, spec.ErrNotSupported)
 	}
 	return &r, err
@@ -114,21 +115,9 @@ func (r *Record) Write(st *store.Store) error {
 
 // ReadExit reads how a VM's last run ended, nil if it has not.
 func ReadExit(st *store.Store, id string) (*status.Exit, error) {
-	e, err := ReadJSON[status.Exit](filepath.Join(st.Dir(id), store.ExitFile))
+	e, err := atomicfile.ReadJSON[status.Exit](filepath.Join(st.Dir(id), store.ExitFile), maxRecord, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	return &e, err
-}
-
-// ReadJSON reads what a machine has written about a VM.
-func ReadJSON[T any](path string) (v T, err error) {
-	data, err := atomicfile.Read(path, maxRecord)
-	if err != nil {
-		return v, err
-	}
-	if err = json.Unmarshal(data, &v); err != nil {
-		err = fmt.Errorf("read %s: %w", path, err)
-	}
-	return v, err
 }

@@ -2,7 +2,6 @@ package share
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -10,7 +9,6 @@ import (
 	"time"
 
 	"push.rocks/smartvm/internal/atomicfile"
-	"push.rocks/smartvm/internal/strictjson"
 )
 
 // Pending says that a VM may have changes that are not yet copied back.
@@ -47,16 +45,12 @@ const maxPending = 1 << 20
 
 // ReadPending returns nil if there is no such file.
 func ReadPending(path string) (*Pending, error) {
-	data, err := os.ReadFile(path)
+	p, err := atomicfile.ReadJSON[Pending](path, maxPending, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
-	}
-	p, err := strictjson.Unmarshal[Pending](data, maxPending)
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
 	return &p, nil
 }
