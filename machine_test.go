@@ -564,17 +564,23 @@ func TestHost_CloseAndAdopt(t *testing.T) {
 	eachVariant(t, func(t *testing.T, s *site) {
 		first := s.open()
 		m := s.started(first, s.spec("count"))
+		eventually(t, "it writes", func() bool { return s.console.get(m.ID()) != "" })
 		if err := first.Close(); err != nil {
 			t.Fatal(err)
 		}
+		before := len(s.console.get(m.ID()))
 		wantState(t, m, smartvm.Running)
+		var adopted consoles
+		s.options.Console = adopted.of
 		h := s.open()
 		report, err := h.Recover(t.Context())
 		if err != nil || len(report.Adopted) != 1 || report.Adopted[0] != m.ID() {
 			t.Fatalf("recovery %+v, %v, want it adopted", report, err)
 		}
-		was := s.console.get(m.ID())
-		eventually(t, "the console goes on", func() bool { return len(s.console.get(m.ID())) > len(was)+100 })
+		eventually(t, "the console goes on", func() bool { return len(adopted.get(m.ID())) > 100 })
+		if after := len(s.console.get(m.ID())); after != before {
+			t.Errorf("the host that is closed has read %d bytes of the console more, after %d", after-before, before)
+		}
 		if report, err := h.Recover(t.Context()); err != nil || len(report.Adopted) > 0 {
 			t.Errorf("adopted twice: %+v, %v", report, err)
 		}

@@ -16,8 +16,8 @@ import (
 	"syscall"
 	"time"
 
+	"push.rocks/smartvm/image/internal/layers"
 	"push.rocks/smartvm/image/oci"
-	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/imagename"

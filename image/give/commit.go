@@ -12,8 +12,8 @@ import (
 
 	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/image"
+	"push.rocks/smartvm/image/internal/layers"
 	"push.rocks/smartvm/image/oci/config"
-	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/pack"
 )
 

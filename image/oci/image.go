@@ -16,7 +16,6 @@ import (
 
 	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
-	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/image/trust"
@@ -57,7 +56,7 @@ type (
 )
 
 // Layer is one of an image's, a tar.
-type Layer = layers.Layer
+type Layer = manifest.Layer
 
 // Image is one image that was found. It is safe for concurrent use until it is closed.
 type Image struct {

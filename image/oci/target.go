@@ -12,7 +12,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
-	"push.rocks/smartvm/image/oci/layers"
+	"push.rocks/smartvm/image/internal/layers"
 	"push.rocks/smartvm/image/registries"
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"

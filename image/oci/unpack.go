@@ -10,8 +10,8 @@ import (
 	"os"
 	"sync"
 
+	"push.rocks/smartvm/image/internal/layers"
 	"push.rocks/smartvm/image/oci/flatten"
-	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/manifest"
 )
 

@@ -126,11 +126,13 @@ type Process struct {
 	hold    *os.File      // keeps the metrics FIFO from seeming to end before the VMM has opened it
 	done    chan struct{} // closed when exit is set and the streams are drained, or given up
 	exit    Exit
+	pumps   []*pump
+	pumped  chan struct{} // closed when they have ended
 }
 
 // New describes the VMM of cfg, to be started by Apply.
 func New(cfg *Config) *Process {
-	return &Process{Dir: cfg.Dir, Cgroup: cfg.Cgroup, cfg: cfg, done: make(chan struct{})}
+	return &Process{Dir: cfg.Dir, Cgroup: cfg.Cgroup, cfg: cfg, done: make(chan struct{}), pumped: make(chan struct{})}
 }
 
 // Barrier keeps what the VMM uses, as drives that it has open, until it has ended.
@@ -177,7 +179,8 @@ func (p *Process) exec(root string, binds []stage.Bind, pumps []*pump, stdio [2]
 		return err
 	}
 	p.child = child
-	go p.reap(pumps)
+	p.pump(pumps)
+	go p.reap()
 	return nil
 }
 
@@ -236,31 +239,46 @@ func (p *Process) makeFIFO(path string) error {
 	return os.Lchown(path, p.cfg.Jailer.UID, p.cfg.Jailer.UID)
 }
 
-func (p *Process) reap(pumps []*pump) {
+func (p *Process) reap() {
+	state, _ := p.child.Wait()
+	p.hold.Close()
+	p.exit = exitOf(state)
+	p.drain()
+}
+
+// pump has the streams passed on.
+func (p *Process) pump(pumps []*pump) {
+	p.pumps = pumps
 	var wg sync.WaitGroup
 	for _, pump := range pumps {
 		wg.Go(pump.run)
 	}
-	state, _ := p.child.Wait()
-	p.hold.Close()
-	p.exit = exitOf(state)
-	p.drain(&wg, pumps)
+	go func() { wg.Wait(); close(p.pumped) }()
+}
+
+// Release leaves the streams to another process, and returns when nothing more is read of them. Done still tells of the VMM's end.
+func (p *Process) Release() {
+	for _, pump := range p.pumps {
+		_ = pump.f.SetReadDeadline(time.Unix(1, 0))
+	}
+	select {
+	case <-p.pumped:
+	case <-time.After(drainTimeout): // a writer that blocks
+	}
 }
 
 // drainTimeout bounds how long the end of a VMM is held up by a stream that another process keeps open, and then by a writer
 // that blocks.
 const drainTimeout = time.Second
 
-func (p *Process) drain(wg *sync.WaitGroup, pumps []*pump) {
-	for _, pump := range pumps {
-		_ = pump.f.SetReadDeadline(time.Now().Add(drainTimeout))
+func (p *Process) drain() {
+	for _, pump := range p.pumps {
+		_ = pump.f.SetReadDeadline(time.Now().Add(drainTimeout)) // or it has ended
 	}
-	drained := make(chan struct{})
-	go func() { wg.Wait(); close(drained) }()
 	timer := time.NewTimer(2 * drainTimeout)
 	defer timer.Stop()
 	select {
-	case <-drained:
+	case <-p.pumped:
 	case <-timer.C: // the goroutines of writers that block end when those return
 	}
 	close(p.done)
@@ -292,15 +310,12 @@ func Adopt(cfg *Config) (*Process, error) {
 		}
 		pumps = append(pumps, pump)
 	}
+	p.pump(pumps)
 	go func() {
-		var wg sync.WaitGroup
-		for _, pump := range pumps {
-			wg.Go(pump.run)
-		}
 		for p.waitIdentity(context.Background()) != nil {
 			time.Sleep(identityPoll)
 		}
-		p.drain(&wg, pumps)
+		p.drain()
 	}()
 	return p, nil
 }

@@ -73,6 +73,7 @@ func (r *Run) supervise() {
 	defer stopListening()
 	go func() { r.listened <- r.guest.Listen(listening, r.proc.Done()) }()
 	if ended := r.attend(ctx); !ended {
+		r.proc.Release() // a process that adopts the VM reads its streams
 		v.env.supervising(v, false)
 		v.set("", nil)
 		stopListening()

@@ -286,3 +286,10 @@ func ValidDigest(d string) error {
 	}
 	return nil
 }
+
+// Layer is one of an image's, a tar.
+type Layer struct {
+	Digest string // "sha256:…", of the file as it is fetched
+	DiffID string // "sha256:…", of the tar
+	Size   int64  // bytes, as it is fetched
+}

@@ -11,9 +11,9 @@ import (
 	"io"
 	"os"
 
+	"push.rocks/smartvm/image/internal/layers"
 	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
-	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/internal/ext4"
 )

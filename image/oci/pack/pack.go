@@ -12,9 +12,9 @@ import (
 	"io/fs"
 	"os"
 
+	"push.rocks/smartvm/image/internal/layers"
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/image/oci/flatten"
-	"push.rocks/smartvm/image/oci/layers"
 	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/internal/atomicfile"
 )

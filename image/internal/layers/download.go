@@ -14,7 +14,7 @@ import (
 // transfer is a layer on its way to a file.
 type transfer struct {
 	from  Source
-	layer Layer
+	layer manifest.Layer
 	path  string // of the finished file
 	times int64  // that the image has the layer
 	count func(n int64, ended bool)

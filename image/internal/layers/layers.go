@@ -8,15 +8,9 @@ import (
 	"strings"
 	"sync"
 
+	"push.rocks/smartvm/image/oci/manifest"
 	"push.rocks/smartvm/internal/download"
 )
-
-// Layer is one of an image's, a tar.
-type Layer struct {
-	Digest string // "sha256:…", of the file as it is fetched
-	DiffID string // "sha256:…", of the tar
-	Size   int64  // bytes, as it is fetched
-}
 
 // Source is where layers come from. Its functions are safe for concurrent use.
 type Source struct {
@@ -37,7 +31,7 @@ func Path(dir, digest string) string { return filepath.Join(dir, strings.Replace
 // send the rest. Any number of processes may fetch into one directory.
 type Fetch struct {
 	From     Source
-	Layers   []Layer // the first are brought first
+	Layers   []manifest.Layer // the first are brought first
 	Dir      string
 	Progress func(done int64) // is told of bytes that are there, by one goroutine at a time
 
