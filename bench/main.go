@@ -24,7 +24,7 @@
 //
 //   - memory-per-vm, heap-per-vm: what an idle VM adds to this process, resident and in Go's heap and stacks.
 //
-//   - supervise-rss: the resident process that supervises a detached VM.
+//   - supervise-memory: the process that supervises a detached VM, without what it shares with others.
 //
 //   - cli-run, bare-run: a guest that reboots at once, from spawn to exit of the whole program.
 //

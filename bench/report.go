@@ -176,7 +176,7 @@ func (r *report) ratios() {
 		{Name: "start-p95/bare", Value: r.p95("start") / r.p95("bare"), Op: "<=", Bar: 1.5},
 		{Name: "loop-rate/bare", Value: r.p50("loop/bare-loop"), Op: ">=", Bar: 0.85},
 		{Name: "memory-per-vm-kib", Value: r.p50("memory-per-vm"), Op: "<=", Bar: 150},
-		{Name: "supervise-rss-mib", Value: r.p50("supervise-rss"), Op: "<=", Bar: 12},
+		{Name: "supervise-memory-mib", Value: r.p50("supervise-memory"), Op: "<=", Bar: 6},
 		{Name: "cli-run-overhead-ms", Value: r.p50("cli-run") - r.p50("bare-run"), Op: "<=", Bar: 40},
 		{Name: "stage-ms", Value: r.p50("stage"), Op: "<=", Bar: 5},
 		{Name: "stage-bytes-copied", Value: r.p50("stage-copied"), Op: "<=", Bar: 0},

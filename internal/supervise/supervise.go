@@ -105,9 +105,7 @@ func Run(ctx context.Context, c *Config) error {
 	if err != nil {
 		return err
 	}
-	if err := forget(); err != nil && log != nil {
-		slog.New(slog.NewTextHandler(log, nil)).Warn("give memory back", "err", err)
-	}
+	debug.FreeOSMemory() // only the start needed it
 	if _, err = m.Wait(ctx); ctx.Err() != nil {
 		_, err = m.Stop(context.WithoutCancel(ctx), smartvm.StopOptions{Timeout: smartvm.DefaultStopTimeout})
 	}
