@@ -336,7 +336,9 @@ func tryLife(site *faultSite) (report childReport, err error) {
 			return report, err
 		}
 		for _, e := range entries {
-			report.Left = append(report.Left, filepath.Join(dir, e.Name()))
+			if e.Name() != store.EventDir {
+				report.Left = append(report.Left, filepath.Join(dir, e.Name()))
+			}
 		}
 	}
 	return report, nil

@@ -11,6 +11,7 @@ import (
 
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/fakefc"
+	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/tinyguest"
 )
@@ -85,7 +86,7 @@ func (s *faultSite) tidy(t *testing.T) {
 			t.Error(err)
 		}
 		for _, e := range entries {
-			if e.Name() != ".leases" {
+			if e.Name() != store.LeaseDir && e.Name() != store.EventDir {
 				t.Errorf("left behind: %s/%s", dir, e.Name())
 			}
 		}

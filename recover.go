@@ -60,6 +60,9 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 	if err := h.env.Unfreeze(ctx, id); err != nil {
 		h.env.Log.Warn("unfreeze VM", "vm", id, "err", err)
 	}
+	if !h.needsRecovery(id) {
+		return nil
+	}
 	lock, err := h.env.Store.TryLock(id)
 	switch {
 	case errors.Is(err, store.ErrLocked):
@@ -114,4 +117,21 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 		return note(&report.Unattended, lock.Unlock())
 	}
 	return note(&report.Recovered, errors.Join(vm.FinishLost(ctx), lock.Unlock()))
+}
+
+// needsRecovery says whether recoverOne may have something to do, and takes no lock to see: other processes try it once.
+func (h *Host) needsRecovery(id string) bool {
+	if held, err := h.env.Store.Locked(id); err == nil && held {
+		return false
+	}
+	rec, err := plan.Read(h.env.Store, id)
+	if err != nil || rec.Attached {
+		return true
+	}
+	for _, name := range []string{store.RunJournal, store.PendingFile} {
+		if _, err := os.Lstat(filepath.Join(h.env.Store.Dir(id), name)); err == nil {
+			return true
+		}
+	}
+	return false
 }
