@@ -196,7 +196,7 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 			keep.Drives = append(keep.Drives, d.ID)
 		}
 	}
-	sm = snapshot.Manifest{Name: o.Name, Labels: o.Labels, Ephemeral: o.ephemeral}
+	sm = snapshot.Manifest{Name: o.Name, Labels: o.Labels, Ephemeral: o.ephemeral, Format: m.snapshotFormat(ctx)}
 	if last != nil {
 		sm.Parent = last.ID
 	} else if r := m.rec().Restored; r != nil {
@@ -223,6 +223,20 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 		err = complete(result)
 	}
 	return sm, result.Warnings, err
+}
+
+// snapshotFormat returns the format in which the VM's VMM writes its state. If the VMM's program was replaced or removed since
+// the VM was made, the format is not known and empty.
+func (m *Machine) snapshotFormat(ctx context.Context) string {
+	format := ""
+	b, err := m.host.vmms.At(ctx, m.rec().Binary)
+	if err == nil && b.Version == m.rec().VMM() {
+		format, err = m.host.vmms.SnapshotFormat(ctx, b)
+	}
+	if err != nil {
+		m.host.env.Log.Debug("no snapshot format", "vm", m.rec().ID, "err", err)
+	}
+	return format
 }
 
 // describe completes the manifest of a snapshot.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/fakefc"
 	"push.rocks/smartvm/internal/testenv/nettest"
+	"push.rocks/smartvm/internal/vmm"
 	"push.rocks/smartvm/snapshot"
 )
 
@@ -195,6 +197,44 @@ func TestSnapshot_Paused(t *testing.T) {
 	s.stopAndRemove(r)
 	s.stopAndRemove(m)
 	s.removeSnapshot(h, sn.ID)
+}
+
+// A snapshot has the format that the VMM's program says, and none when another program is at its path by then.
+func TestSnapshot_Format(t *testing.T) {
+	s := newSite(t, smartvm.LaunchDirect)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "firecracker")
+	program, err := os.ReadFile(s.options.FirecrackerBinary)
+	if err == nil {
+		err = writeAs(path, program, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.options.FirecrackerBinary = path
+	want, err := vmm.SnapshotFormat(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := s.open()
+	m := s.started(h, s.spec("idle"))
+	before := s.snapshot(m, smartvm.SnapshotOptions{})
+	if before.Format != want || before.Arch != runtime.GOARCH {
+		t.Errorf("the snapshot is of %q, format %q; want %q, %q", before.Arch, before.Format, runtime.GOARCH, want)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fakefc.Install(dir, fakefc.Script{Version: "1.13.1", Format: "8.0.0"}); err != nil {
+		t.Fatal(err)
+	}
+	after := s.snapshot(m, smartvm.SnapshotOptions{})
+	if after.Format != "" || after.Firecracker != before.Firecracker {
+		t.Errorf("with another program at its path the snapshot has format %q of Firecracker %s, want none of %s", after.Format, after.Firecracker, before.Firecracker)
+	}
+	s.stopAndRemove(m)
+	s.removeSnapshot(h, before.ID)
+	s.removeSnapshot(h, after.ID)
 }
 
 // What is damaged is refused before a VMM is started, and nothing is left.

@@ -1,11 +1,13 @@
 package snapshot_test
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"push.rocks/smartvm/internal/sealed"
 	"push.rocks/smartvm/snapshot"
 )
 
@@ -17,16 +19,16 @@ func TestCheck_Damage(t *testing.T) {
 		file   string
 		damage func(t *testing.T, path string)
 	}{
-		"StateTruncated":   {"state", func(t *testing.T, path string) { rewrite(t, path, cut) }},
-		"StateFlipped":     {"state", func(t *testing.T, path string) { rewrite(t, path, flip(30)) }},
-		"StateForeign":     {"state", func(t *testing.T, path string) { rewrite(t, path, func([]byte) []byte { return make([]byte, 41) }) }},
-		"StateOther":       {"state", func(t *testing.T, path string) { rewrite(t, path, func([]byte) []byte { return state("6.0.1") }) }},
-		"StateOfOtherArch": {"state", func(t *testing.T, path string) { rewrite(t, path, func([]byte) []byte { return armState() }) }},
-		"StateMissing":     {"state", func(t *testing.T, path string) { must(t, os.Remove(path)) }},
-		"MemoryTruncated":  {"memory", func(t *testing.T, path string) { rewrite(t, path, cut) }},
-		"MemoryLonger":     {"memory", func(t *testing.T, path string) { rewrite(t, path, more) }},
-		"MemoryFlipped":    {"memory", func(t *testing.T, path string) { rewrite(t, path, flip(1<<20)) }},
-		"MemoryLastBit":    {"memory", func(t *testing.T, path string) { rewrite(t, path, flip(-1)) }},
+		"StateTruncated": {"state", func(t *testing.T, path string) { rewrite(t, path, cut) }},
+		"StateFlipped":   {"state", func(t *testing.T, path string) { rewrite(t, path, flip(30)) }},
+		"StateForeign": {"state", func(t *testing.T, path string) {
+			rewrite(t, path, func([]byte) []byte { return make([]byte, len(testState)) })
+		}},
+		"StateMissing":    {"state", func(t *testing.T, path string) { must(t, os.Remove(path)) }},
+		"MemoryTruncated": {"memory", func(t *testing.T, path string) { rewrite(t, path, cut) }},
+		"MemoryLonger":    {"memory", func(t *testing.T, path string) { rewrite(t, path, more) }},
+		"MemoryFlipped":   {"memory", func(t *testing.T, path string) { rewrite(t, path, flip(1<<20)) }},
+		"MemoryLastBit":   {"memory", func(t *testing.T, path string) { rewrite(t, path, flip(-1)) }},
 		"MemoryLink": {"memory", func(t *testing.T, path string) {
 			must(t, errors.Join(os.Rename(path, path+"2"), os.Symlink(path+"2", path)))
 		}},
@@ -51,11 +53,47 @@ func TestCheck_Damage(t *testing.T) {
 	}
 }
 
-func armState() []byte {
-	b := state(testFormat)
-	b = b[:len(b)-8]
-	copy(b, []byte{0, 0, 0xaa, 0xaa, 0x84, 0x19, 0x10, 0x07})
-	return seal(b)
+// The state is read before each use, also where its stamp is the same and where no other file has a digest.
+func TestCheck_State(t *testing.T) {
+	for name, ephemeral := range map[string]bool{"kept": false, "ephemeral": true} {
+		t.Run(name, func(t *testing.T) {
+			m := manifest("")
+			m.Ephemeral = ephemeral
+			sn, err := draft(t, open(t)).Commit(t.Context(), m, nil)
+			must(t, err)
+			must(t, sn.Check(t.Context()))
+			path := sn.Path(snapshot.StateFile)
+			fi, err := os.Stat(path)
+			must(t, err)
+			rewrite(t, path, flip(0))
+			must(t, os.Chtimes(path, fi.ModTime(), fi.ModTime()))
+			wantDamage(t, "changed", sn.Check(t.Context()), snapshot.StateFile)
+			rewrite(t, path, flip(0))
+			must(t, sn.Check(t.Context()))
+		})
+	}
+}
+
+// An ephemeral snapshot of before states had digests has stamps alone, and is used as ever.
+func TestCheck_EphemeralOfOld(t *testing.T) {
+	m := manifest("")
+	m.Ephemeral = true
+	s := open(t)
+	sn, err := draft(t, s).Commit(t.Context(), m, nil)
+	must(t, err)
+	digest := `,"digest":"` + sn.Files[snapshot.StateFile].Digest + `"`
+	rewrite(t, filepath.Join(sn.Dir(), "manifest.json"), func(b []byte) []byte {
+		body, _, _ := bytes.Cut(bytes.Replace(b, []byte(digest), nil, 1), []byte(`,"sum":"`))
+		return sealed.Seal(append(body, '}'))
+	})
+	old, err := s.Get(sn.ID)
+	must(t, err)
+	if f := old.Files[snapshot.StateFile]; f.Digest != "" || f.Size == 0 {
+		t.Fatalf("the state is %+v, want a size and no digest", f)
+	}
+	must(t, old.Check(t.Context()))
+	rewrite(t, old.Path(snapshot.StateFile), flip(0))
+	wantDamage(t, "changed", old.Check(t.Context()), snapshot.StateFile)
 }
 
 // A file whose stamp is unknown or another is read once, not each time.

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"syscall"
 	"time"
@@ -77,13 +78,12 @@ func (d *Draft) Abort() error {
 	return nil
 }
 
-// Commit makes the draft a snapshot: it checks the state, takes the digests of all files, makes them read-only and ours,
-// and when all is on disk renames the directory. ID, Files,
-// Format and Arch are filled in, and Created if it is zero. Returns
-// ErrExists where the name is taken, ErrInvalid or a *DamagedError for what is no snapshot; the draft is then still one.
+// Commit makes the draft a snapshot of this host: it takes the digests of all files, makes them read-only and ours, and when
+// all is on disk renames the directory. ID, Arch and Files are filled in, and Created if it is zero. Returns ErrExists where
+// the name is taken and ErrInvalid for what is no snapshot; the draft is then still one.
 // Progress in bytes may be nil.
 func (d *Draft) Commit(ctx context.Context, m Manifest, progress func(done, total int64)) (*Snapshot, error) {
-	m.Version, m.ID = manifestVersion, d.id
+	m.Version, m.ID, m.Arch = manifestVersion, d.id, runtime.GOARCH
 	if m.Created.IsZero() {
 		m.Created = time.Now().UTC().Truncate(time.Second)
 	}
@@ -166,17 +166,6 @@ func (d *Draft) describe(ctx context.Context, m *Manifest, progress func(done, t
 	if err != nil {
 		return nil, err
 	}
-	if _, ok := sizes[StateFile]; !ok {
-		return nil, fmt.Errorf("%w: no file %s", ErrInvalid, StateFile)
-	}
-	state, err := ReadState(filepath.Join(d.path, StateFile))
-	if err != nil {
-		return nil, m.stateError(err)
-	}
-	if err := m.compareState(state); err != nil {
-		return nil, err
-	}
-	m.Format, m.Arch = state.Format, state.Arch
 	if err := errors.Join(m.validateSelf(), d.free(m)); err != nil {
 		return nil, err // before the long part
 	}
@@ -197,7 +186,7 @@ func (d *Draft) describe(ctx context.Context, m *Manifest, progress func(done, t
 			return nil, err
 		}
 		f := File{Size: size}
-		if !m.Ephemeral {
+		if !m.Ephemeral || name == StateFile {
 			if f.Digest, f.Size, err = kept.Digest(ctx, path, tell); err != nil {
 				return nil, err
 			}

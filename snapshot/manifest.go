@@ -34,6 +34,8 @@ const (
 	maxText     = 4096    // bytes of any other text
 	maxFileSize = 1 << 44 // bytes
 	maxDepth    = 4       // parts of a path in a snapshot
+	// maxState bounds the VMM's state, in bytes: it is read as a whole before each use. The VMM's own limit is a sixth of it.
+	maxState = 64 << 20
 )
 
 // Manifest describes a snapshot. Its JSON form is stable, and what is kept on disk.
@@ -46,8 +48,8 @@ type Manifest struct {
 	Parent  string            `json:"parent,omitempty"` // id of the snapshot that the VM came from or that a diff was merged with; it is not needed
 
 	Firecracker string `json:"firecracker"`           // the VMM that made it: "1.12.1"
-	Format      string `json:"format,omitempty"`      // of the state: "6.0.0"; Commit reads it, empty where it cannot
-	Arch        string `json:"arch"`                  // as Go spells it
+	Format      string `json:"format,omitempty"`      // of the state, as the VMM's program names it: "6.0.0"; empty where it was not asked
+	Arch        string `json:"arch"`                  // as Go spells it; Commit fills it in
 	CPUVendor   string `json:"cpuVendor,omitempty"`   // HostFacts say what these are
 	CPUModel    string `json:"cpuModel,omitempty"`    //
 	CPUTemplate string `json:"cpuTemplate,omitempty"` // what the VMM was told to make of the CPU; empty: nothing
@@ -55,7 +57,7 @@ type Manifest struct {
 	MemSizeMiB  int    `json:"memSizeMib"`
 	HugePages   string `json:"hugePages,omitempty"` // "2M" or empty
 
-	// Ephemeral snapshots are those of a fork. They go with their last user, and their files have no digests.
+	// Ephemeral snapshots are those of a fork. They go with their last user, and of their files only the state has a digest.
 	Ephemeral bool          `json:"ephemeral,omitempty"`
 	Paused    time.Duration `json:"pausedNs"` // how long the VM was
 	// Imported snapshots came in an archive: what External and Machine say of this host is its maker's word, and whoever
@@ -133,9 +135,10 @@ func (m *Manifest) validateFiles() error {
 			errs.check(!both, "%.64s is a file and a directory", dir)
 		}
 	}
-	_, state := m.Files[StateFile]
+	state, hasState := m.Files[StateFile]
 	memory, ok := m.Files[MemoryFile]
-	errs.check(state, "no file %s", StateFile)
+	errs.check(hasState, "no file %s", StateFile)
+	errs.check(!hasState || state.Size > 0 && state.Size <= maxState, "%s has %d bytes", StateFile, state.Size)
 	errs.check(ok, "no file %s", MemoryFile)
 	// What can be plugged in later comes after what the guest has.
 	errs.check(!ok || memory.Size>>20 >= int64(m.MemSizeMiB) && memory.Size%pageSize == 0, "%s has %d bytes, of a guest of %d MiB", MemoryFile, memory.Size, m.MemSizeMiB)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"testing"
 
@@ -23,7 +24,7 @@ func TestStore_Life(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if sn.ID != d.ID() || sn.Format != testFormat || sn.Arch != "amd64" || sn.Created.IsZero() || len(sn.Files) != 3 {
+	if sn.ID != d.ID() || sn.Format != testFormat || sn.Arch != runtime.GOARCH || sn.Created.IsZero() || len(sn.Files) != 3 {
 		t.Errorf("committed as %+v", sn.Manifest)
 	}
 	for name, f := range sn.Files {
@@ -107,7 +108,7 @@ func TestPrune_Keep(t *testing.T) {
 	wantIDs(t, s, b.ID, c.ID)
 }
 
-// Ephemeral ones have no digests, are seen to change all the same, and go with their last user.
+// Ephemeral ones have no digests but of their state, are seen to change all the same, and go with their last user.
 func TestSweep_Ephemeral(t *testing.T) {
 	s := open(t)
 	m := manifest("")
@@ -148,11 +149,11 @@ func TestCommit_Refused(t *testing.T) {
 		"Machine":       {nil, func(m *snapshot.Manifest) { m.Machine = []byte("{") }, snapshot.ErrInvalid},
 		"LargeMachine":  {nil, func(m *snapshot.Manifest) { m.Machine = make([]byte, snapshot.MaxMachine+1) }, snapshot.ErrInvalid},
 		"External":      {nil, func(m *snapshot.Manifest) { m.External = []snapshot.External{{Device: "a", Path: "b"}} }, snapshot.ErrInvalid},
-		"OtherFormat":   {nil, func(m *snapshot.Manifest) { m.Format = "7.0.0" }, snapshot.ErrDamaged},
 		"NoState":       {func(dir string) error { return os.Remove(filepath.Join(dir, "state")) }, nil, snapshot.ErrInvalid},
 		"NoMemory":      {func(dir string) error { return os.Remove(filepath.Join(dir, "memory")) }, nil, snapshot.ErrInvalid},
 		"ShortMemory":   {func(dir string) error { return os.Truncate(filepath.Join(dir, "memory"), 4096) }, nil, snapshot.ErrInvalid},
-		"BrokenState":   {func(dir string) error { return os.Truncate(filepath.Join(dir, "state"), 40) }, nil, snapshot.ErrDamaged},
+		"EmptyState":    {func(dir string) error { return os.Truncate(filepath.Join(dir, "state"), 0) }, nil, snapshot.ErrInvalid},
+		"LargeState":    {func(dir string) error { return os.Truncate(filepath.Join(dir, "state"), 64<<20+1) }, nil, snapshot.ErrInvalid},
 		"Link":          {func(dir string) error { return os.Symlink("state", filepath.Join(dir, "link")) }, nil, snapshot.ErrInvalid},
 		"OurName":       {func(dir string) error { return os.WriteFile(filepath.Join(dir, "seen.json"), nil, 0o600) }, nil, snapshot.ErrInvalid},
 		"HiddenFile":    {func(dir string) error { return os.WriteFile(filepath.Join(dir, ".x"), nil, 0o600) }, nil, snapshot.ErrInvalid},

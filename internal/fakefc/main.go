@@ -24,6 +24,7 @@ type Script struct {
 	Version       string           `json:"version,omitempty"`        // DefaultVersion if empty
 	VersionOutput string           `json:"version_output,omitempty"` // all that --version prints, in place of a version
 	VersionHang   bool             `json:"version_hang,omitempty"`   // --version never ends
+	Format        string           `json:"format,omitempty"`         // of snapshots; DefaultFormat if empty
 	NoSocket      bool             `json:"no_socket,omitempty"`      // never opens the API socket, and stays
 	ExitAtOnce    *Exit            `json:"exit_at_once,omitempty"`   // ends before the API socket
 	ExitOnAccept  *Exit            `json:"exit_on_accept,omitempty"` // ends when the API socket is connected to
@@ -86,6 +87,10 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	if _, ok := flags["--version"]; ok {
 		return p.printVersion()
 	}
+	if _, ok := flags["--snapshot-version"]; ok {
+		fmt.Fprintf(p.stdout, "v%s\n%s\n", cmp.Or(script.Format, DefaultFormat), exiting)
+		return 0
+	}
 	if path := flags["--log-path"]; path != "" {
 		file, err := os.OpenFile(path, os.O_WRONLY, 0)
 		if err != nil {
@@ -122,7 +127,7 @@ func parseFlags(args []string) (map[string]string, error) {
 	for i := 0; i < len(args); i++ {
 		name, value := args[i], ""
 		switch name {
-		case "--version", "--no-api", "--boot-timer", "--show-level", "--show-log-origin", "--enable-pci", "--no-seccomp":
+		case "--version", "--snapshot-version", "--no-api", "--boot-timer", "--show-level", "--show-log-origin", "--enable-pci", "--no-seccomp":
 		case "--id", "--api-sock", "--config-file", "--metadata", "--log-path", "--level", "--module", "--metrics-path",
 			"--http-api-max-payload-size", "--mmds-size-limit", "--seccomp-filter",
 			"--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us":
@@ -155,10 +160,12 @@ func (p *program) printVersion() int {
 		_, _ = io.WriteString(p.stdout, p.script.VersionOutput)
 		return 0
 	}
-	const logged = "2026-01-01T00:00:00.000000000 [anonymous-instance:main] Firecracker exiting successfully. exit_code=0"
-	fmt.Fprintf(p.stdout, "Firecracker v%s\n\n%s\n", cmp.Or(p.script.Version, DefaultVersion), logged)
+	fmt.Fprintf(p.stdout, "Firecracker v%s\n\n%s\n", cmp.Or(p.script.Version, DefaultVersion), exiting)
 	return 0
 }
+
+// exiting is what the program logs after an answer.
+const exiting = "2026-01-01T00:00:00.000000000 [anonymous-instance:main] Firecracker exiting successfully. exit_code=0"
 
 // end says farewell as the VMM does.
 func (p *program) end(e Exit) int {

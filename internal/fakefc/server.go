@@ -23,8 +23,11 @@ import (
 	"push.rocks/smartvm/firecracker"
 )
 
-// DefaultVersion is the version of a fake that is not told another.
-const DefaultVersion = "1.12.1"
+// DefaultVersion is the version of a fake that is not told another, and DefaultFormat that version's snapshot format.
+const (
+	DefaultVersion = "1.12.1"
+	DefaultFormat  = "6.0.0"
+)
 
 // maxPayload is the VMM's default --http-api-max-payload-size, in bytes.
 const maxPayload = 51200

@@ -25,9 +25,10 @@ type VMM struct {
 	Path    string // absolute, no symbolic links: the jailer names the jail after it
 	Version firecracker.Version
 	id      string // inode, size and time: what the version was asked of
+	format  string // of snapshots; empty until it was asked for
 }
 
-// Finder finds VMMs and asks each for its version once. It is safe for concurrent use.
+// Finder finds VMMs and asks each for its version and snapshot format once. It is safe for concurrent use.
 type Finder struct {
 	Binary  string // of that path or name in PATH; if empty:
 	Version string // of this version among those installed; if empty, "firecracker" in PATH or else the newest installed
@@ -44,7 +45,12 @@ func (f *Finder) VMM(ctx context.Context) (VMM, error) {
 	if err != nil {
 		return VMM{}, err
 	}
-	b := VMM{Path: path, id: fileID(path)}
+	return f.At(ctx, path)
+}
+
+// At returns the Firecracker at a path, as VMM does.
+func (f *Finder) At(ctx context.Context, path string) (b VMM, err error) {
+	b = VMM{Path: path, id: fileID(path)}
 	f.mu.Lock()
 	known, ok := f.known[path]
 	f.mu.Unlock()
@@ -57,13 +63,27 @@ func (f *Finder) VMM(ctx context.Context) (VMM, error) {
 	if !b.Version.AtLeast(firecracker.MinVersion) {
 		return VMM{}, hint.Add(fmt.Errorf("%s is Firecracker %s: %w", path, b.Version, spec.ErrNotSupported), advice, firecracker.MinVersion)
 	}
+	f.remember(b)
+	return b, nil
+}
+
+func (f *Finder) remember(b VMM) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.known == nil {
 		f.known = map[string]VMM{}
 	}
-	f.known[path] = b
-	return b, nil
+	f.known[b.Path] = b
+}
+
+// SnapshotFormat returns the format in which a VMM that was found writes a VM's state: "6.0.0".
+func (f *Finder) SnapshotFormat(ctx context.Context, b VMM) (format string, err error) {
+	if b.format == "" {
+		if b.format, err = vmm.SnapshotFormat(ctx, b.Path); err == nil {
+			f.remember(b)
+		}
+	}
+	return b.format, err
 }
 
 const advice = "install Firecracker %v or newer (smartvm firecracker install), or name it with --firecracker"

@@ -196,3 +196,42 @@ func TestJailer_NotRoot(t *testing.T) {
 		t.Errorf("%v, want fs.ErrPermission", err)
 	}
 }
+
+// install makes a program that says which Firecracker it is, and writes a line into the file asked for each question.
+func install(t *testing.T, dir, version, format string) (path string) {
+	t.Helper()
+	path = filepath.Join(dir, "firecracker")
+	script := fmt.Sprintf("#!/bin/sh\necho \"$*\" >> '%s/asked'\ncase $1 in --version) echo Firecracker v%s;; *) echo v%s;; esac\n", dir, version, format)
+	if err := os.WriteFile(path+".new", []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// A program is asked for its version and its format once, and again when it was replaced.
+func TestFinder_AsksOnce(t *testing.T) {
+	dir := t.TempDir()
+	var f locate.Finder
+	for _, c := range []struct{ version, format, asked string }{
+		{"1.16.1", "10.0.0", "--version --snapshot-version"},
+		{"1.17.0", "11.0.0", "--version --snapshot-version --version --snapshot-version"},
+	} {
+		path := install(t, dir, c.version, c.format)
+		for range 3 {
+			b, err := f.At(t.Context(), path)
+			if err != nil || b.Path != path || b.Version.String() != c.version {
+				t.Fatalf("found %+v, %v, want version %s", b, err, c.version)
+			}
+			if format, err := f.SnapshotFormat(t.Context(), b); err != nil || format != c.format {
+				t.Errorf("version %s: format %q, %v, want %q", c.version, format, err, c.format)
+			}
+		}
+		asked, err := os.ReadFile(filepath.Join(dir, "asked"))
+		if got := strings.Join(strings.Fields(string(asked)), " "); err != nil || got != c.asked {
+			t.Errorf("asked %q, %v, want %q", got, err, c.asked)
+		}
+	}
+}

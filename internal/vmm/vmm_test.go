@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"push.rocks/smartvm/firecracker"
+	"push.rocks/smartvm/internal/testenv"
 	"push.rocks/smartvm/internal/vmm"
 )
 
@@ -119,6 +120,36 @@ func TestVersion(t *testing.T) {
 	}
 	if _, err := vmm.Version(t.Context(), filepath.Join(t.TempDir(), "missing")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no program: %v", err)
+	}
+}
+
+func TestSnapshotFormat(t *testing.T) {
+	for name, tt := range map[string]struct{ script, want, err string }{
+		"PlainAsReal":  {`[ "$*" = --snapshot-version ] && printf 'v6.0.0\n2026-12-01T08:40:31 [anonymous-instance:main] Firecracker exiting\n'`, "6.0.0", ""},
+		"OneLine":      {"echo v11.0.0", "11.0.0", ""},
+		"NoSuchOption": {"echo 'Arguments parsing error'; exit 153", "", "exit status 153"},
+		"Silent":       {"", "", "--snapshot-version"},
+		"Words":        {"echo Supported snapshot data format versions: v0.23.0", "", "--snapshot-version"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := vmm.SnapshotFormat(t.Context(), program(t, tt.script))
+			if got != tt.want || (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
+				t.Errorf("%q, %v, want %q and an error with %q", got, err, tt.want, tt.err)
+			}
+		})
+	}
+}
+
+// What the real one answers.
+func TestReal_SnapshotFormat(t *testing.T) {
+	path := testenv.Firecracker(t)
+	version, err := vmm.Version(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	format, err := vmm.SnapshotFormat(t.Context(), path)
+	if want := map[int]string{12: "6.0.0", 13: "8.0.0", 14: "8.0.0", 15: "9.0.0", 16: "10.0.0"}[version.Minor]; err != nil || format != want {
+		t.Errorf("Firecracker %s: format %q, %v, want %q", version, format, err, want)
 	}
 }
 
