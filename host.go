@@ -45,7 +45,7 @@ type Options struct {
 	// the user's home.
 	DataDir string `json:"dataDir,omitempty"`
 	// FirecrackerBinary is the VMM. Default: of FirecrackerVersion if that is given, else "firecracker" in PATH, else the
-	// newest that is installed: see Binaries.
+	// newest that is installed: see Binaries. Without either, a restore may take another installed one: see Restore.
 	FirecrackerBinary  string `json:"firecrackerBinaryPath,omitempty"`
 	FirecrackerVersion string `json:"firecrackerVersion,omitempty"` // of those installed: "v1.12.1"
 	// JailerBinary is the jailer. Default: "jailer" beside the VMM, else in PATH.

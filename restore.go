@@ -9,7 +9,6 @@ import (
 	"os"
 	"sync"
 
-	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/capture"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/locate"
@@ -42,7 +41,8 @@ type RestoreOptions struct {
 
 // Restore makes a VM that starts from a snapshot, and goes on from there each time that it is started. It has drives of its own, as
 // they were; another id, host name and machine id, and what tells random numbers apart; and the addresses of the snapshot's VM where they
-// are free. Its guest's programs do not run before it knows. Returns snapshot.ErrNotFound, snapshot.ErrDamaged, and what does not match:
+// are free. Its guest's programs do not run before it knows. It has the VMM of new VMs or, if that cannot read the snapshot and Options name
+// none, the newest installed VMM that can. Returns snapshot.ErrNotFound, snapshot.ErrDamaged, and what does not match:
 // see snapshot.Compatible.
 func (h *Host) Restore(ctx context.Context, ref string, o RestoreOptions) (*Machine, error) {
 	sn, err := h.Snapshot(ref)
@@ -101,7 +101,7 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	if err := from.Data.Missing(from.Saved); err != nil {
 		return nil, err
 	}
-	if from.vmm, err = h.vmms.VMM(ctx); err != nil {
+	if from.vmm, err = h.restorer(ctx, &sn.Manifest); err != nil {
 		return nil, err
 	}
 	from.Firecracker = from.vmm.Version
@@ -113,7 +113,7 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	if from.Networks, err = h.Networks(); err != nil {
 		return nil, err
 	}
-	return from, h.compatible(&sn.Manifest, from.Firecracker)
+	return from, h.compatible(ctx, &sn.Manifest, from.vmm)
 }
 
 // restore makes a VM. It returns the new VM's lock.
@@ -148,8 +148,47 @@ func (from *origin) look(o RestoreOptions) (*plan.Input, error) {
 	return from.host.env.Look(rec)
 }
 
+// restorer finds the VMM that VMs of a snapshot start with: that of new VMs or, if that cannot read the snapshot and the user has
+// named none, the newest installed VMM that can. If none can, it is that of new VMs, which compatible then refuses.
+func (h *Host) restorer(ctx context.Context, m *snapshot.Manifest) (locate.VMM, error) {
+	reads := func(b locate.VMM) bool {
+		return m.CheckFormat(snapshot.HostFacts{Firecracker: b.Version, Format: h.snapshotFormat(ctx, b)}) == nil
+	}
+	first, err := h.vmms.VMM(ctx)
+	if err != nil || h.opts.FirecrackerBinary != "" || h.opts.FirecrackerVersion != "" || reads(first) {
+		return first, err
+	}
+	binaries, err := h.Binaries()
+	if err != nil {
+		return first, err
+	}
+	installed, err := binaries.List()
+	if err != nil {
+		return first, err
+	}
+	for _, i := range installed {
+		b, err := h.vmms.At(ctx, i.Firecracker)
+		if err != nil {
+			h.env.Log.Debug("restore", "firecracker", i.Firecracker, "err", err)
+		} else if reads(b) {
+			h.env.Log.Info("restore with another Firecracker", "snapshot", m.ID, "format", m.Format, "firecracker", b.Version, "default", first.Version)
+			return b, nil
+		}
+	}
+	return first, nil
+}
+
+// snapshotFormat returns the format of a VMM's snapshots, empty where its program does not name it.
+func (h *Host) snapshotFormat(ctx context.Context, b locate.VMM) string {
+	format, err := h.vmms.SnapshotFormat(ctx, b)
+	if err != nil {
+		h.env.Log.Debug("no snapshot format", "firecracker", b.Path, "err", err)
+	}
+	return format
+}
+
 // compatible says why this host cannot go on where a snapshot stopped, and warns of what may go wrong.
-func (h *Host) compatible(m *snapshot.Manifest, v firecracker.Version) error {
+func (h *Host) compatible(ctx context.Context, m *snapshot.Manifest, b locate.VMM) error {
 	facts, err := h.facts()
 	if m.HugePages != "" { // those that are free are others now
 		facts, err = snapshot.ReadHostFacts()
@@ -157,7 +196,7 @@ func (h *Host) compatible(m *snapshot.Manifest, v firecracker.Version) error {
 	if err != nil {
 		return err
 	}
-	facts.Firecracker = v
+	facts.Firecracker, facts.Format = b.Version, h.snapshotFormat(ctx, b)
 	warnings, refusals := snapshot.Compatible(m, facts)
 	for _, w := range warnings {
 		h.env.Log.Warn("restore", "snapshot", m.ID, "err", w)

@@ -228,15 +228,11 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 // snapshotFormat returns the format in which the VM's VMM writes its state. If the VMM's program was replaced or removed since
 // the VM was made, the format is not known and empty.
 func (m *Machine) snapshotFormat(ctx context.Context) string {
-	format := ""
 	b, err := m.host.vmms.At(ctx, m.rec().Binary)
-	if err == nil && b.Version == m.rec().VMM() {
-		format, err = m.host.vmms.SnapshotFormat(ctx, b)
+	if err != nil || b.Version != m.rec().VMM() {
+		return ""
 	}
-	if err != nil {
-		m.host.env.Log.Debug("no snapshot format", "vm", m.rec().ID, "err", err)
-	}
-	return format
+	return m.host.snapshotFormat(ctx, b)
 }
 
 // describe completes the manifest of a snapshot.

@@ -525,7 +525,7 @@ func TestRestore_OtherVMM(t *testing.T) {
 	if err := m.Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	program, err := fakefc.Install(t.TempDir(), fakefc.Script{Version: "1.14.0"})
+	program, err := fakefc.Install(t.TempDir(), fakefc.Script{Version: "1.14.0", Format: "8.0.0"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -535,6 +535,57 @@ func TestRestore_OtherVMM(t *testing.T) {
 		t.Errorf("got %v (hint %q), want ErrNotSupported", err, smartvm.Hint(err))
 	}
 	s.removeSnapshot(h, sn.ID)
+}
+
+// A snapshot that the VMM of new VMs cannot load starts with an installed one that can, unless the user has named a VMM.
+func TestRestore_InstalledVMM(t *testing.T) {
+	s := newSite(t, smartvm.LaunchDirect)
+	h := s.open()
+	m := s.started(h, s.spec("count"))
+	s.countsOn(m.ID(), 3)
+	sn := s.snapshot(m, smartvm.SnapshotOptions{Stop: true})
+	if err := m.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	newer, err := fakefc.Install(dir, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	program, err := os.ReadFile(s.options.FirecrackerBinary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.options.FirecrackerBinary = ""
+	refused := func(what string) {
+		t.Helper()
+		_, err := s.open().Restore(t.Context(), sn.ID, smartvm.RestoreOptions{})
+		if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "11.0.0") || !strings.Contains(smartvm.Hint(err), "smartvm firecracker install "+sn.Firecracker) {
+			t.Errorf("%s: %v (hint %q), want ErrNotSupported", what, err, smartvm.Hint(err))
+		}
+	}
+	refused("with nothing installed")
+	bin := filepath.Join(s.options.DataDir, "bin")
+	for version, text := range map[string][]byte{"v1.20.0": []byte("#!/bin/sh\nexit 1\n"), "v" + sn.Firecracker: program} {
+		installed := filepath.Join(bin, version)
+		if err := errors.Join(os.MkdirAll(installed, 0o700), writeAs(filepath.Join(installed, "firecracker"), text, 0o755),
+			writeAs(filepath.Join(installed, "jailer"), text, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := s.restored(s.open(), sn.ID, smartvm.RestoreOptions{})
+	s.countsOn(r.ID(), 3)
+	if i, err := r.Inspect(t.Context()); err != nil || i.FirecrackerVersion != sn.Firecracker {
+		t.Errorf("restored with %+v, %v", i, err)
+	}
+	s.stopAndRemove(r)
+	s.options.FirecrackerBinary = newer
+	refused("with a VMM that was named")
+	s.removeSnapshot(h, sn.ID)
+	if err := os.RemoveAll(bin); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // forkCount is how many forks TestFork_Many makes.

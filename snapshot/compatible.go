@@ -3,6 +3,7 @@ package snapshot
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -23,8 +24,10 @@ type HostFacts struct {
 	Kernel    string // as uname -r says it
 	// FreeHugePagesMiB is what can be had in pages of 2 MiB.
 	FreeHugePagesMiB int
-	// Firecracker is the version of the VMM that is to restore it. ReadHostFacts does not know.
+	// Firecracker is the version of the VMM that is to restore it, and Format the snapshot format that its program names. If
+	// Format is empty, it is taken from the version where that is known. ReadHostFacts leaves both empty.
 	Firecracker firecracker.Version
+	Format      string
 }
 
 // Mismatch is one thing in which a snapshot and a host differ.
@@ -68,7 +71,7 @@ func Compatible(m *Manifest, h HostFacts) (warnings []error, refusal error) {
 		}
 	}
 	differ(false, "host kernel", m.HostKernel, h.Kernel, "restore it under that kernel if the guest does not go on as it should")
-	if err := m.compareFormat(h.Firecracker); err != nil {
+	if err := m.CheckFormat(h); err != nil {
 		refused = append(refused, err)
 	}
 	if m.HugePages == "2M" && h.FreeHugePagesMiB < m.MemSizeMiB {
@@ -80,7 +83,7 @@ func Compatible(m *Manifest, h HostFacts) (warnings []error, refusal error) {
 	return warnings, errors.Join(refused...)
 }
 
-// formats are those that versions of Firecracker write, from the first of them on; firecracker.md 1.5.
+// formats are those that versions of Firecracker write, from the first of them on: for manifests without a format, and for advice.
 var formats = []struct {
 	since  firecracker.Version
 	format string
@@ -94,7 +97,7 @@ var formats = []struct {
 	{firecracker.Version{Major: 1, Minor: 13}, "8.0.0"},
 	{firecracker.Version{Major: 1, Minor: 15}, "9.0.0"},
 	{firecracker.Version{Major: 1, Minor: 16}, "10.0.0"},
-	{firecracker.Version{Major: 1, Minor: 17}, ""}, // not known
+	{firecracker.Version{Major: 1, Minor: 17}, ""}, // its program names it
 }
 
 // formatOf is what a version writes; "" if that is not known.
@@ -108,22 +111,21 @@ func formatOf(v firecracker.Version) string {
 	return format
 }
 
-// compareFormat refuses what the VMM would: another major version, or a newer minor one.
-func (m *Manifest) compareFormat(v firecracker.Version) error {
+// CheckFormat refuses, with a *Mismatch, a state that the host's VMM cannot read: of another major version of the format, or of a
+// newer minor one.
+func (m *Manifest) CheckFormat(h HostFacts) error {
 	made, err := firecracker.ParseVersion(m.Firecracker)
-	if err != nil || v.IsZero() || made == v {
+	if err == nil && m.Format == "" && made == h.Firecracker {
 		return nil
 	}
-	has, reads := m.Format, formatOf(v)
-	if has == "" {
-		has = formatOf(made)
-	}
+	has, reads := cmp.Or(m.Format, formatOf(made)), cmp.Or(h.Format, formatOf(h.Firecracker))
 	if has == "" || reads == "" || canRead(reads, has) {
 		return nil
 	}
 	return &Mismatch{
-		What: "snapshot format", Snapshot: fmt.Sprintf("%s, of Firecracker %v", has, made), Host: fmt.Sprintf("%s, of Firecracker %v", reads, v),
-		Advice: fmt.Sprintf("restore it with Firecracker %s, or make it again with %v", writers(has, made), v),
+		What: "snapshot format", Snapshot: fmt.Sprintf("%s, of Firecracker %s", has, m.Firecracker), Host: fmt.Sprintf("%s, of Firecracker %v", reads, h.Firecracker),
+		Advice: fmt.Sprintf("restore it with Firecracker %s (smartvm firecracker install %s), or make it again with %v",
+			writers(has, m.Firecracker), m.Firecracker, h.Firecracker),
 	}
 }
 
@@ -134,8 +136,9 @@ func canRead(reads, has string) bool {
 	return rerr == nil && herr == nil && readMajor == major && minor <= readMinor
 }
 
-// writers names the versions that write a format, as people do.
-func writers(format string, made firecracker.Version) string {
+// writers names the versions that write a format, as people do. Of a format that is not in the list it is the version that made the
+// snapshot.
+func writers(format, made string) string {
 	for i, f := range formats[:len(formats)-1] {
 		if f.format != format {
 			continue
@@ -149,7 +152,7 @@ func writers(format string, made firecracker.Version) string {
 		}
 		return first + " to " + last
 	}
-	return short(made)
+	return made
 }
 
 // short leaves a patch of 0 out.

@@ -28,7 +28,7 @@ func TestCompatible(t *testing.T) {
 	}{
 		"Same":     {func(*snapshot.Manifest, *snapshot.HostFacts) {}, nil, nil, ""},
 		"Patch":    {func(_ *snapshot.Manifest, h *snapshot.HostFacts) { h.Firecracker.Patch = 0 }, nil, nil, ""},
-		"OlderVMM": {func(_ *snapshot.Manifest, h *snapshot.HostFacts) { h.Firecracker.Minor = 11 }, []string{"snapshot format"}, nil, "with Firecracker 1.12, or make it again with 1.11.1"},
+		"OlderVMM": {func(_ *snapshot.Manifest, h *snapshot.HostFacts) { h.Firecracker.Minor = 11 }, []string{"snapshot format"}, nil, "with Firecracker 1.12 (smartvm firecracker install 1.12.1), or make it again with 1.11.1"},
 		"NewerVMM": {func(_ *snapshot.Manifest, h *snapshot.HostFacts) { h.Firecracker.Minor = 16 }, []string{"snapshot format"}, nil, "with Firecracker 1.12"},
 		"Format8":  {func(m *snapshot.Manifest, _ *snapshot.HostFacts) { m.Firecracker, m.Format = "1.13.1", "8.0.0" }, []string{"snapshot format"}, nil, "1.13 to 1.14"},
 		"SameFormat": {func(m *snapshot.Manifest, h *snapshot.HostFacts) {
@@ -40,6 +40,18 @@ func TestCompatible(t *testing.T) {
 		"UnknownVMM":   {func(_ *snapshot.Manifest, h *snapshot.HostFacts) { h.Firecracker.Minor = 40 }, nil, nil, ""},
 		"NoFormatRead": {func(m *snapshot.Manifest, h *snapshot.HostFacts) { m.Format, h.Firecracker.Minor = "", 16 }, []string{"snapshot format"}, nil, ""},
 		"NewerMinor":   {func(m *snapshot.Manifest, h *snapshot.HostFacts) { m.Format, h.Firecracker.Patch = "6.1.0", 0 }, []string{"snapshot format"}, nil, ""},
+		"FormatSaid": {func(_ *snapshot.Manifest, h *snapshot.HostFacts) {
+			h.Firecracker.Minor, h.Format = 17, "11.0.0"
+		}, []string{"snapshot format"}, nil, "with Firecracker 1.12 (smartvm firecracker install 1.12.1), or make it again with 1.17.1"},
+		"FormatSaidFirst": {func(_ *snapshot.Manifest, h *snapshot.HostFacts) { h.Firecracker.Minor, h.Format = 16, "6.0.0" }, nil, nil, ""},
+		"FormatOfLater": {func(m *snapshot.Manifest, h *snapshot.HostFacts) {
+			m.Firecracker, m.Format, h.Format = "1.17.0", "11.0.0", "6.0.0"
+		}, []string{"snapshot format"}, nil, "with Firecracker 1.17.0 (smartvm firecracker install 1.17.0)"},
+		"FormatOfLaterHere": {func(m *snapshot.Manifest, h *snapshot.HostFacts) {
+			m.Firecracker, m.Format, h.Format, h.Firecracker.Minor = "1.17.0", "11.0.0", "11.0.0", 17
+		}, nil, nil, ""},
+		"SameVMMOtherFormat": {func(_ *snapshot.Manifest, h *snapshot.HostFacts) { h.Format = "7.0.0" }, []string{"snapshot format"}, nil, ""},
+		"SameVMMNoFormat":    {func(m *snapshot.Manifest, h *snapshot.HostFacts) { m.Format, h.Format = "", "7.0.0" }, nil, nil, ""},
 		"OtherArch": {func(_ *snapshot.Manifest, h *snapshot.HostFacts) {
 			h.Arch, h.CPUVendor, h.CPUModel = "arm64", "0x41", "part"
 		}, []string{"architecture"}, nil, "that architecture"},

@@ -50,6 +50,9 @@ func (f *Finder) VMM(ctx context.Context) (VMM, error) {
 
 // At returns the Firecracker at a path, as VMM does.
 func (f *Finder) At(ctx context.Context, path string) (b VMM, err error) {
+	if path, err = program(path); err != nil {
+		return VMM{}, err
+	}
 	b = VMM{Path: path, id: fileID(path)}
 	f.mu.Lock()
 	known, ok := f.known[path]
