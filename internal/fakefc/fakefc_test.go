@@ -169,6 +169,52 @@ func TestServer_pause(t *testing.T) {
 }
 
 // TestServer_strict sends what the client never would.
+// A snapshot is loaded by a fake of the same format, and ends one of another.
+func TestServer_snapshot(t *testing.T) {
+	dir := t.TempDir()
+	state, memory := filepath.Join(dir, "state"), filepath.Join(dir, "memory")
+	_, c := serve(t, fakefc.Config{Format: "11.0.0"}, "1.12.1")
+	must(t, c.PutMachineConfig(t.Context(), firecracker.MachineConfiguration{VCPUCount: 2, MemSizeMiB: 3}))
+	must(t, c.PutBootSource(t.Context(), firecracker.BootSource{KernelImagePath: "k"}))
+	must(t, c.InstanceStart(t.Context()))
+	create := firecracker.SnapshotCreateParams{SnapshotPath: state, MemFilePath: memory}
+	if err := c.CreateSnapshot(t.Context(), create); err == nil || !strings.Contains(err.Error(), "not paused") {
+		t.Errorf("snapshot of a running VM: %v", err)
+	}
+	must(t, c.Pause(t.Context()))
+	must(t, c.CreateSnapshot(t.Context(), create))
+	if fi, err := os.Stat(memory); err != nil || fi.Size() != 3<<20 {
+		t.Errorf("memory: %v, %v", fi, err)
+	}
+	load := firecracker.SnapshotLoadParams{
+		SnapshotPath: state, ResumeVM: true,
+		MemBackend: &firecracker.MemBackend{BackendType: firecracker.MemBackendFile, BackendPath: memory},
+	}
+	_, same := serve(t, fakefc.Config{Format: "11.0.0"}, "1.12.1")
+	must(t, same.LoadSnapshot(t.Context(), load))
+	if m, err := same.GetMachineConfig(t.Context()); err != nil || m.VCPUCount != 2 {
+		t.Errorf("loaded %+v, %v", m, err)
+	}
+	if info, err := same.GetInstanceInfo(t.Context()); err != nil || info.State != firecracker.StateRunning {
+		t.Errorf("loaded it is %+v, %v", info, err)
+	}
+	exits := make(chan fakefc.Exit, 1)
+	_, other := serve(t, fakefc.Config{Exit: func(e fakefc.Exit) { exits <- e }}, "1.12.1")
+	if err := other.LoadSnapshot(t.Context(), load); err == nil || !strings.Contains(err.Error(), "bitcode error") {
+		t.Errorf("load of another format: %v", err)
+	}
+	if e := <-exits; e.Status != 1 {
+		t.Errorf("ends with %+v", e)
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestServer_strict(t *testing.T) {
 	for name, request := range map[string]string{
 		"unknown field": "PUT /vsock HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n" + `{"cid":3}`,

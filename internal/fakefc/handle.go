@@ -22,6 +22,7 @@ const (
 	faultNoKernel  faultMessage = "Cannot start microvm without kernel configuration."
 	faultNotPaused faultMessage = "Cannot create snapshot: the microVM is not paused."
 	faultNoFile    faultMessage = "Create snapshot error: Cannot perform open on the snapshot backing file: No such file or directory (os error 2)"
+	faultNoState   faultMessage = "Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: An error occurred during deserialization: bitcode error"
 	faultNoMMDS    faultMessage = "The MMDS data store is not initialized."
 )
 
@@ -141,15 +142,9 @@ func (s *Server) put(request string, body []byte) error {
 		s.state, s.reset = state, s.reset && !resumed
 		return nil
 	case "PUT /snapshot/create":
-		if err := decode(s.version, body, new(firecracker.SnapshotCreateParams)); err != nil {
-			return err
-		}
-		if s.state != firecracker.StatePaused {
-			return faultNotPaused
-		}
-		// The state is saved, by which the guest's vsock is reset, before the file is opened.
-		s.reset = true
-		return faultNoFile
+		return s.save(body)
+	case "PUT /snapshot/load":
+		return s.load(body)
 	}
 	method, path, _ := strings.Cut(request, " ")
 	return faultPath(method, path)

@@ -180,6 +180,7 @@ func (p *program) run() int {
 	exits := make(chan Exit, 1)
 	server := New(Config{
 		Version: p.script.Version,
+		Format:  p.script.Format,
 		ID:      p.flags["--id"],
 		Faults:  p.script.Faults,
 		Exit: func(e Exit) {

@@ -1,5 +1,5 @@
 // Package fakefc is a fake Firecracker for what a real one cannot be made to do in a test: fail at a chosen moment,
-// hang, or be of another version. It boots nothing and opens none of the files it is told of.
+// hang, or be of another version. It boots nothing, and of the files it is told of it opens but those of snapshots.
 //
 // A [Server] is the API alone, in the test's own process. To stand in for the program, a test binary runs itself as
 // one: [Install] puts a link to it named firecracker beside a [Script], and its TestMain begins with
@@ -35,6 +35,7 @@ const maxPayload = 51200
 // Config describes a Server.
 type Config struct {
 	Version string           // as GET /version answers; DefaultVersion if empty
+	Format  string           // of its snapshots; DefaultFormat if empty
 	ID      string           // the instance's
 	Faults  map[string]Fault // by request, "PUT /drives/rootfs", or by action, "InstanceStart"
 
@@ -83,7 +84,7 @@ type Server struct {
 
 // New returns a server that is not started. It panics on a version that is none.
 func New(config Config) *Server {
-	config.Version = cmp.Or(config.Version, DefaultVersion)
+	config.Version, config.Format = cmp.Or(config.Version, DefaultVersion), cmp.Or(config.Format, DefaultFormat)
 	version, err := firecracker.ParseVersion(config.Version)
 	if err != nil {
 		panic("fakefc: " + err.Error())
@@ -176,6 +177,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	default:
 		answer, err := s.handle(r.Method, r.URL.Path, body)
 		write(w, answer, err)
+		if err != nil && r.URL.Path == "/snapshot/load" { // nothing else can be done with it
+			_ = http.NewResponseController(w).Flush()
+			s.exit(Exit{Status: 1, Message: err.Error()})
+		}
 	}
 	if fault.Exit != nil && fault.After {
 		_ = http.NewResponseController(w).Flush()

@@ -1,0 +1,81 @@
+package smartvm_test
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"strings"
+	"testing"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/fakefc"
+	"push.rocks/smartvm/snapshot"
+)
+
+// A VMM whose states have a form that nobody knows, as 1.17's have, is as good as any for snapshots, forks and archives.
+func TestSnapshot_UnknownForm(t *testing.T) {
+	site := newFaultSite(t, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
+	h := site.open(t)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	started := func(m *smartvm.Machine, err error) *smartvm.Machine {
+		t.Helper()
+		must(err)
+		must(m.Start(t.Context()))
+		return m
+	}
+	ends := func(m *smartvm.Machine) {
+		t.Helper()
+		if state, err := m.State(t.Context()); err != nil || state != smartvm.Running {
+			t.Errorf("VM %s is %s, %v, want running", m.ID(), state, err)
+		}
+		_, err := m.Stop(t.Context(), smartvm.StopOptions{})
+		must(errors.Join(err, m.Remove(t.Context())))
+	}
+	m := started(h.Create(t.Context(), site.spec))
+	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Name: "base"})
+	must(err)
+	if sn.Format != "11.0.0" || sn.Firecracker != "1.17.0" {
+		t.Errorf("snapshot of Firecracker %s, format %q", sn.Firecracker, sn.Format)
+	}
+	diff, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Diff: true})
+	must(err)
+	if diff.Parent != sn.ID {
+		t.Errorf("the diff's parent is %q, want %s", diff.Parent, sn.ID)
+	}
+	forks, err := m.Fork(t.Context(), 2, smartvm.ForkOptions{})
+	must(err)
+	for _, f := range forks {
+		ends(f)
+	}
+	ends(started(h.Restore(t.Context(), "base", smartvm.RestoreOptions{})))
+	ends(m)
+
+	var archive bytes.Buffer
+	must(sn.Export(t.Context(), &archive, nil))
+	must(h.RemoveSnapshot(t.Context(), "base", false))
+	all, err := h.Snapshots()
+	must(err)
+	imported, err := all.Import(t.Context(), &archive, snapshot.ImportOptions{})
+	must(err)
+	ends(started(h.Restore(t.Context(), "base", smartvm.RestoreOptions{Trust: true})))
+
+	site.behave(t, fakefc.Script{})
+	_, err = site.open(t).Restore(t.Context(), "base", smartvm.RestoreOptions{Trust: true})
+	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "11.0.0") || !strings.Contains(smartvm.Hint(err), "smartvm firecracker install 1.17.0") {
+		t.Errorf("restore of format 11.0.0 by 6.0.0: %v (hint %q)", err, smartvm.Hint(err))
+	}
+	state, err := os.ReadFile(imported.Path(snapshot.StateFile))
+	must(err)
+	state[len(state)/2] ^= 1
+	replace(t, imported.Path(snapshot.StateFile), state)
+	if _, err := h.Restore(t.Context(), "base", smartvm.RestoreOptions{Trust: true}); !errors.Is(err, snapshot.ErrDamaged) {
+		t.Errorf("a state with another byte: %v, want ErrDamaged", err)
+	}
+	must(errors.Join(h.RemoveSnapshot(t.Context(), "base", false), h.RemoveSnapshot(t.Context(), diff.ID, false)))
+	site.tidy(t)
+}
