@@ -3,6 +3,7 @@ package smartvm_test
 import (
 	"bytes"
 	"errors"
+	"log/slog"
 	"os"
 	"strings"
 	"testing"
@@ -78,4 +79,74 @@ func TestSnapshot_UnknownForm(t *testing.T) {
 	}
 	must(errors.Join(h.RemoveSnapshot(t.Context(), "base", false), h.RemoveSnapshot(t.Context(), diff.ID, false)))
 	site.tidy(t)
+}
+
+// A diff that the VMM would write wrongly is refused before the VM is touched; a full snapshot is not.
+func TestSnapshot_WrongDiff(t *testing.T) {
+	site := newFaultSite(t, fakefc.Script{Version: "1.14.1", Format: "8.0.0"})
+	h := site.open(t)
+	site.spec.MachineConfig.TrackDirtyPages, site.spec.MemoryHotplug = true, &smartvm.MemoryHotplug{TotalSizeMiB: 128}
+	m, err := h.Create(t.Context(), site.spec)
+	if err == nil {
+		err = m.Start(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = m.Snapshot(t.Context(), smartvm.SnapshotOptions{Diff: true})
+	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "1.14.1") || !strings.Contains(smartvm.Hint(err), "1.14.2") {
+		t.Errorf("a diff: %v (hint %q), want ErrNotSupported", err, smartvm.Hint(err))
+	}
+	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(m.Remove(t.Context()), h.RemoveSnapshot(t.Context(), sn.ID, false)); err != nil {
+		t.Error(err)
+	}
+	site.tidy(t)
+}
+
+// Who restores a VM that has a vsock device with 1.16.0 is warned, and only he.
+func TestRestore_DeafVMM(t *testing.T) {
+	for name, c := range map[string]struct {
+		version string
+		vsock   *smartvm.Vsock
+		want    bool
+	}{
+		"Deaf":    {"1.16.0", &smartvm.Vsock{GuestCID: 3}, true},
+		"Mended":  {"1.16.1", &smartvm.Vsock{GuestCID: 3}, false},
+		"NoVsock": {"1.16.0", nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			site := newFaultSite(t, fakefc.Script{Version: c.version, Format: "10.0.0"})
+			var log bytes.Buffer
+			site.options.Log, site.spec.Vsock = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn})), c.vsock
+			h := site.open(t)
+			m, err := h.Create(t.Context(), site.spec)
+			if err == nil {
+				err = m.Start(t.Context())
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Stop: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, err := h.Restore(t.Context(), sn.ID, smartvm.RestoreOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := strings.Contains(log.String(), "1.16.1 mends"); got != c.want {
+				t.Errorf("warned: %v, want %v; logged: %s", got, c.want, log.String())
+			}
+			if err := errors.Join(r.Remove(t.Context()), m.Remove(t.Context()), h.RemoveSnapshot(t.Context(), sn.ID, false)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"sync"
 
+	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/capture"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/locate"
@@ -112,6 +113,9 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	}
 	if from.Networks, err = h.Networks(); err != nil {
 		return nil, err
+	}
+	if from.Saved.Spec.Vsock != nil && from.vmm.Version == (firecracker.Version{Major: 1, Minor: 16}) {
+		h.env.Log.Warn("restored guests hear nothing over vsock with Firecracker 1.16.0; 1.16.1 mends that", "snapshot", sn.ID)
 	}
 	return from, h.compatible(ctx, &sn.Manifest, from.vmm)
 }

@@ -42,7 +42,8 @@ type SnapshotOptions struct {
 	Labels map[string]string
 	// Diff writes only the memory that has changed since the VM's last snapshot, into a copy of that. The snapshot is as whole as any
 	// other; it is made sooner where that copy is a reflink. Without a last snapshot it makes no difference. Needs a Spec with
-	// TrackDirtyPages, or Firecracker ≥ 1.13.
+	// TrackDirtyPages, or Firecracker ≥ 1.13; with 1.14.0 and 1.14.1 it is refused where they write it wrongly: on x86 above 3 GiB of
+	// memory, and with MemoryHotplug.
 	Diff bool
 	// Hook is a program in the guest that is run with the argument "freeze" before all is stopped, and with "thaw" afterwards, be it
 	// in this VM or in one that is restored. It must exit with 0. The snapshot is not made where it cannot be run or does not want it;
@@ -127,7 +128,12 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 	if !o.Diff {
 		return nil, nil
 	}
-	tracked := m.rec().Spec.MachineConfig.TrackDirtyPages
+	config := m.rec().Spec.MachineConfig
+	if capture.CorruptsDiffs(m.rec().VMM(), config.MemSizeMiB, m.rec().Spec.MemoryHotplug != nil) {
+		return nil, hint.Add(fmt.Errorf("%w: a diff of memory over 3 GiB or that can be plugged, with Firecracker %s, which writes it wrongly", ErrNotSupported, m.rec().BinaryVersion),
+			"use Firecracker 1.14.2 or newer, or make a full snapshot")
+	}
+	tracked := config.TrackDirtyPages
 	if !tracked && !m.rec().VMM().AtLeast(firecracker.Version{Major: 1, Minor: 13}) {
 		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, Firecracker %s", ErrNotSupported, m.rec().BinaryVersion),
 			"make the VM with trackDirtyPages, use Firecracker 1.13 or newer, or make a full snapshot")

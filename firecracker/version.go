@@ -11,6 +11,9 @@ import (
 // MinVersion is the oldest Firecracker this package speaks to. Callers refuse older ones.
 var MinVersion = Version{Major: 1, Minor: 7, Patch: 0}
 
+// OldestSupported is the oldest release whose series upstream still mends. This package speaks to older ones too.
+var OldestSupported = Version{Major: 1, Minor: 16, Patch: 0}
+
 // maxVersionLen bounds what is looked at, and quoted in errors, as a version.
 const maxVersionLen = 64
 

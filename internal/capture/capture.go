@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -151,6 +152,14 @@ func (v *VM) listens() bool { return v.Running && v.Agent != nil && !v.Booting }
 func Swaps() bool {
 	list, err := os.ReadFile("/proc/swaps")
 	return err == nil && strings.Count(string(list), "\n") > 1 // the first is the heading
+}
+
+// CorruptsDiffs says whether a VMM of version v writes diffs that are wrong, and says nothing of it, of a VM with that much memory:
+// 1.14.0 and 1.14.1 do where memory lies in several slots, as on x86 above 3 GiB, or with memory hotplug.
+func CorruptsDiffs(v firecracker.Version, memSizeMiB int, hotplug bool) bool {
+	const firstSlot = 3 << 10 // MiB
+	broken := v.AtLeast(firecracker.Version{Major: 1, Minor: 14}) && !v.AtLeast(firecracker.Version{Major: 1, Minor: 14, Patch: 2})
+	return broken && (hotplug || runtime.GOARCH == "amd64" && memSizeMiB > firstSlot)
 }
 
 // stood says whether the VM still stands still: if not, its drives are not those of the moment of its memory.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -305,5 +306,31 @@ func TestRunHook_Hangs(t *testing.T) {
 	}}
 	if err := capture.RunHook(ctx, c, "/hook", capture.HookThaw); err == nil || !strings.Contains(err.Error(), "/hook thaw") {
 		t.Errorf("got %v", err)
+	}
+}
+
+func TestCorruptsDiffs(t *testing.T) {
+	above := runtime.GOARCH == "amd64" // elsewhere all memory is one slot
+	for _, c := range []struct {
+		version string
+		mib     int
+		hotplug bool
+		want    bool
+	}{
+		{"1.13.1", 4096, false, false},
+		{"1.14.0", 3072, false, false},
+		{"1.14.0", 3073, false, above},
+		{"1.14.1", 4096, false, above},
+		{"1.14.1", 128, true, true},
+		{"1.14.2", 4096, true, false},
+		{"1.15.0", 4096, true, false},
+	} {
+		v, err := firecracker.ParseVersion(c.version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := capture.CorruptsDiffs(v, c.mib, c.hotplug); got != c.want {
+			t.Errorf("%s, %d MiB, hotplug %v: %v, want %v", c.version, c.mib, c.hotplug, got, c.want)
+		}
 	}
 }

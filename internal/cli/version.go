@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/vmm"
 )
 
@@ -21,6 +22,7 @@ type versions struct {
 	Platform    string `json:"platform"`
 	Firecracker string `json:"firecracker,omitempty"` // the VMM in use, absent where there is none
 	Path        string `json:"firecrackerBinaryPath,omitempty"`
+	Unsupported bool   `json:"firecrackerUnsupported,omitempty"` // by upstream, which mends nothing in it any more
 }
 
 func newVersion(a *app) *cobra.Command {
@@ -41,7 +43,7 @@ func (c *versionCommand) run(cmd *cobra.Command, _ []string) error {
 	path, err := exec.LookPath(cmp.Or(c.global.firecracker, "firecracker"))
 	if err == nil {
 		if version, versionErr := vmm.Version(cmd.Context(), path); versionErr == nil {
-			v.Firecracker, v.Path = version.String(), path
+			v.Firecracker, v.Path, v.Unsupported = version.String(), path, !version.AtLeast(firecracker.OldestSupported)
 		} else {
 			err = versionErr
 		}
@@ -54,6 +56,10 @@ func (c *versionCommand) run(cmd *cobra.Command, _ []string) error {
 		fmt.Fprintf(c.Stdout, "firecracker  none: %v\n", err)
 		return nil
 	}
-	fmt.Fprintf(c.Stdout, "firecracker  %s (%s)\n", v.Firecracker, v.Path)
+	note := ""
+	if v.Unsupported {
+		note = ", no longer supported upstream"
+	}
+	fmt.Fprintf(c.Stdout, "firecracker  %s (%s)%s\n", v.Firecracker, v.Path, note)
 	return nil
 }
