@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -149,4 +150,105 @@ func TestRestore_DeafVMM(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Transparent huge pages are asked for with a version that knows them, without a pool and without userfaultfd, and refused by value with
+// an older one.
+func TestHugePages_Transparent(t *testing.T) {
+	old := newFaultSite(t, fakefc.Script{Version: "1.16.1", Format: "10.0.0"})
+	old.spec.MachineConfig.HugePages = "Transparent"
+	if _, err := old.open(t).Create(t.Context(), old.spec); !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), `huge_pages with value "Transparent" needs Firecracker 1.17.0`) {
+		t.Errorf("with 1.16.1: %v, want ErrNotSupported", err)
+	}
+	site := newFaultSite(t, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
+	site.spec.MachineConfig.HugePages = "Transparent"
+	h := site.open(t)
+	m, err := h.Create(t.Context(), site.spec)
+	if err == nil {
+		err = m.Start(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if config, err := m.VMConfig(t.Context()); err != nil || config.MachineConfig.HugePages != "Transparent" {
+		t.Errorf("configured as %+v, %v", config.MachineConfig, err)
+	}
+	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Stop: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := h.Restore(t.Context(), sn.ID, smartvm.RestoreOptions{})
+	if err == nil {
+		err = r.Start(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if plan, err := os.ReadFile(filepath.Join(site.dir, "runtime", r.ID(), "machine.json")); err != nil || bytes.Contains(plan, []byte("memorySocket")) || sn.HugePages != "" {
+		t.Errorf("restored by userfaultfd, or with pages of a pool (%q): %s, %v", sn.HugePages, plan, err)
+	}
+	if _, err := r.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(r.Remove(t.Context()), m.Remove(t.Context()), h.RemoveSnapshot(t.Context(), sn.ID, false)); err != nil {
+		t.Error(err)
+	}
+	site.tidy(t)
+}
+
+// What pages a restored VM has may be chosen with a version that knows this, and is refused before anything is made with others.
+func TestRestore_HugePages(t *testing.T) {
+	site := newFaultSite(t, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
+	h := site.open(t)
+	m, err := h.Create(t.Context(), site.spec)
+	if err == nil {
+		err = m.Start(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Stop: true})
+	if err == nil {
+		err = m.Remove(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pages := range []string{"", "None", "Transparent"} {
+		r, err := h.Restore(t.Context(), sn.ID, smartvm.RestoreOptions{HugePages: pages})
+		if err == nil {
+			err = r.Start(t.Context())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if config, err := r.VMConfig(t.Context()); err != nil || string(config.MachineConfig.HugePages) != pages {
+			t.Errorf("huge pages %q: configured as %+v, %v", pages, config.MachineConfig, err)
+		}
+		if got := r.Spec().MachineConfig.HugePages; got != pages {
+			t.Errorf("huge pages %q: the spec has %q", pages, got)
+		}
+		if _, err := r.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+			t.Error(err)
+		}
+		if err := r.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	refused := func(pages, why string) {
+		t.Helper()
+		if _, err := site.open(t).Restore(t.Context(), sn.ID, smartvm.RestoreOptions{HugePages: pages}); err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("huge pages %q: %v, want an error with %q", pages, err, why)
+		}
+	}
+	refused("1G", "must be one of None, 2M, Transparent")
+	if !hugePages(t) {
+		refused("2M", "huge pages: the snapshot has 128 MiB in pages of 2 MiB")
+	}
+	site.behave(t, fakefc.Script{Version: "1.16.1", Format: "11.0.0"})
+	refused("None", "field huge_pages needs Firecracker 1.17.0")
+	if err := h.RemoveSnapshot(t.Context(), sn.ID, false); err != nil {
+		t.Error(err)
+	}
+	site.tidy(t)
 }

@@ -32,6 +32,9 @@ type RestoreOptions struct {
 	Metadata json.RawMessage
 	// Memory says how it gets its memory. Empty: MemoryFile, or MemoryUFFD for large pages.
 	Memory Memory
+	// HugePages is the kind of its memory's pages: None, Transparent or 2M, of which the last needs MemoryUFFD, the default then. Empty: as the
+	// snapshot's VM had. Firecracker ≥ 1.17.
+	HugePages string
 	// Trust takes an imported snapshot for one of this host's own. Without, its VM needs a jail, and gets nothing of this host but images.
 	Trust bool
 	// Paused leaves the VM paused when it is started: Resume lets it go on at once.
@@ -50,7 +53,7 @@ func (h *Host) Restore(ctx context.Context, ref string, o RestoreOptions) (*Mach
 	if err != nil {
 		return nil, err
 	}
-	from, err := sn.open(ctx, o.Trust)
+	from, err := sn.open(ctx, o)
 	if err != nil {
 		return nil, err
 	}
@@ -69,7 +72,7 @@ type origin struct {
 	release func() error
 }
 
-func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error) {
+func (sn *Snapshot) open(ctx context.Context, o RestoreOptions) (_ *origin, err error) {
 	h := sn.host
 	all, err := h.Snapshots()
 	if err != nil {
@@ -94,7 +97,7 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	if err := from.Saved.Check(sn.Files); err != nil {
 		return nil, err
 	}
-	if from.Untrusted = sn.Imported && !trust; from.Untrusted {
+	if from.Untrusted = sn.Imported && !o.Trust; from.Untrusted {
 		if err := from.Saved.CheckUntrusted(h.opts.Launcher == LaunchJailed); err != nil {
 			return nil, hint.Add(fmt.Errorf("%w: it was imported: %w", ErrNotSupported, err), "with --trust it is taken for one of this host's own")
 		}
@@ -117,7 +120,9 @@ func (sn *Snapshot) open(ctx context.Context, trust bool) (_ *origin, err error)
 	if from.Saved.Spec.Vsock != nil && from.vmm.Version == (firecracker.Version{Major: 1, Minor: 16}) {
 		h.env.Log.Warn("restored guests hear nothing over vsock with Firecracker 1.16.0; 1.16.1 mends that", "snapshot", sn.ID)
 	}
-	return from, h.compatible(ctx, &sn.Manifest, from.vmm)
+	asked := sn.Manifest
+	asked.HugePages = o.hugePages(&asked)
+	return from, h.compatible(ctx, &asked, from.vmm)
 }
 
 // restore makes a VM. It returns the new VM's lock.
@@ -141,7 +146,7 @@ func (from *origin) restore(ctx context.Context, o RestoreOptions) (*Machine, *s
 func (from *origin) look(o RestoreOptions) (*plan.Input, error) {
 	rec, err := from.Record(restore.Options{
 		ID: o.ID, Name: o.Name, Hostname: o.Hostname, Labels: o.Labels, Ports: o.Ports, Policy: o.Policy, Metadata: o.Metadata,
-		UFFD: o.Memory == MemoryUFFD || o.Memory == "" && from.Snapshot.HugePages != "", Paused: o.Paused, Anew: o.anew,
+		HugePages: o.HugePages, UFFD: o.Memory == MemoryUFFD || o.Memory == "" && o.hugePages(&from.Snapshot.Manifest) != "", Paused: o.Paused, Anew: o.anew,
 	})
 	if err != nil {
 		return nil, err
@@ -191,6 +196,17 @@ func (h *Host) snapshotFormat(ctx context.Context, b locate.VMM) string {
 	return format
 }
 
+// hugePages is what a manifest would say of the VM's pages: "2M" or nothing.
+func (o *RestoreOptions) hugePages(m *snapshot.Manifest) string {
+	switch o.HugePages {
+	case "":
+		return m.HugePages
+	case "2M":
+		return o.HugePages
+	}
+	return ""
+}
+
 // compatible says why this host cannot go on where a snapshot stopped, and warns of what may go wrong.
 func (h *Host) compatible(ctx context.Context, m *snapshot.Manifest, b locate.VMM) error {
 	facts, err := h.facts()
@@ -228,7 +244,7 @@ func (sn *Snapshot) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine,
 	if n < 1 || o.Concurrency < 0 {
 		return nil, fmt.Errorf("fork snapshot %s: %d VMs, %d at once", sn.ID, n, o.Concurrency)
 	}
-	from, err := sn.open(ctx, o.Trust)
+	from, err := sn.open(ctx, o.RestoreOptions)
 	if err != nil {
 		return nil, err
 	}

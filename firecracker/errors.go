@@ -31,20 +31,24 @@ func (e *APIError) Error() string {
 	return fmt.Sprintf("%s %s: status %d: %s", e.Method, e.Path, e.Status, e.Fault)
 }
 
-// VersionError says that a request was not sent because the VMM in use would not know the endpoint or field.
+// VersionError says that a request was not sent because the VMM in use would not know the endpoint, the field or its value.
 // It matches [ErrNotSupported].
 type VersionError struct {
 	Endpoint string  // "PUT /network-interfaces"; empty for a configuration file
 	Field    string  // JSON path in the body, "rate_limiter"; empty when the endpoint itself is too new
+	Value    string  // of the field, "Transparent"; empty when the field itself is too new
 	Need     Version // the oldest version not older than Have that has it
 	Have     Version
 }
 
-// Error names the endpoint or field and both versions.
+// Error names the endpoint, field or value and both versions.
 func (e *VersionError) Error() string {
 	what := e.Endpoint
 	if e.Field != "" {
 		what = strings.TrimPrefix(e.Endpoint+": field "+e.Field, ": ")
+	}
+	if e.Value != "" {
+		what += fmt.Sprintf(" with value %q", e.Value)
 	}
 	return fmt.Sprintf("%s needs Firecracker %v or newer, this is %v", what, e.Need, e.Have)
 }

@@ -65,6 +65,9 @@ func TestAPIError_Error(t *testing.T) {
 		"PUT /serial needs Firecracker 1.14.0 or newer, this is 1.12.1": &firecracker.VersionError{
 			Endpoint: "PUT /serial", Need: firecracker.Version{Major: 1, Minor: 14}, Have: v1_12_1,
 		},
+		`PUT /machine-config: field huge_pages with value "Transparent" needs Firecracker 1.17.0 or newer, this is 1.12.1`: &firecracker.VersionError{
+			Endpoint: "PUT /machine-config", Field: "huge_pages", Value: "Transparent", Need: firecracker.Version{Major: 1, Minor: 17}, Have: v1_12_1,
+		},
 		"field pmem needs Firecracker 1.14.0 or newer, this is 1.12.1": &firecracker.VersionError{
 			Field: "pmem", Need: firecracker.Version{Major: 1, Minor: 14}, Have: v1_12_1,
 		},

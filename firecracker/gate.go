@@ -130,13 +130,21 @@ func checkRequest(v Version, method, path string, body any) error {
 	return errors.Join(c.errs...)
 }
 
+// valueSince says since when the fields that take a value of an enumeration do.
+func valueSince(value any) since {
+	if value == HugePagesTransparent {
+		return since{{1, 17, 0}}
+	}
+	return nil
+}
+
 type gateChecker struct {
 	endpoint string
 	have     Version
 	errs     []error
 }
 
-// walk visits every field that would be encoded, and collects those whose since tag is too new.
+// walk visits every field that would be encoded, and collects those that are too new, by their since tags or values.
 func (c *gateChecker) walk(prefix string, value reflect.Value) {
 	switch value.Kind() {
 	case reflect.Pointer:
@@ -157,6 +165,9 @@ func (c *gateChecker) walk(prefix string, value reflect.Value) {
 			if s := parseSince(field.Tag.Get("since")); !s.ok(c.have) {
 				c.errs = append(c.errs, &VersionError{Endpoint: c.endpoint, Field: path, Need: s.need(c.have), Have: c.have})
 				continue
+			}
+			if s := valueSince(fieldValue.Interface()); !s.ok(c.have) {
+				c.errs = append(c.errs, &VersionError{Endpoint: c.endpoint, Field: path, Value: fieldValue.String(), Need: s.need(c.have), Have: c.have})
 			}
 			c.walk(path, fieldValue)
 		}

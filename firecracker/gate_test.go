@@ -26,13 +26,14 @@ func parse(t *testing.T, text string) firecracker.Version {
 }
 
 func TestCheckVersion(t *testing.T) {
+	const transparent = firecracker.HugePagesTransparent
 	// Each row holds one thing that is not in every version.
 	for _, row := range []struct {
 		name         string
 		body         any
 		has, hasNot  string // versions, blank-separated
 		need         string // what the last of hasNot must become
-		field, where string
+		field, where string // the field may have "=" and the value that is too new
 	}{
 		{"mtu", firecracker.NetworkInterface{MTU: 1500}, "1.16.0 1.17.0 2.0.0", "1.7.0 1.15.1", "1.16.0", "mtu", "PUT /network-interfaces"},
 		{"discard", firecracker.Drive{Discard: true}, "1.17.0 2.0.0", "1.7.0 1.16.1", "1.17.0", "discard", "PUT /drives"},
@@ -51,6 +52,10 @@ func TestCheckVersion(t *testing.T) {
 		{"clock", firecracker.SnapshotLoadParams{ClockRealtime: true}, "1.14.4 1.14.5 1.15.1 1.16.0", "1.7.0 1.14.3", "1.14.4", "clock_realtime", "PUT /snapshot/load"},
 		{"clock on 1.15", firecracker.SnapshotLoadParams{ClockRealtime: true}, "1.14.4", "1.15.0", "1.15.1", "clock_realtime", "PUT /snapshot/load"},
 		{"pointer", &firecracker.NetworkInterface{MTU: 1500}, "1.16.0", "1.15.1", "1.16.0", "mtu", "PUT /network-interfaces"},
+		{"huge pages", firecracker.MachineConfiguration{HugePages: transparent}, "1.17.0 2.0.0", "1.7.0 1.16.1", "1.17.0", "huge_pages=Transparent", "PUT /machine-config"},
+		{"huge pages later", firecracker.PartialMachineConfiguration{HugePages: transparent}, "1.17.0", "1.16.1", "1.17.0", "huge_pages=Transparent", "PATCH /machine-config"},
+		{"huge pages in file", firecracker.FullVMConfiguration{MachineConfig: &firecracker.MachineConfiguration{HugePages: transparent}}, "1.17.0", "1.12.1", "1.17.0", "machine-config.huge_pages=Transparent", ""},
+		{"huge pages loaded", firecracker.SnapshotLoadParams{HugePages: firecracker.HugePagesNone}, "1.17.0", "1.16.1", "1.17.0", "huge_pages", "PUT /snapshot/load"},
 		{"file", firecracker.FullVMConfiguration{Pmem: make([]firecracker.Pmem, 1)}, "1.14.0", "1.13.2", "1.14.0", "pmem", ""},
 		{"in file", firecracker.FullVMConfiguration{NetworkInterfaces: []firecracker.NetworkInterface{{}, {MTU: 68}}}, "1.16.0", "1.12.1", "1.16.0", "network-interfaces.mtu", ""},
 		{"in file by pointer", firecracker.FullVMConfiguration{Balloon: &firecracker.Balloon{FreePageHinting: true}}, "1.14.0", "1.12.1", "1.14.0", "balloon.free_page_hinting", ""},
@@ -70,7 +75,8 @@ func TestCheckVersion(t *testing.T) {
 					t.Fatalf("%s: %v, want a VersionError", text, err)
 				}
 			}
-			want := &firecracker.VersionError{Endpoint: row.where, Field: row.field, Need: parse(t, row.need), Have: have}
+			field, value, _ := strings.Cut(row.field, "=")
+			want := &firecracker.VersionError{Endpoint: row.where, Field: field, Value: value, Need: parse(t, row.need), Have: have}
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("error (-want +got):\n%s", diff)
 			}

@@ -26,6 +26,10 @@ type HugePages string
 const (
 	HugePagesNone HugePages = "None" // the default
 	HugePages2M   HugePages = "2M"   // hugetlbfs; not with an initrd before 1.11, nor with a balloon before 1.14
+	// HugePagesTransparent asks the kernel for large pages where it has some: no pool is needed, and nothing comes of it for memory
+	// from a MemBackendUffd. Firecracker >= 1.17.
+	HugePagesTransparent HugePages = "Transparent"
+	HugePagesSnapshot    HugePages = "Snapshot" // of SnapshotLoadParams alone, its default: as the snapshot's VM had
 )
 
 // CPUTemplate is one of the VMM's built-in CPU templates, deprecated since 1.5 in favour of [CPUConfig].
@@ -45,7 +49,7 @@ const (
 // MachineConfiguration is vCPUs and memory.
 type MachineConfiguration struct {
 	VCPUCount       int         `json:"vcpu_count"`                  // 1 to 32; 1 or even with SMT
-	MemSizeMiB      int         `json:"mem_size_mib"`                // above 0; even with HugePages2M
+	MemSizeMiB      int         `json:"mem_size_mib"`                // above 0; even with HugePages2M and HugePagesTransparent
 	SMT             bool        `json:"smt,omitempty"`               // never on aarch64
 	TrackDirtyPages bool        `json:"track_dirty_pages,omitempty"` // for diff snapshots
 	HugePages       HugePages   `json:"huge_pages,omitempty"`

@@ -60,6 +60,7 @@ type SnapshotLoadParams struct {
 	TrackDirtyPages     bool              `json:"track_dirty_pages,omitempty" since:"1.13.0"`     // Firecracker >= 1.13; not kept in snapshots
 	EnableDiffSnapshots bool              `json:"enable_diff_snapshots,omitempty"`                // TrackDirtyPages' name before 1.13
 	ResumeVM            bool              `json:"resume_vm,omitempty"`                            // else the VM is left paused
+	HugePages           HugePages         `json:"huge_pages,omitempty" since:"1.17.0"`            // Firecracker >= 1.17; HugePages2M only by MemBackendUffd
 	NetworkOverrides    []NetworkOverride `json:"network_overrides,omitempty" since:"1.12.0"`     // Firecracker >= 1.12
 	VsockOverride       *VsockOverride    `json:"vsock_override,omitempty" since:"1.16.0"`        // Firecracker >= 1.16
 	ClockRealtime       bool              `json:"clock_realtime,omitempty" since:"1.14.4,1.15.1"` // advances kvm-clock; x86_64, Linux >= 5.16; Firecracker >= 1.14.4, not 1.15.0

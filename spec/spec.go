@@ -158,11 +158,11 @@ const DefaultBootArgs = "console=ttyS0 reboot=k panic=1"
 // MachineConfig sizes the VM.
 type MachineConfig struct {
 	VCPUCount       int    `json:"vcpuCount"`  // 1-32; with SMT 1 or even
-	MemSizeMiB      int    `json:"memSizeMib"` // MiB, > 0; even with 2M huge pages
+	MemSizeMiB      int    `json:"memSizeMib"` // MiB, > 0; even with huge pages
 	SMT             bool   `json:"smt,omitempty"`
 	CPUTemplate     string `json:"cpuTemplate,omitempty"` // C3, T2, T2S, T2CL, T2A, V1N1 or None
 	TrackDirtyPages bool   `json:"trackDirtyPages,omitempty"`
-	HugePages       string `json:"hugePages,omitempty"` // None or 2M
+	HugePages       string `json:"hugePages,omitempty"` // None, 2M or Transparent (Firecracker ≥ 1.17)
 }
 
 // Drive is a block device backed by a raw file or a block device of the host.

@@ -147,10 +147,10 @@ func (s Spec) checkMachine(p *problems) {
 		"machineConfig.vcpuCount", m.VCPUCount, "must be 1 or even with smt")
 	inRange = m.MemSizeMiB >= 1 && m.MemSizeMiB <= maxMemoryMiB
 	p.require(inRange, "machineConfig.memSizeMib", m.MemSizeMiB, fmt.Sprintf("must be from 1 to %d", maxMemoryMiB))
-	p.require(m.HugePages != "2M" || m.MemSizeMiB%2 == 0,
-		"machineConfig.memSizeMib", m.MemSizeMiB, "must be even with hugePages 2M")
+	p.require(m.HugePages != "2M" && m.HugePages != "Transparent" || m.MemSizeMiB%2 == 0,
+		"machineConfig.memSizeMib", m.MemSizeMiB, "must be even with hugePages "+m.HugePages)
 	p.oneOf("machineConfig.cpuTemplate", m.CPUTemplate, "C3", "T2", "T2S", "T2CL", "T2A", "V1N1", "None")
-	p.oneOf("machineConfig.hugePages", m.HugePages, "None", "2M")
+	p.oneOf("machineConfig.hugePages", m.HugePages, "None", "2M", "Transparent")
 	if s.Balloon != nil && inRange {
 		p.require(int64(s.Balloon.AmountMiB) <= int64(m.MemSizeMiB), "balloon.amountMib", s.Balloon.AmountMiB,
 			fmt.Sprintf("must be at most machineConfig.memSizeMib (%d)", m.MemSizeMiB))

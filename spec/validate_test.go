@@ -95,10 +95,13 @@ func machineRules() []breakage {
 		{"machineConfig.memSizeMib", "from 1 to", func(s *vmspec.Spec) { s.MachineConfig.MemSizeMiB = -2 }},
 		{"machineConfig.memSizeMib", "from 1 to 16777216", func(s *vmspec.Spec) { s.MachineConfig.MemSizeMiB = 1<<24 + 2 }},
 		{"machineConfig.memSizeMib", "even with hugePages 2M", func(s *vmspec.Spec) { s.MachineConfig.MemSizeMiB = 255 }},
+		{"machineConfig.memSizeMib", "even with hugePages Transparent", func(s *vmspec.Spec) {
+			s.MachineConfig.MemSizeMiB, s.MachineConfig.HugePages = 255, "Transparent"
+		}},
 		{"machineConfig.cpuTemplate", "one of C3, T2, T2S, T2CL, T2A, V1N1, None", func(s *vmspec.Spec) {
 			s.MachineConfig.CPUTemplate, s.CPUConfig = "t2", nil
 		}},
-		{"machineConfig.hugePages", "one of None, 2M", func(s *vmspec.Spec) { s.MachineConfig.HugePages = "2m" }},
+		{"machineConfig.hugePages", "one of None, 2M, Transparent", func(s *vmspec.Spec) { s.MachineConfig.HugePages = "2m" }},
 		{"balloon.amountMib", "at most machineConfig.memSizeMib (256)", func(s *vmspec.Spec) { s.Balloon.AmountMiB = 257 }},
 		{"cpuConfig", "must be a JSON object", func(s *vmspec.Spec) { s.CPUConfig = json.RawMessage(`[]`) }},
 		{"cpuConfig", "must be a JSON object", func(s *vmspec.Spec) { s.CPUConfig = json.RawMessage(`null`) }},
@@ -274,6 +277,7 @@ func TestSpec_Validate_Accepts(t *testing.T) {
 		"most vcpus":      func(s *vmspec.Spec) { s.MachineConfig.VCPUCount = 32 },
 		"one vcpu, smt":   func(s *vmspec.Spec) { s.MachineConfig.VCPUCount = 1 },
 		"odd memory":      func(s *vmspec.Spec) { s.MachineConfig.MemSizeMiB, s.MachineConfig.HugePages = 255, "None" },
+		"transparent":     func(s *vmspec.Spec) { s.MachineConfig.HugePages = "Transparent" },
 		"whole balloon":   func(s *vmspec.Spec) { s.Balloon.AmountMiB = 256 },
 		"template None":   func(s *vmspec.Spec) { s.MachineConfig.CPUTemplate = "None" },
 		"unlimited":       func(s *vmspec.Spec) { *s.Drives[0].RateLimiter.Ops = vmspec.TokenBucket{} },

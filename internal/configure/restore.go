@@ -19,6 +19,8 @@ type Restored struct {
 	Paused   bool              `json:"paused,omitempty"`   // it is left so
 	// MemorySocket is where somebody serves its page faults; "": its memory is a file.
 	MemorySocket string `json:"memorySocket,omitempty"`
+	// HugePages is the kind of its memory's pages: None, Transparent or 2M. Empty: as the snapshot's VM had.
+	HugePages string `json:"hugePages,omitempty"`
 	// Balloon is how many MiB it is to have, where that took more for the snapshot.
 	Balloon *uint32 `json:"balloon,omitempty"`
 }
@@ -36,7 +38,7 @@ func RestoreCalls(s *spec.Spec, r *Restored, v firecracker.Version) []Call {
 		list = append(list, put("/mmds", any(r.Metadata), (*firecracker.Client).PutMMDS))
 	}
 	load := firecracker.SnapshotLoadParams{
-		SnapshotPath: path.Join(store.RestoreDir, snapshot.StateFile), ResumeVM: !r.Paused,
+		SnapshotPath: path.Join(store.RestoreDir, snapshot.StateFile), ResumeVM: !r.Paused, HugePages: firecracker.HugePages(r.HugePages),
 		MemBackend: &firecracker.MemBackend{BackendType: firecracker.MemBackendFile, BackendPath: path.Join(store.RestoreDir, snapshot.MemoryFile)},
 	}
 	if r.MemorySocket != "" {

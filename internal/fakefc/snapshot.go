@@ -61,6 +61,9 @@ func (s *Server) load(body []byte) error {
 	if !ok || json.Unmarshal(invert(config), &s.vm) != nil {
 		return faultNoState
 	}
+	if p.HugePages != "" && p.HugePages != firecracker.HugePagesSnapshot {
+		s.vm.MachineConfig.HugePages = p.HugePages
+	}
 	if s.state = firecracker.StatePaused; p.ResumeVM {
 		s.state = firecracker.StateRunning
 	}

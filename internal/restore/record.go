@@ -38,6 +38,7 @@ type Options struct {
 	Ports              []spec.Port
 	Policy             *policy.Policy  // nil: as before
 	Metadata           json.RawMessage // nil: as before
+	HugePages          string          // None, Transparent or 2M; empty: as before
 	UFFD               bool            // it gets its memory by userfaultfd
 	Paused             bool            // it is left so when it has started
 	Anew               bool            // its network identity is never that of the snapshot's VM
@@ -49,7 +50,11 @@ func (o *Origin) Record(v Options) (*plan.Record, error) {
 	rec.Ephemeral = true
 	rec.Restored = &plan.Restored{Snapshot: o.Snapshot.ID, Dir: o.Snapshot.Dir(), StageDir: o.Host.StageDir, Was: s.Interfaces, Hook: s.Hook}
 	load := &rec.Restored.Load
-	load.Paused, load.Balloon = v.Paused, s.Balloon
+	load.Paused, load.Balloon, load.HugePages = v.Paused, s.Balloon, v.HugePages
+	params := firecracker.SnapshotLoadParams{HugePages: firecracker.HugePages(v.HugePages)}
+	if err := firecracker.CheckVersion(o.Firecracker, params); err != nil {
+		return nil, hint.Add(fmt.Errorf("%w: %w", spec.ErrNotSupported, err), "without a choice of huge pages it has those of the snapshot's VM")
+	}
 	if v.UFFD {
 		load.MemorySocket = store.MemorySocket
 		if !o.Firecracker.AtLeast(firecracker.Version{Major: 1, Minor: 12}) { // it would hang with its server, not end
@@ -80,6 +85,7 @@ func (o *Origin) spec(id string, v Options) spec.Spec {
 	s := o.Saved.Spec
 	s.Drives, s.Pmem = slices.Clone(s.Drives), slices.Clone(s.Pmem)
 	s.ID, s.Name, s.Hostname, s.Ports = id, v.Name, v.Hostname, v.Ports
+	s.MachineConfig.HugePages = cmp.Or(v.HugePages, s.MachineConfig.HugePages)
 	if v.Labels != nil {
 		s.Labels = v.Labels
 	}

@@ -79,7 +79,7 @@ func (s *Saved) Describe(m *snapshot.Manifest, rec *plan.Record, data Data) (err
 	}
 	c := rec.Spec.MachineConfig
 	m.Firecracker, m.MemSizeMiB, m.CPUTemplate = rec.BinaryVersion, c.MemSizeMiB, c.CPUTemplate
-	if c.HugePages != "None" {
+	if c.HugePages == "2M" { // others take no pages of a pool
 		m.HugePages = c.HugePages
 	}
 	if rec.Spec.CPUConfig != nil {

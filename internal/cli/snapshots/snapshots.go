@@ -434,6 +434,7 @@ func (d *differs) flags(cmd *cobra.Command, plural string) {
 	f.StringVar(&d.Hostname, "hostname", "", "`name` that the guest gives itself"+plural)
 	f.StringArrayVarP(&d.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
 	f.StringVar((*string)(&d.Memory), "memory", "", "`how` it gets its memory: file, or uffd, served by its own process")
+	f.StringVar(&d.HugePages, "huge-pages", "", "`kind` of its memory's pages: None, Transparent or 2M; Firecracker 1.17")
 	f.BoolVar(&d.Trust, "trust", false, "take an imported snapshot for one of this host's own")
 	f.BoolVar(&d.Paused, "paused", false, "leave it paused: smartvm resume lets it go on at once")
 	f.BoolVar(&d.remove, "rm", false, "remove the VM when it ends")
