@@ -86,7 +86,7 @@ type (
 	GuestStats   = guest.Stats
 	GuestProcess = guest.Process
 	GuestState   = guest.State
-	Secrets      = guest.Secrets // what a guest is told that nobody else is to see
+	Secrets      = guest.Secrets // files and variables that only a guest may see
 )
 
 // ErrNoAgent means that no agent answers in the guest: it is still booting, has no agent, or is about to end.

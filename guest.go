@@ -54,7 +54,7 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (conn net.Conn, er
 }
 
 // Forward leads the connections that l accepts to a TCP port on the guest's localhost, until ctx ends, which is its error. It closes l.
-// Failed, if not nil, is told why a connection could not be led there.
+// Failed, if not nil, receives why a connection could not be led there.
 func (m *Machine) Forward(ctx context.Context, l net.Listener, port uint16, failed func(error)) error {
 	return agent.Forward(ctx, l, func(ctx context.Context) (net.Conn, error) { return m.DialTCP(ctx, port) }, failed)
 }

@@ -67,17 +67,16 @@ type Options struct {
 	Binaries   release.Options `json:"-"`
 	// Install has what new VMs need and this machine lacks fetched: Firecracker, the newest release, and a kernel. Images.Offline forbids it.
 	Install bool `json:"-"`
-	// Installed is told what was fetched so, and where it is. It may be nil.
+	// Installed receives what was fetched for that, and where it is. It may be nil.
 	Installed func(what, path string) `json:"-"`
 	// StartTimeout bounds the time from the VMM's start until it has taken its configuration. Default:
 	// DefaultStartTimeout.
 	StartTimeout time.Duration `json:"-"`
-	// Log gets what happens. Nil: nobody does.
+	// Log receives log records. If nil, they are discarded.
 	Log *slog.Logger `json:"-"`
-	// Console returns what gets the console of a VM that this process starts or adopts, as it comes; nil for
-	// nothing. A writer that blocks makes the VMM drop output. It may be nil: the console is kept in a file anyhow.
+	// Console returns the writer that receives the console of a VM that this process starts or adopts, as it comes, or nil. A writer that blocks makes the VMM drop output. It may be nil: the console is kept in a file anyhow.
 	Console func(id string) io.Writer `json:"-"`
-	// Progress is told how far the copy of a drive is, in bytes. It may be nil.
+	// Progress receives how many bytes of a drive are copied, of how many. It may be nil.
 	Progress func(drive string, done, total int64) `json:"-"`
 	// LookupEnv finds what a VM's EnvFiles name without a value, like os.LookupEnv. Nil: it finds nothing.
 	LookupEnv func(name string) (value string, ok bool) `json:"-"`
@@ -85,7 +84,7 @@ type Options struct {
 	trace    journal.Trace // the crash matrix's way in
 	noCgroup bool          // as on a host where none can be made
 
-	healInterval time.Duration // how often somebody's flush of the rules is looked for
+	healInterval time.Duration // how often VMs are repaired without an event
 }
 
 // Launcher is a way to start a VMM.

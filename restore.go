@@ -331,7 +331,7 @@ func (m *Machine) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine, e
 	if err != nil {
 		return nil, err
 	}
-	release, err := snapshots.Hold(ctx) // until somebody uses it, it could be swept away
+	release, err := snapshots.Hold(ctx) // until a VM refers to it, it could be swept away
 	if err != nil {
 		return nil, err
 	}

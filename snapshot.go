@@ -54,7 +54,7 @@ type SnapshotOptions struct {
 	DropCaches bool
 	// Stop ends the VM when it is written down: nothing happens in it afterwards, so that one that is restored has its connections.
 	Stop bool
-	// Progress is told how much has been read for digests, in bytes, after the VM goes on. It may be nil.
+	// Progress receives how many bytes have been read for digests, after the VM goes on. It may be nil.
 	Progress func(done, total int64)
 
 	ephemeral bool // it goes with its last VM

@@ -2,7 +2,7 @@ package guest
 
 import "log/slog"
 
-// Secrets are what a guest is told that nobody else is to see. Printed or logged, they say nothing.
+// Secrets are files and variables that only a guest may see. Printed or logged, they show nothing.
 type Secrets struct {
 	Files map[string][]byte `json:"files,omitempty"` // by name
 	Env   []string          `json:"env,omitempty"`   // NAME=VALUE

@@ -39,7 +39,7 @@ const (
 	EventNetwork  EventType = "network"  // a network: action (create, update, remove)
 )
 
-// LostError says that events have been dropped, of which somebody wanted to know: those after Since, up to Through.
+// LostError says that events were dropped before they were read: those after Since, up to Through.
 type LostError struct{ Since, Through int64 }
 
 func (e *LostError) Error() string {

@@ -31,7 +31,7 @@ type Run struct {
 	release  func()
 	done     chan struct{} // closed when all is undone, or the VM is released
 	upkeep   upkeep.Upkeep
-	followed time.Time // when the record was written that the run is after, zero: nobody has looked
+	followed time.Time // when the record was written that the run is after, zero: not looked at yet
 	guest    guestwatch.Watch
 	listened chan *guest.Exit // receives how the guest's command ended, or nil, when the guest has nothing more to say
 	memory   *memoryServer    // of a restored VM whose page faults are served here, or nil
