@@ -28,16 +28,11 @@ const eventBytes = 1 << 20
 // after the one with an id (0: all that are kept; EventsNow: none), then those that come. It ends when ctx ends, whose error is the last.
 // A reader that comes too late for some events is given a *LostError, which says between which ids they were, and goes on.
 func (h *Host) Events(ctx context.Context, since int64) iter.Seq2[Event, error] {
-	return h.ring().Follow(ctx, since)
+	return h.ring.Follow(ctx, since)
 }
 
-func (h *Host) ring() *events.Ring {
-	return &events.Ring{Dir: filepath.Join(h.RuntimeDir(), store.EventDir), Limit: eventBytes}
-}
-
-// event adds an event. That it cannot be added, as on a full file system, stops nothing.
-func (h *Host) event(e Event) {
-	if err := h.ring().Append(context.Background(), e); err != nil {
-		h.env.Log.Warn("append event", "type", e.Type, "vm", e.VM, "err", err)
-	}
+// openRing prepares the ring of events.
+func (h *Host) openRing() {
+	h.ring.Dir, h.ring.Limit = filepath.Join(h.RuntimeDir(), store.EventDir), eventBytes
+	h.ring.Failed = func(err error) { h.env.Log.Warn("append events", "err", err) } // as on a full file system, which stops nothing
 }

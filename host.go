@@ -20,6 +20,7 @@ import (
 	"push.rocks/smartvm/image/release"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/cgroup"
+	"push.rocks/smartvm/internal/events"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/locate"
 	"push.rocks/smartvm/internal/plan"
@@ -127,6 +128,7 @@ type Host struct {
 
 	reaper network.Reaper
 	guards guard.Keeper
+	ring   events.Ring
 }
 
 // Open opens a runtime directory, which it makes if need be. It refuses one that another user could have
@@ -167,9 +169,10 @@ func Open(opts Options) (*Host, error) {
 	h.env = &vmrun.Env{
 		Host: plan.Host{Store: st, StageDir: filepath.Join(opts.DataDir, store.StageDir), Limits: opts.Images.Limits},
 		Log:  opts.Log, Trace: opts.trace, StartTimeout: opts.StartTimeout, RepairEvery: cmp.Or(opts.healInterval, defaultRepairInterval),
-		Event: h.event, Context: h.networkContext, Console: opts.Console, Progress: opts.Progress, LookupEnv: opts.LookupEnv,
+		Event: h.ring.Append, Context: h.networkContext, Console: opts.Console, Progress: opts.Progress, LookupEnv: opts.LookupEnv,
 		Memory: sync.OnceValue(func() *uffd.Server { return uffd.NewServer(opts.Log) }),
 	}
+	h.openRing()
 	h.images = sync.OnceValues(h.openImages)
 	h.facts = sync.OnceValues(snapshot.ReadHostFacts)
 	h.vmms.Binary, h.vmms.Version, h.vmms.Installed = opts.FirecrackerBinary, opts.FirecrackerVersion, h.installed
@@ -189,7 +192,11 @@ func (h *Host) RuntimeDir() string { return h.opts.RuntimeDir }
 func (h *Host) DataDir() string { return h.opts.DataDir }
 
 // Close releases the VMs that this process supervises and leaves them running. Recover, in any process, takes them up.
-func (h *Host) Close() error { return h.env.Close() }
+func (h *Host) Close() error {
+	err := h.env.Close()
+	h.ring.Flush()
+	return err
+}
 
 // Create makes a VM that is ready to be started. The spec is checked against itself and the host, everything wrong
 // is reported at once as joined *FieldErrors, and nothing is left behind then. Returns ErrExists where id

@@ -60,7 +60,7 @@ func (h *Host) RemoveSnapshot(ctx context.Context, ref string, force bool) error
 	if err := all.Remove(ctx, ref, force); err != nil {
 		return err
 	}
-	h.event(status.Event{Type: status.EventSnapshot, Attributes: map[string]string{"action": "remove", "snapshot": id}})
+	h.ring.Append(status.Event{Type: status.EventSnapshot, Attributes: map[string]string{"action": "remove", "snapshot": id}})
 	return h.data().Unrefer([]string{id})
 }
 

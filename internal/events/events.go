@@ -2,7 +2,6 @@
 package events
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -12,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,10 +20,15 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Ring is a directory with the newest events, of the last one or two Limits.
+// Ring is a directory with the newest events, of the last one or two Limits. Its methods are safe for concurrent use.
 type Ring struct {
-	Dir   string // is made if need be
-	Limit int64  // bytes of a file
+	Dir    string          // is made if need be
+	Limit  int64           // bytes of a file
+	Failed func(err error) // receives why events could not be added
+
+	mu      sync.Mutex
+	pending []status.Event // to be added by write, which runs while writing is not nil
+	writing chan struct{}  // closed when it has ended
 }
 
 // Files of a ring. Each begins with a line that says which event is the last before it.
@@ -44,13 +49,54 @@ const (
 	lockTime = time.Second
 )
 
-// Append gives an event its id and time, and adds it.
-func (r *Ring) Append(ctx context.Context, e status.Event) (err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("append event: %w", err)
+// maxPending bounds what waits to be added. What is over is dropped.
+const maxPending = 4096
+
+// Append adds an event, which gets its time and an id, soon: what happens at the same time is added at once. Flush waits for it.
+func (r *Ring) Append(e status.Event) {
+	e.Time = time.Now().UTC()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.pending) < maxPending {
+		r.pending = append(r.pending, e)
+	}
+	if r.writing == nil {
+		r.writing = make(chan struct{})
+		go r.write(r.writing)
+	}
+}
+
+// Flush waits until all events are added, or could not be.
+func (r *Ring) Flush() {
+	r.mu.Lock()
+	writing := r.writing
+	r.mu.Unlock()
+	if writing != nil {
+		<-writing
+	}
+}
+
+// write adds what is pending until nothing is.
+func (r *Ring) write(done chan struct{}) {
+	defer close(done)
+	for {
+		r.mu.Lock()
+		all := r.pending
+		r.pending = nil
+		if len(all) == 0 {
+			r.writing = nil
+			r.mu.Unlock()
+			return
 		}
-	}()
+		r.mu.Unlock()
+		if err := r.add(all); err != nil {
+			r.Failed(fmt.Errorf("add %d events: %w", len(all), err))
+		}
+	}
+}
+
+// add gives events their ids and adds them.
+func (r *Ring) add(all []status.Event) (err error) {
 	if err := os.Mkdir(r.Dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -59,7 +105,7 @@ func (r *Ring) Append(ctx context.Context, e status.Event) (err error) {
 		return err
 	}
 	defer dir.Close()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lockTime)
+	ctx, cancel := context.WithTimeout(context.Background(), lockTime)
 	defer cancel()
 	if err := lock.Wait(ctx, dir, lock.Exclusive, nil); err != nil {
 		return err
@@ -68,16 +114,22 @@ func (r *Ring) Append(ctx context.Context, e status.Event) (err error) {
 	if err != nil {
 		return err
 	}
-	e.Time = time.Now().UTC()
-	e.ID = max(last+1, e.Time.UnixMicro()) // so they grow beyond a reboot, which takes the ring with it
-	line, err := json.Marshal(e)
-	if err == nil && len(line) >= maxLine {
-		err = fmt.Errorf("%d bytes, at most %d", len(line), maxLine)
+	var lines []byte
+	var errs []error
+	for _, e := range all {
+		e.ID = max(last+1, e.Time.UnixMicro()) // so they grow beyond a reboot, which takes the ring with it
+		line, err := json.Marshal(e)
+		if err == nil && len(line) >= maxLine {
+			err = fmt.Errorf("an event of %d bytes, at most %d", len(line), maxLine)
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		last, lines = e.ID, append(append(lines, line...), '\n')
 	}
-	if err == nil {
-		_, err = f.Write(append(line, '\n'))
-	}
-	return errors.Join(err, f.Close())
+	_, err = f.Write(lines)
+	return errors.Join(append(errs, err, f.Close())...)
 }
 
 // open opens the current file to be appended to, a new one if it is full, and returns the id of the last event. The caller has the lock.
@@ -87,7 +139,10 @@ func (r *Ring) open() (*os.File, int64, error) {
 	last := int64(0)
 	if err == nil {
 		var size int64
-		if last, size, err = tail(f); err == nil && size < r.Limit {
+		if last, size, err = tail(f); err == nil {
+			err = f.Truncate(size) // what a full disk has cut off
+		}
+		if err == nil && size < r.Limit {
 			return f, last, nil
 		}
 		err = errors.Join(err, f.Close())
@@ -115,7 +170,7 @@ func (r *Ring) open() (*os.File, int64, error) {
 	return f, last, err
 }
 
-// tail returns the last event's id of a file, or what its header says, and the file's size. What a full disk has cut off is cut off.
+// tail returns the last event's id of a file, or what its header says, and the file's size without a line that is not whole.
 func tail(f *os.File) (last, size int64, err error) {
 	fi, err := f.Stat()
 	if err != nil {
@@ -128,12 +183,7 @@ func tail(f *os.File) (last, size int64, err error) {
 		return 0, 0, err
 	}
 	whole := bytes.LastIndexByte(data, '\n') + 1
-	if whole < len(data) {
-		size = from + int64(whole)
-		if err := f.Truncate(size); err != nil {
-			return 0, 0, err
-		}
-	}
+	size = from + int64(whole)
 	line := data[:max(0, whole-1)]
 	line = line[bytes.LastIndexByte(line, '\n')+1:]
 	var e struct {
@@ -146,11 +196,12 @@ func tail(f *os.File) (last, size int64, err error) {
 	return max(e.ID, e.After), size, nil
 }
 
-// reader reads the events of one file.
+// reader reads the events of one file. A line that is not whole is read once it is, or another is in its place.
 type reader struct {
 	f     *os.File
-	lines *bufio.Reader
-	part  []byte // of a line that is still being written
+	off   int64  // of what is not read yet
+	data  []byte // is reused
+	lines []byte // whole ones that were read
 	after int64
 }
 
@@ -159,7 +210,7 @@ func openReader(path string) (*reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &reader{f: f, lines: bufio.NewReaderSize(f, maxLine)}
+	r := &reader{f: f, data: make([]byte, 4*maxLine)}
 	line, err := r.line()
 	var h header
 	if err == nil && line != nil {
@@ -174,15 +225,22 @@ func openReader(path string) (*reader, error) {
 
 // line is nil at the end of what there is yet.
 func (r *reader) line() ([]byte, error) {
-	line, err := r.lines.ReadBytes('\n')
-	r.part = append(r.part, line...)
-	switch {
-	case errors.Is(err, io.EOF):
-		return nil, nil
-	case err != nil:
-		return nil, err
+	if len(r.lines) == 0 {
+		n, err := r.f.ReadAt(r.data, r.off)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+		whole := bytes.LastIndexByte(r.data[:n], '\n') + 1
+		switch {
+		case whole == 0 && n == len(r.data):
+			return nil, fmt.Errorf("a line of more than %d bytes", n)
+		case whole == 0:
+			return nil, nil
+		}
+		r.lines, r.off = r.data[:whole], r.off+int64(whole)
 	}
-	line, r.part = r.part, nil
+	line, rest, _ := bytes.Cut(r.lines, []byte("\n"))
+	r.lines = rest
 	return line, nil
 }
 

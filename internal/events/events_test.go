@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"push.rocks/smartvm/internal/events"
 	"push.rocks/smartvm/internal/testenv"
@@ -15,14 +16,13 @@ import (
 )
 
 func ring(t *testing.T, limit int64) *events.Ring {
-	return &events.Ring{Dir: filepath.Join(t.TempDir(), "ring"), Limit: limit}
+	return &events.Ring{Dir: filepath.Join(t.TempDir(), "ring"), Limit: limit, Failed: func(err error) { t.Error(err) }}
 }
 
 func add(t *testing.T, r *events.Ring, name string) {
 	t.Helper()
-	if err := r.Append(t.Context(), status.Event{Type: status.EventStarted, Name: name}); err != nil {
-		t.Fatal(err)
-	}
+	r.Append(status.Event{Type: status.EventStarted, Name: name})
+	r.Flush()
 }
 
 // read takes n events, or what is said in place of one.
@@ -69,10 +69,11 @@ func TestRing_Order(t *testing.T) {
 	}
 	for w := range writers {
 		all.Go(func() {
-			own := &events.Ring{Dir: r.Dir, Limit: r.Limit}
+			own := &events.Ring{Dir: r.Dir, Limit: r.Limit, Failed: r.Failed}
 			for i := range each {
-				add(t, own, fmt.Sprint(w, "-", i))
+				own.Append(status.Event{Type: status.EventStarted, Name: fmt.Sprint(w, "-", i)})
 			}
+			own.Flush()
 		})
 	}
 	all.Wait()
@@ -177,7 +178,9 @@ func TestRing_Now(t *testing.T) {
 		add(t, r, "after")
 		select {
 		case got = <-told:
-		default:
+		case err := <-ended:
+			t.Fatal(err)
+		case <-time.After(time.Millisecond): // the reader's turn
 		}
 	}
 	if got.Name != "after" {

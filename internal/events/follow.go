@@ -106,16 +106,12 @@ func (f *follower) open() error {
 		f.files = append(f.files, r)
 	}
 	if f.since == Now {
-		for _, r := range f.files {
-			f.since = max(f.since, r.after)
-			for e, err := r.next(); e != nil || err != nil; e, err = r.next() {
-				if err != nil {
-					return err
-				}
-				f.since = e.ID
-			}
+		f.since = 0
+		if n := len(f.files); n > 0 {
+			last, _, err := tail(f.files[n-1].f)
+			f.since = last
+			return err
 		}
-		f.since = max(f.since, 0)
 		return nil
 	}
 	if len(f.files) > 0 && f.since > 0 && f.files[0].after > f.since {
