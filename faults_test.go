@@ -77,6 +77,19 @@ func (s *faultSite) open(t *testing.T) *smartvm.Host {
 	return h
 }
 
+// started makes and starts the VM.
+func (s *faultSite) started(t *testing.T, h *smartvm.Host) *smartvm.Machine {
+	t.Helper()
+	m, err := h.Create(t.Context(), s.spec)
+	if err == nil {
+		err = m.Start(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
 // tidy checks that nothing is left of any VM, and that the drive is what it was.
 func (s *faultSite) tidy(t *testing.T) {
 	t.Helper()

@@ -87,14 +87,8 @@ func TestSnapshot_WrongDiff(t *testing.T) {
 	site := newFaultSite(t, fakefc.Script{Version: "1.14.1", Format: "8.0.0"})
 	h := site.open(t)
 	site.spec.MachineConfig.TrackDirtyPages, site.spec.MemoryHotplug = true, &smartvm.MemoryHotplug{TotalSizeMiB: 128}
-	m, err := h.Create(t.Context(), site.spec)
-	if err == nil {
-		err = m.Start(t.Context())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = m.Snapshot(t.Context(), smartvm.SnapshotOptions{Diff: true})
+	m := site.started(t, h)
+	_, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Diff: true})
 	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "1.14.1") || !strings.Contains(smartvm.Hint(err), "1.14.2") {
 		t.Errorf("a diff: %v (hint %q), want ErrNotSupported", err, smartvm.Hint(err))
 	}
@@ -127,13 +121,7 @@ func TestRestore_DeafVMM(t *testing.T) {
 			var log bytes.Buffer
 			site.options.Log, site.spec.Vsock = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn})), c.vsock
 			h := site.open(t)
-			m, err := h.Create(t.Context(), site.spec)
-			if err == nil {
-				err = m.Start(t.Context())
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			m := site.started(t, h)
 			sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Stop: true})
 			if err != nil {
 				t.Fatal(err)
@@ -163,13 +151,7 @@ func TestHugePages_Transparent(t *testing.T) {
 	site := newFaultSite(t, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
 	site.spec.MachineConfig.HugePages = "Transparent"
 	h := site.open(t)
-	m, err := h.Create(t.Context(), site.spec)
-	if err == nil {
-		err = m.Start(t.Context())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := site.started(t, h)
 	if config, err := m.VMConfig(t.Context()); err != nil || config.MachineConfig.HugePages != "Transparent" {
 		t.Errorf("configured as %+v, %v", config.MachineConfig, err)
 	}
@@ -200,13 +182,7 @@ func TestHugePages_Transparent(t *testing.T) {
 func TestRestore_HugePages(t *testing.T) {
 	site := newFaultSite(t, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
 	h := site.open(t)
-	m, err := h.Create(t.Context(), site.spec)
-	if err == nil {
-		err = m.Start(t.Context())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := site.started(t, h)
 	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Stop: true})
 	if err == nil {
 		err = m.Remove(t.Context())

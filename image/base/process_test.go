@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -233,27 +232,8 @@ func TestEnsure_Cancelled(t *testing.T) {
 	ensure(t, open(t, o), base.Latest)
 }
 
-// apart runs the calling test in a mount namespace of its own, where it may mount what it likes, and says whether it is
-// there.
-func apart(t *testing.T) bool {
-	t.Helper()
-	const variable = "SMARTVM_TEST_APART"
-	if os.Getenv(variable) != "" {
-		return true
-	}
-	testenv.Require(t, testenv.Root)
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), variable+"=1", "GORACE=atexit_sleep_ms=0")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
-	out, err := cmd.CombinedOutput()
-	if err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
-		t.Errorf("in a namespace of its own: %v\n%s", err, out)
-	}
-	return false
-}
-
 func TestEnsure_DiskFull(t *testing.T) {
-	if !apart(t) {
+	if !testenv.Apart(t) {
 		return
 	}
 	dir := filepath.Join(t.TempDir(), "base")

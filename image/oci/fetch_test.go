@@ -162,15 +162,7 @@ func inBubble(t *testing.T, name string, f func(t *testing.T)) {
 }
 
 func TestFetch_Faults(t *testing.T) {
-	dir := t.TempDir()
-	add(t, dir, "1", noise(300_000, 0))
-	l := resolve(t, "oci:"+dir, oci.Options{}).Layers[0]
-	content, err := os.ReadFile(ocitest.Blob(dir, l.Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
-	flipped := bytes.Clone(content)
-	flipped[1000] ^= 1
+	dir, l, content, flipped := noiseLayer(t)
 	type handler = func(w http.ResponseWriter, r *http.Request)
 	for _, c := range []struct {
 		name    string

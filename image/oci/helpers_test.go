@@ -2,6 +2,7 @@ package oci_test
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -227,4 +228,19 @@ func layerFiles(i *oci.Image) (names []string) {
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
+}
+
+// noiseLayer makes a layout with an image of one layer, and returns what is in the layer, and that with a wrong bit.
+func noiseLayer(t *testing.T) (dir string, l oci.Layer, content, flipped []byte) {
+	t.Helper()
+	dir = t.TempDir()
+	add(t, dir, "1", noise(300_000, 0))
+	l = resolve(t, "oci:"+dir, oci.Options{}).Layers[0]
+	content, err := os.ReadFile(ocitest.Blob(dir, l.Digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	flipped = bytes.Clone(content)
+	flipped[1000] ^= 1
+	return dir, l, content, flipped
 }

@@ -73,15 +73,7 @@ func TestFetch_MirrorFails(t *testing.T) {
 // A mirror that gives half of a layer, right or wrong, is left for the registry itself, whether that
 // has the layer or not.
 func TestFetch_MirrorBreaksOff(t *testing.T) {
-	dir := t.TempDir()
-	add(t, dir, "1", noise(300_000, 0))
-	l := resolve(t, "oci:"+dir, oci.Options{}).Layers[0]
-	content, err := os.ReadFile(ocitest.Blob(dir, l.Digest))
-	if err != nil {
-		t.Fatal(err)
-	}
-	flipped := bytes.Clone(content)
-	flipped[1000] ^= 1
+	dir, l, content, flipped := noiseLayer(t)
 	const half = 100_000
 	rest := fmt.Sprintf("GET /v2/library/app/blobs/%s bytes=%d-", l.Digest, half)
 	for _, c := range []struct {

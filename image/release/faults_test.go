@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -344,28 +343,9 @@ func TestInstall_Cancelled(t *testing.T) {
 	}
 }
 
-// apart runs the calling test in a mount namespace of its own, where it may mount what it likes, and says whether it is
-// there.
-func apart(t *testing.T) bool {
-	t.Helper()
-	const variable = "SMARTVM_TEST_APART"
-	if os.Getenv(variable) != "" {
-		return true
-	}
-	testenv.Require(t, testenv.Root)
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), variable+"=1", "GORACE=atexit_sleep_ms=0")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
-	out, err := cmd.CombinedOutput()
-	if err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
-		t.Errorf("in a namespace of its own: %v\n%s", err, out)
-	}
-	return false
-}
-
 // The archive fits, what is in it does not.
 func TestInstall_DiskFull(t *testing.T) {
-	if !apart(t) {
+	if !testenv.Apart(t) {
 		return
 	}
 	d := filepath.Join(t.TempDir(), "bin")

@@ -2,7 +2,6 @@ package download_test
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -148,27 +146,8 @@ func TestFetch_ManyAtOnce(t *testing.T) {
 	s.wantRequests(t, "GET  ")
 }
 
-// apart runs the calling test in a mount namespace of its own, where it may mount what it likes, and says whether it is
-// there.
-func apart(t *testing.T) bool {
-	t.Helper()
-	const variable = "SMARTVM_TEST_APART"
-	if os.Getenv(variable) != "" {
-		return true
-	}
-	testenv.Require(t, testenv.Root)
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), variable+"=1", "GORACE=atexit_sleep_ms=0")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
-	out, err := cmd.CombinedOutput()
-	if err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
-		t.Errorf("in a namespace of its own: %v\n%s", err, out)
-	}
-	return false
-}
-
 func TestFetch_DiskFull(t *testing.T) {
-	if !apart(t) {
+	if !testenv.Apart(t) {
 		return
 	}
 	dir := filepath.Join(t.TempDir(), "small")

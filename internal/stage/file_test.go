@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -187,26 +186,6 @@ func wantOwner(t *testing.T, path string, want uint32) {
 	}
 }
 
-// apart runs the calling test in a mount namespace of its own, where it may mount what it likes, and says whether it is
-// there.
-func apart(t *testing.T) bool {
-	t.Helper()
-	const variable = "SMARTVM_TEST_APART"
-	if os.Getenv(variable) != "" {
-		return true
-	}
-	testenv.Require(t, testenv.Root)
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
-	// The race detector sleeps for a second at the end, unless told not to.
-	cmd.Env = append(os.Environ(), variable+"=1", "GORACE=atexit_sleep_ms=0")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
-	out, err := cmd.CombinedOutput()
-	if err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name())) {
-		t.Errorf("in a namespace of its own: %v\n%s", err, out)
-	}
-	return false
-}
-
 func mountTmpfs(t *testing.T, dir, options string) {
 	t.Helper()
 	if err := errors.Join(os.Mkdir(dir, 0o700), unix.Mount("none", dir, "tmpfs", 0, options)); err != nil {
@@ -220,7 +199,7 @@ func mountTmpfs(t *testing.T, dir, options string) {
 }
 
 func TestFile_NoSpace(t *testing.T) {
-	if !apart(t) {
+	if !testenv.Apart(t) {
 		return
 	}
 	dir := t.TempDir()

@@ -209,7 +209,7 @@ func TestPlaceJailed(t *testing.T) {
 
 // From another file system there is no hard link: the caller is to mount.
 func TestPlaceJailed_AcrossFileSystems(t *testing.T) {
-	if !apart(t) {
+	if !testenv.Apart(t) {
 		return
 	}
 	dir := t.TempDir()
