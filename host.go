@@ -75,7 +75,8 @@ type Options struct {
 	StartTimeout time.Duration `json:"-"`
 	// Log receives log records. If nil, they are discarded.
 	Log *slog.Logger `json:"-"`
-	// Console returns the writer that receives the console of a VM that this process starts or adopts, as it comes, or nil. A writer that blocks makes the VMM drop output. It may be nil: the console is kept in a file anyhow.
+	// Console returns the writer that receives the console of a VM that this process starts or adopts, as it comes, or nil. A
+	// writer that blocks makes the VMM drop output. It may be nil: the console is kept in a file anyhow.
 	Console func(id string) io.Writer `json:"-"`
 	// Progress receives how many bytes of a drive are copied, of how many. It may be nil.
 	Progress func(drive string, done, total int64) `json:"-"`

@@ -112,7 +112,16 @@ func (m *Machine) Wait(ctx context.Context) (*Exit, error) { return m.vm.Wait(ct
 func (m *Machine) Remove(ctx context.Context) error { return m.vm.Remove(ctx) }
 
 // Adopt supervises a VM that runs and whose supervisor has died. Returns ErrState if it does not run or is supervised.
-func (m *Machine) Adopt(ctx context.Context) error { return m.vm.AdoptNow(ctx) }
+func (m *Machine) Adopt(ctx context.Context) error {
+	if err := m.vm.Allowed(ctx, "call", "adopt"); err != nil {
+		return err
+	}
+	lock, err := m.host.env.Store.TryLock(m.ID())
+	if err != nil {
+		return fmt.Errorf("adopt VM %s: %w: %w", m.ID(), ErrState, err)
+	}
+	return m.vm.Adopt(lock)
+}
 
 // Discard forgets what the guest of a VM that does not run has changed in volumes and could not be copied back.
 func (m *Machine) Discard() error { return m.vm.Discard() }

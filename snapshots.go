@@ -60,8 +60,7 @@ func (h *Host) RemoveSnapshot(ctx context.Context, ref string, force bool) error
 	if err := all.Remove(ctx, ref, force); err != nil {
 		return err
 	}
-	h.ring.Append(status.Event{Type: status.EventSnapshot, Attributes: map[string]string{"action": "remove", "snapshot": id}})
-	return h.data().Unrefer([]string{id})
+	return h.removed([]string{id})
 }
 
 // PruneSnapshots removes those that no VM has started from, and returns their ids.
@@ -71,7 +70,7 @@ func (h *Host) PruneSnapshots(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	removed, err := all.Prune(ctx, nil)
-	return removed, errors.Join(err, h.data().Unrefer(removed))
+	return removed, errors.Join(err, h.removed(removed))
 }
 
 // sweepSnapshots removes what is half made, and what was made for forks that are gone.
@@ -84,7 +83,7 @@ func (h *Host) sweepSnapshots(ctx context.Context) error {
 		return err
 	}
 	removed, err := all.Sweep(ctx)
-	errs := []error{err, h.data().Unrefer(removed)}
+	errs := []error{err, h.removed(removed)}
 	// The process that made one may have died before it referred to its image, and that of an imported one may have come since.
 	list, _ := all.List() // of those that are damaged nothing is known
 	for _, sn := range list {
@@ -93,6 +92,14 @@ func (h *Host) sweepSnapshots(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// removed says of snapshots that they are gone, in the images that they referred to and as events.
+func (h *Host) removed(snapshots []string) error {
+	for _, id := range snapshots {
+		h.ring.Append(status.Event{Type: status.EventSnapshot, Attributes: map[string]string{"action": "remove", "snapshot": id}})
+	}
+	return h.data().Unrefer(snapshots)
 }
 
 // Image is what the snapshot's VM was made of, which is not in the snapshot. "": of no image.

@@ -108,7 +108,7 @@ func (g *system) run() error {
 	if err := switchRoot(); err != nil {
 		return err
 	}
-	if err := furnish(b); err != nil {
+	if err := mountDefaults(b); err != nil {
 		return err
 	}
 	without(slacken(usualSlack))

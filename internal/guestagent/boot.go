@@ -350,8 +350,8 @@ func switchRoot() error {
 	return nil
 }
 
-// furnish mounts in the image what every system has, and names the guest.
-func furnish(b *guest.Boot) error {
+// mountDefaults mounts in the image what every system has, and names the guest.
+func mountDefaults(b *guest.Boot) error {
 	const safe = unix.MS_NOSUID | unix.MS_NODEV
 	needed := []filesystem{
 		{kind: "proc", target: "/proc", flags: safe | unix.MS_NOEXEC},

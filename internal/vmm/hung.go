@@ -110,7 +110,7 @@ func (p *Process) EndIfHung(ctx context.Context) (stop func()) {
 				return
 			case <-tick.C:
 				if p.Hung(ctx) {
-					_ = p.signal() // whoever waits for an answer sees the end of the VMM
+					_ = p.signal() // a process that waits for an answer sees the end of the VMM
 				}
 			}
 		}

@@ -3,7 +3,6 @@ package vmrun
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"push.rocks/smartvm/firecracker"
@@ -50,16 +49,4 @@ func (v *VM) NotifySupervisor(ctx context.Context) error {
 		case <-time.After(poll):
 		}
 	}
-}
-
-// AdoptNow supervises a VM that runs and whose supervisor has died. Returns ErrState if it does not run or is supervised.
-func (v *VM) AdoptNow(ctx context.Context) error {
-	if err := v.Allowed(ctx, "call", "adopt"); err != nil {
-		return err
-	}
-	lock, err := v.env.Store.TryLock(v.Record().ID)
-	if err != nil {
-		return fmt.Errorf("adopt VM %s: %w: %w", v.Record().ID, status.ErrState, err)
-	}
-	return v.Adopt(lock)
 }

@@ -124,8 +124,18 @@ func (e *Env) supervising(v *VM, yes bool) bool {
 	return !e.closed
 }
 
-// closeLater closes a client without waiting for an answer that is still due: see firecracker.Client. Close does.
-func (e *Env) closeLater(c *firecracker.Client) { e.calls.Go(func() { _ = c.Close() }) }
+// closeLater closes a client without waiting for an answer that is still due: see firecracker.Client. Close waits, and of a closed Env this does.
+func (e *Env) closeLater(c *firecracker.Client) {
+	e.mu.Lock()
+	later := !e.closed
+	if later {
+		e.calls.Go(func() { _ = c.Close() })
+	}
+	e.mu.Unlock()
+	if !later {
+		_ = c.Close()
+	}
+}
 
 // Record is what the VM is. It must not be changed.
 func (v *VM) Record() *plan.Record { return v.record.Load() }
