@@ -74,6 +74,11 @@ func (s *faultSite) open(t *testing.T) *smartvm.Host {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := h.Close(); err != nil && !errors.Is(err, smartvm.ErrClosed) {
+			t.Error(err)
+		}
+	})
 	return h
 }
 

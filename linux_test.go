@@ -304,6 +304,9 @@ func TestLinux_Reflink(t *testing.T) {
 			if left, err := os.ReadDir(filepath.Join(data, "staging")); err != nil || len(left) > 0 {
 				t.Errorf("left beside the data directory: %v %v", left, err)
 			}
+			if err := h.Close(); err != nil {
+				t.Error(err)
+			}
 		})
 	}
 }
