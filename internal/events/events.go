@@ -29,6 +29,13 @@ type Ring struct {
 	mu      sync.Mutex
 	pending []status.Event // to be added by write, which runs while writing is not nil
 	writing chan struct{}  // closed when it has ended
+	left    end            // of the current file as write, which alone uses it, left it
+}
+
+// end is where a file ends, and with which event.
+type end struct {
+	ino        uint64
+	size, last int64
 }
 
 // Files of a ring. Each begins with a line that says which event is the last before it.
@@ -129,6 +136,10 @@ func (r *Ring) add(all []status.Event) (err error) {
 		last, lines = e.ID, append(append(lines, line...), '\n')
 	}
 	_, err = f.Write(lines)
+	r.left.size, r.left.last = r.left.size+int64(len(lines)), last
+	if err != nil {
+		r.left = end{} // so that an incomplete line is removed
+	}
 	return errors.Join(append(errs, err, f.Close())...)
 }
 
@@ -138,11 +149,9 @@ func (r *Ring) open() (*os.File, int64, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND|unix.O_NOFOLLOW, 0)
 	last := int64(0)
 	if err == nil {
-		var size int64
-		if last, size, err = tail(f); err == nil {
-			err = f.Truncate(size) // what a full disk has cut off
-		}
-		if err == nil && size < r.Limit {
+		err = r.seek(f)
+		last = r.left.last
+		if err == nil && r.left.size < r.Limit {
 			return f, last, nil
 		}
 		err = errors.Join(err, f.Close())
@@ -167,16 +176,34 @@ func (r *Ring) open() (*os.File, int64, error) {
 		return nil, 0, err
 	}
 	f, err = os.OpenFile(path, os.O_RDWR|os.O_APPEND|unix.O_NOFOLLOW, 0)
+	if err == nil {
+		err = r.seek(f)
+	}
 	return f, last, err
 }
 
-// tail returns the last event's id of a file, or what its header says, and the file's size without a line that is not whole.
-func tail(f *os.File) (last, size int64, err error) {
-	fi, err := f.Stat()
-	if err != nil {
-		return 0, 0, err
+// seek sets where the file ends. It reads what other processes have appended, and removes an incomplete line, which a full file
+// system leaves.
+func (r *Ring) seek(f *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return fmt.Errorf("stat %s: %w", f.Name(), err)
 	}
-	size = fi.Size()
+	if st.Ino == r.left.ino && st.Size == r.left.size {
+		return nil
+	}
+	last, size, err := tail(f, st.Size)
+	if err == nil && size < st.Size {
+		err = f.Truncate(size)
+	}
+	if err == nil {
+		r.left = end{st.Ino, size, last}
+	}
+	return err
+}
+
+// tail returns the last event's id of a file, or what its header says, and the file's size without a line that is not whole.
+func tail(f *os.File, size int64) (last, complete int64, err error) {
 	from := max(0, size-2*maxLine)
 	data := make([]byte, size-from)
 	if _, err := f.ReadAt(data, from); err != nil && !errors.Is(err, io.EOF) {

@@ -84,6 +84,37 @@ func TestRing_Order(t *testing.T) {
 	}
 }
 
+// Processes that append in turns, one of which leaves an incomplete line as a full file system does, lose nothing of each other's.
+func TestRing_Turns(t *testing.T) {
+	a := ring(t, 1<<20)
+	b := &events.Ring{Dir: a.Dir, Limit: a.Limit, Failed: a.Failed}
+	var want []string
+	for i, r := range []*events.Ring{a, a, b, a, b, b, a} {
+		want = append(want, fmt.Sprint(i))
+		add(t, r, want[i])
+		if i%2 == 0 {
+			continue
+		}
+		f, err := os.OpenFile(filepath.Join(a.Dir, "events"), os.O_WRONLY|os.O_APPEND, 0)
+		if err == nil {
+			_, err = f.WriteString(`{"id":`)
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, lost, err := read(t.Context(), a, 0, len(want))
+	if err != nil || lost != nil {
+		t.Fatal(err, lost)
+	}
+	for i, e := range got {
+		if e.Name != want[i] || i > 0 && e.ID <= got[i-1].ID {
+			t.Errorf("event %d is %+v", i, e)
+		}
+	}
+}
+
 // A ring keeps the newest events; a reader that comes too late is told between which ids it has lost some, and ids go on.
 func TestRing_Lost(t *testing.T) {
 	r := ring(t, 1000)

@@ -108,8 +108,12 @@ func (f *follower) open() error {
 	if f.since == Now {
 		f.since = 0
 		if n := len(f.files); n > 0 {
-			last, _, err := tail(f.files[n-1].f)
-			f.since = last
+			newest := f.files[n-1].f
+			fi, err := newest.Stat()
+			if err != nil {
+				return err
+			}
+			f.since, _, err = tail(newest, fi.Size())
 			return err
 		}
 		return nil
