@@ -24,8 +24,9 @@ const EventsNow = events.Now
 // eventBytes is how much of the events is kept, at most twice.
 const eventBytes = 1 << 20
 
-// Events yields what happens to the VMs of the runtime directory, and to snapshots, whichever process does it: first what is kept of the events
-// after the one with an id (0: all that are kept; EventsNow: none), then those that come. It ends when ctx ends, whose error is the last.
+// Events yields what happens to the VMs of the runtime directory, whichever process does it, and what processes with that runtime
+// directory do to snapshots, images and networks: first what is kept of the events after the one with an id (0: all that are kept;
+// EventsNow: none), then those that come. It ends when ctx ends, whose error is the last.
 // A reader that comes too late for some events is given a *LostError, which says between which ids they were, and goes on.
 func (h *Host) Events(ctx context.Context, since int64) iter.Seq2[Event, error] {
 	return h.ring.Follow(ctx, since)
@@ -35,4 +36,11 @@ func (h *Host) Events(ctx context.Context, since int64) iter.Seq2[Event, error] 
 func (h *Host) openRing() {
 	h.ring.Dir, h.ring.Limit = filepath.Join(h.RuntimeDir(), store.EventDir), eventBytes
 	h.ring.Failed = func(err error) { h.env.Log.Warn("append events", "err", err) } // as on a full file system, which stops nothing
+}
+
+// changes returns a function that appends events of a type, of something with a name.
+func (h *Host) changes(kind EventType) func(action, name string) {
+	return func(action, name string) {
+		h.ring.Append(Event{Type: kind, Name: name, Attributes: map[string]string{"action": action}})
+	}
 }

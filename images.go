@@ -21,6 +21,7 @@ import (
 	"push.rocks/smartvm/internal/share"
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/spec"
+	"push.rocks/smartvm/status"
 )
 
 // Images is where the images are that VMs of this host boot.
@@ -33,6 +34,7 @@ func (h *Host) openImages() (*image.Store, error) {
 	o := h.opts.Images
 	o.Dir, o.Log = filepath.Join(h.opts.DataDir, store.ImageDir), h.env.Log
 	o.FetchKernel, o.Installed = o.FetchKernel || h.opts.Install, h.opts.Installed
+	o.Changed = h.changes(status.EventImage)
 	if o.Agent == nil {
 		o.Agent = agentbin.Agent()
 	}

@@ -10,13 +10,15 @@ import (
 	"push.rocks/smartvm/internal/store"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/catalog"
+	"push.rocks/smartvm/status"
 )
 
 // Networks are those that VMs of this host can join.
 func (h *Host) Networks() (*catalog.Store, error) {
 	d, err := network.NewDefault(h.opts.BridgeName, h.opts.Subnet)
 	d.Policy = h.opts.Firewall
-	return &catalog.Store{Dir: filepath.Join(h.opts.DataDir, store.NetworksDir), Default: d}, err
+	changed := h.changes(status.EventNetwork)
+	return &catalog.Store{Dir: filepath.Join(h.opts.DataDir, store.NetworksDir), Default: d, Changed: changed}, err
 }
 
 // Warm makes or removes warm slots of a network, until it has n of them: namespaces that VMs of NetworkInterface.Namespace need

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"strings"
 
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/plan"
@@ -39,7 +40,9 @@ func (m *Machine) Update(ctx context.Context, change func(*Spec) error) (err err
 		m.vm.SetRecord(was)
 		return errors.Join(fmt.Errorf("update VM %s: %w", was.ID, err), was.Write(m.host.env.Store))
 	}
-	m.vm.Event(status.EventUpdated)
+	if changed := changedParts(&was.Spec, &now.Spec); changed != "" {
+		m.vm.Event(status.EventUpdated, "changed", changed)
+	}
 	for i, n := range now.Spec.NetworkInterfaces {
 		before := was.Spec.NetworkInterfaces[i]
 		if reflect.DeepEqual(before, n) {
@@ -51,4 +54,22 @@ func (m *Machine) Update(ctx context.Context, change func(*Spec) error) (err err
 		}
 	}
 	return err
+}
+
+// changedParts names what is different of what Update changes.
+func changedParts(was, now *Spec) string {
+	var parts []string
+	for _, p := range []struct {
+		name     string
+		was, now any
+	}{
+		{"policy", was.Policy, now.Policy},
+		{"ports", was.Ports, now.Ports},
+		{"interfaces", was.NetworkInterfaces, now.NetworkInterfaces},
+	} {
+		if !reflect.DeepEqual(p.was, p.now) {
+			parts = append(parts, p.name)
+		}
+	}
+	return strings.Join(parts, ",")
 }

@@ -16,6 +16,7 @@ import (
 
 	"push.rocks/smartvm/guest"
 	"push.rocks/smartvm/image/base"
+	"push.rocks/smartvm/image/internal/bootfiles"
 	"push.rocks/smartvm/image/oci"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/initramfs"
@@ -201,7 +202,7 @@ func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *object) err
 	o, err := s.objects.Use(ctx, id, false)
 	if isNotExist(err) {
 		o, err = s.objects.Build(ctx, func(dir string) (*object, error) {
-			return &object{ID: id, Files: []file{{Name: initrdFile}}}, create(filepath.Join(dir, initrdFile), func(w io.Writer) error {
+			return &object{ID: id, Files: []file{{Name: initrdFile}}}, bootfiles.Create(filepath.Join(dir, initrdFile), func(w io.Writer) error {
 				if err := initramfs.Build(w, initramfs.Options{Agent: s.opts.Agent}); err != nil || modules == nil {
 					return err
 				}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 
+	"push.rocks/smartvm/image/internal/bootfiles"
 	"push.rocks/smartvm/image/oci/config"
 	"push.rocks/smartvm/image/oci/flatten"
 	"push.rocks/smartvm/image/volume"
@@ -202,6 +203,6 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*objects.Draf
 func (s *Store) storeUnpacked(ctx context.Context, unpack func(dst *os.File) error) (*objects.Draft, error) {
 	return s.objects.Draft(ctx, func(dir string) (*object, error) {
 		o := &object{ID: kindRoot + "-", Type: "ext4", Files: []file{{Name: "root.ext4"}}}
-		return o, create(filepath.Join(dir, "root.ext4"), func(w io.Writer) error { return unpack(w.(*os.File)) })
+		return o, bootfiles.Create(filepath.Join(dir, "root.ext4"), func(w io.Writer) error { return unpack(w.(*os.File)) })
 	})
 }

@@ -6,14 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 
-	"push.rocks/smartvm/image/oci/flatten"
+	"push.rocks/smartvm/image/internal/bootfiles"
 	"push.rocks/smartvm/internal/hostkernel"
 	"push.rocks/smartvm/internal/initramfs"
-	"push.rocks/smartvm/internal/kernel"
 	"push.rocks/smartvm/internal/objects"
 )
 
@@ -102,37 +100,18 @@ func (s *Store) placeAll(parts []*objects.Draft, err error) error {
 // all of them as a disk that guests share. Modules is an unpacked /lib/modules/RELEASE, or the directory above, or "": all
 // is built in. The caller closes the drafts, on error too.
 func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string) (parts []*objects.Draft, err error) {
-	src, err := os.Open(path)
-	if err != nil {
-		return parts, fmt.Errorf("import kernel: %w", err)
-	}
-	defer src.Close()
-	fi, err := src.Stat()
-	if err != nil {
-		return parts, fmt.Errorf("import kernel: %w", err)
-	}
-	if !fi.Mode().IsRegular() {
-		return nil, invalid("import kernel %s: no regular file", path)
-	}
 	var tree *os.Root
 	k, err := s.objects.Draft(ctx, func(dir string) (*object, error) {
 		o := &object{ID: kindKernel + "-", Files: []file{{Name: kernelFile}}}
-		err := create(filepath.Join(dir, kernelFile), func(w io.Writer) error {
-			info, err := kernel.Extract(ctx, w, src, fi.Size())
-			if err == nil && info.Arch != s.opts.Arch {
-				err = fmt.Errorf("it is for %s, not %s: %w", info.Arch, s.opts.Arch, kernel.ErrFormat)
-			}
-			o.Release = info.Release
-			return err
-		})
-		if err != nil {
-			return nil, fmt.Errorf("import kernel %s: %w", path, err)
+		if o.Release, err = bootfiles.Kernel(ctx, filepath.Join(dir, kernelFile), path, s.opts.Arch); err != nil {
+			return nil, fmt.Errorf("import kernel: %w", err)
 		}
 		if modules == "" {
 			return o, nil
 		}
+		o.Modules, o.Files = true, append(o.Files, file{Name: modulesFile})
 		if tree, err = hostkernel.OpenModules(modules, o.Release); err == nil {
-			err = addModules(dir, o, tree)
+			o.Release, err = bootfiles.Initramfs(filepath.Join(dir, modulesFile), tree, o.Release)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("import modules of %s: %w", modules, err)
@@ -151,52 +130,13 @@ func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string)
 	}
 	all, err := s.objects.Draft(ctx, func(dir string) (*object, error) {
 		o := &object{ID: kindModules + "-", Type: "ext4", Release: k.Release, Files: []file{{Name: modulesDisk}}}
-		return o, create(filepath.Join(dir, modulesDisk), func(w io.Writer) error { return s.modulesToExt4(ctx, tree.FS(), w.(*os.File)) })
+		return o, bootfiles.Modules(ctx, filepath.Join(dir, modulesDisk), tree.FS(), func(r io.Reader) io.Reader {
+			return s.objects.Watch(ctx, r, "copy the kernel's modules", 0)
+		})
 	})
 	if err != nil {
 		return parts, fmt.Errorf("import modules of %s: %w", modules, err)
 	}
 	i.Modules = all.ID
 	return append(parts, all), nil
-}
-
-// addModules puts into o's directory those modules of o's kernel that a guest needs to find its root.
-func addModules(dir string, o *object, root *os.Root) error {
-	release, err := kernel.ModulesRelease(root.FS())
-	if err != nil {
-		return err
-	}
-	if o.Release == "" {
-		o.Release = cmp.Or(release, filepath.Base(root.Name()))
-	}
-	if release != "" && release != o.Release {
-		return invalid("they are for the kernel %s, and the kernel is %s", release, o.Release)
-	}
-	o.Modules, o.Files = true, append(o.Files, file{Name: modulesFile})
-	return create(filepath.Join(dir, modulesFile), func(w io.Writer) error {
-		return initramfs.Build(w, initramfs.Options{Modules: root.FS(), Release: o.Release})
-	})
-}
-
-// modulesToExt4 makes a disk of a kernel's modules.
-func (s *Store) modulesToExt4(ctx context.Context, tree fs.FS, dst *os.File) error {
-	r, w := io.Pipe()
-	packed := make(chan struct{})
-	go func() {
-		defer close(packed)
-		w.CloseWithError(kernel.WriteModules(w, tree))
-	}()
-	err := flatten.TarToExt4(ctx, s.objects.Watch(ctx, r, "copy the kernel's modules", 0), dst, flatten.Limits{})
-	r.CloseWithError(err)
-	<-packed
-	return err
-}
-
-// create makes a file that was not there.
-func create(path string, write func(io.Writer) error) error {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	return errors.Join(write(f), f.Close())
 }

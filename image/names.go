@@ -229,16 +229,22 @@ func (s *Store) name(ctx context.Context, i *Image) error {
 	if err != nil {
 		return err
 	}
-	switch old, err := s.read(i.Name); {
-	case err == nil && old.ID != i.ID:
+	old, err := s.read(i.Name)
+	same := err == nil && old.ID == i.ID
+	switch {
+	case err == nil && !same:
 		i.Replaced = old
-	case err == nil && i.Created.IsZero():
+	case same && i.Created.IsZero():
 		i.Created = old.Created
 	}
 	if i.Created.IsZero() {
 		i.Created = time.Now().UTC().Truncate(time.Second)
 	}
-	return errors.Join(atomicfile.WriteJSON(s.nameFile(i.Name), i), release())
+	err = atomicfile.WriteJSON(s.nameFile(i.Name), i)
+	if err == nil && !same {
+		s.opts.Changed("tag", i.Name)
+	}
+	return errors.Join(err, release())
 }
 
 // Tag gives an image one more name, in place of what had it. Returns what Find does, and fs.ErrInvalid.

@@ -82,6 +82,7 @@ func (s *Store) forget(name string) error {
 	if err := errors.Join(os.RemoveAll(s.nameFile(name)), atomicfile.SyncDir(s.path(namesDir))); err != nil {
 		return fmt.Errorf("remove image %s: %w", name, err)
 	}
+	s.opts.Changed("remove", name)
 	return nil
 }
 

@@ -69,6 +69,8 @@ type Options struct {
 	Progress func(step string, done, total int64)
 	// Waiting is told for what another process is waited for. It may be nil.
 	Waiting func(what string)
+	// Changed receives each name that an image was given ("tag") or has lost ("remove"), afterwards. It may be nil.
+	Changed func(action, name string)
 }
 
 // Store is a directory of images. It is safe for concurrent use, by many processes too.
@@ -102,6 +104,9 @@ func Open(opts Options) (*Store, error) {
 	}
 	if opts.Waiting == nil {
 		opts.Waiting = func(string) {}
+	}
+	if opts.Changed == nil {
+		opts.Changed = func(string, string) {}
 	}
 	if err := store.Secure(opts.Dir); err != nil {
 		return nil, fmt.Errorf("open images: %w", err)

@@ -31,7 +31,7 @@ const (
 	EventDegraded EventType = "degraded" // the guest's agent does not answer any more: error
 	EventPaused   EventType = "paused"
 	EventResumed  EventType = "resumed"
-	EventUpdated  EventType = "updated" // policy, ports or limits
+	EventUpdated  EventType = "updated" // changed: "policy", "ports", "interfaces", joined by commas
 	EventExited   EventType = "exited"  // outcome, code (the image's command's if it is known, else the VMM's), signal
 	EventRemoved  EventType = "removed"
 	EventSnapshot EventType = "snapshot" // a snapshot: action (create, remove), snapshot

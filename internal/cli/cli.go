@@ -89,7 +89,7 @@ func (a *app) execute(ctx context.Context, args []string) error {
 	a.json = wantsJSON(args)
 	root := a.root()
 	root.SetArgs(args)
-	return root.ExecuteContext(ctx)
+	return errors.Join(root.ExecuteContext(ctx), a.images.Close())
 }
 
 // app is one command line's run.

@@ -25,6 +25,16 @@ import (
 type Store struct {
 	Dir     string // made when it is needed
 	Default network.Config
+	// Changed receives each network that was changed, afterwards: "create", "update" or "remove", and its name. It may be nil.
+	Changed func(action, name string)
+}
+
+// changed reports a change unless there is an error, which it returns.
+func (s *Store) changed(err error, action, name string) error {
+	if err == nil && s.Changed != nil {
+		s.Changed(action, name)
+	}
+	return err
 }
 
 // ErrNotFound means that no network has the name.
@@ -122,7 +132,7 @@ func (s *Store) Update(name string, change func(*network.Settings)) (network.Con
 		err = atomicfile.WriteJSON(s.path(name), c)
 	}
 	c.Policy = cmp.Or(c.Policy, s.Default.Policy)
-	return c, err
+	return c, s.changed(err, "update", name)
 }
 
 // List returns all networks by name, the default one first.
@@ -204,7 +214,7 @@ func (s *Store) Create(c network.Config) (network.Config, error) {
 			return c, fmt.Errorf("create network %s: %s is that of network %s: %w", c.Name, taken, o.Name, fs.ErrExist)
 		}
 	}
-	return c, atomicfile.WriteJSON(s.path(c.Name), c)
+	return c, s.changed(atomicfile.WriteJSON(s.path(c.Name), c), "create", c.Name)
 }
 
 // Remove forgets a network. Returns ErrNotFound; whether VMs use it is for the caller to know.
@@ -221,5 +231,5 @@ func (s *Store) Remove(name string) error {
 	if err := os.Remove(s.path(name)); err != nil {
 		return fmt.Errorf("remove network %s: %w", name, err)
 	}
-	return nil
+	return s.changed(nil, "remove", name)
 }

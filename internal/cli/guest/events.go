@@ -23,12 +23,14 @@ func (s *Shell) events() *cobra.Command {
 	var filters []string
 	cmd := &cobra.Command{
 		Use:   "events [flags]",
-		Short: "Show what happens to VMs and snapshots",
-		Long: "Show what happens to VMs and snapshots, by whichever process, until Ctrl-C: created,\n" +
-			"restored, forked, started, failed, ready, degraded, paused, resumed, updated,\n" +
-			"adopted, exited, removed, snapshot. The newest one or two MiB are kept.\n\n" +
-			"A filter is type=TYPE, vm=VM (id, its beginning, or name) or an attribute, like\n" +
-			"outcome=killed. Of filters of one key one must hold, and of each key.\n\n" +
+		Short: "Show what happens to VMs, snapshots, images and networks",
+		Long: "Show what happens to VMs, whichever process does it, and to snapshots, images and\n" +
+			"networks, until Ctrl-C: created, restored, forked, started, failed, ready,\n" +
+			"degraded, paused, resumed, updated, adopted, exited, removed; snapshot, image,\n" +
+			"network. The newest one or two MiB are kept.\n\n" +
+			"A filter is type=TYPE, vm=VM (id, its beginning, or name), image=NAME, network=NAME\n" +
+			"or an attribute, like outcome=killed. If a key is given several times, one of its\n" +
+			"values must match; all keys must match.\n\n" +
 			"With -o json each is an object in a line of its own, with an id that only grows;\n" +
 			"--since takes the last id that was seen.",
 		Example: "  smartvm events --filter type=exited --filter type=failed\n" +
@@ -120,11 +122,13 @@ func (v *eventView) show(ctx context.Context, h *smartvm.Host) error {
 func (v *eventView) wants(e smartvm.Event) bool {
 	for key, values := range v.filters {
 		if !slices.ContainsFunc(values, func(value string) bool {
-			switch key {
-			case "type":
+			switch {
+			case key == "type":
 				return string(e.Type) == value
-			case "vm":
-				return value != "" && (e.Name == value || strings.HasPrefix(e.VM, value))
+			case key == "vm":
+				return e.VM != "" && value != "" && (e.Name == value || strings.HasPrefix(e.VM, value))
+			case key == string(e.Type) && e.Name != "": // an image or a network
+				return e.Name == value
 			}
 			return e.Attributes[key] == value
 		}) {

@@ -22,14 +22,23 @@ func (s *Shell) image() *cobra.Command {
 		append(s.views(), s.pull(), s.importImage(), s.tag(), s.save(), s.push(), s.remove(), s.prune(), s.verify())...)
 }
 
-// store opens the images.
+// store opens the images. Close waits until what is done to them is among the events.
 func (s *Shell) store() (*image.Store, error) {
 	h, err := s.Host()
 	if err != nil {
 		return nil, err
 	}
-	images, err := h.Images()
-	return images, errors.Join(err, h.Close())
+	s.opened = append(s.opened, h)
+	return h.Images()
+}
+
+// Close closes what the commands have opened.
+func (s *Shell) Close() error {
+	var errs []error
+	for _, h := range s.opened {
+		errs = append(errs, h.Close())
+	}
+	return errors.Join(errs...)
 }
 
 func (s *Shell) pull() *cobra.Command {

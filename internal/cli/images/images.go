@@ -43,6 +43,8 @@ type Shell struct {
 	step     string
 	begun    time.Time // of the step
 	told     time.Time // when it was last heard of
+
+	opened []*smartvm.Host // what Close closes
 }
 
 // Commands are the groups.
