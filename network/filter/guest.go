@@ -173,7 +173,7 @@ func Remove(guests []*Guest) error {
 			continue
 		}
 		l := newLayout(g.Table)
-		there, err := complete(conn, l)
+		there, err := nft.TablesExist(conn, l.inet, l.bridge)
 		if err != nil {
 			return err
 		}
@@ -215,15 +215,15 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, ke
 	for _, g := range guests {
 		l := layouts[g.Table]
 		chain := &nftables.Chain{Table: l.inet, Name: g.chain()}
-		rules, err := rulesOf(conn, chain)
+		rules, err := nft.RulesOf(conn, chain)
 		if err != nil {
 			return err
 		}
 		if g.Policy != nil || len(rules) > 0 {
 			conn.AddChain(chain)
-			chains[l.inet] = append(append(chains[l.inet], chain.Name), ledTo(rules, chain.Name+".")...)
+			chains[l.inet] = append(append(chains[l.inet], chain.Name), nft.ChainsIn(rules, chain.Name+".")...)
 		}
-		for _, name := range lookedInto(rules, "names-") {
+		for _, name := range nft.SetsIn(rules, "names-") {
 			if !slices.ContainsFunc(keep, func(s *nftables.Set) bool { return s.Name == name }) {
 				sets = append(sets, &nftables.Set{Table: l.inet, Name: name})
 			}
@@ -257,7 +257,7 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, ke
 		}
 	}
 	for table, names := range chains {
-		removeChains(conn, table, names)
+		nft.RemoveChains(conn, table, names)
 	}
 	for _, s := range sets {
 		conn.DelSet(s)
@@ -287,8 +287,8 @@ func (l *layout) theirs(conn *nftables.Conn, addresses []netip.Addr, names bool)
 	if err != nil || !names {
 		return all, err
 	}
-	rules, err := rulesOf(conn, &nftables.Chain{Table: l.inet, Name: egress})
-	for _, name := range lookedInto(rules, networkNames) {
+	rules, err := nft.RulesOf(conn, &nftables.Chain{Table: l.inet, Name: egress})
+	for _, name := range nft.SetsIn(rules, networkNames) {
 		kind, bytes := nftables.TypeIPAddr, 4
 		if strings.HasSuffix(name, "-6") {
 			kind, bytes = nftables.TypeIP6Addr, 16
@@ -296,20 +296,6 @@ func (l *layout) theirs(conn *nftables.Conn, addresses []netip.Addr, names bool)
 		err = errors.Join(err, find(l.names("", name, kind), from, bytes))
 	}
 	return all, err
-}
-
-// complete says whether both tables are there.
-func complete(conn *nftables.Conn, l *layout) (bool, error) {
-	for _, t := range []*nftables.Table{l.inet, l.bridge} {
-		_, err := conn.ListTableOfFamily(t.Name, t.Family)
-		if errors.Is(err, unix.ENOENT) {
-			return false, nil
-		}
-		if err != nil {
-			return false, fmt.Errorf("look at table %s: %w", t.Name, err)
-		}
-	}
-	return true, nil
 }
 
 func (g *Guest) members(l *layout) ([]member, error) {

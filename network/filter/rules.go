@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/network/internal/nft"
+	"push.rocks/smartvm/network/internal/sender"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -33,17 +34,17 @@ func (t *Tables) rules(l *layout) ([]nft.Ruled, error) {
 		nft.Chain(nft.NAT(l.inet, "output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest), nft.Plain(append([]nft.Exprs{toLoopback6()}, published(l)...)...)),
 		nft.Chain(nft.NAT(l.inet, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), nft.Plain(t.masqueraded()...)),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: fromGuest}, nft.Plain(t.leaving(l)...)),
-		nft.Chain(nftables.Chain{Table: l.inet, Name: refused}, nft.Plain(refusal()...)),
+		nft.Chain(nftables.Chain{Table: l.inet, Name: refused}, nft.Plain(nft.Refuse()...)),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: Narrow}, nil),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: toGuest}, nft.Plain(append(t.answered(), nft.Join(nft.Redirected(), nft.Accept()), nft.Drop())...)),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: toHost}, nft.Plain(t.entering(l)...)),
 		nft.Chain(nftables.Chain{Table: l.inet, Name: bounds}, t.bounded(l)),
 		// What most of all traffic is goes first here too; only taps of the network are in these sets.
 		nft.Chain(nft.Base(l.bridge, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityRef(-300)), nft.Plain(
-			nft.Join(nft.Ether(unix.ETH_P_IP), nft.L4(unix.IPPROTO_TCP), sender(nft.EtherSource, nft.Source4), nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
-			nft.Join(nft.Ether(unix.ETH_P_IPV6), nft.L4(unix.IPPROTO_TCP), sender(nft.EtherSource, nft.Source6), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),
+			nft.Join(nft.Ether(unix.ETH_P_IP), nft.L4(unix.IPPROTO_TCP), sender.SentBy(l.senders4, nft.EtherSource, nft.Source4), nft.Accept()),
+			nft.Join(nft.Ether(unix.ETH_P_IPV6), nft.L4(unix.IPPROTO_TCP), sender.SentBy(l.senders6, nft.EtherSource, nft.Source6), nft.Accept()),
 			nft.Join(nft.IifPrefix(t.Taps), nft.Jump(fromGuest)))),
-		nft.Chain(nftables.Chain{Table: l.bridge, Name: fromGuest}, nft.Plain(t.genuine(l)...)),
+		nft.Chain(nftables.Chain{Table: l.bridge, Name: fromGuest}, nft.Plain(l.senders().Genuine(t.Routed)...)),
 	}
 	if !t.Mutual || t.Routed { // the kernel has isolated their ports, unless somebody undoes that
 		all = append(all, nft.Chain(nft.Base(l.bridge, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), nft.Plain(
@@ -240,16 +241,6 @@ func (t *Tables) bounded(l *layout) (all []nft.Rule) {
 	return all
 }
 
-// refusal ends what is not allowed: at once, but for floods, which nobody is to be made to answer.
-func refusal() []nft.Exprs {
-	limited := &expr.Limit{Type: expr.LimitTypePkts, Rate: 1000, Unit: expr.LimitTimeSecond, Burst: 1000}
-	return []nft.Exprs{
-		nft.Join(nft.L4(unix.IPPROTO_TCP), nft.Exprs{limited, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}),
-		{limited, &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}},
-		nft.Verdict(expr.VerdictDrop),
-	}
-}
-
 // leaving is what a guest may send through the host.
 func (t *Tables) leaving(l *layout) (all []nft.Exprs) {
 	within := l.ends(toGuests)
@@ -304,72 +295,6 @@ var linkLocal6 = netip.MustParsePrefix("fe80::/10")
 
 // gateway is a subnet's first address.
 func (t *Tables) gateway(p netip.Prefix) netip.Addr { return p.Masked().Addr().Next() }
-
-// Where the key of a set of senders is put together: the tap takes four registers, a MAC two.
-const atMAC, atAddress = nft.Reg + 4, nft.Reg + 6
-
-// sender loads who sends a frame.
-func sender(mac, address nft.Field) nft.Exprs {
-	return nft.Exprs{nft.Meta(expr.MetaKeyIIFNAME, nft.Reg), nft.Load(mac, atMAC), nft.Load(address, atAddress)}
-}
-
-// genuine is what a guest's frames must look like.
-func (t *Tables) genuine(l *layout) []nft.Exprs {
-	tap := nft.Exprs{nft.Meta(expr.MetaKeyIIFNAME, nft.Reg)}
-	udpFrom := func(n uint16) nft.Exprs {
-		return nft.Join(nft.L4(unix.IPPROTO_UDP), nft.Is(nft.SourcePort, nft.Port(n)))
-	}
-	icmp := func(kind byte) nft.Exprs {
-		return nft.Join(nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{kind}))
-	}
-	unspecified := nft.Is(nft.Source6, make([]byte, 16))
-	v6 := nft.Ether(unix.ETH_P_IPV6)
-	// Who looks whether its address is in use has none yet. The host, which answers for guests of a routed network, would say that it is.
-	free := nft.Join(v6, unspecified, icmp(135), sender(nft.EtherSource, nft.NDTarget), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept())
-	if t.Routed {
-		free = nft.Join(v6, unspecified, icmp(135), nft.Drop())
-	}
-	return slices.Concat([]nft.Exprs{
-		nft.Join(tap, nft.Exprs{nft.Load(nft.EtherSource, atMAC), nft.NotInSet(l.macs)}, nft.Drop()),
-	}, errorsOf(l), []nft.Exprs{
-		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}), sender(nft.ArpMAC, nft.ArpIP), nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
-		// Who looks whether its address is in use has none yet. To look for another's would be to deny it.
-		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}), nft.Is(nft.ArpIP, make([]byte, 4)), sender(nft.ArpMAC, nft.ArpTarget),
-			nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
-
-		nft.Join(nft.Ether(unix.ETH_P_IP), udpFrom(67), nft.Drop()),
-		nft.Join(nft.Ether(unix.ETH_P_IP), sender(nft.EtherSource, nft.Source4), nft.Exprs{nft.InSet(l.senders4)}, nft.Accept()),
-
-		nft.Join(v6, icmp(134), nft.Drop()),    // router advertisement
-		nft.Join(v6, icmp(137), nft.Drop()),    // redirect
-		nft.Join(v6, udpFrom(547), nft.Drop()), // DHCP server
-		// In fragments neighbour discovery has no place (RFC 6980), and not all there is of it to look at.
-		nft.Join(v6, nft.Fragment(), icmp(133), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(135), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(136), nft.Drop()),
-		nft.Join(v6, icmp(136), sender(nft.EtherSource, nft.NDTarget), nft.Exprs{nft.NotInSet(l.senders6)}, nft.Drop()),
-		free,
-		nft.Join(v6, unspecified, icmp(143), nft.Accept()),
-		// A fragment that does not say what it is of matches no rule that asks, this one neither.
-		nft.Join(v6, nft.MetaIsNot(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_RAW}), sender(nft.EtherSource, nft.Source6), nft.Exprs{nft.InSet(l.senders6)}, nft.Accept()),
-		nft.Drop(),
-	})
-}
-
-// errorsOf are the errors of ICMP that a guest may send: about what was sent to itself. The kernel takes one for a part of the connection that it is
-// about, whoever sends it, and what is known is let through, to other guests too.
-func errorsOf(l *layout) (all []nft.Exprs) {
-	of := func(is nft.Exprs, source, about nft.Field, senders *nftables.Set) {
-		from := func(f nft.Field) nft.Exprs { return append(sender(nft.EtherSource, f), nft.InSet(senders)) }
-		// One that is cut before it says what it is about passes no rule that looks there.
-		all = append(all, nft.Join(is, from(about), from(source), nft.Accept()), nft.Join(is, nft.Drop()))
-	}
-	icmp := func(ether uint16, protocol, first, last byte) nft.Exprs {
-		return nft.Join(nft.Ether(ether), nft.L4(protocol), nft.InRange(nft.ICMPType, []byte{first}, []byte{last}))
-	}
-	of(icmp(unix.ETH_P_IP, unix.IPPROTO_ICMP, 3, 5), nft.Source4, nft.ICMPAbout4, l.senders4)
-	of(icmp(unix.ETH_P_IP, unix.IPPROTO_ICMP, 11, 12), nft.Source4, nft.ICMPAbout4, l.senders4)
-	of(icmp(unix.ETH_P_IPV6, unix.IPPROTO_ICMPV6, 1, 127), nft.Source6, nft.ICMPAbout6, l.senders6)
-	return all
-}
 
 // AnswerMark is that of connections to what guests have published, on a network that leaves by one interface, and of what guests send in them.
 const AnswerMark = 0x53560001

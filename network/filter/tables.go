@@ -11,11 +11,11 @@ import (
 	"strings"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/network/conntrack"
 	"push.rocks/smartvm/network/internal/nft"
+	"push.rocks/smartvm/network/internal/sender"
 	"push.rocks/smartvm/network/policy"
 )
 
@@ -129,6 +129,10 @@ func newLayout(name string) *layout {
 	return l
 }
 
+func (l *layout) senders() sender.Sets {
+	return sender.Sets{MACs: l.macs, IPv4: l.senders4, IPv6: l.senders6}
+}
+
 // sets are those that are made.
 func (l *layout) sets() []*nftables.Set {
 	if l.logs {
@@ -187,7 +191,7 @@ func (t *Tables) Renew(context.Context) (done bool, err error) {
 }
 
 func (t *Tables) renew(conn *nftables.Conn, l *layout) error {
-	before, err := rulesOf(conn, &nftables.Chain{Table: l.inet, Name: egress})
+	before, err := nft.RulesOf(conn, &nftables.Chain{Table: l.inet, Name: egress})
 	if err != nil {
 		return err
 	}
@@ -208,7 +212,7 @@ func (t *Tables) renew(conn *nftables.Conn, l *layout) error {
 	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6} {
 		conn.FlushSet(s)
 	}
-	was := ledTo(before, egress+".")
+	was := nft.ChainsIn(before, egress+".")
 	for i := range rules {
 		if c := &rules[i].Chain; strings.HasPrefix(c.Name, egress+".") && !slices.Contains(was, c.Name) {
 			conn.AddChain(c)
@@ -224,8 +228,8 @@ func (t *Tables) renew(conn *nftables.Conn, l *layout) error {
 			return fmt.Errorf("change table %s: %w", t.Name, err)
 		}
 	}
-	removeChains(conn, l.inet, was)
-	for _, name := range lookedInto(before, networkNames) {
+	nft.RemoveChains(conn, l.inet, was)
+	for _, name := range nft.SetsIn(before, networkNames) {
 		if !slices.ContainsFunc(now, func(s *nftables.Set) bool { return s.Name == name }) {
 			conn.DelSet(&nftables.Set{Table: l.inet, Name: name})
 		}
@@ -246,48 +250,6 @@ func (t *Tables) nameSets(l *layout) ([]*nftables.Set, error) {
 		return nil, err
 	}
 	return l.namesOf("", compiled), nil
-}
-
-// rulesOf lists the rules of a chain, none where it is not there.
-func rulesOf(conn *nftables.Conn, chain *nftables.Chain) ([]*nftables.Rule, error) {
-	rules, err := conn.GetRules(chain.Table, chain)
-	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return nil, fmt.Errorf("look at chain %s of table %s: %w", chain.Name, chain.Table.Name, err)
-	}
-	return rules, nil
-}
-
-// lookedInto lists the sets of a prefix that rules look into.
-func lookedInto(rules []*nftables.Rule, prefix string) (names []string) {
-	for _, r := range rules {
-		for _, e := range r.Exprs {
-			if l, ok := e.(*expr.Lookup); ok && strings.HasPrefix(l.SetName, prefix) && !slices.Contains(names, l.SetName) {
-				names = append(names, l.SetName)
-			}
-		}
-	}
-	return names
-}
-
-// ledTo lists the chains of a prefix that rules end in.
-func ledTo(rules []*nftables.Rule, prefix string) (names []string) {
-	for _, r := range rules {
-		for _, e := range r.Exprs {
-			if v, ok := e.(*expr.Verdict); ok && strings.HasPrefix(v.Chain, prefix) && !slices.Contains(names, v.Chain) {
-				names = append(names, v.Chain)
-			}
-		}
-	}
-	return names
-}
-
-// removeChains removes chains that no rule leads to any more.
-func removeChains(conn *nftables.Conn, table *nftables.Table, names []string) {
-	for _, name := range names {
-		c := &nftables.Chain{Table: table, Name: name}
-		conn.FlushChain(c)
-		conn.DelChain(c)
-	}
 }
 
 func (t *Tables) make(conn *nftables.Conn, l *layout) error {
