@@ -48,19 +48,19 @@ func endGuest(t *testing.T, m *smartvm.Machine) {
 	}
 }
 
-// pressKeys ends a guest that goes by itself when it is asked to.
-func pressKeys(t *testing.T, m *smartvm.Machine) {
+// askToEnd ends a guest that goes by itself when it is asked to in the way want.
+func askToEnd(t *testing.T, m *smartvm.Machine, want string) {
 	t.Helper()
 	how, err := m.Stop(t.Context(), smartvm.StopOptions{Timeout: linuxPatience})
-	if err != nil || how != smartvm.CtrlAltDel {
-		t.Errorf("stopped by %q, %v", how, err)
+	if err != nil || how != want {
+		t.Errorf("stopped by %q, %v, want %q", how, err, want)
 	}
 }
 
 // shutDown is endGuest of a guest that goes by itself when it is asked to.
-func shutDown(t *testing.T, m *smartvm.Machine) {
+func shutDown(t *testing.T, m *smartvm.Machine, want string) {
 	t.Helper()
-	pressKeys(t, m)
+	askToEnd(t, m, want)
 	if err := m.Remove(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -230,7 +230,7 @@ func TestLinuxAgent_BusyboxInit(t *testing.T) {
 	}
 	checkClock(t, m)
 	checkRestart(t, m)
-	shutDown(t, m)
+	shutDown(t, m, smartvm.AgentStop)
 }
 
 // A guest that boots by itself answers when the agent is a service of it. Its VM lives without, and the guest, if it reads its
@@ -287,5 +287,5 @@ func TestLinuxAgent_Service(t *testing.T) {
 	if state, err := m.State(t.Context()); err != nil || state != smartvm.Running {
 		t.Errorf("the VM is %s, %v", state, err)
 	}
-	shutDown(t, m)
+	shutDown(t, m, smartvm.CtrlAltDel)
 }

@@ -245,3 +245,24 @@ func TestLinuxGuest_Run(t *testing.T) {
 		t.Errorf("ended %+v, command %+v", exit, exit.Command)
 	}
 }
+
+// An image's command that is asked to end gets a signal, and its exit code is known.
+func TestLinuxGuest_Stop(t *testing.T) {
+	h := imageHost(t, smartvm.LaunchJailed)
+	m := bootGuest(t, h, smartvm.Spec{
+		Image: "minimal", MachineConfig: linuxMachine(256),
+		Command: sh("trap 'echo asked; exit 3' TERM; echo trapped; while :; do sleep 0.2; done"),
+	})
+	awaitLog(t, m, "trapped")
+	askToEnd(t, m, smartvm.AgentStop)
+	exit, err := m.Exit()
+	if err != nil || exit.Outcome != smartvm.OutcomeExited || exit.Command == nil || exit.Command.Code != 3 {
+		t.Errorf("ended %+v, %v, want code 3", exit, err)
+	}
+	if log, err := os.ReadFile(m.ConsoleLog()); err != nil || !bytes.Contains(log, []byte("asked\r\n")) {
+		t.Errorf("the command was not asked: %v, %q", err, log)
+	}
+	if err := m.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+}

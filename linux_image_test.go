@@ -255,7 +255,7 @@ func TestLinuxImage_Systemd(t *testing.T) {
 		t.Errorf("while the snapshot was made it was in %s", group)
 	}
 	checkRestart(t, m)
-	pressKeys(t, m)
+	askToEnd(t, m, smartvm.AgentStop)
 	checkEnded(t, m)
 }
 
@@ -267,7 +267,7 @@ func TestLinuxImage_OpenRC(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 	checkRestart(t, m)
-	shutDown(t, m)
+	shutDown(t, m, smartvm.AgentStop)
 }
 
 // While a VM uses an image, it cannot be removed; once it is gone, it can.

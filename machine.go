@@ -87,19 +87,23 @@ const DefaultStopTimeout = 10 * time.Second
 
 // StopOptions say how to end a VM.
 type StopOptions struct {
-	// Timeout is how long the guest may take to shut down after Ctrl-Alt-Del (x86_64; elsewhere there is no
-	// such key). 0: it is killed at once.
+	// Timeout is how long the guest may take to shut down when it is asked to. 0: it is killed at
+	// once.
 	Timeout time.Duration
 }
 
-// CtrlAltDel and Killed are the ways in which Stop ends a VM.
+// AgentStop, CtrlAltDel and Killed are the ways in which Stop ends a VM.
 const (
+	AgentStop  = vmrun.AgentStop
 	CtrlAltDel = vmrun.CtrlAltDel
 	Killed     = vmrun.Killed
 )
 
-// Stop ends the VM and waits until its run is cleaned up. It returns CtrlAltDel or Killed, or "" if the VM was not running. It works from
-// any process. The VM's copies of drives stay until Remove.
+// Stop ends the VM and waits until its run is cleaned up. The guest is asked to shut down by its
+// agent, or where none answers by Ctrl-Alt-Del (x86_64). An image's command gets its stop signal,
+// SIGTERM if the image names none; an init shuts down as it does on Ctrl-Alt-Del. A VM that has not
+// ended in time is killed. Stop returns AgentStop, CtrlAltDel or Killed, or "" if the VM was not
+// running. It works from any process. The VM's copies of drives stay until Remove.
 func (m *Machine) Stop(ctx context.Context, opts StopOptions) (string, error) {
 	return m.vm.Stop(ctx, opts.Timeout)
 }

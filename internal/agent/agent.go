@@ -384,6 +384,14 @@ func (c *Client) Stats(ctx context.Context) (*guest.Stats, error) {
 	return r.Stats, err
 }
 
+// Stop asks the guest to shut down, and returns when its agent has agreed to. The image's command
+// may take as long as patience to end; then the agent kills it. An agent of an older smartvm, which
+// does not know how, is a *GuestError.
+func (c *Client) Stop(ctx context.Context, patience time.Duration) error {
+	_, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpStop, Patience: patience})
+	return err
+}
+
 // Tell gives the guest's command what it waits for: files, by name, and environment. It is told once; again changes nothing.
 func (c *Client) Tell(ctx context.Context, files map[string][]byte, env []string) error {
 	_, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpSecrets, Files: files, Env: env})

@@ -24,6 +24,8 @@ const (
 
 	OpProcesses Op = "processes" // a Reply with Processes
 
+	OpStop Op = "stop" // end the guest as Ctrl-Alt-Del does, when the host has closed the connection
+
 	OpClock Op = "clock" // set the clock to Now: a Reply with Skew
 
 	OpSecrets Op = "secrets" // Env and Files for the command, which waits for them: see Boot.Secrets
@@ -74,6 +76,10 @@ type Request struct {
 
 	// Of OpFreeze:
 	DropCaches bool `json:"dropCaches,omitempty"` // forget what can be read again
+
+	// Of OpStop: how long the image's command may take to end until all is killed. 0: as after
+	// Ctrl-Alt-Del.
+	Patience time.Duration `json:"patience,omitempty"` // nanoseconds
 
 	// Of OpIdentify:
 	Identity *Identity `json:"identity,omitempty"`

@@ -23,8 +23,6 @@ import (
 const (
 	// devicePatience is how long drives may take to appear.
 	devicePatience = 10 * time.Second
-	// stopPatience is how long a command may take to end when asked to.
-	stopPatience = 10 * time.Second
 	// killPatience is how long killed processes may take to be gone, and the console to put out what it has.
 	killPatience = 2 * time.Second
 	// interval is that of looking again.
@@ -44,7 +42,8 @@ type system struct {
 	farewell string // the last line on the console
 	begun    time.Duration
 	reaper   process.Reaper
-	spent    agentproto.Spent // on the way up, by the kernel
+	spent    agentproto.Spent     // on the way up, by the kernel
+	patience func() time.Duration // how long a command may take to end when asked to
 }
 
 // Main is the life of the guest. It returns only where it is not process 1.
@@ -128,6 +127,7 @@ func (g *system) run() error {
 	srv.Identify = func(id *agentproto.Identity) []error { return identify(b, id) }
 	srv.Reached(agentproto.PhaseAgent, g.begun)
 	srv.Spent(g.spent)
+	g.patience = srv.Patience
 	srv.Secrets = func(files map[string][]byte) error { return storeSecrets(b, files) }
 	err = listen(srv)
 	switch {

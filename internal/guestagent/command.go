@@ -135,8 +135,8 @@ func (g *system) runCommand(b *guest.Boot, srv *server.Server) (agentproto.Exit,
 	return process.Ended(<-done), nil
 }
 
-// stopCommand waits for somebody to ask for the end. Then it asks the command that runs and, stopPatience later, kills
-// everything; where none runs yet it says so to asked.
+// stopCommand waits for somebody to ask for the end. Then it asks the command that runs and kills
+// everything if that does not end in time; where none runs yet it says so to asked.
 func (g *system) stopCommand(asked chan<- os.Signal, running <-chan int, ended <-chan struct{}, stop syscall.Signal) {
 	select {
 	case s := <-g.signals.Stop:
@@ -151,7 +151,7 @@ func (g *system) stopCommand(asked chan<- os.Signal, running <-chan int, ended <
 		return
 	}
 	select {
-	case <-time.After(stopPatience):
+	case <-time.After(g.patience()):
 		_ = unix.Kill(-1, unix.SIGKILL)
 	case <-ended:
 	}

@@ -400,33 +400,26 @@ func (p *Process) waitIdentity(ctx context.Context) error {
 	return waitByDir(ctx, p.Dir)
 }
 
-// Step is one way to ask a VMM to end.
-type Step struct {
-	Name    string
-	Ask     func(context.Context) error
-	Timeout time.Duration // how long to wait for the end before the next step
-}
-
-// Stop goes through steps until the VMM has ended, and kills it when none helped. It returns the name of
-// what helped: a step's, Killed, or "" if the VMM had ended before. A step whose Ask fails is passed over.
-func (p *Process) Stop(ctx context.Context, steps ...Step) (string, error) {
+// Stop asks the VMM, or its guest, to end, and kills the VMM if ask fails or if it has not ended
+// within timeout; if that is 0, at once. It returns what helped: what ask has returned, Killed, or
+// "" if the VMM had ended before.
+func (p *Process) Stop(
+	ctx context.Context, timeout time.Duration, ask func(context.Context) (string, error),
+) (string, error) {
 	if alive, err := p.Alive(); err == nil && !alive {
 		return "", p.Wait(ctx)
 	}
-	for _, s := range steps {
-		if s.Timeout <= 0 {
-			continue
-		}
-		stepCtx, cancel := context.WithTimeout(ctx, s.Timeout)
-		err := s.Ask(stepCtx)
+	if timeout > 0 {
+		limit, cancel := context.WithTimeout(ctx, timeout)
+		defer cancel()
+		how, err := ask(limit)
 		if err == nil {
-			err = p.Wait(stepCtx)
+			err = p.Wait(limit)
 		}
-		cancel()
 		if err == nil {
-			return s.Name, nil
+			return how, nil
 		}
-		if ctx.Err() != nil { // whoever asked has gone; the VM is none the worse
+		if ctx.Err() != nil { // the caller has gone; the VM is none the worse
 			return "", fmt.Errorf("stop VMM: %w", context.Cause(ctx))
 		}
 	}

@@ -222,7 +222,7 @@ func TestProcess_Exit(t *testing.T) {
 			if alive, err := s.Alive(); err != nil || alive {
 				t.Errorf("alive %v, %v", alive, err)
 			}
-			if how, err := s.Stop(t.Context()); err != nil || how != "" {
+			if how, err := s.Stop(t.Context(), 0, nil); err != nil || how != "" {
 				t.Errorf("stop after the end: %q, %v", how, err)
 			}
 		})
@@ -289,26 +289,37 @@ func TestProcess_Stop(t *testing.T) {
 	if err := s.Wait(gone(t)); !errors.Is(err, errGone) {
 		t.Errorf("wait: %v, want %v", err, errGone)
 	}
-	var asked []string
-	step := func(name string, timeout time.Duration, ask func() error) vmm.Step {
-		return vmm.Step{Name: name, Timeout: timeout, Ask: func(context.Context) error {
-			asked = append(asked, name)
-			return ask()
-		}}
-	}
-	nothing := func() error { return nil }
-	how, err := s.Process.Stop(t.Context(),
-		step("no time", 0, nothing),
-		step("refused", time.Minute, func() error { return errors.New("no") }),
-		step("ignored", time.Millisecond, nothing),
-		step("helps", time.Minute, func() error { return s.Revert(context.Background()) }),
-		step("too late", time.Minute, nothing),
-	)
-	if err != nil || how != "helps" {
+	how, err := s.Process.Stop(t.Context(), time.Minute, func(context.Context) (string, error) {
+		return "asked", s.Revert(context.Background())
+	})
+	if err != nil || how != "asked" {
 		t.Errorf("stopped by %q, %v", how, err)
 	}
-	if diff := cmp.Diff([]string{"refused", "ignored", "helps"}, asked); diff != "" {
-		t.Errorf("asked -want +got:\n%s", diff)
+	how, err = s.Process.Stop(t.Context(), time.Minute, func(context.Context) (string, error) {
+		t.Error("an ended VMM was asked")
+		return "asked", nil
+	})
+	if err != nil || how != "" {
+		t.Errorf("stopped by %q, %v, though it had ended", how, err)
+	}
+}
+
+func TestProcess_StopNotAsked(t *testing.T) {
+	for name, timeout := range map[string]time.Duration{"no time": 0, "refused": time.Minute} {
+		t.Run(name, func(t *testing.T) {
+			s := newStand(t, forever)
+			s.start(t)
+			s.up(t)
+			how, err := s.Process.Stop(t.Context(), timeout, func(context.Context) (string, error) {
+				if timeout == 0 {
+					t.Error("it was asked, and has no time")
+				}
+				return "asked", errors.New("no")
+			})
+			if err != nil || how != vmm.Killed {
+				t.Errorf("stopped by %q, %v", how, err)
+			}
+		})
 	}
 }
 
@@ -316,14 +327,14 @@ func TestProcess_StopKills(t *testing.T) {
 	s := newStand(t, "trap '' TERM INT\n"+forever)
 	s.start(t)
 	s.up(t)
-	asked := vmm.Step{Name: "asked", Timeout: time.Minute, Ask: func(ctx context.Context) error { return ctx.Err() }}
-	if _, err := s.Stop(gone(t), asked); !errors.Is(err, errGone) {
+	asked := func(ctx context.Context) (string, error) { return "asked", ctx.Err() }
+	if _, err := s.Stop(gone(t), time.Minute, asked); !errors.Is(err, errGone) {
 		t.Errorf("stop: %v, want %v", err, errGone)
 	}
 	if alive, err := s.Alive(); err != nil || !alive {
 		t.Errorf("a caller who has gone killed it: alive %v, %v", alive, err)
 	}
-	if how, err := s.Stop(t.Context()); err != nil || how != vmm.Killed {
+	if how, err := s.Stop(t.Context(), time.Millisecond, asked); err != nil || how != vmm.Killed {
 		t.Errorf("stopped by %q, %v", how, err)
 	}
 	if got := s.Exit(); got.Signal != syscall.SIGKILL || got.SignalName() != "SIGKILL" {
@@ -366,7 +377,7 @@ func immortal(t *testing.T) (group string, signalled func() bool) {
 // Whatever becomes of the VMM, a call ends with its context, and the VMM has been signalled.
 func TestAttach_Immortal(t *testing.T) {
 	for name, end := range map[string]func(*vmm.Process) error{
-		"stop":   func(p *vmm.Process) error { _, err := p.Stop(gone(t)); return err },
+		"stop":   func(p *vmm.Process) error { _, err := p.Stop(gone(t), 0, nil); return err },
 		"revert": func(p *vmm.Process) error { return p.Revert(gone(t)) },
 	} {
 		group, signalled := immortal(t)
@@ -603,7 +614,7 @@ func TestAttach_WithoutGroup(t *testing.T) {
 	if err := attached.Wait(gone(t)); !errors.Is(err, errGone) {
 		t.Errorf("wait: %v, want %v", err, errGone)
 	}
-	if how, err := attached.Stop(t.Context()); err != nil || how != vmm.Killed {
+	if how, err := attached.Stop(t.Context(), 0, nil); err != nil || how != vmm.Killed {
 		t.Errorf("stopped by %q, %v", how, err)
 	}
 	if err := s.Wait(t.Context()); err != nil || s.Exit().Signal != syscall.SIGKILL {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"runtime"
 	"strconv"
 	"time"
 
@@ -17,20 +16,22 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// CtrlAltDel and Killed are the ways in which Stop ends a VM.
+// AgentStop, CtrlAltDel and Killed are the ways in which Stop ends a VM.
 const (
+	AgentStop  = "agent"
 	CtrlAltDel = "ctrl-alt-del"
 	Killed     = vmm.Killed
 )
 
-// Stop ends the VM and waits until its run is cleaned up. It returns CtrlAltDel or Killed, or "" if the VM was not running. Timeout
-// is how long the guest may take to shut down after Ctrl-Alt-Del; 0: it is killed at once.
+// Stop ends the VM and waits until its run is cleaned up. It returns AgentStop, CtrlAltDel or
+// Killed, or "" if the VM was not running. Timeout is how long the guest may take to shut down when
+// it is asked to; 0: it is killed at once.
 func (v *VM) Stop(ctx context.Context, timeout time.Duration) (string, error) {
 	r := v.current()
 	if r == nil {
 		return v.stopForeign(ctx, timeout)
 	}
-	how, err := r.proc.Stop(ctx, v.stopSteps(timeout)...)
+	how, err := r.proc.Stop(ctx, timeout, v.askToStop)
 	if err != nil {
 		return how, v.Fail("stop", err, nil)
 	}
@@ -51,39 +52,54 @@ func (v *VM) stopForeign(ctx context.Context, timeout time.Duration) (how string
 	if err := Allow(v.Record().ID, "stop", "stop", state); err != nil {
 		return "", err
 	}
-	if how, err = v.Process().Stop(ctx, v.stopSteps(timeout)...); err != nil {
+	if how, err = v.Process().Stop(ctx, timeout, v.askToStop); err != nil {
 		return how, v.Fail("stop", err, nil)
 	}
 	return how, v.awaitCleanup(ctx)
 }
 
-func (v *VM) stopSteps(timeout time.Duration) []vmm.Step {
-	if runtime.GOARCH != "amd64" {
-		return nil
-	}
+// askToStop has the guest shut down, by its agent or else by Ctrl-Alt-Del, within the time limit
+// that ctx has. It returns which.
+func (v *VM) askToStop(ctx context.Context) (how string, err error) {
 	warn := func(err error) {
 		if err != nil { // no reason to kill the guest instead
 			v.env.Log.Warn("stop", "vm", v.Record().ID, "err", err)
 		}
 	}
-	return []vmm.Step{{Name: CtrlAltDel, Timeout: timeout, Ask: func(ctx context.Context) error {
-		hold, err := v.freezeSoon(ctx)
-		switch {
-		case errors.Is(err, status.ErrState), errors.Is(err, status.ErrNotFound):
-			return err
-		case err != nil:
-			warn(err)
-		default:
-			defer func() { warn(hold.Release()) }()
-		}
-		c := v.Dial()
-		defer func() { warn(c.Close()) }()
-		// A paused guest sees no keys.
-		if err := c.Resume(ctx); err != nil {
-			return err
-		}
-		return c.SendCtrlAltDel(ctx)
-	}}}
+	hold, err := v.freezeSoon(ctx)
+	switch {
+	case errors.Is(err, status.ErrState), errors.Is(err, status.ErrNotFound):
+		return "", err
+	case err != nil:
+		warn(err)
+	default:
+		defer func() { warn(hold.Release()) }()
+	}
+	c := v.Dial()
+	defer func() { warn(c.Close()) }()
+	// A paused guest hears nothing.
+	if err := c.Resume(ctx); err != nil {
+		return "", err
+	}
+	if v.Record().Spec.Vsock != nil && v.askAgentToStop(ctx) == nil {
+		return AgentStop, nil
+	}
+	return CtrlAltDel, c.SendCtrlAltDel(ctx)
+}
+
+// Of the time limit of a stop, the agent may take agentPart to answer, and the guest's shutdown has
+// shutdownPart after the image's command was killed.
+const (
+	agentPart, maxAgentPart       = 4, 5 * time.Second
+	shutdownPart, maxShutdownPart = 4, time.Second
+)
+
+func (v *VM) askAgentToStop(ctx context.Context) error {
+	end, _ := ctx.Deadline()
+	left := time.Until(end)
+	asking, cancel := context.WithTimeout(ctx, min(left/agentPart, maxAgentPart))
+	defer cancel()
+	return v.Agent().Stop(asking, left-min(left/shutdownPart, maxShutdownPart))
 }
 
 // awaitCleanup waits until the supervisor of the ended VM has undone its run, and does it itself if there is none. A

@@ -32,6 +32,8 @@ type Server struct {
 	SetClock func(time.Time) error
 	// Stop stops programs and file systems: New has it stop this machine's.
 	Stop func(dropCaches bool) Rest
+	// ShutDown ends the guest, as Ctrl-Alt-Del does: New has it end this machine.
+	ShutDown func() error
 
 	frozen  freezer
 	waiting atomic.Int32 // sessions that wait for their host
@@ -43,6 +45,7 @@ type Server struct {
 	skew     time.Duration
 	spent    *agentproto.Spent
 	exit     *agentproto.Exit
+	patience time.Duration // see Patience
 	watches  int           // that have begun
 	told     chan struct{} // closed when the host has told its secrets
 	telling  sync.Mutex    // held while it does
@@ -66,6 +69,7 @@ func New(reaper *process.Reaper, boot *guest.Boot) *Server {
 	return &Server{
 		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{}, main: make(chan call),
 		told: make(chan struct{}), sessions: map[string]*session{}, SetClock: setClock, Stop: stop,
+		ShutDown: shutDown, patience: stopPatience,
 	}
 }
 
@@ -181,6 +185,7 @@ func (s *Server) answer(raw net.Conn) {
 		agentproto.OpRead: s.read, agentproto.OpWrite: s.write, agentproto.OpDial: dial, agentproto.OpStats: stats,
 		agentproto.OpSecrets: s.secrets, agentproto.OpProcesses: processes, agentproto.OpClock: s.clock,
 		agentproto.OpFreeze: s.freeze, agentproto.OpThaw: s.thaw, agentproto.OpIdentify: s.identify,
+		agentproto.OpStop: s.stop,
 	}[req.Op]
 	if err == nil && do == nil && req.Op != agentproto.OpResume {
 		err = fmt.Errorf("the agent does not know how to %q", req.Op)
