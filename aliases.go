@@ -73,6 +73,7 @@ var (
 	ErrState        = status.ErrState
 	ErrAmbiguous    = status.ErrAmbiguous
 	ErrClosed       = status.ErrClosed
+	ErrUnread       = status.ErrUnread
 	ErrNotSupported = spec.ErrNotSupported
 )
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +13,7 @@ import (
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/plan"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/vmm"
 	"push.rocks/smartvm/internal/vmrun"
 	"push.rocks/smartvm/network/catalog"
 	"push.rocks/smartvm/spec"
@@ -106,6 +108,23 @@ const (
 // running. It works from any process. The VM's copies of drives stay until Remove.
 func (m *Machine) Stop(ctx context.Context, opts StopOptions) (string, error) {
 	return m.vm.Stop(ctx, opts.Timeout)
+}
+
+// ConsoleInput opens the input of a running VM's serial console: what is written to it is typed
+// there. It works from any process, and bytes of several are read in the order of their writes. A
+// write returns when the VMM has it or will have it; if some 4 KiB wait and the guest has read
+// nothing for five seconds, it returns ErrUnread, and ErrState when the VM has ended. The caller
+// closes it. Returns ErrState if the VM does not run, or was started by a smartvm that gave it no
+// input.
+func (m *Machine) ConsoleInput(ctx context.Context) (io.WriteCloser, error) {
+	if err := m.vm.Allowed(ctx, "call", "write to console of"); err != nil {
+		return nil, err
+	}
+	in, err := vmm.OpenInput(m.vm.Path(store.RunDir))
+	if err != nil {
+		return nil, fmt.Errorf("VM %s: %w", m.ID(), err)
+	}
+	return in, nil
 }
 
 // Wait returns when the VM's run has ended and is undone, how it ended, and what could not be undone. It returns at once if the VM does not

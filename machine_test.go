@@ -75,7 +75,8 @@ func newSite(t *testing.T, launcher smartvm.Launcher) *site {
 	}
 	s.write("disk", bytes.Repeat([]byte("precious"), 1<<13))
 	for name, then := range map[string]tinyguest.Then{
-		"idle": tinyguest.Idle, "reboot": tinyguest.Reboot, "count": tinyguest.Count, "key": tinyguest.AwaitKey, "crash": tinyguest.Crash,
+		"idle": tinyguest.Idle, "reboot": tinyguest.Reboot, "count": tinyguest.Count, "key": tinyguest.AwaitKey,
+		"echo": tinyguest.Echo, "crash": tinyguest.Crash,
 	} {
 		s.write(name, tinyguest.Image(tinyguest.Guest{Message: name + " is up\n", Then: then}))
 	}
@@ -638,4 +639,59 @@ func TestMachine_EndsWhileAsked(t *testing.T) {
 		}
 		s.stopAndRemove(m)
 	}
+}
+
+// What is written to a VM's console is typed at its serial port, from any process, also when no
+// process supervises the VM.
+func TestMachine_ConsoleInput(t *testing.T) {
+	eachVariant(t, func(t *testing.T, s *site) {
+		first := s.open()
+		m, err := first.Create(t.Context(), s.spec("echo"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.ConsoleInput(t.Context()); !errors.Is(err, smartvm.ErrState) {
+			t.Errorf("input of a VM that does not run: %v, want ErrState", err)
+		}
+		if err := m.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		in, err := m.ConsoleInput(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		typed := func(text string) {
+			t.Helper()
+			if n, err := io.WriteString(in, text); err != nil || n != len(text) {
+				t.Fatalf("wrote %d of %d bytes: %v", n, len(text), err)
+			}
+		}
+		wrote := func(text string) {
+			t.Helper()
+			eventually(t, text, func() bool { return strings.Contains(s.console.get(m.ID()), text) })
+		}
+		typed("hello\n")
+		wrote("echo is up\nhello\n")
+		if err := first.Close(); err != nil {
+			t.Fatal(err)
+		}
+		typed("unsupervised\n")
+		second := s.open()
+		if _, err := second.Recover(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		typed("adopted\n")
+		wrote("hello\nunsupervised\nadopted\n")
+		if m, err = second.Machine(t.Context(), m.ID()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(in, "too late"); !errors.Is(err, smartvm.ErrState) {
+			t.Errorf("written to a VM that has ended: %v, want ErrState", err)
+		}
+		s.stopAndRemove(m)
+	})
 }

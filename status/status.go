@@ -23,6 +23,8 @@ var (
 	ErrAmbiguous = errors.New("ambiguous")
 	// ErrClosed is returned by what was under way in a Host that is closed, and by its methods afterwards.
 	ErrClosed = errors.New("closed")
+	// ErrUnread means that a guest does not read what is written to its console.
+	ErrUnread = errors.New("the guest does not read its console")
 )
 
 // State is where a VM is in its life.

@@ -77,6 +77,7 @@ func runScripts(t *testing.T, dir string) {
 func writeGuests(dir string) error {
 	for name, then := range map[string]tinyguest.Then{
 		"reboot": tinyguest.Reboot, "idle": tinyguest.Idle, "count": tinyguest.Count, "heeding": tinyguest.AwaitKey,
+		"echo":  tinyguest.Echo,
 		"crash": tinyguest.Crash, "flood": tinyguest.Flood,
 	} {
 		image := tinyguest.Image(tinyguest.Guest{Message: "this is " + name + "\n", Then: then})

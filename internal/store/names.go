@@ -44,6 +44,7 @@ const (
 	// In RunDir:
 
 	ConsoleFIFO = "console.fifo" // the VMM's standard output
+	InputFIFO   = "input.fifo"   // the VMM's standard input
 	RootDir     = "root"         // the VMM's working directory, where it is not jailed
 	JailDir     = "jail"         // the jailer's base directory, where it is
 

@@ -83,6 +83,23 @@ var endings = map[Then][]byte{
 		0xf4,       //                   3: hlt
 		0xeb, 0xfd, //                      jmp 3b
 	},
+	Echo: {
+		0x0f, 0x31, //                   1: rdtsc
+		0x89, 0xc6, //                      mov esi, eax
+		0xf3, 0x90, //                   2: pause
+		0x0f, 0x31, //                      rdtsc
+		0x29, 0xf0, //                      sub eax, esi
+		0x3d, 0x00, 0x00, 0x20, 0x00, //    cmp eax, 1<<21 (0.7 ms at 3 GHz)
+		0x72, 0xf3, //                      jb 2b
+		0x66, 0xba, 0xfd, 0x03, //       3: mov dx, 0x3fd
+		0xec,       //                      in al, dx
+		0xa8, 0x01, //                      test al, 1 (data ready)
+		0x74, 0xe6, //                      jz 1b
+		0x66, 0xba, 0xf8, 0x03, //          mov dx, 0x3f8
+		0xec,       //                      in al, dx
+		0xee,       //                      out dx, al
+		0xeb, 0xef, //                      jmp 3b
+	},
 	TripleFault: {
 		0x0f, 0x01, 0x1d, 0x02, 0x00, 0x00, 0x00, // lidt [rip+2]
 		0x0f, 0x0b, //                               ud2

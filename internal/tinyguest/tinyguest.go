@@ -38,6 +38,9 @@ const (
 	// AwaitKey reboots when the keyboard controller holds a byte, as it does
 	// after Firecracker's SendCtrlAltDel; until then it busies its vCPU.
 	AwaitKey
+	// Echo writes what comes by the serial port back to it; until something does
+	// it busies its vCPU.
+	Echo
 	// TripleFault shuts the CPU down: Firecracker exits, 1.12 with status 0 and
 	// later versions with 1.
 	TripleFault

@@ -45,6 +45,11 @@ type vm struct {
 // boot starts g in a Firecracker that is killed when the test ends.
 func boot(t *testing.T, g tinyguest.Guest) *vm {
 	t.Helper()
+	return bootWith(t, g, nil)
+}
+
+func bootWith(t *testing.T, g tinyguest.Guest, stdin io.Reader) *vm {
+	t.Helper()
 	bin := firecracker(t)
 	dir := t.TempDir()
 	write := func(name string, data []byte) string {
@@ -66,6 +71,7 @@ func boot(t *testing.T, g tinyguest.Guest) *vm {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	v.cmd = exec.CommandContext(ctx, bin, "--api-sock", v.socket, "--config-file", config, "--log-path", log)
 	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	v.cmd.Stdin = stdin
 	stdout, err := v.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -263,6 +269,30 @@ func TestImage_awaitKey(t *testing.T) {
 	if output, status := v.finish(t); output != "" || status != 0 {
 		t.Errorf("got output %q, status %d; want none, 0", output, status)
 	}
+}
+
+func TestImage_echo(t *testing.T) {
+	in, err := os.OpenFile(fifo(t), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	v := bootWith(t, tinyguest.Guest{Message: "e", Then: tinyguest.Echo}, in)
+	v.expect(t, "e")
+	text := strings.Repeat("0123456789\n", 20) // the port holds 64 bytes
+	if _, err := io.WriteString(in, text); err != nil {
+		t.Fatal(err)
+	}
+	v.expect(t, text)
+}
+
+func fifo(t *testing.T) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "in")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 func TestImage_elf(t *testing.T) {

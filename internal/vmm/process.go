@@ -150,6 +150,9 @@ func (p *Process) Apply(ctx context.Context) error {
 	}
 	pumps, stdio, err := p.openStreams(root)
 	if err == nil {
+		stdio[0], err = p.makeInput()
+	}
+	if err == nil {
 		err = p.exec(root, binds, pumps, stdio)
 	}
 	if err != nil {
@@ -165,9 +168,11 @@ func (p *Process) Apply(ctx context.Context) error {
 }
 
 // exec starts the process and gives the streams to it and to a goroutine that waits for its end.
-func (p *Process) exec(root string, binds []stage.Bind, pumps []*pump, stdio [2]*os.File) error {
+func (p *Process) exec(root string, binds []stage.Bind, pumps []*pump, stdio [3]*os.File) error {
 	argv := p.cfg.Argv()
-	cmd := &exec.Cmd{Path: argv[0], Args: argv, Dir: root, Env: []string{}, Stdout: stdio[0], Stderr: stdio[1]}
+	cmd := &exec.Cmd{
+		Path: argv[0], Args: argv, Dir: root, Env: []string{}, Stdin: stdio[0], Stdout: stdio[1], Stderr: stdio[2],
+	}
 	// What is typed at our terminal is not for it. Nor is it a session: a kernel that gives each session as much of the
 	// processor as another (autogroup) would give us, who start many, no more than one of them.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -191,9 +196,10 @@ func (p *Process) place(ctx context.Context, root string) ([]stage.Bind, error) 
 	return stage.PlaceJailed(ctx, root, p.cfg.Jailer.UID, p.cfg.Items)
 }
 
-// openStreams makes the FIFOs and returns their readers, and what the VMM gets as stdout and stderr. FIFOs
-// rather than pipes, so that another process can take over when this one dies.
-func (p *Process) openStreams(root string) (pumps []*pump, stdio [2]*os.File, err error) {
+// openStreams makes the FIFOs and returns their readers, and what the VMM gets as stdout and
+// stderr, the second and third of stdio. FIFOs rather than pipes, so that another process can take
+// over when this one dies.
+func (p *Process) openStreams(root string) (pumps []*pump, stdio [3]*os.File, err error) {
 	s := p.cfg.Streams
 	for _, f := range []struct {
 		path string
@@ -222,7 +228,7 @@ func (p *Process) openStreams(root string) (pumps []*pump, stdio [2]*os.File, er
 	}
 	for i, pump := range pumps[:2] {
 		// Read-write, so that the VMM gets no SIGPIPE when whoever reads has died.
-		if stdio[i], err = os.OpenFile(pump.path, os.O_RDWR|unix.O_NONBLOCK, 0); err != nil {
+		if stdio[i+1], err = os.OpenFile(pump.path, os.O_RDWR|unix.O_NONBLOCK, 0); err != nil {
 			return pumps, stdio, err
 		}
 	}

@@ -169,7 +169,7 @@ echo warning >&2
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	known := map[string]bool{
-		"/dev/null": true, s.config.Binary: true,
+		filepath.Join(s.config.Dir, store.InputFIFO): true, s.config.Binary: true,
 		filepath.Join(s.config.Dir, store.ConsoleFIFO): true, filepath.Join(root, store.LogFIFO): true,
 	}
 	seen := 0

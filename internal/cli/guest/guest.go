@@ -15,6 +15,7 @@ import (
 	"golang.org/x/term"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/cli/keys"
 	"push.rocks/smartvm/internal/secret"
 )
 
@@ -89,7 +90,7 @@ func (o *Streams) Flags(cmd *cobra.Command) {
 
 // detachFlag adds --detach-keys.
 func (o *Streams) detachFlag(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&o.keys, "detach-keys", defaultDetachKeys, "`keys` that leave the command to itself, with -it")
+	cmd.Flags().StringVar(&o.keys, "detach-keys", keys.Default, "`keys` that leave the command to itself, with -it")
 }
 
 // Connect returns a command with this process's streams, and a context for its run: the first signal is passed on to the
@@ -99,11 +100,11 @@ func (s *Shell) Connect(ctx context.Context, o Streams) (_ context.Context, cmd 
 	if o.Interactive {
 		cmd.Stdin = s.Stdin
 	}
-	if keys, err := parseKeys(o.keys); err != nil {
+	if quit, err := keys.Parse(o.keys); err != nil {
 		return nil, cmd, nil, s.Usage(err, "")
-	} else if o.Interactive && o.TTY && len(keys) > 0 {
+	} else if o.Interactive && o.TTY && len(quit) > 0 {
 		detach := make(chan struct{})
-		cmd.Stdin, cmd.Detach = &detacher{from: s.Stdin, keys: keys, detach: func() { close(detach) }}, detach
+		cmd.Stdin, cmd.Detach = &keys.Reader{From: s.Stdin, Keys: quit, Detach: func() { close(detach) }}, detach
 	}
 	restore := func() {}
 	if o.TTY {
@@ -148,10 +149,21 @@ func (s *Shell) raw(o Streams, cmd *smartvm.Cmd) (restore func(), err error) {
 	if !o.Interactive {
 		return func() {}, nil
 	}
-	f, ok := s.Stdin.(*os.File)
-	if !ok || !term.IsTerminal(int(f.Fd())) {
+	if !s.typed() {
 		return nil, s.Usage(errors.New("standard input is no terminal"), "leave -t out")
 	}
+	return s.makeRaw()
+}
+
+// typed says whether standard input is a terminal.
+func (s *Shell) typed() bool {
+	f, ok := s.Stdin.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// makeRaw has the terminal pass on what is typed as it is, until restore.
+func (s *Shell) makeRaw() (restore func(), err error) {
+	f := s.Stdin.(*os.File)
 	before, err := term.MakeRaw(int(f.Fd()))
 	if err != nil {
 		return nil, fmt.Errorf("set terminal: %w", err)
@@ -268,8 +280,7 @@ func (s *Shell) shell() *cobra.Command {
 		Args:              s.Takes(1, 1, "one VM"),
 		ValidArgsFunction: s.VMs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			f, ok := s.Stdin.(*os.File)
-			o.Interactive, o.TTY = true, ok && term.IsTerminal(int(f.Fd()))
+			o.Interactive, o.TTY = true, s.typed()
 			return s.Run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) {
 				c.Args, c.User = []string{"/bin/sh", "-c", loginShell}, user
 			})

@@ -1,4 +1,5 @@
-package guest
+// Package keys finds the keys in what is typed that leave what it is typed for.
+package keys
 
 import (
 	"errors"
@@ -7,11 +8,12 @@ import (
 	"strings"
 )
 
-// defaultDetachKeys are docker's.
-const defaultDetachKeys = "ctrl-p,ctrl-q"
+// Default are docker's.
+const Default = "ctrl-p,ctrl-q"
 
-// parseKeys reads keys as docker has them: "a", "ctrl-a", "ctrl-@", with commas between. Nothing is none.
-func parseKeys(text string) (keys []byte, err error) {
+// Parse reads keys as docker has them: "a", "ctrl-a", "ctrl-@", with commas between. Nothing is
+// none.
+func Parse(text string) (keys []byte, err error) {
 	if text == "" {
 		return nil, nil
 	}
@@ -31,14 +33,15 @@ func parseKeys(text string) (keys []byte, err error) {
 	return keys, nil
 }
 
-// errDetach ends what is typed.
-var errDetach = errors.New("detach keys")
+// ErrDetach ends what is typed.
+var ErrDetach = errors.New("detach keys")
 
-// detacher passes on what is typed until keys come, one after the other. The first of them are held back until it is known.
-type detacher struct {
-	from   io.Reader
-	keys   []byte
-	detach func() // called once
+// Reader passes on what is typed until keys come, one after the other. The first of them are held
+// back until it is known.
+type Reader struct {
+	From   io.Reader
+	Keys   []byte // len >= 1
+	Detach func() // called once
 
 	seen  int    // of keys
 	ready []byte // to be passed on
@@ -46,16 +49,16 @@ type detacher struct {
 	buf   [4096]byte
 }
 
-func (d *detacher) Read(p []byte) (int, error) {
+func (d *Reader) Read(p []byte) (int, error) {
 	for len(d.ready) == 0 {
 		if d.ended != nil {
 			return 0, d.ended
 		}
-		n, err := d.from.Read(d.buf[:])
+		n, err := d.From.Read(d.buf[:])
 		d.take(d.buf[:n])
 		if err != nil && d.ended == nil {
 			d.ended = err
-			d.ready, d.seen = append(d.ready, d.keys[:d.seen]...), 0
+			d.ready, d.seen = append(d.ready, d.Keys[:d.seen]...), 0
 		}
 	}
 	n := copy(p, d.ready)
@@ -63,21 +66,21 @@ func (d *detacher) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func (d *detacher) take(typed []byte) {
+func (d *Reader) take(typed []byte) {
 	d.ready = nil
 	for _, b := range typed {
-		if b == d.keys[d.seen] {
-			if d.seen++; d.seen == len(d.keys) {
-				d.ended = errDetach
-				d.detach()
+		if b == d.Keys[d.seen] {
+			if d.seen++; d.seen == len(d.Keys) {
+				d.ended = ErrDetach
+				d.Detach()
 				return
 			}
 			continue
 		}
 		// What was held back may hold a beginning of its own: of "aab" after "aa", the second.
-		held := append(append([]byte(nil), d.keys[:d.seen]...), b)
+		held := append(append([]byte(nil), d.Keys[:d.seen]...), b)
 		for d.seen = 0; len(held) > 0; held = held[1:] {
-			if n := len(held); n < len(d.keys) && string(d.keys[:n]) == string(held) {
+			if n := len(held); n < len(d.Keys) && string(d.Keys[:n]) == string(held) {
 				d.seen = n
 				break
 			}
