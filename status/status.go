@@ -129,7 +129,7 @@ const (
 	OutcomeKilled  Outcome = "killed"  // by a signal: a forced stop, or a signal of another process
 	OutcomeCrashed Outcome = "crashed" // the VMM gave up: triple fault, error
 	OutcomeFailed  Outcome = "failed"  // it never ran
-	OutcomeLost    Outcome = "lost"    // it exited while unsupervised
+	OutcomeLost    Outcome = "lost"    // it exited while unsupervised, or was adopted and the kernel did not tell
 )
 
 func (e *Exit) String() string {

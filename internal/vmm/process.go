@@ -293,8 +293,9 @@ func (p *Process) drain() {
 // Attach finds the VMM of a run that this process did not start, to kill it, wait for it or ask whether it lives.
 func Attach(dir, group string) *Process { return &Process{Dir: dir, Cgroup: group} }
 
-// Adopt takes over a VMM whose starter died: its streams are passed on again and Done tells of its end. How
-// it ends cannot be known.
+// Adopt takes over a VMM whose starter died: its streams are passed on again and Done tells of its
+// end. How it ends is known where the kernel tells others than the parent (Linux >= 6.15), or the
+// parent is slow.
 func Adopt(cfg *Config) (*Process, error) {
 	p := New(cfg)
 	p.adopted = true
@@ -317,10 +318,12 @@ func Adopt(cfg *Config) (*Process, error) {
 		pumps = append(pumps, pump)
 	}
 	p.pump(pumps)
+	ended := p.openForeign()
 	go func() {
 		for p.waitIdentity(context.Background()) != nil {
 			time.Sleep(identityPoll)
 		}
+		p.exit = ended.exit()
 		p.drain()
 	}()
 	return p, nil
@@ -437,7 +440,7 @@ const Killed = "kill"
 
 // Exit is how a VMM ended.
 type Exit struct {
-	Known  bool // false where another process was the parent
+	Known  bool // false where another process was the parent, and the kernel did not tell
 	Code   int  // exit status, -1 if a signal ended it
 	Signal syscall.Signal
 }
@@ -446,10 +449,18 @@ func exitOf(s *os.ProcessState) Exit {
 	if s == nil {
 		return Exit{}
 	}
-	if ws, ok := s.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
-		return Exit{Known: true, Code: -1, Signal: ws.Signal()}
+	ws, ok := s.Sys().(syscall.WaitStatus)
+	if !ok {
+		return Exit{}
 	}
-	return Exit{Known: true, Code: s.ExitCode()}
+	return exitOfStatus(ws)
+}
+
+func exitOfStatus(s syscall.WaitStatus) Exit {
+	if s.Signaled() {
+		return Exit{Known: true, Code: -1, Signal: s.Signal()}
+	}
+	return Exit{Known: true, Code: s.ExitStatus()}
 }
 
 func (e Exit) String() string {
