@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log"
 	"os"
+	"os/signal"
 	"time"
 
 	"push.rocks/smartvm"
@@ -66,6 +67,25 @@ func ExampleHost_Create() {
 	if err := m.Remove(ctx); err != nil {
 		log.Fatal(err)
 	}
+}
+
+// What a service does as long as it runs: it supervises VMs that other processes leave.
+func ExampleHost_Watch() {
+	h, err := smartvm.Open(smartvm.Options{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer h.Close()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	err = h.Watch(ctx, func(report *smartvm.Report, err error) {
+		if err != nil {
+			log.Print(err)
+			return
+		}
+		log.Printf("now supervised here: %v", report.Adopted)
+	})
+	log.Print(err)
 }
 
 // What a service does when it starts: it supervises the VMs that an earlier one has left, and clears up.

@@ -117,6 +117,15 @@ func serve(ctx context.Context, h *smartvm.Host, q request) (a reply, err error)
 	case "recover":
 		a.Report, err = h.Recover(ctx)
 		return a, err
+	case "watch":
+		go func() {
+			panic(h.Watch(ctx, func(_ *smartvm.Report, err error) {
+				if err != nil {
+					panic(err)
+				}
+			}))
+		}()
+		return a, nil
 	case "mounts":
 		text, err := os.ReadFile("/proc/self/mounts")
 		a.Text = string(text)

@@ -24,6 +24,14 @@ type Report struct {
 	Removed    []string `json:"removed"`    // half made, half removed, or of a Run whose process died
 }
 
+func newReport() *Report {
+	return &Report{Adopted: []string{}, Unattended: []string{}, Recovered: []string{}, Removed: []string{}}
+}
+
+func (r *Report) empty() bool {
+	return r == nil || len(r.Adopted)+len(r.Unattended)+len(r.Recovered)+len(r.Removed) == 0
+}
+
 // Recover takes up what processes that died have left: it undoes runs that ended while they were unsupervised, removes what was half made, and
 // supervises VMs that run on. VMs that another process supervises are not touched.
 func (h *Host) Recover(ctx context.Context) (*Report, error) {
@@ -40,7 +48,7 @@ func (h *Host) recover(ctx context.Context, adopt bool) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	report := &Report{Adopted: []string{}, Unattended: []string{}, Recovered: []string{}, Removed: []string{}}
+	report := newReport()
 	var errs []error
 	for _, id := range ids {
 		if ctx.Err() != nil {

@@ -153,7 +153,7 @@ func (s *Store) Create(id string) (*Lock, error) {
 
 // TryLock takes a VM's lock, or returns ErrLocked at once. Returns fs.ErrNotExist when the VM is gone.
 func (s *Store) TryLock(id string) (*Lock, error) {
-	f, path, err := s.openLock(id)
+	f, path, err := s.openLock(id, os.O_RDWR)
 	if err != nil {
 		return nil, err
 	}
@@ -174,16 +174,18 @@ func (s *Store) locked(f *os.File, path string, err error) (*Lock, error) {
 
 // Lock waits for a VM's lock. Returns fs.ErrNotExist when the VM is gone, ErrLocked with the context's cause when ctx ends.
 func (s *Store) Lock(ctx context.Context, id string) (*Lock, error) {
-	f, path, err := s.openLock(id)
+	f, path, err := s.openLock(id, os.O_RDWR)
 	if err != nil {
 		return nil, err
 	}
 	return s.locked(f, path, lock.Wait(ctx, f, lock.Sole, nil))
 }
 
-func (s *Store) openLock(id string) (f *os.File, path string, err error) {
+// openLock opens a VM's lock file: for writing where the lock is to be taken, so that package
+// orphans learns of its end, and of that alone.
+func (s *Store) openLock(id string, how int) (f *os.File, path string, err error) {
 	path = filepath.Join(s.Dir(id), LockFile)
-	if f, err = os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0); err != nil {
+	if f, err = os.OpenFile(path, how|unix.O_NOFOLLOW, 0); err != nil {
 		err = fmt.Errorf("lock VM: %w", err)
 	}
 	return f, path, err
@@ -191,7 +193,7 @@ func (s *Store) openLock(id string) (f *os.File, path string, err error) {
 
 // Locked says whether a process holds a VM's lock, and leaves the lock alone. A VM that is gone has none.
 func (s *Store) Locked(id string) (bool, error) {
-	f, _, err := s.openLock(id)
+	f, _, err := s.openLock(id, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
