@@ -153,7 +153,7 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 	if err == nil {
 		err = last.Check(ctx)
 	}
-	if errors.Is(err, snapshot.ErrNotFound) || errors.Is(err, snapshot.ErrDamaged) { // then all of the memory is written
+	if errors.Is(err, snapshot.ErrNotFound) || errors.Is(err, snapshot.ErrDamaged) || errors.Is(err, ErrNotSupported) { // then all of the memory is written
 		m.host.env.Log.Debug("no base for a diff", "vm", m.rec().ID, "err", err)
 		return nil, nil
 	}

@@ -85,9 +85,10 @@ func (h *Host) sweepSnapshots(ctx context.Context) error {
 	removed, err := all.Sweep(ctx)
 	errs := []error{err, h.removed(removed)}
 	// The process that made one may have died before it referred to its image, and that of an imported one may have come since.
-	list, _ := all.List() // of those that are damaged nothing is known
+	list, _ := all.List() // of those that cannot be read nothing is known
 	for _, sn := range list {
-		if err := h.data().Refer(sn); !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, snapshot.ErrDamaged) {
+		err := h.data().Refer(sn)
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, snapshot.ErrDamaged) && !errors.Is(err, ErrNotSupported) {
 			errs = append(errs, err)
 		}
 	}

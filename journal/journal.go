@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/spec"
 )
 
 // Effect is one side effect on the host, described by its exported fields.
@@ -92,8 +94,14 @@ type entry struct {
 	effect Effect
 }
 
+// version is that of the lines that are written here, which say it unless it is 0. Raise it when an effect is to be undone in
+// another way although it has the same fields: a new field, or a new kind of effect, is refused by older programs anyway.
+const version = 0
+
 // record is a line of the file: an effect, or the number of one (counted from 1) that was struck out.
 type record struct {
+	Version int `json:"version,omitempty"`
+
 	Kind   string          `json:"kind,omitempty"`
 	Effect json.RawMessage `json:"effect,omitempty"`
 	Strike int             `json:"strike,omitempty"`
@@ -112,7 +120,8 @@ func Create(path string, kinds Kinds, trace Trace) (*Journal, error) {
 }
 
 // Open reads the journal at path. A torn last record is cut off: its effect was not begun. Returns an error
-// that is fs.ErrNotExist if there is no journal, ErrCorrupt if it cannot be trusted.
+// that is fs.ErrNotExist if there is no journal, ErrCorrupt if it cannot be trusted, spec.ErrNotSupported if another
+// version of smartvm has written what is unknown here, which then nothing here can undo.
 func Open(path string, kinds Kinds, trace Trace) (*Journal, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
 	if err != nil {
@@ -125,13 +134,39 @@ func Open(path string, kinds Kinds, trace Trace) (*Journal, error) {
 	return j, nil
 }
 
+// Check says what keeps Open from reading the journal at path. It changes nothing, so another process may have the journal
+// open. That there is none is no error.
+func Check(path string, kinds Kinds) error {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("check journal: %w", err)
+	}
+	j := &Journal{path: path, kinds: kinds, f: f}
+	if _, err = j.read(); err != nil {
+		err = fmt.Errorf("check journal %s: %w", path, err)
+	}
+	return errors.Join(err, j.Close())
+}
+
 func (j *Journal) load() error {
-	data, err := io.ReadAll(io.LimitReader(j.f, maxBytes+1))
+	whole, err := j.read()
 	if err != nil {
 		return err
 	}
+	return j.f.Truncate(whole)
+}
+
+// read returns how many bytes of the file are whole lines.
+func (j *Journal) read() (int64, error) {
+	data, err := io.ReadAll(io.LimitReader(j.f, maxBytes+1))
+	if err != nil {
+		return 0, err
+	}
 	if len(data) > maxBytes {
-		return fmt.Errorf("%w: over %d bytes", ErrCorrupt, maxBytes)
+		return 0, fmt.Errorf("%w: over %d bytes", ErrCorrupt, maxBytes)
 	}
 	whole := 0
 	for n := 1; whole < len(data); n++ {
@@ -139,28 +174,39 @@ func (j *Journal) load() error {
 		if !terminated {
 			break // cut short by a crash: its effect was not begun
 		}
-		if err := j.add(line); err != nil {
-			if errors.Is(err, errSum) && len(rest) == 0 {
-				break
-			}
-			return fmt.Errorf("%w: line %d: %w", ErrCorrupt, n, err)
+		err := j.add(line)
+		switch {
+		case errors.Is(err, errSum) && len(rest) == 0:
+			return int64(whole), nil
+		case errors.Is(err, spec.ErrNotSupported):
+			return 0, hint.Add(fmt.Errorf("line %d: %w", n, err), "use the smartvm that wrote it, or a newer one")
+		case err != nil:
+			return 0, fmt.Errorf("%w: line %d: %w", ErrCorrupt, n, err)
 		}
 		whole += len(line) + 1
 	}
-	return j.f.Truncate(int64(whole))
+	return int64(whole), nil
 }
 
-// add parses one line, "crc32 json".
+// add parses one line, "crc32 json". What is whole and cannot be read is of another version: spec.ErrNotSupported.
 func (j *Journal) add(line []byte) error {
 	sum, body, ok := bytes.Cut(line, []byte(" "))
 	if !ok || string(sum) != checksum(body) {
 		return errSum
 	}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.DisallowUnknownFields()
+	var head struct {
+		Version int `json:"version"`
+	}
+	err := json.Unmarshal(body, &head)
+	if err == nil && head.Version > version {
+		err = fmt.Errorf("it has version %d, this smartvm reads version %d", head.Version, version)
+	}
 	var r record
-	if err := dec.Decode(&r); err != nil {
-		return err
+	if err == nil {
+		err = unmarshal(body, &r)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", spec.ErrNotSupported, err)
 	}
 	if r.Strike > 0 {
 		if r.Strike > len(j.effects) {
@@ -171,16 +217,21 @@ func (j *Journal) add(line []byte) error {
 	}
 	make, ok := j.kinds[r.Kind]
 	if !ok {
-		return fmt.Errorf("unknown kind of effect %q", r.Kind)
+		return fmt.Errorf("%w: unknown kind of effect %q", spec.ErrNotSupported, r.Kind)
 	}
 	e := make()
-	dec = json.NewDecoder(bytes.NewReader(r.Effect))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(e); err != nil {
-		return fmt.Errorf("effect %s: %w", r.Kind, err)
+	if err := unmarshal(r.Effect, e); err != nil {
+		return fmt.Errorf("%w: effect %s: %w", spec.ErrNotSupported, r.Kind, err)
 	}
 	j.effects = append(j.effects, entry{r.Kind, e})
 	return nil
+}
+
+// unmarshal refuses unknown fields: an effect that is undone without them may be undone wrongly.
+func unmarshal(data []byte, v any) error {
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	return dec.Decode(v)
 }
 
 func checksum(b []byte) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE(b)) }
@@ -198,7 +249,7 @@ func (j *Journal) Do(ctx context.Context, e Effect) error {
 		return fmt.Errorf("record %s: %w", kind, err)
 	}
 	j.step("append", kind)
-	if err := j.write(record{Kind: kind, Effect: body}); err != nil {
+	if err := j.write(record{Version: version, Kind: kind, Effect: body}); err != nil {
 		return fmt.Errorf("record %s: %w", kind, err)
 	}
 	j.effects = append(j.effects, entry{kind, e})
@@ -206,7 +257,7 @@ func (j *Journal) Do(ctx context.Context, e Effect) error {
 	if err := e.Apply(ctx); err != nil {
 		if errors.Is(err, fs.ErrExist) {
 			j.effects[len(j.effects)-1].effect = nil
-			err = errors.Join(err, j.write(record{Strike: len(j.effects)}))
+			err = errors.Join(err, j.write(record{Version: version, Strike: len(j.effects)}))
 		}
 		return err
 	}

@@ -1,18 +1,22 @@
 package journal_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
 	"push.rocks/smartvm/journal"
+	"push.rocks/smartvm/spec"
 )
 
 // world is the host of these tests: the names that exist, and who made them.
@@ -230,13 +234,54 @@ func TestChangedRecordIsRefused(t *testing.T) {
 	}
 }
 
-func TestUnknownKindIsRefused(t *testing.T) {
-	w, kinds := newWorld()
-	j, path := create(t, kinds)
-	do(t, j, w, "a")
-	j.Close()
-	if _, err := journal.Open(path, journal.Kinds{}, nil); !errors.Is(err, journal.ErrCorrupt) {
-		t.Errorf("got %v, want ErrCorrupt", err)
+// What another version of smartvm has written is refused as a whole, as long as the line is as it was written: none of the
+// effects is undone, those that are known neither, and the file stays as it is.
+func TestOtherVersionsAreRefused(t *testing.T) {
+	for name, body := range map[string]string{
+		"as ever":             "",
+		"an unknown kind":     `{"kind":"newer","effect":{"name":"b"}}`,
+		"an unknown field":    `{"kind":"thing","effect":{"name":"b","later":1}}`,
+		"another type":        `{"kind":"thing","effect":{"name":{"first":"b"}}}`,
+		"a field of the line": `{"kind":"thing","effect":{"name":"b"},"later":1}`,
+		"a version":           `{"version":7,"what":["is"],"strike":"new"}`,
+	} {
+		w, kinds := newWorld()
+		j, path := create(t, kinds)
+		do(t, j, w, "a")
+		j.Close()
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body != "" {
+			data = fmt.Appendf(data, "%08x %s\n", crc32.ChecksumIEEE([]byte(body)), body)
+		}
+		data = append(data, "torn"...)
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err = journal.Check(path, kinds)
+		if after, readErr := os.ReadFile(path); readErr != nil || !bytes.Equal(after, data) {
+			t.Errorf("%s: it is %q now, %v", name, after, readErr)
+		}
+		j, openErr := journal.Open(path, kinds, nil)
+		for _, err := range []error{err, openErr} {
+			if body == "" && err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			if body != "" && (!errors.Is(err, spec.ErrNotSupported) || errors.Is(err, journal.ErrCorrupt) || !strings.Contains(err.Error(), path)) {
+				t.Errorf("%s: %v, want ErrNotSupported of %s", name, err, path)
+			}
+		}
+		if openErr == nil {
+			j.Close()
+		}
+		if len(w.ours) != 1 {
+			t.Errorf("%s: something was reverted: %v", name, w.log)
+		}
+	}
+	if err := journal.Check(filepath.Join(t.TempDir(), "none"), nil); err != nil {
+		t.Errorf("no journal: %v", err)
 	}
 }
 

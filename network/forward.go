@@ -25,7 +25,8 @@ const seenFile = "forwarding.seen"
 func forwards(ctx context.Context, dir string) (err error) {
 	var tables []*filter.Tables
 	ipv6 := false
-	for _, u := range networksUp(dir) {
+	known, _ := networksUp(dir) // those that brought up the others forward for them
+	for _, u := range known {
 		if u.Network.LAN != nil {
 			continue
 		}
@@ -74,7 +75,8 @@ func forwardsSeen(dir string, ipv6 bool) bool {
 
 // unforward undoes what all networks needed, when there is none.
 func unforward(ctx context.Context, dir string) error {
-	if slices.ContainsFunc(networksUp(dir), func(u *up) bool { return u.Network.LAN == nil }) {
+	known, others := networksUp(dir)
+	if others != nil || slices.ContainsFunc(known, func(u *up) bool { return u.Network.LAN == nil }) {
 		return nil
 	}
 	if err := undo(ctx, filepath.Join(dir, forwardingFile)); err != nil {

@@ -21,7 +21,6 @@ import (
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/lock"
-	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/filter"
@@ -330,6 +329,9 @@ func (u *Use) Revert(ctx context.Context) error {
 
 // takeDown undoes what the network did, as far as it did.
 func (u *Use) takeDown(ctx context.Context) error {
+	if err := journal.Check(u.path(journalFile), Kinds()); err != nil { // before anything is done
+		return fmt.Errorf("take down network %s: %w", u.Network.Name, err)
+	}
 	if err := os.Remove(u.path(upFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("take down network %s: %w", u.Network.Name, err)
 	}
@@ -354,30 +356,30 @@ func undo(ctx context.Context, path string) error {
 	return nil
 }
 
-// networksUp lists the networks of a directory that are up.
-func networksUp(dir string) (all []*up) {
+// networksUp lists the networks of a directory that are up. The error is about those that another version of smartvm has brought up, and
+// others that cannot be read.
+func networksUp(dir string) (all []*up, err error) {
+	var errs []error
 	files, _ := filepath.Glob(filepath.Join(dir, "*", upFile))
 	for _, f := range files {
 		u := Use{Dir: dir, Network: Config{Name: filepath.Base(filepath.Dir(f))}}
-		if now, err := u.state(); err == nil && now != nil {
+		now, err := u.state()
+		if now != nil {
 			all = append(all, now)
 		}
+		errs = append(errs, err)
 	}
-	return all
+	return all, errors.Join(errs...)
 }
 
 // state returns how the network is up, nil if it is not.
 func (u *Use) state() (*up, error) {
-	data, err := os.ReadFile(u.path(upFile))
+	was, err := atomicfile.ReadStrict[up](u.path(upFile), maxUp)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, err
-	}
-	was, err := strictjson.Unmarshal[up](data, maxUp)
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", u.path(upFile), err)
+		return nil, fmt.Errorf("network %s: %w", u.Network.Name, err)
 	}
 	return &was, nil
 }

@@ -146,7 +146,7 @@ func (d *Draft) rename(ctx context.Context, m *Manifest) (err error) {
 // free says whether nobody has the snapshot's name or id.
 func (d *Draft) free(m *Manifest) error {
 	all, err := d.s.List()
-	if err != nil && !errors.Is(err, ErrDamaged) {
+	if err != nil && !isUnreadable(err) {
 		return err
 	}
 	for _, other := range all {

@@ -15,10 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"push.rocks/smartvm/internal/atomicfile"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/sealed"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/spec"
 )
 
 // manifestVersion is the form of manifests that this program writes and reads.
@@ -177,6 +178,9 @@ func readManifest(dir string) (*Manifest, error) {
 	if err == nil && m.ID != filepath.Base(dir) {
 		err = fmt.Errorf("it is that of %s", m.ID)
 	}
+	if errors.Is(err, spec.ErrNotSupported) {
+		return nil, fmt.Errorf("snapshot %s: %s: %w", filepath.Base(dir), manifestFile, err)
+	}
 	if err != nil {
 		return nil, &DamagedError{ID: filepath.Base(dir), File: manifestFile, Reason: "is no manifest of it: " + err.Error()}
 	}
@@ -195,11 +199,20 @@ func (m *Manifest) encode() ([]byte, error) {
 	return text, nil
 }
 
+// parseManifest returns spec.ErrNotSupported for the manifest of another version of smartvm: what it has more than ours may be needed to
+// restore the snapshot rightly.
 func parseManifest(data []byte) (*Manifest, error) {
 	if len(data) <= maxManifest && !sealed.Whole(data) {
 		return nil, errors.New("it is not what was written")
 	}
-	m, err := strictjson.Unmarshal[Manifest](data, maxManifest)
+	var head struct {
+		Version int `json:"version"`
+	}
+	if len(data) <= maxManifest && json.Unmarshal(data, &head) == nil && head.Version > manifestVersion {
+		return nil, hint.Add(fmt.Errorf("%w: it has version %d, this smartvm reads version %d", spec.ErrNotSupported, head.Version, manifestVersion),
+			"use the smartvm that made it, or a newer one")
+	}
+	m, err := atomicfile.DecodeStrict[Manifest](data, maxManifest)
 	m.Sum = ""
 	if err == nil {
 		err = m.validate()

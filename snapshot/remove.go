@@ -95,7 +95,7 @@ func (s *Store) take(id string) error {
 }
 
 // Prune removes the snapshots that nobody uses and that keep does not want, and returns their ids. A nil keep wants none.
-// Damaged ones stay.
+// Those that cannot be read stay.
 func (s *Store) Prune(ctx context.Context, keep func(*Snapshot) bool) (removed []string, err error) {
 	release, err := s.alone(ctx)
 	if err != nil {
@@ -107,7 +107,7 @@ func (s *Store) Prune(ctx context.Context, keep func(*Snapshot) bool) (removed [
 
 func (s *Store) prune(keep func(*Snapshot) bool) (removed []string, err error) {
 	all, err := s.List()
-	if errors.Is(err, ErrDamaged) {
+	if isUnreadable(err) {
 		err = nil
 	}
 	for _, sn := range all {

@@ -19,6 +19,7 @@ import (
 	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/strictjson"
+	"push.rocks/smartvm/spec"
 )
 
 // Snapshot is one that is there, or was when it was looked up.
@@ -45,7 +46,8 @@ func (sn *Snapshot) Users() ([]string, error) { return kept.Users(false, sn.Dir(
 // Usage is how many bytes the snapshot takes of its disk. What it shares with other files (reflinks) counts in full.
 func (sn *Snapshot) Usage() (int64, error) { return kept.Usage(sn.Dir()) }
 
-// Get returns the snapshot of an id, a name, or what only one id begins with. Returns ErrNotFound, ErrDamaged.
+// Get returns the snapshot of an id, a name, or what only one id begins with. Returns ErrNotFound, ErrDamaged, and spec.ErrNotSupported for
+// one that another version of smartvm has made.
 func (s *Store) Get(ref string) (*Snapshot, error) {
 	id, err := s.resolve(ref)
 	if err != nil {
@@ -78,7 +80,7 @@ func (s *Store) resolve(ref string) (string, error) {
 		return ref, nil
 	}
 	all, err := s.List()
-	if err != nil && !errors.Is(err, ErrDamaged) {
+	if err != nil && !isUnreadable(err) {
 		return "", err
 	}
 	for _, sn := range all {
@@ -110,8 +112,13 @@ func (s *Store) ids() ([]string, error) {
 	return ids, nil
 }
 
+// isUnreadable says whether an error is about single snapshots: all others are as they shall be.
+func isUnreadable(err error) bool {
+	return errors.Is(err, ErrDamaged) || errors.Is(err, spec.ErrNotSupported)
+}
+
 // List returns all snapshots, the oldest first. Those whose manifest cannot be read are left out, and in the error, which
-// then is ErrDamaged.
+// then is ErrDamaged, or spec.ErrNotSupported for those that another version of smartvm has made.
 func (s *Store) List() ([]*Snapshot, error) {
 	ids, err := s.ids()
 	if err != nil {
@@ -125,7 +132,7 @@ func (s *Store) List() ([]*Snapshot, error) {
 		case err == nil:
 			all = append(all, sn)
 		case errors.Is(err, ErrNotFound): // it has gone meanwhile
-		case errors.Is(err, ErrDamaged):
+		case isUnreadable(err):
 			errs = append(errs, err)
 		default:
 			return nil, fmt.Errorf("list snapshots: %w", err)

@@ -25,7 +25,6 @@ import (
 	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
 )
 
 // DefaultURL is where Firecracker's releases are.
@@ -179,12 +178,7 @@ func (s *Store) Find(version string) (Binary, error) {
 }
 
 func readRecord(path string) (Binary, error) {
-	const limit = 64 << 10
-	data, err := atomicfile.Read(path, limit)
-	if err != nil {
-		return Binary{}, err
-	}
-	return strictjson.Unmarshal[Binary](data, limit)
+	return atomicfile.ReadJSON[Binary](path, 64<<10, 0)
 }
 
 // List returns what is installed, the newest first.

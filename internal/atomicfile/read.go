@@ -6,6 +6,8 @@ import (
 	"io"
 	"os"
 
+	"push.rocks/smartvm/internal/hint"
+	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/spec"
 )
 
@@ -32,6 +34,9 @@ func (e *VersionError) Error() string {
 // Is tells what it is.
 func (e *VersionError) Is(target error) bool { return target == spec.ErrNotSupported }
 
+// otherVersion is what to do about what another version of smartvm has written.
+const otherVersion = "use the smartvm that wrote it, or a newer one"
+
 // ReadJSON reads a record that WriteJSON wrote, maybe that of another smartvm: VMs outlive upgrades and downgrades. Fields that
 // T does not have are passed over, so what must not be read without them has a new version. Newest is the newest that the
 // caller reads, of a field "version"; 0 stands for records without one. A file of more than limit bytes is refused. Returns
@@ -52,7 +57,7 @@ func ReadJSON[T any](path string, limit int64, newest int) (T, error) {
 		err = json.Unmarshal(data, &head)
 	}
 	if err == nil && head.Version > newest {
-		return none, &VersionError{Path: path, Version: head.Version, Newest: newest}
+		return none, hint.Add(&VersionError{Path: path, Version: head.Version, Newest: newest}, "%s", otherVersion)
 	}
 	if err == nil {
 		err = json.Unmarshal(data, &v)
@@ -61,4 +66,27 @@ func ReadJSON[T any](path string, limit int64, newest int) (T, error) {
 		return none, fmt.Errorf("read %s: %w", path, err)
 	}
 	return v, nil
+}
+
+// ReadStrict is ReadJSON for a record of which nothing may be passed over, as what is unknown may be a limit on what guests may do,
+// or something that is to be undone. Returns ErrNotSupported for one that has more fields.
+func ReadStrict[T any](path string, limit int) (T, error) {
+	data, err := Read(path, int64(limit))
+	if err != nil {
+		return *new(T), err
+	}
+	v, err := DecodeStrict[T](data, limit)
+	if err != nil {
+		err = fmt.Errorf("read %s: %w", path, err)
+	}
+	return v, err
+}
+
+// DecodeStrict decodes what ReadStrict reads.
+func DecodeStrict[T any](data []byte, limit int) (T, error) {
+	v, err := strictjson.Unmarshal[T](data, limit)
+	if err != nil && len(data) <= limit && json.Unmarshal(data, new(T)) == nil {
+		err = hint.Add(fmt.Errorf("%w: it has what this version of smartvm does not know: %w", spec.ErrNotSupported, err), "%s", otherVersion)
+	}
+	return v, err
 }

@@ -14,7 +14,6 @@ import (
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/journal"
 	"push.rocks/smartvm/network"
 )
@@ -96,13 +95,9 @@ func (p *Pool) Count() (n Slots) {
 
 // slot reads a slot. Returns an error that is fs.ErrNotExist if it is not there, or not whole.
 func (p *Pool) slot(name string) (*network.Slot, error) {
-	data, err := os.ReadFile(filepath.Join(p.dir(), name, slotFile))
+	s, err := atomicfile.ReadStrict[network.Slot](filepath.Join(p.dir(), name, slotFile), maxSlot)
 	if err != nil {
-		return nil, err
-	}
-	s, err := strictjson.Unmarshal[network.Slot](data, maxSlot)
-	if err != nil {
-		return nil, fmt.Errorf("slot %s: %w", name, err)
+		return nil, fmt.Errorf("slot %s of network %s: %w", name, p.Network.Name, err)
 	}
 	return &s, nil
 }
@@ -247,18 +242,22 @@ func (p *Pool) remove(ctx context.Context, name string) error {
 	return p.lease(name, poolOwner).Revert(ctx)
 }
 
-// sweep removes slots that are not whole: who made or removed them has died.
+// sweep removes slots that are not whole: who made or removed them has died. Those that cannot be read stay, as another version of
+// smartvm may have made them, and its VMs may be in them.
 func (p *Pool) sweep(ctx context.Context) error {
+	var errs []error
 	for _, name := range p.names() {
 		_, err := p.slot(name)
-		if err == nil && p.holder(name) != poolOwner {
-			continue
+		whole := err == nil && p.holder(name) != poolOwner
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			err = nil
+			if !whole {
+				err = p.remove(ctx, name)
+			}
 		}
-		if err := p.remove(ctx, name); err != nil {
-			return err
-		}
+		errs = append(errs, err)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // SweepPools removes what died processes have left half made in the pools of a store.

@@ -13,11 +13,11 @@ import (
 	"strings"
 
 	"push.rocks/smartvm/guest"
+	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/attach"
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/plan"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/snapshot"
 	"push.rocks/smartvm/spec"
 )
@@ -33,10 +33,14 @@ type Saved struct {
 	Balloon    *uint32            `json:"balloon,omitempty"` // MiB that it is to have: it took more for the snapshot
 }
 
-// Read reads it. The error is snapshot.ErrDamaged.
+// Read reads it. The error is snapshot.ErrDamaged, or spec.ErrNotSupported where another version of smartvm has written more than is known
+// here: the VM would lack that.
 func Read(sn *snapshot.Snapshot) (*Saved, error) {
-	s, err := strictjson.Unmarshal[Saved](sn.Machine, snapshot.MaxMachine)
-	if err != nil {
+	s, err := atomicfile.DecodeStrict[Saved](sn.Machine, snapshot.MaxMachine)
+	switch {
+	case errors.Is(err, spec.ErrNotSupported):
+		err = fmt.Errorf("snapshot %s: what it says of the VM: %w", sn.ID, err)
+	case err != nil:
 		err = fmt.Errorf("%w: what it says of the VM: %w", snapshot.ErrDamaged, err)
 	}
 	return &s, err

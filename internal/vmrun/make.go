@@ -125,6 +125,15 @@ func (v *VM) Erase(ctx context.Context, lock *store.Lock) error {
 	return v.env.Store.Remove(id, lock)
 }
 
+// checkJournals says what keeps the VM's effects from being undone here: another version of smartvm may have made them.
+func (v *VM) checkJournals() error {
+	var errs []error
+	for _, name := range []string{store.CreateJournal, store.RunJournal} {
+		errs = append(errs, journal.Check(v.Path(name), plan.Effects))
+	}
+	return errors.Join(errs...)
+}
+
 // undo undoes a journal of the VM, if there is one. The caller has the lock.
 func (v *VM) undo(ctx context.Context, name string) error {
 	j, err := journal.Open(v.Path(name), plan.Effects, v.env.Trace)

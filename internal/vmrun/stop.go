@@ -52,6 +52,9 @@ func (v *VM) stopForeign(ctx context.Context, timeout time.Duration) (how string
 	if err := Allow(v.Record().ID, "stop", "stop", state); err != nil {
 		return "", err
 	}
+	if err := v.checkJournals(); err != nil {
+		return "", fmt.Errorf("stop VM %s: %w", v.Record().ID, err)
+	}
 	if how, err = v.Process().Stop(ctx, timeout, v.askToStop); err != nil {
 		return how, v.Fail("stop", err, nil)
 	}
@@ -135,7 +138,11 @@ func (v *VM) cleanUp(ctx context.Context) (done bool, err error) {
 }
 
 // FinishLost undoes a run that ended while it was unsupervised, and copies back what its guest has changed. The caller has the lock.
+// Nothing is done, and it returns ErrNotSupported, where only another version of smartvm can undo the VM's effects.
 func (v *VM) FinishLost(ctx context.Context) error {
+	if err := v.checkJournals(); err != nil {
+		return fmt.Errorf("VM %s: %w", v.Record().ID, err)
+	}
 	return errors.Join(v.undoLost(ctx), v.syncBack(ctx))
 }
 

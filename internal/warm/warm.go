@@ -21,7 +21,6 @@ import (
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/lock"
 	"push.rocks/smartvm/internal/store"
-	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/internal/supervise"
 )
 
@@ -83,12 +82,9 @@ func (s *Store) read(name string) (p Pool, err error) {
 	if !validName.MatchString(name) {
 		return p, fmt.Errorf("pool %q: %w", name, smartvm.ErrNotFound)
 	}
-	data, err := os.ReadFile(s.file(name))
+	p, err = atomicfile.ReadStrict[Pool](s.file(name), maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return p, hint.Add(fmt.Errorf("pool %q: %w", name, smartvm.ErrNotFound), "smartvm pool ls lists the pools there are")
-	}
-	if err == nil {
-		p, err = strictjson.Unmarshal[Pool](data, maxFile)
 	}
 	if err == nil && p.Name != name {
 		err = fmt.Errorf("it is that of %q", p.Name)
@@ -322,13 +318,15 @@ func End(ctx context.Context, m *smartvm.Machine) error {
 	return err
 }
 
-// List returns all pools, by name.
+// List returns all pools, by name. An error is about pools that cannot be read, which another version of smartvm may have made: all
+// others are returned with it.
 func (s *Store) List(ctx context.Context) ([]Listed, error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
-		return nil, fmt.Errorf("list pools: %w", err)
+		return []Listed{}, fmt.Errorf("list pools: %w", err)
 	}
 	all := []Listed{}
+	var errs []error
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), ".json")
 		if !ok {
@@ -339,7 +337,8 @@ func (s *Store) List(ctx context.Context) ([]Listed, error) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			errs = append(errs, err)
+			continue
 		}
 		members, err := s.members(name)
 		if err != nil {
@@ -353,7 +352,7 @@ func (s *Store) List(ctx context.Context) ([]Listed, error) {
 		}
 		all = append(all, l)
 	}
-	return all, nil
+	return all, errors.Join(errs...)
 }
 
 // Remove removes a pool, its VMs that nobody has taken, and its snapshot unless others have started from it.

@@ -14,7 +14,6 @@ import (
 
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/hint"
-	"push.rocks/smartvm/internal/strictjson"
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/bridged"
 	"push.rocks/smartvm/network/subnet"
@@ -45,11 +44,12 @@ const maxConfig = 1 << 20
 
 func (s *Store) path(name string) string { return filepath.Join(s.Dir, name+".json") }
 
-// Get returns a network. Returns ErrNotFound.
+// Get returns a network. Returns ErrNotFound, and spec.ErrNotSupported for one that another version of smartvm has written and that has
+// settings that are unknown here: they may be limits.
 func (s *Store) Get(name string) (network.Config, error) {
 	if name == s.Default.Name {
 		c := s.Default
-		own, err := readConfig[network.Settings](s.path(name))
+		own, err := atomicfile.ReadStrict[network.Settings](s.path(name), maxConfig)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return network.Config{}, fmt.Errorf("network %q: %w", name, err)
 		}
@@ -64,7 +64,7 @@ func (s *Store) Get(name string) (network.Config, error) {
 		c.Policy = s.Default.Policy
 		return c, c.Validate()
 	}
-	c, err := readConfig[network.Config](s.path(name))
+	c, err := atomicfile.ReadStrict[network.Config](s.path(name), maxConfig)
 	if strings.Contains(name, "/") || errors.Is(err, fs.ErrNotExist) {
 		return network.Config{}, hint.Add(fmt.Errorf("network %q: %w", name, ErrNotFound), "smartvm network ls lists them; smartvm network create %s makes it", name)
 	}
@@ -76,14 +76,6 @@ func (s *Store) Get(name string) (network.Config, error) {
 	}
 	c.Policy = cmp.Or(c.Policy, s.Default.Policy)
 	return c, c.Validate()
-}
-
-func readConfig[T any](path string) (c T, err error) {
-	data, err := atomicfile.Read(path, maxConfig)
-	if err != nil {
-		return c, err
-	}
-	return strictjson.Unmarshal[T](data, maxConfig)
 }
 
 // Refresh gives a network the settings that it has now, if it is kept.
@@ -135,32 +127,32 @@ func (s *Store) Update(name string, change func(*network.Settings)) (network.Con
 	return c, s.changed(err, "update", name)
 }
 
-// List returns all networks by name, the default one first.
+// List returns all networks by name, the default one first. An error is about networks that cannot be read, which another version of
+// smartvm may have made: all others are returned with it.
 func (s *Store) List() ([]network.Config, error) {
-	first, err := s.Get(s.Default.Name)
-	if err != nil {
-		return nil, err
+	var all []network.Config
+	var errs []error
+	add := func(name string) {
+		c, err := s.Get(name)
+		if err == nil {
+			all = append(all, c)
+		} else if !errors.Is(err, ErrNotFound) {
+			errs = append(errs, err)
+		}
 	}
-	all := []network.Config{first}
+	add(s.Default.Name)
 	files, err := filepath.Glob(s.path("*"))
 	if err != nil {
-		return nil, fmt.Errorf("list networks: %w", err)
+		return all, errors.Join(append(errs, fmt.Errorf("list networks: %w", err))...)
 	}
 	slices.Sort(files)
 	for _, f := range files {
 		name := strings.TrimSuffix(filepath.Base(f), ".json")
-		if name == s.Default.Name {
-			continue
-		}
-		c, err := s.Get(name)
-		if err != nil && !errors.Is(err, ErrNotFound) {
-			return nil, err
-		}
-		if err == nil {
-			all = append(all, c)
+		if name != s.Default.Name {
+			add(name)
 		}
 	}
-	return all, nil
+	return all, errors.Join(errs...)
 }
 
 // Create keeps a new network. What c leaves open is chosen: a bridge of its name, a subnet that no other has. Returns an

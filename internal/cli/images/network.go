@@ -81,10 +81,7 @@ func (s *Shell) listNetworks() *cobra.Command {
 		Args:  s.Takes(0, 0, "no arguments"),
 		RunE: func(*cobra.Command, []string) error {
 			return s.networks(func(h *smartvm.Host, all *catalog.Store) error {
-				list, err := all.List()
-				if err != nil {
-					return err
-				}
+				list, unreadable := all.List() // the others are shown
 				states := []networkState{}
 				rows := []string{}
 				for _, c := range list {
@@ -93,9 +90,9 @@ func (s *Shell) listNetworks() *cobra.Command {
 					rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%d\t%d", c.Name, c.Bridge, shown(c.Subnet), shown(c.Subnet6), len(state.VMs), state.Slots.All))
 				}
 				if s.JSON() {
-					return s.WriteJSON(states)
+					return errors.Join(s.WriteJSON(states), unreadable)
 				}
-				return s.Table("NAME\tBRIDGE\tSUBNET\tIPV6\tVMS\tSLOTS", rows)
+				return errors.Join(s.Table("NAME\tBRIDGE\tSUBNET\tIPV6\tVMS\tSLOTS", rows), unreadable)
 			})
 		},
 	}

@@ -124,19 +124,16 @@ func (s *Shell) listPools() *cobra.Command {
 		Args: s.Takes(0, 0, "no arguments"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return s.pools(cmd.Context(), func(_ *smartvm.Host, all *warm.Store) error {
-				list, err := all.List(cmd.Context())
-				if err != nil {
-					return err
-				}
+				list, unreadable := all.List(cmd.Context()) // the others are shown
 				if s.JSON() {
-					return s.WriteJSON(list)
+					return errors.Join(s.WriteJSON(list), unreadable)
 				}
 				w := tabwriter.NewWriter(s.Stdout, 0, 0, 2, ' ', 0)
 				fmt.Fprintln(w, "NAME\tSIZE\tREADY\tHITS\tMISSES\tSNAPSHOT")
 				for _, p := range list {
 					fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%s\n", p.Name, p.Size, p.Ready, p.Hits, p.Misses, p.Snapshot)
 				}
-				return w.Flush()
+				return errors.Join(w.Flush(), unreadable)
 			})
 		},
 	}

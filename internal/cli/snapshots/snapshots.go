@@ -179,15 +179,12 @@ func (s *Shell) list() *cobra.Command {
 		Args: s.Takes(0, 0, "no arguments"),
 		RunE: func(*cobra.Command, []string) error {
 			return s.with(func(h *smartvm.Host, all *snapshot.Store) error {
-				list, damaged := all.List()
-				if damaged != nil && !errors.Is(damaged, snapshot.ErrDamaged) {
-					return damaged
-				}
+				list, unreadable := all.List() // the others are shown
 				entries := []entry{}
 				for _, sn := range list {
 					entries = append(entries, entryOf(h.AsSnapshot(sn)))
 				}
-				return errors.Join(s.show(entries, quiet), damaged)
+				return errors.Join(s.show(entries, quiet), unreadable)
 			})
 		},
 	}
