@@ -22,7 +22,7 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// manifestVersion is the form of manifests that this program writes and reads.
+// manifestVersion is the form of manifests that this program writes, and the newest that it reads.
 const manifestVersion = 1
 
 // Limits of a manifest.
@@ -99,7 +99,7 @@ func (f *faults) check(ok bool, format string, args ...any) {
 
 func (m *Manifest) validateSelf() error {
 	var errs faults
-	errs.check(m.Version == manifestVersion, "version %d, not %d", m.Version, manifestVersion)
+	errs.check(m.Version >= 1 && m.Version <= manifestVersion, "version %d, not %d", m.Version, manifestVersion)
 	errs.check(validID(m.ID), "id %.64q", m.ID)
 	errs.check(m.Name == "" || validName(m.Name), "name %.64q must be 1 to 64 letters, digits and .-_, none of these first", m.Name)
 	errs.check(m.Parent == "" || validID(m.Parent), "parent %.64q", m.Parent)

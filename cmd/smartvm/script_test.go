@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -260,29 +261,40 @@ func endSupervisorCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: endsupervisor TERM|KILL ID")
 	}
-	sig, id := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL}[args[0]], args[1]
+	sig := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL}[args[0]]
+	ts.Check(endSupervisor(ts.Getenv("SMARTVM_RUNTIME_DIR"), args[1], sig))
+}
+
+// endSupervisor ends the process that supervises a detached VM.
+func endSupervisor(runtimeDir, id string, sig syscall.Signal) error {
 	pids, err := filepath.Glob("/proc/[0-9]*")
-	ts.Check(err)
+	if err != nil {
+		return err
+	}
 	for _, proc := range pids {
 		line, _ := os.ReadFile(filepath.Join(proc, "cmdline"))
 		argv := strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")
-		if len(argv) < 2 || argv[1] != "supervise" || !strings.Contains(string(line), ts.Getenv("SMARTVM_RUNTIME_DIR")) || argv[len(argv)-1] != id {
+		if len(argv) < 2 || argv[1] != "supervise" || !strings.Contains(string(line), runtimeDir) || argv[len(argv)-1] != id {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(proc))
-		ts.Check(err)
-		ts.Check(syscall.Kill(pid, sig))
+		if err == nil {
+			err = syscall.Kill(pid, sig)
+		}
+		if err != nil {
+			return err
+		}
 		for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
 			// Until its last thread is a zombie, or it is gone, it may still hold the VM's lock.
 			stat, err := os.ReadFile(filepath.Join(proc, "stat"))
 			threads, _ := os.ReadDir(filepath.Join(proc, "task"))
 			if err != nil || len(threads) <= 1 && bytes.Contains(stat, []byte(") Z ")) {
-				return
+				return nil
 			}
 			if time.Now().After(deadline) {
-				ts.Fatalf("process %d does not end", pid)
+				return fmt.Errorf("process %d does not end", pid)
 			}
 		}
 	}
-	ts.Fatalf("%s has no supervisor", id)
+	return fmt.Errorf("%s has no supervisor", id)
 }

@@ -100,7 +100,7 @@ func Read(st *store.Store, id string) (*Record, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case r.Version != Version:
+	case r.Version < 1:
 		err = &atomicfile.VersionError{Path: path, Version: r.Version, Newest: Version}
 	case r.ID != id:
 		err = fmt.Errorf("%s is of VM %q: %w", path, r.ID, spec.ErrNotSupported)
