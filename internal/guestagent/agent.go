@@ -18,6 +18,7 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
 	"push.rocks/smartvm/internal/guestagent/server"
+	"push.rocks/smartvm/internal/guestagent/tune"
 )
 
 const (
@@ -52,8 +53,8 @@ func Main(s Signals) error {
 		return errors.New("this is the first program of a guest, for its kernel to run")
 	}
 	g := &system{signals: s, begun: uptime()}
-	immortal()
-	frugal()
+	tune.Immortal()
+	tune.Frugal()
 	defer g.end()
 	defer func() {
 		if r := recover(); r != nil {
@@ -81,7 +82,7 @@ func (g *system) run() error {
 	if err := mount(filesystem{kind: "proc", target: "/proc"}); err != nil {
 		return err
 	}
-	without(slacken(bootSlack)) // it only takes longer
+	without(tune.Slacken(tune.BootSlack)) // it only takes longer
 	// A kernel may have mounted the second one itself.
 	if err := mount(filesystem{kind: "sysfs", target: "/sys"}); err != nil {
 		return err
@@ -110,7 +111,7 @@ func (g *system) run() error {
 	if err := mountDefaults(b); err != nil {
 		return err
 	}
-	without(slacken(usualSlack))
+	without(tune.Slacken(tune.UsualSlack))
 	for _, dir := range b.Directories {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			say("make the image's volume: %v", err) // what needs it will say so

@@ -17,6 +17,7 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 	"push.rocks/smartvm/internal/guestagent/process"
 	"push.rocks/smartvm/internal/guestagent/server"
+	"push.rocks/smartvm/internal/guestagent/tune"
 )
 
 // uptime is how long the kernel has run.
@@ -195,8 +196,8 @@ func Serve(b *guest.Boot, child <-chan os.Signal) error {
 	if b == nil {
 		b = new(guest.Boot)
 	}
-	frugal()
-	without(slacken(usualSlack))
+	tune.Frugal()
+	without(tune.Slacken(tune.UsualSlack))
 	var reaper process.Reaper
 	go reaper.Run(child)
 	s := server.New(&reaper, b)

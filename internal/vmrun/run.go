@@ -13,6 +13,7 @@ import (
 	"push.rocks/smartvm/internal/guestwatch"
 	"push.rocks/smartvm/internal/plan"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/internal/uffd"
 	"push.rocks/smartvm/internal/upkeep"
 	"push.rocks/smartvm/internal/vmm"
 	"push.rocks/smartvm/journal"
@@ -34,7 +35,7 @@ type Run struct {
 	followed time.Time // when the record was written that the run is after, zero: not looked at yet
 	guest    guestwatch.Watch
 	listened chan *guest.Exit // receives how the guest's command ended, or nil, when the guest has nothing more to say
-	memory   *memoryServer    // of a restored VM whose page faults are served here, or nil
+	memory   *uffd.Recording  // of a restored VM whose page faults are served here, or nil
 
 	exit *status.Exit // set before done is closed, nil if the VM was released
 	err  error        // of undoing, or releasing; likewise
@@ -143,7 +144,7 @@ func (r *Run) finish(ctx context.Context, stopListening func()) {
 	r.upkeep.Close() // before others can have its ports
 	r.exit = exit
 	v.env.Log.Info("ended", "vm", v.Record().ID, "outcome", exit.Outcome, "code", exit.Code)
-	r.err = errors.Join(r.client.Close(), r.memory.close(), v.writeExit(exit), v.syncBack(ctx), r.journal.Revert(ctx))
+	r.err = errors.Join(r.client.Close(), r.memory.Close(), v.writeExit(exit), v.syncBack(ctx), r.journal.Revert(ctx))
 	if r.err != nil {
 		v.env.Log.Warn("undo", "vm", v.Record().ID, "err", r.err)
 	}

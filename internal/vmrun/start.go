@@ -58,7 +58,7 @@ func (v *VM) Start(ctx context.Context, lock *store.Lock, console io.Writer) (*R
 	if r.journal != nil {
 		errs = append(errs, r.journal.Revert(ctx))
 	}
-	errs = append(errs, r.memory.close())
+	errs = append(errs, r.memory.Close())
 	if r.client != nil {
 		errs = append(errs, r.client.Close()) // now that no answer can be under way, for which it would wait
 	}
