@@ -28,10 +28,10 @@ func newStop(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "stop [flags] VM...",
 		Short: "Stop VMs",
-		Long: "Ask the guests to shut down, and kill those that do not in time. An image's command\n" +
-			"gets its stop signal (SIGTERM, if the image names none), an init shuts down. A guest\n" +
-			"without agent gets Ctrl-Alt-Del (x86_64), which it must heed. A stopped VM keeps its\n" +
-			"drives and can be started again.",
+		Long: "Ask the guests to shut down, and kill those that do not in time. An image's\n" +
+			"command gets its stop signal (SIGTERM, if the image names none), an init shuts\n" +
+			"down. A guest without agent gets Ctrl-Alt-Del (x86_64), which it must heed. A\n" +
+			"stopped VM keeps its drives and can be started again.",
 		Example:           "  smartvm stop web\n  smartvm stop -t 0 $(smartvm ps -q)",
 		Args:              takes(1, -1, "the VMs to stop"),
 		ValidArgsFunction: a.completeVMs(-1),
