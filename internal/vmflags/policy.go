@@ -40,7 +40,7 @@ type Policy struct {
 
 // Add adds the flags to f.
 func (s *Policy) Add(f *pflag.FlagSet) {
-	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [tcp:|udp:|icmp:]ADDRESS|CIDR|NAME|*[:PORTS]; may be repeated, and the first rule that matches decides")
+	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [PROTOCOL:]TO[:PORTS], PROTOCOL tcp, udp or icmp, TO an address, CIDR, name or *; may be repeated, and the first rule that matches decides")
 	f.Var(&ruleFlag{&s.rules, policy.Deny}, "deny", "keep the guest from a `destination`, likewise")
 	f.StringVar(&s.fallback, "default", "", "what is done where no rule matches: `action` allow (without this) or deny")
 	f.StringVar(&s.egress, "egress", "", "`public`: of what no rule is about, let the guest reach the internet alone: no private network, no cloud's services for its machines")

@@ -68,7 +68,7 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.StringVar(&s.name, "name", "", "a second `handle` for the VM")
 	f.StringVar(&s.id, "id", "", "the VM's `id`; without it one is drawn")
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
-	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, bridge:DEV for a bridge of yours, netns[:NAME] for a namespace of its own, tap:DEV or none, [,id=NAME][,ip=ADDRESS][,mac=ADDRESS][,rx=RATE][,tx=RATE]; may be repeated")
+	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, bridge:DEV for a bridge of yours, netns[:NAME] for a namespace of its own, tap:DEV or none; then any of ,id=NAME ,ip=ADDRESS ,mac=ADDRESS ,rx=RATE ,tx=RATE; may be repeated")
 	f.StringVar(&s.ip, "ip", "", "IPv4 `address` that it has on its network; where it is on several: --net NAME,ip=ADDRESS")
 	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `"+PublishForms+"`, or ranges of as many; without HOST a free one, see smartvm port; may be repeated")
 	f.BoolVarP(&s.publishAll, "publish-all", "P", false, "of an image: publish each port that it exposes at a free one of the host")

@@ -3,6 +3,9 @@ package help
 
 import (
 	"fmt"
+	"slices"
+	"strings"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 )
@@ -21,7 +24,7 @@ func Show(cmd *cobra.Command, _ []string) {
 	if cmd.HasAvailableSubCommands() {
 		use = cmd.CommandPath() + " [flags] COMMAND"
 	}
-	fmt.Fprintf(w, "Usage:  %s\n\n%s\n", use, text)
+	fmt.Fprintf(w, "Usage:  %s\n\n%s\n", use, wrap(text))
 	if cmd.Example != "" {
 		fmt.Fprintf(w, "\nExamples:\n%s\n", cmd.Example)
 	}
@@ -44,4 +47,40 @@ func Show(cmd *cobra.Command, _ []string) {
 	case cmd.HasAvailableInheritedFlags():
 		fmt.Fprintf(w, "\n%s --help lists the flags that every command has.\n", cmd.Root().Name())
 	}
+}
+
+// wrap breaks the lines of paragraphs that have one that is too wide. Lines that begin with a blank stay.
+func wrap(text string) string {
+	var out, paragraph []string
+	end := func() {
+		if slices.ContainsFunc(paragraph, func(line string) bool { return utf8.RuneCountInString(line) > width }) {
+			paragraph = fill(strings.Fields(strings.Join(paragraph, " ")))
+		}
+		out, paragraph = append(out, paragraph...), nil
+	}
+	for _, line := range strings.Split(text, "\n") {
+		if line == "" || line[0] == ' ' {
+			end()
+			out = append(out, line)
+			continue
+		}
+		paragraph = append(paragraph, line)
+	}
+	end()
+	return strings.Join(out, "\n")
+}
+
+// fill makes lines of words.
+func fill(words []string) (lines []string) {
+	line := ""
+	for _, word := range words {
+		if line != "" && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width {
+			lines, line = append(lines, line), ""
+		}
+		if line != "" {
+			line += " "
+		}
+		line += word
+	}
+	return append(lines, line)
 }

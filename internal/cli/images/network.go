@@ -143,8 +143,8 @@ func (s *Shell) createNetwork() *cobra.Command {
 			"for. They can forge none. --net bridge:DEV is the same without a network.",
 		Example: "  smartvm network create lab\n" +
 			"  smartvm network create --subnet 10.77.0.0/16 --internal back\n" +
-			"  smartvm network create --on br0 --subnet 192.168.1.0/24 --gateway 192.168.1.1 \\\n" +
-			"    --range 192.168.1.200-192.168.1.220 lan",
+			"  smartvm network create --on br0 --subnet 192.168.1.0/24 \\\n" +
+			"    --gateway 192.168.1.1 --range 192.168.1.200-192.168.1.220 lan",
 		Args: s.Takes(1, 1, "a name"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			c.Name, c.Mutual = args[0], !isolate
