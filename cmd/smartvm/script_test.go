@@ -55,6 +55,12 @@ func runScripts(t *testing.T, dir string) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 dir,
 		RequireExplicitExec: true,
+		Condition: func(name string) (bool, error) {
+			if name != "foreignexits" {
+				return false, fmt.Errorf("unknown condition %q", name)
+			}
+			return testenv.ForeignExits(t), nil
+		},
 		Setup: func(e *testscript.Env) error {
 			name := strings.TrimPrefix(filepath.Base(e.WorkDir), "script-")
 			dir := filepath.Join(base, name)
