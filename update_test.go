@@ -118,7 +118,7 @@ func TestMachine_Update(t *testing.T) {
 		t.Fatal(err)
 	}
 	shown(0) // that is not what holds yet
-	if err := network.Update(t.Context(), filepath.Join(h.RuntimeDir(), store.NetworkDir), changed.Name, changed.Settings); err != nil {
+	if err := network.Update(t.Context(), filepath.Join(h.RuntimeDir(), store.NetworkDir), changed); err != nil {
 		t.Fatal(err)
 	}
 	shown(77)

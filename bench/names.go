@@ -46,7 +46,7 @@ func (s *networkSite) names(rounds int) (err error) {
 	plain := s.cable
 	s.cable.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "*." + benchDomain}}}
 	// One question follows another faster than is allowed.
-	if err := network.Update(s.ctx, s.dir, s.config.Name, network.Settings{DNSQuestions: math.MaxInt32 / 4}); err != nil {
+	if err := network.Update(s.ctx, s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{DNSQuestions: math.MaxInt32 / 4}}); err != nil {
 		return err
 	}
 	vm := filepath.Join(filepath.Dir(s.dir), "vm")

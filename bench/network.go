@@ -240,7 +240,7 @@ func (s *networkSite) changes(suffix string, rounds int) error {
 		}
 		nap(changeRest)
 		begun := time.Now()
-		if err := network.Update(s.ctx, s.dir, s.config.Name, network.Settings{Policy: p}); err != nil {
+		if err := network.Update(s.ctx, s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{Policy: p}}); err != nil {
 			return err
 		}
 		s.samples.time("policy-change"+suffix, time.Since(begun))
@@ -252,7 +252,7 @@ func (s *networkSite) changes(suffix string, rounds int) error {
 		}
 		s.samples.time("own-policy-change"+suffix, time.Since(begun))
 	}
-	return errors.Join(network.Update(s.ctx, s.dir, s.config.Name, network.Settings{}), s.cable.Replace(s.ctx))
+	return errors.Join(network.Update(s.ctx, s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{}}), s.cable.Replace(s.ctx))
 }
 
 // start starts a VM on the network, and removes it.

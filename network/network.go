@@ -45,6 +45,17 @@ type Config struct {
 	// LAN says that the bridge is somebody else's, and what is behind it. Then guests have addresses of Subnet, which is the LAN's, or if it is
 	// zero such as they get from there; IPv6 ones are those that the LAN's routers lead to. MTU is what guests are told. Nil: the bridge is ours.
 	LAN *bridged.LAN `json:"lan,omitempty"`
+	// HostPolicy says that Policy is the host's, as the network has none.
+	HostPolicy bool `json:"hostPolicy,omitempty"`
+}
+
+// Refresh gives the network the settings that it has now. If it has no policy any more, that of the host stays: not each process
+// that has to do with the network is told of that.
+func (c *Config) Refresh(now Config) {
+	if c.HostPolicy && now.Policy == nil {
+		now.Policy, now.HostPolicy = c.Policy, true
+	}
+	c.Settings, c.HostPolicy = now.Settings, now.HostPolicy
 }
 
 // OnBridge is how the names of networks begin that are a bridge of somebody else's and no more: "bridge:br0". Each is always there.

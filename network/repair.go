@@ -35,9 +35,9 @@ func (u *Use) Check(ctx context.Context) (restored int, now *policy.Policy, err 
 	return was.Restored, was.Network.Policy, err
 }
 
-// Update gives a network other settings, if it is up: its guests go on, and connections end that are not allowed any more. Who supervises guests
+// Update gives a network the settings of made, if it is up: its guests go on, and connections end that are not allowed any more. Who supervises guests
 // is told by Check.
-func Update(ctx context.Context, dir, network string, settings Settings) error {
+func Update(ctx context.Context, dir string, made Config) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -46,15 +46,15 @@ func Update(ctx context.Context, dir, network string, settings Settings) error {
 		return err
 	}
 	defer unlock()
-	u := Use{Dir: dir, Network: Config{Name: network}}
+	u := Use{Dir: dir, Network: Config{Name: made.Name}}
 	now, err := u.state()
 	if now == nil || err != nil {
 		return err
 	}
 	// What is written first is what whoever looks next brings about.
-	now.Network.Settings = settings
+	now.Network.Refresh(made)
 	if err := atomicfile.WriteJSON(u.path(upFile), now); err != nil {
-		return fmt.Errorf("change network %s: %w", network, err)
+		return fmt.Errorf("change network %s: %w", made.Name, err)
 	}
 	return u.repair(ctx, now, false)
 }

@@ -75,7 +75,7 @@ func TestNetwork_Update(t *testing.T) {
 	others := b.stream(t, world4+":7")
 	update := func(settings network.Settings) {
 		t.Helper()
-		if err := network.Update(t.Context(), s.dir, s.config.Name, settings); err != nil {
+		if err := network.Update(t.Context(), s.dir, network.Config{Name: s.config.Name, Settings: settings}); err != nil {
 			t.Fatal(err)
 		}
 		s.config.Settings = settings // of those who come from now on
@@ -129,7 +129,7 @@ func TestNetwork_UpdateCut(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := network.Update(t.Context(), s.dir, s.config.Name, network.Settings{Policy: deny(world4)}); err != nil {
+	if err := network.Update(t.Context(), s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{Policy: deny(world4)}}); err != nil {
 		t.Fatal(err)
 	}
 	g.misses(t, "tcp", world4+":80")
@@ -192,7 +192,7 @@ func TestNetwork_UpdateNames(t *testing.T) {
 	followed("fresh.example.", "RCodeNameError")
 	g.reaches(t, "tcp", old+":80", "world from "+uplink4+"\n")
 	g.reaches(t, "tcp", kept+":80", "world from "+uplink4+"\n")
-	if err := network.Update(ctx, s.dir, s.config.Name, names("kept.example", "fresh.example")); err != nil {
+	if err := network.Update(ctx, s.dir, network.Config{Name: s.config.Name, Settings: names("kept.example", "fresh.example")}); err != nil {
 		t.Fatal(err)
 	}
 	g.reaches(t, "tcp", kept+":80", "world from "+uplink4+"\n") // it has not asked again
@@ -200,7 +200,7 @@ func TestNetwork_UpdateNames(t *testing.T) {
 	followed("fresh.example.", fresh)
 	followed("old.example.", "RCodeNameError")
 	g.reaches(t, "tcp", fresh+":80", "world from "+uplink4+"\n")
-	if err := network.Update(ctx, s.dir, s.config.Name, network.Settings{}); err != nil {
+	if err := network.Update(ctx, s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{}}); err != nil {
 		t.Fatal(err)
 	}
 	followed("old.example.", old)
@@ -376,7 +376,7 @@ func TestUse_Updated(t *testing.T) {
 		return errors.Join(err, u.Revert(t.Context()))
 	}
 	update := func(to network.Settings) {
-		if err := network.Update(t.Context(), s.dir, s.config.Name, to); err != nil {
+		if err := network.Update(t.Context(), s.dir, network.Config{Name: s.config.Name, Settings: to}); err != nil {
 			t.Error(err)
 		}
 	}

@@ -65,7 +65,10 @@ func (a *app) supervise(ctx context.Context, h *smartvm.Host, m *smartvm.Machine
 	if err != nil {
 		return fmt.Errorf("start supervisor: %w", err)
 	}
-	c := supervise.Config{RuntimeDir: h.RuntimeDir(), ID: m.ID(), Adopt: adopt, Verbose: a.global.verbose, Warnings: a.Stderr}
+	c := supervise.Config{
+		RuntimeDir: h.RuntimeDir(), DataDir: h.DataDir(), Firewall: a.global.firewall,
+		ID: m.ID(), Adopt: adopt, Verbose: a.global.verbose, Warnings: a.Stderr,
+	}
 	// Read here: where the environment is whose variables an env file may name.
 	if c.Secrets, err = m.Secrets(); err != nil && !adopt {
 		return err

@@ -22,6 +22,7 @@ import (
 	"push.rocks/smartvm"
 	"push.rocks/smartvm/internal/logfile"
 	"push.rocks/smartvm/internal/store"
+	"push.rocks/smartvm/network/policy"
 )
 
 // Verb is the first argument of a command line for this package.
@@ -29,7 +30,9 @@ const Verb = "supervise"
 
 // Config is what such a process is told.
 type Config struct {
-	RuntimeDir string // absolute
+	RuntimeDir string // absolute, as the others
+	DataDir    string
+	Firewall   string // file of the host's policy, or empty: see smartvm.Options
 	ID         string
 	Adopt      bool      // the VM runs already
 	Warnings   io.Writer // is sent the lines that the start of Spawn's process warned by. If nil, they are in its log only
@@ -52,6 +55,8 @@ func (c *Config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("smartvm "+Verb, flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.RuntimeDir, "runtime-dir", "", "")
+	f.StringVar(&c.DataDir, "data-dir", "", "")
+	f.StringVar(&c.Firewall, "firewall", "", "")
 	f.BoolVar(&c.Adopt, "adopt", false, "")
 	f.BoolVar(&c.Verbose, "verbose", false, "")
 	f.BoolVar(&c.ready, "ready", false, "")
@@ -61,7 +66,7 @@ func (c *Config) flags() *flag.FlagSet {
 
 // Args is the command line for c, Verb first.
 func (c *Config) Args() []string {
-	args := []string{Verb, "--runtime-dir", c.RuntimeDir}
+	args := []string{Verb, "--runtime-dir", c.RuntimeDir, "--data-dir", c.DataDir, "--firewall", c.Firewall}
 	for _, f := range []struct {
 		name string
 		on   bool
@@ -95,7 +100,15 @@ func Run(ctx context.Context, c *Config) error {
 	// It lives as long as its VM and does next to nothing: memory is worth more than time.
 	debug.SetGCPercent(25)
 	var out lateWriter
-	m, log, err := c.start(ctx, &out)
+	h, err := c.open(&out)
+	if err == nil {
+		defer h.Close() // when what has happened is among the events
+	}
+	var m *smartvm.Machine
+	var log *logfile.Writer
+	if err == nil {
+		m, log, err = c.start(ctx, h, &out)
+	}
 	if log != nil {
 		defer log.Close()
 	}
@@ -118,18 +131,27 @@ func Run(ctx context.Context, c *Config) error {
 	return err
 }
 
-// start brings the VM under this process's care.
-func (c *Config) start(ctx context.Context, out *lateWriter) (*smartvm.Machine, *logfile.Writer, error) {
+// open opens the host as the command that started this process has it.
+func (c *Config) open(log io.Writer) (*smartvm.Host, error) {
 	level := slog.LevelInfo
 	if c.Verbose {
 		level = slog.LevelDebug
 	}
-	h, err := smartvm.Open(smartvm.Options{
-		RuntimeDir: c.RuntimeDir, Log: slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level})),
-	})
-	if err != nil {
-		return nil, nil, err
+	o := smartvm.Options{
+		RuntimeDir: c.RuntimeDir, DataDir: c.DataDir,
+		Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: level})),
 	}
+	if c.Firewall != "" {
+		var err error
+		if o.Firewall, err = policy.LoadFile(c.Firewall); err != nil {
+			return nil, fmt.Errorf("firewall %s: %w", c.Firewall, err)
+		}
+	}
+	return smartvm.Open(o)
+}
+
+// start starts the VM, or adopts it.
+func (c *Config) start(ctx context.Context, h *smartvm.Host, out *lateWriter) (*smartvm.Machine, *logfile.Writer, error) {
 	m, err := h.Machine(ctx, c.ID)
 	if err != nil {
 		return nil, nil, err

@@ -23,7 +23,7 @@ import (
 func TestConfig_ArgsParse(t *testing.T) {
 	for _, want := range []*supervise.Config{
 		{RuntimeDir: "/run/vm", ID: "a-1"},
-		{RuntimeDir: "/run/vm", ID: "-odd", Adopt: true, Verbose: true},
+		{RuntimeDir: "/run/vm", DataDir: "/srv/vm", Firewall: "/etc/vm.json", ID: "-odd", Adopt: true, Verbose: true},
 	} {
 		args := want.Args()
 		if args[0] != supervise.Verb {

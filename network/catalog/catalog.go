@@ -2,7 +2,6 @@
 package catalog
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -53,15 +52,13 @@ func (s *Store) Get(name string) (network.Config, error) {
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return network.Config{}, fmt.Errorf("network %q: %w", name, err)
 		}
-		if err == nil {
-			own.Policy = cmp.Or(own.Policy, c.Policy)
-			c.Settings = own
-		}
+		c.Settings = own
+		s.limit(&c)
 		return c, c.Validate()
 	}
 	if bridge, ok := strings.CutPrefix(name, network.OnBridge); ok {
 		c := network.Config{Name: name, Bridge: bridge, LAN: new(bridged.LAN)}
-		c.Policy = s.Default.Policy
+		s.limit(&c)
 		return c, c.Validate()
 	}
 	c, err := atomicfile.ReadStrict[network.Config](s.path(name), maxConfig)
@@ -74,8 +71,15 @@ func (s *Store) Get(name string) (network.Config, error) {
 	if err != nil {
 		return network.Config{}, fmt.Errorf("network %q: %w", name, err)
 	}
-	c.Policy = cmp.Or(c.Policy, s.Default.Policy)
+	s.limit(&c)
 	return c, c.Validate()
+}
+
+// limit gives a network without a policy the host's.
+func (s *Store) limit(c *network.Config) {
+	if c.HostPolicy = c.Policy == nil && s.Default.Policy != nil; c.HostPolicy {
+		c.Policy = s.Default.Policy
+	}
 }
 
 // Refresh gives a network the settings that it has now, if it is kept.
@@ -84,7 +88,9 @@ func (s *Store) Refresh(c *network.Config) error {
 	if errors.Is(err, ErrNotFound) {
 		return nil
 	}
-	c.Settings = now.Settings
+	if err == nil {
+		c.Refresh(now)
+	}
 	return err
 }
 
@@ -111,8 +117,8 @@ func (s *Store) Update(name string, change func(*network.Settings)) (network.Con
 	if err != nil {
 		return c, err
 	}
-	if c.Policy == s.Default.Policy {
-		c.Policy = nil // it follows that
+	if c.HostPolicy {
+		c.Policy, c.HostPolicy = nil, false
 	}
 	change(&c.Settings)
 	if err := c.Validate(); err != nil {
@@ -123,7 +129,7 @@ func (s *Store) Update(name string, change func(*network.Settings)) (network.Con
 	} else {
 		err = atomicfile.WriteJSON(s.path(name), c)
 	}
-	c.Policy = cmp.Or(c.Policy, s.Default.Policy)
+	s.limit(&c)
 	return c, s.changed(err, "update", name)
 }
 

@@ -70,7 +70,7 @@ func (s *Shell) updateNetwork() *cobra.Command {
 				if err != nil {
 					return s.Usage(err, "")
 				}
-				err = network.Update(cmd.Context(), filepath.Join(h.RuntimeDir(), store.NetworkDir), made.Name, made.Settings)
+				err = network.Update(cmd.Context(), filepath.Join(h.RuntimeDir(), store.NetworkDir), made)
 				switch {
 				case err != nil:
 					return err
