@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/configure"
+	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/status"
 )
 
@@ -113,4 +115,56 @@ func (m *Machine) BalloonStats(ctx context.Context) (stats firecracker.BalloonSt
 		return err
 	})
 	return stats, err
+}
+
+// needs refuses what the VM's Firecracker is too old for, by the oldest version that takes body, and what is about a device that the VM does
+// not have. Device is the device's field in a Spec.
+func (m *Machine) needs(body any, has bool, device string) error {
+	if err := firecracker.CheckVersion(m.rec().VMM(), body); err != nil {
+		return hint.Add(fmt.Errorf("%w: %w", ErrNotSupported, err), "make the VM anew with a newer Firecracker")
+	}
+	if !has {
+		return hint.Add(fmt.Errorf("%w: its configuration has no %s", ErrState, device), "make the VM anew with %s", device)
+	}
+	return nil
+}
+
+// MemoryHotplugStatus is the state of memory that can be plugged in while a VM runs. MiB throughout.
+type MemoryHotplugStatus struct {
+	TotalSizeMiB     uint64 `json:"totalSizeMib"`
+	SlotSizeMiB      uint64 `json:"slotSizeMib"`
+	BlockSizeMiB     uint64 `json:"blockSizeMib"`
+	PluggedSizeMiB   uint64 `json:"pluggedSizeMib"` // what the guest has
+	RequestedSizeMiB uint64 `json:"requestedSizeMib"`
+}
+
+// UpdateMemoryHotplug sets how much memory the guest has besides MemSizeMiB, in whole blocks of the Spec's MemoryHotplug. It returns
+// at once: MemoryHotplug says how far the guest has come, and a guest may give back less than it is asked for. The size is part of
+// snapshots, and ends with the run: a VM that is started has none. The VMM refuses until the guest's driver is active. Returns a
+// *FieldError for a size that cannot be, ErrState if the Spec has no MemoryHotplug, and ErrNotSupported before Firecracker 1.14.
+func (m *Machine) UpdateMemoryHotplug(ctx context.Context, sizeMiB int) error {
+	return m.vm.Call(ctx, "call", "update memory hotplug", func(c *firecracker.Client) error {
+		h := m.rec().Spec.MemoryHotplug
+		err := m.needs(firecracker.MemoryHotplugConfig{}, h != nil, "memoryHotplug")
+		if err == nil {
+			err = h.Check(sizeMiB)
+		}
+		if err != nil {
+			return err
+		}
+		return c.PatchMemoryHotplug(ctx, uint64(sizeMiB))
+	})
+}
+
+// MemoryHotplug returns how much memory is plugged in. Errors are those of UpdateMemoryHotplug.
+func (m *Machine) MemoryHotplug(ctx context.Context) (s MemoryHotplugStatus, err error) {
+	err = m.vm.Call(ctx, "call", "get memory hotplug", func(c *firecracker.Client) error {
+		if err := m.needs(firecracker.MemoryHotplugConfig{}, m.rec().Spec.MemoryHotplug != nil, "memoryHotplug"); err != nil {
+			return err
+		}
+		got, err := c.GetMemoryHotplug(ctx)
+		s = MemoryHotplugStatus(got)
+		return err
+	})
+	return s, err
 }

@@ -178,7 +178,9 @@ type Inspection struct {
 	Guest              *GuestState            `json:"guest,omitempty"`      // of the last run, where an agent is in the guest
 	Unsynced           bool                   `json:"unsynced,omitempty"`   // what the guest changes, or has, is to be copied back
 	Interfaces         []Interface            `json:"interfaces,omitempty"` // those on networks of ours
-	Spec               Spec                   `json:"spec"`
+	// MemoryHotplug is there while a VM runs whose Spec has it. It is nil too where the VMM does not say.
+	MemoryHotplug *MemoryHotplugStatus `json:"memoryHotplug,omitempty"`
+	Spec          Spec                 `json:"spec"`
 }
 
 // Inspect gathers what is known about the VM.
@@ -220,6 +222,11 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 		i.PIDs, err = m.vm.Process().PIDs()
 		if err != nil {
 			return nil, err
+		}
+		if r.Spec.MemoryHotplug != nil {
+			if s, err := m.MemoryHotplug(ctx); err == nil {
+				i.MemoryHotplug = &s
+			}
 		}
 	} else if i.Exit, err = m.vm.Exit(); err != nil {
 		return nil, err

@@ -274,7 +274,9 @@ type Pmem struct {
 	Ephemeral    *bool        `json:"ephemeral,omitempty"`
 }
 
-// MemoryHotplug reserves memory that can be plugged in while the VM runs. MiB throughout.
+// MemoryHotplug reserves memory that can be plugged in while the VM runs. MiB throughout. The kernel command line gets
+// memhp_default_state=online_movable, by which a Linux guest uses what is plugged in and can give it back, unless it has a
+// memhp_default_state. Guests need CONFIG_VIRTIO_MEM: Linux ≥ 5.16, on aarch64 ≥ 5.18.
 type MemoryHotplug struct {
 	TotalSizeMiB int `json:"totalSizeMib"`
 	SlotSizeMiB  int `json:"slotSizeMib,omitempty"`  // default 128

@@ -356,12 +356,26 @@ func (s Spec) checkOther(p *problems) {
 	}
 }
 
+const defaultBlock = 2 // MiB, of memory that can be plugged in
+
+// Check returns a *FieldError unless sizeMiB can be plugged in: it is in whole blocks, and at most TotalSizeMiB.
+func (h *MemoryHotplug) Check(sizeMiB int) error {
+	block := cmp.Or(h.BlockSizeMiB, defaultBlock)
+	if sizeMiB >= 0 && sizeMiB <= h.TotalSizeMiB && sizeMiB%block == 0 {
+		return nil
+	}
+	return &FieldError{
+		Path: "requestedSizeMib", Value: sizeMiB,
+		Reason: fmt.Sprintf("must be a multiple of blockSizeMib (%d) and at most totalSizeMib (%d)", block, h.TotalSizeMiB),
+	}
+}
+
 func (s Spec) checkHotplug(p *problems) {
 	h := s.MemoryHotplug
 	if h == nil {
 		return
 	}
-	const defaultSlot, defaultBlock = 128, 2
+	const defaultSlot = 128
 	slot, block := cmp.Or(h.SlotSizeMiB, defaultSlot), cmp.Or(h.BlockSizeMiB, defaultBlock)
 	goodBlock := block >= 2 && block&(block-1) == 0
 	p.require(goodBlock, "memoryHotplug.blockSizeMib", block, "must be a power of two, 2 or more")

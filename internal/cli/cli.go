@@ -23,6 +23,7 @@ import (
 	"push.rocks/smartvm/internal/cli/help"
 	"push.rocks/smartvm/internal/cli/images"
 	"push.rocks/smartvm/internal/cli/snapshots"
+	"push.rocks/smartvm/internal/cli/update"
 	"push.rocks/smartvm/internal/human"
 	"push.rocks/smartvm/internal/supervise"
 	"push.rocks/smartvm/internal/vmflags"
@@ -146,7 +147,8 @@ func (a *app) root() *cobra.Command {
 	} {
 		root.AddCommand(command(a))
 	}
-	root.AddCommand(slices.Concat(a.images.Commands(), (&disks.Shell{Shell: a.images}).Commands(), a.guest.Commands(), a.snapshots.Commands())...)
+	root.AddCommand(slices.Concat(a.images.Commands(), (&disks.Shell{Shell: a.images}).Commands(),
+		a.guest.Commands(), (&update.Shell{Shell: a.guest}).Commands(), a.snapshots.Commands())...)
 	root.SetHelpCommand(newHelp())
 	root.InitDefaultCompletionCmd()
 	return root

@@ -35,6 +35,9 @@ func Calls(s *spec.Spec, v firecracker.Version) []Call {
 	if boot.BootArgs == "" {
 		boot.BootArgs = spec.DefaultBootArgs
 	}
+	if s.MemoryHotplug != nil && !strings.Contains(" "+boot.BootArgs, " memhp_default_state=") {
+		boot.BootArgs += " memhp_default_state=online_movable"
+	}
 	if s.BootSource.InitrdPath != "" {
 		boot.InitrdPath = store.InitrdFile
 	}

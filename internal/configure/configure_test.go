@@ -186,3 +186,18 @@ func TestRestoreCalls(t *testing.T) {
 	golden(t, "restored-1.12.txt", lines(t, configure.RestoreCalls(whole(), restored(), firecracker.Version{Major: 1, Minor: 12})))
 	golden(t, "restored-least.txt", lines(t, configure.RestoreCalls(&spec.Spec{}, &configure.Restored{}, newest)))
 }
+
+// What a guest does with memory that is plugged in is said on its command line, unless its configuration says it.
+func TestCalls_HotplugState(t *testing.T) {
+	for args, want := range map[string]string{
+		"quiet":                             "quiet memhp_default_state=online_movable",
+		"memhp_default_state=offline quiet": "memhp_default_state=offline quiet",
+	} {
+		for hotplug, want := range map[*spec.MemoryHotplug]string{{TotalSizeMiB: 128}: want, nil: args} {
+			calls := configure.Calls(&spec.Spec{BootSource: spec.BootSource{BootArgs: args}, MemoryHotplug: hotplug}, newest)
+			if got := lines(t, calls); !strings.Contains(got, fmt.Sprintf(`"boot_args":%q`, want)) {
+				t.Errorf("%q with %+v: want %q in %s", args, hotplug, want, got)
+			}
+		}
+	}
+}

@@ -2,6 +2,7 @@ package fakefc
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -70,6 +71,11 @@ func (s *Server) get(path string) (any, error) {
 			return nil, faultNoDevice
 		}
 		return s.vm.Balloon, nil
+	case "/hotplug/memory":
+		if s.vm.MemoryHotplug == nil {
+			return nil, faultNoDevice
+		}
+		return s.plugged(), s.need(true)
 	case "/mmds":
 		if s.mmds == nil {
 			return struct{}{}, nil
@@ -101,6 +107,8 @@ func (s *Server) put(request string, body []byte) error {
 		return merge[balloonUpdate](s, body, s.vm.Balloon, s.need(true))
 	case "PUT /hotplug/memory":
 		return set(s, body, &s.vm.MemoryHotplug)
+	case "PATCH /hotplug/memory":
+		return s.plug(body)
 	case "PUT /mmds/config":
 		return set(s, body, &s.vm.MMDSConfig)
 	case "PUT /cpu-config":
@@ -148,6 +156,32 @@ func (s *Server) put(request string, body []byte) error {
 	}
 	method, path, _ := strings.Cut(request, " ")
 	return faultPath(method, path)
+}
+
+// plug does what is asked at once, where a guest takes its time.
+func (s *Server) plug(body []byte) error {
+	var update struct {
+		RequestedSizeMiB uint64 `json:"requested_size_mib"`
+	}
+	if err := decode(s.version, body, &update); err != nil {
+		return err
+	}
+	if s.vm.MemoryHotplug == nil {
+		return faultNoDevice
+	}
+	if err := s.need(true); err != nil {
+		return err
+	}
+	s.pluggedMiB = update.RequestedSizeMiB
+	return nil
+}
+
+func (s *Server) plugged() firecracker.MemoryHotplugStatus {
+	h := s.vm.MemoryHotplug
+	return firecracker.MemoryHotplugStatus{
+		TotalSizeMiB: h.TotalSizeMiB, SlotSizeMiB: cmp.Or(h.SlotSizeMiB, 128), BlockSizeMiB: cmp.Or(h.BlockSizeMiB, 2),
+		PluggedSizeMiB: s.pluggedMiB, RequestedSizeMiB: s.pluggedMiB,
+	}
 }
 
 // deafVersions hear nothing of the host over vsock after a pause during which no snapshot was made.

@@ -80,6 +80,8 @@ type Server struct {
 	requests []Request
 	reset    bool // a snapshot has reset the guest's vsock since the last pause
 	deaf     bool
+
+	pluggedMiB uint64 // of memory that can be plugged
 }
 
 // New returns a server that is not started. It panics on a version that is none.

@@ -9,7 +9,12 @@ import (
 )
 
 // The fake's state is a form of its own, of which nothing is like any VMM's but that other versions cannot read it: the snapshot
-// format, a newline, and the configuration as JSON with its bits inverted.
+// format, a newline, and a saved as JSON with its bits inverted.
+
+type saved struct {
+	VM         firecracker.FullVMConfiguration
+	PluggedMiB uint64
+}
 
 func invert(b []byte) []byte {
 	for i := range b {
@@ -29,7 +34,7 @@ func (s *Server) save(body []byte) error {
 	}
 	// The state is saved, by which the guest's vsock is reset, before the file is opened.
 	s.reset = true
-	config, err := json.Marshal(s.vm)
+	config, err := json.Marshal(saved{s.vm, s.pluggedMiB})
 	if err != nil {
 		return err
 	}
@@ -41,7 +46,11 @@ func (s *Server) save(body []byte) error {
 		return faultNoFile
 	}
 	defer memory.Close()
-	return memory.Truncate(int64(s.vm.MachineConfig.MemSizeMiB) << 20)
+	size := int64(s.vm.MachineConfig.MemSizeMiB)
+	if h := s.vm.MemoryHotplug; h != nil { // all of it is there, as holes
+		size += int64(h.TotalSizeMiB)
+	}
+	return memory.Truncate(size << 20)
 }
 
 // load takes over what save has written.
@@ -58,9 +67,11 @@ func (s *Server) load(body []byte) error {
 		return err
 	}
 	config, ok := bytes.CutPrefix(state, []byte(s.config.Format+"\n"))
-	if !ok || json.Unmarshal(invert(config), &s.vm) != nil {
+	var was saved
+	if !ok || json.Unmarshal(invert(config), &was) != nil {
 		return faultNoState
 	}
+	s.vm, s.pluggedMiB = was.VM, was.PluggedMiB
 	if p.HugePages != "" && p.HugePages != firecracker.HugePagesSnapshot {
 		s.vm.MachineConfig.HugePages = p.HugePages
 	}

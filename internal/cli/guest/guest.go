@@ -51,7 +51,7 @@ type Shell struct {
 
 // Commands are those of this package.
 func (s *Shell) Commands() []*cobra.Command {
-	return []*cobra.Command{s.exec(), s.shell(), s.copy(), s.commit(), s.stats(), s.top(), s.forward(), s.port(), s.update(), s.logs(), s.console(), s.events(), s.agent()}
+	return []*cobra.Command{s.exec(), s.shell(), s.copy(), s.commit(), s.stats(), s.top(), s.forward(), s.port(), s.logs(), s.console(), s.events(), s.agent()}
 }
 
 // each does something to VMs, all at once, and returns what went wrong.

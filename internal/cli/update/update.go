@@ -1,6 +1,8 @@
-package guest
+// Package update has the command that changes a VM that is there.
+package update
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -8,10 +10,18 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/cli/guest"
 	"push.rocks/smartvm/internal/vmflags"
 )
+
+// Shell is the command line that the command is part of.
+type Shell struct{ *guest.Shell }
+
+// Commands is the command alone.
+func (s *Shell) Commands() []*cobra.Command { return []*cobra.Command{s.update()} }
 
 // updates are the flags of update.
 type updates struct {
@@ -19,24 +29,35 @@ type updates struct {
 	noPolicy           bool
 	publish, unpublish []string
 	rx, tx, id         string
+	hotplug            vmflags.Memory
 }
+
+// hotplugFlag is the name of a flag about what the VM has only until its run ends.
+const hotplugFlag = "hotplug-memory"
 
 func (s *Shell) update() *cobra.Command {
 	u := &updates{}
 	cmd := &cobra.Command{
 		Use:   "update [flags] VM",
-		Short: "Change what a VM may reach, its ports and its limits",
+		Short: "Change what a VM may reach, its ports, limits and memory",
 		Long: "Change what a VM may reach, which ports of the host lead to it, and how much it may\n" +
 			"receive and send. One that runs has it at once, and what it has open ends where it\n" +
 			"is not allowed any more; another has it from its next start on. Flags of rules make\n" +
-			"a new policy, in place of the one before.",
+			"a new policy, in place of the one before.\n\n" +
+			"--hotplug-memory is for a VM that runs, and ends with its run: inspect shows how much\n" +
+			"of it the guest has.",
 		Example: "  smartvm update --allow tcp:*.debian.org:443 --default deny web\n" +
 			"  smartvm update -p 8443:443 --unpublish 80 web\n" +
-			"  smartvm update --rx 10M --tx 80mbit web; smartvm update --rx 0 web",
+			"  smartvm update --rx 10M --tx 80mbit web; smartvm update --rx 0 web\n" +
+			"  smartvm update --hotplug-memory 1G web",
 		Args:              s.Takes(1, 1, "a VM"),
 		ValidArgsFunction: s.VMs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			change, err := u.change(cmd.Flags().NFlag())
+			spec, live := u.split(cmd)
+			change, err := u.change()
+			if !spec && !live {
+				err = errors.Join(err, errors.New("nothing to change: give rules, ports, rates or memory"))
+			}
 			if err != nil {
 				return s.Usage(err, "")
 			}
@@ -45,7 +66,13 @@ func (s *Shell) update() *cobra.Command {
 				return err
 			}
 			defer h.Close()
-			if err := m.Update(cmd.Context(), change); err != nil {
+			if spec {
+				err = m.Update(cmd.Context(), change)
+			}
+			if err == nil && live {
+				err = u.apply(cmd.Context(), m)
+			}
+			if err != nil {
 				return err
 			}
 			if s.JSON() {
@@ -68,11 +95,31 @@ func (s *Shell) update() *cobra.Command {
 	f.StringVar(&u.rx, "rx", "", "what it may receive: `rate` in bytes a second, such as 10M, or bits, such as 80mbit; 0: all")
 	f.StringVar(&u.tx, "tx", "", "what it may send: `rate`, likewise")
 	f.StringVar(&u.id, "interface", "eth0", "`id` of the interface with these limits")
+	f.Var(&u.hotplug, hotplugFlag, "`size` of the memory that it has besides its own, in MiB or like 2G: of a configuration with memoryHotplug, Firecracker 1.14")
 	return cmd
 }
 
-// change is what the flags say, of which there are so many.
-func (u *updates) change(flags int) (func(*smartvm.Spec) error, error) {
+// split says whether there are flags about the VM's configuration, and others about its run.
+func (u *updates) split(cmd *cobra.Command) (spec, live bool) {
+	cmd.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
+		switch {
+		case !f.Changed:
+		case f.Name == hotplugFlag:
+			live = true
+		default:
+			spec = true
+		}
+	})
+	return spec, live
+}
+
+// apply changes the VM's run.
+func (u *updates) apply(ctx context.Context, m *smartvm.Machine) error {
+	return m.UpdateMemoryHotplug(ctx, int(u.hotplug))
+}
+
+// change is what the flags say about the VM's configuration.
+func (u *updates) change() (func(*smartvm.Spec) error, error) {
 	var errs []error
 	p, err := u.policy.Of(nil)
 	errs = append(errs, err)
@@ -105,9 +152,6 @@ func (u *updates) change(flags int) (func(*smartvm.Spec) error, error) {
 			limit = nil
 		}
 		limits[name] = limit
-	}
-	if flags == 0 {
-		errs = append(errs, errors.New("nothing to change: give rules, ports or rates"))
 	}
 	return func(vm *smartvm.Spec) error {
 		if u.noPolicy || p != nil {

@@ -1,0 +1,133 @@
+package smartvm_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"push.rocks/smartvm"
+	"push.rocks/smartvm/internal/fakefc"
+	"push.rocks/smartvm/internal/testenv"
+)
+
+// ended stops and removes VMs, and finds nothing left of them.
+func (s *faultSite) ended(t *testing.T, all ...*smartvm.Machine) {
+	t.Helper()
+	for _, m := range all {
+		if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
+			t.Error(err)
+		}
+		if err := m.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	s.tidy(t)
+}
+
+// Memory is plugged and unplugged while the VM runs; a VM that is restored or forked has what its origin had, and one that is started anew none.
+func TestMachine_MemoryHotplug(t *testing.T) {
+	testenv.NoLeaks(t)
+	site := newFaultSite(t, fakefc.Script{Version: "1.16.1", Format: "10.0.0"})
+	site.spec.MemoryHotplug = &smartvm.MemoryHotplug{TotalSizeMiB: 1024, BlockSizeMiB: 4}
+	h, ctx := site.open(t), t.Context()
+	m := site.started(t, h)
+	wantPlugged := func(m *smartvm.Machine, mib uint64) {
+		t.Helper()
+		want := smartvm.MemoryHotplugStatus{TotalSizeMiB: 1024, SlotSizeMiB: 128, BlockSizeMiB: 4, PluggedSizeMiB: mib, RequestedSizeMiB: mib}
+		got, err := m.MemoryHotplug(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("VM %s (-want +got):\n%s", m.ID(), diff)
+		}
+		in, err := m.Inspect(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(&want, in.MemoryHotplug); diff != "" {
+			t.Errorf("inspection of VM %s (-want +got):\n%s", m.ID(), diff)
+		}
+	}
+	wantPlugged(m, 0)
+	for _, mib := range []int{1024, 0, 512} {
+		if err := m.UpdateMemoryHotplug(ctx, mib); err != nil {
+			t.Fatal(err)
+		}
+		wantPlugged(m, uint64(mib))
+	}
+	for _, mib := range []int{-4, 2, 510, 1028} {
+		err := m.UpdateMemoryHotplug(ctx, mib)
+		field, ok := errors.AsType[*smartvm.FieldError](err)
+		if !ok || field.Value != mib || !strings.Contains(err.Error(), "blockSizeMib (4) and at most totalSizeMib (1024)") {
+			t.Errorf("%d MiB: %v, want a FieldError", mib, err)
+		}
+	}
+	wantPlugged(m, 512)
+	config, err := m.VMConfig(ctx)
+	if err != nil || !strings.HasSuffix(config.BootSource.BootArgs, " memhp_default_state=online_movable") {
+		t.Errorf("the guest's command line is %q, %v", config.BootSource.BootArgs, err)
+	}
+
+	sn, err := m.Snapshot(ctx, smartvm.SnapshotOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := h.Restore(ctx, sn.ID, smartvm.RestoreOptions{})
+	if err == nil {
+		err = r.Start(ctx)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantPlugged(r, 512)
+	if err := r.UpdateMemoryHotplug(ctx, 4); err != nil {
+		t.Error(err)
+	}
+	wantPlugged(r, 4)
+	wantPlugged(m, 512)
+	if _, err := m.Stop(ctx, smartvm.StopOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if in, err := m.Inspect(ctx); err != nil || in.MemoryHotplug != nil {
+		t.Errorf("at rest it has %+v, %v", in.MemoryHotplug, err)
+	}
+	if err := m.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	wantPlugged(m, 0)
+	if _, err := r.Stop(ctx, smartvm.StopOptions{}); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(r.Remove(ctx), h.RemoveSnapshot(ctx, sn.ID, false)); err != nil {
+		t.Error(err)
+	}
+	site.ended(t, m)
+}
+
+// What a VM cannot do says why: its Firecracker is too old, or it was made without it.
+func TestMachine_LiveNeeds(t *testing.T) {
+	for name, c := range map[string]struct {
+		version string
+		want    error
+		text    string
+	}{
+		"Old":     {"1.13.2", smartvm.ErrNotSupported, "needs Firecracker 1.14.0 or newer, this is 1.13.2"},
+		"Without": {"1.14.0", smartvm.ErrState, "its configuration has no memoryHotplug"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			testenv.NoLeaks(t)
+			site := newFaultSite(t, fakefc.Script{Version: c.version})
+			m := site.started(t, site.open(t))
+			_, status := m.MemoryHotplug(t.Context())
+			for call, err := range map[string]error{"update": m.UpdateMemoryHotplug(t.Context(), 128), "status": status} {
+				if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) || smartvm.Hint(err) == "" {
+					t.Errorf("%s: %v (hint %q), want %v with %q", call, err, smartvm.Hint(err), c.want, c.text)
+				}
+			}
+			site.ended(t, m)
+		})
+	}
+}
