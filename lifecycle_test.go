@@ -245,6 +245,10 @@ func liveCalls(m *smartvm.Machine) map[string]func(context.Context) error {
 		"UpdateNetworkInterface": func(ctx context.Context) error { return m.UpdateNetworkInterface(ctx, "eth0", limit, limit) },
 		"UpdateBalloon":          func(ctx context.Context) error { return m.UpdateBalloon(ctx, 1) },
 		"UpdateBalloonStats":     func(ctx context.Context) error { return m.UpdateBalloonStats(ctx, 1) },
+		"UpdatePmem":             func(ctx context.Context) error { return m.UpdatePmem(ctx, "pmem", limit) },
+		"StartBalloonHinting":    m.StartBalloonHinting,
+		"StopBalloonHinting":     m.StopBalloonHinting,
+		"BalloonHinting":         func(ctx context.Context) error { _, err := m.BalloonHinting(ctx); return err },
 		"UpdateMemoryHotplug":    func(ctx context.Context) error { return m.UpdateMemoryHotplug(ctx, 128) },
 		"MemoryHotplug":          func(ctx context.Context) error { _, err := m.MemoryHotplug(ctx); return err },
 		"Exec": func(ctx context.Context) error {

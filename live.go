@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/internal/configure"
@@ -92,6 +93,19 @@ func (m *Machine) UpdateDrive(ctx context.Context, driveID string, limit *RateLi
 	return m.vm.Call(ctx, "call", "update drive", func(c *firecracker.Client) error { return c.PatchDrive(ctx, d) })
 }
 
+// UpdatePmem changes the limits of a pmem device; a nil bucket stays, one of zeros is taken away. What is bounded are flushes, each of the whole
+// file. Returns ErrNotSupported before Firecracker 1.16.
+func (m *Machine) UpdatePmem(ctx context.Context, id string, limit *RateLimiter) error {
+	p := firecracker.PartialPmem{ID: id, RateLimiter: configure.RateLimiter(limit)}
+	return m.vm.Call(ctx, "call", "update pmem", func(c *firecracker.Client) error {
+		has := slices.ContainsFunc(m.rec().Spec.Pmem, func(p Pmem) bool { return p.ID == id })
+		if err := m.needs(p, has, "pmem device "+id); err != nil {
+			return err
+		}
+		return c.PatchPmem(ctx, p)
+	})
+}
+
 // UpdateNetworkInterface changes the limits of an interface; a nil bucket stays, one of zeros is taken away.
 func (m *Machine) UpdateNetworkInterface(ctx context.Context, ifaceID string, rx, tx *RateLimiter) error {
 	n := firecracker.PartialNetworkInterface{IfaceID: ifaceID, RxRateLimiter: configure.RateLimiter(rx), TxRateLimiter: configure.RateLimiter(tx)}
@@ -115,6 +129,46 @@ func (m *Machine) BalloonStats(ctx context.Context) (stats firecracker.BalloonSt
 		return err
 	})
 	return stats, err
+}
+
+// BalloonHinting is how far the guest has come with saying which of its memory is free. Commands are virtio's: 0 is stop, 1 is done, and others are
+// the number of a run.
+type BalloonHinting struct {
+	HostCommand  uint64  `json:"hostCommand"`
+	GuestCommand *uint64 `json:"guestCommand,omitempty"` // nil until the guest gave one
+}
+
+// hints calls f of a VM whose balloon has FreePageHinting.
+func (m *Machine) hints(ctx context.Context, name string, f func(*firecracker.Client) error) error {
+	return m.vm.Call(ctx, "call", name, func(c *firecracker.Client) error {
+		b := m.rec().Spec.Balloon
+		if err := m.needs(firecracker.Balloon{FreePageHinting: true}, b != nil && b.FreePageHinting, "balloon.freePageHinting"); err != nil {
+			return err
+		}
+		return f(c)
+	})
+}
+
+// StartBalloonHinting has the guest say once which of its memory is free, and the host takes that back. It returns at once: BalloonHinting says how far
+// the guest has come. The VMM refuses until the guest's driver is active. Returns ErrState if the Spec's Balloon has no FreePageHinting, and
+// ErrNotSupported before Firecracker 1.14.
+func (m *Machine) StartBalloonHinting(ctx context.Context) error {
+	return m.hints(ctx, "start balloon hinting", func(c *firecracker.Client) error { return c.StartBalloonHinting(ctx, true) })
+}
+
+// StopBalloonHinting ends that before the guest is done. Errors are those of StartBalloonHinting.
+func (m *Machine) StopBalloonHinting(ctx context.Context) error {
+	return m.hints(ctx, "stop balloon hinting", func(c *firecracker.Client) error { return c.StopBalloonHinting(ctx) })
+}
+
+// BalloonHinting returns how far the guest has come. Errors are those of StartBalloonHinting.
+func (m *Machine) BalloonHinting(ctx context.Context) (state BalloonHinting, err error) {
+	err = m.hints(ctx, "get balloon hinting", func(c *firecracker.Client) error {
+		got, err := c.GetBalloonHinting(ctx)
+		state = BalloonHinting(got)
+		return err
+	})
+	return state, err
 }
 
 // needs refuses what the VM's Firecracker is too old for, by the oldest version that takes body, and what is about a device that the VM does

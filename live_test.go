@@ -109,22 +109,35 @@ func TestMachine_MemoryHotplug(t *testing.T) {
 
 // What a VM cannot do says why: its Firecracker is too old, or it was made without it.
 func TestMachine_LiveNeeds(t *testing.T) {
+	const old, pmemOld = "needs Firecracker 1.14.0 or newer, this is 1.13.2", "needs Firecracker 1.16.0 or newer, this is 1.13.2"
 	for name, c := range map[string]struct {
-		version string
-		want    error
-		text    string
+		version                string
+		want                   error
+		hotplug, hinting, pmem string
 	}{
-		"Old":     {"1.13.2", smartvm.ErrNotSupported, "needs Firecracker 1.14.0 or newer, this is 1.13.2"},
-		"Without": {"1.14.0", smartvm.ErrState, "its configuration has no memoryHotplug"},
+		"Old":     {"1.13.2", smartvm.ErrNotSupported, old, old, pmemOld},
+		"Without": {"1.16.1", smartvm.ErrState, "no memoryHotplug", "no balloon.freePageHinting", "no pmem device log"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			testenv.NoLeaks(t)
 			site := newFaultSite(t, fakefc.Script{Version: c.version})
-			m := site.started(t, site.open(t))
-			_, status := m.MemoryHotplug(t.Context())
-			for call, err := range map[string]error{"update": m.UpdateMemoryHotplug(t.Context(), 128), "status": status} {
-				if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) || smartvm.Hint(err) == "" {
-					t.Errorf("%s: %v (hint %q), want %v with %q", call, err, smartvm.Hint(err), c.want, c.text)
+			site.spec.Balloon = &smartvm.Balloon{AmountMiB: 8}
+			m, ctx := site.started(t, site.open(t)), t.Context()
+			_, plugged := m.MemoryHotplug(ctx)
+			_, hinted := m.BalloonHinting(ctx)
+			for _, call := range []struct {
+				err  error
+				text string
+			}{
+				{m.UpdateMemoryHotplug(ctx, 128), c.hotplug},
+				{plugged, c.hotplug},
+				{m.StartBalloonHinting(ctx), c.hinting},
+				{m.StopBalloonHinting(ctx), c.hinting},
+				{hinted, c.hinting},
+				{m.UpdatePmem(ctx, "log", &smartvm.RateLimiter{}), c.pmem},
+			} {
+				if !errors.Is(call.err, c.want) || !strings.Contains(call.err.Error(), call.text) || smartvm.Hint(call.err) == "" {
+					t.Errorf("%v (hint %q), want %v with %q", call.err, smartvm.Hint(call.err), c.want, call.text)
 				}
 			}
 			site.ended(t, m)

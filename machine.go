@@ -178,9 +178,10 @@ type Inspection struct {
 	Guest              *GuestState            `json:"guest,omitempty"`      // of the last run, where an agent is in the guest
 	Unsynced           bool                   `json:"unsynced,omitempty"`   // what the guest changes, or has, is to be copied back
 	Interfaces         []Interface            `json:"interfaces,omitempty"` // those on networks of ours
-	// MemoryHotplug is there while a VM runs whose Spec has it. It is nil too where the VMM does not say.
-	MemoryHotplug *MemoryHotplugStatus `json:"memoryHotplug,omitempty"`
-	Spec          Spec                 `json:"spec"`
+	// MemoryHotplug and BalloonHinting are there while a VM runs whose Spec has them. They are nil too where the VMM does not say.
+	MemoryHotplug  *MemoryHotplugStatus `json:"memoryHotplug,omitempty"`
+	BalloonHinting *BalloonHinting      `json:"balloonHinting,omitempty"`
+	Spec           Spec                 `json:"spec"`
 }
 
 // Inspect gathers what is known about the VM.
@@ -226,6 +227,11 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 		if r.Spec.MemoryHotplug != nil {
 			if s, err := m.MemoryHotplug(ctx); err == nil {
 				i.MemoryHotplug = &s
+			}
+		}
+		if b := r.Spec.Balloon; b != nil && b.FreePageHinting {
+			if s, err := m.BalloonHinting(ctx); err == nil {
+				i.BalloonHinting = &s
 			}
 		}
 	} else if i.Exit, err = m.vm.Exit(); err != nil {

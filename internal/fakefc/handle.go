@@ -20,6 +20,7 @@ const (
 	faultTooEarly  faultMessage = "The requested operation is not supported before starting the microVM."
 	faultTooLate   faultMessage = "The requested operation is not supported after starting the microVM."
 	faultNoDevice  faultMessage = "Device not found."
+	faultNoHinting faultMessage = "Free page hinting is not enabled."
 	faultNoKernel  faultMessage = "Cannot start microvm without kernel configuration."
 	faultNotPaused faultMessage = "Cannot create snapshot: the microVM is not paused."
 	faultNoFile    faultMessage = "Create snapshot error: Cannot perform open on the snapshot backing file: No such file or directory (os error 2)"
@@ -38,17 +39,20 @@ func (s *Server) handle(method, path string, body []byte) (any, error) {
 	collection, id, _ := strings.Cut(strings.TrimPrefix(path, "/"), "/")
 	isDrive := func(d firecracker.Drive) bool { return d.DriveID == id }
 	isInterface := func(n firecracker.NetworkInterface) bool { return n.IfaceID == id }
+	isPmem := func(p firecracker.Pmem) bool { return p.ID == id }
 	switch method + " /" + collection {
 	case "PUT /drives":
 		return nil, putDevice(s, body, &s.vm.Drives, isDrive)
 	case "PUT /network-interfaces":
 		return nil, putDevice(s, body, &s.vm.NetworkInterfaces, isInterface)
 	case "PUT /pmem":
-		return nil, putDevice(s, body, &s.vm.Pmem, func(p firecracker.Pmem) bool { return p.ID == id })
+		return nil, putDevice(s, body, &s.vm.Pmem, isPmem)
 	case "PATCH /drives":
 		return nil, patchDevice[firecracker.PartialDrive](s, body, s.vm.Drives, isDrive)
 	case "PATCH /network-interfaces":
 		return nil, patchDevice[firecracker.PartialNetworkInterface](s, body, s.vm.NetworkInterfaces, isInterface)
+	case "PATCH /pmem":
+		return nil, patchDevice[firecracker.PartialPmem](s, body, s.vm.Pmem, isPmem)
 	}
 	if method == "GET" {
 		return s.get(path)
@@ -71,6 +75,11 @@ func (s *Server) get(path string) (any, error) {
 			return nil, faultNoDevice
 		}
 		return s.vm.Balloon, nil
+	case "/balloon/hinting/status":
+		if s.vm.Balloon == nil || !s.vm.Balloon.FreePageHinting {
+			return nil, faultNoHinting
+		}
+		return s.hinting, s.need(true)
 	case "/hotplug/memory":
 		if s.vm.MemoryHotplug == nil {
 			return nil, faultNoDevice
@@ -105,6 +114,10 @@ func (s *Server) put(request string, body []byte) error {
 			return faultNoDevice
 		}
 		return merge[balloonUpdate](s, body, s.vm.Balloon, s.need(true))
+	case "PATCH /balloon/hinting/start":
+		return s.hint(body, 2)
+	case "PATCH /balloon/hinting/stop":
+		return s.hint(nil, 1)
 	case "PUT /hotplug/memory":
 		return set(s, body, &s.vm.MemoryHotplug)
 	case "PATCH /hotplug/memory":
@@ -156,6 +169,26 @@ func (s *Server) put(request string, body []byte) error {
 	}
 	method, path, _ := strings.Cut(request, " ")
 	return faultPath(method, path)
+}
+
+// hint gives the guest a command, of which it takes note.
+func (s *Server) hint(body []byte, command uint64) error {
+	if s.vm.Balloon == nil || !s.vm.Balloon.FreePageHinting {
+		return faultNoHinting
+	}
+	var start struct {
+		AcknowledgeOnStop bool `json:"acknowledge_on_stop"`
+	}
+	if body != nil {
+		if err := decode(s.version, body, &start); err != nil {
+			return err
+		}
+	}
+	if err := s.need(true); err != nil {
+		return err
+	}
+	s.hinting = firecracker.BalloonHinting{HostCommand: command, GuestCommand: &command}
+	return nil
 }
 
 // plug does what is asked at once, where a guest takes its time.

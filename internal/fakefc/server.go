@@ -82,6 +82,7 @@ type Server struct {
 	deaf     bool
 
 	pluggedMiB uint64 // of memory that can be plugged
+	hinting    firecracker.BalloonHinting
 }
 
 // New returns a server that is not started. It panics on a version that is none.

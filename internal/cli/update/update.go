@@ -2,7 +2,6 @@
 package update
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -29,11 +28,8 @@ type updates struct {
 	noPolicy           bool
 	publish, unpublish []string
 	rx, tx, id         string
-	hotplug            vmflags.Memory
+	live               live
 }
-
-// hotplugFlag is the name of a flag about what the VM has only until its run ends.
-const hotplugFlag = "hotplug-memory"
 
 func (s *Shell) update() *cobra.Command {
 	u := &updates{}
@@ -44,8 +40,8 @@ func (s *Shell) update() *cobra.Command {
 			"receive and send. One that runs has it at once, and what it has open ends where it\n" +
 			"is not allowed any more; another has it from its next start on. Flags of rules make\n" +
 			"a new policy, in place of the one before.\n\n" +
-			"--hotplug-memory is for a VM that runs, and ends with its run: inspect shows how much\n" +
-			"of it the guest has.",
+			"What is said of its memory and devices is for a VM that runs, and ends with its run:\n" +
+			"inspect shows how far the guest has come.",
 		Example: "  smartvm update --allow tcp:*.debian.org:443 --default deny web\n" +
 			"  smartvm update -p 8443:443 --unpublish 80 web\n" +
 			"  smartvm update --rx 10M --tx 80mbit web; smartvm update --rx 0 web\n" +
@@ -53,9 +49,14 @@ func (s *Shell) update() *cobra.Command {
 		Args:              s.Takes(1, 1, "a VM"),
 		ValidArgsFunction: s.VMs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			spec, live := u.split(cmd)
+			changes, steps := 0, u.live.steps(cmd.Flags())
+			cmd.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
+				if f.Changed && !slices.Contains(liveFlags, f.Name) {
+					changes++
+				}
+			})
 			change, err := u.change()
-			if !spec && !live {
+			if changes+len(steps) == 0 {
 				err = errors.Join(err, errors.New("nothing to change: give rules, ports, rates or memory"))
 			}
 			if err != nil {
@@ -66,11 +67,13 @@ func (s *Shell) update() *cobra.Command {
 				return err
 			}
 			defer h.Close()
-			if spec {
+			if changes > 0 {
 				err = m.Update(cmd.Context(), change)
 			}
-			if err == nil && live {
-				err = u.apply(cmd.Context(), m)
+			for _, step := range steps {
+				if err == nil {
+					err = step(cmd.Context(), m)
+				}
 			}
 			if err != nil {
 				return err
@@ -95,27 +98,8 @@ func (s *Shell) update() *cobra.Command {
 	f.StringVar(&u.rx, "rx", "", "what it may receive: `rate` in bytes a second, such as 10M, or bits, such as 80mbit; 0: all")
 	f.StringVar(&u.tx, "tx", "", "what it may send: `rate`, likewise")
 	f.StringVar(&u.id, "interface", "eth0", "`id` of the interface with these limits")
-	f.Var(&u.hotplug, hotplugFlag, "`size` of the memory that it has besides its own, in MiB or like 2G: of a configuration with memoryHotplug, Firecracker 1.14")
+	u.live.add(f)
 	return cmd
-}
-
-// split says whether there are flags about the VM's configuration, and others about its run.
-func (u *updates) split(cmd *cobra.Command) (spec, live bool) {
-	cmd.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
-		switch {
-		case !f.Changed:
-		case f.Name == hotplugFlag:
-			live = true
-		default:
-			spec = true
-		}
-	})
-	return spec, live
-}
-
-// apply changes the VM's run.
-func (u *updates) apply(ctx context.Context, m *smartvm.Machine) error {
-	return m.UpdateMemoryHotplug(ctx, int(u.hotplug))
 }
 
 // change is what the flags say about the VM's configuration.

@@ -137,3 +137,57 @@ func TestUpdate_HotplugMemory(t *testing.T) {
 		t.Errorf("nothing: %v", err)
 	}
 }
+
+// The balloon and the limits of drives are changed by flags, until the run ends.
+func TestUpdate_Devices(t *testing.T) {
+	m, run := started(t, func(s *smartvm.Spec, dir string) {
+		disk := filepath.Join(dir, "disk")
+		if err := os.WriteFile(disk, make([]byte, 4096), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s.Drives = []smartvm.Drive{{DriveID: "data", PathOnHost: disk}}
+		s.Pmem = []smartvm.Pmem{{ID: "log", PathOnHost: disk}}
+		s.Balloon = &smartvm.Balloon{AmountMiB: 8, FreePageHinting: true}
+	})
+	must := func(args ...string) {
+		t.Helper()
+		if _, err := run(args...); err != nil {
+			t.Fatalf("%q: %v", args, err)
+		}
+	}
+	wantHinting := func(command uint64) {
+		t.Helper()
+		in, err := m.Inspect(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h := in.BalloonHinting; h == nil || h.HostCommand != command {
+			t.Errorf("hinting is %+v, want command %d", h, command)
+		}
+	}
+	wantHinting(0)
+	must("--balloon", "32M", "--balloon-hinting", "start", "--drive-rate", "data=1M", "--drive-rate", "log=80mbit")
+	wantHinting(2)
+	c := config(t, m)
+	if c.Balloon.AmountMiB != 32 {
+		t.Errorf("the balloon has %d MiB, want 32", c.Balloon.AmountMiB)
+	}
+	if d, p := c.Drives[0].RateLimiter, c.Pmem[0].RateLimiter; d == nil || d.Bandwidth.Size != 1<<20 || p == nil || p.Bandwidth.Size != 10e6 {
+		t.Errorf("limits are %+v of the drive and %+v of the pmem device", d, p)
+	}
+	must("--balloon-hinting=stop", "--drive-rate=log=0")
+	wantHinting(1)
+	if c = config(t, m); c.Balloon.AmountMiB != 32 || c.Drives[0].RateLimiter.Bandwidth.Size != 1<<20 || c.Pmem[0].RateLimiter.Bandwidth.Size != 0 {
+		t.Errorf("it has %+v, %+v, %+v", c.Balloon, c.Drives[0], c.Pmem[0])
+	}
+	for text, args := range map[string][]string{
+		"want start or stop": {"--balloon-hinting", "go"},
+		"want ID=RATE":       {"--drive-rate", "1M"},
+		"is no rate":         {"--drive-rate", "data=fast"},
+		"Device not found":   {"--drive-rate", "nosuch=1M"},
+	} {
+		if _, err := run(args...); err == nil || !strings.Contains(err.Error(), text) {
+			t.Errorf("%q: %v, want %q", args, err, text)
+		}
+	}
+}
