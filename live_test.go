@@ -2,6 +2,7 @@ package smartvm_test
 
 import (
 	"errors"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -139,6 +140,34 @@ func TestMachine_LiveNeeds(t *testing.T) {
 				if !errors.Is(call.err, c.want) || !strings.Contains(call.err.Error(), call.text) || smartvm.Hint(call.err) == "" {
 					t.Errorf("%v (hint %q), want %v with %q", call.err, smartvm.Hint(call.err), c.want, call.text)
 				}
+			}
+			site.ended(t, m)
+		})
+	}
+}
+
+// What metrics are to say of their VM is asked of a VMM that can, and refused by one that cannot.
+func TestMachine_MetricsIdentity(t *testing.T) {
+	for version, ok := range map[string]bool{"1.16.1": false, "1.17.0": true} {
+		t.Run(version, func(t *testing.T) {
+			testenv.NoLeaks(t)
+			site := newFaultSite(t, fakefc.Script{Version: version})
+			site.spec.Metrics = &smartvm.Metrics{MetricsPath: filepath.Join(site.dir, "metrics"), EmitID: true, Properties: map[string]string{"customer": "1234"}}
+			m, err := site.open(t).Create(t.Context(), site.spec)
+			if !ok {
+				if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "emit_id") || !strings.Contains(err.Error(), "properties") {
+					t.Errorf("%v, want ErrNotSupported of both fields", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := m.Spec().Metrics; !got.EmitID || got.Properties["customer"] != "1234" {
+				t.Errorf("its metrics are %+v", got)
+			}
+			if err := m.Start(t.Context()); err != nil {
+				t.Fatal(err)
 			}
 			site.ended(t, m)
 		})

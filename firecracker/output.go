@@ -56,7 +56,9 @@ func (c *Client) PutLogger(ctx context.Context, l Logger) error {
 
 // Metrics says where metrics go.
 type Metrics struct {
-	MetricsPath string `json:"metrics_path"` // file or FIFO; must exist before 1.14
+	MetricsPath string            `json:"metrics_path"`                        // file or FIFO; must exist before 1.14
+	EmitID      bool              `json:"emit_id,omitempty" since:"1.17.0"`    // each line has the VMM's --id as "id"; Firecracker >= 1.17
+	Properties  map[string]string `json:"properties,omitempty" since:"1.17.0"` // each line has them as "properties"; Firecracker >= 1.17
 }
 
 // PutMetrics configures metrics before boot, once in a process's life.

@@ -19,6 +19,8 @@ type SnapshotCreateParams struct {
 	SnapshotPath string       `json:"snapshot_path"` // state of VMM and devices; overwritten
 	MemFilePath  string       `json:"mem_file_path"` // guest memory; a diff is merged into a file of the same size
 	SnapshotType SnapshotType `json:"snapshot_type,omitempty"`
+	// SyncSnapshotFiles is whether the VMM syncs both files before it answers. Absent, it does. Firecracker >= 1.17.
+	SyncSnapshotFiles *bool `json:"sync_snapshot_files,omitempty" since:"1.17.0"`
 }
 
 // CreateSnapshot writes a snapshot of a paused VM. Disk contents and metadata are not in it.

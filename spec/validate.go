@@ -340,6 +340,12 @@ func (s Spec) checkOther(p *problems) {
 	}
 	if s.Metrics != nil {
 		p.hostPath("metrics.metricsPath", s.Metrics.MetricsPath, maxPathBytes)
+		size := 0
+		for name, value := range s.Metrics.Properties {
+			size += len(name) + len(value)
+		}
+		// The VMM takes bodies of 51200 bytes, and a byte is at most six in JSON.
+		p.require(size <= maxProperties, "metrics.properties", size, fmt.Sprintf("must have at most %d bytes of names and values", maxProperties))
 	}
 	if s.Entropy != nil {
 		p.rateLimiter("entropy.rateLimiter", s.Entropy.RateLimiter)
@@ -355,6 +361,8 @@ func (s Spec) checkOther(p *problems) {
 		p.require(template == "" || template == "None", "cpuConfig", nil, "cannot be combined with machineConfig.cpuTemplate")
 	}
 }
+
+const maxProperties = 8 << 10 // bytes
 
 const defaultBlock = 2 // MiB, of memory that can be plugged in
 

@@ -256,6 +256,9 @@ func otherRules() []breakage {
 		{"logger.level", "one of Off, Error, Warn, Warning, Info, Debug, Trace", func(s *vmspec.Spec) { s.Logger.Level = "verbose" }},
 		{"logger.logPath", "NUL", func(s *vmspec.Spec) { s.Logger.LogPath = "\x00" }},
 		{"metrics.metricsPath", "is required", func(s *vmspec.Spec) { s.Metrics.MetricsPath = "" }},
+		{"metrics.properties", "at most 8192 bytes", func(s *vmspec.Spec) {
+			s.Metrics.Properties = map[string]string{"a": strings.Repeat("b", 8192)}
+		}},
 		{"entropy.rateLimiter.bandwidth.size", "not be 0", func(s *vmspec.Spec) {
 			s.Entropy.RateLimiter = &vmspec.RateLimiter{Bandwidth: &vmspec.TokenBucket{RefillTime: 1}}
 		}},

@@ -286,11 +286,24 @@ func (v *VM) write(ctx context.Context, dir string, diff bool) error {
 		params.SnapshotType = firecracker.SnapshotDiff
 	}
 	v.Trace("PUT /snapshot/create")
-	err = v.Client.CreateSnapshot(ctx, params)
+	err = create(ctx, v.Client, params)
 	if err != nil && isFull(dir) {
 		err = hint.Add(fmt.Errorf("%w: %w", unix.ENOSPC, err), "free space there, or name another --data-dir: it takes as much as the VM has memory")
 	}
 	return errors.Join(err, unshare())
+}
+
+// create has the VMM write a snapshot. A VMM that can leaves out the sync: the files are synced when the snapshot is committed, for which the
+// VM need not stand still. Builds of what is to become 1.17 may not know the field.
+func create(ctx context.Context, c *firecracker.Client, params firecracker.SnapshotCreateParams) error {
+	params.SyncSnapshotFiles = new(bool)
+	err := c.CreateSnapshot(ctx, params)
+	fault, ok := errors.AsType[*firecracker.APIError](err)
+	if errors.Is(err, firecracker.ErrNotSupported) || ok && strings.Contains(fault.Fault, "unknown field `sync_snapshot_files`") {
+		params.SyncSnapshotFiles = nil
+		err = c.CreateSnapshot(ctx, params)
+	}
+	return err
 }
 
 // isFull says whether there is no room to speak of where dir is.

@@ -2,6 +2,7 @@ package capture_test
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -13,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
 
 	"push.rocks/smartvm/firecracker"
 	"push.rocks/smartvm/guest"
@@ -32,6 +33,9 @@ type fakeGuest struct {
 	log   []string       // what happened, in its order
 	exits map[string]int // of a hook, by its argument
 	fc    *firecracker.Client
+
+	version string // of the VMM; empty: 1.12.1
+	vmm     *fakefc.Server
 }
 
 func TestMain(m *testing.M) {
@@ -101,11 +105,12 @@ func vm(t *testing.T, g *fakeGuest, faults map[string]fakefc.Fault) *capture.VM 
 			return new(net.Dialer).DialContext(ctx, "unix", address)
 		}
 	}
-	fc := fakefc.New(fakefc.Config{Version: "1.12.1", Faults: faults})
+	fc := fakefc.New(fakefc.Config{Version: cmp.Or(g.version, "1.12.1"), Faults: faults})
+	g.vmm = fc
 	api, vsock := listen("api"), listen("vsock")
 	go func() { _ = fc.Serve(api) }()
 	t.Cleanup(func() { _ = fc.Close() })
-	version, err := firecracker.ParseVersion("1.12.1")
+	version, err := firecracker.ParseVersion(cmp.Or(g.version, "1.12.1"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,7 +188,7 @@ func TestCapture_GoesOn(t *testing.T) {
 			if tt.err == "" && err != nil || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
 				t.Errorf("%v, want %q", err, tt.err)
 			}
-			if diff := cmp.Diff(tt.want, g.log); diff != "" {
+			if diff := gocmp.Diff(tt.want, g.log); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
 			}
 			if len(r.Warnings) != len(tt.warnings) {
@@ -332,5 +337,42 @@ func TestCorruptsDiffs(t *testing.T) {
 		if got := capture.CorruptsDiffs(v, c.mib, c.hotplug); got != c.want {
 			t.Errorf("%s, %d MiB, hotplug %v: %v, want %v", c.version, c.mib, c.hotplug, got, c.want)
 		}
+	}
+}
+
+// A VMM that can leaves the sync of its files for when the VM goes on again; one that cannot is asked for nothing that it does not know.
+func TestCapture_LeavesSync(t *testing.T) {
+	const (
+		plain   = `{"snapshot_path":"snapshot.new/state","mem_file_path":"snapshot.new/memory","snapshot_type":"Full"}`
+		without = `{"snapshot_path":"snapshot.new/state","mem_file_path":"snapshot.new/memory","snapshot_type":"Full","sync_snapshot_files":false}`
+	)
+	unknown := map[string]fakefc.Fault{"PUT /snapshot/create": {Status: 400, Message: "unknown field `sync_snapshot_files`, expected one of `mem_file_path`"}}
+	full := map[string]fakefc.Fault{"PUT /snapshot/create": {Status: 400, Message: "disk full"}}
+	for name, tt := range map[string]struct {
+		version string
+		faults  map[string]fakefc.Fault
+		want    []string
+	}{
+		"old":   {"1.15.1", written, []string{plain}},
+		"new":   {"1.17.0", written, []string{without}},
+		"build": {"1.17.0", unknown, []string{without, plain}},
+		"fault": {"1.17.0", full, []string{without}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := &fakeGuest{version: tt.version}
+			_, err := vm(t, g, tt.faults).Capture(t.Context(), t.TempDir(), capture.Options{})
+			if wrong := tt.faults["PUT /snapshot/create"].Status != 0; (err != nil) != wrong {
+				t.Errorf("captured: %v", err)
+			}
+			var got []string
+			for _, r := range g.vmm.Requests() {
+				if r.Path == "/snapshot/create" {
+					got = append(got, r.Body)
+				}
+			}
+			if diff := gocmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("asked for (-want +got):\n%s", diff)
+			}
+		})
 	}
 }

@@ -139,10 +139,13 @@ func otherCalls(s *spec.Spec) []Call {
 		}, (*firecracker.Client).PutMemoryHotplug))
 	}
 	if s.Metrics != nil {
-		list = append(list, put("/metrics", firecracker.Metrics{MetricsPath: store.MetricsFIFO},
-			(*firecracker.Client).PutMetrics))
+		list = append(list, metrics(s.Metrics))
 	}
 	return list
+}
+
+func metrics(m *spec.Metrics) Call {
+	return put("/metrics", firecracker.Metrics{MetricsPath: store.MetricsFIFO, EmitID: m.EmitID, Properties: m.Properties}, (*firecracker.Client).PutMetrics)
 }
 
 // RateLimiter is r as the VMM has it, nil for nil.

@@ -187,6 +187,19 @@ func TestRestoreCalls(t *testing.T) {
 	golden(t, "restored-least.txt", lines(t, configure.RestoreCalls(&spec.Spec{}, &configure.Restored{}, newest)))
 }
 
+// Metrics name their VM and have its properties, be it started anew or restored.
+func TestCalls_Metrics(t *testing.T) {
+	s := &spec.Spec{Metrics: &spec.Metrics{MetricsPath: "/m", EmitID: true, Properties: map[string]string{"b": "2", "a": "1"}}}
+	const want = `/metrics {"metrics_path":"metrics.fifo","emit_id":true,"properties":{"a":"1","b":"2"}}` + "\n"
+	for name, calls := range map[string][]configure.Call{
+		"started": configure.Calls(s, newest), "restored": configure.RestoreCalls(s, &configure.Restored{}, newest),
+	} {
+		if got := lines(t, calls); !strings.Contains(got, want) {
+			t.Errorf("%s: want %s in %s", name, want, got)
+		}
+	}
+}
+
 // What a guest does with memory that is plugged in is said on its command line, unless its configuration says it.
 func TestCalls_HotplugState(t *testing.T) {
 	for args, want := range map[string]string{

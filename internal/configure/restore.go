@@ -32,7 +32,7 @@ func RestoreCalls(s *spec.Spec, r *Restored, v firecracker.Version) []Call {
 		list = append(list, put("/serial", firecracker.SerialDevice{RateLimiter: tokenBucket(c.RateLimiter)}, (*firecracker.Client).PutSerial))
 	}
 	if s.Metrics != nil {
-		list = append(list, put("/metrics", firecracker.Metrics{MetricsPath: store.MetricsFIFO}, (*firecracker.Client).PutMetrics))
+		list = append(list, metrics(s.Metrics))
 	}
 	if r.Metadata != nil { // what is put before survives
 		list = append(list, put("/mmds", any(r.Metadata), (*firecracker.Client).PutMMDS))

@@ -60,7 +60,9 @@ func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, er
 		s.Logger = &logger
 	}
 	if s.Metrics != nil {
-		s.Metrics = &spec.Metrics{MetricsPath: r.abs(s.Metrics.MetricsPath)}
+		m := *s.Metrics
+		m.MetricsPath = r.abs(m.MetricsPath)
+		s.Metrics = &m
 	}
 	for _, c := range configure.Calls(s, v) {
 		r.errs = append(r.errs, versionErrors(c, v)...)
