@@ -56,16 +56,18 @@ func OpenInput(dir string) (io.WriteCloser, error) {
 // inputPatience is how long a guest may take to read anything when there is no room for more.
 const inputPatience = 5 * time.Second
 
+// inputPart is how many bytes are written at once: all or none of so few (PIPE_BUF).
+const inputPart = 512
+
 // Write returns when all is in the FIFO, ErrUnread when the guest does not read.
 func (i *input) Write(p []byte) (n int, err error) {
 	for n < len(p) {
 		if err := i.f.SetWriteDeadline(time.Now().Add(inputPatience)); err != nil {
 			return n, fmt.Errorf("write to console: %w", err)
 		}
-		more, err := i.f.Write(p[n:])
+		more, err := i.f.Write(p[n:min(n+inputPart, len(p))])
 		n += more
 		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded) && more > 0: // it is slow
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return n, fmt.Errorf("write to console: %w", status.ErrUnread)
 		case errors.Is(err, unix.EPIPE):
