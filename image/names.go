@@ -79,7 +79,10 @@ func (s *Store) read(name string) (*Image, error) {
 	if isNotExist(err) {
 		return nil, err
 	}
-	if err == nil && (i.Version != imageVersion || i.Name != name) {
+	if err == nil && i.Version > imageVersion {
+		err = &atomicfile.VersionError{Path: s.nameFile(name), Version: i.Version, Newest: imageVersion}
+	}
+	if err == nil && (i.Version < 1 || i.Name != name) {
 		err = fmt.Errorf("its description has version %d and name %q: %w", i.Version, i.Name, ErrCorrupt)
 	}
 	if err != nil {

@@ -18,7 +18,6 @@ import (
 	"push.rocks/smartvm/internal/atomicfile"
 	"push.rocks/smartvm/internal/download"
 	"push.rocks/smartvm/internal/lock"
-	"push.rocks/smartvm/internal/strictjson"
 )
 
 // Bundle is a kernel and a root file system. Its files must not be written.
@@ -246,7 +245,7 @@ func readJSON[T any](path string, limit int) (v T, err error) {
 	if err != nil {
 		return v, err
 	}
-	if v, err = strictjson.Unmarshal[T](data, limit); err != nil {
+	if v, err = atomicfile.DecodeStrict[T](data, limit); err != nil {
 		return v, fmt.Errorf("read %s: %w: %w", path, ErrCorrupt, err)
 	}
 	return v, nil

@@ -24,7 +24,6 @@ import (
 	"push.rocks/smartvm/internal/hint"
 	"push.rocks/smartvm/internal/kept"
 	"push.rocks/smartvm/internal/storelock"
-	"push.rocks/smartvm/internal/strictjson"
 )
 
 // ErrCorrupt says that a stored file is not what was stored.
@@ -194,13 +193,14 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// ReadJSON reads a document of at most limit bytes.
+// ReadJSON reads a document of at most limit bytes. The error is ErrCorrupt, and spec.ErrNotSupported too where another version of smartvm
+// has written more than is known here: what can be made or fetched again is.
 func ReadJSON[T any](path string, limit int) (v T, err error) {
 	data, err := atomicfile.Read(path, int64(limit))
 	if err != nil {
 		return v, err
 	}
-	if v, err = strictjson.Unmarshal[T](data, limit); err != nil {
+	if v, err = atomicfile.DecodeStrict[T](data, limit); err != nil {
 		return v, fmt.Errorf("read %s: %w: %w", path, ErrCorrupt, err)
 	}
 	return v, nil
