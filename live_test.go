@@ -2,6 +2,8 @@ package smartvm_test
 
 import (
 	"errors"
+	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -168,6 +170,46 @@ func TestMachine_MetricsIdentity(t *testing.T) {
 			}
 			if err := m.Start(t.Context()); err != nil {
 				t.Fatal(err)
+			}
+			site.ended(t, m)
+		})
+	}
+}
+
+// A VM has its devices on a PCI bus where its Firecracker can, and no other has.
+func TestMachine_PCI(t *testing.T) {
+	for name, c := range map[string]struct {
+		version string
+		pci, ok bool
+	}{
+		"Old":     {"1.12.1", true, false},
+		"New":     {"1.13.0", true, true},
+		"Without": {"1.13.0", false, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			testenv.NoLeaks(t)
+			site := newFaultSite(t, fakefc.Script{Version: c.version})
+			site.spec.PCI = c.pci
+			m, err := site.open(t).Create(t.Context(), site.spec)
+			if !c.ok {
+				if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "pci needs Firecracker 1.13.0 or newer, this is 1.12.1") {
+					t.Errorf("%v, want ErrNotSupported", err)
+				}
+				return
+			}
+			if err == nil {
+				err = m.Start(t.Context())
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			in, err := m.Inspect(t.Context())
+			if err != nil || len(in.PIDs) == 0 {
+				t.Fatal(err, in.PIDs)
+			}
+			line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", in.PIDs[0]))
+			if got := strings.Contains(string(line), "\x00--enable-pci\x00"); err != nil || got != c.pci {
+				t.Errorf("the VMM runs as %q, %v", line, err)
 			}
 			site.ended(t, m)
 		})

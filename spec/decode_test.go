@@ -59,6 +59,7 @@ const oursSpec = `{
   "drives": [{"driveId": "data", "pathOnHost": "data.img", "isRootDevice": false, "discard": false}],
   "balloon": {"amountMib": 128, "deflateOnOom": false, "freePageHinting": true, "freePageReporting": true},
   "mmds": {"networkInterfaces": ["eth0"], "imdsCompat": true},
+  "metrics": {"metricsPath": "/srv/metrics", "emitId": true, "properties": {"customer": "1234"}},
   "entropy": {"rateLimiter": {"bandwidth": {"size": 1, "refillTime": 1}}},
   "serial": {"rateLimiter": {"size": 65536, "refillTime": 1000}},
   "pmem": [{
@@ -66,7 +67,8 @@ const oursSpec = `{
     "rateLimiter": {"ops": {"size": 1, "refillTime": 1}}
   }],
   "memoryHotplug": {"totalSizeMib": 1024, "slotSizeMib": 256, "blockSizeMib": 4},
-  "cpuConfig": {"kvm_capabilities": ["!121"]}
+  "cpuConfig": {"kvm_capabilities": ["!121"]},
+  "pci": true
 }`
 
 const imageSpec = `{

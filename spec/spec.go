@@ -75,6 +75,9 @@ type Spec struct {
 	// ExtraHosts are names that the guest of an image finds in its /etc/hosts, at most 64. With them that file is made anew, whatever the image has.
 	ExtraHosts []ExtraHost `json:"extraHosts,omitempty"`
 
+	// PCI puts the VM's devices on a PCI bus, in place of MMIO: there may be 31 of them then. The guest's kernel needs CONFIG_PCI_MSI and
+	// CONFIG_VIRTIO_PCI. A VM that is restored has what its snapshot's VM had. Firecracker ≥ 1.13
+	PCI           bool            `json:"pci,omitempty"`
 	Entropy       *Entropy        `json:"entropy,omitempty"`
 	Serial        *Serial         `json:"serial,omitempty"`        // Firecracker ≥ 1.16
 	Pmem          []Pmem          `json:"pmem,omitempty"`          // Firecracker ≥ 1.14

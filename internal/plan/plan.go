@@ -33,7 +33,7 @@ type Plan struct {
 func (in *Input) Plan() *Plan {
 	s, dir, uid := &in.Spec, in.Store.Dir(in.ID), -1
 	run := filepath.Join(dir, store.RunDir)
-	pl := &Plan{Config: vmm.Config{ID: in.ID, Binary: in.Binary, Dir: run, Cgroup: in.Cgroup, Log: vmm.LogOptions{}}}
+	pl := &Plan{Config: vmm.Config{ID: in.ID, Binary: in.Binary, Dir: run, Cgroup: in.Cgroup, PCI: s.PCI, Log: vmm.LogOptions{}}}
 	if in.Jailer != "" {
 		uid = in.UID
 		pl.Config.Jailer = &vmm.Jailer{Binary: in.Jailer, UID: uid}

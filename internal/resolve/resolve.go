@@ -64,6 +64,9 @@ func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, er
 		m.MetricsPath = r.abs(m.MetricsPath)
 		s.Metrics = &m
 	}
+	if need := (firecracker.Version{Major: 1, Minor: 13}); s.PCI && !v.AtLeast(need) {
+		r.errs = append(r.errs, tooOld(fmt.Errorf("%w: pci needs Firecracker %s or newer, this is %s", spec.ErrNotSupported, need, v)))
+	}
 	for _, c := range configure.Calls(s, v) {
 		r.errs = append(r.errs, versionErrors(c, v)...)
 	}
@@ -76,8 +79,10 @@ func versionErrors(c configure.Call, v firecracker.Version) []error {
 	if err == nil {
 		return nil
 	}
-	return []error{hint.Add(fmt.Errorf("%w: %w", spec.ErrNotSupported, err), "use a newer Firecracker, or leave the field out")}
+	return []error{tooOld(fmt.Errorf("%w: %w", spec.ErrNotSupported, err))}
 }
+
+func tooOld(err error) error { return hint.Add(err, "use a newer Firecracker, or leave the field out") }
 
 func access(ephemeral, readOnly bool, own *bool) uint32 {
 	if readOnly || stage.Wanted(ephemeral, readOnly, own) {

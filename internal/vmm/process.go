@@ -29,6 +29,7 @@ type Config struct {
 	Dir    string  // absolute, exists, empty; everything the run makes is below it
 	Cgroup string  // an existing group for this process alone; "": there is none
 	NetNS  string  // the file of the network namespace that it runs in; "": this process's
+	PCI    bool    // its devices are on a PCI bus
 
 	Items   []stage.Item // what the VMM is given under its working directory
 	Log     LogOptions
@@ -97,6 +98,9 @@ func (c *Config) Argv() []string {
 	}
 	if c.Log.ShowOrigin {
 		args = append(args, "--show-log-origin")
+	}
+	if c.PCI {
+		args = append(args, "--enable-pci")
 	}
 	if c.Jailer == nil {
 		return append([]string{c.Binary, "--id", c.ID}, args...)

@@ -53,10 +53,10 @@ func TestConfig_Argv(t *testing.T) {
 			"jailed without a group",
 			vmm.Config{
 				ID: "vm-1", Binary: "/usr/bin/firecracker", Dir: "/run/vm-1/run", Jailer: &vmm.Jailer{Binary: "/usr/bin/jailer", UID: 1234},
-				Log: vmm.LogOptions{Level: "Off"},
+				Log: vmm.LogOptions{Level: "Off"}, PCI: true,
 			},
 			"/usr/bin/jailer --id vm-1 --exec-file /usr/bin/firecracker --uid 1234 --gid 1234 --chroot-base-dir /run/vm-1/run/jail" +
-				" -- --api-sock firecracker.socket --log-path log.fifo --level Off",
+				" -- --api-sock firecracker.socket --log-path log.fifo --level Off --enable-pci",
 			"/run/vm-1/run/jail/firecracker/vm-1/root",
 		},
 	}
