@@ -34,7 +34,8 @@ type (
 	FieldError       = spec.FieldError
 )
 
-// Where a VM is in its life, how its last run ended, and what operations on it fail with: see package status.
+// Where a VM is in its life, how its last run ended, and what operations on it fail with: see
+// package status.
 type (
 	State        = status.State
 	StateError   = status.StateError
@@ -77,8 +78,8 @@ var (
 	ErrNotSupported = spec.ErrNotSupported
 )
 
-// What goes on in a guest, of which its agent is asked: see package guest. VMs of images have an agent, and others that run it as a
-// service.
+// What goes on in a guest, of which its agent is asked: see package guest. VMs of images have an
+// agent, and others that run it as a service.
 type (
 	Cmd          = guest.Cmd
 	CmdExit      = guest.Exit
@@ -90,7 +91,8 @@ type (
 	Secrets      = guest.Secrets // files and variables that only a guest may see
 )
 
-// ErrNoAgent means that no agent answers in the guest: it is still booting, has no agent, or is about to end.
+// ErrNoAgent means that no agent answers in the guest: it is still booting, has no agent, or is
+// about to end.
 var ErrNoAgent = agent.ErrNoAgent
 
 // ErrDetached means that the caller has left a program of a guest to itself: see Cmd.

@@ -9,9 +9,14 @@ import (
 	"golang.org/x/tools/go/packages"
 )
 
-// An embedder can name each type that a public package shows, and read of it: none is of an internal package.
+// An embedder can name each type that a public package shows, and read of it: none is of an
+// internal package.
 func TestHouse_PublicTypes(t *testing.T) {
-	all, err := packages.Load(&packages.Config{Mode: packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps, Context: t.Context()}, "./...")
+	all, err := packages.Load(
+		&packages.Config{
+			Mode:    packages.NeedName | packages.NeedTypes | packages.NeedImports | packages.NeedDeps,
+			Context: t.Context(),
+		}, "./...")
 	if err != nil {
 		t.Fatal(err)
 	}

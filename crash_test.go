@@ -23,10 +23,10 @@ import (
 	"push.rocks/smartvm/network"
 )
 
-// The crash matrix: a process that makes, starts, stops and removes a VM is killed at each of its steps in turn; then
-// one that recovers is killed at each of its own, again and again, until it gets through. Whatever VM is then
-// legitimately there is removed, and the host must be as it was. So must it be of a start that fails, and of a VM that is
-// one call's.
+// The crash matrix: a process that makes, starts, stops and removes a VM is killed at each of its
+// steps in turn; then one that recovers is killed at each of its own, again and again, until it
+// gets through. Whatever VM is then legitimately there is removed, and the host must be as it was.
+// So must it be of a start that fails, and of a VM that is one call's.
 
 func init() {
 	children["crash-life"] = func(args []string) int { return crashChild(args, crashLife) }
@@ -66,8 +66,8 @@ func newCrashSite(dir string, launcher smartvm.Launcher, firecracker, jailer str
 	}
 }
 
-// crashChild runs work and kills the process at the step whose number is its last argument. It prints how many
-// steps there were.
+// crashChild runs work and kills the process at the step whose number is its last argument. It
+// prints how many steps there were.
 func crashChild(args []string, work func(context.Context, *crashSite) error) int {
 	site := newCrashSite(args[0], smartvm.Launcher(args[1]), args[2], args[3])
 	fatal, err := strconv.Atoi(args[4])
@@ -223,7 +223,8 @@ func (s *crashSite) run(t *testing.T, child string, step int) (steps int, surviv
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, s.binary, s.dir, string(s.launcher), s.options.FirecrackerBinary, s.options.JailerBinary, strconv.Itoa(step))
+	cmd := exec.CommandContext(ctx, s.binary, s.dir, string(s.launcher), s.options.FirecrackerBinary,
+		s.options.JailerBinary, strconv.Itoa(step))
 	cmd.Env = append(os.Environ(), "SMARTVM_TEST_CHILD="+child)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -327,7 +328,9 @@ type crashMatrix struct {
 // precious is what the drives hold.
 func precious() []byte { return bytes.Repeat([]byte("precious"), 1<<15) }
 
-func newCrashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, life string, then tinyguest.Then) *crashMatrix {
+func newCrashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, life string,
+	then tinyguest.Then,
+) *crashMatrix {
 	dir, err := os.MkdirTemp("/dev/shm", "smartvm-crash-")
 	if err != nil {
 		t.Fatal(err)
@@ -355,7 +358,8 @@ func newCrashMatrix(t *testing.T, binary string, launcher smartvm.Launcher, life
 	if x.steps, survived = x.run(t, life, -1); !survived || x.steps < 20 {
 		t.Fatalf("an undisturbed life has %d steps", x.steps)
 	}
-	if err := os.MkdirAll(filepath.Join(dir, "data/snapshots/.tmp"), 0o700); err != nil { // which looking for snapshots makes
+	// which looking for snapshots makes
+	if err := os.MkdirAll(filepath.Join(dir, "data/snapshots/.tmp"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	testenv.NoLeaks(t, dir)
@@ -381,8 +385,8 @@ func (x *crashMatrix) recover(fatal int) (survived bool) {
 	return survived
 }
 
-// again: after each death recoveries die at one step after the other, each in what the one before has left. Where there is
-// one journal to be undone, that is as if each came first.
+// again: after each death recoveries die at one step after the other, each in what the one before
+// has left. Where there is one journal to be undone, that is as if each came first.
 func (x *crashMatrix) again() {
 	for step := 1; step <= x.steps; step++ {
 		x.die(step)
@@ -393,7 +397,8 @@ func (x *crashMatrix) again() {
 	}
 }
 
-// once: after each death one recovery dies too, each time at another step, and the next gets through.
+// once: after each death one recovery dies too, each time at another step, and the next gets
+// through.
 func (x *crashMatrix) once() {
 	for step := 1; step <= x.steps; step++ {
 		x.die(step)
@@ -408,8 +413,8 @@ func (x *crashMatrix) once() {
 // crashStride spreads what would take minutes.
 const crashStride = 12
 
-// afresh: each recovery that dies is the first after a death of its own. Every step of both is hit, one pair in
-// crashStride. Of a VM that is one call's nothing may be left for others to remove.
+// afresh: each recovery that dies is the first after a death of its own. Every step of both is hit,
+// one pair in crashStride. Of a VM that is one call's nothing may be left for others to remove.
 func (x *crashMatrix) afresh() {
 	for step := 1; step <= x.steps; step++ {
 		for fatal := 1 + step%crashStride; ; fatal += crashStride {
@@ -430,13 +435,17 @@ func (x *crashMatrix) afresh() {
 // wantEmpty is what of wantAsBefore takes no time.
 func (x *crashMatrix) wantEmpty(when string, args ...any) {
 	x.t.Helper()
-	for _, dir := range []string{x.options.RuntimeDir, filepath.Join(x.options.RuntimeDir, store.LeaseDir), filepath.Join(x.options.DataDir, "staging")} {
+	for _, dir := range []string{
+		x.options.RuntimeDir, filepath.Join(x.options.RuntimeDir, store.LeaseDir),
+		filepath.Join(x.options.DataDir, "staging"),
+	} {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
 			x.t.Fatal(err)
 		}
 		for _, e := range entries {
-			if e.Name() != store.LeaseDir && e.Name() != store.NetworkDir && e.Name() != store.SlotDir && e.Name() != store.EventDir {
+			if e.Name() != store.LeaseDir && e.Name() != store.NetworkDir && e.Name() != store.SlotDir &&
+				e.Name() != store.EventDir {
 				x.clean(x.t)
 				x.t.Fatalf("%s: left behind: %s in %s", fmt.Sprintf(when, args...), e.Name(), dir)
 			}

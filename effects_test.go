@@ -31,7 +31,8 @@ import (
 	"push.rocks/smartvm/journal"
 )
 
-// The conformance suite of effects: what package journal expects of one, asked of every kind in effects.go.
+// The conformance suite of effects: what package journal expects of one, asked of every kind in
+// effects.go.
 
 // effectCase is one kind of effect, on a real object in a directory of the test's own.
 type effectCase struct {
@@ -40,11 +41,11 @@ type effectCase struct {
 	describe func(t *testing.T, dir string) journal.Effect
 	// there says whether what the effect makes is there.
 	there func(e journal.Effect) bool
-	// foreign puts in the effect's place what is not its own, and returns what tells that it is untouched. Nil: there can
-	// be no such thing.
+	// foreign puts in the effect's place what is not its own, and returns what tells that it is
+	// untouched. Nil: there can be no such thing.
 	foreign func(t *testing.T, e journal.Effect) (untouched func() bool)
-	// leaves says that Revert by itself tells a foreign object from its own. Otherwise its place is ours alone, and it is
-	// the journal that does not revert what was there before.
+	// leaves says that Revert by itself tells a foreign object from its own. Otherwise its place is
+	// ours alone, and it is the journal that does not revert what was there before.
 	leaves bool
 }
 
@@ -112,10 +113,14 @@ var effectCases = map[string]effectCase{
 	"share": {
 		describe: func(t *testing.T, dir string) journal.Effect {
 			source := filepath.Join(dir, "shared")
-			if err := errors.Join(os.MkdirAll(source, 0o700), os.WriteFile(filepath.Join(source, "f"), []byte("precious"), 0o600)); err != nil {
+			if err := errors.Join(os.MkdirAll(source, 0o700),
+				os.WriteFile(filepath.Join(source, "f"), []byte("precious"), 0o600)); err != nil {
 				t.Fatal(err)
 			}
-			return &share.Image{Path: filepath.Join(dir, "volumes"), Volumes: []smartvm.Volume{{Source: source, Target: "/a"}, {Source: source + "/f", Target: "/b"}}}
+			return &share.Image{
+				Path:    filepath.Join(dir, "volumes"),
+				Volumes: []smartvm.Volume{{Source: source, Target: "/a"}, {Source: source + "/f", Target: "/b"}},
+			}
 		},
 		there:   func(e journal.Effect) bool { return exists(e.(*share.Image).Path) },
 		foreign: func(t *testing.T, e journal.Effect) func() bool { return foreignFile(t, e.(*share.Image).Path) },
@@ -203,7 +208,8 @@ var effectCases = map[string]effectCase{
 	},
 }
 
-// describeProcess is a program that waits, in the place of a VMM. Its identity is its working directory.
+// describeProcess is a program that waits, in the place of a VMM. Its identity is its working
+// directory.
 func describeProcess(t *testing.T, dir string) journal.Effect {
 	t.Helper()
 	program, run := filepath.Join(dir, "firecracker"), filepath.Join(dir, "run")
@@ -268,7 +274,8 @@ func reread(t *testing.T, kind string, e journal.Effect) journal.Effect {
 func TestEffects_EachHasACase(t *testing.T) {
 	all := smartvm.EffectKinds()
 	maps.DeleteFunc(all, func(kind string, _ func() journal.Effect) bool {
-		return slices.Contains([]string{"use", "tap", "slot", "guest", "bridged"}, kind) // package network has a suite of its own for these
+		// package network has a suite of its own for these
+		return slices.Contains([]string{"use", "tap", "slot", "guest", "bridged"}, kind)
 	})
 	kinds := slices.Sorted(maps.Keys(all))
 	if diff := cmp.Diff(kinds, slices.Sorted(maps.Keys(effectCases))); diff != "" {
@@ -407,7 +414,8 @@ func TestEffects_RecordIsEnough(t *testing.T) {
 	})
 }
 
-// While it cannot be told that a VMM has ended, what it uses is kept; it is undone once that can be told.
+// While it cannot be told that a VMM has ended, what it uses is kept; it is undone once that can be
+// told.
 func TestEffects_Barriers(t *testing.T) {
 	var barriers []string
 	for kind, e := range smartvm.EffectKinds() {
@@ -430,7 +438,8 @@ func TestEffects_Barriers(t *testing.T) {
 		t.Run(last, func(t *testing.T) {
 			dir := t.TempDir()
 			testenv.NoLeaks(t)
-			// Groups are seen by way of a link, and not where it leads elsewhere: as in a container without their hierarchy.
+			// Groups are seen by way of a link, and not where it leads elsewhere: as in a container without
+			// their hierarchy.
 			way := filepath.Join(dir, "groups")
 			see := func(to string) {
 				t.Helper()
@@ -468,7 +477,8 @@ func TestEffects_Barriers(t *testing.T) {
 				return j.Revert(t.Context())
 			}
 			see(dir)
-			if err := again(); err == nil || !strings.Contains(err.Error(), "revert "+last) || strings.Count(err.Error(), "revert") > 1 {
+			if err := again(); err == nil || !strings.Contains(err.Error(), "revert "+last) ||
+				strings.Count(err.Error(), "revert") > 1 {
 				t.Errorf("undone without a look at the group: %v, want an error of %s alone", err, last)
 			}
 			if !effectCases["lease"].there(lease) {

@@ -88,7 +88,8 @@ func ExampleHost_Watch() {
 	log.Print(err)
 }
 
-// What a service does when it starts: it supervises the VMs that an earlier one has left, and clears up.
+// What a service does when it starts: it supervises the VMs that an earlier one has left, and
+// clears up.
 func ExampleHost_Recover() {
 	h, err := smartvm.Open(smartvm.Options{})
 	if err != nil {
@@ -114,7 +115,8 @@ func ExampleMachine_Exec() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	exit, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"make", "test"}, Dir: "/src", Stdout: os.Stdout, Stderr: os.Stderr})
+	exit, err := m.Exec(ctx,
+		smartvm.Cmd{Args: []string{"make", "test"}, Dir: "/src", Stdout: os.Stdout, Stderr: os.Stderr})
 	if errors.Is(err, smartvm.ErrNoAgent) {
 		log.Fatal("its guest has no agent: ", smartvm.Hint(err))
 	}

@@ -396,7 +396,8 @@ func TestFault_KVM(t *testing.T) {
 		t.Run(tt.child, func(t *testing.T) {
 			site := newFaultSite(t, fakefc.Script{})
 			// Nobody else's: the way to it, and what is in it.
-			err := errors.Join(os.Chmod(filepath.Dir(site.dir), 0o755), os.Chown(site.dir, nobody, nobody), os.Chown(site.program+".json", nobody, nobody))
+			err := errors.Join(os.Chmod(filepath.Dir(site.dir), 0o755), os.Chown(site.dir, nobody, nobody),
+				os.Chown(site.program+".json", nobody, nobody))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -420,11 +421,13 @@ func TestFault_KVM(t *testing.T) {
 	}
 }
 
-// noSpaceChild stages to a file system of a few MiB. With a second argument, another writer fills that up meanwhile.
+// noSpaceChild stages to a file system of a few MiB. With a second argument, another writer fills
+// that up meanwhile.
 func noSpaceChild(args []string) int {
 	site := childSite(args[0])
 	size := args[1]
-	if err := errors.Join(os.Mkdir(site.options.RuntimeDir, 0o700), unix.Mount("none", site.options.RuntimeDir, "tmpfs", 0, "mode=700,size="+size)); err != nil {
+	if err := errors.Join(os.Mkdir(site.options.RuntimeDir, 0o700),
+		unix.Mount("none", site.options.RuntimeDir, "tmpfs", 0, "mode=700,size="+size)); err != nil {
 		return finish(childReport{}, err)
 	}
 	hog := filepath.Join(site.options.RuntimeDir, ".hog")
@@ -476,7 +479,8 @@ func TestFault_NoSpace(t *testing.T) {
 	}
 }
 
-// fullChild runs a VM on a file system that becomes full before the VM ends, by itself or because it was lost.
+// fullChild runs a VM on a file system that becomes full before the VM ends, by itself or because
+// it was lost.
 func fullChild(args []string) int {
 	site, dir := childSite(args[0]), filepath.Join(args[0], "runtime")
 	err := errors.Join(os.Mkdir(dir, 0o700), unix.Mount("none", dir, "tmpfs", 0, "mode=700,size=4m"))
@@ -534,13 +538,14 @@ func fullLife(site *faultSite, lost bool) (report childReport, err error) {
 	return report, errors.Join(err, m.Remove(ctx))
 }
 
-// How a VM ended is known although its file system was full by then; else one that is to be removed at its end would stay, and the file
-// system full.
+// How a VM ended is known although its file system was full by then; else one that is to be removed
+// at its end would stay, and the file system full.
 func TestFault_FullAtTheEnd(t *testing.T) {
 	testenv.Require(t, testenv.KVM, testenv.Root)
 	testenv.NoLeaks(t)
 	for how, want := range map[string]childReport{
-		"stopped": {Outcome: smartvm.OutcomeKilled, State: smartvm.Stopped}, "lost": {Outcome: smartvm.OutcomeLost, State: smartvm.Lost},
+		"stopped": {Outcome: smartvm.OutcomeKilled, State: smartvm.Stopped},
+		"lost":    {Outcome: smartvm.OutcomeLost, State: smartvm.Lost},
 	} {
 		t.Run(how, func(t *testing.T) {
 			site := newFaultSite(t, fakefc.Script{})
@@ -557,14 +562,18 @@ func TestFault_Unreadable(t *testing.T) {
 	testenv.NoLeaks(t)
 	site := newFaultSite(t, fakefc.Script{})
 	err := errors.Join(
-		os.Chmod(filepath.Dir(site.dir), 0o755), os.Chown(site.dir, nobody, nobody), os.Chown(site.program+".json", nobody, nobody),
+		os.Chmod(filepath.Dir(site.dir), 0o755), os.Chown(site.dir, nobody, nobody),
+		os.Chown(site.program+".json", nobody, nobody),
 		os.Chmod(filepath.Join(site.dir, "kernel"), 0), os.Chmod(filepath.Join(site.dir, "disk"), 0),
 	)
 	if err != nil {
 		t.Fatal(err)
 	}
 	report := site.runChild(t, "forbidden-kvm")
-	for _, want := range []string{"bootSource.kernelImagePath: permission denied", "drives[0].pathOnHost: permission denied"} {
+	for _, want := range []string{
+		"bootSource.kernelImagePath: permission denied",
+		"drives[0].pathOnHost: permission denied",
+	} {
 		if !strings.Contains(report.Create, want) {
 			t.Errorf("create: %q lacks %q", report.Create, want)
 		}

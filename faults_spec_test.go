@@ -29,7 +29,9 @@ func TestFault_RuntimeDir(t *testing.T) {
 			return errors.Join(os.Mkdir(dir+"-there", 0o700), os.Symlink(dir+"-there", dir))
 		}},
 		{"a file", "is not a directory", false, func(dir string) error { return os.WriteFile(dir, nil, 0o700) }},
-		{"mode 0755", "has mode 0755, not 0700", false, func(dir string) error { return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o755)) }},
+		{"mode 0755", "has mode 0755, not 0700", false, func(dir string) error {
+			return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o755))
+		}},
 		{"mode 0500", "has mode 0500, not 0700", false, func(dir string) error { return os.Mkdir(dir, 0o500) }},
 		{"another's", "belongs to user 65534", true, func(dir string) error {
 			return errors.Join(os.Mkdir(dir, 0o700), os.Chown(dir, nobody, nobody))
@@ -76,7 +78,8 @@ func TestFault_RuntimeDir(t *testing.T) {
 	})
 }
 
-// The path of the API socket does not fit into a socket address: real Firecracker by both launchers.
+// The path of the API socket does not fit into a socket address: real Firecracker by both
+// launchers.
 func TestFault_LongSocketPath(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	firecracker, jailer := testenv.Firecracker(t), testenv.Jailer(t)
@@ -144,25 +147,39 @@ func TestFault_Spec(t *testing.T) {
 		{"id of 65", func(_ *testing.T, s *faultSite) { s.spec.ID = strings.Repeat("i", 65) }, []string{"id"}, "64", nil},
 		{"id with a slash", func(_ *testing.T, s *faultSite) { s.spec.ID = "../victim" }, []string{"id"}, "", nil},
 		{"id with a dot", func(_ *testing.T, s *faultSite) { s.spec.ID = ".leases" }, []string{"id"}, "", nil},
-		{"no kernel", func(_ *testing.T, s *faultSite) { s.spec.BootSource.KernelImagePath += "-gone" }, []string{kernel}, "no such file", fs.ErrNotExist},
-		{"kernel a directory", func(_ *testing.T, s *faultSite) { s.spec.BootSource.KernelImagePath = s.dir }, []string{kernel}, "neither a file", nil},
+		{"no kernel", func(_ *testing.T, s *faultSite) {
+			s.spec.BootSource.KernelImagePath += "-gone"
+		}, []string{kernel}, "no such file", fs.ErrNotExist},
+		{"kernel a directory", func(_ *testing.T, s *faultSite) {
+			s.spec.BootSource.KernelImagePath = s.dir
+		}, []string{kernel}, "neither a file", nil},
 		{"kernel rubbish", func(t *testing.T, s *faultSite) {
 			s.spec.BootSource.KernelImagePath = write(t, s, "rubbish", strings.Repeat("#!/bin/sh\n", 1000), 0o644)
 		}, []string{kernel}, "", nil},
 		{"kernel empty", func(t *testing.T, s *faultSite) {
 			s.spec.BootSource.KernelImagePath = write(t, s, "empty", "", 0o644)
 		}, []string{kernel}, "", nil},
-		{"no initrd", func(_ *testing.T, s *faultSite) { s.spec.BootSource.InitrdPath = s.dir + "/none" }, []string{"bootSource.initrdPath"}, "no such file", fs.ErrNotExist},
-		{"initrd a directory", func(_ *testing.T, s *faultSite) { s.spec.BootSource.InitrdPath = s.dir }, []string{"bootSource.initrdPath"}, "neither a file", nil},
-		{"no drive", func(_ *testing.T, s *faultSite) { s.spec.Drives[0].PathOnHost = s.dir + "/none" }, []string{"drives[0].pathOnHost"}, "no such file", fs.ErrNotExist},
-		{"drive a directory", func(_ *testing.T, s *faultSite) { s.spec.Drives[0].PathOnHost = s.dir }, []string{"drives[0].pathOnHost"}, "neither a file", nil},
+		{"no initrd", func(_ *testing.T, s *faultSite) {
+			s.spec.BootSource.InitrdPath = s.dir + "/none"
+		}, []string{"bootSource.initrdPath"}, "no such file", fs.ErrNotExist},
+		{"initrd a directory", func(_ *testing.T, s *faultSite) {
+			s.spec.BootSource.InitrdPath = s.dir
+		}, []string{"bootSource.initrdPath"}, "neither a file", nil},
+		{"no drive", func(_ *testing.T, s *faultSite) {
+			s.spec.Drives[0].PathOnHost = s.dir + "/none"
+		}, []string{"drives[0].pathOnHost"}, "no such file", fs.ErrNotExist},
+		{"drive a directory", func(_ *testing.T, s *faultSite) {
+			s.spec.Drives[0].PathOnHost = s.dir
+		}, []string{"drives[0].pathOnHost"}, "neither a file", nil},
 		{"drive a FIFO", func(t *testing.T, s *faultSite) {
 			s.spec.Drives[0].PathOnHost = s.dir + "/fifo"
 			if err := unix.Mkfifo(s.dir+"/fifo", 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}, []string{"drives[0].pathOnHost"}, "neither a file", nil},
-		{"drive a character device", func(_ *testing.T, s *faultSite) { s.spec.Drives[0].PathOnHost = "/dev/zero" }, []string{"drives[0].pathOnHost"}, "neither a file", nil},
+		{"drive a character device", func(_ *testing.T, s *faultSite) {
+			s.spec.Drives[0].PathOnHost = "/dev/zero"
+		}, []string{"drives[0].pathOnHost"}, "neither a file", nil},
 		{"drive a loop of links", func(t *testing.T, s *faultSite) {
 			s.spec.Drives[0].PathOnHost = s.dir + "/loop"
 			if err := os.Symlink("loop", s.dir+"/loop"); err != nil {
@@ -201,7 +218,8 @@ func TestFault_Spec(t *testing.T) {
 	}
 }
 
-// A bzImage is looked into only when it is extracted. One that is broken inside is found out while the VM is made.
+// A bzImage is looked into only when it is extracted. One that is broken inside is found out while
+// the VM is made.
 func TestFault_CorruptBzImage(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	testenv.NoLeaks(t)
@@ -219,7 +237,8 @@ func TestFault_CorruptBzImage(t *testing.T) {
 	}
 	_, err := site.open(t).Create(t.Context(), site.spec)
 	var me *smartvm.MachineError
-	if !errors.As(err, &me) || me.ID != "victim" || me.Stage != "create" || !strings.Contains(err.Error(), "extract kernel "+site.spec.BootSource.KernelImagePath) {
+	if !errors.As(err, &me) || me.ID != "victim" || me.Stage != "create" ||
+		!strings.Contains(err.Error(), "extract kernel "+site.spec.BootSource.KernelImagePath) {
 		t.Errorf("create: %v, want a *MachineError of the extraction", err)
 	}
 	site.tidy(t)
@@ -244,7 +263,8 @@ func TestFault_TakenNames(t *testing.T) {
 	}
 	other := site.spec
 	other.ID = "other"
-	if _, err := h.Create(t.Context(), other); !errors.Is(err, smartvm.ErrExists) || !strings.Contains(err.Error(), "victim") {
+	if _, err := h.Create(t.Context(), other); !errors.Is(err, smartvm.ErrExists) ||
+		!strings.Contains(err.Error(), "victim") {
 		t.Errorf("same name: %v, want ErrExists, saying whose it is", err)
 	}
 	after, err := os.ReadFile(filepath.Join(m.RuntimeDir(), store.MachineFile))
@@ -261,7 +281,8 @@ func TestFault_Cancelled(t *testing.T) {
 	site := newFaultSite(t, fakefc.Script{})
 	testenv.NoLeaks(t)
 	site.spec.Name = "name"
-	site.spec.Drives = append(site.spec.Drives, smartvm.Drive{DriveID: "inplace", PathOnHost: filepath.Join(site.dir, "disk"), Ephemeral: new(bool)})
+	site.spec.Drives = append(site.spec.Drives,
+		smartvm.Drive{DriveID: "inplace", PathOnHost: filepath.Join(site.dir, "disk"), Ephemeral: new(bool)})
 	site.spec.Vsock = &smartvm.Vsock{GuestCID: 3, UDSPath: filepath.Join(shortDir(t), "vsock")}
 	var step, at int
 	var last string
@@ -338,7 +359,10 @@ func TestFault_Cancelled(t *testing.T) {
 		if state, err := m.State(t.Context()); err != nil || state != smartvm.Failed {
 			t.Errorf("start, cancelled at %q: it is %s: %v", last, state, err)
 		}
-		for _, gone := range []string{filepath.Join(m.RuntimeDir(), store.RunDir), filepath.Join(m.RuntimeDir(), store.RunJournal), site.spec.Vsock.UDSPath} {
+		for _, gone := range []string{
+			filepath.Join(m.RuntimeDir(), store.RunDir),
+			filepath.Join(m.RuntimeDir(), store.RunJournal), site.spec.Vsock.UDSPath,
+		} {
 			if _, err := os.Lstat(gone); !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("start, cancelled at %q: left %s: %v", last, gone, err)
 			}
@@ -450,20 +474,24 @@ func TestFault_LiveUpdates(t *testing.T) {
 	}
 	err = m.UpdateBalloonStats(ctx, 5)
 	var me *smartvm.MachineError
-	if !errors.As(err, &me) || me.Stage != "update balloon statistics" || !strings.Contains(err.Error(), "are not enabled") {
+	if !errors.As(err, &me) || me.Stage != "update balloon statistics" ||
+		!strings.Contains(err.Error(), "are not enabled") {
 		t.Errorf("update balloon statistics: %v", err)
 	}
-	if err := m.UpdateNetworkInterface(ctx, "eth1", limit, nil); err == nil || !strings.Contains(err.Error(), "eth1") && !strings.Contains(err.Error(), "Device not found") {
+	if err := m.UpdateNetworkInterface(ctx, "eth1", limit, nil); err == nil || !strings.Contains(err.Error(), "eth1") &&
+		!strings.Contains(err.Error(), "Device not found") {
 		t.Errorf("update of an interface that there is not: %v", err)
 	}
 	config, err := m.VMConfig(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := config.NetworkInterfaces[0]; n.RxRateLimiter == nil || n.RxRateLimiter.Bandwidth.Size != 1<<20 || n.TxRateLimiter != nil {
+	if n := config.NetworkInterfaces[0]; n.RxRateLimiter == nil || n.RxRateLimiter.Bandwidth.Size != 1<<20 ||
+		n.TxRateLimiter != nil {
 		t.Errorf("interface %+v", n)
 	}
-	if d := config.Drives[0]; d.RateLimiter == nil || d.RateLimiter.Bandwidth.RefillTimeMs != 100 || d.PathOnHost != "drives/disk" {
+	if d := config.Drives[0]; d.RateLimiter == nil || d.RateLimiter.Bandwidth.RefillTimeMs != 100 ||
+		d.PathOnHost != "drives/disk" {
 		t.Errorf("drive %+v", d)
 	}
 	if config.Balloon == nil || config.Balloon.AmountMiB != 32 {

@@ -24,7 +24,8 @@ type faultSite struct {
 	spec    smartvm.Spec
 }
 
-// newFaultSite makes a site with a kernel and a drive. Everything of it is below dir, which is removed with the test.
+// newFaultSite makes a site with a kernel and a drive. Everything of it is below dir, which is
+// removed with the test.
 func newFaultSite(t *testing.T, script fakefc.Script) *faultSite {
 	t.Helper()
 	testenv.Require(t, testenv.KVM)
@@ -109,7 +110,8 @@ func (s *faultSite) tidy(t *testing.T) {
 			}
 		}
 	}
-	if got, err := os.ReadFile(filepath.Join(s.dir, "disk")); err != nil || string(got) != strings.Repeat("precious", 1<<12) {
+	if got, err := os.ReadFile(filepath.Join(s.dir, "disk")); err != nil ||
+		string(got) != strings.Repeat("precious", 1<<12) {
 		t.Errorf("the drive's source changed: %v", err)
 	}
 }
@@ -146,7 +148,13 @@ func TestFault_Start(t *testing.T) {
 		slow   bool
 	}
 	rows := []row{
-		{"hangs before the socket", fakefc.Script{NoSocket: true}, "PUT /machine-config", []string{"did not take its configuration within " + startTimeout.String()}, -1, true},
+		{
+			"hangs before the socket",
+			fakefc.Script{NoSocket: true},
+			"PUT /machine-config",
+			[]string{"did not take its configuration within " + startTimeout.String()},
+			-1, true,
+		},
 		{
 			"exits before the socket",
 			fakefc.Script{ExitAtOnce: &fakefc.Exit{Status: 3, Message: "Error: no such luck"}},
@@ -180,7 +188,11 @@ func TestFault_Start(t *testing.T) {
 		rows = append(rows,
 			row{request + " answers 400", faulty(bad), stage, []string{bad.Message}, -1, false},
 			row{request + " answers 503", faulty(busy), stage, []string{"503"}, -1, false},
-			row{request + " never answers", faulty(fakefc.Fault{Hang: true}), stage, []string{"did not take its configuration within " + startTimeout.String()}, -1, true})
+			row{
+				request + " never answers", faulty(fakefc.Fault{Hang: true}), stage,
+				[]string{"did not take its configuration within " + startTimeout.String()},
+				-1, true,
+			})
 	}
 	testenv.Require(t, testenv.KVM)
 	testenv.NoLeaks(t)
@@ -251,7 +263,10 @@ func TestFault_Stop(t *testing.T) {
 		outcome smartvm.Outcome
 	}{
 		{"obeyed", &fakefc.Fault{Exit: &fakefc.Exit{}, After: true}, time.Hour, smartvm.CtrlAltDel, smartvm.OutcomeExited},
-		{"obeyed with an error", &fakefc.Fault{Exit: &fakefc.Exit{Status: 148}, After: true}, time.Hour, smartvm.CtrlAltDel, smartvm.OutcomeCrashed},
+		{
+			"obeyed with an error", &fakefc.Fault{Exit: &fakefc.Exit{Status: 148}, After: true}, time.Hour, smartvm.CtrlAltDel,
+			smartvm.OutcomeCrashed,
+		},
 		{"ignored", nil, 50 * time.Millisecond, smartvm.Killed, smartvm.OutcomeKilled},
 		{"never answered", &fakefc.Fault{Hang: true}, 50 * time.Millisecond, smartvm.Killed, smartvm.OutcomeKilled},
 		{"refused", &fakefc.Fault{Status: 400, Message: "no keyboard"}, time.Hour, smartvm.Killed, smartvm.OutcomeKilled},

@@ -12,7 +12,8 @@ func writeAs(path string, data []byte, mode fs.FileMode) error {
 	return errors.Join(os.WriteFile(path, data, 0o600), os.Chmod(path, mode))
 }
 
-// shortDir is a directory in memory, where the path of a socket fits into an address, whatever TMPDIR is.
+// shortDir is a directory in memory, where the path of a socket fits into an address, whatever
+// TMPDIR is.
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "smartvm-test-")

@@ -14,7 +14,8 @@ import (
 	"push.rocks/smartvm/snapshot"
 )
 
-// A VMM whose states have a form that nobody knows, as 1.17's have, is as good as any for snapshots, forks and archives.
+// A VMM whose states have a form that nobody knows, as 1.17's have, is as good as any for
+// snapshots, forks and archives.
 func TestSnapshot_UnknownForm(t *testing.T) {
 	site := newFaultSite(t, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
 	h := site.open(t)
@@ -68,28 +69,32 @@ func TestSnapshot_UnknownForm(t *testing.T) {
 
 	site.behave(t, fakefc.Script{})
 	_, err = site.open(t).Restore(t.Context(), "base", smartvm.RestoreOptions{Trust: true})
-	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "11.0.0") || !strings.Contains(smartvm.Hint(err), "smartvm firecracker install 1.17.0") {
+	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "11.0.0") ||
+		!strings.Contains(smartvm.Hint(err), "smartvm firecracker install 1.17.0") {
 		t.Errorf("restore of format 11.0.0 by 6.0.0: %v (hint %q)", err, smartvm.Hint(err))
 	}
 	state, err := os.ReadFile(imported.Path(snapshot.StateFile))
 	must(err)
 	state[len(state)/2] ^= 1
 	replace(t, imported.Path(snapshot.StateFile), state)
-	if _, err := h.Restore(t.Context(), "base", smartvm.RestoreOptions{Trust: true}); !errors.Is(err, snapshot.ErrDamaged) {
+	if _, err := h.Restore(t.Context(), "base", smartvm.RestoreOptions{Trust: true}); !errors.Is(err,
+		snapshot.ErrDamaged) {
 		t.Errorf("a state with another byte: %v, want ErrDamaged", err)
 	}
 	must(errors.Join(h.RemoveSnapshot(t.Context(), "base", false), h.RemoveSnapshot(t.Context(), diff.ID, false)))
 	site.tidy(t)
 }
 
-// A diff that the VMM would write wrongly is refused before the VM is touched; a full snapshot is not.
+// A diff that the VMM would write wrongly is refused before the VM is touched; a full snapshot is
+// not.
 func TestSnapshot_WrongDiff(t *testing.T) {
 	site := newFaultSite(t, fakefc.Script{Version: "1.14.1", Format: "8.0.0"})
 	h := site.open(t)
 	site.spec.MachineConfig.TrackDirtyPages, site.spec.MemoryHotplug = true, &smartvm.MemoryHotplug{TotalSizeMiB: 128}
 	m := site.started(t, h)
 	_, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Diff: true})
-	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "1.14.1") || !strings.Contains(smartvm.Hint(err), "1.14.2") {
+	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "1.14.1") ||
+		!strings.Contains(smartvm.Hint(err), "1.14.2") {
 		t.Errorf("a diff: %v (hint %q), want ErrNotSupported", err, smartvm.Hint(err))
 	}
 	sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{})
@@ -119,7 +124,8 @@ func TestRestore_DeafVMM(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			site := newFaultSite(t, fakefc.Script{Version: c.version, Format: "10.0.0"})
 			var log bytes.Buffer
-			site.options.Log, site.spec.Vsock = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn})), c.vsock
+			site.options.Log, site.spec.Vsock = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn})),
+				c.vsock
 			h := site.open(t)
 			m := site.started(t, h)
 			sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Stop: true})
@@ -133,19 +139,21 @@ func TestRestore_DeafVMM(t *testing.T) {
 			if got := strings.Contains(log.String(), "1.16.1 mends"); got != c.want {
 				t.Errorf("warned: %v, want %v; logged: %s", got, c.want, log.String())
 			}
-			if err := errors.Join(r.Remove(t.Context()), m.Remove(t.Context()), h.RemoveSnapshot(t.Context(), sn.ID, false)); err != nil {
+			if err := errors.Join(r.Remove(t.Context()), m.Remove(t.Context()),
+				h.RemoveSnapshot(t.Context(), sn.ID, false)); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 }
 
-// Transparent huge pages are asked for with a version that knows them, without a pool and without userfaultfd, and refused by value with
-// an older one.
+// Transparent huge pages are asked for with a version that knows them, without a pool and without
+// userfaultfd, and refused by value with an older one.
 func TestHugePages_Transparent(t *testing.T) {
 	old := newFaultSite(t, fakefc.Script{Version: "1.16.1", Format: "10.0.0"})
 	old.spec.MachineConfig.HugePages = "Transparent"
-	if _, err := old.open(t).Create(t.Context(), old.spec); !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), `huge_pages with value "Transparent" needs Firecracker 1.17.0`) {
+	if _, err := old.open(t).Create(t.Context(), old.spec); !errors.Is(err, smartvm.ErrNotSupported) ||
+		!strings.Contains(err.Error(), `huge_pages with value "Transparent" needs Firecracker 1.17.0`) {
 		t.Errorf("with 1.16.1: %v, want ErrNotSupported", err)
 	}
 	site := newFaultSite(t, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
@@ -166,19 +174,22 @@ func TestHugePages_Transparent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if plan, err := os.ReadFile(filepath.Join(site.dir, "runtime", r.ID(), "machine.json")); err != nil || bytes.Contains(plan, []byte("memorySocket")) || sn.HugePages != "" {
+	if plan, err := os.ReadFile(filepath.Join(site.dir, "runtime", r.ID(), "machine.json")); err != nil ||
+		bytes.Contains(plan, []byte("memorySocket")) || sn.HugePages != "" {
 		t.Errorf("restored by userfaultfd, or with pages of a pool (%q): %s, %v", sn.HugePages, plan, err)
 	}
 	if _, err := r.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
 		t.Error(err)
 	}
-	if err := errors.Join(r.Remove(t.Context()), m.Remove(t.Context()), h.RemoveSnapshot(t.Context(), sn.ID, false)); err != nil {
+	if err := errors.Join(r.Remove(t.Context()), m.Remove(t.Context()),
+		h.RemoveSnapshot(t.Context(), sn.ID, false)); err != nil {
 		t.Error(err)
 	}
 	site.tidy(t)
 }
 
-// What pages a restored VM has may be chosen with a version that knows this, and is refused before anything is made with others.
+// What pages a restored VM has may be chosen with a version that knows this, and is refused before
+// anything is made with others.
 func TestRestore_HugePages(t *testing.T) {
 	site := newFaultSite(t, fakefc.Script{Version: "1.17.0", Format: "11.0.0"})
 	h := site.open(t)
@@ -213,7 +224,8 @@ func TestRestore_HugePages(t *testing.T) {
 	}
 	refused := func(pages, why string) {
 		t.Helper()
-		if _, err := site.open(t).Restore(t.Context(), sn.ID, smartvm.RestoreOptions{HugePages: pages}); err == nil || !strings.Contains(err.Error(), why) {
+		if _, err := site.open(t).Restore(t.Context(), sn.ID, smartvm.RestoreOptions{HugePages: pages}); err == nil ||
+			!strings.Contains(err.Error(), why) {
 			t.Errorf("huge pages %q: %v, want an error with %q", pages, err, why)
 		}
 	}

@@ -17,9 +17,11 @@ import (
 	"push.rocks/smartvm/internal/store"
 )
 
-// Exec runs a program in the guest, once that has booted, and returns when it has ended. When ctx ends before, the program gets SIGHUP. When
-// the VM is paused, or a snapshot of it is made, it goes on afterwards; in a VM that is restored from that the program gets SIGHUP. Returns
-// ErrNoAgent, *StateError, agent errors, *MachineError where the VM ended meanwhile; that the program ended with another code than 0 is no error.
+// Exec runs a program in the guest, once that has booted, and returns when it has ended. When ctx
+// ends before, the program gets SIGHUP. When the VM is paused, or a snapshot of it is made, it goes
+// on afterwards; in a VM that is restored from that the program gets SIGHUP. Returns ErrNoAgent,
+// *StateError, agent errors, *MachineError where the VM ended meanwhile; that the program ended
+// with another code than 0 is no error.
 func (m *Machine) Exec(ctx context.Context, cmd Cmd) (exit CmdExit, err error) {
 	err = m.inGuest(ctx, "exec in", func(c *agent.Client) error {
 		exit, err = c.Exec(ctx, cmd)
@@ -28,15 +30,16 @@ func (m *Machine) Exec(ctx context.Context, cmd Cmd) (exit CmdExit, err error) {
 	return exit, err
 }
 
-// CopyTo copies a file or a tree of the host into the guest. A directory at to takes it under its name, "/." at the end of from
-// means what is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in the directory to; where the copy
-// fails, in may be read once more.
+// CopyTo copies a file or a tree of the host into the guest. A directory at to takes it under its
+// name, "/." at the end of from means what is in it; otherwise it is called to. From "-" is a tar
+// archive that in reads, to be unpacked in the directory to; where the copy fails, in may be read
+// once more.
 func (m *Machine) CopyTo(ctx context.Context, from, to string, in io.Reader, o CopyOptions) error {
 	return m.inGuest(ctx, "copy to", func(c *agent.Client) error { return c.CopyTo(ctx, from, to, in, o) })
 }
 
-// CopyFrom copies a file or a tree of the guest to the host, by the same rules. To "-" writes a tar archive to out. Nothing is
-// written outside to, whatever the guest sends.
+// CopyFrom copies a file or a tree of the guest to the host, by the same rules. To "-" writes a tar
+// archive to out. Nothing is written outside to, whatever the guest sends.
 func (m *Machine) CopyFrom(ctx context.Context, from, to string, out io.Writer, o CopyOptions) error {
 	return m.inGuest(ctx, "copy from", func(c *agent.Client) error { return c.CopyFrom(ctx, from, to, out, o) })
 }
@@ -53,8 +56,9 @@ func (m *Machine) DialVsock(ctx context.Context, port uint32) (conn net.Conn, er
 	return conn, err
 }
 
-// Forward leads the connections that l accepts to a TCP port on the guest's localhost, until ctx ends, which is its error. It closes l.
-// Failed, if not nil, receives why a connection could not be led there.
+// Forward leads the connections that l accepts to a TCP port on the guest's localhost, until ctx
+// ends, which is its error. It closes l. Failed, if not nil, receives why a connection could not be
+// led there.
 func (m *Machine) Forward(ctx context.Context, l net.Listener, port uint16, failed func(error)) error {
 	return agent.Forward(ctx, l, func(ctx context.Context) (net.Conn, error) { return m.DialTCP(ctx, port) }, failed)
 }
@@ -96,8 +100,9 @@ func lacks(g *GuestState) string {
 	return fmt.Sprintf("its command does not run (the agent does, since %s)", g.Agent.Round(time.Millisecond))
 }
 
-// AwaitReady returns when the guest says that its command runs, or that it serves, where its agent is a service. A VM that
-// ends before is a *MachineError with the last of its console; so is the context's end.
+// AwaitReady returns when the guest says that its command runs, or that it serves, where its agent
+// is a service. A VM that ends before is a *MachineError with the last of its console; so is the
+// context's end.
 func (m *Machine) AwaitReady(ctx context.Context) (*GuestState, error) {
 	if m.rec().Spec.Vsock == nil {
 		return nil, fmt.Errorf("wait for VM %s: %w", m.rec().ID, ErrNoAgent)
@@ -152,7 +157,8 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 			err = do(m.vm.Agent())
 		}
 		// When the driver in a guest learns that it was restored, maybe late, it resets all connections.
-		for end := time.Now().Add(resetTime); rec.Restored != nil && errors.Is(err, unix.ECONNRESET) && time.Now().Before(end); err = do(m.vm.Agent()) {
+		for end := time.Now().Add(resetTime); rec.Restored != nil && errors.Is(err, unix.ECONNRESET) &&
+			time.Now().Before(end); err = do(m.vm.Agent()) {
 			time.Sleep(guestwatch.BootingPause)
 		}
 	}
@@ -162,7 +168,8 @@ func (m *Machine) inGuest(ctx context.Context, op string, do func(*agent.Client)
 			return ended
 		}
 	case errors.As(err, new(*agent.VersionError)):
-		err = hint.Add(err, "a VM keeps the agent that it was made with: make it anew, or use the smartvm that made it; an agent that is a service is to be replaced by what smartvm agent writes")
+		err = hint.Add(err,
+			"a VM keeps the agent that it was made with: make it anew, or use the smartvm that made it; an agent that is a service is to be replaced by what smartvm agent writes")
 	case errors.Is(err, ErrNoAgent) && !rec.HasAgent():
 		err = hint.Add(err, "a guest that boots by itself needs it as a service: smartvm agent --help")
 	case errors.Is(err, ErrNoAgent):
@@ -189,12 +196,14 @@ func (m *Machine) canAsk(ctx context.Context, op string) error {
 		return hint.Add(&StateError{ID: id, Op: op, State: state, Want: []State{Running}}, "smartvm %s %s", verb, id)
 	}
 	if m.rec().Spec.Vsock == nil {
-		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, id, ErrNoAgent), "VMs of images have one; others get it by --vsock, and an agent by smartvm agent")
+		return hint.Add(fmt.Errorf("%s VM %s: %w: it has no vsock device", op, id, ErrNoAgent),
+			"VMs of images have one; others get it by --vsock, and an agent by smartvm agent")
 	}
 	return nil
 }
 
-// exitPatience is how long it may take until a VM that has cut off its connections is known to have ended.
+// exitPatience is how long it may take until a VM that has cut off its connections is known to have
+// ended.
 const exitPatience = 2 * time.Second
 
 // ended says that op was lost because the VM has ended, nil if that is not known soon.

@@ -42,31 +42,35 @@ import (
 type Options struct {
 	// RuntimeDir holds what dies with the VMs. Default: DefaultRuntimeDir().
 	RuntimeDir string `json:"runtimeDir,omitempty"`
-	// DataDir holds what outlives them. Default: /var/lib/smartvm for root, else .local/share/smartvm in
-	// the user's home.
+	// DataDir holds what outlives them. Default: /var/lib/smartvm for root, else .local/share/smartvm
+	// in the user's home.
 	DataDir string `json:"dataDir,omitempty"`
-	// FirecrackerBinary is the VMM. Default: of FirecrackerVersion if that is given, else "firecracker" in PATH, else the
-	// newest that is installed: see Binaries. Without either, a restore may take another installed one: see Restore.
+	// FirecrackerBinary is the VMM. Default: of FirecrackerVersion if that is given, else
+	// "firecracker" in PATH, else the newest that is installed: see Binaries. Without either, a
+	// restore may take another installed one: see Restore.
 	FirecrackerBinary  string `json:"firecrackerBinaryPath,omitempty"`
 	FirecrackerVersion string `json:"firecrackerVersion,omitempty"` // of those installed: "v1.12.1"
 	// JailerBinary is the jailer. Default: "jailer" beside the VMM, else in PATH.
 	JailerBinary string `json:"jailerBinaryPath,omitempty"`
 	// Launcher says how VMMs are started. Default: LaunchJailed for root, else LaunchDirect.
 	Launcher Launcher `json:"launcher,omitempty"`
-	// EphemeralWritableDrives gives each VM its own copy of the writable drives that do not say whether they
-	// want one. Nil means true.
+	// EphemeralWritableDrives gives each VM its own copy of the writable drives that do not say
+	// whether they want one. Nil means true.
 	EphemeralWritableDrives *bool `json:"ephemeralWritableDrives,omitempty"`
-	// BridgeName and Subnet are the default network's. Default: network.DefaultBridge, network.DefaultSubnet. Firewall is
-	// what guests of all networks may reach at most that have no policy of their own. Nil: anything but the host and each other.
+	// BridgeName and Subnet are the default network's. Default: network.DefaultBridge,
+	// network.DefaultSubnet. Firewall is what guests of all networks may reach at most that have no
+	// policy of their own. Nil: anything but the host and each other.
 	BridgeName string         `json:"bridgeName,omitempty"`
 	Subnet     string         `json:"subnet,omitempty"`
 	Firewall   *policy.Policy `json:"firewall,omitempty"`
-	// Images, BaseImages and Binaries say how images and Firecracker are found and fetched. Their directories and Log are the
-	// host's (but for one of BaseImages' own); Offline, Progress and Waiting of Images are for all.
+	// Images, BaseImages and Binaries say how images and Firecracker are found and fetched. Their
+	// directories and Log are the host's (but for one of BaseImages' own); Offline, Progress and
+	// Waiting of Images are for all.
 	Images     image.Options   `json:"-"`
 	BaseImages base.Options    `json:"-"`
 	Binaries   release.Options `json:"-"`
-	// Install has what new VMs need and this machine lacks fetched: Firecracker, the newest release, and a kernel. Images.Offline forbids it.
+	// Install has what new VMs need and this machine lacks fetched: Firecracker, the newest release,
+	// and a kernel. Images.Offline forbids it.
 	Install bool `json:"-"`
 	// Installed receives what was fetched for that, and where it is. It may be nil.
 	Installed func(what, path string) `json:"-"`
@@ -75,12 +79,14 @@ type Options struct {
 	StartTimeout time.Duration `json:"-"`
 	// Log receives log records. If nil, they are discarded.
 	Log *slog.Logger `json:"-"`
-	// Console returns the writer that receives the console of a VM that this process starts or adopts, as it comes, or nil. A
-	// writer that blocks makes the VMM drop output. It may be nil: the console is kept in a file anyhow.
+	// Console returns the writer that receives the console of a VM that this process starts or adopts,
+	// as it comes, or nil. A writer that blocks makes the VMM drop output. It may be nil: the console
+	// is kept in a file anyhow.
 	Console func(id string) io.Writer `json:"-"`
 	// Progress receives how many bytes of a drive are copied, of how many. It may be nil.
 	Progress func(drive string, done, total int64) `json:"-"`
-	// LookupEnv finds what a VM's EnvFiles name without a value, like os.LookupEnv. Nil: it finds nothing.
+	// LookupEnv finds what a VM's EnvFiles name without a value, like os.LookupEnv. Nil: it finds
+	// nothing.
 	LookupEnv func(name string) (value string, ok bool) `json:"-"`
 
 	trace    journal.Trace // the crash matrix's way in
@@ -98,11 +104,12 @@ const (
 	LaunchJailed Launcher = "jailer" // by Firecracker's jailer: own user, own root; needs root
 )
 
-// DefaultStartTimeout is generous: Firecracker answers within milliseconds, on an emulated host within a second.
+// DefaultStartTimeout is generous: Firecracker answers within milliseconds, on an emulated host
+// within a second.
 const DefaultStartTimeout = 30 * time.Second
 
-// DefaultRuntimeDir is .smartvm/runtime (.smartvm-UID/runtime for others than root) on the tmpfs at /dev/shm where
-// there is one, else in the directory for temporary files.
+// DefaultRuntimeDir is .smartvm/runtime (.smartvm-UID/runtime for others than root) on the tmpfs at
+// /dev/shm where there is one, else in the directory for temporary files.
 func DefaultRuntimeDir() string {
 	base, name := "/dev/shm", ".smartvm"
 	if fi, err := os.Stat(base); err != nil || !fi.IsDir() {
@@ -114,8 +121,8 @@ func DefaultRuntimeDir() string {
 	return filepath.Join(base, name, "runtime")
 }
 
-// Host manages the VMs of one runtime directory. Any number of hosts, in any number of processes, may share
-// one. It is safe for concurrent use.
+// Host manages the VMs of one runtime directory. Any number of hosts, in any number of processes,
+// may share one. It is safe for concurrent use.
 type Host struct {
 	opts   Options
 	env    *vmrun.Env
@@ -132,8 +139,8 @@ type Host struct {
 	ring   events.Ring
 }
 
-// Open opens a runtime directory, which it makes if need be. It refuses one that another user could have
-// prepared. It changes nothing about any VM; to clean up after a crash call Recover.
+// Open opens a runtime directory, which it makes if need be. It refuses one that another user could
+// have prepared. It changes nothing about any VM; to clean up after a crash call Recover.
 func Open(opts Options) (*Host, error) {
 	if opts.RuntimeDir == "" {
 		opts.RuntimeDir = DefaultRuntimeDir()
@@ -169,9 +176,11 @@ func Open(opts Options) (*Host, error) {
 	h := &Host{opts: opts}
 	h.env = &vmrun.Env{
 		Host: plan.Host{Store: st, StageDir: filepath.Join(opts.DataDir, store.StageDir), Limits: opts.Images.Limits},
-		Log:  opts.Log, Trace: opts.trace, StartTimeout: opts.StartTimeout, RepairEvery: cmp.Or(opts.healInterval, defaultRepairInterval),
-		Event: h.ring.Append, Context: h.networkContext, Console: opts.Console, Progress: opts.Progress, LookupEnv: opts.LookupEnv,
-		Memory: sync.OnceValue(func() *uffd.Server { return uffd.NewServer(opts.Log) }),
+		Log:  opts.Log, Trace: opts.trace, StartTimeout: opts.StartTimeout,
+		RepairEvery: cmp.Or(opts.healInterval, defaultRepairInterval),
+		Event:       h.ring.Append, Context: h.networkContext, Console: opts.Console, Progress: opts.Progress,
+		LookupEnv: opts.LookupEnv,
+		Memory:    sync.OnceValue(func() *uffd.Server { return uffd.NewServer(opts.Log) }),
 	}
 	h.openRing()
 	h.images = sync.OnceValues(h.openImages)
@@ -192,16 +201,17 @@ func (h *Host) RuntimeDir() string { return h.opts.RuntimeDir }
 // DataDir holds what outlives VMs, absolute.
 func (h *Host) DataDir() string { return h.opts.DataDir }
 
-// Close releases the VMs that this process supervises and leaves them running. Recover, in any process, takes them up.
+// Close releases the VMs that this process supervises and leaves them running. Recover, in any
+// process, takes them up.
 func (h *Host) Close() error {
 	err := h.env.Close()
 	h.ring.Flush()
 	return err
 }
 
-// Create makes a VM that is ready to be started. The spec is checked against itself and the host, everything wrong
-// is reported at once as joined *FieldErrors, and nothing is left behind then. Returns ErrExists where id
-// or name are taken, image.ErrNotFound where the image is not here.
+// Create makes a VM that is ready to be started. The spec is checked against itself and the host,
+// everything wrong is reported at once as joined *FieldErrors, and nothing is left behind then.
+// Returns ErrExists where id or name are taken, image.ErrNotFound where the image is not here.
 func (h *Host) Create(ctx context.Context, spec Spec) (*Machine, error) {
 	m, lock, err := h.create(ctx, spec, nil)
 	if err != nil {
@@ -210,7 +220,8 @@ func (h *Host) Create(ctx context.Context, spec Spec) (*Machine, error) {
 	return m, lock.Unlock()
 }
 
-// create returns the new VM's lock as well, which the caller gives up. Attached, if not nil, says that the VM is one call's.
+// create returns the new VM's lock as well, which the caller gives up. Attached, if not nil, says
+// that the VM is one call's.
 func (h *Host) create(ctx context.Context, spec Spec, attached *RunOptions) (_ *Machine, _ *store.Lock, err error) {
 	h.dataOnce.Do(func() {
 		if err := errors.Join(store.Secure(h.opts.DataDir), store.Secure(h.env.StageDir)); err != nil {
@@ -236,8 +247,8 @@ func (h *Host) create(ctx context.Context, spec Spec, attached *RunOptions) (_ *
 	return &Machine{h, vm}, lock, nil
 }
 
-// Plan says, as JSON, what creating and starting a VM would do to the host, and does none of it. Of an image, what all
-// its VMs share may be made ready in the data directory.
+// Plan says, as JSON, what creating and starting a VM would do to the host, and does none of it. Of
+// an image, what all its VMs share may be made ready in the data directory.
 func (h *Host) Plan(ctx context.Context, spec Spec) ([]byte, error) {
 	d, err := h.prepare(ctx, spec)
 	if err != nil {
@@ -254,7 +265,8 @@ type draft struct {
 	release func() error // of its image, unless the VM has said that it uses it
 }
 
-// prepare checks spec and gathers what a plan needs, without any effect. The caller releases the draft.
+// prepare checks spec and gathers what a plan needs, without any effect. The caller releases the
+// draft.
 func (h *Host) prepare(ctx context.Context, spec Spec) (_ *draft, err error) {
 	rec := plan.New(spec.ID)
 	spec.ID = rec.ID
@@ -275,7 +287,8 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (_ *draft, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: h.env.Store}, &rec.Spec, networks); err != nil {
+	if rec.Interfaces,
+		err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: h.env.Store}, &rec.Spec, networks); err != nil {
 		return nil, err
 	}
 	boot, release, err := h.bootImage(ctx, &rec.Spec)
@@ -299,7 +312,8 @@ func (h *Host) prepare(ctx context.Context, spec Spec) (_ *draft, err error) {
 		if err := h.addVolumes(ctx, rec); err != nil {
 			return nil, err
 		}
-		addDrive(&rec.Spec, Drive{DriveID: guestDrive, PathOnHost: filepath.Join(h.env.Store.Dir(rec.ID), store.GuestFile), IsReadOnly: true})
+		addDrive(&rec.Spec,
+			Drive{DriveID: guestDrive, PathOnHost: filepath.Join(h.env.Store.Dir(rec.ID), store.GuestFile), IsReadOnly: true})
 	}
 	in, err := h.env.Look(rec)
 	if err != nil {
@@ -322,7 +336,8 @@ func (h *Host) launcher(rec *plan.Record, bin locate.VMM) (err error) {
 	return nil
 }
 
-// Machine finds a VM by its id, its name or the beginning of its id, if only one has it. Returns ErrNotFound, ErrAmbiguous.
+// Machine finds a VM by its id, its name or the beginning of its id, if only one has it. Returns
+// ErrNotFound, ErrAmbiguous.
 func (h *Host) Machine(_ context.Context, ref string) (*Machine, error) {
 	ids, err := h.env.Store.List()
 	if err != nil {
@@ -352,8 +367,9 @@ func (h *Host) byID(id string) (*Machine, error) {
 	return &Machine{h, vm}, nil
 }
 
-// Machines returns all VMs, by id. A VM that comes or goes meanwhile may be in it or not. An error is about VMs that cannot be read, which
-// another version of smartvm may have made: all others are returned with it.
+// Machines returns all VMs, by id. A VM that comes or goes meanwhile may be in it or not. An error
+// is about VMs that cannot be read, which another version of smartvm may have made: all others are
+// returned with it.
 func (h *Host) Machines(context.Context) ([]*Machine, error) {
 	ids, err := h.env.Store.List()
 	if err != nil {

@@ -101,7 +101,8 @@ func ring(dir string) int {
 	switch {
 	case dir == ".":
 		return 1
-	case dir == "internal/cli", strings.HasPrefix(dir, "internal/cli/"), dir == "internal/supervise", dir == "internal/warm", strings.HasPrefix(dir, "cmd/"), strings.HasPrefix(dir, "internal/tools/"):
+	case dir == "internal/cli", strings.HasPrefix(dir, "internal/cli/"), dir == "internal/supervise",
+		dir == "internal/warm", strings.HasPrefix(dir, "cmd/"), strings.HasPrefix(dir, "internal/tools/"):
 		return 2
 	}
 	return 0
@@ -204,7 +205,10 @@ func TestHouse_Manners(t *testing.T) {
 		"signal.Notify": "install signal handlers",
 		"log.Fatal":     "end the process",
 	}
-	mayReadEnv := map[string]bool{"internal/cli": true, "internal/testenv": true, "internal/testenv/nettest": true, "internal/fakefc": true}
+	mayReadEnv := map[string]bool{
+		"internal/cli": true, "internal/testenv": true, "internal/testenv/nettest": true,
+		"internal/fakefc": true,
+	}
 	readHouse(t).each(func(dir string, s *source) {
 		program := strings.HasPrefix(dir, "cmd/") || strings.HasPrefix(dir, "internal/tools/") || mayReadEnv[dir]
 		ast.Inspect(s.ast, func(n ast.Node) bool {
@@ -234,7 +238,8 @@ func TestHouse_PackageDocs(t *testing.T) {
 	}
 }
 
-// docs/architecture.md names every package and its ring, docs/layout.md every file name, docs/effects.md every effect.
+// docs/architecture.md names every package and its ring, docs/layout.md every file name,
+// docs/effects.md every effect.
 
 var tableRow = regexp.MustCompile("(?m)^\\| `([^`]+)` \\| ([^|]+) \\|")
 

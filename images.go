@@ -40,7 +40,8 @@ func (h *Host) openImages() (*image.Store, error) {
 	}
 	if o.Base == nil {
 		b := h.opts.BaseImages
-		b.Dir, b.Log, b.Offline, b.Progress = cmp.Or(b.Dir, filepath.Join(h.opts.DataDir, store.BaseDir)), h.env.Log, o.Offline, o.Progress
+		b.Dir, b.Log, b.Offline, b.Progress = cmp.Or(b.Dir, filepath.Join(h.opts.DataDir, store.BaseDir)), h.env.Log,
+			o.Offline, o.Progress
 		b.Waiting, b.InUse, b.Named = o.Waiting, image.InUse, image.Bundles(o.Dir)
 		var err error
 		if o.Base, err = base.Open(b); err != nil {
@@ -89,8 +90,8 @@ func (h *Host) Volumes() (*volume.Store, error) {
 
 const guestDrive = spec.GuestDrive
 
-// bootImage puts into s what its image gives: a kernel, an initramfs, a root drive and what goes over it. Release lets others remove
-// the image, unless a VM has said by then that it uses it.
+// bootImage puts into s what its image gives: a kernel, an initramfs, a root drive and what goes
+// over it. Release lets others remove the image, unless a VM has said by then that it uses it.
 func (h *Host) bootImage(ctx context.Context, s *Spec) (_ *plan.Boot, release func() error, err error) {
 	if s.Image == "" {
 		return nil, func() error { return nil }, nil
@@ -100,7 +101,8 @@ func (h *Host) bootImage(ctx context.Context, s *Spec) (_ *plan.Boot, release fu
 		return nil, nil, err
 	}
 	b, err := images.Boot(ctx, s.Image, image.BootOptions{
-		Kernel: s.Kernel, NoKernel: s.BootSource.KernelImagePath != "", Entrypoint: s.Entrypoint, Command: s.Command, Env: s.Env,
+		Kernel: s.Kernel, NoKernel: s.BootSource.KernelImagePath != "", Entrypoint: s.Entrypoint,
+		Command: s.Command, Env: s.Env,
 		User: s.User, WorkingDir: s.WorkingDir, Systemd: s.Systemd, Hostname: cmp.Or(s.Hostname, s.Name, s.ID),
 	})
 	switch {
@@ -121,7 +123,8 @@ func (h *Host) bootFrom(ctx context.Context, s *Spec, b *image.Boot) error {
 		return err
 	}
 	if n := len(s.Secrets) + len(s.EnvFiles) + len(s.Volumes) + len(s.NamedVolumes); n > 0 && b.Guest == nil {
-		return fmt.Errorf("image %s boots by itself: %w: secrets, env files and volumes are for our own agent", s.Image, ErrNotSupported)
+		return fmt.Errorf("image %s boots by itself: %w: secrets, env files and volumes are for our own agent", s.Image,
+			ErrNotSupported)
 	}
 	if b.Guest != nil {
 		b.Guest.MachineID, b.Guest.Secrets = plan.RandomHex(16), len(s.Secrets)+len(s.EnvFiles) > 0
@@ -134,7 +137,8 @@ func (h *Host) bootFrom(ctx context.Context, s *Spec, b *image.Boot) error {
 	s.BootSource.BootArgs = cmp.Or(s.BootSource.BootArgs, b.BootArgs)
 	drives, yes := []Drive(nil), true
 	if b.Root != "" {
-		drives = append(drives, Drive{DriveID: spec.RootDrive, PathOnHost: b.Root, IsRootDevice: true, IsReadOnly: !b.CopyRoot})
+		drives = append(drives,
+			Drive{DriveID: spec.RootDrive, PathOnHost: b.Root, IsRootDevice: true, IsReadOnly: !b.CopyRoot})
 	}
 	if b.Guest != nil {
 		scratch, err := h.scratch(ctx, s.Scratch)
@@ -194,7 +198,8 @@ func (h *Host) addVolumes(ctx context.Context, rec *plan.Record) error {
 		if err != nil {
 			return err
 		}
-		device := addDrive(s, Drive{DriveID: spec.NamedDrive(i), PathOnHost: path, CacheType: "Writeback", Ephemeral: new(bool)})
+		device := addDrive(s,
+			Drive{DriveID: spec.NamedDrive(i), PathOnHost: path, CacheType: "Writeback", Ephemeral: new(bool)})
 		g.Disks = append(g.Disks, guest.Disk{Device: device, Target: v.Target, ReadOnly: v.ReadOnly})
 	}
 	if len(s.Volumes) == 0 {
@@ -202,7 +207,11 @@ func (h *Host) addVolumes(ctx context.Context, rec *plan.Record) error {
 		return err
 	}
 	g.Volumes = share.Guest(s.Volumes)
-	g.VolumeDevice = addDrive(s, Drive{DriveID: spec.VolumeDrive, PathOnHost: filepath.Join(h.env.Store.Dir(rec.ID), store.VolumeFile), IsReadOnly: true})
+	g.VolumeDevice = addDrive(s,
+		Drive{
+			DriveID: spec.VolumeDrive, PathOnHost: filepath.Join(h.env.Store.Dir(rec.ID), store.VolumeFile),
+			IsReadOnly: true,
+		})
 	if slices.ContainsFunc(s.Volumes, func(v Volume) bool { return !v.ReadOnly }) {
 		var size Scratch
 		if s.Scratch != nil {

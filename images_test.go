@@ -19,7 +19,8 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// tinyImages is a host at s with an image "tiny" and a base image, both of a guest of some dozen instructions.
+// tinyImages is a host at s with an image "tiny" and a base image, both of a guest of some dozen
+// instructions.
 func tinyImages(t *testing.T, s *site) *smartvm.Host {
 	t.Helper()
 	testenv.Fixture(t, fixtures.MkfsExt4)
@@ -49,7 +50,8 @@ func tinyImages(t *testing.T, s *site) *smartvm.Host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := images.Import(t.Context(), image.ImportOptions{Name: "tiny", Kernel: kernel, Rootfs: rootfs}); err != nil {
+	if _, err := images.Import(t.Context(),
+		image.ImportOptions{Name: "tiny", Kernel: kernel, Rootfs: rootfs}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := images.Pull(t.Context(), "base:hosted", ""); err != nil {
@@ -66,7 +68,8 @@ func TestImage_Staged(t *testing.T) {
 			"tiny":        {"rootfs": "overlay", "scratch": "sparse-copy"},
 			"base:hosted": {"rootfs": "sparse-copy"},
 		} {
-			m, err := h.Create(t.Context(), smartvm.Spec{Image: name, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}})
+			m, err := h.Create(t.Context(),
+				smartvm.Spec{Image: name, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -117,12 +120,16 @@ func TestImage_Plan(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h := tinyImages(t, s)
 	plan, err := h.Plan(t.Context(), smartvm.Spec{
-		Image: "tiny", Command: []string{"echo", "hello"}, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+		Image: "tiny", Command: []string{"echo", "hello"},
+		MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`"content"`, "hello", `/users/`, `"/drives/rootfs"`, `"/drives/scratch"`, `"/drives/guest"`} {
+	for _, want := range []string{
+		`"content"`, "hello", `/users/`, `"/drives/rootfs"`, `"/drives/scratch"`,
+		`"/drives/guest"`,
+	} {
 		if !bytes.Contains(plan, []byte(want)) {
 			t.Errorf("the plan lacks %s:\n%s", want, plan)
 		}
@@ -136,7 +143,8 @@ func TestImage_Plan(t *testing.T) {
 	}
 }
 
-// A VM publishes what its image exposes, each at a port that is chosen when it starts, but for what it publishes anyhow.
+// A VM publishes what its image exposes, each at a port that is chosen when it starts, but for what
+// it publishes anyhow.
 func TestImage_PublishAll(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h := tinyImages(t, s)
@@ -163,7 +171,11 @@ func TestImage_PublishAll(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []smartvm.Port{{HostPort: 8443, GuestPort: 443}, {GuestPort: 53, Protocol: "udp"}, {GuestPort: 80, Protocol: "tcp"}}
+	want := []smartvm.Port{
+		{HostPort: 8443, GuestPort: 443},
+		{GuestPort: 53, Protocol: "udp"},
+		{GuestPort: 80, Protocol: "tcp"},
+	}
 	if got := m.Spec(); !slices.Equal(got.Ports, want) {
 		t.Errorf("got %v, want %v", got.Ports, want)
 	}

@@ -8,7 +8,8 @@ import (
 	"push.rocks/smartvm/network/inspect"
 )
 
-// Interface is one of a VM's on a network of ours, and what has gone through it since the VM's start.
+// Interface is one of a VM's on a network of ours, and what has gone through it since the VM's
+// start.
 type Interface struct {
 	ID      string         `json:"id"`
 	Network network.Config `json:"network"`
@@ -17,11 +18,12 @@ type Interface struct {
 	MTU     int            `json:"mtu,omitempty"`
 	IP4     netip.Addr     `json:"ip4,omitzero"`
 	IP6     netip.Addr     `json:"ip6,omitzero"`
-	// Namespace is the file of the VM's own namespace, if it has one. Tap, MAC, IP4 and IP6 are those of the namespace
-	// then; in the guest they are always the same.
-	Namespace string       `json:"namespace,omitempty"`
-	Warm      bool         `json:"warm,omitempty"` // the namespace was made before the VM: see Host.Warm
-	DNS       []netip.Addr `json:"dns,omitempty"`  // servers that the guest's questions go to; empty: those of the network, or of the host
+	// Namespace is the file of the VM's own namespace, if it has one. Tap, MAC, IP4 and IP6 are those
+	// of the namespace then; in the guest they are always the same.
+	Namespace string `json:"namespace,omitempty"`
+	Warm      bool   `json:"warm,omitempty"` // the namespace was made before the VM: see Host.Warm
+	// servers that the guest's questions go to; empty: those of the network, or of the host
+	DNS []netip.Addr `json:"dns,omitempty"`
 
 	SentBytes     uint64          `json:"sentBytes"` // by the guest
 	ReceivedBytes uint64          `json:"receivedBytes"`
@@ -35,8 +37,8 @@ type PublishedPort struct {
 	Host     uint16     `json:"host"`
 	Guest    uint16     `json:"guest"`
 	Protocol string     `json:"protocol"` // "tcp" or "udp"
-	// Shadows says that a service of the host listens there too, which came while no process supervised the VM: the guest
-	// receives what is sent there.
+	// Shadows says that a service of the host listens there too, which came while no process
+	// supervised the VM: the guest receives what is sent there.
 	Shadows bool `json:"shadows,omitempty"`
 }
 
@@ -49,7 +51,8 @@ func (p PublishedPort) String() string { return attach.Port(p).String() }
 func interfacesOf(all []attach.State) (list []Interface) {
 	for _, s := range all {
 		i := Interface{
-			ID: s.ID, Network: s.Network, Tap: s.Tap, MAC: s.MAC, MTU: s.MTU, IP4: s.IP4, IP6: s.IP6, Namespace: s.File, Warm: s.Warm, DNS: s.DNS,
+			ID: s.ID, Network: s.Network, Tap: s.Tap, MAC: s.MAC, MTU: s.MTU, IP4: s.IP4, IP6: s.IP6, Namespace: s.File,
+			Warm: s.Warm, DNS: s.DNS,
 			SentBytes: s.SentBytes, ReceivedBytes: s.ReceivedBytes, Rules: s.Rules,
 		}
 		for _, p := range s.Ports {

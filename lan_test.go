@@ -61,8 +61,8 @@ func TestCrashMatrix_LAN(t *testing.T) {
 	t.Logf("%d steps of a life, %d recoveries", x.steps, x.recoveries)
 }
 
-// A VM on a bridge of somebody else's has an address of its LAN, and rules of its own that come back when others remove them; the bridge is made by
-// nobody here.
+// A VM on a bridge of somebody else's has an address of its LAN, and rules of its own that come
+// back when others remove them; the bridge is made by nobody here.
 func TestNetwork_LAN(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -76,7 +76,8 @@ func TestNetwork_LAN(t *testing.T) {
 		t.Fatal(err)
 	}
 	lan := network.Config{Name: "lan", Bridge: "br0", Subnet: netip.MustParsePrefix("192.168.7.0/24"), LAN: &bridged.LAN{
-		Gateway: netip.MustParseAddr("192.168.7.254"), First: netip.MustParseAddr("192.168.7.200"), Last: netip.MustParseAddr("192.168.7.201"),
+		Gateway: netip.MustParseAddr("192.168.7.254"), First: netip.MustParseAddr("192.168.7.200"),
+		Last: netip.MustParseAddr("192.168.7.201"),
 	}}
 	if _, err := networks.Create(lan); err != nil {
 		t.Fatal(err)
@@ -91,22 +92,28 @@ func TestNetwork_LAN(t *testing.T) {
 	}
 	var all []*smartvm.Machine
 	for want, change := range map[string]func(*smartvm.Spec){
-		" ip=192.168.7.50::192.168.7.254:255.255.255.0:": func(s *smartvm.Spec) { s.NetworkInterfaces[0].IP = netip.MustParseAddr("192.168.7.50") },
-		" ip=192.168.7.200::":                            nil,
-		"":                                               func(s *smartvm.Spec) { s.NetworkInterfaces[0].Network = "bridge:br0" },
+		" ip=192.168.7.50::192.168.7.254:255.255.255.0:": func(s *smartvm.Spec) {
+			s.NetworkInterfaces[0].IP = netip.MustParseAddr("192.168.7.50")
+		},
+		" ip=192.168.7.200::": nil,
+		"": func(s *smartvm.Spec) {
+			s.NetworkInterfaces[0].Network = "bridge:br0"
+		},
 	} {
 		m, err := create(change)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if args := m.Spec().BootSource.BootArgs; !strings.Contains(args, want) || want == "" && strings.Contains(args, "ip=") {
+		if args := m.Spec().BootSource.BootArgs; !strings.Contains(args, want) || want == "" &&
+			strings.Contains(args, "ip=") {
 			t.Errorf("boot arguments %q, want %q", args, want)
 		}
 		all = append(all, m)
 	}
 	m := all[0]
 	var advised interface{ Hint() string }
-	if err := m.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "bridge br0: no such interface") || !errors.As(err, &advised) {
+	if err := m.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "bridge br0: no such interface") ||
+		!errors.As(err, &advised) {
 		t.Fatalf("without the bridge: %v", err)
 	}
 	wantNoNetwork(t)
@@ -117,7 +124,9 @@ func TestNetwork_LAN(t *testing.T) {
 		}
 	}
 	before := ruleset(t)
-	if closed := slices.DeleteFunc(slices.Clone(before), func(s string) bool { return !strings.Contains(s, "input") }); len(closed) == 0 {
+	if closed := slices.DeleteFunc(slices.Clone(before), func(s string) bool {
+		return !strings.Contains(s, "input")
+	}); len(closed) == 0 {
 		t.Errorf("the host is open: %q", before)
 	}
 	wait := func(what string, done func([]string) bool) {
@@ -137,7 +146,10 @@ func TestNetwork_LAN(t *testing.T) {
 		t.Fatal(err)
 	}
 	wait("the rules are not restored", func(now []string) bool { return slices.Equal(now, before) })
-	if err := m.Update(t.Context(), func(s *smartvm.Spec) error { s.Policy = &policy.Policy{AllowHost: true}; return nil }); err != nil {
+	if err := m.Update(t.Context(), func(s *smartvm.Spec) error {
+		s.Policy = &policy.Policy{AllowHost: true}
+		return nil
+	}); err != nil {
 		t.Fatal(err)
 	}
 	wait("the VM does not reach the host", func(now []string) bool { return len(now) < len(before) })
@@ -196,11 +208,13 @@ func TestNetwork_LAN(t *testing.T) {
 func TestNetwork_LANRefused(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	spec := netSpec(s.spec("idle"), 1)
-	spec.NetworkInterfaces[0].Network, spec.NetworkInterfaces[0].Namespace, spec.NetworkInterfaces[0].IP = "bridge:br0", true, netip.MustParseAddr("192.168.7.5")
+	spec.NetworkInterfaces[0].Network, spec.NetworkInterfaces[0].Namespace, spec.NetworkInterfaces[0].IP = "bridge:br0",
+		true, netip.MustParseAddr("192.168.7.5")
 	spec.Policy, spec.Ports = &policy.Policy{Egress: policy.EgressPublic}, []smartvm.Port{{GuestPort: 80}}
 	_, err := s.open().Create(t.Context(), spec)
 	for _, want := range []string{
-		"networkInterfaces[0].ip: must not be there on network bridge:br0: it knows no subnet", "networkInterfaces[0].namespace: must not be there", "ports: must not be there",
+		"networkInterfaces[0].ip: must not be there on network bridge:br0: it knows no subnet",
+		"networkInterfaces[0].namespace: must not be there", "ports: must not be there",
 		"policy: must say no more than allowHost",
 	} {
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -26,7 +26,8 @@ func (s *site) inPlace(guest string) smartvm.Spec {
 	return spec
 }
 
-// A file goes from one VM to the next without a pause: it is the user's own again in the end, not the first VM's.
+// A file goes from one VM to the next without a pause: it is the user's own again in the end, not
+// the first VM's.
 func TestDrives_LentFromHandToHand(t *testing.T) {
 	s := newSite(t, smartvm.LaunchJailed)
 	h := s.open()
@@ -232,25 +233,27 @@ func TestMachine_FormerOfTheID(t *testing.T) {
 func liveCalls(m *smartvm.Machine) map[string]func(context.Context) error {
 	limit := &smartvm.RateLimiter{}
 	return map[string]func(context.Context) error{
-		"Pause":                  m.Pause,
-		"Resume":                 m.Resume,
-		"Adopt":                  m.Adopt,
-		"Info":                   func(ctx context.Context) error { _, err := m.Info(ctx); return err },
-		"VMConfig":               func(ctx context.Context) error { _, err := m.VMConfig(ctx); return err },
-		"FlushMetrics":           m.FlushMetrics,
-		"SetMetadata":            func(ctx context.Context) error { return m.SetMetadata(ctx, 1) },
-		"PatchMetadata":          func(ctx context.Context) error { return m.PatchMetadata(ctx, 1) },
-		"Metadata":               func(ctx context.Context) error { _, err := m.Metadata(ctx); return err },
-		"UpdateDrive":            func(ctx context.Context) error { return m.UpdateDrive(ctx, "disk", limit, true) },
-		"UpdateNetworkInterface": func(ctx context.Context) error { return m.UpdateNetworkInterface(ctx, "eth0", limit, limit) },
-		"UpdateBalloon":          func(ctx context.Context) error { return m.UpdateBalloon(ctx, 1) },
-		"UpdateBalloonStats":     func(ctx context.Context) error { return m.UpdateBalloonStats(ctx, 1) },
-		"UpdatePmem":             func(ctx context.Context) error { return m.UpdatePmem(ctx, "pmem", limit) },
-		"StartBalloonHinting":    m.StartBalloonHinting,
-		"StopBalloonHinting":     m.StopBalloonHinting,
-		"BalloonHinting":         func(ctx context.Context) error { _, err := m.BalloonHinting(ctx); return err },
-		"UpdateMemoryHotplug":    func(ctx context.Context) error { return m.UpdateMemoryHotplug(ctx, 128) },
-		"MemoryHotplug":          func(ctx context.Context) error { _, err := m.MemoryHotplug(ctx); return err },
+		"Pause":         m.Pause,
+		"Resume":        m.Resume,
+		"Adopt":         m.Adopt,
+		"Info":          func(ctx context.Context) error { _, err := m.Info(ctx); return err },
+		"VMConfig":      func(ctx context.Context) error { _, err := m.VMConfig(ctx); return err },
+		"FlushMetrics":  m.FlushMetrics,
+		"SetMetadata":   func(ctx context.Context) error { return m.SetMetadata(ctx, 1) },
+		"PatchMetadata": func(ctx context.Context) error { return m.PatchMetadata(ctx, 1) },
+		"Metadata":      func(ctx context.Context) error { _, err := m.Metadata(ctx); return err },
+		"UpdateDrive":   func(ctx context.Context) error { return m.UpdateDrive(ctx, "disk", limit, true) },
+		"UpdateNetworkInterface": func(ctx context.Context) error {
+			return m.UpdateNetworkInterface(ctx, "eth0", limit, limit)
+		},
+		"UpdateBalloon":       func(ctx context.Context) error { return m.UpdateBalloon(ctx, 1) },
+		"UpdateBalloonStats":  func(ctx context.Context) error { return m.UpdateBalloonStats(ctx, 1) },
+		"UpdatePmem":          func(ctx context.Context) error { return m.UpdatePmem(ctx, "pmem", limit) },
+		"StartBalloonHinting": m.StartBalloonHinting,
+		"StopBalloonHinting":  m.StopBalloonHinting,
+		"BalloonHinting":      func(ctx context.Context) error { _, err := m.BalloonHinting(ctx); return err },
+		"UpdateMemoryHotplug": func(ctx context.Context) error { return m.UpdateMemoryHotplug(ctx, 128) },
+		"MemoryHotplug":       func(ctx context.Context) error { _, err := m.MemoryHotplug(ctx); return err },
 		"Exec": func(ctx context.Context) error {
 			_, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"true"}})
 			return err
@@ -263,8 +266,10 @@ func liveCalls(m *smartvm.Machine) map[string]func(context.Context) error {
 			_, err := m.Fork(ctx, 1, smartvm.ForkOptions{})
 			return err
 		},
-		"CopyTo":         func(ctx context.Context) error { return m.CopyTo(ctx, "/etc", "/", nil, smartvm.CopyOptions{}) },
-		"CopyFrom":       func(ctx context.Context) error { return m.CopyFrom(ctx, "/etc", "/tmp", nil, smartvm.CopyOptions{}) },
+		"CopyTo": func(ctx context.Context) error { return m.CopyTo(ctx, "/etc", "/", nil, smartvm.CopyOptions{}) },
+		"CopyFrom": func(ctx context.Context) error {
+			return m.CopyFrom(ctx, "/etc", "/tmp", nil, smartvm.CopyOptions{})
+		},
 		"DialTCP":        func(ctx context.Context) error { _, err := m.DialTCP(ctx, 80); return err },
 		"DialVsock":      func(ctx context.Context) error { _, err := m.DialVsock(ctx, 80); return err },
 		"GuestProcesses": func(ctx context.Context) error { _, err := m.GuestProcesses(ctx); return err },
@@ -273,7 +278,8 @@ func liveCalls(m *smartvm.Machine) map[string]func(context.Context) error {
 	}
 }
 
-// No call that takes a running VM is missing here, and each is refused in each state in which there is none.
+// No call that takes a running VM is missing here, and each is refused in each state in which there
+// is none.
 func TestMachine_CallsWithoutVMM(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h := s.open()
@@ -282,7 +288,11 @@ func TestMachine_CallsWithoutVMM(t *testing.T) {
 		t.Fatal(err)
 	}
 	calls := liveCalls(m)
-	others := []string{"AwaitReady", "CommandLog", "ConsoleLog", "Discard", "Exit", "Firecracker", "Forward", "Guest", "ID", "Inspect", "MemoryStats", "Name", "Provide", "ReadScratch", "Remove", "RuntimeDir", "Secrets", "SocketPath", "Spec", "Start", "State", "Stop", "Supervised", "Update", "VMMLog", "Wait"}
+	others := []string{
+		"AwaitReady", "CommandLog", "ConsoleLog", "Discard", "Exit", "Firecracker", "Forward", "Guest",
+		"ID", "Inspect", "MemoryStats", "Name", "Provide", "ReadScratch", "Remove", "RuntimeDir", "Secrets", "SocketPath",
+		"Spec", "Start", "State", "Stop", "Supervised", "Update", "VMMLog", "Wait",
+	}
 	for i := range reflect.TypeOf(m).NumMethod() {
 		name := reflect.TypeOf(m).Method(i).Name
 		if calls[name] == nil && !slices.Contains(others, name) {
@@ -365,11 +375,15 @@ func TestHost_AdoptsPaused(t *testing.T) {
 	})
 }
 
-// All VMs of a runtime directory are stopped at once: those of this host, of another, of nobody, and those that do not run.
+// All VMs of a runtime directory are stopped at once: those of this host, of another, of nobody,
+// and those that do not run.
 func TestHost_StopAll(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h, other, gone := s.open(), s.open(), s.open()
-	ms := []*smartvm.Machine{s.started(h, s.spec("idle")), s.started(other, s.spec("key")), s.started(gone, s.spec("count"))}
+	ms := []*smartvm.Machine{
+		s.started(h, s.spec("idle")), s.started(other, s.spec("key")),
+		s.started(gone, s.spec("count")),
+	}
 	if err := gone.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -423,7 +437,8 @@ func TestHost_RunStoppedByAnother(t *testing.T) {
 	})
 }
 
-// A console writer that blocks holds up the undoing of its VM's run, but neither the VM's end nor Stop beyond its context.
+// A console writer that blocks holds up the undoing of its VM's run, but neither the VM's end nor
+// Stop beyond its context.
 func TestMachine_ConsoleBlocks(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	blocked, unblock := make(chan struct{}), make(chan struct{})

@@ -102,9 +102,12 @@ func TestLinuxAgent(t *testing.T) {
 	t.Run("Process1", func(t *testing.T) {
 		const reap = "(sleep 0.1 & echo $! >/tmp/orphan); while [ -d /proc/$(cat /tmp/orphan) ]; do sleep 0.1; done; "
 		for name, tt := range map[string]struct{ script, want string }{
-			"cgroup2":       {"grep -c '^cgroup2 /sys/fs/cgroup ' /proc/mounts", "1"},
-			"reaps":         {reap + "grep -l '^State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l", "0"},
-			"stays":         {"kill -9 1; kill -HUP 1; kill -QUIT 1; kill -ABRT 1; kill -SEGV 1; " + reap + "echo lives", "lives"},
+			"cgroup2": {"grep -c '^cgroup2 /sys/fs/cgroup ' /proc/mounts", "1"},
+			"reaps":   {reap + "grep -l '^State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l", "0"},
+			"stays": {
+				"kill -9 1; kill -HUP 1; kill -QUIT 1; kill -ABRT 1; kill -SEGV 1; " + reap + "echo lives",
+				"lives",
+			},
 			"timer slack":   {"cat /proc/$$/timerslack_ns", "50000"},
 			"no more drops": {"ls /init /modules 2>/dev/null | wc -l", "0"},
 		} {
@@ -122,7 +125,9 @@ func TestLinuxAgent(t *testing.T) {
 		if err != nil || exit.Code != 126 || !strings.Contains(exit.Reason, "argument list too long") {
 			t.Errorf("a long argument: %+v, %v", exit, err)
 		}
-		if _, err := m.Exec(patient(t), smartvm.Cmd{Args: []string{"true"}, Env: []string{"A=" + strings.Repeat("x", 5<<20)}}); err == nil || !strings.Contains(err.Error(), "too long") {
+		if _, err := m.Exec(patient(t),
+			smartvm.Cmd{Args: []string{"true"}, Env: []string{"A=" + strings.Repeat("x", 5<<20)}}); err == nil ||
+			!strings.Contains(err.Error(), "too long") {
 			t.Errorf("a long environment: %v", err)
 		}
 	})
@@ -133,8 +138,8 @@ func TestLinuxAgent(t *testing.T) {
 			}
 		}
 		look := func() (guestKiB, guestFiles, files, goroutines int) {
-			// What is free goes back to the guest when nothing has ended for a while. Pages of its program, which it touches by and by, are
-			// no growth.
+			// What is free goes back to the guest when nothing has ended for a while. Pages of its program,
+			// which it touches by and by, are no growth.
 			guestKiB = number(t, told(t, m, "sleep 3; grep RssAnon: /proc/1/status | tr -dc 0-9"))
 			return guestKiB, number(t, told(t, m, "ls /proc/1/fd | wc -l")), openFiles(t), runtime.NumGoroutine()
 		}
@@ -171,7 +176,8 @@ func TestLinuxAgent(t *testing.T) {
 			t.Fatal(err)
 		}
 		var state *smartvm.StateError
-		if _, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"true"}}); !errors.As(err, &state) || state.State != smartvm.Paused {
+		if _, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"true"}}); !errors.As(err, &state) ||
+			state.State != smartvm.Paused {
 			t.Errorf("exec in a paused VM: %v", err)
 		}
 		if _, err := io.WriteString(keys, "it\n"); err != nil {
@@ -208,10 +214,14 @@ func TestLinuxAgent(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = m.Exec(ctx, smartvm.Cmd{Args: sh("until [ -d /dev/shm/sign ]; do sleep 0.1; done; echo last words >/dev/console; sleep 1; echo b >/proc/sysrq-trigger; sleep 100")})
+		_, err = m.Exec(ctx,
+			smartvm.Cmd{
+				Args: sh("until [ -d /dev/shm/sign ]; do sleep 0.1; done; echo last words >/dev/console; sleep 1; echo b >/proc/sysrq-trigger; sleep 100"),
+			})
 		for what, err := range map[string]error{"exec in": err, "copy to": <-copied} {
 			var ended *smartvm.MachineError
-			if !errors.As(err, &ended) || ended.Stage != what || ended.Exit == nil || ended.Exit.Outcome != smartvm.OutcomeExited || !strings.Contains(ended.Console, "last words") {
+			if !errors.As(err, &ended) || ended.Stage != what || ended.Exit == nil ||
+				ended.Exit.Outcome != smartvm.OutcomeExited || !strings.Contains(ended.Console, "last words") {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
@@ -221,7 +231,8 @@ func TestLinuxAgent(t *testing.T) {
 	}
 }
 
-// A small system with an init of its own boots as on a machine of its own, with the agent beside it, and goes when it is asked to.
+// A small system with an init of its own boots as on a machine of its own, with the agent beside
+// it, and goes when it is asked to.
 func TestLinuxAgent_BusyboxInit(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	m := bootGuest(t, h, smartvm.Spec{Image: "minimal", Name: "box", MachineConfig: linuxMachine(256)})
@@ -233,8 +244,8 @@ func TestLinuxAgent_BusyboxInit(t *testing.T) {
 	shutDown(t, m, smartvm.AgentStop)
 }
 
-// A guest that boots by itself answers when the agent is a service of it. Its VM lives without, and the guest, if it reads its
-// keyboard, shuts down by itself when it is asked to.
+// A guest that boots by itself answers when the agent is a service of it. Its VM lives without, and
+// the guest, if it reads its keyboard, shuts down by itself when it is asked to.
 func TestLinuxAgent_Service(t *testing.T) {
 	h := linuxHost(t, smartvm.LaunchDirect)
 	disk := filepath.Join(t.TempDir(), "agent")
@@ -246,9 +257,11 @@ func TestLinuxAgent_Service(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The kernel signals init, which busybox's shell would not outlive: a trap makes it reboot.
-	spec := linuxSpec(t, linuxInitrd(t, "cat /dev/vda >/agent; chmod 755 /agent; mkdir /tmp /etc; echo root:x:0:0::/:/bin/sh >/etc/passwd\nwhile [ ! -e /tmp/over ]; do /agent serve; sleep 0.1; done\n"+
-		"echo 0 >/proc/sys/kernel/ctrl-alt-del; trap 'echo asked to stop; reboot -f' INT\necho no agent\nwhile :; do sleep 0.2; done\n",
-		"virtio_blk", "virtio_mmio", "vmw_vsock_virtio_transport"))
+	spec := linuxSpec(t,
+		linuxInitrd(t,
+			"cat /dev/vda >/agent; chmod 755 /agent; mkdir /tmp /etc; echo root:x:0:0::/:/bin/sh >/etc/passwd\nwhile [ ! -e /tmp/over ]; do /agent serve; sleep 0.1; done\n"+
+				"echo 0 >/proc/sys/kernel/ctrl-alt-del; trap 'echo asked to stop; reboot -f' INT\necho no agent\nwhile :; do sleep 0.2; done\n",
+			"virtio_blk", "virtio_mmio", "vmw_vsock_virtio_transport"))
 	spec.Drives = []smartvm.Drive{{DriveID: "agent", PathOnHost: disk, IsReadOnly: true}}
 	spec.Vsock = &smartvm.Vsock{GuestCID: 3}
 	m := bootGuest(t, h, spec)

@@ -15,8 +15,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// datagrams returns the files that are asked for by a socket (RFC 1350), each once, until one is: those before it too, as who is not answered asks again.
-// It has the guest send again until then.
+// datagrams returns the files that are asked for by a socket (RFC 1350), each once, until one is:
+// those before it too, as who is not answered asks again. It has the guest send again until then.
 func datagrams(t *testing.T, c net.PacketConn, until string, send func()) (all []string) {
 	t.Helper()
 	buf := make([]byte, 64)
@@ -43,8 +43,9 @@ func datagrams(t *testing.T, c net.PacketConn, until string, send func()) (all [
 	return nil
 }
 
-// A guest's own kernel sends what it must not: to the host by frames that bridges pass by, under another MAC and under another address, and more
-// connections than it may have. See network for all that a guest could send.
+// A guest's own kernel sends what it must not: to the host by frames that bridges pass by, under
+// another MAC and under another address, and more connections than it may have. See network for all
+// that a guest could send.
 func TestLinuxNetwork_Attack(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -52,7 +53,8 @@ func TestLinuxNetwork_Attack(t *testing.T) {
 	const most = 10
 	h := imageHost(t, smartvm.LaunchJailed)
 	world := nettest.New(t)
-	world.Connect(nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24")})
+	world.Connect(nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24")},
+		nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24")})
 	networks, err := h.Networks()
 	if err != nil {
 		t.Fatal(err)
@@ -66,7 +68,9 @@ func TestLinuxNetwork_Attack(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	m := linuxGuest(t, h, "attacker", "tight", "while :; do sleep 1; done", func(s *smartvm.Spec) { s.Policy = &policy.Policy{AllowHost: true} })
+	m := linuxGuest(t, h, "attacker", "tight", "while :; do sleep 1; done", func(s *smartvm.Spec) {
+		s.Policy = &policy.Policy{AllowHost: true}
+	})
 	host, err := net.ListenPacket("udp4", ":9000")
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +87,8 @@ func TestLinuxNetwork_Attack(t *testing.T) {
 	say := func(text, to string) string {
 		return fmt.Sprintf("timeout 2 tftp -g -l /dev/null -r %s %s 2>/dev/null; ", text, to)
 	}
-	mac := told(t, m, "ping -c 1 -w 5 "+gateway+" >/dev/null; grep -w "+gateway+" /proc/net/arp | tr -s ' ' | cut -d' ' -f4")
+	mac := told(t, m, "ping -c 1 -w 5 "+gateway+" >/dev/null; grep -w "+gateway+
+		" /proc/net/arp | tr -s ' ' | cut -d' ' -f4")
 	for _, n := range []int{3, 14} {
 		end := fmt.Sprint("plain", n)
 		got := datagrams(t, host, end, func() {
@@ -95,7 +100,8 @@ func TestLinuxNetwork_Attack(t *testing.T) {
 		}
 	}
 	got := datagrams(t, outside, "own", func() {
-		told(t, m, "ip addr add "+other.String()+" dev eth0 && ip route add 198.51.100.2 via "+gateway+" src "+other.Addr().String()+" && "+say("address", "198.51.100.2 9")+
+		told(t, m, "ip addr add "+other.String()+" dev eth0 && ip route add 198.51.100.2 via "+gateway+" src "+
+			other.Addr().String()+" && "+say("address", "198.51.100.2 9")+
 			"ip route del 198.51.100.2 && ip addr del "+other.String()+" dev eth0 && "+say("own", "198.51.100.2 9")+":")
 	})
 	if slices.Contains(got, "address") {
@@ -104,12 +110,14 @@ func TestLinuxNetwork_Attack(t *testing.T) {
 	got = datagrams(t, outside, "own-mac", func() {
 		told(t, m, "own=$(cat /sys/class/net/eth0/address); route=$(ip route | grep default); "+
 			"ip link set eth0 down; ip link set eth0 address 02:00:00:00:00:99; ip link set eth0 up; ip route add $route; arp -s "+gateway+" "+mac+"; "+say("mac", "198.51.100.2 9")+
-			"ip link set eth0 down; ip link set eth0 address $own; ip link set eth0 up; ip route add $route; "+say("own-mac", "198.51.100.2 9")+":")
+			"ip link set eth0 down; ip link set eth0 address $own; ip link set eth0 up; ip route add $route; "+
+			say("own-mac", "198.51.100.2 9")+":")
 	})
 	if slices.Contains(got, "mac") {
 		t.Errorf("from another MAC comes %q", got)
 	}
-	// Of its connections some are known still. What the host sends itself shows that all before it has come.
+	// Of its connections some are known still. What the host sends itself shows that all before it has
+	// come.
 	got = datagrams(t, outside, "end", func() {
 		told(t, m, fmt.Sprintf("for i in $(seq %d); do ("+say("$i", "198.51.100.2 9")+") & done; wait", 4*most))
 		c, err := net.Dial("udp", "198.51.100.2:9")

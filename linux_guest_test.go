@@ -28,8 +28,8 @@ func inGuest(t *testing.T, m *smartvm.Machine, cmd smartvm.Cmd, code int, want s
 	}
 }
 
-// In guests of a squashfs and of an OCI image programs run as they do here. For a distribution with an init of its own see
-// TestLinuxImage_Systemd.
+// In guests of a squashfs and of an OCI image programs run as they do here. For a distribution with
+// an init of its own see TestLinuxImage_Systemd.
 func TestLinuxGuest(t *testing.T) {
 	for _, guest := range []struct {
 		image    string
@@ -42,9 +42,11 @@ func TestLinuxGuest(t *testing.T) {
 	} {
 		t.Run(guest.image, func(t *testing.T) {
 			h := imageHost(t, guest.launcher)
-			m := startGuest(t, h, smartvm.Spec{Image: guest.image, Name: "box", Command: guest.command, MachineConfig: linuxMachine(256)})
+			m := startGuest(t, h,
+				smartvm.Spec{Image: guest.image, Name: "box", Command: guest.command, MachineConfig: linuxMachine(256)})
 			checkGuest(t, m, guest.user)
-			wantText(t, told(t, m, "grep ' / ' /proc/mounts; echo new > /etc/new && echo it can be written"), "overlay / overlay", "it can be written")
+			wantText(t, told(t, m, "grep ' / ' /proc/mounts; echo new > /etc/new && echo it can be written"),
+				"overlay / overlay", "it can be written")
 			if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
 				t.Error(err)
 			}
@@ -53,8 +55,8 @@ func TestLinuxGuest(t *testing.T) {
 	}
 }
 
-// checkGuest wants a guest that was started as "box" to boot, and programs to run in it as they do here: as user, if they do not say
-// as whom.
+// checkGuest wants a guest that was started as "box" to boot, and programs to run in it as they do
+// here: as user, if they do not say as whom.
 func checkGuest(t *testing.T, m *smartvm.Machine, user string) {
 	t.Helper()
 	// A guest that still boots is waited for.
@@ -107,12 +109,19 @@ func checkExec(t *testing.T, m *smartvm.Machine, user string) {
 		want string
 	}{
 		{smartvm.Cmd{Args: sh("id -un; hostname; echo to nobody >&2; exit 7")}, 7, user + "\nbox\n"},
-		{smartvm.Cmd{Args: sh("id -un; pwd; echo $A"), User: "root", Dir: "/usr", Env: []string{"A=b"}}, 0, "root\n/usr\nb\n"},
+		{
+			smartvm.Cmd{Args: sh("id -un; pwd; echo $A"), User: "root", Dir: "/usr", Env: []string{"A=b"}},
+			0,
+			"root\n/usr\nb\n",
+		},
 		{smartvm.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader("\x00\xff typed")}, 0, "\x00\xff typed"},
 		{smartvm.Cmd{Args: []string{"no-such-program"}}, 127, ""},
 		{smartvm.Cmd{Args: []string{"/etc/passwd"}}, 126, ""},
 		{smartvm.Cmd{Args: sh("kill -9 $$")}, 137, ""},
-		{smartvm.Cmd{Args: sh("tty >/dev/null && stty size; echo $TERM"), TTY: true, Size: smartvm.TermSize{Rows: 30, Cols: 90}, Term: "vt220"}, 0, "30 90\r\nvt220\r\n"},
+		{smartvm.Cmd{
+			Args: sh("tty >/dev/null && stty size; echo $TERM"), TTY: true,
+			Size: smartvm.TermSize{Rows: 30, Cols: 90}, Term: "vt220",
+		}, 0, "30 90\r\nvt220\r\n"},
 		{smartvm.Cmd{Args: sh("head -c 1000000 /dev/zero | tr '\\000' x")}, 0, strings.Repeat("x", 1000000)},
 		{smartvm.Cmd{Args: sh("cat /etc/hostname; wc -c </etc/machine-id")}, 0, "box\n33\n"},
 	} {
@@ -138,7 +147,11 @@ func checkExec(t *testing.T, m *smartvm.Machine, user string) {
 	done := make(chan smartvm.CmdExit, 1)
 	ctx := patient(t)
 	go func() {
-		exit, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"sh", "-i"}, TTY: true, Stdin: typed, Stdout: in, Signals: signals, Size: smartvm.TermSize{Rows: 24, Cols: 80}})
+		exit, err := m.Exec(ctx,
+			smartvm.Cmd{
+				Args: []string{"sh", "-i"}, TTY: true, Stdin: typed, Stdout: in, Signals: signals,
+				Size: smartvm.TermSize{Rows: 24, Cols: 80},
+			})
 		if err != nil {
 			t.Error(err)
 		}
@@ -181,7 +194,8 @@ func checkCopy(t *testing.T, m *smartvm.Machine) {
 	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
 	if err := errors.Join(
 		os.MkdirAll(filepath.Join(from, "sub"), 0o750), os.WriteFile(filepath.Join(from, "data"), data, 0o640),
-		os.WriteFile(filepath.Join(from, "sub/run"), []byte("#!/bin/sh\necho ran\n"), 0o755), os.Symlink("sub/run", filepath.Join(from, "link")),
+		os.WriteFile(filepath.Join(from, "sub/run"), []byte("#!/bin/sh\necho ran\n"), 0o755),
+		os.Symlink("sub/run", filepath.Join(from, "link")),
 	); err != nil {
 		t.Fatal(err)
 	}
@@ -193,7 +207,10 @@ func checkCopy(t *testing.T, m *smartvm.Machine) {
 	if err := m.CopyFrom(ctx, "/tmp/tree", back, nil, smartvm.CopyOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]os.FileMode{"data": 0o640, "sub/run": 0o755, "sub": 0o750 | os.ModeDir, "link": 0o777 | os.ModeSymlink} {
+	for name, want := range map[string]os.FileMode{
+		"data": 0o640, "sub/run": 0o755, "sub": 0o750 | os.ModeDir,
+		"link": 0o777 | os.ModeSymlink,
+	} {
 		fi, err := os.Lstat(filepath.Join(back, name))
 		if err != nil || fi.Mode() != want {
 			t.Errorf("%s: %v, %v, want %v", name, fi, err, want)
@@ -207,7 +224,10 @@ func checkCopy(t *testing.T, m *smartvm.Machine) {
 	if err := m.CopyFrom(ctx, "/tmp/tree/.", "-", &archive, smartvm.CopyOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	inGuest(t, m, smartvm.Cmd{Args: sh("mkdir /tmp/piped && tar x -C /tmp/piped && cmp /tmp/tree/data /tmp/piped/data && rm -r /tmp/tree /tmp/piped"), Stdin: &archive, User: "root"}, 0, "")
+	inGuest(t, m,
+		smartvm.Cmd{
+			Args: sh("mkdir /tmp/piped && tar x -C /tmp/piped && cmp /tmp/tree/data /tmp/piped/data && rm -r /tmp/tree /tmp/piped"), Stdin: &archive, User: "root",
+		}, 0, "")
 }
 
 // checkRestart: beside an init of the image's own, a server that is killed is started again.
@@ -232,9 +252,11 @@ func TestLinuxGuest_Run(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
 	var out, errs bytes.Buffer
 	console := new(transcript)
-	exit, err := h.Run(patient(t), smartvm.Spec{Image: "minimal", Command: sh("cat; echo problem >&2; exit 9"), MachineConfig: linuxMachine(256)}, smartvm.RunOptions{
-		Console: console, Command: &smartvm.Cmd{Stdin: strings.NewReader("typed"), Stdout: &out, Stderr: &errs},
-	})
+	exit, err := h.Run(patient(t),
+		smartvm.Spec{Image: "minimal", Command: sh("cat; echo problem >&2; exit 9"), MachineConfig: linuxMachine(256)},
+		smartvm.RunOptions{
+			Console: console, Command: &smartvm.Cmd{Stdin: strings.NewReader("typed"), Stdout: &out, Stderr: &errs},
+		})
 	if err != nil {
 		t.Fatal(err)
 	}

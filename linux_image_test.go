@@ -50,10 +50,14 @@ func makeImages(t *testing.T, dir string) {
 		{umoci, "insert", "--image", image1, "--whiteout", "/mnt"},
 		{
 			umoci, "config", "--image", image1, "--config.entrypoint", "/bin/sh", "--config.entrypoint", "-c",
-			"--config.cmd", "echo ran as $(id -un) in $PWD with $COLOUR", "--config.env", "COLOUR=blue", "--config.user", "nobody",
+			"--config.cmd", "echo ran as $(id -un) in $PWD with $COLOUR", "--config.env", "COLOUR=blue",
+			"--config.user", "nobody",
 			"--config.workingdir", "/tmp",
 		},
-		{testenv.Fixture(t, fixtures.Skopeo), "copy", "-q", "--insecure-policy", "oci:" + image1, "docker-archive:" + work + "/v1.tar:app:v1"},
+		{
+			testenv.Fixture(t, fixtures.Skopeo), "copy", "-q", "--insecure-policy", "oci:" + image1,
+			"docker-archive:" + work + "/v1.tar:app:v1",
+		},
 		{testenv.Fixture(t, fixtures.Mksquashfs), unpacked, work + "/minimal.squashfs", "-quiet", "-no-progress"},
 	} {
 		if out, err := exec.CommandContext(t.Context(), command[0], command[1:]...).CombinedOutput(); err != nil {
@@ -61,12 +65,18 @@ func makeImages(t *testing.T, dir string) {
 		}
 	}
 	for name, o := range map[string]image.ImportOptions{
-		image.DefaultKernel: {Kernel: testenv.Fixture(t, fixtures.GuestKernel), Modules: testenv.Fixture(t, fixtures.GuestModules)},
-		"minimal":           {Rootfs: minimal},
-		"squashed":          {Rootfs: work + "/minimal.squashfs"},
-		"debian":            {Rootfs: testenv.Fixture(t, fixtures.Debian), BootArgs: image.QuietBootArgs + " systemd.show_status=1"},
-		"openrc":            {Rootfs: testenv.Fixture(t, fixtures.OpenRC)},
-		"docker":            {Rootfs: testenv.Fixture(t, fixtures.Docker)},
+		image.DefaultKernel: {
+			Kernel:  testenv.Fixture(t, fixtures.GuestKernel),
+			Modules: testenv.Fixture(t, fixtures.GuestModules),
+		},
+		"minimal":  {Rootfs: minimal},
+		"squashed": {Rootfs: work + "/minimal.squashfs"},
+		"debian": {
+			Rootfs:   testenv.Fixture(t, fixtures.Debian),
+			BootArgs: image.QuietBootArgs + " systemd.show_status=1",
+		},
+		"openrc": {Rootfs: testenv.Fixture(t, fixtures.OpenRC)},
+		"docker": {Rootfs: testenv.Fixture(t, fixtures.Docker)},
 	} {
 		o.Name = name
 		if _, err := images.Import(t.Context(), o); err != nil {
@@ -91,7 +101,8 @@ func imageHost(t *testing.T, launcher smartvm.Launcher) *smartvm.Host {
 	t.Helper()
 	testenv.Require(t, testenv.KVM, testenv.LinuxGuest)
 	opts := smartvm.Options{
-		RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: os.Getenv(testenv.DataVariable), FirecrackerBinary: testenv.Firecracker(t), Launcher: launcher,
+		RuntimeDir: filepath.Join(t.TempDir(), "runtime"), DataDir: os.Getenv(testenv.DataVariable),
+		FirecrackerBinary: testenv.Firecracker(t), Launcher: launcher,
 	}
 	if opts.DataDir == "" {
 		opts.DataDir = filepath.Join(t.TempDir(), "data")
@@ -155,8 +166,9 @@ func TestLinuxImage_OCI(t *testing.T) {
 	}{
 		{smartvm.LaunchDirect, smartvm.Spec{Image: "app"}, []string{"ran as nobody in /tmp with blue"}},
 		{smartvm.LaunchJailed, smartvm.Spec{
-			Image: "app-archive", Name: "box", Command: []string{"echo I am $(id -un) on $(hostname), $COLOUR and $SIZE; ls -d /mnt; exit 3"},
-			User: "root", Env: []string{"SIZE=large", "COLOUR=red"},
+			Image: "app-archive", Name: "box",
+			Command: []string{"echo I am $(id -un) on $(hostname), $COLOUR and $SIZE; ls -d /mnt; exit 3"},
+			User:    "root", Env: []string{"SIZE=large", "COLOUR=red"},
 		}, []string{"I am root on box, red and large", "/mnt: No such file", "exit code 3"}},
 	} {
 		t.Run(tt.spec.Image, func(t *testing.T) {
@@ -165,7 +177,8 @@ func TestLinuxImage_OCI(t *testing.T) {
 	}
 }
 
-// What a guest writes is its own, and gone with it; with Keep it is there for the next. The image never changes.
+// What a guest writes is its own, and gone with it; with Keep it is there for the next. The image
+// never changes.
 func TestLinuxImage_Writes(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
 	images, err := h.Images()
@@ -182,7 +195,12 @@ func TestLinuxImage_Writes(t *testing.T) {
 	for _, tt := range []struct {
 		scratch *smartvm.Scratch
 		want    string
-	}{{nil, "none"}, {nil, "none"}, {&smartvm.Scratch{SizeMiB: 64, Keep: "kept"}, "none"}, {&smartvm.Scratch{Keep: "kept"}, "mine"}} {
+	}{
+		{nil, "none"},
+		{nil, "none"},
+		{&smartvm.Scratch{SizeMiB: 64, Keep: "kept"}, "none"},
+		{&smartvm.Scratch{Keep: "kept"}, "mine"},
+	} {
 		wantText(t, runImage(t, h, script(tt.scratch)), tt.want)
 	}
 	if digestFile(t, root) != before {
@@ -225,24 +243,30 @@ func digestFile(t *testing.T, path string) [sha256.Size]byte {
 	return sha256.Sum256(data)
 }
 
-// A distribution boots as on a machine of its own and has its secrets before its init begins. Programs run in it, also when the agent
-// was killed, and it shuts down when asked. All of that in one guest, as none takes longer to boot.
+// A distribution boots as on a machine of its own and has its secrets before its init begins.
+// Programs run in it, also when the agent was killed, and it shuts down when asked. All of that in
+// one guest, as none takes longer to boot.
 func TestLinuxImage_Systemd(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
 	// It is process 1 though it is a command: systemd is none where it is not.
-	spec := smartvm.Spec{Image: "debian", Name: "box", MachineConfig: linuxMachine(512), Command: []string{"/lib/systemd/systemd", "--log-target=journal"}}
+	spec := smartvm.Spec{
+		Image: "debian", Name: "box", MachineConfig: linuxMachine(512),
+		Command: []string{"/lib/systemd/systemd", "--log-target=journal"},
+	}
 	addSecrets(t, &spec)
 	m := startGuest(t, h, spec)
 	inGuest(t, m, smartvm.Cmd{Args: []string{"echo", "first"}}, 0, "first\n") // while it boots, which more would delay
 	awaitLog(t, m, "Multi-User")
 	awaitLog(t, m, "box login:")
 	checkGuest(t, m, "root")
-	checkSecrets(t, m, "cat /run/secrets/key; tr '\\0' '\\n' </proc/1/environ | grep -c 'PASSWORD="+secretValue+"'", secretValue+"\n1\n")
+	checkSecrets(t, m, "cat /run/secrets/key; tr '\\0' '\\n' </proc/1/environ | grep -c 'PASSWORD="+secretValue+"'",
+		secretValue+"\n1\n")
 	log, err := os.ReadFile(m.ConsoleLog())
 	if err != nil || bytes.Contains(log, []byte("FAILED")) {
 		t.Errorf("a unit failed: %v\n%s", err, log)
 	}
-	// What exec has started is in systemd's own group, which cannot be frozen for a snapshot: it is moved.
+	// What exec has started is in systemd's own group, which cannot be frozen for a snapshot: it is
+	// moved.
 	told(t, m, "sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >/run/sleeper")
 	sn, err := m.Snapshot(patient(t), smartvm.SnapshotOptions{})
 	if err != nil || len(sn.Warnings) > 0 {
@@ -263,7 +287,8 @@ func TestLinuxImage_Systemd(t *testing.T) {
 func TestLinuxImage_OpenRC(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	m := bootGuest(t, h, smartvm.Spec{Image: "openrc", Name: "rc", MachineConfig: linuxMachine(512)})
-	if got := told(t, m, "until rc-status -r | grep default; do sleep 1; done; cat /proc/1/comm; hostname"); got != "default\ninit\nrc" {
+	if got := told(t, m,
+		"until rc-status -r | grep default; do sleep 1; done; cat /proc/1/comm; hostname"); got != "default\ninit\nrc" {
 		t.Errorf("got %q", got)
 	}
 	checkRestart(t, m)
@@ -277,7 +302,8 @@ func TestLinuxImage_InUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := h.Create(t.Context(), smartvm.Spec{Image: "squashed", MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}})
+	m, err := h.Create(t.Context(),
+		smartvm.Spec{Image: "squashed", MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -294,8 +320,8 @@ func TestLinuxImage_InUse(t *testing.T) {
 	}
 }
 
-// wantModules has a guest of a kernel load a module that is not in its initramfs, and its kernel another by itself: the image's modprobe is
-// not where the kernel looks for one.
+// wantModules has a guest of a kernel load a module that is not in its initramfs, and its kernel
+// another by itself: the image's modprobe is not where the kernel looks for one.
 func wantModules(t *testing.T, h *smartvm.Host, kernel string) {
 	t.Helper()
 	const script = `test -e /dev/net/tun || modprobe tun && tunctl -t tap9 && grep /lib/modules /proc/mounts
@@ -306,7 +332,8 @@ modprobe nonesuch 2>/dev/null || echo no such one`
 		"tap9", "auto9: <", "/lib/modules/", " ro,", "not writable", "no such one")
 }
 
-// Guests have all modules of a distribution's kernel whose package has just been unpacked, whose lists depmod has not made.
+// Guests have all modules of a distribution's kernel whose package has just been unpacked, whose
+// lists depmod has not made.
 func TestLinuxImage_Modules(t *testing.T) {
 	wantModules(t, imageHost(t, smartvm.LaunchDirect), "")
 	wantText(t, runImage(t, imageHost(t, smartvm.LaunchJailed), smartvm.Spec{
@@ -314,21 +341,27 @@ func TestLinuxImage_Modules(t *testing.T) {
 	}), "tun")
 }
 
-// A guest runs containers: the kernel loads by itself what firewalls, bridges and overlays need, and groups can be made. The container
-// has an address on a bridge, and its memory is limited.
-// A VM becomes an image while it runs, and when it has ended; either has what was written, and is nobody in particular.
+// A guest runs containers: the kernel loads by itself what firewalls, bridges and overlays need,
+// and groups can be made. The container has an address on a bridge, and its memory is limited. A VM
+// becomes an image while it runs, and when it has ended; either has what was written, and is nobody
+// in particular.
 func TestLinuxCommit(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	images, err := h.Images()
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := startGuest(t, h, smartvm.Spec{Image: "minimal", Name: "builder", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256)})
+	m := startGuest(t, h,
+		smartvm.Spec{
+			Image: "minimal", Name: "builder", Command: sh("while :; do sleep 1; done"),
+			MachineConfig: linuxMachine(256),
+		})
 	commit := func(name string) {
 		t.Helper()
 		line := `["sh", "-c", "echo got $(cat /opt/app/f).; ls /etc/os-release /lost+found 2>&1; true"]`
 		made, err := give.Commit(t.Context(), images, give.CommitOptions{
-			Image: "minimal", Root: m.Spec().Drives[0].PathOnHost, Name: name, Read: m.ReadScratch, Change: config.Change{Cmd: &line},
+			Image: "minimal", Root: m.Spec().Drives[0].PathOnHost, Name: name, Read: m.ReadScratch,
+			Change: config.Change{Cmd: &line},
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -370,9 +403,12 @@ func TestLinuxImage_Docker(t *testing.T) {
 	})
 	m := bootGuest(t, h, smartvm.Spec{
 		Image: "docker", Command: sh(idle), MachineConfig: linuxMachine(512),
-		NamedVolumes: []smartvm.NamedVolume{{Name: "containers", Target: "/var/lib/docker", SizeMiB: 128}}, // it lays overlays over no overlay
+		// it lays overlays over no overlay
+		NamedVolumes: []smartvm.NamedVolume{{Name: "containers", Target: "/var/lib/docker", SizeMiB: 128}},
 	})
-	if got := told(t, m, "grep -c '^nf_tables ' /proc/modules; iptables -t nat -L; grep -c '^nf_tables ' /proc/modules"); !strings.HasPrefix(got, "0\nChain PREROUTING") || !strings.HasSuffix(got, "\n1") {
+	if got := told(t, m,
+		"grep -c '^nf_tables ' /proc/modules; iptables -t nat -L; grep -c '^nf_tables ' /proc/modules"); !strings.HasPrefix(
+		got, "0\nChain PREROUTING") || !strings.HasSuffix(got, "\n1") {
 		t.Errorf("the firewall is %q", got)
 	}
 	minimal, err := os.Open(testenv.Fixture(t, fixtures.Minimal))
@@ -390,7 +426,8 @@ docker import - tiny && docker run --rm --memory 32m tiny sh -c 'cat /sys/fs/cgr
 	begun := time.Now()
 	exit, err := m.Exec(patient(t), smartvm.Cmd{Args: sh(script), Stdin: minimal, Stdout: &out})
 	t.Logf("a container ran after %v", time.Since(begun).Round(time.Second))
-	if text := out.String(); err != nil || exit.Code != 0 || !strings.Contains(text, "\n33554432\n") || !strings.Contains(text, "inet 172.") {
+	if text := out.String(); err != nil || exit.Code != 0 || !strings.Contains(text, "\n33554432\n") ||
+		!strings.Contains(text, "inet 172.") {
 		t.Errorf("the container ended %+v, %v: %s", exit, err, text)
 	}
 	if driver := told(t, m, "docker info -f '{{.Driver}}'"); driver != "overlay2" {
@@ -399,7 +436,8 @@ docker import - tiny && docker run --rm --memory 32m tiny sh -c 'cat /sys/fs/cgr
 	endGuest(t, m)
 }
 
-// This machine's own kernel boots guests, as the package has it. In the lab that is the distribution's generic one.
+// This machine's own kernel boots guests, as the package has it. In the lab that is the
+// distribution's generic one.
 func TestLinuxImage_HostKernel(t *testing.T) {
 	if !testenv.InLab() {
 		t.Skip("needs: the lab, whose kernel is known")

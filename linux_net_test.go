@@ -21,7 +21,8 @@ func prefixes(all ...string) (p []netip.Prefix) {
 	return p
 }
 
-// linuxGuest starts a guest on a network whose command is a script. It is booted: see restoreGuest for guests that need not be.
+// linuxGuest starts a guest on a network whose command is a script. It is booted: see restoreGuest
+// for guests that need not be.
 func linuxGuest(t *testing.T, h *smartvm.Host, name, net, script string, change func(*smartvm.Spec)) *smartvm.Machine {
 	t.Helper()
 	spec := smartvm.Spec{
@@ -34,8 +35,8 @@ func linuxGuest(t *testing.T, h *smartvm.Host, name, net, script string, change 
 	return startGuest(t, h, spec)
 }
 
-// asks is a script for a guest that asks the servers at all addresses, on port 80, at once. It puts out a line for each, as
-// "WHEN ADDRESS: ANSWER".
+// asks is a script for a guest that asks the servers at all addresses, on port 80, at once. It puts
+// out a line for each, as "WHEN ADDRESS: ANSWER".
 func asks(when string, addresses ...string) string {
 	script := `ask() { echo "$1 $2: $(nc -w 5 $2 80 </dev/null 2>/dev/null | head -1)"; }; `
 	for _, a := range addresses {
@@ -44,8 +45,8 @@ func asks(when string, addresses ...string) string {
 	return script + "wait"
 }
 
-// Real guests: they reach the world by NAT and what their policy allows, each other only on a network that is for it, and are
-// reached by published ports.
+// Real guests: they reach the world by NAT and what their policy allows, each other only on a
+// network that is for it, and are reached by published ports.
 func TestLinuxNetwork(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -76,16 +77,22 @@ func TestLinuxNetwork(t *testing.T) {
 	}
 	server := "echo serving; while :; do echo $(hostname) | nc -l -p 80; done"
 	denied := &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: "198.51.100.3"}}}
-	a := restoreGuest(t, h, onBridge, smartvm.RestoreOptions{Name: "a", Ports: []smartvm.Port{{HostPort: 8080, GuestPort: 80}}})
+	a := restoreGuest(t, h, onBridge,
+		smartvm.RestoreOptions{Name: "a", Ports: []smartvm.Port{{HostPort: 8080, GuestPort: 80}}})
 	begin(t, a, server)
 	// In a namespace of its own.
-	e := restoreGuest(t, h, inNamespace, smartvm.RestoreOptions{Name: "e", Ports: []smartvm.Port{{HostPort: 8081, GuestPort: 80}}, Policy: denied})
+	e := restoreGuest(t, h, inNamespace,
+		smartvm.RestoreOptions{Name: "e", Ports: []smartvm.Port{{HostPort: 8081, GuestPort: 80}}, Policy: denied})
 	begin(t, e, "ip addr; "+asks("e", "198.51.100.2", "198.51.100.3", "2001:db8::2")+"; echo over; "+server)
-	extra := []smartvm.ExtraHost{{Name: "db.example", IP: netip.MustParseAddr("2001:db8::2")}, {Name: "gateway.example", HostGateway: true}}
+	extra := []smartvm.ExtraHost{
+		{Name: "db.example", IP: netip.MustParseAddr("2001:db8::2")},
+		{Name: "gateway.example", HostGateway: true},
+	}
 	b := linuxGuest(t, h, "b", "lan", server, func(s *smartvm.Spec) { s.ExtraHosts = extra })
 	awaitLog(t, a, "serving")
 	awaitLog(t, b, "serving")
-	c := linuxGuest(t, h, "c", "default", "cat /etc/hosts; "+asks("c", "198.51.100.2", "198.51.100.3", "2001:db8::2", address(a), address(b))+"; echo over",
+	c := linuxGuest(t, h, "c", "default",
+		"cat /etc/hosts; "+asks("c", "198.51.100.2", "198.51.100.3", "2001:db8::2", address(a), address(b))+"; echo over",
 		func(s *smartvm.Spec) { s.Policy, s.ExtraHosts = denied, extra })
 	forks, err := b.Fork(t.Context(), 1, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{Name: "d"}})
 	if err != nil {
@@ -94,7 +101,10 @@ func TestLinuxNetwork(t *testing.T) {
 	d := forks[0]
 	begin(t, d, "cat /etc/hosts; "+asks("d", address(a), address(b))+"; echo over")
 	for m, want := range map[*smartvm.Machine][]string{
-		e: {"10.255.255.2/30", "e 198.51.100.2: world from 198.51.100.1\n", "e 198.51.100.3: \n", "e 2001:db8::2: world from 2001:db8::1\n"},
+		e: {
+			"10.255.255.2/30", "e 198.51.100.2: world from 198.51.100.1\n", "e 198.51.100.3: \n",
+			"e 2001:db8::2: world from 2001:db8::1\n",
+		},
 		c: {
 			"c 198.51.100.2: world from 198.51.100.1\n", "c 198.51.100.3: \n", "c 2001:db8::2: world from 2001:db8::1\n",
 			"c " + address(a) + ": \n", "c " + address(b) + ": \n", address(c) + " c\n",
@@ -129,7 +139,8 @@ func TestLinuxNetwork(t *testing.T) {
 	if err := h.StopAll(t.Context(), smartvm.StopOptions{Timeout: time.Millisecond}); err != nil {
 		t.Error(err)
 	}
-	if err := errors.Join(a.Remove(t.Context()), b.Remove(t.Context()), c.Remove(t.Context()), d.Remove(t.Context()), e.Remove(t.Context())); err != nil {
+	if err := errors.Join(a.Remove(t.Context()), b.Remove(t.Context()), c.Remove(t.Context()), d.Remove(t.Context()),
+		e.Remove(t.Context())); err != nil {
 		t.Error(err)
 	}
 	if _, err := h.Sweep(t.Context()); err != nil { // what d was made from
@@ -137,25 +148,33 @@ func TestLinuxNetwork(t *testing.T) {
 	}
 }
 
-// Real guests that may reach names: over IPv4 and IPv6 they reach what an allowed one leads to, once they have asked for it, and not
-// its neighbour; a name that leads to a private address leads nowhere. So it is for a VM's own policy, its network's, and in a
-// namespace.
+// Real guests that may reach names: over IPv4 and IPv6 they reach what an allowed one leads to,
+// once they have asked for it, and not its neighbour; a name that leads to a private address leads
+// nowhere. So it is for a VM's own policy, its network's, and in a namespace.
 func TestLinuxNetwork_Names(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
 	h := imageHost(t, smartvm.LaunchJailed)
 	world := nettest.New(t)
-	world.Connect(nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24", "2001:db8::1/64"), Gateways: []netip.Addr{
-		netip.MustParseAddr("198.51.100.2"), netip.MustParseAddr("2001:db8::2"),
-	}}, nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24", "2001:db8::2/64",
-		"203.0.113.9/32", "203.0.113.10/32", "2001:db8:9::9/128", "2001:db8:9::10/128", "10.9.9.9/32", "fd99::9/128")})
+	world.Connect(
+		nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24", "2001:db8::1/64"), Gateways: []netip.Addr{
+			netip.MustParseAddr("198.51.100.2"), netip.MustParseAddr("2001:db8::2"),
+		}}, nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24", "2001:db8::2/64",
+			"203.0.113.9/32", "203.0.113.10/32", "2001:db8:9::9/128", "2001:db8:9::10/128", "10.9.9.9/32", "fd99::9/128")})
 	world.Serve(":80", "world")
 	world.ServeNames("198.51.100.2", map[string]string{
-		"good.example.": "203.0.113.9 2001:db8:9::9", "bad.example.": "203.0.113.10 2001:db8:9::10", "rebind.example.": "10.9.9.9 fd99::9",
+		"good.example.": "203.0.113.9 2001:db8:9::9", "bad.example.": "203.0.113.10 2001:db8:9::10",
+		"rebind.example.": "10.9.9.9 fd99::9",
 	})
 	nettest.Resolver(t, "198.51.100.2")
-	names := &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}, {Action: policy.Allow, Domain: "rebind.example"}}}
+	names := &policy.Policy{
+		DefaultAction: policy.Deny,
+		Rules: []policy.Rule{
+			{Action: policy.Allow, Domain: "good.example"},
+			{Action: policy.Allow, Domain: "rebind.example"},
+		},
+	}
 	networks, err := h.Networks()
 	if err != nil {
 		t.Fatal(err)

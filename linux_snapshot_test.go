@@ -26,17 +26,19 @@ import (
 func ask(t *testing.T, m *smartvm.Machine, script string) string {
 	t.Helper()
 	var out bytes.Buffer
-	if exit, err := m.Exec(patient(t), smartvm.Cmd{Args: sh(script), Stdout: &out, Stderr: &out}); err != nil || exit.Code != 0 {
+	if exit, err := m.Exec(patient(t), smartvm.Cmd{Args: sh(script), Stdout: &out, Stderr: &out}); err != nil ||
+		exit.Code != 0 {
 		t.Fatalf("VM %s: %q: %+v, %v: %s", m.ID(), script, exit, err, &out)
 	}
 	return strings.TrimSpace(out.String())
 }
 
-// paced lets a script wait without a program that it would have to start each time, which an emulated processor feels: it waits in
-// "pause", 50 ms or so many seconds as that is told.
+// paced lets a script wait without a program that it would have to start each time, which an
+// emulated processor feels: it waits in "pause", 50 ms or so many seconds as that is told.
 const paced = "mkfifo /tmp/pace$$; exec 4<>/tmp/pace$$; pause() { read -t ${1:-0.05} none <&4; }; "
 
-// begin starts a script in a guest, which goes on when this has returned and puts out what it does on the console.
+// begin starts a script in a guest, which goes on when this has returned and puts out what it does
+// on the console.
 func begin(t *testing.T, m *smartvm.Machine, script string) {
 	t.Helper()
 	ask(t, m, "("+script+") </dev/null >/dev/console 2>&1 &")
@@ -59,7 +61,8 @@ func linuxWorld(t *testing.T) *nettest.Namespace {
 	return world
 }
 
-// A restored guest has its programs, its open files and its connections, though the VM that they were of is gone.
+// A restored guest has its programs, its open files and its connections, though the VM that they
+// were of is gone.
 func TestLinuxSnapshot_GoesOn(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -68,7 +71,8 @@ func TestLinuxSnapshot_GoesOn(t *testing.T) {
 	world := linuxWorld(t)
 	lines := make(chan string, 1024)
 	world.Must(func() error {
-		// Without Go's keepalives: what asks for the guest while it is gone is told by the host that it knows no such connection.
+		// Without Go's keepalives: what asks for the guest while it is gone is told by the host that it
+		// knows no such connection.
 		l, err := (&net.ListenConfig{KeepAlive: -1}).Listen(t.Context(), "tcp", "198.51.100.2:7000")
 		if err != nil {
 			return err
@@ -88,7 +92,8 @@ func TestLinuxSnapshot_GoesOn(t *testing.T) {
 	})
 	m := bootGuest(t, h, smartvm.Spec{
 		Name: "first", Image: "minimal", MachineConfig: linuxMachine(128), NetworkInterfaces: templates[inNamespace],
-		Command: sh(paced + "exec 3>/root/open; n=0; while :; do n=$((n+1)); echo $n >&3; echo tick $n; pause; done | nc 198.51.100.2 7000"),
+		Command: sh(paced +
+			"exec 3>/root/open; n=0; while :; do n=$((n+1)); echo $n >&3; echo tick $n; pause; done | nc 198.51.100.2 7000"),
 	})
 	next := func() string { return receive(t, lines, "a line from the guest's connection") }
 	next()
@@ -130,7 +135,8 @@ func TestLinuxSnapshot_GoesOn(t *testing.T) {
 	}
 }
 
-// Eight forks are eight guests: nothing that identifies one is another's, and their programs never see who they were.
+// Eight forks are eight guests: nothing that identifies one is another's, and their programs never
+// see who they were.
 func TestLinuxFork(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -142,7 +148,8 @@ func TestLinuxFork(t *testing.T) {
 	// Nine of them share what one emulated processor can.
 	begin(t, m, paced+"while :; do read name </proc/sys/kernel/hostname; echo $name >>/root/names; pause 0.4; done")
 	ask(t, m, "until test -s /root/names; do sleep 0.1; done") // its program runs
-	forks, err := m.Fork(t.Context(), 8, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{Name: "fork"}, Concurrency: 2})
+	forks, err := m.Fork(t.Context(), 8,
+		smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{Name: "fork"}, Concurrency: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,12 +204,14 @@ func init() { children["snapshot-killed"] = snapshotKilled }
 
 // snapshotKilled makes a snapshot of a VM and is killed before it lets the guest's programs go on.
 func snapshotKilled(args []string) int {
-	h, err := smartvm.Open(smartvm.WithTrace(smartvm.Options{RuntimeDir: args[0], DataDir: args[1], FirecrackerBinary: args[2]}, func(step string) {
-		if step == "call thaw" {
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-	}))
+	h, err := smartvm.Open(
+		smartvm.WithTrace(smartvm.Options{RuntimeDir: args[0], DataDir: args[1], FirecrackerBinary: args[2]},
+			func(step string) {
+				if step == "call thaw" {
+					_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+					select {}
+				}
+			}))
 	if err == nil {
 		var m *smartvm.Machine
 		if m, err = h.Machine(context.Background(), args[3]); err == nil {
@@ -213,7 +222,8 @@ func snapshotKilled(args []string) int {
 	return 1
 }
 
-// When the process that makes a snapshot dies once the VM runs again, the one that supervises the VM lets the guest's programs go on.
+// When the process that makes a snapshot dies once the VM runs again, the one that supervises the
+// VM lets the guest's programs go on.
 func TestLinuxSnapshot_Killed(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	m := restoreGuest(t, h, unconnected, smartvm.RestoreOptions{})
@@ -230,16 +240,18 @@ func TestLinuxSnapshot_Killed(t *testing.T) {
 	}
 }
 
-// What a guest does not use is not in a snapshot that its balloon helped with; it has its memory back afterwards, and so has one that is
-// restored.
+// What a guest does not use is not in a snapshot that its balloon helped with; it has its memory
+// back afterwards, and so has one that is restored.
 func TestLinuxSnapshot_Balloon(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
 	// Large pages are not given back by pieces.
 	m := bootGuest(t, h, smartvm.Spec{
-		Image: "minimal", MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}, Balloon: &smartvm.Balloon{}, Command: sh(idle),
+		Image: "minimal", MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}, Balloon: &smartvm.Balloon{},
+		Command: sh(idle),
 	})
 	const available = "awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo"
-	ask(t, m, "mount -t tmpfs none /mnt && head -c 30000000 /dev/urandom >/mnt/used && rm /mnt/used") // which leaves its traces
+	// which leaves its traces
+	ask(t, m, "mount -t tmpfs none /mnt && head -c 30000000 /dev/urandom >/mnt/used && rm /mnt/used")
 	before := ask(t, m, available)
 	sizes := map[bool]int64{}
 	var last *smartvm.Snapshot
@@ -289,13 +301,14 @@ func TestLinuxSnapshot_Balloon(t *testing.T) {
 	}
 }
 
-// What exec has under way goes on when snapshots are made of its VM: no byte is lost, nor comes twice. In a VM that is restored it is
-// hung up.
+// What exec has under way goes on when snapshots are made of its VM: no byte is lost, nor comes
+// twice. In a VM that is restored it is hung up.
 func TestLinuxSnapshot_Exec(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	m := restoreGuest(t, h, unconnected, smartvm.RestoreOptions{Name: "first"})
 	trap := "trap 'echo hung up >>/root/hup; exit 4' HUP; "
-	counts := execute(t, m, paced+trap+"(while :; do n=$((n+1)); echo $n; pause; done) >&2 & while read -r line; do echo $line; done; kill $!; exit 7")
+	counts := execute(t, m, paced+trap+
+		"(while :; do n=$((n+1)); echo $n; pause; done) >&2 & while read -r line; do echo $line; done; kill $!; exit 7")
 	quiet := execute(t, m, trap+"read -r line; echo $line; exit 5")
 	typed := make(chan string, 1)
 	enough := make(chan struct{})
@@ -314,7 +327,8 @@ func TestLinuxSnapshot_Exec(t *testing.T) {
 	}()
 	progress := func() {
 		t.Helper()
-		for had, end := counts.stdout.len(), time.Now().Add(linuxPatience); counts.stdout.len() < had+1000; time.Sleep(10 * time.Millisecond) {
+		for had, end := counts.stdout.len(), time.Now().Add(linuxPatience); counts.stdout.len() < had+
+			1000; time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("it stands still after %d bytes", had)
 			}
@@ -345,7 +359,8 @@ func TestLinuxSnapshot_Exec(t *testing.T) {
 		t.Errorf("ended with %+v", exit)
 	}
 	if got := counts.stdout.String(); got != want {
-		t.Errorf("got %d bytes back, want %d: it ends with %.100q, not %.100q", len(got), len(want), got[max(0, len(got)-100):], want[len(want)-100:])
+		t.Errorf("got %d bytes back, want %d: it ends with %.100q, not %.100q", len(got), len(want),
+			got[max(0, len(got)-100):], want[len(want)-100:])
 	}
 	for i, line := range strings.Fields(counts.stderr.String()) {
 		if line != fmt.Sprint(i+1) {
@@ -360,7 +375,9 @@ func TestLinuxSnapshot_Exec(t *testing.T) {
 		t.Errorf("its programs were hung up: %q", got)
 	}
 	r := startRestored(t, h, "one", smartvm.RestoreOptions{Name: "second"})
-	if got := ask(t, r, "until test $(grep -c hung /root/hup) = 2; do sleep 0.1; done; ps | grep -c '[r]ead -r' || true"); !strings.HasSuffix(got, "0") {
+	if got := ask(t, r,
+		"until test $(grep -c hung /root/hup) = 2; do sleep 0.1; done; ps | grep -c '[r]ead -r' || true"); !strings.HasSuffix(
+		got, "0") {
 		t.Errorf("in the restored VM programs are left: %q", got)
 	}
 	_, _ = m.Exec(t.Context(), smartvm.Cmd{Args: []string{"sh", "-c", "echo 9 >/root/over"}}) // the VM may end before it

@@ -10,8 +10,9 @@ import (
 	"push.rocks/smartvm"
 )
 
-// template is a guest that only has to run: it is booted once for each data directory, and tests restore it from the snapshot that
-// has this name instead of booting one of their own. It has 128 MiB.
+// template is a guest that only has to run: it is booted once for each data directory, and tests
+// restore it from the snapshot that has this name instead of booting one of their own. It has 128
+// MiB.
 type template string
 
 const (
@@ -20,14 +21,16 @@ const (
 	inNamespace template = "template-in-namespace"
 )
 
-// templates have these interfaces. The hosts of the tests that restore one with an interface are jailed, but any host can.
+// templates have these interfaces. The hosts of the tests that restore one with an interface are
+// jailed, but any host can.
 var templates = map[template][]smartvm.NetworkInterface{
 	unconnected: nil,
 	onBridge:    {{IfaceID: "eth0"}},
 	inNamespace: {{IfaceID: "eth0", Namespace: true}},
 }
 
-// idle is a command that waits, without ever waking up, for a test to write its exit code to /root/over.
+// idle is a command that waits, without ever waking up, for a test to write its exit code to
+// /root/over.
 const idle = "mkfifo /root/over; read code </root/over; exit $code"
 
 // restoreGuest starts a VM from a template and waits until its guest is ready.
@@ -54,11 +57,12 @@ func startRestored(t *testing.T, h *smartvm.Host, snapshot string, o smartvm.Res
 	return m
 }
 
-// prepare boots the guest and makes the snapshot. No other process does so at the same time: tests that have a host with images take
-// turns, see testenv.NoLeaks.
+// prepare boots the guest and makes the snapshot. No other process does so at the same time: tests
+// that have a host with images take turns, see testenv.NoLeaks.
 func (x template) prepare(t *testing.T, h *smartvm.Host) {
 	t.Helper()
-	m := bootGuest(t, h, smartvm.Spec{Image: "minimal", Command: sh(idle), MachineConfig: linuxMachine(128), NetworkInterfaces: templates[x]})
+	m := bootGuest(t, h,
+		smartvm.Spec{Image: "minimal", Command: sh(idle), MachineConfig: linuxMachine(128), NetworkInterfaces: templates[x]})
 	ask(t, m, "until test -p /root/over; do sleep 0.1; done")
 	sn, err := m.Snapshot(patient(t), smartvm.SnapshotOptions{Name: string(x), Stop: true})
 	if err != nil || len(sn.Warnings) > 0 {
@@ -88,7 +92,8 @@ func removeStrays(t *testing.T, h *smartvm.Host) {
 	}
 }
 
-// checkUsers wants no image to have a user but the templates' snapshots, each of which is of one image, and those to have none.
+// checkUsers wants no image to have a user but the templates' snapshots, each of which is of one
+// image, and those to have none.
 func checkUsers(t *testing.T, h *smartvm.Host) {
 	t.Helper()
 	var want, got []string

@@ -47,7 +47,8 @@ func linuxInitrd(t *testing.T, script string, modules ...string) string {
 		t.Fatal(err)
 	}
 	var init strings.Builder
-	init.WriteString("#!/bin/busybox sh\n/bin/busybox --install -s /bin\nmount -t proc proc /proc\nmount -t devtmpfs dev /dev\n")
+	init.WriteString(
+		"#!/bin/busybox sh\n/bin/busybox --install -s /bin\nmount -t proc proc /proc\nmount -t devtmpfs dev /dev\n")
 	for _, p := range paths {
 		fmt.Fprintf(&init, "insmod %s\n", p)
 	}
@@ -237,7 +238,8 @@ func TestLinux_WritesStayInTheCopy(t *testing.T) {
 	}
 }
 
-// Where source and data directory share a file system with reflinks, a copy shares its blocks until it is written.
+// Where source and data directory share a file system with reflinks, a copy shares its blocks until
+// it is written.
 func TestLinux_Reflink(t *testing.T) {
 	testenv.Require(t, testenv.KVM, testenv.Root, testenv.LinuxGuest)
 	if !testenv.InLab() {
@@ -251,7 +253,10 @@ func TestLinux_Reflink(t *testing.T) {
 		t.Fatal(err)
 	}
 	mnt := t.TempDir()
-	for _, command := range [][]string{{testenv.Fixture(t, fixtures.MkfsBtrfs), "-q", disk}, {"mount", "-o", "loop", disk, mnt}} {
+	for _, command := range [][]string{
+		{testenv.Fixture(t, fixtures.MkfsBtrfs), "-q", disk},
+		{"mount", "-o", "loop", disk, mnt},
+	} {
 		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %v\n%s", command, err, out)
 		}
@@ -311,7 +316,8 @@ func TestLinux_Reflink(t *testing.T) {
 	}
 }
 
-// reflinkedSize is the disk's that is to be reflinked, in bytes. Larger ones take long to be hashed in the lab.
+// reflinkedSize is the disk's that is to be reflinked, in bytes. Larger ones take long to be hashed
+// in the lab.
 const reflinkedSize = 32 << 20
 
 // forkReflinked wants forks of a VM to share the blocks of its disk.

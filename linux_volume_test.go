@@ -22,12 +22,14 @@ import (
 // secretValue must be nowhere on the host but in the files that the user has it in.
 const secretValue = "correct horse battery staple"
 
-// addSecrets gives a guest secrets, which it has before its command, or the image's own init, begins.
+// addSecrets gives a guest secrets, which it has before its command, or the image's own init,
+// begins.
 func addSecrets(t *testing.T, s *smartvm.Spec) (key string) {
 	t.Helper()
 	dir := t.TempDir()
 	key, env := filepath.Join(dir, "key"), filepath.Join(dir, "env")
-	if err := errors.Join(os.WriteFile(key, []byte(secretValue+"\n"), 0o600), os.WriteFile(env, []byte("PASSWORD="+secretValue+"\nSHOWN=file\n"), 0o600)); err != nil {
+	if err := errors.Join(os.WriteFile(key, []byte(secretValue+"\n"), 0o600),
+		os.WriteFile(env, []byte("PASSWORD="+secretValue+"\nSHOWN=file\n"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	s.Env, s.EnvFiles = []string{"SHOWN=flag"}, []string{env}
@@ -37,18 +39,23 @@ func addSecrets(t *testing.T, s *smartvm.Spec) (key string) {
 
 func asRoot(script string) smartvm.Cmd { return smartvm.Cmd{Args: sh(script), User: "root"} }
 
-// checkSecrets wants a guest, and nobody else, to have the secrets. The script says in the guest what its first program had.
+// checkSecrets wants a guest, and nobody else, to have the secrets. The script says in the guest
+// what its first program had.
 func checkSecrets(t *testing.T, m *smartvm.Machine, script, want string) {
 	t.Helper()
-	inGuest(t, m, asRoot("stat -c '%a %U %F' /run/secrets/key /run/secrets/other; touch /run/secrets/more 2>/dev/null || echo read-only; grep -c '/run/secrets tmpfs' /proc/mounts"),
+	inGuest(t, m,
+		asRoot("stat -c '%a %U %F' /run/secrets/key /run/secrets/other; touch /run/secrets/more 2>/dev/null || echo read-only; grep -c '/run/secrets tmpfs' /proc/mounts"),
 		0, "400 root regular file\n400 root regular empty file\nread-only\n1\n")
 	inGuest(t, m, asRoot("echo $PASSWORD $SHOWN"), 0, secretValue+" flag\n")
 	inGuest(t, m, asRoot(script), 0, want)
 	all, err := m.GuestProcesses(t.Context())
-	if i := slices.IndexFunc(all, func(p smartvm.GuestProcess) bool { return p.PID == 1 }); err != nil || i < 0 || all[i].User != "root" || all[i].Memory == 0 {
+	if i := slices.IndexFunc(all, func(p smartvm.GuestProcess) bool {
+		return p.PID == 1
+	}); err != nil || i < 0 || all[i].User != "root" || all[i].Memory == 0 {
 		t.Errorf("processes %+v, %v", all, err)
 	}
-	if out, err := exec.CommandContext(t.Context(), "grep", "-rlF", secretValue, m.RuntimeDir()).CombinedOutput(); err == nil {
+	if out, err := exec.CommandContext(t.Context(), "grep", "-rlF", secretValue,
+		m.RuntimeDir()).CombinedOutput(); err == nil {
 		t.Errorf("the secret stands in %s", out)
 	}
 }
@@ -89,8 +96,10 @@ func volumeSource(t *testing.T) string {
 	dir := filepath.Join(t.TempDir(), "src")
 	if err := errors.Join(
 		os.MkdirAll(filepath.Join(dir, "sub/gone"), 0o755), os.WriteFile(filepath.Join(dir, "keep"), []byte("keep"), 0o640),
-		os.WriteFile(filepath.Join(dir, "run"), []byte("#!/bin/sh\necho ran\n"), 0o755), os.WriteFile(filepath.Join(dir, "sub/gone/f"), nil, 0o644),
-		os.WriteFile(filepath.Join(dir, "both"), []byte("old"), 0o644), os.Link(filepath.Join(dir, "run"), filepath.Join(dir, "sub/run2")),
+		os.WriteFile(filepath.Join(dir, "run"), []byte("#!/bin/sh\necho ran\n"), 0o755),
+		os.WriteFile(filepath.Join(dir, "sub/gone/f"), nil, 0o644),
+		os.WriteFile(filepath.Join(dir, "both"), []byte("old"), 0o644),
+		os.Link(filepath.Join(dir, "run"), filepath.Join(dir, "sub/run2")),
 		os.Symlink("keep", filepath.Join(dir, "link")), os.WriteFile(filepath.Join(dir, "conf"), []byte("conf"), 0o600),
 	); err != nil {
 		t.Fatal(err)
@@ -108,14 +117,16 @@ func wantFiles(t *testing.T, dir string, want map[string]string) {
 	}
 }
 
-// A guest has copies of the host's directories and files; what it changes comes back when that was asked for, whatever ended it.
+// A guest has copies of the host's directories and files; what it changes comes back when that was
+// asked for, whatever ended it.
 func TestLinuxVolumes(t *testing.T) {
 	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
 		t.Run(string(launcher), func(t *testing.T) {
 			h := imageHost(t, launcher)
 			src, other := volumeSource(t), volumeSource(t)
 			spec := smartvm.Spec{
-				Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256), Volumes: []smartvm.Volume{
+				Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256),
+				Volumes: []smartvm.Volume{
 					{Source: src, Target: "/work/src", Sync: true},
 					{Source: other, Target: "/made/here", ReadOnly: true},
 					{Source: src, Target: "/made/here/nested/deep"},
@@ -123,21 +134,28 @@ func TestLinuxVolumes(t *testing.T) {
 				},
 			}
 			m := startGuest(t, h, spec)
-			inGuest(t, m, asRoot("cd /work/src; cat keep link conf; ./run; stat -c '%a %h' keep run; readlink link"), 0, "keepkeepconfran\n640 1\n755 2\nkeep\n")
-			inGuest(t, m, asRoot("cd /made/here; cat keep; (echo x >keep) 2>/dev/null || echo read-only; cat nested/deep/keep; echo mine >nested/deep/keep; cat nested/deep/keep"), 0,
+			inGuest(t, m, asRoot("cd /work/src; cat keep link conf; ./run; stat -c '%a %h' keep run; readlink link"), 0,
+				"keepkeepconfran\n640 1\n755 2\nkeep\n")
+			inGuest(t, m,
+				asRoot("cd /made/here; cat keep; (echo x >keep) 2>/dev/null || echo read-only; cat nested/deep/keep; echo mine >nested/deep/keep; cat nested/deep/keep"), 0,
 				"keepread-only\nkeepmine\n")
-			inGuest(t, m, asRoot("cat /etc/app/conf; echo guest >/etc/app/conf; ls -d /run/smartvm 2>/dev/null; grep -c ' /made/here' /proc/mounts"), 0, "conf2\n")
+			inGuest(t, m,
+				asRoot("cat /etc/app/conf; echo guest >/etc/app/conf; ls -d /run/smartvm 2>/dev/null; grep -c ' /made/here' /proc/mounts"), 0, "conf2\n")
 			// Both sides write.
-			if err := errors.Join(os.WriteFile(filepath.Join(src, "both"), []byte("host"), 0o644), os.WriteFile(filepath.Join(src, "late"), []byte("host"), 0o644)); err != nil {
+			if err := errors.Join(os.WriteFile(filepath.Join(src, "both"), []byte("host"), 0o644),
+				os.WriteFile(filepath.Join(src, "late"), []byte("host"), 0o644)); err != nil {
 				t.Fatal(err)
 			}
-			inGuest(t, m, asRoot("cd /work/src; ls late 2>&1; echo guest >both; rm -r sub conf; mkdir sub; echo new >sub/new; chmod 600 keep; ln -sf /etc/passwd link; mkfifo pipe; mknod disk b 8 0; "+
-				"cp /bin/busybox suid; chmod 4755 suid; mkdir -p a/b; echo deep >a/b/c; sync"), 0, "ls: late: No such file or directory\n")
+			inGuest(t, m,
+				asRoot("cd /work/src; ls late 2>&1; echo guest >both; rm -r sub conf; mkdir sub; echo new >sub/new; chmod 600 keep; ln -sf /etc/passwd link; mkfifo pipe; mknod disk b 8 0; "+
+					"cp /bin/busybox suid; chmod 4755 suid; mkdir -p a/b; echo deep >a/b/c; sync"), 0,
+				"ls: late: No such file or directory\n")
 			if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
 				t.Fatal(err)
 			}
 			wantFiles(t, src, map[string]string{
-				"both": "host", "late": "host", "both.guest-" + m.ID(): "guest\n", "sub/new": "new\n", "a/b/c": "deep\n", "sub/gone/f": "", "sub/run2": "", "conf": "", "pipe": "", "disk": "", "run": "#!/bin/sh\necho ran\n",
+				"both": "host", "late": "host", "both.guest-" + m.ID(): "guest\n", "sub/new": "new\n", "a/b/c": "deep\n",
+				"sub/gone/f": "", "sub/run2": "", "conf": "", "pipe": "", "disk": "", "run": "#!/bin/sh\necho ran\n",
 			})
 			wantFiles(t, other, map[string]string{"conf": "guest\n", "keep": "keep"})
 			for name, mode := range map[string]fs.FileMode{"suid": 0o755, "keep": 0o600} {
@@ -152,7 +170,8 @@ func TestLinuxVolumes(t *testing.T) {
 			if err := m.Start(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			inGuest(t, m, asRoot("cd /work/src; cat both late; ls suid; cat /made/here/nested/deep/keep"), 0, "hosthostsuid\nkeep")
+			inGuest(t, m, asRoot("cd /work/src; cat both late; ls suid; cat /made/here/nested/deep/keep"), 0,
+				"hosthostsuid\nkeep")
 			if _, err := m.Stop(t.Context(), smartvm.StopOptions{}); err != nil {
 				t.Fatal(err)
 			}
@@ -163,16 +182,19 @@ func TestLinuxVolumes(t *testing.T) {
 	}
 }
 
-// The supervisor of a VM may be killed: what its guest has changed is there all the same, and comes back with the next who clears up.
+// The supervisor of a VM may be killed: what its guest has changed is there all the same, and comes
+// back with the next who clears up.
 func TestLinuxVolumes_Killed(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchJailed)
 	src := volumeSource(t)
 	s := &site{t: t, options: smartvm.Options{
-		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(testenv.DataVariable), FirecrackerBinary: testenv.Firecracker(t), JailerBinary: testenv.Jailer(t), Launcher: smartvm.LaunchJailed,
+		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(testenv.DataVariable), FirecrackerBinary: testenv.Firecracker(t),
+		JailerBinary: testenv.Jailer(t), Launcher: smartvm.LaunchJailed,
 	}}
 	keeper := s.remote()
 	id := keeper.ask(request{Op: "create", Spec: smartvm.Spec{
-		Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256), Volumes: []smartvm.Volume{{Source: src, Target: "/src", Sync: true}},
+		Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256),
+		Volumes: []smartvm.Volume{{Source: src, Target: "/src", Sync: true}},
 	}}).ID
 	keeper.ask(request{Op: "start", Ref: id})
 	m, err := h.Machine(t.Context(), id)
@@ -215,12 +237,14 @@ func TestLinuxVolumes_RunKilled(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	src := volumeSource(t)
 	s := &site{t: t, options: smartvm.Options{
-		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(testenv.DataVariable), FirecrackerBinary: testenv.Firecracker(t), Launcher: smartvm.LaunchDirect,
+		RuntimeDir: h.RuntimeDir(), DataDir: os.Getenv(testenv.DataVariable), FirecrackerBinary: testenv.Firecracker(t),
+		Launcher: smartvm.LaunchDirect,
 	}}
 	keeper := s.remote()
 	keeper.send(request{Op: "run", Spec: smartvm.Spec{
-		ID: "attached", Image: "minimal", Command: sh("echo guest >/src/keep; sync; echo written; while :; do sleep 1; done"), MachineConfig: linuxMachine(256),
-		Volumes: []smartvm.Volume{{Source: src, Target: "/src", Sync: true}},
+		ID: "attached", Image: "minimal", Command: sh("echo guest >/src/keep; sync; echo written; while :; do sleep 1; done"),
+		MachineConfig: linuxMachine(256),
+		Volumes:       []smartvm.Volume{{Source: src, Target: "/src", Sync: true}},
 	}})
 	console := filepath.Join(h.RuntimeDir(), "attached", "console.log")
 	for end := time.Now().Add(linuxPatience); ; time.Sleep(10 * time.Millisecond) {
@@ -239,7 +263,8 @@ func TestLinuxVolumes_RunKilled(t *testing.T) {
 	wantFiles(t, src, map[string]string{"keep": "guest\n", "both": "old"})
 }
 
-// A named volume gets what the image has in its place, outlives the VM, and is in a snapshot as it was then.
+// A named volume gets what the image has in its place, outlives the VM, and is in a snapshot as it
+// was then.
 func TestLinuxNamedVolumes(t *testing.T) {
 	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
 		t.Run(string(launcher), func(t *testing.T) {
@@ -248,8 +273,11 @@ func TestLinuxNamedVolumes(t *testing.T) {
 			vm := func(readOnly bool) smartvm.Spec {
 				return smartvm.Spec{
 					Image: "minimal", Command: sh("while :; do sleep 1; done"), MachineConfig: linuxMachine(256),
-					Volumes:      []smartvm.Volume{{Source: volumeSource(t), Target: "/work", ReadOnly: true}},
-					NamedVolumes: []smartvm.NamedVolume{{Name: name, Target: "/etc", SizeMiB: 64, ReadOnly: readOnly}, {Name: name + "-empty", Target: "/work/deep/empty", SizeMiB: 64}},
+					Volumes: []smartvm.Volume{{Source: volumeSource(t), Target: "/work", ReadOnly: true}},
+					NamedVolumes: []smartvm.NamedVolume{
+						{Name: name, Target: "/etc", SizeMiB: 64, ReadOnly: readOnly},
+						{Name: name + "-empty", Target: "/work/deep/empty", SizeMiB: 64},
+					},
 				}
 			}
 			volumes, err := h.Volumes()
@@ -272,7 +300,8 @@ func TestLinuxNamedVolumes(t *testing.T) {
 
 			m = startGuest(t, h, vm(true))
 			inGuest(t, m, asRoot(look), 0, "755 root\nID=smartvm-minimal\nalone\none\ntwo\n1\n")
-			inGuest(t, m, asRoot("(echo x >/etc/mine) 2>/dev/null || echo read-only; echo three >>/work/deep/empty/f; sync"), 0, "read-only\n")
+			inGuest(t, m, asRoot("(echo x >/etc/mine) 2>/dev/null || echo read-only; echo three >>/work/deep/empty/f; sync"), 0,
+				"read-only\n")
 			sn, err := m.Snapshot(t.Context(), smartvm.SnapshotOptions{Name: name})
 			if err != nil {
 				t.Fatal(err)
@@ -296,7 +325,8 @@ func TestLinuxNamedVolumes(t *testing.T) {
 	}
 }
 
-// What a guest deletes on its drives takes nothing on the host any more: at once where its VMM offers discard, else once the volume is trimmed.
+// What a guest deletes on its drives takes nothing on the host any more: at once where its VMM
+// offers discard, else once the volume is trimmed.
 func TestLinuxDiscard(t *testing.T) {
 	h := imageHost(t, smartvm.LaunchDirect)
 	const name, written, rest = "discarded", 64 << 20, 8 << 20
@@ -338,7 +368,8 @@ func TestLinuxDiscard(t *testing.T) {
 		if full[drive] < empty[drive]+written {
 			t.Errorf("%s: %d bytes were written, and it takes %d, before %d", drive, written, full[drive], empty[drive])
 		}
-		for ctx := patient(t); offered && used()[drive] > empty[drive]+rest; { // the guest's kernel does it when the deletion is on the disk
+		// the guest's kernel does it when the deletion is on the disk
+		for ctx := patient(t); offered && used()[drive] > empty[drive]+rest; {
 			if ctx.Err() != nil {
 				t.Fatalf("%s: it takes %d bytes still, before %d", drive, used()[drive], empty[drive])
 			}
@@ -350,7 +381,8 @@ func TestLinuxDiscard(t *testing.T) {
 	if !offered && deleted["volume"] < full["volume"] {
 		t.Errorf("without discard it takes %v, before %v", deleted, full)
 	}
-	inGuest(t, m, asRoot("fstrim /data 2>/dev/null && echo trimmed; cat /data/kept"), 0, map[bool]string{true: "trimmed\n"}[offered]+"kept\n")
+	inGuest(t, m, asRoot("fstrim /data 2>/dev/null && echo trimmed; cat /data/kept"), 0,
+		map[bool]string{true: "trimmed\n"}[offered]+"kept\n")
 	endGuest(t, m)
 	disk, err := volumes.Volumes().Find(name)
 	if err != nil {

@@ -13,14 +13,16 @@ import (
 	"push.rocks/smartvm/network"
 )
 
-// A real guest on a network that leaves through a tunnel reaches its peer and what lies behind; when it is cut, nothing.
+// A real guest on a network that leaves through a tunnel reaches its peer and what lies behind;
+// when it is cut, nothing.
 func TestLinuxNetwork_WireGuard(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
 	h := imageHost(t, smartvm.LaunchJailed)
 	world := nettest.New(t)
-	world.Connect(nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24")})
+	world.Connect(nettest.Link{Name: "uplink", Addresses: prefixes("198.51.100.1/24")},
+		nettest.Link{Name: "eth0", Addresses: prefixes("198.51.100.2/24")})
 	world.Serve(":80", "world")
 	file := world.WireGuard("198.51.100.2")
 	networks, err := h.Networks()

@@ -13,8 +13,9 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Pause stops the guest's CPUs and devices. What runs in it by Exec waits, and goes on with it; with Firecracker 1.16.0 and 1.16.1 other connections
-// to the guest end by the Resume, see [firecracker.Client.Resume]. Returns ErrState while a snapshot of it is being made.
+// Pause stops the guest's CPUs and devices. What runs in it by Exec waits, and goes on with it;
+// with Firecracker 1.16.0 and 1.16.1 other connections to the guest end by the Resume, see
+// [firecracker.Client.Resume]. Returns ErrState while a snapshot of it is being made.
 func (m *Machine) Pause(ctx context.Context) error {
 	hold, err := m.vm.Freeze("pause")
 	if err != nil {
@@ -58,13 +59,14 @@ func (m *Machine) VMConfig(ctx context.Context) (config firecracker.FullVMConfig
 	return config, err
 }
 
-// FlushMetrics makes the VMM write its metrics now; by itself it does so every minute and at the end. The Spec must
-// have Metrics.
+// FlushMetrics makes the VMM write its metrics now; by itself it does so every minute and at the
+// end. The Spec must have Metrics.
 func (m *Machine) FlushMetrics(ctx context.Context) error {
 	return m.vm.Call(ctx, "call", "flush metrics", func(c *firecracker.Client) error { return c.FlushMetrics(ctx) })
 }
 
-// SetMetadata replaces the guest's metadata with anything that encodes to JSON. The Spec must have MMDS.
+// SetMetadata replaces the guest's metadata with anything that encodes to JSON. The Spec must have
+// MMDS.
 func (m *Machine) SetMetadata(ctx context.Context, metadata any) error {
 	return m.vm.Call(ctx, "call", "set metadata", func(c *firecracker.Client) error { return c.PutMMDS(ctx, metadata) })
 }
@@ -83,8 +85,8 @@ func (m *Machine) Metadata(ctx context.Context) (metadata json.RawMessage, err e
 	return metadata, err
 }
 
-// UpdateDrive changes the limits of a drive; a nil bucket stays, one of zeros is taken away. With reread the VMM
-// looks at the size of the drive's file again and tells the guest.
+// UpdateDrive changes the limits of a drive; a nil bucket stays, one of zeros is taken away. With
+// reread the VMM looks at the size of the drive's file again and tells the guest.
 func (m *Machine) UpdateDrive(ctx context.Context, driveID string, limit *RateLimiter, reread bool) error {
 	d := firecracker.PartialDrive{DriveID: driveID, RateLimiter: configure.RateLimiter(limit)}
 	if reread {
@@ -93,8 +95,9 @@ func (m *Machine) UpdateDrive(ctx context.Context, driveID string, limit *RateLi
 	return m.vm.Call(ctx, "call", "update drive", func(c *firecracker.Client) error { return c.PatchDrive(ctx, d) })
 }
 
-// UpdatePmem changes the limits of a pmem device; a nil bucket stays, one of zeros is taken away. What is bounded are flushes, each of the whole
-// file. Returns ErrNotSupported before Firecracker 1.16.
+// UpdatePmem changes the limits of a pmem device; a nil bucket stays, one of zeros is taken away.
+// What is bounded are flushes, each of the whole file. Returns ErrNotSupported before Firecracker
+// 1.16.
 func (m *Machine) UpdatePmem(ctx context.Context, id string, limit *RateLimiter) error {
 	p := firecracker.PartialPmem{ID: id, RateLimiter: configure.RateLimiter(limit)}
 	return m.vm.Call(ctx, "call", "update pmem", func(c *firecracker.Client) error {
@@ -106,20 +109,32 @@ func (m *Machine) UpdatePmem(ctx context.Context, id string, limit *RateLimiter)
 	})
 }
 
-// UpdateNetworkInterface changes the limits of an interface; a nil bucket stays, one of zeros is taken away.
+// UpdateNetworkInterface changes the limits of an interface; a nil bucket stays, one of zeros is
+// taken away.
 func (m *Machine) UpdateNetworkInterface(ctx context.Context, ifaceID string, rx, tx *RateLimiter) error {
-	n := firecracker.PartialNetworkInterface{IfaceID: ifaceID, RxRateLimiter: configure.RateLimiter(rx), TxRateLimiter: configure.RateLimiter(tx)}
-	return m.vm.Call(ctx, "call", "update network interface", func(c *firecracker.Client) error { return c.PatchNetworkInterface(ctx, n) })
+	n := firecracker.PartialNetworkInterface{
+		IfaceID: ifaceID, RxRateLimiter: configure.RateLimiter(rx),
+		TxRateLimiter: configure.RateLimiter(tx),
+	}
+	return m.vm.Call(ctx, "call", "update network interface", func(c *firecracker.Client) error {
+		return c.PatchNetworkInterface(ctx, n)
+	})
 }
 
-// UpdateBalloon sets how many MiB the balloon takes from the guest. The VMM refuses until the guest's driver is active.
+// UpdateBalloon sets how many MiB the balloon takes from the guest. The VMM refuses until the
+// guest's driver is active.
 func (m *Machine) UpdateBalloon(ctx context.Context, amountMiB uint32) error {
-	return m.vm.Call(ctx, "call", "update balloon", func(c *firecracker.Client) error { return c.PatchBalloon(ctx, amountMiB) })
+	return m.vm.Call(ctx, "call", "update balloon", func(c *firecracker.Client) error {
+		return c.PatchBalloon(ctx, amountMiB)
+	})
 }
 
-// UpdateBalloonStats sets the seconds between the balloon's statistics; it cannot switch them on or off.
+// UpdateBalloonStats sets the seconds between the balloon's statistics; it cannot switch them on or
+// off.
 func (m *Machine) UpdateBalloonStats(ctx context.Context, intervalS uint16) error {
-	return m.vm.Call(ctx, "call", "update balloon statistics", func(c *firecracker.Client) error { return c.PatchBalloonStats(ctx, intervalS) })
+	return m.vm.Call(ctx, "call", "update balloon statistics", func(c *firecracker.Client) error {
+		return c.PatchBalloonStats(ctx, intervalS)
+	})
 }
 
 // BalloonStats tells about the guest's memory, if the Spec asked for statistics.
@@ -131,8 +146,8 @@ func (m *Machine) BalloonStats(ctx context.Context) (stats firecracker.BalloonSt
 	return stats, err
 }
 
-// BalloonHinting is how far the guest has come with saying which of its memory is free. Commands are virtio's: 0 is stop, 1 is done, and others are
-// the number of a run.
+// BalloonHinting is how far the guest has come with saying which of its memory is free. Commands
+// are virtio's: 0 is stop, 1 is done, and others are the number of a run.
 type BalloonHinting struct {
 	HostCommand  uint64  `json:"hostCommand"`
 	GuestCommand *uint64 `json:"guestCommand,omitempty"` // nil until the guest gave one
@@ -142,18 +157,22 @@ type BalloonHinting struct {
 func (m *Machine) hints(ctx context.Context, name string, f func(*firecracker.Client) error) error {
 	return m.vm.Call(ctx, "call", name, func(c *firecracker.Client) error {
 		b := m.rec().Spec.Balloon
-		if err := m.needs(firecracker.Balloon{FreePageHinting: true}, b != nil && b.FreePageHinting, "balloon.freePageHinting"); err != nil {
+		if err := m.needs(firecracker.Balloon{FreePageHinting: true}, b != nil &&
+			b.FreePageHinting, "balloon.freePageHinting"); err != nil {
 			return err
 		}
 		return f(c)
 	})
 }
 
-// StartBalloonHinting has the guest say once which of its memory is free, and the host takes that back. It returns at once: BalloonHinting says how far
-// the guest has come. The VMM refuses until the guest's driver is active. Returns ErrState if the Spec's Balloon has no FreePageHinting, and
+// StartBalloonHinting has the guest say once which of its memory is free, and the host takes that
+// back. It returns at once: BalloonHinting says how far the guest has come. The VMM refuses until
+// the guest's driver is active. Returns ErrState if the Spec's Balloon has no FreePageHinting, and
 // ErrNotSupported before Firecracker 1.14.
 func (m *Machine) StartBalloonHinting(ctx context.Context) error {
-	return m.hints(ctx, "start balloon hinting", func(c *firecracker.Client) error { return c.StartBalloonHinting(ctx, true) })
+	return m.hints(ctx, "start balloon hinting", func(c *firecracker.Client) error {
+		return c.StartBalloonHinting(ctx, true)
+	})
 }
 
 // StopBalloonHinting ends that before the guest is done. Errors are those of StartBalloonHinting.
@@ -171,8 +190,8 @@ func (m *Machine) BalloonHinting(ctx context.Context) (state BalloonHinting, err
 	return state, err
 }
 
-// needs refuses what the VM's Firecracker is too old for, by the oldest version that takes body, and what is about a device that the VM does
-// not have. Device is the device's field in a Spec.
+// needs refuses what the VM's Firecracker is too old for, by the oldest version that takes body,
+// and what is about a device that the VM does not have. Device is the device's field in a Spec.
 func (m *Machine) needs(body any, has bool, device string) error {
 	if err := firecracker.CheckVersion(m.rec().VMM(), body); err != nil {
 		return hint.Add(fmt.Errorf("%w: %w", ErrNotSupported, err), "make the VM anew with a newer Firecracker")
@@ -183,7 +202,8 @@ func (m *Machine) needs(body any, has bool, device string) error {
 	return nil
 }
 
-// MemoryHotplugStatus is the state of memory that can be plugged in while a VM runs. MiB throughout.
+// MemoryHotplugStatus is the state of memory that can be plugged in while a VM runs. MiB
+// throughout.
 type MemoryHotplugStatus struct {
 	TotalSizeMiB     uint64 `json:"totalSizeMib"`
 	SlotSizeMiB      uint64 `json:"slotSizeMib"`
@@ -192,10 +212,12 @@ type MemoryHotplugStatus struct {
 	RequestedSizeMiB uint64 `json:"requestedSizeMib"`
 }
 
-// UpdateMemoryHotplug sets how much memory the guest has besides MemSizeMiB, in whole blocks of the Spec's MemoryHotplug. It returns
-// at once: MemoryHotplug says how far the guest has come, and a guest may give back less than it is asked for. The size is part of
-// snapshots, and ends with the run: a VM that is started has none. The VMM refuses until the guest's driver is active. Returns a
-// *FieldError for a size that cannot be, ErrState if the Spec has no MemoryHotplug, and ErrNotSupported before Firecracker 1.14.
+// UpdateMemoryHotplug sets how much memory the guest has besides MemSizeMiB, in whole blocks of the
+// Spec's MemoryHotplug. It returns at once: MemoryHotplug says how far the guest has come, and a
+// guest may give back less than it is asked for. The size is part of snapshots, and ends with the
+// run: a VM that is started has none. The VMM refuses until the guest's driver is active. Returns a
+// *FieldError for a size that cannot be, ErrState if the Spec has no MemoryHotplug, and
+// ErrNotSupported before Firecracker 1.14.
 func (m *Machine) UpdateMemoryHotplug(ctx context.Context, sizeMiB int) error {
 	return m.vm.Call(ctx, "call", "update memory hotplug", func(c *firecracker.Client) error {
 		h := m.rec().Spec.MemoryHotplug

@@ -29,7 +29,8 @@ func (s *faultSite) ended(t *testing.T, all ...*smartvm.Machine) {
 	s.tidy(t)
 }
 
-// Memory is plugged and unplugged while the VM runs; a VM that is restored or forked has what its origin had, and one that is started anew none.
+// Memory is plugged and unplugged while the VM runs; a VM that is restored or forked has what its
+// origin had, and one that is started anew none.
 func TestMachine_MemoryHotplug(t *testing.T) {
 	testenv.NoLeaks(t)
 	site := newFaultSite(t, fakefc.Script{Version: "1.16.1", Format: "10.0.0"})
@@ -38,7 +39,10 @@ func TestMachine_MemoryHotplug(t *testing.T) {
 	m := site.started(t, h)
 	wantPlugged := func(m *smartvm.Machine, mib uint64) {
 		t.Helper()
-		want := smartvm.MemoryHotplugStatus{TotalSizeMiB: 1024, SlotSizeMiB: 128, BlockSizeMiB: 4, PluggedSizeMiB: mib, RequestedSizeMiB: mib}
+		want := smartvm.MemoryHotplugStatus{
+			TotalSizeMiB: 1024, SlotSizeMiB: 128, BlockSizeMiB: 4, PluggedSizeMiB: mib,
+			RequestedSizeMiB: mib,
+		}
 		got, err := m.MemoryHotplug(ctx)
 		if err != nil {
 			t.Fatal(err)
@@ -112,7 +116,8 @@ func TestMachine_MemoryHotplug(t *testing.T) {
 
 // What a VM cannot do says why: its Firecracker is too old, or it was made without it.
 func TestMachine_LiveNeeds(t *testing.T) {
-	const old, pmemOld = "needs Firecracker 1.14.0 or newer, this is 1.13.2", "needs Firecracker 1.16.0 or newer, this is 1.13.2"
+	const old, pmemOld = "needs Firecracker 1.14.0 or newer, this is 1.13.2",
+		"needs Firecracker 1.16.0 or newer, this is 1.13.2"
 	for name, c := range map[string]struct {
 		version                string
 		want                   error
@@ -154,10 +159,14 @@ func TestMachine_MetricsIdentity(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			testenv.NoLeaks(t)
 			site := newFaultSite(t, fakefc.Script{Version: version})
-			site.spec.Metrics = &smartvm.Metrics{MetricsPath: filepath.Join(site.dir, "metrics"), EmitID: true, Properties: map[string]string{"customer": "1234"}}
+			site.spec.Metrics = &smartvm.Metrics{
+				MetricsPath: filepath.Join(site.dir, "metrics"), EmitID: true,
+				Properties: map[string]string{"customer": "1234"},
+			}
 			m, err := site.open(t).Create(t.Context(), site.spec)
 			if !ok {
-				if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "emit_id") || !strings.Contains(err.Error(), "properties") {
+				if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "emit_id") ||
+					!strings.Contains(err.Error(), "properties") {
 					t.Errorf("%v, want ErrNotSupported of both fields", err)
 				}
 				return
@@ -192,7 +201,8 @@ func TestMachine_PCI(t *testing.T) {
 			site.spec.PCI = c.pci
 			m, err := site.open(t).Create(t.Context(), site.spec)
 			if !c.ok {
-				if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "pci needs Firecracker 1.13.0 or newer, this is 1.12.1") {
+				if !errors.Is(err, smartvm.ErrNotSupported) ||
+					!strings.Contains(err.Error(), "pci needs Firecracker 1.13.0 or newer, this is 1.12.1") {
 					t.Errorf("%v, want ErrNotSupported", err)
 				}
 				return

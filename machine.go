@@ -19,8 +19,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// Machine is one VM. The process that started it supervises it; it can be used from any other as well.
-// It is safe for concurrent use.
+// Machine is one VM. The process that started it supervises it; it can be used from any other as
+// well. It is safe for concurrent use.
 type Machine struct {
 	host *Host
 	vm   *vmrun.VM
@@ -43,24 +43,26 @@ func (m *Machine) Firecracker() string { return m.rec().Binary }
 // RuntimeDir is the VM's own directory.
 func (m *Machine) RuntimeDir() string { return m.vm.Dir() }
 
-// ConsoleLog and VMMLog are the files with the newest part of what the guest and the VMM wrote. The older half
-// of each is beside it, with ".1" added.
+// ConsoleLog and VMMLog are the files with the newest part of what the guest and the VMM wrote. The
+// older half of each is beside it, with ".1" added.
 func (m *Machine) ConsoleLog() string { return m.vm.Path(store.ConsoleLog) }
 
 // VMMLog: see ConsoleLog.
 func (m *Machine) VMMLog() string { return m.vm.VMMLog() }
 
-// CommandLog is the output of the command of a Run, kept as ConsoleLog is; there is none if the console has it.
+// CommandLog is the output of the command of a Run, kept as ConsoleLog is; there is none if the
+// console has it.
 func (m *Machine) CommandLog() string { return m.vm.Path(store.CommandLog) }
 
 // SocketPath is the VMM's API socket while it runs. It may be too long for a socket address.
 func (m *Machine) SocketPath() string { return filepath.Join(m.vm.Root(), store.SocketFile) }
 
-// State derives where the VM is. If its VMM does not answer within a second, it counts as Running, or as Starting where its guest is not
-// known to have run. Returns ErrNotFound once it is removed.
+// State derives where the VM is. If its VMM does not answer within a second, it counts as Running,
+// or as Starting where its guest is not known to have run. Returns ErrNotFound once it is removed.
 func (m *Machine) State(ctx context.Context) (State, error) { return m.vm.State(ctx) }
 
-// Supervised says whether a process supervises the VM. Without one it goes on, but what its guest writes is lost.
+// Supervised says whether a process supervises the VM. Without one it goes on, but what its guest
+// writes is lost.
 func (m *Machine) Supervised() (bool, error) { return m.vm.Supervised() }
 
 // Exit tells how the VM's last run ended. Returns ErrState if none has.
@@ -72,9 +74,9 @@ func (m *Machine) Exit() (*Exit, error) {
 	return exit, err
 }
 
-// Start starts the VM and returns when its guest runs; the guest's own boot takes longer. This process supervises the
-// VM from then on, until it ends or the Host is closed. If the start fails, all of it is undone, the error is a
-// *MachineError, and Start may be called again.
+// Start starts the VM and returns when its guest runs; the guest's own boot takes longer. This
+// process supervises the VM from then on, until it ends or the Host is closed. If the start fails,
+// all of it is undone, the error is a *MachineError, and Start may be called again.
 func (m *Machine) Start(ctx context.Context) error {
 	lock, err := m.vm.Acquire(ctx, "start")
 	if err != nil {
@@ -127,14 +129,16 @@ func (m *Machine) ConsoleInput(ctx context.Context) (io.WriteCloser, error) {
 	return in, nil
 }
 
-// Wait returns when the VM's run has ended and is undone, how it ended, and what could not be undone. It returns at once if the VM does not
-// run, ErrNotFound if it is removed meanwhile, ErrState if it has never run, ErrClosed if this process supervised it and the Host is closed.
+// Wait returns when the VM's run has ended and is undone, how it ended, and what could not be
+// undone. It returns at once if the VM does not run, ErrNotFound if it is removed meanwhile,
+// ErrState if it has never run, ErrClosed if this process supervised it and the Host is closed.
 func (m *Machine) Wait(ctx context.Context) (*Exit, error) { return m.vm.Wait(ctx) }
 
 // Remove deletes a VM that does not run, and its copies of drives.
 func (m *Machine) Remove(ctx context.Context) error { return m.vm.Remove(ctx) }
 
-// Adopt supervises a VM that runs and whose supervisor has died. Returns ErrState if it does not run or is supervised.
+// Adopt supervises a VM that runs and whose supervisor has died. Returns ErrState if it does not
+// run or is supervised.
 func (m *Machine) Adopt(ctx context.Context) error {
 	if err := m.vm.Allowed(ctx, "call", "adopt"); err != nil {
 		return err
@@ -146,10 +150,12 @@ func (m *Machine) Adopt(ctx context.Context) error {
 	return m.vm.Adopt(lock)
 }
 
-// Discard forgets what the guest of a VM that does not run has changed in volumes and could not be copied back.
+// Discard forgets what the guest of a VM that does not run has changed in volumes and could not be
+// copied back.
 func (m *Machine) Discard() error { return m.vm.Discard() }
 
-// Secrets reads the files that the Spec's Secrets and EnvFiles name, nil if there are none. A Start does so by itself.
+// Secrets reads the files that the Spec's Secrets and EnvFiles name, nil if there are none. A Start
+// does so by itself.
 func (m *Machine) Secrets() (*Secrets, error) { return m.vm.Secrets() }
 
 // Provide gives the next Start in this process what Secrets has returned in another.
@@ -157,28 +163,32 @@ func (m *Machine) Provide(s *Secrets) { m.vm.Provide(s) }
 
 // Inspection is all there is to know about a VM. Its JSON form is stable.
 type Inspection struct {
-	ID                 string                 `json:"id"`
-	Name               string                 `json:"name,omitempty"`
-	State              State                  `json:"state"`
-	Created            time.Time              `json:"created"`
-	Started            time.Time              `json:"started,omitzero"` // of a VM that runs
-	Exit               *Exit                  `json:"exit,omitempty"`
-	Launcher           Launcher               `json:"launcher"`
-	UID                int                    `json:"uid,omitempty"` // of the VMM in its jail
-	PIDs               []int                  `json:"pids,omitempty"`
-	Firecracker        string                 `json:"firecracker"`
-	FirecrackerVersion string                 `json:"firecrackerVersion"`
-	RuntimeDir         string                 `json:"runtimeDir"`
-	Cgroup             string                 `json:"cgroup,omitempty"`
-	Socket             string                 `json:"socket,omitempty"` // the VMM's API, while it runs
-	Vsock              string                 `json:"vsock,omitempty"`  // where the guest's own connections arrive, with "_PORT" added
-	ConsoleLog         string                 `json:"consoleLog"`
-	VMMLog             string                 `json:"vmmLog"`
-	Staged             map[string]StagedDrive `json:"staged,omitempty"`     // by drive id
-	Guest              *GuestState            `json:"guest,omitempty"`      // of the last run, where an agent is in the guest
-	Unsynced           bool                   `json:"unsynced,omitempty"`   // what the guest changes, or has, is to be copied back
-	Interfaces         []Interface            `json:"interfaces,omitempty"` // those on networks of ours
-	// MemoryHotplug and BalloonHinting are there while a VM runs whose Spec has them. They are nil too where the VMM does not say.
+	ID                 string    `json:"id"`
+	Name               string    `json:"name,omitempty"`
+	State              State     `json:"state"`
+	Created            time.Time `json:"created"`
+	Started            time.Time `json:"started,omitzero"` // of a VM that runs
+	Exit               *Exit     `json:"exit,omitempty"`
+	Launcher           Launcher  `json:"launcher"`
+	UID                int       `json:"uid,omitempty"` // of the VMM in its jail
+	PIDs               []int     `json:"pids,omitempty"`
+	Firecracker        string    `json:"firecracker"`
+	FirecrackerVersion string    `json:"firecrackerVersion"`
+	RuntimeDir         string    `json:"runtimeDir"`
+	Cgroup             string    `json:"cgroup,omitempty"`
+	Socket             string    `json:"socket,omitempty"` // the VMM's API, while it runs
+	// where the guest's own connections arrive, with "_PORT" added
+	Vsock      string                 `json:"vsock,omitempty"`
+	ConsoleLog string                 `json:"consoleLog"`
+	VMMLog     string                 `json:"vmmLog"`
+	Staged     map[string]StagedDrive `json:"staged,omitempty"` // by drive id
+	// of the last run, where an agent is in the guest
+	Guest *GuestState `json:"guest,omitempty"`
+	// what the guest changes, or has, is to be copied back
+	Unsynced   bool        `json:"unsynced,omitempty"`
+	Interfaces []Interface `json:"interfaces,omitempty"` // those on networks of ours
+	// MemoryHotplug and BalloonHinting are there while a VM runs whose Spec has them. They are nil too
+	// where the VMM does not say.
 	MemoryHotplug  *MemoryHotplugStatus `json:"memoryHotplug,omitempty"`
 	BalloonHinting *BalloonHinting      `json:"balloonHinting,omitempty"`
 	Spec           Spec                 `json:"spec"`
@@ -240,8 +250,9 @@ func (m *Machine) Inspect(ctx context.Context) (*Inspection, error) {
 	return i, nil
 }
 
-// ReadScratch gives read the path of the ext4 that has what a VM of an image has written, while nothing in it changes: programs of a VM that
-// runs are frozen meanwhile. Returns ErrNotSupported for other VMs, and ErrState.
+// ReadScratch gives read the path of the ext4 that has what a VM of an image has written, while
+// nothing in it changes: programs of a VM that runs are frozen meanwhile. Returns ErrNotSupported
+// for other VMs, and ErrState.
 func (m *Machine) ReadScratch(ctx context.Context, read func(path string) error) error {
 	in, err := m.host.env.Look(m.rec())
 	if err != nil {

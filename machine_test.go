@@ -19,8 +19,8 @@ import (
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
-// site is a runtime directory on a tmpfs, and what VMs in it are made of. Real Firecracker, guests of some dozen
-// instructions.
+// site is a runtime directory on a tmpfs, and what VMs in it are made of. Real Firecracker, guests
+// of some dozen instructions.
 type site struct {
 	t       *testing.T
 	dir     string
@@ -68,7 +68,10 @@ func newSite(t *testing.T, launcher smartvm.Launcher) *site {
 	if launcher == smartvm.LaunchJailed {
 		s.options.JailerBinary = testenv.Jailer(t)
 	}
-	for _, d := range []string{"runtime", "runtime/.leases", "runtime/.networks", "runtime/.slots", "data", "data/staging", "data/snapshots", "data/snapshots/.tmp"} {
+	for _, d := range []string{
+		"runtime", "runtime/.leases", "runtime/.networks", "runtime/.slots", "data", "data/staging",
+		"data/snapshots", "data/snapshots/.tmp",
+	} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -276,7 +279,8 @@ func TestMachine_Life(t *testing.T) {
 				t.Error(err)
 			}
 			wantState(t, m, smartvm.Paused)
-			if err := m.Pause(t.Context()); !errors.Is(err, smartvm.ErrState) || !strings.Contains(err.Error(), "paused, not running") {
+			if err := m.Pause(t.Context()); !errors.Is(err, smartvm.ErrState) ||
+				!strings.Contains(err.Error(), "paused, not running") {
 				t.Errorf("pause of a paused VM: %v, want ErrState", err)
 			}
 			if err := m.Resume(t.Context()); err != nil {
@@ -433,7 +437,8 @@ func TestDrives_Staging(t *testing.T) {
 				if owner := ownerOf(t, s.path("disk")); owner != os.Getuid() {
 					t.Errorf("%s: the source belongs to %d afterwards", launcher, owner)
 				}
-				if got, err := os.ReadFile(s.path("disk")); err != nil || !bytes.Equal(got, bytes.Repeat([]byte("precious"), 1<<13)) {
+				if got, err := os.ReadFile(s.path("disk")); err != nil ||
+					!bytes.Equal(got, bytes.Repeat([]byte("precious"), 1<<13)) {
 					t.Errorf("%s: the source changed: %v", launcher, err)
 				}
 			}
@@ -517,7 +522,8 @@ func TestMachine_LiveUpdates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(config.Drives) != 1 || config.Drives[0].RateLimiter == nil || config.Drives[0].RateLimiter.Ops.Size != 100 || config.Drives[0].PathOnHost != "drives/disk" {
+	if len(config.Drives) != 1 || config.Drives[0].RateLimiter == nil || config.Drives[0].RateLimiter.Ops.Size != 100 ||
+		config.Drives[0].PathOnHost != "drives/disk" {
 		t.Errorf("the VMM has %+v", config.Drives)
 	}
 	err = m.UpdateDrive(t.Context(), "nosuch", limit, false)
@@ -544,7 +550,8 @@ func TestHost_Names(t *testing.T) {
 		t.Errorf("the same id again: %v, want ErrExists", err)
 	}
 	spec.ID = "abc-2"
-	if _, err := h.Create(t.Context(), spec); !errors.Is(err, smartvm.ErrExists) || !strings.Contains(err.Error(), `"web" is taken by VM abc-1`) {
+	if _, err := h.Create(t.Context(), spec); !errors.Is(err, smartvm.ErrExists) ||
+		!strings.Contains(err.Error(), `"web" is taken by VM abc-1`) {
 		t.Errorf("the same name again: %v, want ErrExists and by whom", err)
 	}
 	spec.Name = ""
@@ -557,7 +564,8 @@ func TestHost_Names(t *testing.T) {
 			t.Errorf("%q leads to %v, %v, want %s", ref, got, err, want)
 		}
 	}
-	if _, err := h.Machine(t.Context(), "abc"); !errors.Is(err, smartvm.ErrAmbiguous) || errors.Is(err, smartvm.ErrNotFound) || !strings.Contains(err.Error(), "abc-1, abc-2") {
+	if _, err := h.Machine(t.Context(), "abc"); !errors.Is(err, smartvm.ErrAmbiguous) ||
+		errors.Is(err, smartvm.ErrNotFound) || !strings.Contains(err.Error(), "abc-1, abc-2") {
 		t.Errorf("an ambiguous beginning: %v", err)
 	}
 	if err := other.Remove(t.Context()); err != nil {
@@ -619,7 +627,8 @@ func TestHost_CloseAndAdopt(t *testing.T) {
 	})
 }
 
-// Firecracker 1.12.1 may hang when its guest ends while a request is served. A VM ends all the same.
+// Firecracker 1.12.1 may hang when its guest ends while a request is served. A VM ends all the
+// same.
 func TestMachine_EndsWhileAsked(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h, other := s.open(), s.open()

@@ -9,7 +9,8 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// children are programs that this test binary can be: SMARTVM_TEST_CHILD names one, which gets the arguments.
+// children are programs that this test binary can be: SMARTVM_TEST_CHILD names one, which gets the
+// arguments.
 var children = map[string]func(args []string) int{}
 
 func TestMain(m *testing.M) {

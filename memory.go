@@ -7,8 +7,9 @@ type Memory string
 const (
 	// MemoryFile has the kernel map the snapshot's file.
 	MemoryFile Memory = "file"
-	// MemoryUFFD has the process that supervises the VM serve its page faults (userfaultfd), first those that VMs of the snapshot had
-	// at their beginning. If that process dies the VM ends. Large pages need it. Firecracker ≥ 1.12, Linux ≥ 6.1.
+	// MemoryUFFD has the process that supervises the VM serve its page faults (userfaultfd), first
+	// those that VMs of the snapshot had at their beginning. If that process dies the VM ends. Large
+	// pages need it. Firecracker ≥ 1.12, Linux ≥ 6.1.
 	MemoryUFFD Memory = "uffd"
 )
 
@@ -24,7 +25,8 @@ type MemoryStats struct {
 	Guarded    bool  `json:"guarded"`    // the kernel kills the VM if this process dies
 }
 
-// MemoryStats tells what serving its memory took so far. It returns false for a VM whose memory this process does not serve.
+// MemoryStats tells what serving its memory took so far. It returns false for a VM whose memory
+// this process does not serve.
 func (m *Machine) MemoryStats() (MemoryStats, bool) {
 	stats, ok := m.vm.MemoryStats()
 	return MemoryStats(stats), ok

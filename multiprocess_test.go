@@ -48,8 +48,8 @@ type reply struct {
 	Killed   bool // it is about a VMM that somebody killed
 }
 
-// sharedMounts asks for a process in a mount namespace of its own, whose mounts are passed on to namespaces made
-// from it and back.
+// sharedMounts asks for a process in a mount namespace of its own, whose mounts are passed on to
+// namespaces made from it and back.
 const sharedMounts = "shared mounts"
 
 // hostChild serves requests until its standard input ends.
@@ -82,7 +82,8 @@ func hostChild(args []string) int {
 		a, err := serve(context.Background(), h, q)
 		if err != nil {
 			a.Err = err.Error()
-			a.State, a.NotFound, a.Exists = errors.Is(err, smartvm.ErrState), errors.Is(err, smartvm.ErrNotFound), errors.Is(err, smartvm.ErrExists)
+			a.State, a.NotFound, a.Exists = errors.Is(err, smartvm.ErrState), errors.Is(err, smartvm.ErrNotFound),
+				errors.Is(err, smartvm.ErrExists)
 			me, ok := errors.AsType[*smartvm.MachineError](err)
 			a.Killed = ok && me.Exit != nil && me.Exit.Outcome == smartvm.OutcomeKilled
 		}
@@ -272,7 +273,8 @@ func TestProcesses_Share(t *testing.T) {
 		if err := m.Resume(t.Context()); err != nil {
 			t.Error(err)
 		}
-		if report, err := h.Recover(t.Context()); err != nil || len(report.Adopted)+len(report.Recovered)+len(report.Removed) > 0 {
+		if report, err := h.Recover(t.Context()); err != nil || len(report.Adopted)+len(report.Recovered)+
+			len(report.Removed) > 0 {
 			t.Errorf("recovery took what another supervises: %+v, %v", report, err)
 		}
 		if err := m.Adopt(t.Context()); !errors.Is(err, smartvm.ErrState) {
@@ -358,7 +360,9 @@ func TestProcesses_OneWins(t *testing.T) {
 					}
 				}
 			}
-			oneWins(t, "remove", together(remotes, request{Op: "remove", Ref: spec.ID}), func(a reply) bool { return a.NotFound })
+			oneWins(t, "remove", together(remotes, request{Op: "remove", Ref: spec.ID}), func(a reply) bool {
+				return a.NotFound
+			})
 		}
 	})
 }
@@ -378,7 +382,9 @@ func TestProcesses_CreateAtOnce(t *testing.T) {
 	}
 	spec.Name = "one"
 	all := together(remotes, request{Op: "create", Spec: spec})
-	oneWins(t, "create of one name", all, func(a reply) bool { return a.Exists && strings.Contains(a.Err, `"one" is taken by VM `) })
+	oneWins(t, "create of one name", all, func(a reply) bool {
+		return a.Exists && strings.Contains(a.Err, `"one" is taken by VM `)
+	})
 	for _, a := range all {
 		if a.Err == "" {
 			ids[a.ID] = true

@@ -21,8 +21,9 @@ func (h *Host) Networks() (*catalog.Store, error) {
 	return &catalog.Store{Dir: filepath.Join(h.opts.DataDir, store.NetworksDir), Default: d, Changed: changed}, err
 }
 
-// Warm makes or removes warm slots of a network, until it has n of them: namespaces that VMs of NetworkInterface.Namespace need
-// not wait for. Slots that VMs have stay. Returns catalog.ErrNotFound, network.ErrExhausted.
+// Warm makes or removes warm slots of a network, until it has n of them: namespaces that VMs of
+// NetworkInterface.Namespace need not wait for. Slots that VMs have stay. Returns
+// catalog.ErrNotFound, network.ErrExhausted.
 func (h *Host) Warm(ctx context.Context, network string, n int) (Slots, error) {
 	p, err := h.pool(network)
 	if err != nil {
@@ -61,9 +62,13 @@ func (h *Host) pool(name string) (*attach.Pool, error) {
 
 // networkContext adds to the context of effects what they share in this process.
 func (h *Host) networkContext(ctx context.Context) context.Context {
-	return network.NewContext(ctx, &network.Shared{Reaper: &h.reaper, Guards: &h.guards, Trace: h.env.Trace, Refresh: catalog.Refresher(h.Networks), Log: h.env.Log})
+	return network.NewContext(ctx,
+		&network.Shared{
+			Reaper: &h.reaper, Guards: &h.guards, Trace: h.env.Trace, Refresh: catalog.Refresher(h.Networks),
+			Log: h.env.Log,
+		})
 }
 
-// defaultRepairInterval is how long a guest may be without rules after they were flushed without an event, or frozen after the process that
-// froze it has died.
+// defaultRepairInterval is how long a guest may be without rules after they were flushed without an
+// event, or frozen after the process that froze it has died.
 const defaultRepairInterval = 5 * time.Second

@@ -149,7 +149,8 @@ func TestNetwork_Namespace(t *testing.T) {
 	}
 }
 
-// A warm slot of a network that is another now is left alone, and can be removed while there are VMs.
+// A warm slot of a network that is another now is left alone, and can be removed while there are
+// VMs.
 func TestNetwork_SlotOfAnother(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -301,7 +302,8 @@ func TestNetwork(t *testing.T) {
 				if owner := tap.(*netlink.Tuntap).Owner; int(owner) != in.UID {
 					t.Errorf("the tap belongs to %d, want %d", owner, in.UID)
 				}
-				if bridge, err := netlink.LinkByIndex(tap.Attrs().MasterIndex); err != nil || bridge.Attrs().Name != network.DefaultBridge {
+				if bridge, err := netlink.LinkByIndex(tap.Attrs().MasterIndex); err != nil ||
+					bridge.Attrs().Name != network.DefaultBridge {
 					t.Errorf("the tap's bridge: %v, %v", bridge, err)
 				}
 				if in.Interfaces[1].Rules != nil || in.Interfaces[0].SentBytes > 0 {
@@ -359,7 +361,8 @@ func TestNetwork_PortTaken(t *testing.T) {
 		}
 		return m, m.Start(t.Context())
 	}
-	first, err := start(smartvm.Port{HostPort: 8080, GuestPort: 80}, smartvm.Port{HostPort: 8080, GuestPort: 53, Protocol: "udp"})
+	first, err := start(smartvm.Port{HostPort: 8080, GuestPort: 80},
+		smartvm.Port{HostPort: 8080, GuestPort: 53, Protocol: "udp"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -406,7 +409,8 @@ func TestNetwork_PortTaken(t *testing.T) {
 	wantNoNetwork(t)
 }
 
-// A port is somebody else's to have when its lease has ended: no socket of the VM that had it is in the way then.
+// A port is somebody else's to have when its lease has ended: no socket of the VM that had it is in
+// the way then.
 func TestNetwork_PortPassedOn(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -446,7 +450,8 @@ func TestNetwork_PortPassedOn(t *testing.T) {
 	wantNoNetwork(t)
 }
 
-// A port that is free is chosen at each start, is shown while the VM runs, and stays when another process takes up the VM.
+// A port that is free is chosen at each start, is shown while the VM runs, and stays when another
+// process takes up the VM.
 func TestNetwork_PortFree(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -479,7 +484,8 @@ func TestNetwork_PortFree(t *testing.T) {
 		all, spec.Ports = append(all, m), spec.Ports[:1]
 	}
 	a, b := ports(all[0]), ports(all[1])
-	if len(a) != 2 || len(b) != 1 || a[0].Host == 0 || a[0].Guest != 80 || a[1].Host != 8080 || b[0].Host == 0 || a[0].Host == b[0].Host {
+	if len(a) != 2 || len(b) != 1 || a[0].Host == 0 || a[0].Guest != 80 || a[1].Host != 8080 || b[0].Host == 0 ||
+		a[0].Host == b[0].Host {
 		t.Fatalf("got %v and %v", a, b)
 	}
 	if l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", a[0].Host)); !errors.Is(err, unix.EADDRINUSE) {
@@ -524,7 +530,8 @@ func TestNetwork_PortFree(t *testing.T) {
 	wantNoNetwork(t)
 }
 
-// An address that is asked for is the VM's from its making to its removal, or is refused with who has it or what it is; others get other addresses.
+// An address that is asked for is the VM's from its making to its removal, or is refused with who
+// has it or what it is; others get other addresses.
 func TestNetwork_FixedAddress(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -542,11 +549,13 @@ func TestNetwork_FixedAddress(t *testing.T) {
 		return h.Create(t.Context(), spec)
 	}
 	for address, want := range map[string]string{
-		"172.30.0.0": "the address of network default itself", "172.30.0.1": "the gateway of network default", "172.30.0.255": "the broadcast address",
-		"172.30.1.2": "must be of network default: of 172.30.0.0/24",
+		"172.30.0.0": "the address of network default itself", "172.30.0.1": "the gateway of network default",
+		"172.30.0.255": "the broadcast address",
+		"172.30.1.2":   "must be of network default: of 172.30.0.0/24",
 	} {
 		var field *smartvm.FieldError
-		if _, err := create(address, false); !errors.As(err, &field) || field.Path != "networkInterfaces[0].ip" || !strings.Contains(field.Reason, want) {
+		if _, err := create(address, false); !errors.As(err, &field) || field.Path != "networkInterfaces[0].ip" ||
+			!strings.Contains(field.Reason, want) {
 			t.Errorf("%s: got %v", address, err)
 		}
 	}
@@ -604,7 +613,8 @@ func TestNetwork_FixedAddress(t *testing.T) {
 	wantNoNetwork(t)
 }
 
-// An address that was asked for is that VM's alone: its forks have others, and a VM of its snapshot has it where it is free, as any.
+// An address that was asked for is that VM's alone: its forks have others, and a VM of its snapshot
+// has it where it is free, as any.
 func TestNetwork_FixedAddressForked(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -669,7 +679,11 @@ func wantNoNetwork(t *testing.T) {
 
 // manyAddresses makes VMs and prints their addresses: the directory, the kernel, the VMM.
 func manyAddresses(args []string) int {
-	h, err := smartvm.Open(smartvm.Options{RuntimeDir: filepath.Join(args[0], "runtime"), DataDir: filepath.Join(args[0], "data"), FirecrackerBinary: args[2], Launcher: smartvm.LaunchDirect})
+	h, err := smartvm.Open(
+		smartvm.Options{
+			RuntimeDir: filepath.Join(args[0], "runtime"), DataDir: filepath.Join(args[0], "data"),
+			FirecrackerBinary: args[2], Launcher: smartvm.LaunchDirect,
+		})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -681,7 +695,8 @@ func manyAddresses(args []string) int {
 		wg.Go(func() {
 			for range 10 {
 				m, err := h.Create(context.Background(), netSpec(smartvm.Spec{
-					BootSource: smartvm.BootSource{KernelImagePath: args[1]}, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+					BootSource:    smartvm.BootSource{KernelImagePath: args[1]},
+					MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
 				}, 1))
 				if err != nil {
 					fmt.Fprintln(os.Stderr, err)
@@ -714,7 +729,8 @@ func TestNetwork_ManyProcesses(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range outputs {
 		wg.Go(func() {
-			cmd := exec.CommandContext(t.Context(), os.Args[0], s.dir, s.spec("idle").BootSource.KernelImagePath, s.options.FirecrackerBinary)
+			cmd := exec.CommandContext(t.Context(), os.Args[0], s.dir, s.spec("idle").BootSource.KernelImagePath,
+				s.options.FirecrackerBinary)
 			cmd.Env = append(os.Environ(), "SMARTVM_TEST_CHILD=many-addresses")
 			cmd.Stderr = t.Output()
 			outputs[i], _ = cmd.Output()
@@ -738,7 +754,9 @@ func TestNetwork_ManyProcesses(t *testing.T) {
 	h := s.open()
 	made := 0
 	for ; made < 300; made++ {
-		if _, err := h.Create(t.Context(), netSpec(smartvm.Spec{BootSource: s.spec("idle").BootSource, MachineConfig: s.spec("idle").MachineConfig}, 1)); err != nil {
+		if _, err := h.Create(t.Context(),
+			netSpec(smartvm.Spec{BootSource: s.spec("idle").BootSource, MachineConfig: s.spec("idle").MachineConfig},
+				1)); err != nil {
 			if !errors.Is(err, network.ErrExhausted) {
 				t.Fatal(err)
 			}
@@ -759,7 +777,8 @@ func TestNetwork_ManyProcesses(t *testing.T) {
 	}
 }
 
-// Somebody flushes all rules, or removes the bridge: that is restored, with the VM's part, as soon as the kernel tells of it.
+// Somebody flushes all rules, or removes the bridge: that is restored, with the VM's part, as soon
+// as the kernel tells of it.
 func TestNetwork_Flushed(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -804,7 +823,9 @@ func TestNetwork_Flushed(t *testing.T) {
 			return false
 		}
 		ports, err := netlink.LinkList()
-		return err == nil && slices.ContainsFunc(ports, func(l netlink.Link) bool { return l.Attrs().MasterIndex == again.Attrs().Index && l.Type() == "tuntap" })
+		return err == nil && slices.ContainsFunc(ports, func(l netlink.Link) bool {
+			return l.Attrs().MasterIndex == again.Attrs().Index && l.Type() == "tuntap"
+		})
 	}
 	for !joined() {
 		if time.Now().After(deadline) {
@@ -845,14 +866,19 @@ func (b *syncBuffer) String() string {
 
 // withoutNetAdmin starts a VM without a network, and one with: the directory, the kernel, the VMM.
 func withoutNetAdmin(args []string) int {
-	h, err := smartvm.Open(smartvm.Options{RuntimeDir: filepath.Join(args[0], "runtime"), DataDir: filepath.Join(args[0], "data"), FirecrackerBinary: args[2], Launcher: smartvm.LaunchDirect})
+	h, err := smartvm.Open(
+		smartvm.Options{
+			RuntimeDir: filepath.Join(args[0], "runtime"), DataDir: filepath.Join(args[0], "data"),
+			FirecrackerBinary: args[2], Launcher: smartvm.LaunchDirect,
+		})
 	if err != nil {
 		fmt.Println(err)
 		return 1
 	}
 	for _, n := range []int{0, 1} {
 		m, err := h.Create(context.Background(), netSpec(smartvm.Spec{
-			BootSource: smartvm.BootSource{KernelImagePath: args[1]}, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+			BootSource:    smartvm.BootSource{KernelImagePath: args[1]},
+			MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
 		}, n))
 		if err != nil {
 			fmt.Println(err)
@@ -880,14 +906,16 @@ func withoutNetAdmin(args []string) int {
 	return 0
 }
 
-// Without CAP_NET_ADMIN a VM without a network runs, and for one with a network the error says what to do.
+// Without CAP_NET_ADMIN a VM without a network runs, and for one with a network the error says what
+// to do.
 func TestNetwork_NotAllowed(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
 		return
 	}
 	s := newSite(t, smartvm.LaunchDirect)
-	cmd := exec.CommandContext(t.Context(), os.Args[0], s.dir, s.spec("idle").BootSource.KernelImagePath, s.options.FirecrackerBinary)
+	cmd := exec.CommandContext(t.Context(), os.Args[0], s.dir, s.spec("idle").BootSource.KernelImagePath,
+		s.options.FirecrackerBinary)
 	cmd.Env = append(os.Environ(), "SMARTVM_TEST_CHILD=without-net-admin")
 	var out []byte
 	done := make(chan error)

@@ -18,8 +18,9 @@ import (
 	"push.rocks/smartvm/internal/tinyguest"
 )
 
-// A VM whose files are on another file system than the runtime directory, as those of most people are, and not for all to
-// read: into a jail they come by mounts that only the VM sees, or by a copy.
+// A VM whose files are on another file system than the runtime directory, as those of most people
+// are, and not for all to read: into a jail they come by mounts that only the VM sees, or by a
+// copy.
 func TestMachine_FilesElsewhere(t *testing.T) {
 	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
 		t.Run(string(launcher), func(t *testing.T) {
@@ -29,7 +30,10 @@ func TestMachine_FilesElsewhere(t *testing.T) {
 				t.Skipf("%s and %s are on one file system", elsewhere, s.dir)
 			}
 			content := bytes.Repeat([]byte("precious"), 1<<13)
-			for name, mode := range map[string]os.FileMode{"kernel": 0o644, "inplace": 0o600, "secret": 0o600, "public": 0o644, "copied": 0o600} {
+			for name, mode := range map[string]os.FileMode{
+				"kernel": 0o644, "inplace": 0o600, "secret": 0o600, "public": 0o644,
+				"copied": 0o600,
+			} {
 				data := content
 				if name == "kernel" {
 					data = tinyguest.Image(tinyguest.Guest{Message: "idle is up\n", Then: tinyguest.Idle})
@@ -79,7 +83,8 @@ func TestMachine_FilesElsewhere(t *testing.T) {
 	}
 }
 
-// What is mounted for a jail is seen in the jail alone, also where mounts are shared as on hosts with systemd.
+// What is mounted for a jail is seen in the jail alone, also where mounts are shared as on hosts
+// with systemd.
 func TestMachine_MountsStayInTheJail(t *testing.T) {
 	elsewhere := t.TempDir()
 	s := newSite(t, smartvm.LaunchJailed)
@@ -170,12 +175,14 @@ func TestMachine_VsockPathTaken(t *testing.T) {
 	s.stopAndRemove(m)
 }
 
-// withTap runs test in a network namespace of its own, of which only its OS thread is part, with a TAP.
+// withTap runs test in a network namespace of its own, of which only its OS thread is part, with a
+// TAP.
 func withTap(t *testing.T, name string, test func(t *testing.T)) {
 	t.Run("apart", func(t *testing.T) {
 		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine, and the namespace with the thread
 		if unix.Gettid() == os.Getpid() {
-			// What /proc/self shows is the first thread's; another runs the test while this one is kept busy.
+			// What /proc/self shows is the first thread's; another runs the test while this one is kept
+			// busy.
 			defer runtime.UnlockOSThread()
 			withTap(t, name, test)
 			return
@@ -245,7 +252,8 @@ func TestMachine_NetworkAndMetadata(t *testing.T) {
 			t.Fatalf("the VMM has %+v, %v", config.NetworkInterfaces, err)
 		}
 		n := config.NetworkInterfaces[0]
-		if n.HostDevName != tap || n.RxRateLimiter == nil || n.RxRateLimiter.Bandwidth.Size != 1<<20 || n.TxRateLimiter != nil {
+		if n.HostDevName != tap || n.RxRateLimiter == nil || n.RxRateLimiter.Bandwidth.Size != 1<<20 ||
+			n.TxRateLimiter != nil {
 			t.Errorf("the VMM has %+v", n)
 		}
 		if err := m.UpdateNetworkInterface(t.Context(), "eth9", limit, nil); err == nil {
@@ -268,7 +276,8 @@ func wantMetadata(t *testing.T, m *smartvm.Machine, want string) {
 	}
 }
 
-// A TAP that is not there is the VMM's to miss: the error says so, and the VM can be started once it is.
+// A TAP that is not there is the VMM's to miss: the error says so, and the VM can be started once
+// it is.
 func TestMachine_NoTap(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h := s.open()

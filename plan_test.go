@@ -74,7 +74,8 @@ func TestPlan(t *testing.T) {
 				t.Fatal(err)
 			}
 			s.spec.Name = "named"
-			s.spec.Drives = append(s.spec.Drives, smartvm.Drive{DriveID: "inplace", PathOnHost: filepath.Join(s.dir, "disk"), Ephemeral: &no})
+			s.spec.Drives = append(s.spec.Drives,
+				smartvm.Drive{DriveID: "inplace", PathOnHost: filepath.Join(s.dir, "disk"), Ephemeral: &no})
 		}},
 		{"inplace", func(_ *testing.T, s *faultSite) { s.spec.Drives[0].Ephemeral = &no }},
 		{"nocgroup", func(_ *testing.T, s *faultSite) { s.options = smartvm.WithoutCgroups(s.options) }},
@@ -149,7 +150,8 @@ func golden(t *testing.T, path string, got []byte) {
 	}
 }
 
-// A guest can trim what it writes where the VMM offers that, unless its drive says otherwise; an older VMM is not asked, but by a drive that wants it.
+// A guest can trim what it writes where the VMM offers that, unless its drive says otherwise; an
+// older VMM is not asked, but by a drive that wants it.
 func TestPlan_Discard(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	no, yes := false, true
@@ -172,7 +174,8 @@ func TestPlan_Discard(t *testing.T) {
 			if got := discards(t, h, site.spec); got != "yy--y" {
 				t.Errorf("%s: with one that wants it the drives have %s", version, got)
 			}
-		} else if _, err := h.Plan(t.Context(), site.spec); !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "discard") || !strings.Contains(err.Error(), "1.17.0") {
+		} else if _, err := h.Plan(t.Context(), site.spec); !errors.Is(err, smartvm.ErrNotSupported) ||
+			!strings.Contains(err.Error(), "discard") || !strings.Contains(err.Error(), "1.17.0") {
 			t.Errorf("%s: one that wants it: %v", version, err)
 		}
 	}

@@ -9,7 +9,8 @@ import (
 	"push.rocks/smartvm"
 )
 
-// Of many processes that recover at once, one takes up what is left; when that one dies in turn, another does.
+// Of many processes that recover at once, one takes up what is left; when that one dies in turn,
+// another does.
 func TestProcesses_RecoverAtOnce(t *testing.T) {
 	eachVariant(t, func(t *testing.T, s *site) {
 		h := s.open()

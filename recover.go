@@ -32,8 +32,9 @@ func (r *Report) empty() bool {
 	return r == nil || len(r.Adopted)+len(r.Unattended)+len(r.Recovered)+len(r.Removed) == 0
 }
 
-// Recover takes up what processes that died have left: it undoes runs that ended while they were unsupervised, removes what was half made, and
-// supervises VMs that run on. VMs that another process supervises are not touched.
+// Recover takes up what processes that died have left: it undoes runs that ended while they were
+// unsupervised, removes what was half made, and supervises VMs that run on. VMs that another
+// process supervises are not touched.
 func (h *Host) Recover(ctx context.Context) (*Report, error) {
 	return h.recover(ctx, true)
 }
@@ -61,7 +62,8 @@ func (h *Host) recover(ctx context.Context, adopt bool) (*Report, error) {
 	}
 	errs = append(errs, h.sweepSnapshots(ctx))
 	errs = append(errs, attach.SweepPools(h.env.Context(ctx), h.env.Store, h.env.Trace))
-	return report, errors.Join(append(errs, network.Sweep(h.env.Context(ctx), filepath.Join(h.RuntimeDir(), store.NetworkDir)))...)
+	return report,
+		errors.Join(append(errs, network.Sweep(h.env.Context(ctx), filepath.Join(h.RuntimeDir(), store.NetworkDir)))...)
 }
 
 func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Report) error {
@@ -127,7 +129,8 @@ func (h *Host) recoverOne(ctx context.Context, id string, adopt bool, report *Re
 	return note(&report.Recovered, errors.Join(vm.FinishLost(ctx), lock.Unlock()))
 }
 
-// needsRecovery says whether recoverOne may have something to do, and takes no lock to see: other processes try it once.
+// needsRecovery says whether recoverOne may have something to do, and takes no lock to see: other
+// processes try it once.
 func (h *Host) needsRecovery(id string) bool {
 	if held, err := h.env.Store.Locked(id); err == nil && held {
 		return false

@@ -28,14 +28,14 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// thisRelease names the golden file of what this release writes: go test -run TestReleases -update . writes it. A release
-// gets a name of its own, and the files of all that were before stay.
+// thisRelease names the golden file of what this release writes: go test -run TestReleases -update
+// . writes it. A release gets a name of its own, and the files of all that were before stay.
 const thisRelease = "first"
 
 const releaseDir = "testdata/releases"
 
-// What a release has written is a golden file with the records, journals and symbolic links of a runtime and a data directory. Places of
-// this host are replaced by words there.
+// What a release has written is a golden file with the records, journals and symbolic links of a
+// runtime and a data directory. Places of this host are replaced by words there.
 
 // places are what is replaced, the longest first.
 func (s *site) places() [][2]string {
@@ -86,7 +86,8 @@ func (s *site) pack() []byte {
 				links = append(links, name+"\t"+to)
 			}
 			return err
-		case filepath.Ext(name) == ".json" && d.Name() != "seen.json" || strings.HasSuffix(name, "journal") || d.Name() == store.LockFile:
+		case filepath.Ext(name) == ".json" && d.Name() != "seen.json" || strings.HasSuffix(name, "journal") ||
+			d.Name() == store.LockFile:
 			text, err := os.ReadFile(path)
 			text = thisMachine.ReplaceAll(text, []byte(`"$1":"x"`))
 			files.Files = append(files.Files, txtar.File{Name: name, Data: text})
@@ -155,7 +156,10 @@ func (s *site) writeRelease(golden string) {
 	jailed.Ports = []smartvm.Port{{HostPort: 8080, GuestPort: 80}}
 	jailed.Policy = &policy.Policy{DefaultAction: policy.Deny}
 	spaced.NetworkInterfaces[0].Namespace = true
-	all := []*smartvm.Machine{s.started(h, ended), s.started(h, jailed), s.started(h, spaced), s.started(h, s.spec("idle"))}
+	all := []*smartvm.Machine{
+		s.started(h, ended), s.started(h, jailed), s.started(h, spaced),
+		s.started(h, s.spec("idle")),
+	}
 	if _, err := all[0].Wait(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -191,8 +195,8 @@ func (s *site) clearNetworks(h *smartvm.Host) {
 	}
 }
 
-// TestReleases finds the VMs, networks and snapshots of each release so far as they were when this machine went down: they are listed,
-// recovered, restored and removed, and nothing of them is left.
+// TestReleases finds the VMs, networks and snapshots of each release so far as they were when this
+// machine went down: they are listed, recovered, restored and removed, and nothing of them is left.
 func TestReleases(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -263,8 +267,8 @@ func (s *site) testRelease() {
 	s.clearNetworks(h)
 }
 
-// revive gives a golden snapshot, which is but a manifest, the files of another one, as the state and the memory of a VM belong to a version
-// of Firecracker and to a processor.
+// revive gives a golden snapshot, which is but a manifest, the files of another one, as the state
+// and the memory of a VM belong to a version of Firecracker and to a processor.
 func (s *site) revive(h *smartvm.Host, name string) {
 	t := s.t
 	t.Helper()
@@ -277,7 +281,10 @@ func (s *site) revive(h *smartvm.Host, name string) {
 	s.stopAndRemove(m)
 	var was, is map[string]json.RawMessage
 	path := filepath.Join(old.Dir(), "manifest.json")
-	for from, to := range map[string]*map[string]json.RawMessage{path: &was, filepath.Join(sn.Dir(), "manifest.json"): &is} {
+	for from, to := range map[string]*map[string]json.RawMessage{
+		path:                                     &was,
+		filepath.Join(sn.Dir(), "manifest.json"): &is,
+	} {
 		text, err := os.ReadFile(from)
 		if err == nil {
 			err = json.Unmarshal(text, to)

@@ -21,7 +21,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// RestoreOptions say how a VM that starts from a snapshot differs from the one that the snapshot was made of. The zero value serves.
+// RestoreOptions say how a VM that starts from a snapshot differs from the one that the snapshot
+// was made of. The zero value serves.
 type RestoreOptions struct {
 	ID, Name string // as in a Spec: empty: one is made; none
 	Hostname string // empty: Name, else ID
@@ -32,10 +33,11 @@ type RestoreOptions struct {
 	Metadata json.RawMessage
 	// Memory says how it gets its memory. Empty: MemoryFile, or MemoryUFFD for large pages.
 	Memory Memory
-	// HugePages is the kind of its memory's pages: None, Transparent or 2M, of which the last needs MemoryUFFD, the default then. Empty: as the
-	// snapshot's VM had. Firecracker ≥ 1.17.
+	// HugePages is the kind of its memory's pages: None, Transparent or 2M, of which the last needs
+	// MemoryUFFD, the default then. Empty: as the snapshot's VM had. Firecracker ≥ 1.17.
 	HugePages string
-	// Trust takes an imported snapshot for one of this host's own. Without, its VM needs a jail, and gets nothing of this host but images.
+	// Trust takes an imported snapshot for one of this host's own. Without, its VM needs a jail, and
+	// gets nothing of this host but images.
 	Trust bool
 	// Paused leaves the VM paused when it is started: Resume lets it go on at once.
 	Paused bool
@@ -43,11 +45,12 @@ type RestoreOptions struct {
 	anew bool // its network identity is never that of the snapshot's VM
 }
 
-// Restore makes a VM that starts from a snapshot, and goes on from there each time that it is started. It has drives of its own, as
-// they were; another id, host name and machine id, and what tells random numbers apart; and the addresses of the snapshot's VM where they
-// are free. Its guest's programs do not run before it knows. It has the VMM of new VMs or, if that cannot read the snapshot and Options name
-// none, the newest installed VMM that can. Returns snapshot.ErrNotFound, snapshot.ErrDamaged, and what does not match:
-// see snapshot.Compatible.
+// Restore makes a VM that starts from a snapshot, and goes on from there each time that it is
+// started. It has drives of its own, as they were; another id, host name and machine id, and what
+// tells random numbers apart; and the addresses of the snapshot's VM where they are free. Its
+// guest's programs do not run before it knows. It has the VMM of new VMs or, if that cannot read
+// the snapshot and Options name none, the newest installed VMM that can. Returns
+// snapshot.ErrNotFound, snapshot.ErrDamaged, and what does not match: see snapshot.Compatible.
 func (h *Host) Restore(ctx context.Context, ref string, o RestoreOptions) (*Machine, error) {
 	sn, err := h.Snapshot(ref)
 	if err != nil {
@@ -64,7 +67,8 @@ func (h *Host) Restore(ctx context.Context, ref string, o RestoreOptions) (*Mach
 	return m, errors.Join(err, from.release())
 }
 
-// origin is a snapshot that VMs are about to start from: it was looked at, and nothing that they need is removed until release.
+// origin is a snapshot that VMs are about to start from: it was looked at, and nothing that they
+// need is removed until release.
 type origin struct {
 	restore.Origin
 	host    *Host
@@ -99,7 +103,8 @@ func (sn *Snapshot) open(ctx context.Context, o RestoreOptions) (_ *origin, err 
 	}
 	if from.Untrusted = sn.Imported && !o.Trust; from.Untrusted {
 		if err := from.Saved.CheckUntrusted(h.opts.Launcher == LaunchJailed); err != nil {
-			return nil, hint.Add(fmt.Errorf("%w: it was imported: %w", ErrNotSupported, err), "with --trust it is taken for one of this host's own")
+			return nil, hint.Add(fmt.Errorf("%w: it was imported: %w", ErrNotSupported, err),
+				"with --trust it is taken for one of this host's own")
 		}
 	}
 	if err := from.Data.Missing(from.Saved); err != nil {
@@ -118,7 +123,8 @@ func (sn *Snapshot) open(ctx context.Context, o RestoreOptions) (_ *origin, err 
 		return nil, err
 	}
 	if from.Saved.Spec.Vsock != nil && from.vmm.Version == (firecracker.Version{Major: 1, Minor: 16}) {
-		h.env.Log.Warn("restored guests hear nothing over vsock with Firecracker 1.16.0; 1.16.1 mends that", "snapshot", sn.ID)
+		h.env.Log.Warn("restored guests hear nothing over vsock with Firecracker 1.16.0; 1.16.1 mends that",
+			"snapshot", sn.ID)
 	}
 	asked := sn.Manifest
 	asked.HugePages = o.hugePages(&asked)
@@ -145,8 +151,10 @@ func (from *origin) restore(ctx context.Context, o RestoreOptions) (*Machine, *s
 
 func (from *origin) look(o RestoreOptions) (*plan.Input, error) {
 	rec, err := from.Record(restore.Options{
-		ID: o.ID, Name: o.Name, Hostname: o.Hostname, Labels: o.Labels, Ports: o.Ports, Policy: o.Policy, Metadata: o.Metadata,
-		HugePages: o.HugePages, UFFD: o.Memory == MemoryUFFD || o.Memory == "" && o.hugePages(&from.Snapshot.Manifest) != "", Paused: o.Paused, Anew: o.anew,
+		ID: o.ID, Name: o.Name, Hostname: o.Hostname, Labels: o.Labels, Ports: o.Ports, Policy: o.Policy,
+		Metadata:  o.Metadata,
+		HugePages: o.HugePages, UFFD: o.Memory == MemoryUFFD || o.Memory == "" &&
+			o.hugePages(&from.Snapshot.Manifest) != "", Paused: o.Paused, Anew: o.anew,
 	})
 	if err != nil {
 		return nil, err
@@ -157,8 +165,9 @@ func (from *origin) look(o RestoreOptions) (*plan.Input, error) {
 	return from.host.env.Look(rec)
 }
 
-// restorer finds the VMM that VMs of a snapshot start with: that of new VMs or, if that cannot read the snapshot and the user has
-// named none, the newest installed VMM that can. If none can, it is that of new VMs, which compatible then refuses.
+// restorer finds the VMM that VMs of a snapshot start with: that of new VMs or, if that cannot read
+// the snapshot and the user has named none, the newest installed VMM that can. If none can, it is
+// that of new VMs, which compatible then refuses.
 func (h *Host) restorer(ctx context.Context, m *snapshot.Manifest) (locate.VMM, error) {
 	reads := func(b locate.VMM) bool {
 		return m.CheckFormat(snapshot.HostFacts{Firecracker: b.Version, Format: h.snapshotFormat(ctx, b)}) == nil
@@ -180,7 +189,8 @@ func (h *Host) restorer(ctx context.Context, m *snapshot.Manifest) (locate.VMM, 
 		if err != nil {
 			h.env.Log.Debug("restore", "firecracker", i.Firecracker, "err", err)
 		} else if reads(b) {
-			h.env.Log.Info("restore with another Firecracker", "snapshot", m.ID, "format", m.Format, "firecracker", b.Version, "default", first.Version)
+			h.env.Log.Info("restore with another Firecracker", "snapshot", m.ID, "format", m.Format, "firecracker", b.Version,
+				"default", first.Version)
 			return b, nil
 		}
 	}
@@ -207,7 +217,8 @@ func (o *RestoreOptions) hugePages(m *snapshot.Manifest) string {
 	return ""
 }
 
-// compatible says why this host cannot go on where a snapshot stopped, and warns of what may go wrong.
+// compatible says why this host cannot go on where a snapshot stopped, and warns of what may go
+// wrong.
 func (h *Host) compatible(ctx context.Context, m *snapshot.Manifest, b locate.VMM) error {
 	facts, err := h.facts()
 	if m.HugePages != "" { // those that are free are others now
@@ -238,8 +249,8 @@ type ForkOptions struct {
 // DefaultConcurrency is how many VMs are started at once.
 const DefaultConcurrency = 8
 
-// Fork makes and starts n VMs that go on where a VM stopped, at once: they share its memory until they write to it. All have
-// an identity of their own. If one cannot be started, none is left.
+// Fork makes and starts n VMs that go on where a VM stopped, at once: they share its memory until
+// they write to it. All have an identity of their own. If one cannot be started, none is left.
 func (sn *Snapshot) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine, error) {
 	if n < 1 || o.Concurrency < 0 {
 		return nil, fmt.Errorf("fork snapshot %s: %d VMs, %d at once", sn.ID, n, o.Concurrency)
@@ -325,7 +336,8 @@ func (o RestoreOptions) ith(i, n int) RestoreOptions {
 	return o
 }
 
-// Fork makes VMs of one that runs on: see Snapshot.Fork. The snapshot that this takes goes with the last of them.
+// Fork makes VMs of one that runs on: see Snapshot.Fork. The snapshot that this takes goes with the
+// last of them.
 func (m *Machine) Fork(ctx context.Context, n int, o ForkOptions) ([]*Machine, error) {
 	snapshots, err := m.host.Snapshots()
 	if err != nil {

@@ -13,15 +13,17 @@ import (
 // RunOptions are what Run needs besides a Spec.
 type RunOptions struct {
 	Console io.Writer // receives what the guest writes, as it comes; may be nil
-	// Command, if not nil, has the streams of the image's command, and its terminal and signals; the command waits until the
-	// guest is ready for that. Otherwise the command's streams are the console. Of an image with an init of its own it is ignored.
+	// Command, if not nil, has the streams of the image's command, and its terminal and signals; the
+	// command waits until the guest is ready for that. Otherwise the command's streams are the
+	// console. Of an image with an init of its own it is ignored.
 	Command *Cmd
 	Stop    StopOptions // how to end the VM when the context ends
 }
 
-// Run makes and starts a VM, waits for its end and removes it. The call is the VM's life: when ctx ends, so does
-// the VM, and if this process dies, the next Recover ends it. An error of the context is not returned once the VM has run. A
-// VMM that gives up is a *MachineError, and the Exit comes with it.
+// Run makes and starts a VM, waits for its end and removes it. The call is the VM's life: when ctx
+// ends, so does the VM, and if this process dies, the next Recover ends it. An error of the context
+// is not returned once the VM has run. A VMM that gives up is a *MachineError, and the Exit comes
+// with it.
 func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, error) {
 	m, lock, err := h.create(ctx, spec, &opts)
 	if err != nil {
@@ -65,7 +67,8 @@ func (h *Host) Run(ctx context.Context, spec Spec, opts RunOptions) (*Exit, erro
 	return exit, errors.Join(err, m.vm.RemoveIfThere(down))
 }
 
-// StopAll stops every VM of the runtime directory at once, in whichever process, and returns all that went wrong.
+// StopAll stops every VM of the runtime directory at once, in whichever process, and returns all
+// that went wrong.
 func (h *Host) StopAll(ctx context.Context, opts StopOptions) error {
 	all, err := h.Machines(ctx)
 	errs := make([]error, len(all))

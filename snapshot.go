@@ -21,8 +21,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Snapshot is a VM at one moment: its memory, its devices and what it had written. It never changes; any number of VMs can start
-// from it, see Host.Restore and Fork.
+// Snapshot is a VM at one moment: its memory, its devices and what it had written. It never
+// changes; any number of VMs can start from it, see Host.Restore and Fork.
 type Snapshot struct {
 	*snapshot.Snapshot
 	Warnings []string // of its making: what may be amiss with it
@@ -40,29 +40,35 @@ func (sn *Snapshot) VM() string {
 type SnapshotOptions struct {
 	Name   string // a second handle, unique among snapshots
 	Labels map[string]string
-	// Diff writes only the memory that has changed since the VM's last snapshot, into a copy of that. The snapshot is as whole as any
-	// other; it is made sooner where that copy is a reflink. Without a last snapshot it makes no difference. Needs a Spec with
-	// TrackDirtyPages, or Firecracker ≥ 1.13; with 1.14.0 and 1.14.1 it is refused where they write it wrongly: on x86 above 3 GiB of
-	// memory, and with MemoryHotplug.
+	// Diff writes only the memory that has changed since the VM's last snapshot, into a copy of that.
+	// The snapshot is as whole as any other; it is made sooner where that copy is a reflink. Without a
+	// last snapshot it makes no difference. Needs a Spec with TrackDirtyPages, or Firecracker ≥ 1.13;
+	// with 1.14.0 and 1.14.1 it is refused where they write it wrongly: on x86 above 3 GiB of memory,
+	// and with MemoryHotplug.
 	Diff bool
-	// Hook is a program in the guest that is run with the argument "freeze" before all is stopped, and with "thaw" afterwards, be it
-	// in this VM or in one that is restored. It must exit with 0. The snapshot is not made where it cannot be run or does not want it;
-	// what it says to "thaw" is a warning.
+	// Hook is a program in the guest that is run with the argument "freeze" before all is stopped, and
+	// with "thaw" afterwards, be it in this VM or in one that is restored. It must exit with 0. The
+	// snapshot is not made where it cannot be run or does not want it; what it says to "thaw" is a
+	// warning.
 	Hook string
-	// DropCaches has the guest forget what it can read again and, where the Spec has a Balloon, that take what the guest does not use
-	// meanwhile: there is less to write, keep and share then. It needs an agent in the guest.
+	// DropCaches has the guest forget what it can read again and, where the Spec has a Balloon, that
+	// take what the guest does not use meanwhile: there is less to write, keep and share then. It
+	// needs an agent in the guest.
 	DropCaches bool
-	// Stop ends the VM when it is written down: nothing happens in it afterwards, so that one that is restored has its connections.
+	// Stop ends the VM when it is written down: nothing happens in it afterwards, so that one that is
+	// restored has its connections.
 	Stop bool
-	// Progress receives how many bytes have been read for digests, after the VM goes on. It may be nil.
+	// Progress receives how many bytes have been read for digests, after the VM goes on. It may be
+	// nil.
 	Progress func(done, total int64)
 
 	ephemeral bool // it goes with its last VM
 }
 
-// Snapshot makes a snapshot of a VM that runs or is paused, from any process. The VM stands still while its memory is written and
-// goes on afterwards, whatever happens; if this process dies, others see to that. What Exec has
-// under way goes on too; CopyTo, CopyFrom and connections to the guest are cut off.
+// Snapshot makes a snapshot of a VM that runs or is paused, from any process. The VM stands still
+// while its memory is written and goes on afterwards, whatever happens; if this process dies,
+// others see to that. What Exec has under way goes on too; CopyTo, CopyFrom and connections to the
+// guest are cut off.
 func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot, err error) {
 	hold, err := m.vm.Freeze("snapshot")
 	if err != nil {
@@ -105,7 +111,8 @@ func (m *Machine) Snapshot(ctx context.Context, o SnapshotOptions) (_ *Snapshot,
 	manifest, warnings, err := m.capture(ctx, o, v, draft, commit)
 	err = errors.Join(err, release(), hold.Release())
 	if err == nil && o.Stop {
-		// It has ended. Until nothing of its run is left; what goes wrong with that is no reason to do without the snapshot.
+		// It has ended. Until nothing of its run is left; what goes wrong with that is no reason to do
+		// without the snapshot.
 		if _, err := m.Stop(context.WithoutCancel(ctx), StopOptions{}); err != nil && !errors.Is(err, ErrNotFound) {
 			warnings = append(warnings, err.Error())
 		}
@@ -130,12 +137,15 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 	}
 	config := m.rec().Spec.MachineConfig
 	if capture.CorruptsDiffs(m.rec().VMM(), config.MemSizeMiB, m.rec().Spec.MemoryHotplug != nil) {
-		return nil, hint.Add(fmt.Errorf("%w: a diff of memory over 3 GiB or that can be plugged, with Firecracker %s, which writes it wrongly", ErrNotSupported, m.rec().BinaryVersion),
+		return nil, hint.Add(
+			fmt.Errorf("%w: a diff of memory over 3 GiB or that can be plugged, with Firecracker %s, which writes it wrongly",
+				ErrNotSupported, m.rec().BinaryVersion),
 			"use Firecracker 1.14.2 or newer, or make a full snapshot")
 	}
 	tracked := config.TrackDirtyPages
 	if !tracked && !m.rec().VMM().AtLeast(firecracker.Version{Major: 1, Minor: 13}) {
-		return nil, hint.Add(fmt.Errorf("%w: a diff of memory that is not tracked, Firecracker %s", ErrNotSupported, m.rec().BinaryVersion),
+		return nil, hint.Add(
+			fmt.Errorf("%w: a diff of memory that is not tracked, Firecracker %s", ErrNotSupported, m.rec().BinaryVersion),
 			"make the VM with trackDirtyPages, use Firecracker 1.13 or newer, or make a full snapshot")
 	}
 	if !tracked && capture.Swaps() {
@@ -153,7 +163,8 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 	if err == nil {
 		err = last.Check(ctx)
 	}
-	if errors.Is(err, snapshot.ErrNotFound) || errors.Is(err, snapshot.ErrDamaged) || errors.Is(err, ErrNotSupported) { // then all of the memory is written
+	// then all of the memory is written
+	if errors.Is(err, snapshot.ErrNotFound) || errors.Is(err, snapshot.ErrDamaged) || errors.Is(err, ErrNotSupported) {
 		m.host.env.Log.Debug("no base for a diff", "vm", m.rec().ID, "err", err)
 		return nil, nil
 	}
@@ -163,14 +174,18 @@ func (m *Machine) diffBase(ctx context.Context, o SnapshotOptions) (*snapshot.Sn
 	return last.Snapshot, nil
 }
 
-// capture writes all files of the snapshot but the manifest, which it returns. The VM's own state is as before afterwards, unless it
-// is to stop: then it ends when commit has made the snapshot, and only then.
-func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM, draft *snapshot.Draft, commit func(*snapshot.Manifest) error) (sm snapshot.Manifest, warnings []string, err error) {
+// capture writes all files of the snapshot but the manifest, which it returns. The VM's own state
+// is as before afterwards, unless it is to stop: then it ends when commit has made the snapshot,
+// and only then.
+func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM, draft *snapshot.Draft,
+	commit func(*snapshot.Manifest) error,
+) (sm snapshot.Manifest, warnings []string, err error) {
 	last, err := m.diffBase(ctx, o)
 	if err != nil {
 		return sm, nil, err
 	}
-	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec().Spec.Name, m.rec().ID), m.vm.Dial(), m.vm.Process(), m.vm.Root(), m.vm.TraceCall
+	v.Name, v.Client, v.Process, v.Root, v.Trace = cmp.Or(m.rec().Spec.Name, m.rec().ID), m.vm.Dial(), m.vm.Process(),
+		m.vm.Root(), m.vm.TraceCall
 	defer func() { err = errors.Join(err, v.Client.Close()) }()
 	defer v.Process.EndIfHung(ctx)()
 	info, err := v.Client.GetInstanceInfo(ctx) // however long it takes to say so
@@ -188,7 +203,8 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	if m.rec().HasAgent() {
 		v.Agent, v.Booting = m.vm.Agent(), !g.Ready()
 	}
-	// What is written from then on is what has changed since this snapshot. If it does not come to be, a diff finds none.
+	// What is written from then on is what has changed since this snapshot. If it does not come to be,
+	// a diff finds none.
 	v.Forget = func() error { return atomicfile.Write(m.vm.Path(store.LastSnapshot), []byte(draft.ID()), 0o600) }
 	v.Metadata, v.Balloon, v.Drives = m.rec().Spec.MMDS != nil, m.rec().Spec.Balloon != nil, map[string]string{}
 	in, err := m.host.env.Look(m.rec())
@@ -197,7 +213,8 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	}
 	keep := restore.Saved{Hook: o.Hook}
 	for _, d := range in.Devices() {
-		if !d.ReadOnly || d.Staged || strings.HasPrefix(d.Source, m.RuntimeDir()+"/") { // what it only reads of others stays where it is
+		// what it only reads of others stays where it is
+		if !d.ReadOnly || d.Staged || strings.HasPrefix(d.Source, m.RuntimeDir()+"/") {
 			v.Drives[d.ID] = d.Source
 			keep.Drives = append(keep.Drives, d.ID)
 		}
@@ -231,8 +248,8 @@ func (m *Machine) capture(ctx context.Context, o SnapshotOptions, v *capture.VM,
 	return sm, result.Warnings, err
 }
 
-// snapshotFormat returns the format in which the VM's VMM writes its state. If the VMM's program was replaced or removed since
-// the VM was made, the format is not known and empty.
+// snapshotFormat returns the format in which the VM's VMM writes its state. If the VMM's program
+// was replaced or removed since the VM was made, the format is not known and empty.
 func (m *Machine) snapshotFormat(ctx context.Context) string {
 	b, err := m.host.vmms.At(ctx, m.rec().Binary)
 	if err != nil || b.Version != m.rec().VMM() {

@@ -20,9 +20,11 @@ import (
 	"push.rocks/smartvm/snapshot"
 )
 
-// Snapshots that are disturbed: by other snapshots, by the end of their VM, by other processes, by who made them.
+// Snapshots that are disturbed: by other snapshots, by the end of their VM, by other processes, by
+// who made them.
 
-// wantSnapshots checks that there are as many, that all are whole, and that nothing is half made. It returns them.
+// wantSnapshots checks that there are as many, that all are whole, and that nothing is half made.
+// It returns them.
 func (s *site) wantSnapshots(h *smartvm.Host, n int, when string) []*snapshot.Snapshot {
 	s.t.Helper()
 	all, err := h.Snapshots()
@@ -44,7 +46,8 @@ func (s *site) wantSnapshots(h *smartvm.Host, n int, when string) []*snapshot.Sn
 	return list
 }
 
-// goesOn restores a snapshot of a guest that counts, which must be somewhere from one number to another, and removes the VM.
+// goesOn restores a snapshot of a guest that counts, which must be somewhere from one number to
+// another, and removes the VM.
 func (s *site) goesOn(h *smartvm.Host, ref string, from, to uint64) {
 	s.t.Helper()
 	r := s.restored(h, ref, smartvm.RestoreOptions{})
@@ -112,7 +115,8 @@ func TestSnapshot_AtOnce(t *testing.T) {
 							return
 						}
 						before := s.last(m.ID())
-						// Any of the three may be the one that is made: in the last round it is a diff, whichever it is.
+						// Any of the three may be the one that is made: in the last round it is a diff, whichever it
+						// is.
 						sn, err := foreign.Snapshot(t.Context(), smartvm.SnapshotOptions{Diff: (round+i)%2 == 0 || round == 5})
 						after := s.passed(m.ID())
 						mu.Lock()
@@ -151,8 +155,8 @@ func TestSnapshot_AtOnce(t *testing.T) {
 	}
 }
 
-// After another start the VMM knows nothing of what was written before: a diff is a whole snapshot then. So it is of a VM that was
-// killed, and of one that is restored.
+// After another start the VMM knows nothing of what was written before: a diff is a whole snapshot
+// then. So it is of a VM that was killed, and of one that is restored.
 func TestSnapshot_DiffOfAnotherRun(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h := s.open()
@@ -227,7 +231,8 @@ func (s *site) at(step string, what func()) *smartvm.Host {
 	return h
 }
 
-// A VMM that dies in the middle of it leaves no snapshot, or a whole one; the VM can be started again, and the next one is made.
+// A VMM that dies in the middle of it leaves no snapshot, or a whole one; the VM can be started
+// again, and the next one is made.
 func TestSnapshot_VMMDies(t *testing.T) {
 	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
 		for _, step := range snapshotSteps {
@@ -278,7 +283,8 @@ func TestSnapshot_VMMDies(t *testing.T) {
 	}
 }
 
-// Who ends the VM meanwhile by force has his way, and there is no snapshot; who asks its guest to end is heard when it is made.
+// Who ends the VM meanwhile by force has his way, and there is no snapshot; who asks its guest to
+// end is heard when it is made.
 func TestSnapshot_StoppedMeanwhile(t *testing.T) {
 	for _, row := range []struct {
 		how  string
@@ -336,7 +342,8 @@ func TestSnapshot_StoppedMeanwhile(t *testing.T) {
 	}
 }
 
-// A restored VM whose process died is taken up as what it is: same name, same labels, same memory, and from then on like any other.
+// A restored VM whose process died is taken up as what it is: same name, same labels, same memory,
+// and from then on like any other.
 func TestRestore_Adopted(t *testing.T) {
 	eachVariant(t, func(t *testing.T, s *site) {
 		other, h := s.remote(), s.open()
@@ -380,7 +387,8 @@ func TestRestore_Adopted(t *testing.T) {
 	})
 }
 
-// One whose memory its process served ends with that, so nobody takes it up; it can be started again.
+// One whose memory its process served ends with that, so nobody takes it up; it can be started
+// again.
 func TestRestore_ServerDies(t *testing.T) {
 	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
 		t.Run(string(launcher), func(t *testing.T) {
@@ -395,7 +403,10 @@ func TestRestore_ServerDies(t *testing.T) {
 			if err := m.Remove(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			other.ask(request{Op: "restore", Ref: sn.ID, Restore: smartvm.RestoreOptions{ID: "restored", Memory: smartvm.MemoryUFFD}})
+			other.ask(request{
+				Op: "restore", Ref: sn.ID,
+				Restore: smartvm.RestoreOptions{ID: "restored", Memory: smartvm.MemoryUFFD},
+			})
 			other.ask(request{Op: "start", Ref: "restored"})
 			r, err := h.Machine(t.Context(), "restored")
 			if err != nil {
@@ -419,8 +430,8 @@ func TestRestore_ServerDies(t *testing.T) {
 	}
 }
 
-// Whatever an imported snapshot says of its VM, it is refused, or no more than a VM: nothing outside comes to be or is touched, also when
-// it is trusted.
+// Whatever an imported snapshot says of its VM, it is refused, or no more than a VM: nothing
+// outside comes to be or is touched, also when it is trusted.
 func TestRestore_OddManifest(t *testing.T) {
 	s := newSite(t, smartvm.LaunchJailed)
 	h := s.open()
@@ -458,7 +469,10 @@ func TestRestore_OddManifest(t *testing.T) {
 		"drive of a newline": {func(_, spec object) { drive(spec)["driveId"] = "a\nb" }, never},
 		"drive not in it":    {func(machine, spec object) { machine["drives"] = []any{"disk", "other"} }, never},
 		"drive in it of ..":  {func(machine, spec object) { machine["drives"] = []any{"../../../victim"} }, never},
-		"a host's file":      {func(machine, spec object) { machine["drives"] = []any{}; drive(spec)["pathOnHost"] = s.path("victim") }, trusted},
+		"a host's file": {func(machine, spec object) {
+			machine["drives"] = []any{}
+			drive(spec)["pathOnHost"] = s.path("victim")
+		}, trusted},
 		"a host's file by ..": {func(machine, spec object) {
 			machine["drives"] = []any{}
 			drive(spec)["pathOnHost"] = "images/objects/../../../victim"
@@ -506,7 +520,8 @@ func TestRestore_OddManifest(t *testing.T) {
 			if all, err := h.Machines(t.Context()); err != nil || len(all) > 0 {
 				t.Errorf("%d VMs are left (%v)", len(all), err)
 			}
-			if got, err := os.ReadFile(s.path("victim")); err != nil || string(got) != "mine" || ownerOf(t, s.path("victim")) != os.Getuid() {
+			if got, err := os.ReadFile(s.path("victim")); err != nil || string(got) != "mine" ||
+				ownerOf(t, s.path("victim")) != os.Getuid() {
 				t.Errorf("the host's file is %q now (%v)", got, err)
 			}
 			if left, err := os.ReadDir(s.path("outside/users")); err != nil || len(left) > 0 {
@@ -521,8 +536,8 @@ func TestRestore_OddManifest(t *testing.T) {
 	}
 }
 
-// An image that a snapshot needs stays, also if its maker died before he could say so, and it was imported. Without it a restore says
-// what to pull.
+// An image that a snapshot needs stays, also if its maker died before he could say so, and it was
+// imported. Without it a restore says what to pull.
 func TestSnapshot_Image(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	s.options.Images = image.Options{Agent: []byte("no guest runs it")}
@@ -537,7 +552,8 @@ func TestSnapshot_Image(t *testing.T) {
 	}
 	load := func() {
 		t.Helper()
-		if _, err := images.Import(t.Context(), image.ImportOptions{Name: "tiny", Kernel: s.path("count"), Rootfs: root}); err != nil {
+		if _, err := images.Import(t.Context(),
+			image.ImportOptions{Name: "tiny", Kernel: s.path("count"), Rootfs: root}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -602,7 +618,8 @@ func TestSnapshot_Image(t *testing.T) {
 	}
 	_, restoreErr := h.Restore(t.Context(), sn.ID, smartvm.RestoreOptions{Trust: true})
 	for _, err := range []error{h.AsSnapshot(imported).Lacks(), restoreErr} {
-		if err == nil || !strings.Contains(err.Error(), "image tiny is not here") || smartvm.Hint(err) != "smartvm image pull tiny" {
+		if err == nil || !strings.Contains(err.Error(), "image tiny is not here") ||
+			smartvm.Hint(err) != "smartvm image pull tiny" {
 			t.Errorf("without its image: %v (hint %q)", err, smartvm.Hint(err))
 		}
 	}

@@ -35,7 +35,8 @@ func (s *site) counted(id string) (all []uint64) {
 	return all
 }
 
-// countsOn waits until a guest has counted n numbers, each one more than that before it, and returns them.
+// countsOn waits until a guest has counted n numbers, each one more than that before it, and
+// returns them.
 func (s *site) countsOn(id string, n int) []uint64 {
 	s.t.Helper()
 	var all []uint64
@@ -76,7 +77,8 @@ func (s *site) removeSnapshot(h *smartvm.Host, ref string) {
 	}
 }
 
-// A restored guest goes on from where it was, as often as it is restored, and so does the one it was taken from.
+// A restored guest goes on from where it was, as often as it is restored, and so does the one it
+// was taken from.
 func TestSnapshot_GoesOn(t *testing.T) {
 	eachVariant(t, func(t *testing.T, s *site) {
 		h := s.open()
@@ -150,7 +152,8 @@ func TestSnapshot_Drives(t *testing.T) {
 			t.Errorf("the restored VM's disk begins with %.20q (%v)", got, err)
 		}
 		overwrite(t, disk, "by the restored one")
-		if got, err := os.ReadFile(sn.Path("drives/disk")); err != nil || !strings.HasPrefix(string(got), "as of the snapshot") {
+		if got, err := os.ReadFile(sn.Path("drives/disk")); err != nil ||
+			!strings.HasPrefix(string(got), "as of the snapshot") {
 			t.Errorf("the snapshot's disk begins with %.20q (%v)", got, err)
 		}
 		if err := sn.Verify(t.Context(), nil); err != nil {
@@ -199,7 +202,8 @@ func TestSnapshot_Paused(t *testing.T) {
 	s.removeSnapshot(h, sn.ID)
 }
 
-// A snapshot has the format that the VMM's program says, and none when another program is at its path by then.
+// A snapshot has the format that the VMM's program says, and none when another program is at its
+// path by then.
 func TestSnapshot_Format(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	dir := t.TempDir()
@@ -230,7 +234,8 @@ func TestSnapshot_Format(t *testing.T) {
 	}
 	after := s.snapshot(m, smartvm.SnapshotOptions{})
 	if after.Format != "" || after.Firecracker != before.Firecracker {
-		t.Errorf("with another program at its path the snapshot has format %q of Firecracker %s, want none of %s", after.Format, after.Firecracker, before.Firecracker)
+		t.Errorf("with another program at its path the snapshot has format %q of Firecracker %s, want none of %s",
+			after.Format, after.Firecracker, before.Firecracker)
 	}
 	s.stopAndRemove(m)
 	s.removeSnapshot(h, before.ID)
@@ -269,7 +274,8 @@ func replace(t *testing.T, path string, data []byte) {
 	}
 }
 
-// Forks go on at once, each as somebody else; the VM goes on too. Their snapshot goes with the last of them.
+// Forks go on at once, each as somebody else; the VM goes on too. Their snapshot goes with the last
+// of them.
 func TestFork(t *testing.T) {
 	eachVariant(t, func(t *testing.T, s *site) {
 		h := s.open()
@@ -314,12 +320,16 @@ func TestFork_AllOrNone(t *testing.T) {
 	m := s.started(h, s.spec("count"))
 	sn := s.snapshot(m, smartvm.SnapshotOptions{})
 	no := errors.New("no")
-	_, err := sn.Fork(t.Context(), 4, smartvm.ForkOptions{RestoreOptions: smartvm.RestoreOptions{ID: "f"}, Start: func(ctx context.Context, f *smartvm.Machine) error {
-		if f.ID() == "f-3" {
-			return no
-		}
-		return f.Start(ctx)
-	}})
+	_, err := sn.Fork(t.Context(), 4,
+		smartvm.ForkOptions{
+			RestoreOptions: smartvm.RestoreOptions{ID: "f"},
+			Start: func(ctx context.Context, f *smartvm.Machine) error {
+				if f.ID() == "f-3" {
+					return no
+				}
+				return f.Start(ctx)
+			},
+		})
 	if !errors.Is(err, no) {
 		t.Errorf("got %v, want %v", err, no)
 	}
@@ -330,8 +340,8 @@ func TestFork_AllOrNone(t *testing.T) {
 	s.removeSnapshot(h, sn.ID)
 }
 
-// A VM that is to end with its snapshot ends when there is one, and goes on where there is none: with a name that is taken or none, or
-// labels that are too long, it is not even paused.
+// A VM that is to end with its snapshot ends when there is one, and goes on where there is none:
+// with a name that is taken or none, or labels that are too long, it is not even paused.
 func TestSnapshot_StopWithoutSnapshot(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	var mu sync.Mutex
@@ -375,7 +385,8 @@ func TestSnapshot_StopWithoutSnapshot(t *testing.T) {
 	}
 	goesOn("a taken name", smartvm.SnapshotOptions{Name: "taken"}, snapshot.ErrExists, false)
 	goesOn("a name that is none", smartvm.SnapshotOptions{Name: "my snap"}, snapshot.ErrInvalid, false)
-	goesOn("a long label", smartvm.SnapshotOptions{Labels: map[string]string{"a": strings.Repeat("a", 1<<16)}}, snapshot.ErrInvalid, false)
+	goesOn("a long label", smartvm.SnapshotOptions{Labels: map[string]string{"a": strings.Repeat("a", 1<<16)}},
+		snapshot.ErrInvalid, false)
 	mu.Lock()
 	spoil = func() {
 		drafts, err := filepath.Glob(filepath.Join(filepath.Dir(taken.Dir()), ".tmp", "*", snapshot.StateFile))
@@ -402,7 +413,8 @@ func TestSnapshot_StopWithoutSnapshot(t *testing.T) {
 	s.removeSnapshot(h, taken.ID)
 }
 
-// A VM whose page faults are served by this process goes on as any; what it touched is recorded, and brought before the next touches it.
+// A VM whose page faults are served by this process goes on as any; what it touched is recorded,
+// and brought before the next touches it.
 func TestRestore_UFFD(t *testing.T) {
 	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
 		t.Run(string(launcher), func(t *testing.T) {
@@ -440,14 +452,16 @@ func TestRestore_UFFD(t *testing.T) {
 	}
 }
 
-// A diff is as whole as any: what a guest has written since the last snapshot is in it, and all else too.
+// A diff is as whole as any: what a guest has written since the last snapshot is in it, and all
+// else too.
 func TestSnapshot_Diff(t *testing.T) {
 	for _, launcher := range []smartvm.Launcher{smartvm.LaunchDirect, smartvm.LaunchJailed} {
 		t.Run(string(launcher), func(t *testing.T) {
 			s := newSite(t, launcher)
 			h := s.open()
 			spec := s.spec("count")
-			if _, err := s.started(h, spec).Snapshot(t.Context(), smartvm.SnapshotOptions{Diff: true}); !errors.Is(err, smartvm.ErrNotSupported) {
+			if _, err := s.started(h, spec).Snapshot(t.Context(), smartvm.SnapshotOptions{Diff: true}); !errors.Is(err,
+				smartvm.ErrNotSupported) {
 				t.Errorf("a diff of memory that is not tracked: %v, want ErrNotSupported", err)
 			}
 			spec.MachineConfig.TrackDirtyPages = true
@@ -537,7 +551,8 @@ func TestRestore_OtherVMM(t *testing.T) {
 	s.removeSnapshot(h, sn.ID)
 }
 
-// A snapshot that the VMM of new VMs cannot load starts with an installed one that can, unless the user has named a VMM.
+// A snapshot that the VMM of new VMs cannot load starts with an installed one that can, unless the
+// user has named a VMM.
 func TestRestore_InstalledVMM(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h := s.open()
@@ -561,7 +576,8 @@ func TestRestore_InstalledVMM(t *testing.T) {
 	refused := func(what string) {
 		t.Helper()
 		_, err := s.open().Restore(t.Context(), sn.ID, smartvm.RestoreOptions{})
-		if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "11.0.0") || !strings.Contains(smartvm.Hint(err), "smartvm firecracker install "+sn.Firecracker) {
+		if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "11.0.0") ||
+			!strings.Contains(smartvm.Hint(err), "smartvm firecracker install "+sn.Firecracker) {
 			t.Errorf("%s: %v (hint %q), want ErrNotSupported", what, err, smartvm.Hint(err))
 		}
 	}
@@ -649,7 +665,8 @@ func TestRestore_Imported(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = h.Restore(t.Context(), sn.ID, smartvm.RestoreOptions{})
-	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "drive shadow is "+s.path("disk")) || smartvm.Hint(err) == "" {
+	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), "drive shadow is "+s.path("disk")) ||
+		smartvm.Hint(err) == "" {
 		t.Errorf("got %v (hint %q)", err, smartvm.Hint(err))
 	}
 	direct := s.options
@@ -658,7 +675,8 @@ func TestRestore_Imported(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.Restore(t.Context(), sn.ID, smartvm.RestoreOptions{}); err == nil || !strings.Contains(err.Error(), "in a jail") {
+	if _, err := d.Restore(t.Context(), sn.ID, smartvm.RestoreOptions{}); err == nil ||
+		!strings.Contains(err.Error(), "in a jail") {
 		t.Errorf("without a jail: %v", err)
 	}
 	if err := d.Close(); err != nil {

@@ -30,7 +30,8 @@ func (h *Host) Snapshots() (*snapshot.Store, error) {
 	return snapshot.Open(filepath.Join(h.opts.DataDir, store.SnapshotDir))
 }
 
-// Snapshot finds a snapshot by its id, its name or the beginning of its id. Returns snapshot.ErrNotFound.
+// Snapshot finds a snapshot by its id, its name or the beginning of its id. Returns
+// snapshot.ErrNotFound.
 func (h *Host) Snapshot(ref string) (*Snapshot, error) {
 	all, err := h.Snapshots()
 	if err != nil {
@@ -46,8 +47,9 @@ func (h *Host) Snapshot(ref string) (*Snapshot, error) {
 // AsSnapshot is one of Snapshots as Host.Snapshot returns it.
 func (h *Host) AsSnapshot(sn *snapshot.Snapshot) *Snapshot { return &Snapshot{Snapshot: sn, host: h} }
 
-// RemoveSnapshot removes a snapshot. While VMs that started from it are there it is a *snapshot.InUseError; with force they run on,
-// and cannot be started again. Returns snapshot.ErrNotFound.
+// RemoveSnapshot removes a snapshot. While VMs that started from it are there it is a
+// *snapshot.InUseError; with force they run on, and cannot be started again. Returns
+// snapshot.ErrNotFound.
 func (h *Host) RemoveSnapshot(ctx context.Context, ref string, force bool) error {
 	all, err := h.Snapshots()
 	if err != nil {
@@ -84,7 +86,8 @@ func (h *Host) sweepSnapshots(ctx context.Context) error {
 	}
 	removed, err := all.Sweep(ctx)
 	errs := []error{err, h.removed(removed)}
-	// The process that made one may have died before it referred to its image, and that of an imported one may have come since.
+	// The process that made one may have died before it referred to its image, and that of an imported
+	// one may have come since.
 	list, _ := all.List() // of those that cannot be read nothing is known
 	for _, sn := range list {
 		err := h.data().Refer(sn)
@@ -98,7 +101,8 @@ func (h *Host) sweepSnapshots(ctx context.Context) error {
 // removed says of snapshots that they are gone, in the images that they referred to and as events.
 func (h *Host) removed(snapshots []string) error {
 	for _, id := range snapshots {
-		h.ring.Append(status.Event{Type: status.EventSnapshot, Attributes: map[string]string{"action": "remove", "snapshot": id}})
+		h.ring.Append(
+			status.Event{Type: status.EventSnapshot, Attributes: map[string]string{"action": "remove", "snapshot": id}})
 	}
 	return h.data().Unrefer(snapshots)
 }
@@ -109,7 +113,8 @@ func (sn *Snapshot) Image() string {
 	return s.Spec.Image
 }
 
-// Lacks says what of this host VMs of the snapshot would read that is not here, and what to do about it.
+// Lacks says what of this host VMs of the snapshot would read that is not here, and what to do
+// about it.
 func (sn *Snapshot) Lacks() error {
 	s, err := restore.Read(sn.Snapshot)
 	if err != nil {

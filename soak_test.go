@@ -22,8 +22,8 @@ const (
 	soakConcurrency = 4
 )
 
-// TestSoak makes, starts, ends and removes VMs, several at once, in every way in which one can end. The host, and what
-// this process holds, must be afterwards what they were before.
+// TestSoak makes, starts, ends and removes VMs, several at once, in every way in which one can end.
+// The host, and what this process holds, must be afterwards what they were before.
 func TestSoak(t *testing.T) {
 	cycles := soakCycles
 	if text := os.Getenv(soakVariable); text != "" {
@@ -102,7 +102,8 @@ func soakCycle(ctx context.Context, s *site, h *smartvm.Host, n int) error {
 	return m.Remove(ctx)
 }
 
-// soakRun ends a VM that is one call's as soon as its guest has written, which may be before its start is through.
+// soakRun ends a VM that is one call's as soon as its guest has written, which may be before its
+// start is through.
 func soakRun(ctx context.Context, h *smartvm.Host, spec smartvm.Spec) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

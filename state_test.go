@@ -20,14 +20,23 @@ func TestTransitions(t *testing.T) {
 		noClient []smartvm.State // where the error's code is NO_CLIENT, INVALID_STATE elsewhere
 	}{
 		{"start", "start", []smartvm.State{smartvm.Stopped, smartvm.Failed, smartvm.Lost}, "stopped or failed or lost", nil},
-		{"pause", "pause", []smartvm.State{smartvm.Running}, "running", []smartvm.State{smartvm.Stopped, smartvm.Failed, smartvm.Lost}},
+		{
+			"pause", "pause",
+			[]smartvm.State{smartvm.Running},
+			"running",
+			[]smartvm.State{smartvm.Stopped, smartvm.Failed, smartvm.Lost},
+		},
 		{"resume", "resume", []smartvm.State{smartvm.Paused}, "paused", nil},
 		{
 			"stop", "stop", []smartvm.State{
 				smartvm.Stopped, smartvm.Starting, smartvm.Running, smartvm.Paused, smartvm.Stopping, smartvm.Failed, smartvm.Lost,
 			}, "stopped or starting or running or paused or stopping or failed or lost", nil,
 		},
-		{"remove", "remove", []smartvm.State{smartvm.Stopped, smartvm.Failed, smartvm.Lost}, "stopped or failed or lost", nil},
+		{
+			"remove", "remove",
+			[]smartvm.State{smartvm.Stopped, smartvm.Failed, smartvm.Lost},
+			"stopped or failed or lost", nil,
+		},
 		{
 			"call", "update drive",
 			[]smartvm.State{smartvm.Running, smartvm.Paused},

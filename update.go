@@ -12,9 +12,11 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Update changes a VM's Policy, Ports and the limits of its interfaces, for good: change gets a copy of its Spec, of which nothing else may become
-// different. A VM that runs has it at once, policy and ports all or nothing, and connections end that are not allowed any more; another from its next start
-// on. Returns what change does, *FieldErrors, ErrNotFound, ErrState while a snapshot of the VM is made, and what Start returns of ports that are taken.
+// Update changes a VM's Policy, Ports and the limits of its interfaces, for good: change gets a
+// copy of its Spec, of which nothing else may become different. A VM that runs has it at once,
+// policy and ports all or nothing, and connections end that are not allowed any more; another from
+// its next start on. Returns what change does, *FieldErrors, ErrNotFound, ErrState while a snapshot
+// of the VM is made, and what Start returns of ports that are taken.
 func (m *Machine) Update(ctx context.Context, change func(*Spec) error) (err error) {
 	hold, err := m.vm.Freeze("update")
 	if err != nil {
@@ -48,7 +50,8 @@ func (m *Machine) Update(ctx context.Context, change func(*Spec) error) (err err
 		if reflect.DeepEqual(before, n) {
 			continue
 		}
-		one := m.UpdateNetworkInterface(ctx, n.IfaceID, attach.Limit(before.RxRateLimiter, n.RxRateLimiter), attach.Limit(before.TxRateLimiter, n.TxRateLimiter))
+		one := m.UpdateNetworkInterface(ctx, n.IfaceID, attach.Limit(before.RxRateLimiter, n.RxRateLimiter),
+			attach.Limit(before.TxRateLimiter, n.TxRateLimiter))
 		if !errors.Is(one, ErrState) { // it does not run
 			err = errors.Join(err, one)
 		}

@@ -23,7 +23,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// A VM that runs gets another policy, other ports and limits at once, from whichever process, and has them after a stop and a start too.
+// A VM that runs gets another policy, other ports and limits at once, from whichever process, and
+// has them after a stop and a start too.
 func TestMachine_Update(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -87,9 +88,14 @@ func TestMachine_Update(t *testing.T) {
 		return other.Update(t.Context(), func(s *smartvm.Spec) error { change(s); return nil })
 	}
 	err = update(func(s *smartvm.Spec) {
-		s.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Destination: "192.0.2.0/24"}}}
+		s.Policy = &policy.Policy{
+			DefaultAction: policy.Deny,
+			Rules:         []policy.Rule{{Action: policy.Allow, Destination: "192.0.2.0/24"}},
+		}
 		s.Ports = []smartvm.Port{s.Ports[0], s.Ports[2], {HostPort: 8081, GuestPort: 81}}
-		s.NetworkInterfaces[0].RxRateLimiter = &smartvm.RateLimiter{Bandwidth: &smartvm.TokenBucket{Size: 1 << 20, RefillTime: 1000}}
+		s.NetworkInterfaces[0].RxRateLimiter = &smartvm.RateLimiter{
+			Bandwidth: &smartvm.TokenBucket{Size: 1 << 20, RefillTime: 1000},
+		}
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -123,7 +129,8 @@ func TestMachine_Update(t *testing.T) {
 	}
 	shown(77)
 	config, err := m.VMConfig(t.Context())
-	if err != nil || config.NetworkInterfaces[0].RxRateLimiter == nil || config.NetworkInterfaces[0].RxRateLimiter.Bandwidth.Size != 1<<20 {
+	if err != nil || config.NetworkInterfaces[0].RxRateLimiter == nil ||
+		config.NetworkInterfaces[0].RxRateLimiter.Bandwidth.Size != 1<<20 {
 		t.Errorf("the VMM has limits %+v, %v", config.NetworkInterfaces, err)
 	}
 	for port, free := range map[int]bool{8080: true, 8081: false, 8090: false} {
@@ -153,7 +160,8 @@ func TestMachine_Update(t *testing.T) {
 	if err := taken.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if got := ports(m); !slices.Equal(got, want) || !slices.Equal(rules(), wantRules) || len(m.Spec().Ports) != 3 || m.Spec().Policy == nil {
+	if got := ports(m); !slices.Equal(got, want) || !slices.Equal(rules(), wantRules) || len(m.Spec().Ports) != 3 ||
+		m.Spec().Policy == nil {
 		t.Errorf("after that it has %v, %q", got, rules())
 	}
 	if l, err := net.Listen("tcp4", "0.0.0.0:8071"); err != nil {
@@ -163,9 +171,15 @@ func TestMachine_Update(t *testing.T) {
 	}
 	// What cannot be.
 	for text, change := range map[string]func(*smartvm.Spec) error{
-		"ports[3].guestPort":            func(s *smartvm.Spec) error { s.Ports = append(s.Ports, smartvm.Port{HostPort: 1}); return nil },
-		"only the policy":               func(s *smartvm.Spec) error { s.MachineConfig.VCPUCount++; return nil },
-		"policy.rules[0].destination":   func(s *smartvm.Spec) error { s.Policy.Rules[0].Destination = "300.0.0.0"; return nil },
+		"ports[3].guestPort": func(s *smartvm.Spec) error {
+			s.Ports = append(s.Ports, smartvm.Port{HostPort: 1})
+			return nil
+		},
+		"only the policy": func(s *smartvm.Spec) error { s.MachineConfig.VCPUCount++; return nil },
+		"policy.rules[0].destination": func(s *smartvm.Spec) error {
+			s.Policy.Rules[0].Destination = "300.0.0.0"
+			return nil
+		},
 		"only the policy, the ports an": func(s *smartvm.Spec) error { s.NetworkInterfaces = nil; return nil },
 		"changed my mind":               func(s *smartvm.Spec) error { s.Ports = nil; return errors.New("changed my mind") },
 	} {
@@ -196,7 +210,8 @@ func TestMachine_Update(t *testing.T) {
 	wantNoNetwork(t)
 }
 
-// What has been changed is followed by a process that takes up the VM when that which was asked has died, and all of it goes with the VM.
+// What has been changed is followed by a process that takes up the VM when that which was asked has
+// died, and all of it goes with the VM.
 func TestMachine_UpdateUnsupervised(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	if !nettest.Alone(t) {
@@ -221,7 +236,8 @@ func TestMachine_UpdateUnsupervised(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = m.Update(t.Context(), func(s *smartvm.Spec) error {
-		s.Policy, s.Ports = &policy.Policy{DefaultAction: policy.Deny}, []smartvm.Port{{HostPort: 8081, GuestPort: 80, HostIP: netip.MustParseAddr("127.0.0.1")}}
+		s.Policy, s.Ports = &policy.Policy{DefaultAction: policy.Deny},
+			[]smartvm.Port{{HostPort: 8081, GuestPort: 80, HostIP: netip.MustParseAddr("127.0.0.1")}}
 		return nil
 	})
 	if err != nil {
@@ -242,7 +258,9 @@ func TestMachine_UpdateUnsupervised(t *testing.T) {
 		t.Fatal(err)
 	}
 	i := in.Interfaces[0]
-	if len(i.Ports) != 1 || i.Ports[0].Host != 8081 || !slices.ContainsFunc(i.Rules, func(c inspect.Count) bool { return c.Rule == "default deny" }) {
+	if len(i.Ports) != 1 || i.Ports[0].Host != 8081 || !slices.ContainsFunc(i.Rules, func(c inspect.Count) bool {
+		return c.Rule == "default deny"
+	}) {
 		t.Errorf("taken up it has %v, %v", i.Ports, i.Rules)
 	}
 	s.stopAndRemove(m)

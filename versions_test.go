@@ -13,7 +13,8 @@ import (
 	"push.rocks/smartvm/internal/store"
 )
 
-// appendNewer adds to a journal what only a newer smartvm knows. The returned function takes it away.
+// appendNewer adds to a journal what only a newer smartvm knows. The returned function takes it
+// away.
 func appendNewer(t *testing.T, path string) (undo func()) {
 	t.Helper()
 	before, err := os.ReadFile(path)
@@ -44,8 +45,8 @@ func wantRefused(t *testing.T, op string, m *smartvm.Machine, err error) {
 	}
 }
 
-// A VM with an effect that only a newer smartvm can undo is left alone as a whole: it is not ended, adopted, removed or started again. All
-// others are looked after.
+// A VM with an effect that only a newer smartvm can undo is left alone as a whole: it is not ended,
+// adopted, removed or started again. All others are looked after.
 func TestHost_NewerJournal(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h, other := s.open(), s.open()

@@ -15,8 +15,8 @@ import (
 	"push.rocks/smartvm/internal/store"
 )
 
-// A record that another version of smartvm has written hides no other VM, keeps none from being stopped, and says what it is. One of
-// this version may have more fields.
+// A record that another version of smartvm has written hides no other VM, keeps none from being
+// stopped, and says what it is. One of this version may have more fields.
 func TestHost_OtherVersions(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	h := s.open()
@@ -36,7 +36,8 @@ func TestHost_OtherVersions(t *testing.T) {
 	change(more, `"version": 1,`, `"version": 1, "isNew": [1],`)
 	other := s.open()
 	all, err := other.Machines(t.Context())
-	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), newer.ID()) || !strings.Contains(err.Error(), "version 2") {
+	if !errors.Is(err, smartvm.ErrNotSupported) || !strings.Contains(err.Error(), newer.ID()) ||
+		!strings.Contains(err.Error(), "version 2") {
 		t.Errorf("got %v, want that VM %s is not supported", err, newer.ID())
 	}
 	if len(all) != 2 {
@@ -103,8 +104,8 @@ func TestMachine_WaitAcrossClose(t *testing.T) {
 	s.stopAndRemove(next)
 }
 
-// A VM's end is noticed at once, also while it is repaired: here it is to be resumed, as the process that froze it has died, and what
-// should answer does not.
+// A VM's end is noticed at once, also while it is repaired: here it is to be resumed, as the
+// process that froze it has died, and what should answer does not.
 func TestMachine_EndsWhileRepaired(t *testing.T) {
 	s := newSite(t, smartvm.LaunchDirect)
 	s.options = smartvm.WithHealInterval(s.options, 20*time.Millisecond)
@@ -166,7 +167,8 @@ func TestMachine_StateInTime(t *testing.T) {
 		}
 		cancel()
 		begun = time.Now()
-		if state, err := m.State(t.Context()); err != nil || state != smartvm.Running && state != smartvm.Starting || time.Since(begun) > 4*time.Second {
+		if state, err := m.State(t.Context()); err != nil || state != smartvm.Running && state != smartvm.Starting ||
+			time.Since(begun) > 4*time.Second {
 			t.Errorf("%s: got %s, %v after %s", name, state, err, time.Since(begun))
 		}
 	}

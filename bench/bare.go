@@ -22,7 +22,8 @@ type bare struct {
 	took time.Duration // from spawn to the guest's first byte
 }
 
-// startBare starts a VM with the kernel and the drives at these paths, and waits for the guest's first byte.
+// startBare starts a VM with the kernel and the drives at these paths, and waits for the guest's
+// first byte.
 func (b *bench) startBare(ctx context.Context, name, kernel string, drives ...string) (*bare, error) {
 	v := &bare{dir: filepath.Join(b.Dir, name)}
 	if err := os.Mkdir(v.dir, 0o700); err != nil {
@@ -49,7 +50,8 @@ func (b *bench) startBare(ctx context.Context, name, kernel string, drives ...st
 		return nil, err
 	}
 	v.out = read
-	v.cmd = exec.CommandContext(ctx, b.Firecracker, "--no-api", "--config-file", path, "--log-path", log, "--level", "Error")
+	v.cmd = exec.CommandContext(ctx, b.Firecracker, "--no-api", "--config-file", path, "--log-path", log,
+		"--level", "Error")
 	v.cmd.Stdout, v.cmd.Dir = write, v.dir
 	begun := time.Now()
 	err = errors.Join(v.cmd.Start(), write.Close())

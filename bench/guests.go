@@ -58,13 +58,15 @@ func (b *bench) guestImage(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	_, err = images.Import(ctx, image.ImportOptions{Name: guestImage, Kernel: paths[0], Modules: paths[1], Rootfs: paths[2]})
+	_, err = images.Import(ctx,
+		image.ImportOptions{Name: guestImage, Kernel: paths[0], Modules: paths[1], Rootfs: paths[2]})
 	return err
 }
 
 const guestImage = "minimal"
 
-// guestPatience bounds a guest's start, and its silence. Of a hundred in the lab one or two stop for the emulator's faults.
+// guestPatience bounds a guest's start, and its silence. Of a hundred in the lab one or two stop
+// for the emulator's faults.
 const guestPatience = 30 * time.Second
 
 // How often what is measured in guests is done.
@@ -111,7 +113,8 @@ func inGuest(measure func(*guestSite) error) func(*bench, context.Context) error
 			soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), guestTimeout)
 			defer cancel()
 			state, _ := s.m.State(soon)
-			return fmt.Errorf("%w; the VM is %s, and its console ends with\n%s", err, state, logfile.Tail(s.m.ConsoleLog(), 2<<10))
+			return fmt.Errorf("%w; the VM is %s, and its console ends with\n%s", err, state,
+				logfile.Tail(s.m.ConsoleLog(), 2<<10))
 		}
 		return s.remove()
 	}
@@ -205,7 +208,8 @@ func (s *guestSite) run() error {
 	return nil
 }
 
-// runParts measures the parts of the same, by the library: guest-* and agent-* are what they are within the guest's.
+// runParts measures the parts of the same, by the library: guest-* and agent-* are what they are
+// within the guest's.
 func (s *guestSite) runParts() (err error) {
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.patience(), late(s.patience()))
 	defer cancel()
@@ -410,7 +414,9 @@ func (s *guestSite) copies() error {
 				}
 				return nil
 			}},
-			{"guest-copy-from", func() error { return s.m.CopyFrom(s.ctx, "/dev/shm/copy", from+"-back", nil, smartvm.CopyOptions{}) }},
+			{"guest-copy-from", func() error {
+				return s.m.CopyFrom(s.ctx, "/dev/shm/copy", from+"-back", nil, smartvm.CopyOptions{})
+			}},
 		} {
 			if err := rate(way.name, way.do); err != nil {
 				return fmt.Errorf("%s: %w", way.name, err)
@@ -424,7 +430,8 @@ func (s *guestSite) copies() error {
 // memory measures the idle agent's.
 func (s *guestSite) memory() error {
 	var out bytes.Buffer
-	if _, err := s.client.Exec(s.ctx, guest.Cmd{Args: []string{"sh", "-c", "sleep 10; cat /proc/1/status"}, Stdout: &out}); err != nil {
+	if _, err := s.client.Exec(s.ctx,
+		guest.Cmd{Args: []string{"sh", "-c", "sleep 10; cat /proc/1/status"}, Stdout: &out}); err != nil {
 		return err
 	}
 	for line := range strings.Lines(out.String()) {

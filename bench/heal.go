@@ -23,7 +23,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// healMany is how many guests are on the network when there are many. Each has a process that repairs its part, which here is a goroutine.
+// healMany is how many guests are on the network when there are many. Each has a process that
+// repairs its part, which here is a goroutine.
 const healMany = 100
 
 // healRounds is how often the rules are flushed.
@@ -36,8 +37,10 @@ const (
 	healLimit    = 30 * time.Second       // for one repair
 )
 
-// heal measures from the flush of all rules of the host until they are back: a packet that the first guest's policy allows gets through and one that it
-// denies does not, and every guest has its part. What is denied gets through for a shorter time: there are rules before guests have their parts.
+// heal measures from the flush of all rules of the host until they are back: a packet that the
+// first guest's policy allows gets through and one that it denies does not, and every guest has its
+// part. What is denied gets through for a shorter time: there are rules before guests have their
+// parts.
 func (s *networkSite) heal() error {
 	p := &probe{}
 	if err := p.start(s.ctx, s.guest, s.world); err != nil {
@@ -45,7 +48,10 @@ func (s *networkSite) heal() error {
 	}
 	defer p.stop()
 	plain := s.cable
-	s.cable.Policy = &policy.Policy{DefaultAction: policy.Allow, Rules: []policy.Rule{{Action: policy.Deny, Destination: probeDenied}}}
+	s.cable.Policy = &policy.Policy{
+		DefaultAction: policy.Allow,
+		Rules:         []policy.Rule{{Action: policy.Deny, Destination: probeDenied}},
+	}
 	if err := errors.Join(plain.Revert(s.ctx), s.cable.Apply(s.ctx)); err != nil {
 		return err
 	}
@@ -84,14 +90,19 @@ func (s *networkSite) flushes(suffix string, p *probe, guests []network.Guest) e
 	defer h.work.Wait()
 	defer stop()
 	for _, g := range guests {
-		h.start(ctx, attach.Interface{Tap: g.Tap, Network: s.config}, []journal.Effect{s.use, &network.Tap{Name: g.Tap, Bridge: s.config.Bridge}, &g})
+		h.start(ctx, attach.Interface{Tap: g.Tap, Network: s.config},
+			[]journal.Effect{s.use, &network.Tap{Name: g.Tap, Bridge: s.config.Bridge}, &g})
 	}
-	conn, err := nftables.New(nftables.AsLasting()) // to close one waits for the kernel, and the kernel's next change with it
+	// to close one waits for the kernel, and the kernel's next change with it
+	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return err
 	}
 	defer func() { _ = conn.CloseLasting() }()
-	parts := &nftables.Set{Table: &nftables.Table{Name: s.config.Table(), Family: nftables.TableFamilyBridge}, Name: "macs"}
+	parts := &nftables.Set{
+		Table: &nftables.Table{Name: s.config.Table(), Family: nftables.TableFamilyBridge},
+		Name:  "macs",
+	}
 	for range healRounds {
 		if err := h.quiet(ctx); err != nil {
 			return err
@@ -194,7 +205,8 @@ const (
 	probePort    = 9
 )
 
-// probe sends from a guest, all the time, a packet that its policy denies and then one that it allows.
+// probe sends from a guest, all the time, a packet that its policy denies and then one that it
+// allows.
 type probe struct {
 	work    sync.WaitGroup
 	halt    context.CancelFunc
@@ -275,7 +287,8 @@ func (p *probe) expect() {
 	p.denied, p.allowed = time.Time{}, time.Time{}
 }
 
-// repaired is when something denied arrived last, and since when what is allowed arrives without it.
+// repaired is when something denied arrived last, and since when what is allowed arrives without
+// it.
 func (p *probe) repaired() (denied, allowed time.Time, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

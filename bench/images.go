@@ -31,13 +31,17 @@ const (
 	pullRounds = 5
 )
 
-// staging measures what a VM of an image costs before it starts, and what a copy of the image would.
+// staging measures what a VM of an image costs before it starts, and what a copy of the image
+// would.
 func (b *bench) staging(ctx context.Context) error {
 	root := filepath.Join(b.Disk, "root.ext4")
 	if err := makeRoot(ctx, root); err != nil {
 		return err
 	}
-	o := smartvm.Options{RuntimeDir: b.runtimeDir(), DataDir: filepath.Join(b.Disk, "data"), FirecrackerBinary: b.Firecracker, JailerBinary: b.Jailer}
+	o := smartvm.Options{
+		RuntimeDir: b.runtimeDir(), DataDir: filepath.Join(b.Disk, "data"),
+		FirecrackerBinary: b.Firecracker, JailerBinary: b.Jailer,
+	}
 	o.Images.Agent = []byte("not started here")
 	h, err := smartvm.Open(o)
 	if err != nil {
@@ -141,7 +145,8 @@ func used(dirs ...string) (sum int64, err error) {
 	return sum, err
 }
 
-// pulls measures smartvm image pull from a registry in this process over a bounded link, and what curl and tar do with the same.
+// pulls measures smartvm image pull from a registry in this process over a bounded link, and what
+// curl and tar do with the same.
 func (b *bench) pulls(ctx context.Context) error {
 	layout := filepath.Join(b.Disk, "layout")
 	var list []ocitest.Layer
@@ -192,14 +197,16 @@ func (b *bench) pulls(ctx context.Context) error {
 	return nil
 }
 
-// untar fetches layers and unpacks them when all are there or, piped, each as it arrives. It returns how long that took.
+// untar fetches layers and unpacks them when all are there or, piped, each as it arrives. It
+// returns how long that took.
 func (b *bench) untar(ctx context.Context, url string, blobs []string, piped bool) (took time.Duration, err error) {
 	fetched, unpacked := filepath.Join(b.Disk, "fetched"), filepath.Join(b.Disk, "unpacked")
 	defer func() { err = errors.Join(err, os.RemoveAll(fetched), os.RemoveAll(unpacked)) }()
 	if err := errors.Join(os.Mkdir(fetched, 0o700), os.Mkdir(unpacked, 0o755)); err != nil {
 		return 0, err
 	}
-	const fetch, unpack = `for l; do curl -sSfo "$0/${l##*:}" "$l"; done; `, `for l; do tar -xzf "$0/${l##*:}" -C "$0/../unpacked"; done`
+	const fetch, unpack = `for l; do curl -sSfo "$0/${l##*:}" "$l"; done; `,
+		`for l; do tar -xzf "$0/${l##*:}" -C "$0/../unpacked"; done`
 	script := "set -e; " + fetch + unpack
 	if piped {
 		script = `set -e -o pipefail; for l; do curl -sSf "$l" | tar -xzC "$0/../unpacked"; done`

@@ -1,72 +1,91 @@
-// Command bench measures smartvm against bare Firecracker and firecracker-go-sdk, in one interleaved run on the
-// real VMM with a guest of some dozen instructions. It prints a table, writes it as JSON, and exits with 1 when a
-// ratio misses its bar.
+// Command bench measures smartvm against bare Firecracker and firecracker-go-sdk, in one
+// interleaved run on the real VMM with a guest of some dozen instructions. It prints a table,
+// writes it as JSON, and exits with 1 when a ratio misses its bar.
 //
-// Each measurement runs in a process of its own, those of guests in a lab of their own where this machine boots none. Each has a
-// deadline: what is expected of it, times this machine's pace, times some slack. One that fails or passes its deadline is
-// ended, what it leaves is removed, and it is made once more, without what it measured before. If that fails too, the others go on;
-// the report names it, and the exit status is 2.
+// Each measurement runs in a process of its own, those of guests in a lab of their own where this
+// machine boots none. Each has a deadline: what is expected of it, times this machine's pace, times
+// some slack. One that fails or passes its deadline is ended, what it leaves is removed, and it is
+// made once more, without what it measured before. If that fails too, the others go on; the report
+// names it, and the exit status is 2.
 //
 // Rows, all of VMs with one CPU and 128 MiB:
 //
-//   - bare: spawn of Firecracker with a configuration file and no API, until the guest's first byte arrives.
+//   - bare: spawn of Firecracker with a configuration file and no API, until the guest's first byte
+//     arrives.
 //
-//   - start, start-jailed: the call of Machine.Start, by the two launchers, until the guest's first byte arrives at
-//     the writer that Options.Console gave.
+//   - start, start-jailed: the call of Machine.Start, by the two launchers, until the guest's first
+//     byte arrives at the writer that Options.Console gave.
 //
 //   - create: the call of Host.Create, which stages the drive.
 //
-//   - go-sdk: NewMachine and Start of firecracker-go-sdk with its own defaults, until the guest's first byte arrives.
+//   - go-sdk: NewMachine and Start of firecracker-go-sdk with its own defaults, until the guest's
+//     first byte arrives.
 //
 //   - stop: Machine.Stop without patience; bare-kill: SIGKILL until the process is reaped.
 //
-//   - loop, bare-loop: VMs a second, eight at a time, from nothing to the first byte and back to nothing.
+//   - loop, bare-loop: VMs a second, eight at a time, from nothing to the first byte and back to
+//     nothing.
 //
-//   - memory-per-vm, heap-per-vm: what an idle VM adds to this process, resident and in Go's heap and stacks.
+//   - memory-per-vm, heap-per-vm: what an idle VM adds to this process, resident and in Go's heap
+//     and stacks.
 //
-//   - supervise-memory: the process that supervises a detached VM, without what it shares with others.
+//   - supervise-memory: the process that supervises a detached VM, without what it shares with
+//     others.
 //
 //   - cli-run, bare-run: a guest that reboots at once, from spawn to exit of the whole program.
 //
-//   - stage: Host.Create of a VM whose image has 1 GiB, 900 MiB of them data; stage-copied: how much of it was copied; cp: a
-//     copy of the same; 20-vms-of-image: what 20 such VMs take, in per cent of the image.
+//   - stage: Host.Create of a VM whose image has 1 GiB, 900 MiB of them data; stage-copied: how
+//     much of it was copied; cp: a copy of the same; 20-vms-of-image: what 20 such VMs take, in per
+//     cent of the image.
 //
-//   - pull: smartvm image pull, the whole program, of ten layers with 300 MiB, 40 % of that as they are sent, from a registry in this
-//     process over a link of 1 Gbit/s; pull-memory: the most that program had resident; tar: curl of the same layers over the same link,
-//     and then tar -xzf of them onto the same disk; tar-piped: curl | tar -xz of each in turn.
+//   - pull: smartvm image pull, the whole program, of ten layers with 300 MiB, 40 % of that as they
+//     are sent, from a registry in this process over a link of 1 Gbit/s; pull-memory: the most that
+//     program had resident; tar: curl of the same layers over the same link, and then tar -xzf of
+//     them onto the same disk; tar-piped: curl | tar -xz of each in turn.
 //
-//   - guest-*, agent-*: in real guests of the minimal image, in the lab where this machine boots none (such rows are marked; one run's
-//     ratios alone count). guest-kernel: the guest's kernel until it runs the agent; guest-modules, guest-mounts: what that takes for the agent's
-//     modules and the root's layers; agent-start: until the agent's own code runs; agent-boot: all of the way from the kernel to the image's
-//     command but modules and mounts. guest-exec: exec of true, the whole call; guest-connect: CONNECT and the echo of a byte on the same
-//     vsock; guest-spawn: fork, exec and end of true, timed in the guest. guest-copy-to and -from: cp of 256 MiB to the guest's memory and back;
-//     guest-stream-to and -from: as much through bare vsock streams. agent-rss: the idle agent as process 1, after all that.
-//     run-minimal: smartvm run minimal true, the whole program; run-create, run-vmm (until it has taken its configuration), run-guest (until it has
-//     ended, of which guest-* and agent-* are the parts) and run-end: the same by the library.
+//   - guest-*, agent-*: in real guests of the minimal image, in the lab where this machine boots
+//     none (such rows are marked; one run's ratios alone count). guest-kernel: the guest's kernel
+//     until it runs the agent; guest-modules, guest-mounts: what that takes for the agent's modules
+//     and the root's layers; agent-start: until the agent's own code runs; agent-boot: all of the
+//     way from the kernel to the image's command but modules and mounts. guest-exec: exec of true,
+//     the whole call; guest-connect: CONNECT and the echo of a byte on the same vsock; guest-spawn:
+//     fork, exec and end of true, timed in the guest. guest-copy-to and -from: cp of 256 MiB to the
+//     guest's memory and back; guest-stream-to and -from: as much through bare vsock streams.
+//     agent-rss: the idle agent as process 1, after all that. run-minimal: smartvm run minimal
+//     true, the whole program; run-create, run-vmm (until it has taken its configuration),
+//     run-guest (until it has ended, of which guest-* and agent-* are the parts) and run-end: the
+//     same by the library.
 //
-//   - dns-new, dns-again: from a guest's question for a name that its policy allows, at its network's gateway, until it has the answer, for the first time
-//     and once more; dns-direct: the same question to the same upstream from the host; dns-added: what the way by the gateway takes longer. The upstream
-//     takes 0.5 ms, as one of the same LAN or cloud does at the least. dns-*-at-once: it takes no time, being another namespace of the
-//     same host. The guest is a namespace too, and the proxy is in this process.
+//   - dns-new, dns-again: from a guest's question for a name that its policy allows, at its
+//     network's gateway, until it has the answer, for the first time and once more; dns-direct: the
+//     same question to the same upstream from the host; dns-added: what the way by the gateway
+//     takes longer. The upstream takes 0.5 ms, as one of the same LAN or cloud does at the least.
+//     dns-*-at-once: it takes no time, being another namespace of the same host. The guest is a
+//     namespace too, and the proxy is in this process.
 //
-//   - heal-1, heal-100: from a flush of all rules of the host until the guests' are back, as they look after themselves: what the policy of one allows
-//     gets through and what it denies does not, and each guest has its part; with one guest and with a hundred, for each of which the process
-//     that supervises it is a goroutine of this one. heal-open-*: for how long what is denied got through.
+//   - heal-1, heal-100: from a flush of all rules of the host until the guests' are back, as they
+//     look after themselves: what the policy of one allows gets through and what it denies does
+//     not, and each guest has its part; with one guest and with a hundred, for each of which the
+//     process that supervises it is a goroutine of this one. heal-open-*: for how long what is
+//     denied got through.
 //
-//   - policy-change, own-policy-change: the calls that give a network, and a guest, another policy of a hundred rules and a name while they are up, with
-//     one guest and with five hundred; a tenth of a second between them.
+//   - policy-change, own-policy-change: the calls that give a network, and a guest, another policy
+//     of a hundred rules and a name while they are up, with one guest and with five hundred; a
+//     tenth of a second between them.
 //
-//   - restore: the call of Machine.Start of a VM of a snapshot, 256 MiB with 64 MiB written to, until it goes on; create-restored:
-//     the call of Host.Restore before; bare-restore: spawn of Firecracker until it has loaded the same and resumed.
+//   - restore: the call of Machine.Start of a VM of a snapshot, 256 MiB with 64 MiB written to,
+//     until it goes on; create-restored: the call of Host.Restore before; bare-restore: spawn of
+//     Firecracker until it has loaded the same and resumed.
 //
-//   - fork: the same as restore for each of 50 VMs, eight at a time, as the host logs it; fork-rate, bare-fork-rate: such VMs a second, from nothing;
-//     fork-private: what each adds to the memory that no other process shares, the VMM's and this process's.
+//   - fork: the same as restore for each of 50 VMs, eight at a time, as the host logs it;
+//     fork-rate, bare-fork-rate: such VMs a second, from nothing; fork-private: what each adds to
+//     the memory that no other process shares, the VMM's and this process's.
 //
-//   - uffd-faults: times that a VM of a snapshot waited for its memory while it read 64 MiB, served by smartvm, with what one
-//     before it had touched brought ahead; uffd-faults-none: that one.
+//   - uffd-faults: times that a VM of a snapshot waited for its memory while it read 64 MiB, served
+//     by smartvm, with what one before it had touched brought ahead; uffd-faults-none: that one.
 //
-// All but the loops, the images and the snapshots have one drive of 64 MiB, 8 MiB of them data, the rest a hole. Start gets a copy of its own, which
-// create makes; the others use the file itself.
+// All but the loops, the images and the snapshots have one drive of 64 MiB, 8 MiB of them data, the
+// rest a hole. Start gets a copy of its own, which create makes; the others use the file itself.
 package main
 
 import (
@@ -112,12 +131,14 @@ const mark = "\x07"
 
 // bench is what a phase needs. Its process gets the exported fields.
 type bench struct {
-	Firecracker, Jailer, SmartVM, IPerf3 string        // programs
-	Dir, Disk                            string        // for what the phase makes, on a tmpfs and on a disk
-	Rounds                               int           // of every start measurement
-	Pace                                 float64       // how many times slower this machine is than one with nothing else to do
-	Limit                                time.Duration // for the phase
-	Profile                              string        // what the file for a CPU profile begins with, if there is to be one
+	Firecracker, Jailer, SmartVM, IPerf3 string // programs
+	Dir, Disk                            string // for what the phase makes, on a tmpfs and on a disk
+	Rounds                               int    // of every start measurement
+	// how many times slower this machine is than one with nothing else to do
+	Pace  float64
+	Limit time.Duration // for the phase
+	// what the file for a CPU profile begins with, if there is to be one
+	Profile string
 
 	idle, reboot string // kernels: one that prints mark and stays, one that reboots at once
 	drive        string // 64 MiB, 8 MiB of them data
@@ -129,7 +150,8 @@ func run(ctx context.Context) (ok bool, err error) {
 	out := flag.String("out", "results.json", "`file` for the results")
 	flag.IntVar(&b.Rounds, "n", defaultRounds, "rounds of every start measurement")
 	cli := flag.String("smartvm", "../bin/smartvm", "the smartvm `program`")
-	only := flag.String("only", "", "the `measurements` to make, of starts,loops,memory,snapshots,supervisor,command-line,staging,pulls,networks,guests")
+	only := flag.String("only", "",
+		"the `measurements` to make, of starts,loops,memory,snapshots,supervisor,command-line,staging,pulls,networks,guests")
 	base := flag.String("runtime-dir", "/dev/shm", "existing `directory` to work below, on a tmpfs")
 	profile := flag.String("cpuprofile", "", "what the `files` for CPU profiles begin with, one for each measurement")
 	flag.Parse()

@@ -25,13 +25,16 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// upstreamTakes is how long the upstream takes to answer in the measurement that has a bar: about as long as a resolver of the same LAN or cloud that
-// has the name in its cache; others take longer. Two ends of a cable on one host answer each other in 20 us, beside which everything is
-// slow: that is measured too, without a bar, as it shows best what a guest's way to the same upstream adds.
+// upstreamTakes is how long the upstream takes to answer in the measurement that has a bar: about
+// as long as a resolver of the same LAN or cloud that has the name in its cache; others take
+// longer. Two ends of a cable on one host answer each other in 20 us, beside which everything is
+// slow: that is measured too, without a bar, as it shows best what a guest's way to the same
+// upstream adds.
 const upstreamTakes = time.Millisecond
 
-// names measures the answers that a guest gets whose policy allows a name, at its network's gateway, beside those that the host gets of the same
-// upstream: names that are asked for the first time, and again. The upstream is one that takes some time, and one that takes none.
+// names measures the answers that a guest gets whose policy allows a name, at its network's
+// gateway, beside those that the host gets of the same upstream: names that are asked for the first
+// time, and again. The upstream is one that takes some time, and one that takes none.
 func (s *networkSite) names(rounds int) (err error) {
 	up := &upstream{}
 	if err := up.serve(s.world); err != nil {
@@ -44,16 +47,21 @@ func (s *networkSite) names(rounds int) (err error) {
 	upkeep := new(upkeep.Upkeep)
 	defer upkeep.Close()
 	plain := s.cable
-	s.cable.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "*." + benchDomain}}}
+	s.cable.Policy = &policy.Policy{
+		DefaultAction: policy.Deny,
+		Rules:         []policy.Rule{{Action: policy.Allow, Domain: "*." + benchDomain}},
+	}
 	// One question follows another faster than is allowed.
-	if err := network.Update(s.ctx, s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{DNSQuestions: math.MaxInt32 / 4}}); err != nil {
+	if err := network.Update(s.ctx, s.dir,
+		network.Config{Name: s.config.Name, Settings: network.Settings{DNSQuestions: math.MaxInt32 / 4}}); err != nil {
 		return err
 	}
 	vm := filepath.Join(filepath.Dir(s.dir), "vm")
 	if err := os.MkdirAll(vm, 0o700); err != nil {
 		return err
 	}
-	if err := upkeep.Add(vm, &s.cable, []attach.Interface{{Tap: s.cable.Tap, Network: s.config}}, slog.New(slog.DiscardHandler)); err != nil {
+	if err := upkeep.Add(vm, &s.cable, []attach.Interface{{Tap: s.cable.Tap, Network: s.config}},
+		slog.New(slog.DiscardHandler)); err != nil {
 		return err
 	}
 	if err := errors.Join(plain.Revert(s.ctx), s.cable.Apply(s.ctx)); err != nil {
@@ -123,8 +131,10 @@ func resolve(from *netns.Namespace, server, name string) (took time.Duration, er
 	}
 	defer c.Close()
 	m := dnsmessage.Message{
-		Header:    dnsmessage.Header{ID: 1, RecursionDesired: true},
-		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+		Header: dnsmessage.Header{ID: 1, RecursionDesired: true},
+		Questions: []dnsmessage.Question{
+			{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
+		},
 	}
 	packed, err := m.Pack()
 	if err != nil {
@@ -153,11 +163,12 @@ func (s *networkSite) resolver(address string) error {
 	if err := os.WriteFile(path, []byte("nameserver "+address+"\n"), 0o644); err != nil {
 		return err
 	}
-	return errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount(path, "/etc/resolv.conf", "", unix.MS_BIND, ""))
+	return errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount(path, "/etc/resolv.conf", "", unix.MS_BIND, ""))
 }
 
-// upstream is a DNS server where every name has one address, its own. Each time that it is asked for a name the address holds for longer, so that
-// a guest must be let through for longer too.
+// upstream is a DNS server where every name has one address, its own. Each time that it is asked
+// for a name the address holds for longer, so that a guest must be let through for longer too.
 type upstream struct {
 	takes atomic.Int64 // how long it takes to answer, in nanoseconds
 	io.Closer
@@ -193,7 +204,9 @@ func (u *upstream) serve(in *netns.Namespace) error {
 			body := &dnsmessage.AResource{}
 			binary.BigEndian.PutUint32(body.A[:], k.address)
 			m.Response = true
-			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: k.ttl}, Body: body}}
+			m.Answers = []dnsmessage.Resource{
+				{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: k.ttl}, Body: body},
+			}
 			packed, err := m.Pack()
 			if err != nil {
 				continue

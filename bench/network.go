@@ -111,7 +111,10 @@ func (e end) configure() error {
 func connect(to *netns.Namespace, near, far end) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = near.name
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: far.name, PeerHardwareAddr: far.mac, PeerNamespace: netlink.NsFd(to.Fd())}
+	veth := &netlink.Veth{
+		LinkAttrs: attrs, PeerName: far.name, PeerHardwareAddr: far.mac,
+		PeerNamespace: netlink.NsFd(to.Fd()),
+	}
 	if err := netlink.LinkAdd(veth); err != nil {
 		return err
 	}
@@ -128,7 +131,8 @@ func (s *networkSite) open() (err error) {
 	if s.world, err = netns.New(); err != nil {
 		return err
 	}
-	if err := connect(s.world, end{name: "uplink", address: benchUplink + "/24"}, end{name: "eth0", address: benchWorld + "/24", gateway: benchUplink}); err != nil {
+	if err := connect(s.world, end{name: "uplink", address: benchUplink + "/24"},
+		end{name: "eth0", address: benchWorld + "/24", gateway: benchUplink}); err != nil {
 		return err
 	}
 	s.use = &network.Use{Dir: s.dir, Network: s.config, VM: "bench", VMDir: "/"}
@@ -140,7 +144,8 @@ func (s *networkSite) open() (err error) {
 	if err != nil {
 		return err
 	}
-	if err := connect(s.guest, end{name: s.cable.Tap}, end{name: "eth0", mac: mac, address: netip.PrefixFrom(s.cable.IP4, 24).String()}); err != nil {
+	if err := connect(s.guest, end{name: s.cable.Tap},
+		end{name: "eth0", mac: mac, address: netip.PrefixFrom(s.cable.IP4, 24).String()}); err != nil {
 		return err
 	}
 	if err := errors.Join(s.tap(0).Join(), s.cable.Apply(s.ctx)); err != nil {
@@ -160,7 +165,8 @@ func (s *networkSite) part(n int) network.Guest {
 		ip4, ip6 = s.config.Guest(0)
 	}
 	return network.Guest{Guest: filter.Guest{
-		Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, vm, "", "eth0"), MAC: network.MAC(vm, "eth0").String(), IP4: ip4, IP6: ip6,
+		Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, vm, "", "eth0"), MAC: network.MAC(vm, "eth0").String(),
+		IP4: ip4, IP6: ip6,
 	}}
 }
 
@@ -182,10 +188,12 @@ func (s *networkSite) remove(n int) error {
 // many is how many guests there are when there are many.
 const many = 500
 
-// guestTurns is how often it goes from one guest to many, so that what else the machine does is the same for both.
+// guestTurns is how often it goes from one guest to many, so that what else the machine does is the
+// same for both.
 const guestTurns = 5
 
-// guests measures making a tap and rules, and a packet's way there and back, beside one guest and beside many.
+// guests measures making a tap and rules, and a packet's way there and back, beside one guest and
+// beside many.
 func (s *networkSite) guests(rounds int) error {
 	for _, beside := range []struct {
 		name  string
@@ -227,7 +235,8 @@ func (s *networkSite) guests(rounds int) error {
 	return s.each(1, many, s.remove)
 }
 
-// changeRest is how long the kernel has to clear away what a change has replaced: it takes another one after some 20 ms.
+// changeRest is how long the kernel has to clear away what a change has replaced: it takes another
+// one after some 20 ms.
 const changeRest = 100 * time.Millisecond
 
 // changes gives the network and the guest other policies, of a hundred rules, while they are up.
@@ -236,11 +245,16 @@ func (s *networkSite) changes(suffix string, rounds int) error {
 	for n := range rounds {
 		p := &policy.Policy{Rules: []policy.Rule{{Action: policy.Allow, Domain: fmt.Sprintf("n%d.example.com", n%2)}}}
 		for i := range 100 {
-			p.Rules = append(p.Rules, policy.Rule{Action: policy.Deny, Protocol: "tcp", Destination: fmt.Sprintf("10.%d.%d.0/24", n%2, i), Ports: policy.Ports{{First: 80, Last: 443}}})
+			p.Rules = append(p.Rules,
+				policy.Rule{
+					Action: policy.Deny, Protocol: "tcp", Destination: fmt.Sprintf("10.%d.%d.0/24", n%2, i),
+					Ports: policy.Ports{{First: 80, Last: 443}},
+				})
 		}
 		nap(changeRest)
 		begun := time.Now()
-		if err := network.Update(s.ctx, s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{Policy: p}}); err != nil {
+		if err := network.Update(s.ctx, s.dir,
+			network.Config{Name: s.config.Name, Settings: network.Settings{Policy: p}}); err != nil {
 			return err
 		}
 		s.samples.time("policy-change"+suffix, time.Since(begun))
@@ -252,13 +266,15 @@ func (s *networkSite) changes(suffix string, rounds int) error {
 		}
 		s.samples.time("own-policy-change"+suffix, time.Since(begun))
 	}
-	return errors.Join(network.Update(s.ctx, s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{}}), s.cable.Replace(s.ctx))
+	return errors.Join(network.Update(s.ctx, s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{}}),
+		s.cable.Replace(s.ctx))
 }
 
 // start starts a VM on the network, and removes it.
 func (s *networkSite) start(name string) error {
 	m, err := s.host.Create(s.ctx, smartvm.Spec{
-		BootSource: smartvm.BootSource{KernelImagePath: s.idle}, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+		BootSource:        smartvm.BootSource{KernelImagePath: s.idle},
+		MachineConfig:     smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
 		NetworkInterfaces: []smartvm.NetworkInterface{{IfaceID: "eth0"}},
 	})
 	if err != nil {
@@ -284,7 +300,8 @@ func (s *networkSite) each(first, last int, do func(int) error) error {
 	return errors.Join(errs...)
 }
 
-// roundTrips sends packets from the guest to the world and back, a new connection's each, and tells the mean of a hundred.
+// roundTrips sends packets from the guest to the world and back, a new connection's each, and tells
+// the mean of a hundred.
 func (s *networkSite) roundTrips(name string) error {
 	var echo net.PacketConn
 	err := s.world.Do(func() (err error) { echo, err = net.ListenPacket("udp", benchWorld+":7"); return err })
@@ -325,7 +342,8 @@ func (s *networkSite) roundTrips(name string) error {
 	return nil
 }
 
-// warm measures what a VM waits for that takes a warm slot: its lease, its part in the network, the slot, its rules.
+// warm measures what a VM waits for that takes a warm slot: its lease, its part in the network, the
+// slot, its rules.
 func (s *networkSite) warm(rounds int) error {
 	st, err := store.Open(filepath.Join(s.dir, "warm"))
 	if err != nil {

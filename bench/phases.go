@@ -9,7 +9,8 @@ import (
 	"time"
 )
 
-// phase is a part of a run. It is measured in a process of its own, so that it can be ended whatever it waits for.
+// phase is a part of a run. It is measured in a process of its own, so that it can be ended
+// whatever it waits for.
 type phase struct {
 	name     string
 	expected time.Duration // at a pace of 1, with defaultRounds
@@ -22,8 +23,9 @@ type phase struct {
 
 const defaultRounds = 150
 
-// phases are all there are, of which those in guests are measured in the lab, or not. What is expected is from a run on two processors
-// with KVM of the PVM kind, beside other work (load 12), rounded up. What was measured in the lab was divided by the pace of the lab, 7.
+// phases are all there are, of which those in guests are measured in the lab, or not. What is
+// expected is from a run on two processors with KVM of the PVM kind, beside other work (load 12),
+// rounded up. What was measured in the lab was divided by the pace of the lab, 7.
 func phases(lab bool) []phase {
 	return []phase{
 		{name: "starts", expected: 60 * time.Second, measure: (*bench).starts},
@@ -35,12 +37,19 @@ func phases(lab bool) []phase {
 		{name: "staging", expected: 30 * time.Second, measure: (*bench).staging},
 		{name: "pulls", expected: 2 * time.Minute, measure: (*bench).pulls},
 		{name: "networks", expected: 2 * time.Minute, measure: (*bench).networks, own: true},
-		{name: "guests/boots", expected: 60 * time.Second, measure: inGuest((*guestSite).boots), own: true, guest: true, lab: lab},
-		{name: "guests/agent", expected: 2 * time.Minute, measure: inGuest((*guestSite).agent), own: true, guest: true, lab: lab},
+		{
+			name: "guests/boots", expected: 60 * time.Second, measure: inGuest((*guestSite).boots), own: true,
+			guest: true, lab: lab,
+		},
+		{
+			name: "guests/agent", expected: 2 * time.Minute, measure: inGuest((*guestSite).agent), own: true,
+			guest: true, lab: lab,
+		},
 	}
 }
 
-// wanted are those of a list of names, or all if it is empty. "guests" means all whose names begin with "guests/".
+// wanted are those of a list of names, or all if it is empty. "guests" means all whose names begin
+// with "guests/".
 func wanted(all []phase, list string) []phase {
 	if list == "" {
 		return all
@@ -52,8 +61,9 @@ func wanted(all []phase, list string) []phase {
 	})
 }
 
-// calibrations tell how slow a machine is, or its lab: they measure paceSample, in seconds, which takes quiet on two quiet processors: a
-// tiny guest's first byte comes after 8 to 10 ms, a lab is up after 3 to 5 s.
+// calibrations tell how slow a machine is, or its lab: they measure paceSample, in seconds, which
+// takes quiet on two quiet processors: a tiny guest's first byte comes after 8 to 10 ms, a lab is
+// up after 3 to 5 s.
 var calibrations = map[bool]struct {
 	phase
 	quiet time.Duration
@@ -64,7 +74,8 @@ var calibrations = map[bool]struct {
 
 const paceSample = "pace"
 
-// A phase has slack times as long as is expected at the machine's pace: that is taken once, and what else the machine does changes.
+// A phase has slack times as long as is expected at the machine's pace: that is taken once, and
+// what else the machine does changes.
 const slack = 4
 
 // calibrationLimit bounds what finds out the pace.
@@ -77,7 +88,8 @@ const tries = 2
 type runner struct {
 	rounds int
 	report *report
-	// try measures a phase at a pace and leaves nothing of it. It returns soon after its context has ended.
+	// try measures a phase at a pace and leaves nothing of it. It returns soon after its context has
+	// ended.
 	try   func(context.Context, phase, float64) ([]sample, error)
 	paces map[bool]float64 // as far as they are known, as calibrations
 }

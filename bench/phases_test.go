@@ -86,7 +86,8 @@ func TestMeasure_Interrupted(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		time.AfterFunc(time.Second, func() { cancel(interrupt) })
 		begun := time.Now()
-		if err := r.measure(ctx, []phase{{name: "hangs", expected: time.Minute}, {name: "works"}}); !errors.Is(err, interrupt) {
+		if err := r.measure(ctx, []phase{{name: "hangs", expected: time.Minute}, {name: "works"}}); !errors.Is(err,
+			interrupt) {
 			t.Errorf("it ends with %v", err)
 		}
 		if took := time.Since(begun); took != time.Second {
@@ -123,7 +124,8 @@ func TestWanted(t *testing.T) {
 
 func TestKill(t *testing.T) {
 	dir := t.TempDir()
-	byDir, byArgument, other := exec.Command("sleep", "3600"), exec.Command("sh", "-c", "read x", dir+"/x"), exec.Command("sleep", "3600")
+	byDir, byArgument, other := exec.Command("sleep", "3600"), exec.Command("sh", "-c", "read x", dir+"/x"),
+		exec.Command("sleep", "3600")
 	byDir.Dir = dir
 	for _, cmd := range []*exec.Cmd{byDir, byArgument, other} {
 		if cmd == byArgument {

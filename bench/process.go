@@ -25,7 +25,8 @@ import (
 	"push.rocks/smartvm/internal/lab"
 )
 
-// phaseVerb is the first argument of a phase's process. The phase's name and its bench in JSON follow.
+// phaseVerb is the first argument of a phase's process. The phase's name and its bench in JSON
+// follow.
 const phaseVerb = "measure-phase"
 
 // outcome is what a phase's process prints, all at its end: nothing else runs while it measures.
@@ -75,7 +76,8 @@ func (b *bench) run(ctx context.Context, p phase) error {
 	return p.measure(b, ctx)
 }
 
-// process measures a phase in a process of its own, and removes what it leaves. base is a directory on a tmpfs.
+// process measures a phase in a process of its own, and removes what it leaves. base is a directory
+// on a tmpfs.
 func (b bench) process(ctx context.Context, p phase, base string) (samples []sample, err error) {
 	if b.Disk, err = os.MkdirTemp("", "smartvm-bench-"); err != nil {
 		return nil, err
@@ -161,7 +163,8 @@ func interruptible(cmd *exec.Cmd) {
 // cleanTimeout bounds the removal of what a phase has left.
 const cleanTimeout = time.Minute
 
-// clean removes what a phase has left, also after an error or a signal in the middle. Networks of its own end with its processes.
+// clean removes what a phase has left, also after an error or a signal in the middle. Networks of
+// its own end with its processes.
 func (b *bench) clean(ctx context.Context, p phase) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()

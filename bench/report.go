@@ -71,7 +71,8 @@ func newReport(ctx context.Context, firecracker string) *report {
 	}
 	load := load()
 	if busy, _ := strconv.ParseFloat(load, 64); busy > float64(runtime.NumCPU())/2 {
-		fmt.Fprintf(os.Stderr, "bench: this machine is busy (load %s): what hands over between processes more often suffers more\n", load)
+		fmt.Fprintf(os.Stderr,
+			"bench: this machine is busy (load %s): what hands over between processes more often suffers more\n", load)
 	}
 	return &report{
 		Machine: map[string]any{
@@ -194,8 +195,15 @@ func (r *report) ratios() {
 		{Name: "heal-ms", Value: r.p50("heal-1"), Op: "<=", Bar: 100},
 		// What else the machine does only takes away from a rate: the best are compared.
 		{Name: "throughput/no-rules", Value: r.p95("throughput") / r.p95("throughput-no-rules"), Op: ">=", Bar: 0.95},
-		{Name: "exec/connect", Lab: r.lab["guest-exec"], Value: r.p50("guest-exec") / (r.p50("guest-connect") + r.p50("guest-spawn")), Op: "<=", Bar: 1.3},
-		{Name: "cp-rate/stream", Lab: r.lab["guest-copy-to"], Value: min(r.p50("guest-copy-to")/r.p50("guest-stream-to"), r.p50("guest-copy-from")/r.p50("guest-stream-from")), Op: ">=", Bar: 0.7},
+		{
+			Name: "exec/connect", Lab: r.lab["guest-exec"],
+			Value: r.p50("guest-exec") / (r.p50("guest-connect") + r.p50("guest-spawn")), Op: "<=", Bar: 1.3,
+		},
+		{
+			Name: "cp-rate/stream", Lab: r.lab["guest-copy-to"],
+			Value: min(r.p50("guest-copy-to")/r.p50("guest-stream-to"), r.p50("guest-copy-from")/r.p50("guest-stream-from")),
+			Op:    ">=", Bar: 0.7,
+		},
 		{Name: "agent-boot-share-percent", Lab: r.lab["guest-kernel"], Value: r.p50("agent-boot/kernel"), Op: "<=", Bar: 10},
 		{Name: "agent-rss-mib", Lab: r.lab["agent-rss"], Value: r.p50("agent-rss"), Op: "<=", Bar: 6},
 		{Name: "restore/bare", Value: r.p50("restore") / r.p50("bare-restore"), Op: "<=", Bar: 1.25},

@@ -20,7 +20,8 @@ import (
 	"push.rocks/smartvm"
 )
 
-// The loop: so many VMs, so many at a time, in chunks that take turns with bare ones. All of it is done a few times over.
+// The loop: so many VMs, so many at a time, in chunks that take turns with bare ones. All of it is
+// done a few times over.
 const (
 	loopTimes       = 3
 	loopVMs         = 200
@@ -88,7 +89,8 @@ func each(ctx context.Context, n int, once func(int) error) error {
 
 const idleVMs = 50
 
-// memory measures what an idle VM adds to this process, in KiB: resident, and heap and stacks of Go.
+// memory measures what an idle VM adds to this process, in KiB: resident, and heap and stacks of
+// Go.
 func (b *bench) memory(ctx context.Context) error {
 	h, err := b.host(smartvm.LaunchDirect)
 	if err != nil {
@@ -186,7 +188,8 @@ func (b *bench) supervisorPID(ctx context.Context) (int, error) {
 	return 0, fmt.Errorf("no supervisor of VM %s", machine.ID)
 }
 
-// commandLine compares whole processes: `smartvm run` of a guest that reboots at once, and bare Firecracker.
+// commandLine compares whole processes: `smartvm run` of a guest that reboots at once, and bare
+// Firecracker.
 func (b *bench) commandLine(ctx context.Context) error {
 	ways := []func() error{
 		func() error {

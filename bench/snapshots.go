@@ -50,7 +50,8 @@ func (b *bench) snapshots(ctx context.Context) (err error) {
 	return b.faults(ctx, h)
 }
 
-// faults counts how often a guest that reads all that it has written waits for a page, without and with what was recorded.
+// faults counts how often a guest that reads all that it has written waits for a page, without and
+// with what was recorded.
 func (b *bench) faults(ctx context.Context, h *host) (err error) {
 	sn, done, err := b.template(ctx, h, tinyguest.Sweep)
 	if err != nil {
@@ -83,7 +84,8 @@ func (b *bench) faults(ctx context.Context, h *host) (err error) {
 // template is a snapshot of a VM that has written to its memory, and is gone.
 func (b *bench) template(ctx context.Context, h *host, then tinyguest.Then) (*smartvm.Snapshot, func() error, error) {
 	kernel := filepath.Join(b.Dir, "template")
-	if err := os.WriteFile(kernel, tinyguest.Image(tinyguest.Guest{Pages: forkDirty, Message: mark, Then: then}), 0o644); err != nil {
+	if err := os.WriteFile(kernel, tinyguest.Image(tinyguest.Guest{Pages: forkDirty, Message: mark, Then: then}),
+		0o644); err != nil {
 		return nil, nil, err
 	}
 	spec := b.spec()
@@ -168,7 +170,9 @@ func (b *bench) loadBare(ctx context.Context, name string, sn *smartvm.Snapshot)
 	if err != nil {
 		return nil, err
 	}
-	c := firecracker.New(func(ctx context.Context) (net.Conn, error) { return vmm.DialSocket(ctx, v.dir, bareSocket) }, version)
+	c := firecracker.New(func(ctx context.Context) (net.Conn, error) {
+		return vmm.DialSocket(ctx, v.dir, bareSocket)
+	}, version)
 	load := firecracker.SnapshotLoadParams{
 		SnapshotPath: sn.Path("state"), ResumeVM: true,
 		MemBackend: &firecracker.MemBackend{BackendType: firecracker.MemBackendFile, BackendPath: sn.Path("memory")},

@@ -23,8 +23,8 @@ import (
 // warmup rounds are not counted.
 const warmup = 5
 
-// starts measures from spawn, or the call of Start, to the guest's first byte, each way once a round, in an
-// order drawn for each round.
+// starts measures from spawn, or the call of Start, to the guest's first byte, each way once a
+// round, in an order drawn for each round.
 func (b *bench) starts(ctx context.Context) error {
 	direct, err := b.host(smartvm.LaunchDirect)
 	if err != nil {

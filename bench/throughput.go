@@ -24,9 +24,9 @@ import (
 // throughputRounds is how often each way of throughput is measured.
 const throughputRounds = 30
 
-// throughput is that of one TCP connection of iperf3's, from the guest to the host, where its policy allows that, and to the world,
-// with our rules and without, in turns. Beside those stands what the kernel alone takes: rules that do nothing but know connections,
-// and NAT.
+// throughput is that of one TCP connection of iperf3's, from the guest to the host, where its
+// policy allows that, and to the world, with our rules and without, in turns. Beside those stands
+// what the kernel alone takes: rules that do nothing but know connections, and NAT.
 func (s *networkSite) throughput() error {
 	plain := s.cable
 	s.cable.Policy = &policy.Policy{AllowHost: true}
@@ -73,7 +73,8 @@ func (s *networkSite) throughput() error {
 	return s.use.Revert(s.ctx)
 }
 
-// rules are what a network's guests are bound by: its tables, and the guard that a process holds which supervises VMs.
+// rules are what a network's guests are bound by: its tables, and the guard that a process holds
+// which supervises VMs.
 type rules struct {
 	*networkSite
 	tables filter.Tables
@@ -88,7 +89,10 @@ func (s *networkSite) rules() (*rules, error) {
 	}
 	var up struct{ Owner string }
 	err = json.Unmarshal(data, &up)
-	return &rules{networkSite: s, tables: filter.Tables{Name: s.config.Table(), Owner: up.Owner}, guard: guard.Guard{Bridge: s.config.Bridge, Owner: up.Owner}}, err
+	return &rules{
+		networkSite: s, tables: filter.Tables{Name: s.config.Table(), Owner: up.Owner},
+		guard: guard.Guard{Bridge: s.config.Bridge, Owner: up.Owner},
+	}, err
 }
 
 func (r *rules) hold() error {
@@ -124,11 +128,13 @@ func (l least) beside(f func() (float64, error)) (float64, error) {
 		return 0, err
 	}
 	chain, rule := &nftables.Chain{
-		Name: "input", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
+		Name: "input", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput,
+		Priority: nftables.ChainPriorityFilter,
 	}, []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}
 	if l == natOnly {
 		chain, rule = &nftables.Chain{
-			Name: "postrouting", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource,
+			Name: "postrouting", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting,
+			Priority: nftables.ChainPriorityNATSource,
 		}, []expr.Any{&expr.Masq{}}
 	}
 	chain.Table = conn.AddTable(&nftables.Table{Name: "least", Family: nftables.TableFamilyINet})

@@ -8,10 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Setting up KVM's memory and tearing it down wait for grace periods that end on the kernel's tick. What begins right
-// after an end, as a bare loop of start and kill does, always has the whole of the first tick; what takes a moment longer falls
-// to the next one. So every measurement begins at a moment of the tick that is chosen, and in each round all ways begin
-// at the same one. Over the rounds the moments cover the tick evenly: they are multiples of the golden ratio.
+// Setting up KVM's memory and tearing it down wait for grace periods that end on the kernel's tick.
+// What begins right after an end, as a bare loop of start and kill does, always has the whole of
+// the first tick; what takes a moment longer falls to the next one. So every measurement begins at
+// a moment of the tick that is chosen, and in each round all ways begin at the same one. Over the
+// rounds the moments cover the tick evenly: they are multiples of the golden ratio.
 
 // moment is when in the tick the measurements of a round begin, from 0 to 1.
 func moment(round int) float64 {

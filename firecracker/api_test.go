@@ -22,7 +22,8 @@ type call struct {
 	want string // method, path and body as sent
 }
 
-func discard[T any](get func(*firecracker.Client, context.Context) (T, error)) func(*firecracker.Client, context.Context) error {
+func discard[T any](get func(*firecracker.Client, context.Context) (T, error)) func(*firecracker.Client,
+	context.Context) error {
 	return func(c *firecracker.Client, ctx context.Context) error {
 		_, err := get(c, ctx)
 		return err
@@ -30,12 +31,15 @@ func discard[T any](get func(*firecracker.Client, context.Context) (T, error)) f
 }
 
 // with binds the argument of a method that takes one.
-func with[T any](send func(*firecracker.Client, context.Context, T) error, arg T) func(*firecracker.Client, context.Context) error {
+func with[T any](send func(*firecracker.Client, context.Context, T) error, arg T) func(*firecracker.Client,
+	context.Context) error {
 	return func(c *firecracker.Client, ctx context.Context) error { return send(c, ctx, arg) }
 }
 
 var (
-	limits    = &firecracker.RateLimiter{Bandwidth: &firecracker.TokenBucket{Size: 1 << 20, OneTimeBurst: 5, RefillTimeMs: 100}}
+	limits = &firecracker.RateLimiter{
+		Bandwidth: &firecracker.TokenBucket{Size: 1 << 20, OneTimeBurst: 5, RefillTimeMs: 100},
+	}
 	unlimited = &firecracker.RateLimiter{Ops: &firecracker.TokenBucket{}}
 )
 
@@ -60,10 +64,14 @@ func calls() []call {
 
 		{
 			"PutBootSource",
-			with((*client).PutBootSource, firecracker.BootSource{KernelImagePath: "vmlinux", InitrdPath: "initrd", BootArgs: "console=ttyS0 a=<&>"}),
+			with((*client).PutBootSource,
+				firecracker.BootSource{KernelImagePath: "vmlinux", InitrdPath: "initrd", BootArgs: "console=ttyS0 a=<&>"}),
 			`PUT /boot-source {"kernel_image_path":"vmlinux","initrd_path":"initrd","boot_args":"console=ttyS0 a=<&>"}`,
 		},
-		{"PutBootSource", with((*client).PutBootSource, firecracker.BootSource{}), `PUT /boot-source {"kernel_image_path":""}`},
+		{
+			"PutBootSource", with((*client).PutBootSource, firecracker.BootSource{}),
+			`PUT /boot-source {"kernel_image_path":""}`,
+		},
 		{"GetMachineConfig", discard((*client).GetMachineConfig), `GET /machine-config `},
 		{
 			"PutMachineConfig",
@@ -73,15 +81,23 @@ func calls() []call {
 			}),
 			`PUT /machine-config {"vcpu_count":2,"mem_size_mib":512,"smt":true,"track_dirty_pages":true,"huge_pages":"2M","cpu_template":"T2"}`,
 		},
-		{"PutMachineConfig", with((*client).PutMachineConfig, firecracker.MachineConfiguration{}), `PUT /machine-config {"vcpu_count":0,"mem_size_mib":0}`},
+		{
+			"PutMachineConfig", with((*client).PutMachineConfig, firecracker.MachineConfiguration{}),
+			`PUT /machine-config {"vcpu_count":0,"mem_size_mib":0}`,
+		},
 		{
 			"PatchMachineConfig",
-			with((*client).PatchMachineConfig, firecracker.PartialMachineConfiguration{VCPUCount: &two, MemSizeMiB: &two, SMT: new(bool), TrackDirtyPages: &yes}),
+			with((*client).PatchMachineConfig,
+				firecracker.PartialMachineConfiguration{VCPUCount: &two, MemSizeMiB: &two, SMT: new(bool), TrackDirtyPages: &yes}),
 			`PATCH /machine-config {"vcpu_count":2,"mem_size_mib":2,"smt":false,"track_dirty_pages":true}`,
 		},
 		{
 			"PatchMachineConfig",
-			with((*client).PatchMachineConfig, firecracker.PartialMachineConfiguration{HugePages: firecracker.HugePagesNone, CPUTemplate: firecracker.CPUTemplateNone}),
+			with((*client).PatchMachineConfig,
+				firecracker.PartialMachineConfiguration{
+					HugePages:   firecracker.HugePagesNone,
+					CPUTemplate: firecracker.CPUTemplateNone,
+				}),
 			`PATCH /machine-config {"huge_pages":"None","cpu_template":"None"}`,
 		},
 		{
@@ -105,7 +121,8 @@ func calls() []call {
 		{
 			"PutDrive",
 			with((*client).PutDrive, firecracker.Drive{
-				DriveID: "root_1", IsRootDevice: true, PartUUID: "0eaa91a0-01", CacheType: firecracker.CacheWriteback, IsReadOnly: true,
+				DriveID: "root_1", IsRootDevice: true, PartUUID: "0eaa91a0-01", CacheType: firecracker.CacheWriteback,
+				IsReadOnly: true,
 				PathOnHost: "root.ext4", RateLimiter: limits, IOEngine: firecracker.IOEngineAsync,
 			}),
 			`PUT /drives/root_1 {"drive_id":"root_1","is_root_device":true,"partuuid":"0eaa91a0-01","cache_type":"Writeback",` +
@@ -124,16 +141,21 @@ func calls() []call {
 		{"DeleteDrive", with((*client).DeleteDrive, "d"), `DELETE /drives/d `},
 		{
 			"PutPmem",
-			with((*client).PutPmem, firecracker.Pmem{ID: "p", PathOnHost: "f", RootDevice: true, ReadOnly: true, RateLimiter: limits}),
+			with((*client).PutPmem,
+				firecracker.Pmem{ID: "p", PathOnHost: "f", RootDevice: true, ReadOnly: true, RateLimiter: limits}),
 			`PUT /pmem/p {"id":"p","path_on_host":"f","root_device":true,"read_only":true,"rate_limiter":` + limitsJSON + `}`,
 		},
-		{"PatchPmem", with((*client).PatchPmem, firecracker.PartialPmem{ID: "p", RateLimiter: unlimited}), `PATCH /pmem/p {"id":"p","rate_limiter":` + unlimitedJSON + `}`},
+		{
+			"PatchPmem", with((*client).PatchPmem, firecracker.PartialPmem{ID: "p", RateLimiter: unlimited}),
+			`PATCH /pmem/p {"id":"p","rate_limiter":` + unlimitedJSON + `}`,
+		},
 		{"DeletePmem", with((*client).DeletePmem, "p"), `DELETE /pmem/p `},
 
 		{
 			"PutNetworkInterface",
 			with((*client).PutNetworkInterface, firecracker.NetworkInterface{
-				IfaceID: "eth0", HostDevName: "tap0", GuestMAC: "06:00:c0:00:02:01", MTU: 1400, RxRateLimiter: limits, TxRateLimiter: unlimited,
+				IfaceID: "eth0", HostDevName: "tap0", GuestMAC: "06:00:c0:00:02:01", MTU: 1400, RxRateLimiter: limits,
+				TxRateLimiter: unlimited,
 			}),
 			`PUT /network-interfaces/eth0 {"iface_id":"eth0","host_dev_name":"tap0","guest_mac":"06:00:c0:00:02:01","mtu":1400,` +
 				`"rx_rate_limiter":` + limitsJSON + `,"tx_rate_limiter":` + unlimitedJSON + `}`,
@@ -144,15 +166,22 @@ func calls() []call {
 			`PATCH /network-interfaces/eth0 {"iface_id":"eth0","tx_rate_limiter":` + limitsJSON + `}`,
 		},
 		{"DeleteNetworkInterface", with((*client).DeleteNetworkInterface, "eth0"), `DELETE /network-interfaces/eth0 `},
-		{"PutVsock", with((*client).PutVsock, firecracker.Vsock{GuestCID: 3, UDSPath: "v.sock"}), `PUT /vsock {"guest_cid":3,"uds_path":"v.sock"}`},
+		{
+			"PutVsock", with((*client).PutVsock, firecracker.Vsock{GuestCID: 3, UDSPath: "v.sock"}),
+			`PUT /vsock {"guest_cid":3,"uds_path":"v.sock"}`,
+		},
 		{
 			"PutMMDSConfig",
 			with((*client).PutMMDSConfig, firecracker.MMDSConfig{
-				NetworkInterfaces: []string{"eth0"}, Version: firecracker.MMDSV2, IPv4Address: netip.MustParseAddr("169.254.170.2"), IMDSCompat: true,
+				NetworkInterfaces: []string{"eth0"}, Version: firecracker.MMDSV2, IPv4Address: netip.MustParseAddr("169.254.170.2"),
+				IMDSCompat: true,
 			}),
 			`PUT /mmds/config {"network_interfaces":["eth0"],"version":"V2","ipv4_address":"169.254.170.2","imds_compat":true}`,
 		},
-		{"PutMMDSConfig", with((*client).PutMMDSConfig, firecracker.MMDSConfig{NetworkInterfaces: []string{"eth0"}}), `PUT /mmds/config {"network_interfaces":["eth0"]}`},
+		{
+			"PutMMDSConfig", with((*client).PutMMDSConfig, firecracker.MMDSConfig{NetworkInterfaces: []string{"eth0"}}),
+			`PUT /mmds/config {"network_interfaces":["eth0"]}`,
+		},
 		{"PutMMDS", with((*client).PutMMDS, any(map[string]any{"a": "<b>"})), `PUT /mmds {"a":"<b>"}`},
 		{"PatchMMDS", with((*client).PatchMMDS, any(json.RawMessage(`{"a":null}`))), `PATCH /mmds {"a":null}`},
 		{"GetMMDS", discard((*client).GetMMDS), `GET /mmds `},
@@ -160,41 +189,73 @@ func calls() []call {
 		{"GetBalloon", discard((*client).GetBalloon), `GET /balloon `},
 		{
 			"PutBalloon",
-			with((*client).PutBalloon, firecracker.Balloon{AmountMiB: 64, DeflateOnOOM: true, StatsIntervalS: 5, FreePageHinting: true, FreePageReporting: true}),
+			with((*client).PutBalloon,
+				firecracker.Balloon{
+					AmountMiB: 64, DeflateOnOOM: true, StatsIntervalS: 5, FreePageHinting: true,
+					FreePageReporting: true,
+				}),
 			`PUT /balloon {"amount_mib":64,"deflate_on_oom":true,"stats_polling_interval_s":5,"free_page_hinting":true,"free_page_reporting":true}`,
 		},
-		{"PutBalloon", with((*client).PutBalloon, firecracker.Balloon{}), `PUT /balloon {"amount_mib":0,"deflate_on_oom":false}`},
+		{
+			"PutBalloon", with((*client).PutBalloon, firecracker.Balloon{}),
+			`PUT /balloon {"amount_mib":0,"deflate_on_oom":false}`,
+		},
 		{"PatchBalloon", with((*client).PatchBalloon, uint32(0)), `PATCH /balloon {"amount_mib":0}`},
 		{"GetBalloonStats", discard((*client).GetBalloonStats), `GET /balloon/statistics `},
-		{"PatchBalloonStats", with((*client).PatchBalloonStats, uint16(9)), `PATCH /balloon/statistics {"stats_polling_interval_s":9}`},
-		{"StartBalloonHinting", with((*client).StartBalloonHinting, false), `PATCH /balloon/hinting/start {"acknowledge_on_stop":false}`},
+		{
+			"PatchBalloonStats", with((*client).PatchBalloonStats, uint16(9)),
+			`PATCH /balloon/statistics {"stats_polling_interval_s":9}`,
+		},
+		{
+			"StartBalloonHinting", with((*client).StartBalloonHinting, false),
+			`PATCH /balloon/hinting/start {"acknowledge_on_stop":false}`,
+		},
 		{"GetBalloonHinting", discard((*client).GetBalloonHinting), `GET /balloon/hinting/status `},
 		{"StopBalloonHinting", (*client).StopBalloonHinting, `PATCH /balloon/hinting/stop `},
 		{
 			"PutMemoryHotplug",
-			with((*client).PutMemoryHotplug, firecracker.MemoryHotplugConfig{TotalSizeMiB: 1024, SlotSizeMiB: 256, BlockSizeMiB: 4}),
+			with((*client).PutMemoryHotplug,
+				firecracker.MemoryHotplugConfig{TotalSizeMiB: 1024, SlotSizeMiB: 256, BlockSizeMiB: 4}),
 			`PUT /hotplug/memory {"total_size_mib":1024,"slot_size_mib":256,"block_size_mib":4}`,
 		},
 		{"GetMemoryHotplug", discard((*client).GetMemoryHotplug), `GET /hotplug/memory `},
-		{"PatchMemoryHotplug", with((*client).PatchMemoryHotplug, uint64(512)), `PATCH /hotplug/memory {"requested_size_mib":512}`},
+		{
+			"PatchMemoryHotplug", with((*client).PatchMemoryHotplug, uint64(512)),
+			`PATCH /hotplug/memory {"requested_size_mib":512}`,
+		},
 
 		{"PutEntropy", with((*client).PutEntropy, firecracker.EntropyDevice{}), `PUT /entropy {}`},
-		{"PutEntropy", with((*client).PutEntropy, firecracker.EntropyDevice{RateLimiter: limits}), `PUT /entropy {"rate_limiter":` + limitsJSON + `}`},
+		{
+			"PutEntropy", with((*client).PutEntropy, firecracker.EntropyDevice{RateLimiter: limits}),
+			`PUT /entropy {"rate_limiter":` + limitsJSON + `}`,
+		},
 		{
 			"PutSerial",
-			with((*client).PutSerial, firecracker.SerialDevice{SerialOutPath: "console", RateLimiter: &firecracker.TokenBucket{Size: 9, RefillTimeMs: 1}}),
+			with((*client).PutSerial,
+				firecracker.SerialDevice{
+					SerialOutPath: "console",
+					RateLimiter:   &firecracker.TokenBucket{Size: 9, RefillTimeMs: 1},
+				}),
 			`PUT /serial {"serial_out_path":"console","rate_limiter":{"size":9,"refill_time":1}}`,
 		},
 		{
 			"PutLogger",
-			with((*client).PutLogger, firecracker.Logger{LogPath: "log", Level: firecracker.LogDebug, ShowLevel: true, ShowLogOrigin: true, Module: "vmm"}),
+			with((*client).PutLogger,
+				firecracker.Logger{
+					LogPath: "log", Level: firecracker.LogDebug, ShowLevel: true, ShowLogOrigin: true,
+					Module: "vmm",
+				}),
 			`PUT /logger {"log_path":"log","level":"Debug","show_level":true,"show_log_origin":true,"module":"vmm"}`,
 		},
-		{"PutMetrics", with((*client).PutMetrics, firecracker.Metrics{MetricsPath: "m"}), `PUT /metrics {"metrics_path":"m"}`},
+		{
+			"PutMetrics", with((*client).PutMetrics, firecracker.Metrics{MetricsPath: "m"}),
+			`PUT /metrics {"metrics_path":"m"}`,
+		},
 
 		{
 			"CreateSnapshot",
-			with((*client).CreateSnapshot, firecracker.SnapshotCreateParams{SnapshotPath: "s", MemFilePath: "m", SnapshotType: firecracker.SnapshotDiff}),
+			with((*client).CreateSnapshot,
+				firecracker.SnapshotCreateParams{SnapshotPath: "s", MemFilePath: "m", SnapshotType: firecracker.SnapshotDiff}),
 			`PUT /snapshot/create {"snapshot_path":"s","mem_file_path":"m","snapshot_type":"Diff"}`,
 		},
 		{
@@ -210,7 +271,8 @@ func calls() []call {
 		},
 		{
 			"LoadSnapshot",
-			with((*client).LoadSnapshot, firecracker.SnapshotLoadParams{SnapshotPath: "s", MemFilePath: "m", EnableDiffSnapshots: true}),
+			with((*client).LoadSnapshot,
+				firecracker.SnapshotLoadParams{SnapshotPath: "s", MemFilePath: "m", EnableDiffSnapshots: true}),
 			`PUT /snapshot/load {"snapshot_path":"s","mem_file_path":"m","enable_diff_snapshots":true}`,
 		},
 	}
@@ -370,7 +432,8 @@ func TestClient_lenient(t *testing.T) {
 	}))
 	c := newClient(t, dial, v1_16_1)
 	info, err := c.GetInstanceInfo(t.Context())
-	check(t, err, firecracker.InstanceInfo{ID: "vm", State: "Hibernated", VMMVersion: "2.0.0", AppName: "Firecracker"}, info)
+	check(t, err, firecracker.InstanceInfo{ID: "vm", State: "Hibernated", VMMVersion: "2.0.0", AppName: "Firecracker"},
+		info)
 	machine, err := c.GetMachineConfig(t.Context())
 	check(t, err, firecracker.MachineConfiguration{VCPUCount: 1, MemSizeMiB: 128, HugePages: "Transparent"}, machine)
 	config, err := c.GetVMConfig(t.Context())
@@ -379,7 +442,8 @@ func TestClient_lenient(t *testing.T) {
 		MMDSConfig: &firecracker.MMDSConfig{Version: firecracker.MMDSV2, NetworkInterfaces: []string{"eth0"}},
 	}, config)
 	stats, err := c.GetBalloonStats(t.Context())
-	check(t, err, firecracker.BalloonStats{TargetPages: 1, ActualPages: 2, TargetMiB: 3, ActualMiB: 4, FreeMemory: new(uint64)}, stats)
+	check(t, err,
+		firecracker.BalloonStats{TargetPages: 1, ActualPages: 2, TargetMiB: 3, ActualMiB: 4, FreeMemory: new(uint64)}, stats)
 	hinting, err := c.GetBalloonHinting(t.Context())
 	check(t, err, firecracker.BalloonHinting{HostCommand: 4294967295}, hinting)
 }

@@ -18,7 +18,8 @@ import (
 const (
 	// maxHeader bounds an answer's status line and headers, in bytes. The VMM's take some 120.
 	maxHeader = 16 << 10
-	// maxBody bounds an answer's body, in bytes. Only the MMDS store can be large, as large as --mmds-size-limit.
+	// maxBody bounds an answer's body, in bytes. Only the MMDS store can be large, as large as
+	// --mmds-size-limit.
 	maxBody = 16 << 20
 	// readBuffer is small because every idle VM has one.
 	readBuffer = 512
@@ -28,21 +29,24 @@ const (
 	maxID = 512
 )
 
-// MaxPayload is the largest request body that is sent, in bytes: the VMM's default for --http-api-max-payload-size.
-// More is refused here, because the VMM does not skip a body that it refuses: it takes it for requests, answers them,
-// and dies of the answers that nobody reads any more (Firecracker 1.12).
+// MaxPayload is the largest request body that is sent, in bytes: the VMM's default for
+// --http-api-max-payload-size. More is refused here, because the VMM does not skip a body that it
+// refuses: it takes it for requests, answers them, and dies of the answers that nobody reads any
+// more (Firecracker 1.12).
 const MaxPayload = 51200
 
 // DialFunc connects to the API socket of one VMM.
 type DialFunc func(ctx context.Context) (net.Conn, error)
 
-// Client talks to one VMM. It dials at the first call, keeps that one connection, and dials anew after any error on
-// it. Calls may be made from several goroutines; they are sent one after another.
+// Client talks to one VMM. It dials at the first call, keeps that one connection, and dials anew
+// after any error on it. Calls may be made from several goroutines; they are sent one after
+// another.
 //
-// A call is bounded by its context only: pausing and snapshots legitimately take long. When the context ends, the call
-// returns, but the connection stays open until the answer has come, and later calls wait for that: a VMM that writes
-// an answer to a closed connection may die of it (SIGPIPE, and its handler breaks the seccomp filter; seen with
-// Firecracker 1.12). The VMM serves one request at a time anyhow.
+// A call is bounded by its context only: pausing and snapshots legitimately take long. When the
+// context ends, the call returns, but the connection stays open until the answer has come, and
+// later calls wait for that: a VMM that writes an answer to a closed connection may die of it
+// (SIGPIPE, and its handler breaks the seccomp filter; seen with Firecracker 1.12). The VMM serves
+// one request at a time anyhow.
 type Client struct {
 	dial DialFunc
 
@@ -58,16 +62,17 @@ type Client struct {
 	closed    bool
 }
 
-// New returns a client that has not connected yet. Version is that of the VMM, as `firecracker --version` tells; the
-// zero Version makes the client ask the VMM before it first sends something that not every version since
-// [MinVersion] has, or resumes a VM. The caller closes the client.
+// New returns a client that has not connected yet. Version is that of the VMM, as `firecracker
+// --version` tells; the zero Version makes the client ask the VMM before it first sends something
+// that not every version since [MinVersion] has, or resumes a VM. The caller closes the client.
 func New(dial DialFunc, version Version) *Client {
 	return &Client{dial: dial, version: version, turn: make(chan struct{}, 1)}
 }
 
-// Close fails later calls with [net.ErrClosed], waits closeGrace at most for the answer to a request under way (even
-// of a call that was given up, see Client), and drops the connection, whereupon that call fails too. A VMM that hangs
-// or is not wanted any more is better killed first: then there is no wait. Closing again is allowed.
+// Close fails later calls with [net.ErrClosed], waits closeGrace at most for the answer to a
+// request under way (even of a call that was given up, see Client), and drops the connection,
+// whereupon that call fails too. A VMM that hangs or is not wanted any more is better killed first:
+// then there is no wait. Closing again is allowed.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	c.closed = true
@@ -171,7 +176,8 @@ func (c *Client) run(ctx context.Context, method, path string, payload []byte) (
 	}
 }
 
-// encode is json.Marshal without the escapes meant for HTML, which would only spend the VMM's payload limit.
+// encode is json.Marshal without the escapes meant for HTML, which would only spend the VMM's
+// payload limit.
 func encode(body any) ([]byte, error) {
 	var b bytes.Buffer
 	encoder := json.NewEncoder(&b)
@@ -212,15 +218,17 @@ func (c *Client) learnVersion(ctx context.Context) (Version, error) {
 	return version, nil
 }
 
-// exchange sends one request and reads its answer. The caller holds the turn. Whatever goes wrong drops the
-// connection: nothing on it could be attributed to a request any more. Ctx is of no more use once the request is sent.
+// exchange sends one request and reads its answer. The caller holds the turn. Whatever goes wrong
+// drops the connection: nothing on it could be attributed to a request any more. Ctx is of no more
+// use once the request is sent.
 func (c *Client) exchange(ctx context.Context, method, path string, payload []byte) ([]byte, error) {
 	conn, err := c.connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", method, path, err)
 	}
 	_, writeErr := conn.Write(requestBytes(method, path, payload))
-	// The answer is read even after a failed write: a VMM with too many connections answers and closes unasked.
+	// The answer is read even after a failed write: a VMM with too many connections answers and closes
+	// unasked.
 	resp, err := c.reader.read()
 	if err != nil {
 		_ = c.drop()
@@ -301,7 +309,8 @@ func (c *Client) drop() error {
 	return conn.Close()
 }
 
-// transportError picks what best explains a failed exchange: we were closed, or the connection broke.
+// transportError picks what best explains a failed exchange: we were closed, or the connection
+// broke.
 func (c *Client) transportError(writeErr, readErr error) error {
 	c.mu.Lock()
 	closed := c.closed
@@ -360,8 +369,8 @@ func (r *responseReader) read() (response, error) {
 	if resp.StatusCode < 200 {
 		return response{}, fmt.Errorf("read answer: unexpected status %d", resp.StatusCode)
 	}
-	// One more than allowed, to tell a body that fills the bound from one that exceeds it. A longer wire form
-	// (chunks) runs into the reader's own bound.
+	// One more than allowed, to tell a body that fills the bound from one that exceeds it. A longer
+	// wire form (chunks) runs into the reader's own bound.
 	r.limit.N = 2 * maxBody
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
 	switch {

@@ -26,7 +26,8 @@ func info(c *firecracker.Client, ctx context.Context) error {
 
 const goodInfo = `{"app_name":"Firecracker","id":"vm","state":"Running","vmm_version":"1.12.1"}`
 
-// TestClient_bytes sees the request as the VMM does: its length announced, in one piece, short lines.
+// TestClient_bytes sees the request as the VMM does: its length announced, in one piece, short
+// lines.
 func TestClient_bytes(t *testing.T) {
 	got := make(chan string, 1)
 	dial, _ := listen(t, func(conn net.Conn, _ int) {
@@ -74,7 +75,8 @@ func TestClient_keepsOneConnection(t *testing.T) {
 	}
 }
 
-// TestClient_redials has the first connection spoilt in some way, and the next call succeed on another.
+// TestClient_redials has the first connection spoilt in some way, and the next call succeed on
+// another.
 func TestClient_redials(t *testing.T) {
 	for name, row := range map[string]struct {
 		first string // sent to the first request
@@ -92,7 +94,8 @@ func TestClient_redials(t *testing.T) {
 		"endless header":  {"HTTP/1.1 200 \r\nX: " + strings.Repeat("x", 1<<20), true},
 		"many headers":    {"HTTP/1.1 200 \r\n" + strings.Repeat("X: y\r\n", 100_000), true},
 		"parse error":     {answer(400, "{ \"error\": \"Invalid\n header\" }"), true},
-		"too many":        {"HTTP/1.1 503 \r\nConnection: close\r\nContent-Length: 41\r\n\r\n" + `{ "error": "Too many open connections" } `, true},
+		"too many": {"HTTP/1.1 503 \r\nConnection: close\r\nContent-Length: 41\r\n\r\n" +
+			`{ "error": "Too many open connections" } `, true},
 		"more than asked": {answer(200, goodInfo) + answer(204, ""), false},
 		"closing":         {"HTTP/1.1 200 \r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}", false},
 		"until the end":   {"HTTP/1.1 200 \r\n\r\n{}", false},
@@ -185,7 +188,8 @@ func TestClient_largeBody(t *testing.T) {
 		return answer(204, "")
 	}))
 	c := newClient(t, dial, v1_12_1)
-	if err := c.PutMMDS(t.Context(), strings.Repeat("x", firecracker.MaxPayload-2)); err != nil || got != firecracker.MaxPayload {
+	if err := c.PutMMDS(t.Context(), strings.Repeat("x", firecracker.MaxPayload-2)); err != nil ||
+		got != firecracker.MaxPayload {
 		t.Errorf("%d bytes arrived, %v", got, err)
 	}
 	got = 0
@@ -195,11 +199,13 @@ func TestClient_largeBody(t *testing.T) {
 	}
 }
 
-// TestClient_refusedUnread is what the eleventh connection sees: an answer, and a request that cannot be written.
+// TestClient_refusedUnread is what the eleventh connection sees: an answer, and a request that
+// cannot be written.
 func TestClient_refusedUnread(t *testing.T) {
 	refused := make(chan struct{})
 	dial, _ := listen(t, func(conn net.Conn, _ int) {
-		_, _ = io.WriteString(conn, "HTTP/1.1 503 \r\nConnection: close\r\nContent-Length: 40\r\n\r\n"+`{ "error": "Too many open connections" }`)
+		_, _ = io.WriteString(conn, "HTTP/1.1 503 \r\nConnection: close\r\nContent-Length: 40\r\n\r\n"+
+			`{ "error": "Too many open connections" }`)
 		_ = conn.Close()
 		close(refused)
 	})
@@ -209,7 +215,8 @@ func TestClient_refusedUnread(t *testing.T) {
 		return conn, err
 	}, v1_12_1)
 	var fault *firecracker.APIError
-	if err := c.Pause(t.Context()); !errors.As(err, &fault) || fault.Status != 503 || fault.Fault != "Too many open connections" {
+	if err := c.Pause(t.Context()); !errors.As(err, &fault) || fault.Status != 503 ||
+		fault.Fault != "Too many open connections" {
 		t.Errorf("got %v, want the refusal", err)
 	}
 }
@@ -233,8 +240,8 @@ func hanging(t *testing.T) (dial firecracker.DialFunc, asked, release chan struc
 	return dial, asked, release
 }
 
-// TestClient_cancel gives a call up. Its connection must stay, because closing it could kill the VMM, and the next
-// call must not take the late answer for its own.
+// TestClient_cancel gives a call up. Its connection must stay, because closing it could kill the
+// VMM, and the next call must not take the late answer for its own.
 func TestClient_cancel(t *testing.T) {
 	dial, asked, release := hanging(t)
 	c := newClient(t, dial, v1_12_1)
@@ -302,7 +309,8 @@ func TestClient_closeDialling(t *testing.T) {
 	}
 }
 
-// TestClient_Close closes while the VMM works on a request, which it answers in time or never. Time is fake.
+// TestClient_Close closes while the VMM works on a request, which it answers in time or never. Time
+// is fake.
 func TestClient_Close(t *testing.T) {
 	for name, row := range map[string]struct {
 		answers bool
@@ -422,7 +430,8 @@ func (c *conn) Read(p []byte) (int, error)  { return c.answers.Read(p) }
 func (c *conn) Write(p []byte) (int, error) { return len(p), nil }
 func (c *conn) Close() error                { return nil }
 
-// A client that was not told the VMM's version asks before it resumes: some lose the guest's vsock by that.
+// A client that was not told the VMM's version asks before it resumes: some lose the guest's vsock
+// by that.
 func TestClient_ResumeLearnsVersion(t *testing.T) {
 	for version, want := range map[string][]string{
 		"1.12.1": {"GET /version", "PATCH /vm", "PATCH /vm"},
@@ -448,7 +457,8 @@ func TestClient_ResumeLearnsVersion(t *testing.T) {
 	}
 }
 
-// Calls that learn the version at the same time share nothing unprotected: a test for the race detector.
+// Calls that learn the version at the same time share nothing unprotected: a test for the race
+// detector.
 func TestClient_LearnsVersionAtOnce(t *testing.T) {
 	dial, _ := listen(t, answering(func(method, _, _ string) string {
 		if method == "GET" {
@@ -460,7 +470,8 @@ func TestClient_LearnsVersionAtOnce(t *testing.T) {
 	var calls sync.WaitGroup
 	for range 4 {
 		calls.Go(func() {
-			err := errors.Join(c.Resume(t.Context()), c.PutNetworkInterface(t.Context(), firecracker.NetworkInterface{IfaceID: "eth0", MTU: 1500}))
+			err := errors.Join(c.Resume(t.Context()),
+				c.PutNetworkInterface(t.Context(), firecracker.NetworkInterface{IfaceID: "eth0", MTU: 1500}))
 			if err != nil {
 				t.Error(err)
 			}

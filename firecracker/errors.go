@@ -9,7 +9,8 @@ import (
 	"unicode/utf8"
 )
 
-// ErrNotSupported says that the Firecracker in use is too old for what was asked. Every [*VersionError] is one.
+// ErrNotSupported says that the Firecracker in use is too old for what was asked. Every
+// [*VersionError] is one.
 var ErrNotSupported = errors.New("not supported by this Firecracker")
 
 // maxFault bounds the text kept of an error answer, in bytes.
@@ -31,8 +32,8 @@ func (e *APIError) Error() string {
 	return fmt.Sprintf("%s %s: status %d: %s", e.Method, e.Path, e.Status, e.Fault)
 }
 
-// VersionError says that a request was not sent because the VMM in use would not know the endpoint, the field or its value.
-// It matches [ErrNotSupported].
+// VersionError says that a request was not sent because the VMM in use would not know the endpoint,
+// the field or its value. It matches [ErrNotSupported].
 type VersionError struct {
 	Endpoint string  // "PUT /network-interfaces"; empty for a configuration file
 	Field    string  // JSON path in the body, "rate_limiter"; empty when the endpoint itself is too new
@@ -56,8 +57,8 @@ func (e *VersionError) Error() string {
 // Is reports whether target is [ErrNotSupported].
 func (e *VersionError) Is(target error) bool { return target == ErrNotSupported }
 
-// decodeFault extracts the message of an error answer. Structured is false when the body is not the VMM's regular
-// JSON: then its HTTP parser gave up, and the connection is not to be used again.
+// decodeFault extracts the message of an error answer. Structured is false when the body is not the
+// VMM's regular JSON: then its HTTP parser gave up, and the connection is not to be used again.
 func decodeFault(body []byte) (fault string, structured bool) {
 	var regular struct {
 		FaultMessage *string `json:"fault_message"`
@@ -65,8 +66,8 @@ func decodeFault(body []byte) (fault string, structured bool) {
 	if err := json.Unmarshal(body, &regular); err == nil && regular.FaultMessage != nil {
 		return printable(*regular.FaultMessage), true
 	}
-	// The HTTP layer writes { "error": "..." } with raw newlines inside the string, which is no JSON. What it quotes is
-	// not escaped either, so the string ends at the last quote.
+	// The HTTP layer writes { "error": "..." } with raw newlines inside the string, which is no JSON.
+	// What it quotes is not escaped either, so the string ends at the last quote.
 	text := strings.TrimSpace(string(body))
 	if inner, ok := strings.CutPrefix(text, "{"); ok {
 		inner = strings.TrimSpace(strings.TrimSuffix(inner, "}"))
@@ -80,8 +81,9 @@ func decodeFault(body []byte) (fault string, structured bool) {
 	return printable(text), false
 }
 
-// printable makes text of the VMM (which may quote a guest's or attacker's bytes) safe for terminals and logs: one
-// line, every non-printable rune escaped as Go would, at most maxFault bytes.
+// printable makes text of the VMM (which may quote a guest's or attacker's bytes) safe for
+// terminals and logs: one line, every non-printable rune escaped as Go would, at most maxFault
+// bytes.
 func printable(s string) string {
 	const ellipsis = "..."
 	var b strings.Builder

@@ -21,11 +21,17 @@ func TestAPIError(t *testing.T) {
 		body   string
 		fault  string
 	}{
-		"regular":        {400, `{"fault_message":"The kernel file cannot be opened"}`, "The kernel file cannot be opened"},
-		"quotes":         {400, `{"fault_message":"no \"such\" \\ thing"}`, `no "such" \ thing`},
-		"too large":      {413, `{"fault_message":"The MMDS patch request doesn't fit."}`, "The MMDS patch request doesn't fit."},
-		"more fields":    {400, `{"fault_message":"f","code":7}`, "f"},
-		"raw newline":    {400, raw, `Request payload with size 60002 is larger than the limit of 51200 allowed by server.\nAll previous unanswered requests will be dropped.`},
+		"regular": {400, `{"fault_message":"The kernel file cannot be opened"}`, "The kernel file cannot be opened"},
+		"quotes":  {400, `{"fault_message":"no \"such\" \\ thing"}`, `no "such" \ thing`},
+		"too large": {
+			413, `{"fault_message":"The MMDS patch request doesn't fit."}`,
+			"The MMDS patch request doesn't fit.",
+		},
+		"more fields": {400, `{"fault_message":"f","code":7}`, "f"},
+		"raw newline": {
+			400, raw,
+			`Request payload with size 60002 is larger than the limit of 51200 allowed by server.\nAll previous unanswered requests will be dropped.`,
+		},
 		"raw quotes":     {400, `{ "error": "Invalid header: "x" }" }`, `Invalid header: "x" }`},
 		"raw, no end":    {400, `{ "error": "Invalid`, "Invalid"},
 		"too many":       {503, `{ "error": "Too many open connections" }`, "Too many open connections"},
@@ -60,13 +66,17 @@ func TestAPIError(t *testing.T) {
 
 func TestAPIError_Error(t *testing.T) {
 	for want, err := range map[string]error{
-		"PUT /vsock: status 400: Address in use": &firecracker.APIError{Method: "PUT", Path: "/vsock", Status: 400, Fault: "Address in use"},
-		"PUT /vsock: status 500":                 &firecracker.APIError{Method: "PUT", Path: "/vsock", Status: 500},
+		"PUT /vsock: status 400: Address in use": &firecracker.APIError{
+			Method: "PUT", Path: "/vsock", Status: 400,
+			Fault: "Address in use",
+		},
+		"PUT /vsock: status 500": &firecracker.APIError{Method: "PUT", Path: "/vsock", Status: 500},
 		"PUT /serial needs Firecracker 1.14.0 or newer, this is 1.12.1": &firecracker.VersionError{
 			Endpoint: "PUT /serial", Need: firecracker.Version{Major: 1, Minor: 14}, Have: v1_12_1,
 		},
 		`PUT /machine-config: field huge_pages with value "Transparent" needs Firecracker 1.17.0 or newer, this is 1.12.1`: &firecracker.VersionError{
-			Endpoint: "PUT /machine-config", Field: "huge_pages", Value: "Transparent", Need: firecracker.Version{Major: 1, Minor: 17}, Have: v1_12_1,
+			Endpoint: "PUT /machine-config", Field: "huge_pages", Value: "Transparent",
+			Need: firecracker.Version{Major: 1, Minor: 17}, Have: v1_12_1,
 		},
 		"field pmem needs Firecracker 1.14.0 or newer, this is 1.12.1": &firecracker.VersionError{
 			Field: "pmem", Need: firecracker.Version{Major: 1, Minor: 14}, Have: v1_12_1,
@@ -103,7 +113,8 @@ func FuzzAnswer(f *testing.F) {
 		if !errors.As(err, &fault) {
 			return
 		}
-		if len(fault.Fault) > 4096 || !utf8.ValidString(fault.Fault) || strings.ContainsAny(fault.Fault, "\r\n\t\x00\x1b\x7f\u0085\u009b\u2028\u2029\u202e") {
+		if len(fault.Fault) > 4096 || !utf8.ValidString(fault.Fault) ||
+			strings.ContainsAny(fault.Fault, "\r\n\t\x00\x1b\x7f\u0085\u009b\u2028\u2029\u202e") {
 			t.Errorf("unsafe fault %q", fault.Fault)
 		}
 	})

@@ -29,7 +29,8 @@ func Example() {
 		}); err != nil {
 			return err
 		}
-		if err := vmm.PutDrive(ctx, firecracker.Drive{DriveID: "root", IsRootDevice: true, PathOnHost: "root.ext4"}); err != nil {
+		if err := vmm.PutDrive(ctx,
+			firecracker.Drive{DriveID: "root", IsRootDevice: true, PathOnHost: "root.ext4"}); err != nil {
 			return err
 		}
 		return vmm.InstanceStart(ctx)

@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// since lists the releases that introduced something, oldest first: one, or one for each minor series it was
-// backported to. Empty means "in every supported version".
+// since lists the releases that introduced something, oldest first: one, or one for each minor
+// series it was backported to. Empty means "in every supported version".
 type since []Version
 
 // ok reports whether v has it: the series of v decides if it is listed, else the newest entry.
@@ -19,7 +19,8 @@ func (s since) ok(v Version) bool {
 	return v.AtLeast(s.need(v))
 }
 
-// need returns the version that a VMM of version v must be upgraded to, or one not newer than v that has it.
+// need returns the version that a VMM of version v must be upgraded to, or one not newer than v
+// that has it.
 func (s since) need(v Version) Version {
 	for _, release := range s {
 		if sameSeries := release.Major == v.Major && release.Minor == v.Minor; sameSeries || !v.AtLeast(release) {
@@ -45,7 +46,8 @@ func parseSince(tag string) since {
 	return s
 }
 
-// endpointSince says since when an endpoint exists. Path is a request's path, with or without an object's id.
+// endpointSince says since when an endpoint exists. Path is a request's path, with or without an
+// object's id.
 func endpointSince(method, path string) since {
 	resource, _, _ := strings.Cut(strings.TrimPrefix(path, "/"), "/")
 	switch {
@@ -59,7 +61,8 @@ func endpointSince(method, path string) since {
 	return nil
 }
 
-// endpointOf names the endpoint that takes a body of this type, without an id; it is empty for other types.
+// endpointOf names the endpoint that takes a body of this type, without an id; it is empty for
+// other types.
 func endpointOf(body any) (method, path string) {
 	switch body.(type) {
 	case BootSource:
@@ -106,8 +109,9 @@ func endpointOf(body any) (method, path string) {
 	return "", ""
 }
 
-// CheckVersion reports whether a VMM of version v takes body: a request body of this package, by value or pointer, or
-// a [FullVMConfiguration]. Everything too new is reported at once, as joined [*VersionError]s.
+// CheckVersion reports whether a VMM of version v takes body: a request body of this package, by
+// value or pointer, or a [FullVMConfiguration]. Everything too new is reported at once, as joined
+// [*VersionError]s.
 func CheckVersion(v Version, body any) error {
 	if value := reflect.ValueOf(body); value.Kind() == reflect.Pointer && !value.IsNil() {
 		body = value.Elem().Interface()
@@ -144,7 +148,8 @@ type gateChecker struct {
 	errs     []error
 }
 
-// walk visits every field that would be encoded, and collects those that are too new, by their since tags or values.
+// walk visits every field that would be encoded, and collects those that are too new, by their
+// since tags or values.
 func (c *gateChecker) walk(prefix string, value reflect.Value) {
 	switch value.Kind() {
 	case reflect.Pointer:
@@ -167,7 +172,8 @@ func (c *gateChecker) walk(prefix string, value reflect.Value) {
 				continue
 			}
 			if s := valueSince(fieldValue.Interface()); !s.ok(c.have) {
-				c.errs = append(c.errs, &VersionError{Endpoint: c.endpoint, Field: path, Value: fieldValue.String(), Need: s.need(c.have), Have: c.have})
+				c.errs = append(c.errs,
+					&VersionError{Endpoint: c.endpoint, Field: path, Value: fieldValue.String(), Need: s.need(c.have), Have: c.have})
 			}
 			c.walk(path, fieldValue)
 		}

@@ -35,33 +35,126 @@ func TestCheckVersion(t *testing.T) {
 		need         string // what the last of hasNot must become
 		field, where string // the field may have "=" and the value that is too new
 	}{
-		{"mtu", firecracker.NetworkInterface{MTU: 1500}, "1.16.0 1.17.0 2.0.0", "1.7.0 1.15.1", "1.16.0", "mtu", "PUT /network-interfaces"},
+		{
+			"mtu",
+			firecracker.NetworkInterface{MTU: 1500},
+			"1.16.0 1.17.0 2.0.0", "1.7.0 1.15.1", "1.16.0", "mtu",
+			"PUT /network-interfaces",
+		},
 		{"discard", firecracker.Drive{Discard: true}, "1.17.0 2.0.0", "1.7.0 1.16.1", "1.17.0", "discard", "PUT /drives"},
 		{"pmem", firecracker.Pmem{}, "1.14.0 1.16.0", "1.7.0 1.13.2", "1.14.0", "", "PUT /pmem"},
-		{"pmem limiter", firecracker.Pmem{RateLimiter: limits}, "1.16.0", "1.14.0 1.15.1", "1.16.0", "rate_limiter", "PUT /pmem"},
+		{
+			"pmem limiter",
+			firecracker.Pmem{RateLimiter: limits},
+			"1.16.0", "1.14.0 1.15.1", "1.16.0",
+			"rate_limiter", "PUT /pmem",
+		},
 		{"pmem update", firecracker.PartialPmem{}, "1.16.0", "1.14.0 1.15.1", "1.16.0", "", "PATCH /pmem"},
 		{"serial", firecracker.SerialDevice{}, "1.14.0", "1.7.0 1.13.2", "1.14.0", "", "PUT /serial"},
-		{"serial limiter", firecracker.SerialDevice{RateLimiter: &firecracker.TokenBucket{}}, "1.16.0", "1.15.1", "1.16.0", "rate_limiter", "PUT /serial"},
+		{
+			"serial limiter",
+			firecracker.SerialDevice{RateLimiter: &firecracker.TokenBucket{}},
+			"1.16.0", "1.15.1", "1.16.0",
+			"rate_limiter", "PUT /serial",
+		},
 		{"hotplug memory", firecracker.MemoryHotplugConfig{}, "1.14.0", "1.13.2", "1.14.0", "", "PUT /hotplug/memory"},
-		{"hinting", firecracker.Balloon{FreePageHinting: true}, "1.14.0", "1.13.2", "1.14.0", "free_page_hinting", "PUT /balloon"},
-		{"reporting", firecracker.Balloon{FreePageReporting: true}, "1.14.0", "1.13.2", "1.14.0", "free_page_reporting", "PUT /balloon"},
+		{
+			"hinting",
+			firecracker.Balloon{FreePageHinting: true},
+			"1.14.0", "1.13.2", "1.14.0", "free_page_hinting",
+			"PUT /balloon",
+		},
+		{
+			"reporting",
+			firecracker.Balloon{FreePageReporting: true},
+			"1.14.0", "1.13.2", "1.14.0", "free_page_reporting",
+			"PUT /balloon",
+		},
 		{"imds", firecracker.MMDSConfig{IMDSCompat: true}, "1.13.0", "1.12.1", "1.13.0", "imds_compat", "PUT /mmds/config"},
-		{"track", firecracker.SnapshotLoadParams{TrackDirtyPages: true}, "1.13.0", "1.12.1", "1.13.0", "track_dirty_pages", "PUT /snapshot/load"},
-		{"taps", firecracker.SnapshotLoadParams{NetworkOverrides: make([]firecracker.NetworkOverride, 1)}, "1.12.0", "1.11.0", "1.12.0", "network_overrides", "PUT /snapshot/load"},
-		{"vsock", firecracker.SnapshotLoadParams{VsockOverride: &firecracker.VsockOverride{}}, "1.16.0", "1.15.1", "1.16.0", "vsock_override", "PUT /snapshot/load"},
-		{"clock", firecracker.SnapshotLoadParams{ClockRealtime: true}, "1.14.4 1.14.5 1.15.1 1.16.0", "1.7.0 1.14.3", "1.14.4", "clock_realtime", "PUT /snapshot/load"},
-		{"clock on 1.15", firecracker.SnapshotLoadParams{ClockRealtime: true}, "1.14.4", "1.15.0", "1.15.1", "clock_realtime", "PUT /snapshot/load"},
+		{
+			"track",
+			firecracker.SnapshotLoadParams{TrackDirtyPages: true},
+			"1.13.0", "1.12.1", "1.13.0", "track_dirty_pages",
+			"PUT /snapshot/load",
+		},
+		{
+			"taps",
+			firecracker.SnapshotLoadParams{NetworkOverrides: make([]firecracker.NetworkOverride, 1)},
+			"1.12.0", "1.11.0",
+			"1.12.0", "network_overrides", "PUT /snapshot/load",
+		},
+		{
+			"vsock",
+			firecracker.SnapshotLoadParams{VsockOverride: &firecracker.VsockOverride{}},
+			"1.16.0", "1.15.1", "1.16.0",
+			"vsock_override", "PUT /snapshot/load",
+		},
+		{
+			"clock",
+			firecracker.SnapshotLoadParams{ClockRealtime: true},
+			"1.14.4 1.14.5 1.15.1 1.16.0", "1.7.0 1.14.3",
+			"1.14.4", "clock_realtime", "PUT /snapshot/load",
+		},
+		{
+			"clock on 1.15",
+			firecracker.SnapshotLoadParams{ClockRealtime: true},
+			"1.14.4", "1.15.0", "1.15.1", "clock_realtime",
+			"PUT /snapshot/load",
+		},
 		{"pointer", &firecracker.NetworkInterface{MTU: 1500}, "1.16.0", "1.15.1", "1.16.0", "mtu", "PUT /network-interfaces"},
-		{"huge pages", firecracker.MachineConfiguration{HugePages: transparent}, "1.17.0 2.0.0", "1.7.0 1.16.1", "1.17.0", "huge_pages=Transparent", "PUT /machine-config"},
-		{"huge pages later", firecracker.PartialMachineConfiguration{HugePages: transparent}, "1.17.0", "1.16.1", "1.17.0", "huge_pages=Transparent", "PATCH /machine-config"},
-		{"huge pages in file", firecracker.FullVMConfiguration{MachineConfig: &firecracker.MachineConfiguration{HugePages: transparent}}, "1.17.0", "1.12.1", "1.17.0", "machine-config.huge_pages=Transparent", ""},
-		{"huge pages loaded", firecracker.SnapshotLoadParams{HugePages: firecracker.HugePagesNone}, "1.17.0", "1.16.1", "1.17.0", "huge_pages", "PUT /snapshot/load"},
+		{
+			"huge pages",
+			firecracker.MachineConfiguration{HugePages: transparent},
+			"1.17.0 2.0.0", "1.7.0 1.16.1", "1.17.0",
+			"huge_pages=Transparent", "PUT /machine-config",
+		},
+		{
+			"huge pages later",
+			firecracker.PartialMachineConfiguration{HugePages: transparent},
+			"1.17.0", "1.16.1", "1.17.0",
+			"huge_pages=Transparent", "PATCH /machine-config",
+		},
+		{
+			"huge pages in file",
+			firecracker.FullVMConfiguration{MachineConfig: &firecracker.MachineConfiguration{HugePages: transparent}},
+			"1.17.0",
+			"1.12.1", "1.17.0", "machine-config.huge_pages=Transparent", "",
+		},
+		{
+			"huge pages loaded",
+			firecracker.SnapshotLoadParams{HugePages: firecracker.HugePagesNone},
+			"1.17.0", "1.16.1",
+			"1.17.0", "huge_pages", "PUT /snapshot/load",
+		},
 		{"metrics id", firecracker.Metrics{EmitID: true}, "1.17.0", "1.7.0 1.16.1", "1.17.0", "emit_id", "PUT /metrics"},
-		{"metrics properties", firecracker.Metrics{Properties: map[string]string{"a": "b"}}, "1.17.0", "1.16.1", "1.17.0", "properties", "PUT /metrics"},
-		{"snapshot sync", firecracker.SnapshotCreateParams{SyncSnapshotFiles: new(bool)}, "1.17.0", "1.16.1", "1.17.0", "sync_snapshot_files", "PUT /snapshot/create"},
-		{"file", firecracker.FullVMConfiguration{Pmem: make([]firecracker.Pmem, 1)}, "1.14.0", "1.13.2", "1.14.0", "pmem", ""},
-		{"in file", firecracker.FullVMConfiguration{NetworkInterfaces: []firecracker.NetworkInterface{{}, {MTU: 68}}}, "1.16.0", "1.12.1", "1.16.0", "network-interfaces.mtu", ""},
-		{"in file by pointer", firecracker.FullVMConfiguration{Balloon: &firecracker.Balloon{FreePageHinting: true}}, "1.14.0", "1.12.1", "1.14.0", "balloon.free_page_hinting", ""},
+		{
+			"metrics properties",
+			firecracker.Metrics{Properties: map[string]string{"a": "b"}},
+			"1.17.0", "1.16.1", "1.17.0",
+			"properties", "PUT /metrics",
+		},
+		{
+			"snapshot sync",
+			firecracker.SnapshotCreateParams{SyncSnapshotFiles: new(bool)},
+			"1.17.0", "1.16.1", "1.17.0",
+			"sync_snapshot_files", "PUT /snapshot/create",
+		},
+		{
+			"file",
+			firecracker.FullVMConfiguration{Pmem: make([]firecracker.Pmem, 1)},
+			"1.14.0", "1.13.2",
+			"1.14.0", "pmem", "",
+		},
+		{
+			"in file",
+			firecracker.FullVMConfiguration{NetworkInterfaces: []firecracker.NetworkInterface{{}, {MTU: 68}}},
+			"1.16.0", "1.12.1", "1.16.0", "network-interfaces.mtu", "",
+		},
+		{
+			"in file by pointer",
+			firecracker.FullVMConfiguration{Balloon: &firecracker.Balloon{FreePageHinting: true}},
+			"1.14.0", "1.12.1", "1.14.0", "balloon.free_page_hinting", "",
+		},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			for text := range strings.FieldsSeq(row.has) {
@@ -79,7 +172,10 @@ func TestCheckVersion(t *testing.T) {
 				}
 			}
 			field, value, _ := strings.Cut(row.field, "=")
-			want := &firecracker.VersionError{Endpoint: row.where, Field: field, Value: value, Need: parse(t, row.need), Have: have}
+			want := &firecracker.VersionError{
+				Endpoint: row.where, Field: field, Value: value,
+				Need: parse(t, row.need), Have: have,
+			}
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("error (-want +got):\n%s", diff)
 			}
@@ -107,7 +203,8 @@ func TestCheckVersion_old(t *testing.T) {
 }
 
 func TestCheckVersion_all(t *testing.T) {
-	err := firecracker.CheckVersion(v1_12_1, firecracker.SnapshotLoadParams{VsockOverride: &firecracker.VsockOverride{}, ClockRealtime: true})
+	err := firecracker.CheckVersion(v1_12_1,
+		firecracker.SnapshotLoadParams{VsockOverride: &firecracker.VsockOverride{}, ClockRealtime: true})
 	const want = "PUT /snapshot/load: field vsock_override needs Firecracker 1.16.0 or newer, this is 1.12.1\n" +
 		"PUT /snapshot/load: field clock_realtime needs Firecracker 1.14.4 or newer, this is 1.12.1"
 	if err == nil || err.Error() != want {
@@ -115,7 +212,8 @@ func TestCheckVersion_all(t *testing.T) {
 	}
 }
 
-// TestClient_gates sends every request to VMMs on both sides of the version that first serves its endpoint.
+// TestClient_gates sends every request to VMMs on both sides of the version that first serves its
+// endpoint.
 func TestClient_gates(t *testing.T) {
 	since := readFacts(t).endpoints
 	for _, call := range calls() {
@@ -135,7 +233,8 @@ func TestClient_gates(t *testing.T) {
 		for _, text := range before {
 			err := call.do(firecracker.New(noDial, parse(t, text)), t.Context())
 			var version *firecracker.VersionError
-			if !errors.As(err, &version) || version.Need.String() != since[endpoint] || version.Field != "" || version.Endpoint != method+" "+path {
+			if !errors.As(err, &version) || version.Need.String() != since[endpoint] || version.Field != "" ||
+				version.Endpoint != method+" "+path {
 				t.Errorf("%s on %s: %v, want a VersionError of %s", call.name, text, err, since[endpoint])
 			}
 		}
@@ -161,7 +260,8 @@ func TestClient_asksForVersion(t *testing.T) {
 	if err := c.PutSerial(t.Context(), firecracker.SerialDevice{}); err != nil {
 		t.Error(err)
 	}
-	if err := c.PutNetworkInterface(t.Context(), firecracker.NetworkInterface{IfaceID: "e", MTU: 1500}); !errors.Is(err, firecracker.ErrNotSupported) {
+	if err := c.PutNetworkInterface(t.Context(), firecracker.NetworkInterface{IfaceID: "e", MTU: 1500}); !errors.Is(err,
+		firecracker.ErrNotSupported) {
 		t.Errorf("mtu: %v, want ErrNotSupported", err)
 	}
 	want := []string{"PUT /boot-source", "GET /version", "PUT /serial"}

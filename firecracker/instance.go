@@ -52,9 +52,9 @@ func decodeVersion(answer []byte) (Version, error) {
 	return ParseVersion(body.FirecrackerVersion)
 }
 
-// FullVMConfiguration is the answer to GET /vm/config, and the document that --config-file takes. In answers absent
-// sections are zero, and cpu-config, logger and metrics always are. In a file BootSource is required, and Drives must
-// not be nil. The serial device is in neither.
+// FullVMConfiguration is the answer to GET /vm/config, and the document that --config-file takes.
+// In answers absent sections are zero, and cpu-config, logger and metrics always are. In a file
+// BootSource is required, and Drives must not be nil. The serial device is in neither.
 type FullVMConfiguration struct {
 	BootSource        *BootSource           `json:"boot-source,omitempty"`
 	Drives            []Drive               `json:"drives"`
@@ -86,32 +86,35 @@ func (c *Client) act(ctx context.Context, name string) error {
 	return c.send(ctx, http.MethodPut, "/actions", action{Type: name})
 }
 
-// InstanceStart boots the configured VM. It returns once the vCPUs run, long before the guest is up. After an error
-// the process lives on, but is of use only if a plain configuration mistake (no boot source, too much memory) is
-// corrected.
+// InstanceStart boots the configured VM. It returns once the vCPUs run, long before the guest is
+// up. After an error the process lives on, but is of use only if a plain configuration mistake (no
+// boot source, too much memory) is corrected.
 func (c *Client) InstanceStart(ctx context.Context) error { return c.act(ctx, "InstanceStart") }
 
 // FlushMetrics makes the VMM write a line of metrics now. The VM must have been started.
 func (c *Client) FlushMetrics(ctx context.Context) error { return c.act(ctx, "FlushMetrics") }
 
-// SendCtrlAltDel presses these keys in a started x86_64 guest; on aarch64 it is refused. Success means pressed, not
-// obeyed: the guest needs an i8042 keyboard driver and must react by rebooting, which ends the process.
+// SendCtrlAltDel presses these keys in a started x86_64 guest; on aarch64 it is refused. Success
+// means pressed, not obeyed: the guest needs an i8042 keyboard driver and must react by rebooting,
+// which ends the process.
 func (c *Client) SendCtrlAltDel(ctx context.Context) error { return c.act(ctx, "SendCtrlAltDel") }
 
 type vmState struct {
 	State string `json:"state"`
 }
 
-// Pause stops the vCPUs and the device emulation. Pausing a paused VM succeeds. It may take as long as 30 s a vCPU.
+// Pause stops the vCPUs and the device emulation. Pausing a paused VM succeeds. It may take as long
+// as 30 s a vCPU.
 func (c *Client) Pause(ctx context.Context) error {
 	return c.send(ctx, http.MethodPatch, "/vm", vmState{State: "Paused"})
 }
 
 // Resume lets a paused VM run on. Resuming a running VM succeeds.
 //
-// In 1.16.0 and 1.16.1 a VM that was paused and resumed hears nothing of its host over vsock any more, unless a snapshot was
-// made of it meanwhile, be it one that fails. So one is tried there, where nothing can be written. Open vsock connections
-// end by it; in other versions they outlive a pause.
+// In 1.16.0 and 1.16.1 a VM that was paused and resumed hears nothing of its host over vsock any
+// more, unless a snapshot was made of it meanwhile, be it one that fails. So one is tried there,
+// where nothing can be written. Open vsock connections end by it; in other versions they outlive a
+// pause.
 func (c *Client) Resume(ctx context.Context) error {
 	version, err := c.learnVersion(ctx)
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 type BootSource struct {
 	KernelImagePath string `json:"kernel_image_path"`     // x86_64: uncompressed ELF vmlinux; aarch64: PE Image
 	InitrdPath      string `json:"initrd_path,omitempty"` // do not set a root drive with it
-	// BootArgs replaces the VMM's default command line completely. With what the VMM appends it must stay below
-	// 2048 bytes.
+	// BootArgs replaces the VMM's default command line completely. With what the VMM appends it must
+	// stay below 2048 bytes.
 	BootArgs string `json:"boot_args,omitempty"`
 }
 
@@ -26,13 +26,14 @@ type HugePages string
 const (
 	HugePagesNone HugePages = "None" // the default
 	HugePages2M   HugePages = "2M"   // hugetlbfs; not with an initrd before 1.11, nor with a balloon before 1.14
-	// HugePagesTransparent asks the kernel for large pages where it has some: no pool is needed, and nothing comes of it for memory
-	// from a MemBackendUffd. Firecracker >= 1.17.
+	// HugePagesTransparent asks the kernel for large pages where it has some: no pool is needed, and
+	// nothing comes of it for memory from a MemBackendUffd. Firecracker >= 1.17.
 	HugePagesTransparent HugePages = "Transparent"
 	HugePagesSnapshot    HugePages = "Snapshot" // of SnapshotLoadParams alone, its default: as the snapshot's VM had
 )
 
-// CPUTemplate is one of the VMM's built-in CPU templates, deprecated since 1.5 in favour of [CPUConfig].
+// CPUTemplate is one of the VMM's built-in CPU templates, deprecated since 1.5 in favour of
+// [CPUConfig].
 type CPUTemplate string
 
 // The built-in templates.
@@ -48,8 +49,9 @@ const (
 
 // MachineConfiguration is vCPUs and memory.
 type MachineConfiguration struct {
-	VCPUCount       int         `json:"vcpu_count"`                  // 1 to 32; 1 or even with SMT
-	MemSizeMiB      int         `json:"mem_size_mib"`                // above 0; even with HugePages2M and HugePagesTransparent
+	VCPUCount int `json:"vcpu_count"` // 1 to 32; 1 or even with SMT
+	// above 0; even with HugePages2M and HugePagesTransparent
+	MemSizeMiB      int         `json:"mem_size_mib"`
 	SMT             bool        `json:"smt,omitempty"`               // never on aarch64
 	TrackDirtyPages bool        `json:"track_dirty_pages,omitempty"` // for diff snapshots
 	HugePages       HugePages   `json:"huge_pages,omitempty"`
@@ -63,8 +65,8 @@ func (c *Client) GetMachineConfig(ctx context.Context) (MachineConfiguration, er
 	return m, err
 }
 
-// PutMachineConfig sets the machine's configuration before boot. Absent fields return to their defaults, except the
-// CPU template: to drop an earlier one send [CPUTemplateNone].
+// PutMachineConfig sets the machine's configuration before boot. Absent fields return to their
+// defaults, except the CPU template: to drop an earlier one send [CPUTemplateNone].
 func (c *Client) PutMachineConfig(ctx context.Context, m MachineConfiguration) error {
 	return c.send(ctx, http.MethodPut, "/machine-config", m)
 }
@@ -84,14 +86,15 @@ func (c *Client) PatchMachineConfig(ctx context.Context, m PartialMachineConfigu
 	return c.send(ctx, http.MethodPatch, "/machine-config", m)
 }
 
-// CPUConfig is a custom CPU template. A bitmap is "0b" followed by 0 (clear), 1 (set), x (keep) and _ (ignored),
-// padded with x on the left; numbers in strings are "0x...", "0b..." or decimal.
+// CPUConfig is a custom CPU template. A bitmap is "0b" followed by 0 (clear), 1 (set), x (keep) and
+// _ (ignored), padded with x on the left; numbers in strings are "0x...", "0b..." or decimal.
 type CPUConfig struct {
 	KVMCapabilities []string           `json:"kvm_capabilities,omitempty"` // "121" adds, "!121" removes
 	CPUIDModifiers  []CPUIDLeaf        `json:"cpuid_modifiers,omitempty"`  // x86_64
 	MSRModifiers    []RegisterModifier `json:"msr_modifiers,omitempty"`    // x86_64; 32-bit addresses, 64-bit bitmaps
-	RegModifiers    []RegisterModifier `json:"reg_modifiers,omitempty"`    // aarch64; 64-bit addresses, up to 128-bit bitmaps
-	VCPUFeatures    []VCPUFeature      `json:"vcpu_features,omitempty"`    // aarch64
+	// aarch64; 64-bit addresses, up to 128-bit bitmaps
+	RegModifiers []RegisterModifier `json:"reg_modifiers,omitempty"`
+	VCPUFeatures []VCPUFeature      `json:"vcpu_features,omitempty"` // aarch64
 }
 
 // CPUIDLeaf changes one leaf of CPUID.

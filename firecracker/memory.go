@@ -7,11 +7,13 @@ import (
 
 // Balloon is the VM's one balloon device.
 type Balloon struct {
-	AmountMiB         uint32 `json:"amount_mib"` // to take from the guest; not above the VM's memory
-	DeflateOnOOM      bool   `json:"deflate_on_oom"`
-	StatsIntervalS    uint16 `json:"stats_polling_interval_s,omitempty"`           // seconds; 0 switches statistics off for good
-	FreePageHinting   bool   `json:"free_page_hinting,omitempty" since:"1.14.0"`   // developer preview; Firecracker >= 1.14
-	FreePageReporting bool   `json:"free_page_reporting,omitempty" since:"1.14.0"` // Firecracker >= 1.14
+	AmountMiB    uint32 `json:"amount_mib"` // to take from the guest; not above the VM's memory
+	DeflateOnOOM bool   `json:"deflate_on_oom"`
+	// seconds; 0 switches statistics off for good
+	StatsIntervalS uint16 `json:"stats_polling_interval_s,omitempty"`
+	// developer preview; Firecracker >= 1.14
+	FreePageHinting   bool `json:"free_page_hinting,omitempty" since:"1.14.0"`
+	FreePageReporting bool `json:"free_page_reporting,omitempty" since:"1.14.0"` // Firecracker >= 1.14
 }
 
 // GetBalloon returns the balloon's configuration. Without a balloon it is an [*APIError].
@@ -30,13 +32,14 @@ type balloonUpdate struct {
 	AmountMiB uint32 `json:"amount_mib"`
 }
 
-// PatchBalloon sets the balloon's target in a started VM, in MiB. It is refused until the guest's driver is active.
+// PatchBalloon sets the balloon's target in a started VM, in MiB. It is refused until the guest's
+// driver is active.
 func (c *Client) PatchBalloon(ctx context.Context, amountMiB uint32) error {
 	return c.send(ctx, http.MethodPatch, "/balloon", balloonUpdate{AmountMiB: amountMiB})
 }
 
-// BalloonStats is what the balloon says, and what the guest says of its memory: nil where it does not. Pages are of
-// 4 KiB.
+// BalloonStats is what the balloon says, and what the guest says of its memory: nil where it does
+// not. Pages are of 4 KiB.
 type BalloonStats struct {
 	TargetPages uint64 `json:"target_pages"`
 	ActualPages uint64 `json:"actual_pages"`
@@ -63,7 +66,8 @@ type BalloonStats struct {
 	DirectReclaim *uint64 `json:"direct_reclaim,omitempty"`
 }
 
-// GetBalloonStats returns the statistics of a started VM. They must have been switched on before boot.
+// GetBalloonStats returns the statistics of a started VM. They must have been switched on before
+// boot.
 func (c *Client) GetBalloonStats(ctx context.Context) (BalloonStats, error) {
 	var s BalloonStats
 	err := c.get(ctx, "/balloon/statistics", &s)
@@ -74,8 +78,8 @@ type balloonStatsUpdate struct {
 	StatsIntervalS uint16 `json:"stats_polling_interval_s"`
 }
 
-// PatchBalloonStats changes the interval of statistics in a started VM, in seconds. It can switch them neither on nor
-// off.
+// PatchBalloonStats changes the interval of statistics in a started VM, in seconds. It can switch
+// them neither on nor off.
 func (c *Client) PatchBalloonStats(ctx context.Context, intervalS uint16) error {
 	return c.send(ctx, http.MethodPatch, "/balloon/statistics", balloonStatsUpdate{StatsIntervalS: intervalS})
 }
@@ -84,13 +88,15 @@ type hintingStart struct {
 	AcknowledgeOnStop bool `json:"acknowledge_on_stop"`
 }
 
-// StartBalloonHinting begins a run of free page hinting in a started VM, developer preview. AcknowledgeOnStop, which
-// the VMM defaults to true, ends the run as soon as the guest has hinted everything. Firecracker >= 1.14.
+// StartBalloonHinting begins a run of free page hinting in a started VM, developer preview.
+// AcknowledgeOnStop, which the VMM defaults to true, ends the run as soon as the guest has hinted
+// everything. Firecracker >= 1.14.
 func (c *Client) StartBalloonHinting(ctx context.Context, acknowledgeOnStop bool) error {
 	return c.send(ctx, http.MethodPatch, "/balloon/hinting/start", hintingStart{AcknowledgeOnStop: acknowledgeOnStop})
 }
 
-// BalloonHinting is the state of free page hinting: the last command of each side. Firecracker >= 1.14.
+// BalloonHinting is the state of free page hinting: the last command of each side. Firecracker >=
+// 1.14.
 type BalloonHinting struct {
 	HostCommand  uint64  `json:"host_cmd"`
 	GuestCommand *uint64 `json:"guest_cmd,omitempty"` // nil until the guest gave one
@@ -140,9 +146,9 @@ type memoryHotplugUpdate struct {
 	RequestedSizeMiB uint64 `json:"requested_size_mib"`
 }
 
-// PatchMemoryHotplug asks a started VM's guest to bring its plugged memory to a size in MiB, in whole blocks. It
-// returns at once: the work is done when plugged equals requested in the status. It is refused until the guest's
-// driver is active. Firecracker >= 1.14.
+// PatchMemoryHotplug asks a started VM's guest to bring its plugged memory to a size in MiB, in
+// whole blocks. It returns at once: the work is done when plugged equals requested in the status.
+// It is refused until the guest's driver is active. Firecracker >= 1.14.
 func (c *Client) PatchMemoryHotplug(ctx context.Context, requestedSizeMiB uint64) error {
 	return c.send(ctx, http.MethodPatch, "/hotplug/memory", memoryHotplugUpdate{RequestedSizeMiB: requestedSizeMiB})
 }

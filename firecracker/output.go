@@ -17,12 +17,13 @@ func (c *Client) PutEntropy(ctx context.Context, e EntropyDevice) error {
 
 // SerialDevice says where the guest's serial port goes. Firecracker >= 1.14.
 type SerialDevice struct {
-	SerialOutPath string       `json:"serial_out_path,omitempty"`             // file or FIFO; absent: the VMM's stdout
-	RateLimiter   *TokenBucket `json:"rate_limiter,omitempty" since:"1.16.0"` // in bytes, what exceeds it is dropped; Firecracker >= 1.16
+	SerialOutPath string `json:"serial_out_path,omitempty"` // file or FIFO; absent: the VMM's stdout
+	// in bytes, what exceeds it is dropped; Firecracker >= 1.16
+	RateLimiter *TokenBucket `json:"rate_limiter,omitempty" since:"1.16.0"`
 }
 
-// PutSerial redirects the serial port before boot or before a snapshot is loaded; snapshots do not keep it.
-// Firecracker >= 1.14.
+// PutSerial redirects the serial port before boot or before a snapshot is loaded; snapshots do not
+// keep it. Firecracker >= 1.14.
 func (c *Client) PutSerial(ctx context.Context, s SerialDevice) error {
 	return c.send(ctx, http.MethodPut, "/serial", s)
 }
@@ -42,8 +43,9 @@ const (
 
 // Logger configures the VMM's log.
 type Logger struct {
-	LogPath       string   `json:"log_path,omitempty"` // must exist before 1.14; written over from its start, not appended to
-	Level         LogLevel `json:"level,omitempty"`    // absent: back to LogInfo
+	// must exist before 1.14; written over from its start, not appended to
+	LogPath       string   `json:"log_path,omitempty"`
+	Level         LogLevel `json:"level,omitempty"` // absent: back to LogInfo
 	ShowLevel     bool     `json:"show_level,omitempty"`
 	ShowLogOrigin bool     `json:"show_log_origin,omitempty"`
 	Module        string   `json:"module,omitempty"` // logs only modules whose path begins so
@@ -56,9 +58,11 @@ func (c *Client) PutLogger(ctx context.Context, l Logger) error {
 
 // Metrics says where metrics go.
 type Metrics struct {
-	MetricsPath string            `json:"metrics_path"`                        // file or FIFO; must exist before 1.14
-	EmitID      bool              `json:"emit_id,omitempty" since:"1.17.0"`    // each line has the VMM's --id as "id"; Firecracker >= 1.17
-	Properties  map[string]string `json:"properties,omitempty" since:"1.17.0"` // each line has them as "properties"; Firecracker >= 1.17
+	MetricsPath string `json:"metrics_path"` // file or FIFO; must exist before 1.14
+	// each line has the VMM's --id as "id"; Firecracker >= 1.17
+	EmitID bool `json:"emit_id,omitempty" since:"1.17.0"`
+	// each line has them as "properties"; Firecracker >= 1.17
+	Properties map[string]string `json:"properties,omitempty" since:"1.17.0"`
 }
 
 // PutMetrics configures metrics before boot, once in a process's life.

@@ -95,19 +95,29 @@ func TestReal_life(t *testing.T) {
 	for name, size := range map[string]int{"disk": 1 << 20, "disk2": 2 << 20, "metrics": 0} {
 		step(t, name, os.WriteFile(filepath.Join(dir, name), make([]byte, size), 0o600))
 	}
-	step(t, "kernel", os.WriteFile(filepath.Join(dir, "kernel"), tinyguest.Image(tinyguest.Guest{Then: tinyguest.Idle}), 0o600))
+	step(t, "kernel",
+		os.WriteFile(filepath.Join(dir, "kernel"), tinyguest.Image(tinyguest.Guest{Then: tinyguest.Idle}), 0o600))
 
 	info, err := c.GetInstanceInfo(ctx)
-	check(t, err, firecracker.InstanceInfo{ID: "real-1", State: firecracker.StateNotStarted, VMMVersion: vmm.version.String(), AppName: "Firecracker"}, info)
+	check(t, err,
+		firecracker.InstanceInfo{
+			ID: "real-1", State: firecracker.StateNotStarted, VMMVersion: vmm.version.String(),
+			AppName: "Firecracker",
+		}, info)
 	version, err := c.GetVersion(ctx)
 	check(t, err, vmm.version, version)
-	refusal(t, "missing kernel", c.PutBootSource(ctx, firecracker.BootSource{KernelImagePath: "none"}), 400, "No such file")
+	refusal(t, "missing kernel", c.PutBootSource(ctx, firecracker.BootSource{KernelImagePath: "none"}), 400,
+		"No such file")
 	refusal(t, "balloon", discard((*firecracker.Client).GetBalloon)(c, ctx), 400, "")
 
 	boot := firecracker.BootSource{KernelImagePath: "kernel"}
-	machine := firecracker.MachineConfiguration{VCPUCount: 1, MemSizeMiB: 32, TrackDirtyPages: true, HugePages: firecracker.HugePagesNone}
+	machine := firecracker.MachineConfiguration{
+		VCPUCount: 1, MemSizeMiB: 32, TrackDirtyPages: true,
+		HugePages: firecracker.HugePagesNone,
+	}
 	drive := firecracker.Drive{
-		DriveID: "d_1", PathOnHost: "disk", CacheType: firecracker.CacheWriteback, IOEngine: firecracker.IOEngineSync, Discard: vmm.version.AtLeast(firecracker.Version{Major: 1, Minor: 17}),
+		DriveID: "d_1", PathOnHost: "disk", CacheType: firecracker.CacheWriteback, IOEngine: firecracker.IOEngineSync,
+		Discard:     vmm.version.AtLeast(firecracker.Version{Major: 1, Minor: 17}),
 		RateLimiter: &firecracker.RateLimiter{Ops: &firecracker.TokenBucket{Size: 5, OneTimeBurst: 3, RefillTimeMs: 100}},
 	}
 	vsock := firecracker.Vsock{GuestCID: 3, UDSPath: "v.sock"}
@@ -115,7 +125,9 @@ func TestReal_life(t *testing.T) {
 	memory := 64
 	step(t, "boot source", c.PutBootSource(ctx, boot))
 	step(t, "machine", c.PutMachineConfig(ctx, machine))
-	step(t, "machine update", c.PatchMachineConfig(ctx, firecracker.PartialMachineConfiguration{MemSizeMiB: &memory, TrackDirtyPages: &machine.TrackDirtyPages}))
+	step(t, "machine update",
+		c.PatchMachineConfig(ctx,
+			firecracker.PartialMachineConfiguration{MemSizeMiB: &memory, TrackDirtyPages: &machine.TrackDirtyPages}))
 	step(t, "drive", c.PutDrive(ctx, drive))
 	step(t, "vsock", c.PutVsock(ctx, vsock))
 	step(t, "balloon", c.PutBalloon(ctx, balloon))
@@ -126,8 +138,9 @@ func TestReal_life(t *testing.T) {
 	machine.MemSizeMiB = memory
 	config, err := c.GetVMConfig(ctx)
 	check(t, err, firecracker.FullVMConfiguration{
-		BootSource: &boot, Drives: []firecracker.Drive{drive}, MachineConfig: &machine, NetworkInterfaces: config.NetworkInterfaces,
-		Vsock: &vsock, Balloon: &balloon, Entropy: &firecracker.EntropyDevice{}, Pmem: config.Pmem,
+		BootSource: &boot, Drives: []firecracker.Drive{drive}, MachineConfig: &machine,
+		NetworkInterfaces: config.NetworkInterfaces,
+		Vsock:             &vsock, Balloon: &balloon, Entropy: &firecracker.EntropyDevice{}, Pmem: config.Pmem,
 	}, config)
 	gotMachine, err := c.GetMachineConfig(ctx)
 	check(t, err, machine, gotMachine)
@@ -138,27 +151,33 @@ func TestReal_life(t *testing.T) {
 	step(t, "start", c.InstanceStart(ctx))
 	refusal(t, "second start", c.InstanceStart(ctx), 400, "not supported after starting")
 	step(t, "flush", c.FlushMetrics(ctx))
-	if written, err := os.ReadFile(filepath.Join(dir, "metrics")); err != nil || !bytes.Contains(written, []byte("utc_timestamp_ms")) {
+	if written, err := os.ReadFile(filepath.Join(dir, "metrics")); err != nil ||
+		!bytes.Contains(written, []byte("utc_timestamp_ms")) {
 		t.Errorf("metrics: %v, %q", err, written)
 	}
-	step(t, "drive update", c.PatchDrive(ctx, firecracker.PartialDrive{DriveID: "d_1", PathOnHost: "disk2", RateLimiter: unlimited}))
+	step(t, "drive update",
+		c.PatchDrive(ctx, firecracker.PartialDrive{DriveID: "d_1", PathOnHost: "disk2", RateLimiter: unlimited}))
 	refusal(t, "unknown drive", c.PatchDrive(ctx, firecracker.PartialDrive{DriveID: "d_2", PathOnHost: "disk2"}), 400, "")
 	refusal(t, "balloon without driver", c.PatchBalloon(ctx, 1), 400, "not activated")
 	step(t, "statistics", c.PatchBalloonStats(ctx, 2))
 	step(t, "get statistics", discard((*firecracker.Client).GetBalloonStats)(c, ctx))
-	refusal(t, "snapshot while running", c.CreateSnapshot(ctx, firecracker.SnapshotCreateParams{SnapshotPath: "s", MemFilePath: "m"}), 400, "")
+	refusal(t, "snapshot while running",
+		c.CreateSnapshot(ctx, firecracker.SnapshotCreateParams{SnapshotPath: "s", MemFilePath: "m"}), 400, "")
 	step(t, "pause", c.Pause(ctx))
 	step(t, "second pause", c.Pause(ctx))
 	info, err = c.GetInstanceInfo(ctx)
 	check(t, err, firecracker.StatePaused, info.State)
-	step(t, "snapshot", c.CreateSnapshot(ctx, firecracker.SnapshotCreateParams{SnapshotPath: "s", MemFilePath: "m", SnapshotType: firecracker.SnapshotFull}))
+	step(t, "snapshot",
+		c.CreateSnapshot(ctx,
+			firecracker.SnapshotCreateParams{SnapshotPath: "s", MemFilePath: "m", SnapshotType: firecracker.SnapshotFull}))
 	step(t, "resume", c.Resume(ctx))
 	step(t, "remove the socket", os.Remove(filepath.Join(dir, "v.sock")))
 
 	other := startReal(t, dir, "b.sock")
 	c = newClient(t, other.dial, firecracker.Version{})
 	step(t, "load", c.LoadSnapshot(ctx, firecracker.SnapshotLoadParams{
-		SnapshotPath: "s", ResumeVM: true, MemBackend: &firecracker.MemBackend{BackendType: firecracker.MemBackendFile, BackendPath: "m"},
+		SnapshotPath: "s", ResumeVM: true,
+		MemBackend: &firecracker.MemBackend{BackendType: firecracker.MemBackendFile, BackendPath: "m"},
 	}))
 	info, err = c.GetInstanceInfo(ctx)
 	check(t, err, firecracker.StateRunning, info.State)
@@ -177,8 +196,10 @@ func TestReal_errorBodies(t *testing.T) {
 	if !vmm.version.AtLeast(firecracker.Version{Major: 1, Minor: 14}) {
 		newer := newClient(t, vmm.dial, v1_16_1)
 		refusal(t, "too new a method", newer.DeleteDrive(ctx, "d"), 400, "Unsupported HTTP method")
-		refusal(t, "too new an endpoint", newer.PutSerial(ctx, firecracker.SerialDevice{}), 400, "Invalid request method and/or path")
-		refusal(t, "too new a field", newer.PutNetworkInterface(ctx, firecracker.NetworkInterface{IfaceID: "e", MTU: 1500}), 400, "unknown field")
+		refusal(t, "too new an endpoint", newer.PutSerial(ctx, firecracker.SerialDevice{}), 400,
+			"Invalid request method and/or path")
+		refusal(t, "too new a field", newer.PutNetworkInterface(ctx, firecracker.NetworkInterface{IfaceID: "e", MTU: 1500}),
+			400, "unknown field")
 	}
 
 	for range 10 {
@@ -186,11 +207,13 @@ func TestReal_errorBodies(t *testing.T) {
 		step(t, "dial", err)
 		defer conn.Close()
 	}
-	refusal(t, "eleventh connection", discard((*firecracker.Client).GetInstanceInfo)(newClient(t, vmm.dial, vmm.version), ctx), 503, "Too many open connections")
+	refusal(t, "eleventh connection",
+		discard((*firecracker.Client).GetInstanceInfo)(newClient(t, vmm.dial, vmm.version), ctx), 503,
+		"Too many open connections")
 }
 
-// TestReal_cancel gives calls up at every moment of theirs. A client that then closes its connection kills Firecracker
-// 1.12 within a few tries.
+// TestReal_cancel gives calls up at every moment of theirs. A client that then closes its
+// connection kills Firecracker 1.12 within a few tries.
 func TestReal_cancel(t *testing.T) {
 	vmm, ctx := startReal(t, t.TempDir(), "s"), patience(t)
 	c := newClient(t, vmm.dial, vmm.version)

@@ -5,13 +5,15 @@ import (
 	"net/http"
 )
 
-// RateLimiter bounds a device. In updates, an absent bucket is left as it is and a zero one is removed.
+// RateLimiter bounds a device. In updates, an absent bucket is left as it is and a zero one is
+// removed.
 type RateLimiter struct {
 	Bandwidth *TokenBucket `json:"bandwidth,omitempty"` // in bytes
 	Ops       *TokenBucket `json:"ops,omitempty"`       // in operations
 }
 
-// TokenBucket refills at Size per RefillTimeMs and starts full. A zero Size or RefillTimeMs means unlimited.
+// TokenBucket refills at Size per RefillTimeMs and starts full. A zero Size or RefillTimeMs means
+// unlimited.
 type TokenBucket struct {
 	Size         uint64 `json:"size"`                     // bytes or operations
 	OneTimeBurst uint64 `json:"one_time_burst,omitempty"` // extra tokens spent first, never refilled
@@ -36,7 +38,8 @@ const (
 	IOEngineAsync IOEngine = "Async" // io_uring, developer preview; Linux >= 5.10.51
 )
 
-// Drive is a block device: virtio-block with PathOnHost, or vhost-user-blk with Socket, exactly one of them.
+// Drive is a block device: virtio-block with PathOnHost, or vhost-user-blk with Socket, exactly one
+// of them.
 type Drive struct {
 	DriveID      string       `json:"drive_id"`           // letters, digits and _
 	IsRootDevice bool         `json:"is_root_device"`     // at most one among drives and pmem
@@ -47,13 +50,13 @@ type Drive struct {
 	RateLimiter  *RateLimiter `json:"rate_limiter,omitempty"` // not with Socket
 	IOEngine     IOEngine     `json:"io_engine,omitempty"`    // not with Socket
 	Socket       string       `json:"socket,omitempty"`       // connected to at once; developer preview; no snapshots then
-	// Discard offers the guest discard: what it trims becomes holes in the file. Firecracker >= 1.17; only for a writable drive with
-	// PathOnHost and IOEngineSync.
+	// Discard offers the guest discard: what it trims becomes holes in the file. Firecracker >= 1.17;
+	// only for a writable drive with PathOnHost and IOEngineSync.
 	Discard bool `json:"discard,omitempty" since:"1.17.0"`
 }
 
-// PutDrive creates or replaces a drive before boot. In a started VM it plugs a new one in, other than a root device;
-// that takes Firecracker >= 1.16 with --enable-pci.
+// PutDrive creates or replaces a drive before boot. In a started VM it plugs a new one in, other
+// than a root device; that takes Firecracker >= 1.16 with --enable-pci.
 func (c *Client) PutDrive(ctx context.Context, d Drive) error {
 	return c.sendTo(ctx, http.MethodPut, "/drives", d.DriveID, d)
 }
@@ -65,28 +68,31 @@ type PartialDrive struct {
 	RateLimiter *RateLimiter `json:"rate_limiter,omitempty"`
 }
 
-// PatchDrive points a started VM's drive at another file (or the same, resized), which the guest must not have
-// mounted, or changes its limits. With the id alone it makes a vhost-user drive read its configuration again.
+// PatchDrive points a started VM's drive at another file (or the same, resized), which the guest
+// must not have mounted, or changes its limits. With the id alone it makes a vhost-user drive read
+// its configuration again.
 func (c *Client) PatchDrive(ctx context.Context, d PartialDrive) error {
 	return c.sendTo(ctx, http.MethodPatch, "/drives", d.DriveID, d)
 }
 
-// DeleteDrive unplugs a drive from a started VM with --enable-pci. Firecracker >= 1.16, unpublished.
+// DeleteDrive unplugs a drive from a started VM with --enable-pci. Firecracker >= 1.16,
+// unpublished.
 func (c *Client) DeleteDrive(ctx context.Context, id string) error {
 	return c.sendTo(ctx, http.MethodDelete, "/drives", id, nil)
 }
 
 // Pmem is a virtio-pmem device. Firecracker >= 1.14.
 type Pmem struct {
-	ID          string       `json:"id"`           // letters, digits and _
-	PathOnHost  string       `json:"path_on_host"` // not empty; padded to 2 MiB with memory that is not kept
-	RootDevice  bool         `json:"root_device,omitempty"`
-	ReadOnly    bool         `json:"read_only,omitempty"`                   // a write kills the VM on aarch64
-	RateLimiter *RateLimiter `json:"rate_limiter,omitempty" since:"1.16.0"` // Firecracker >= 1.16; of flushes, each of the whole file
+	ID         string `json:"id"`           // letters, digits and _
+	PathOnHost string `json:"path_on_host"` // not empty; padded to 2 MiB with memory that is not kept
+	RootDevice bool   `json:"root_device,omitempty"`
+	ReadOnly   bool   `json:"read_only,omitempty"` // a write kills the VM on aarch64
+	// Firecracker >= 1.16; of flushes, each of the whole file
+	RateLimiter *RateLimiter `json:"rate_limiter,omitempty" since:"1.16.0"`
 }
 
-// PutPmem creates or replaces a device before boot, Firecracker >= 1.14; in a started VM with --enable-pci it plugs a
-// new one in, Firecracker >= 1.16.
+// PutPmem creates or replaces a device before boot, Firecracker >= 1.14; in a started VM with
+// --enable-pci it plugs a new one in, Firecracker >= 1.16.
 func (c *Client) PutPmem(ctx context.Context, p Pmem) error {
 	return c.sendTo(ctx, http.MethodPut, "/pmem", p.ID, p)
 }
@@ -102,7 +108,8 @@ func (c *Client) PatchPmem(ctx context.Context, p PartialPmem) error {
 	return c.sendTo(ctx, http.MethodPatch, "/pmem", p.ID, p)
 }
 
-// DeletePmem unplugs a device from a started VM with --enable-pci. Firecracker >= 1.16, unpublished.
+// DeletePmem unplugs a device from a started VM with --enable-pci. Firecracker >= 1.16,
+// unpublished.
 func (c *Client) DeletePmem(ctx context.Context, id string) error {
 	return c.sendTo(ctx, http.MethodDelete, "/pmem", id, nil)
 }

@@ -22,8 +22,9 @@ var (
 	v1_16_1 = firecracker.Version{Major: 1, Minor: 16, Patch: 1}
 )
 
-// listen serves connections on a unix socket with handle, which gets the connection's number, from 1. It returns how
-// to dial it and the number of connections so far. The test waits for every handle to end.
+// listen serves connections on a unix socket with handle, which gets the connection's number, from
+// 1. It returns how to dial it and the number of connections so far. The test waits for every
+// handle to end.
 func listen(t *testing.T, handle func(conn net.Conn, number int)) (firecracker.DialFunc, *atomic.Int64) {
 	t.Helper()
 	path := testenv.Socket(t, filepath.Join(t.TempDir(), "s"))
@@ -56,7 +57,8 @@ func listen(t *testing.T, handle func(conn net.Conn, number int)) (firecracker.D
 	return func(ctx context.Context) (net.Conn, error) { return dialer.DialContext(ctx, "unix", path) }, &count
 }
 
-// newClient returns a client that is closed before the server of an earlier listen waits for its handlers.
+// newClient returns a client that is closed before the server of an earlier listen waits for its
+// handlers.
 func newClient(t *testing.T, dial firecracker.DialFunc, v firecracker.Version) *firecracker.Client {
 	t.Helper()
 	c := firecracker.New(dial, v)
@@ -68,7 +70,8 @@ func newClient(t *testing.T, dial firecracker.DialFunc, v firecracker.Version) *
 	return c
 }
 
-// answer is how Firecracker frames an answer: without a reason phrase, and without a length for 204.
+// answer is how Firecracker frames an answer: without a reason phrase, and without a length for
+// 204.
 func answer(status int, body string) string {
 	if status == http.StatusNoContent {
 		return "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"

@@ -11,7 +11,8 @@ import (
 // MinVersion is the oldest Firecracker this package speaks to. Callers refuse older ones.
 var MinVersion = Version{Major: 1, Minor: 7, Patch: 0}
 
-// OldestSupported is the oldest release whose series upstream still mends. This package speaks to older ones too.
+// OldestSupported is the oldest release whose series upstream still mends. This package speaks to
+// older ones too.
 var OldestSupported = Version{Major: 1, Minor: 16, Patch: 0}
 
 // maxVersionLen bounds what is looked at, and quoted in errors, as a version.
@@ -22,8 +23,8 @@ type Version struct {
 	Major, Minor, Patch int
 }
 
-// ParseVersion reads "1.12.1" or "v1.12.1". A suffix, as in "1.17.0-dev", is dropped: a development build counts as
-// the release it leads to.
+// ParseVersion reads "1.12.1" or "v1.12.1". A suffix, as in "1.17.0-dev", is dropped: a development
+// build counts as the release it leads to.
 func ParseVersion(s string) (Version, error) {
 	text := strings.TrimPrefix(s, "v")
 	if len(s) > maxVersionLen {
@@ -48,9 +49,9 @@ func ParseVersion(s string) (Version, error) {
 	return Version{Major: numbers[0], Minor: numbers[1], Patch: numbers[2]}, nil
 }
 
-// ParseVersionOutput reads the version out of what `firecracker --version` or `jailer --version` printed. Program is
-// the name the first line must begin with, "Firecracker" or "Jailer". Later lines are skipped, because the VMM logs
-// there.
+// ParseVersionOutput reads the version out of what `firecracker --version` or `jailer --version`
+// printed. Program is the name the first line must begin with, "Firecracker" or "Jailer". Later
+// lines are skipped, because the VMM logs there.
 func ParseVersionOutput(program string, output []byte) (Version, error) {
 	line, _, _ := bytes.Cut(output, []byte("\n"))
 	text := string(bytes.TrimSpace(line[:min(len(line), 2*maxVersionLen)]))

@@ -95,7 +95,10 @@ func TestVersion_Compare(t *testing.T) {
 }
 
 func FuzzParseVersion(f *testing.F) {
-	for _, seed := range []string{"v1.12.1", "1.17.0-dev", "1.2", "Firecracker v1.16.1\n", "65535.65535.65535", "1.2.3-\xff"} {
+	for _, seed := range []string{
+		"v1.12.1", "1.17.0-dev", "1.2", "Firecracker v1.16.1\n", "65535.65535.65535",
+		"1.2.3-\xff",
+	} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
@@ -106,7 +109,8 @@ func FuzzParseVersion(f *testing.F) {
 				t.Errorf("%q is %v, and that is %v, %v", text, v, again, err)
 			}
 		}
-		if v, err := firecracker.ParseVersionOutput("Firecracker", []byte("Firecracker "+text)); err == nil && v.Compare(v) != 0 {
+		if v, err := firecracker.ParseVersionOutput("Firecracker", []byte("Firecracker "+text)); err == nil &&
+			v.Compare(v) != 0 {
 			t.Errorf("%v is not itself", v)
 		}
 	})

@@ -18,7 +18,8 @@ import (
 // version is that of the format. Host and guest are built together, so there are no others to read.
 const version = "1"
 
-// magic begins a block. Behind it stand the version and the length of the JSON in bytes, then the JSON on a line of its own.
+// magic begins a block. Behind it stand the version and the length of the JSON in bytes, then the
+// JSON on a line of its own.
 const magic = "smartvm-boot "
 
 const (
@@ -28,7 +29,8 @@ const (
 	blockSize = 4096
 )
 
-// ModuleList is the file in an initramfs that lists its kernel modules: their paths, one a line, in the order of insertion.
+// ModuleList is the file in an initramfs that lists its kernel modules: their paths, one a line, in
+// the order of insertion.
 const ModuleList = "/modules"
 
 // Types of a root file system.
@@ -48,36 +50,44 @@ var (
 	ErrTooLarge = errors.New("too large for the guest's agent")
 )
 
-// Boot says how a guest boots. Its first program reads it from a small read-only drive, which it knows by how it begins, whatever the
-// drive's place. Text is UTF-8 without NUL.
+// Boot says how a guest boots. Its first program reads it from a small read-only drive, which it
+// knows by how it begins, whatever the drive's place. Text is UTF-8 without NUL.
 type Boot struct {
 	RootDevice string `json:"rootDevice"` // of the image: /dev/vda
 	RootType   string `json:"rootType"`   // Ext4, Squashfs or Erofs
-	// ScratchDevice is an ext4 file system that takes what is written over the root. Empty: the root is used as it is,
-	// written to where its drive and its type allow.
+	// ScratchDevice is an ext4 file system that takes what is written over the root. Empty: the root
+	// is used as it is, written to where its drive and its type allow.
 	ScratchDevice string `json:"scratchDevice,omitempty"`
-	// ModulesDevice is an ext4 file system with the kernel's modules, which belongs on /lib/modules/RELEASE. Empty: there are none.
+	// ModulesDevice is an ext4 file system with the kernel's modules, which belongs on
+	// /lib/modules/RELEASE. Empty: there are none.
 	ModulesDevice string `json:"modulesDevice,omitempty"`
 	Hostname      string `json:"hostname,omitempty"`
-	// Command is run as the image's only program, or with Init becomes process 1. Empty: the image's own init does.
+	// Command is run as the image's only program, or with Init becomes process 1. Empty: the image's
+	// own init does.
 	Command []string `json:"command,omitempty"`
-	// Init says that Command is an init: it runs as root, whatever User says, has the console, and ends with the VM.
+	// Init says that Command is an init: it runs as root, whatever User says, has the console, and
+	// ends with the VM.
 	Init bool     `json:"init,omitempty"`
 	Env  []string `json:"env,omitempty"` // NAME=VALUE; of two of a name the later one counts
 	// User is "name", "uid", "name:group", "uid:gid" or a mix; names are the image's. Empty: root.
 	User       string `json:"user,omitempty"`
 	WorkingDir string `json:"workingDir,omitempty"` // absolute; made if it is not there. Empty: /
-	// Directories are made, as root's, where the image has nothing: its VOLUMEs. Absolute; at most MaxDirectories.
+	// Directories are made, as root's, where the image has nothing: its VOLUMEs. Absolute; at most
+	// MaxDirectories.
 	Directories []string `json:"directories,omitempty"`
 	StopSignal  string   `json:"stopSignal,omitempty"` // for ParseSignal. Empty: SIGTERM
-	// Attach has Command wait for the host, whose streams it gets, see OpMain. Otherwise it has the console at once.
+	// Attach has Command wait for the host, whose streams it gets, see OpMain. Otherwise it has the
+	// console at once.
 	Attach bool `json:"attach,omitempty"`
-	// Secrets says that the host has more for the command, or the image's init, than stands here: it waits for OpSecrets.
-	Secrets   bool   `json:"secrets,omitempty"`
-	MachineID string `json:"machineId,omitempty"` // 32 hexadecimal digits, for /etc/machine-id. Empty: the image's own stays
+	// Secrets says that the host has more for the command, or the image's init, than stands here: it
+	// waits for OpSecrets.
+	Secrets bool `json:"secrets,omitempty"`
+	// 32 hexadecimal digits, for /etc/machine-id. Empty: the image's own stays
+	MachineID string `json:"machineId,omitempty"`
 
-	// Volumes are copies of what the host has. VolumeDevice is an ext4 file system with a directory for each, named after its
-	// number, and ChangesDevice one that takes what is written. Without any Volumes it is mounted in ChangesDir, for the host to read.
+	// Volumes are copies of what the host has. VolumeDevice is an ext4 file system with a directory
+	// for each, named after its number, and ChangesDevice one that takes what is written. Without any
+	// Volumes it is mounted in ChangesDir, for the host to read.
 	Volumes       []Volume `json:"volumes,omitempty"`
 	VolumeDevice  string   `json:"volumeDevice,omitempty"`
 	ChangesDevice string   `json:"changesDevice,omitempty"`
@@ -106,7 +116,8 @@ type Volume struct {
 	ReadOnly bool   `json:"readOnly,omitempty"` // nothing of it is on ChangesDevice
 }
 
-// Disk is a drive whose directory DiskDir is mounted at Target. Where there is no such directory it is made, of what is at Target.
+// Disk is a drive whose directory DiskDir is mounted at Target. Where there is no such directory it
+// is made, of what is at Target.
 type Disk struct {
 	Device   string `json:"device"`
 	Target   string `json:"target"` // absolute; made if it is not there
@@ -118,8 +129,8 @@ const (
 	DiskDir = "volume"
 	// VolumeFile is the name of a volume that is a file, in its directory.
 	VolumeFile = "file"
-	// ChangesDir is where a guest mounts a ChangesDevice that is none of its own. In it each volume has a directory of its number, in
-	// that UpperDir, a layer of overlayfs.
+	// ChangesDir is where a guest mounts a ChangesDevice that is none of its own. In it each volume
+	// has a directory of its number, in that UpperDir, a layer of overlayfs.
 	ChangesDir = "/run/smartvm/changes"
 	UpperDir   = "upper"
 )
@@ -146,7 +157,8 @@ const (
 	maxHosts      = 128
 )
 
-// Encode returns the block for the drive: a multiple of 4096 bytes, at most MaxSize. Returns ErrInvalid, ErrTooLarge.
+// Encode returns the block for the drive: a multiple of 4096 bytes, at most MaxSize. Returns
+// ErrInvalid, ErrTooLarge.
 func (b *Boot) Encode() ([]byte, error) {
 	if err := b.validate(); err != nil {
 		return nil, err
@@ -229,11 +241,15 @@ func (b *Boot) validate() error {
 		return invalid("command without a name")
 	case b.WorkingDir != "" && b.WorkingDir[0] != '/':
 		return invalid("working directory %q is not absolute", b.WorkingDir)
-	case len(b.Directories) > MaxDirectories || slices.ContainsFunc(b.Directories, func(d string) bool { return !isTarget(d) }):
+	case len(b.Directories) > MaxDirectories || slices.ContainsFunc(b.Directories, func(d string) bool {
+		return !isTarget(d)
+	}):
 		return invalid("directories %q", b.Directories)
 	case b.VolumeDevice != "" && !isDevice(b.VolumeDevice) || b.ChangesDevice != "" && !isDevice(b.ChangesDevice):
 		return invalid("volumes on %q and %q", b.VolumeDevice, b.ChangesDevice)
-	case len(b.Volumes) > 0 && b.VolumeDevice == "" || slices.ContainsFunc(b.Volumes, func(v Volume) bool { return !v.isValid(b) }):
+	case len(b.Volumes) > 0 && b.VolumeDevice == "" || slices.ContainsFunc(b.Volumes, func(v Volume) bool {
+		return !v.isValid(b)
+	}):
 		return invalid("volumes %v", b.Volumes)
 	case slices.ContainsFunc(b.Disks, func(d Disk) bool { return !isDevice(d.Device) || !isTarget(d.Target) }):
 		return invalid("disks %v", b.Disks)
@@ -247,7 +263,8 @@ func (b *Boot) validate() error {
 
 func (b *Boot) validateNetwork(invalid func(string, ...any) error) error {
 	if len(b.Interfaces) > maxInterfaces || len(b.DNS) > maxDNS || len(b.Search) > maxSearch || len(b.Hosts) > maxHosts {
-		return invalid("%d interfaces, %d DNS servers, %d search domains, %d hosts", len(b.Interfaces), len(b.DNS), len(b.Search), len(b.Hosts))
+		return invalid("%d interfaces, %d DNS servers, %d search domains, %d hosts", len(b.Interfaces), len(b.DNS),
+			len(b.Search), len(b.Hosts))
 	}
 	for _, i := range b.Interfaces {
 		mac, err := net.ParseMAC(i.MAC)

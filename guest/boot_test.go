@@ -23,8 +23,9 @@ var addresses = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
 
 func full() *guest.Boot {
 	return &guest.Boot{
-		RootDevice: "/dev/vda", RootType: guest.Squashfs, ScratchDevice: "/dev/vdb", ModulesDevice: "/dev/vdd", Hostname: "web-1.example",
-		Command: []string{"/bin/sh", "-c", "echo '<&>' ü\n"}, Env: []string{"A=1", "B="},
+		RootDevice: "/dev/vda", RootType: guest.Squashfs, ScratchDevice: "/dev/vdb", ModulesDevice: "/dev/vdd",
+		Hostname: "web-1.example",
+		Command:  []string{"/bin/sh", "-c", "echo '<&>' ü\n"}, Env: []string{"A=1", "B="},
 		User: "web:1000", WorkingDir: "/srv", Init: true, Directories: []string{"/data", "/srv/db"}, StopSignal: "SIGRTMIN+3",
 		Interfaces: []guest.Interface{{
 			MAC: "06:00:ac:10:00:02", Name: "eth0", MTU: 1400,
@@ -169,7 +170,8 @@ func TestParseSignal(t *testing.T) {
 	for text, want := range map[string]syscall.Signal{
 		"SIGTERM": syscall.SIGTERM, "term": syscall.SIGTERM, "sigquit": syscall.SIGQUIT, "9": syscall.SIGKILL, "64": 64,
 		"SIGRTMIN": 34, "RTMIN+3": 37, "SIGRTMAX-1": 63, "SIGRTMAX": 64,
-		"": 0, "0": 0, "65": 0, "-1": 0, "+15": 0, "SIG": 0, "SIG15": 0, "SIGRTMIN-1": 0, "SIGRTMIN+31": 0, "SIGRTMAX+1": 0, "RTMIN3": 0,
+		"": 0, "0": 0, "65": 0, "-1": 0, "+15": 0, "SIG": 0, "SIG15": 0, "SIGRTMIN-1": 0, "SIGRTMIN+31": 0,
+		"SIGRTMAX+1": 0, "RTMIN3": 0,
 		"RTMAX-99": 0, "RTMIN+999999999999": 0, "TERMINATE": 0,
 	} {
 		got, err := guest.ParseSignal(text)
@@ -210,7 +212,10 @@ func FuzzDecode(f *testing.F) {
 
 // Drives are called as Linux does (virtblk_name_format in drivers/block/virtio_blk.c).
 func TestDriveDevice(t *testing.T) {
-	for n, want := range map[int]string{1: "/dev/vda", 26: "/dev/vdz", 27: "/dev/vdaa", 52: "/dev/vdaz", 53: "/dev/vdba", 702: "/dev/vdzz", 703: "/dev/vdaaa"} {
+	for n, want := range map[int]string{
+		1: "/dev/vda", 26: "/dev/vdz", 27: "/dev/vdaa", 52: "/dev/vdaz", 53: "/dev/vdba",
+		702: "/dev/vdzz", 703: "/dev/vdaaa",
+	} {
 		if got := guest.DriveDevice(n); got != want {
 			t.Errorf("drive %d: %s, want %s", n, got, want)
 		}

@@ -1,4 +1,5 @@
-// Package guest has what a VM's guest is asked for and what it answers: programs, copies, how it is.
+// Package guest has what a VM's guest is asked for and what it answers: programs, copies, how it
+// is.
 package guest
 
 import (
@@ -36,7 +37,8 @@ type Cmd struct {
 
 // Exit is how a program in a guest ended.
 type Exit struct {
-	Code   int            `json:"code"`             // 128 and the signal's number if a signal ended it, 127 and 126 if it could not be run
+	// 128 and the signal's number if a signal ended it, 127 and 126 if it could not be run
+	Code   int            `json:"code"`
 	Signal syscall.Signal `json:"signal,omitempty"` // that ended it
 	Reason string         `json:"reason,omitempty"` // why it could not be run
 }

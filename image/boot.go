@@ -24,14 +24,18 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// BootOptions say how an image is to boot, in place of what it says itself. The zero value changes nothing.
+// BootOptions say how an image is to boot, in place of what it says itself. The zero value changes
+// nothing.
 type BootOptions struct {
-	// Kernel is the name of the image whose kernel is used, or HostKernel. Empty: the image's own, else DefaultKernel's.
+	// Kernel is the name of the image whose kernel is used, or HostKernel. Empty: the image's own,
+	// else DefaultKernel's.
 	Kernel string
 	// NoKernel says that the caller brings a kernel.
-	NoKernel   bool
-	Command    []string // replaces the image's Cmd, as with docker run
-	Entrypoint []string // replaces the image's Entrypoint, and its Cmd; empty, but not nil, or one empty element clears both
+	NoKernel bool
+	Command  []string // replaces the image's Cmd, as with docker run
+	// replaces the image's Entrypoint, and its Cmd; empty, but not nil, or one empty element clears
+	// both
+	Entrypoint []string
 	Systemd    string   // when the command is process 1: see spec.Spec
 	Env        []string // NAME=VALUE, added
 	User       string
@@ -47,15 +51,19 @@ type Boot struct {
 	Root, RootType string // path of the root file system; "": the initramfs is all there is
 	CopyRoot       bool   // the guest writes its root: it needs a copy
 	Modules        string // path of an ext4 file system with the kernel's modules, for Guest; "": there is none
-	// Guest is what the initramfs reads from a drive of its own; nil: the initramfs is not ours, and there is no overlay.
+	// Guest is what the initramfs reads from a drive of its own; nil: the initramfs is not ours, and
+	// there is no overlay.
 	Guest *guest.Boot
-	// Users are directories in which the VM says that it uses what is here, by a symbolic link to its own directory.
+	// Users are directories in which the VM says that it uses what is here, by a symbolic link to its
+	// own directory.
 	Users []string
-	// Release lets others remove what the VM has not yet said that it uses. It is called once, and never nil.
+	// Release lets others remove what the VM has not yet said that it uses. It is called once, and
+	// never nil.
 	Release func() error
 }
 
-// QuietBootArgs is the kernel command line of an image that has none and whose command's output is what counts.
+// QuietBootArgs is the kernel command line of an image that has none and whose command's output is
+// what counts.
 const QuietBootArgs = spec.DefaultBootArgs + " quiet"
 
 // Devices of a guest that our initramfs boots: the order of its drives.
@@ -64,8 +72,8 @@ const (
 	scratchDevice = "/dev/vdb"
 )
 
-// Boot finds all that a VM of an image needs, checks it, and makes what is missing. Nothing of it is removed until the
-// caller releases it. Returns ErrNotFound, ErrCorrupt, ErrNoKernel.
+// Boot finds all that a VM of an image needs, checks it, and makes what is missing. Nothing of it
+// is removed until the caller releases it. Returns ErrNotFound, ErrCorrupt, ErrNoKernel.
 func (s *Store) Boot(ctx context.Context, name string, o BootOptions) (b *Boot, err error) {
 	release, err := s.Hold(ctx)
 	if err != nil {
@@ -191,7 +199,8 @@ func (s *Store) keep(b *Boot, o *object) {
 // bootInitramfs stores an initramfs of the agent and a kernel's modules, if it is not there.
 func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *object) error {
 	if len(s.opts.Agent) == 0 {
-		return hint.Add(errors.New("this smartvm was built without its guest agent"), "build it with make, or in a program of your own set Options.Images.Agent")
+		return hint.Add(errors.New("this smartvm was built without its guest agent"),
+			"build it with make, or in a program of your own set Options.Images.Agent")
 	}
 	h := sha256.New()
 	h.Write(s.opts.Agent)
@@ -202,18 +211,19 @@ func (s *Store) bootInitramfs(ctx context.Context, b *Boot, modules *object) err
 	o, err := s.objects.Use(ctx, id, false)
 	if isNotExist(err) {
 		o, err = s.objects.Build(ctx, func(dir string) (*object, error) {
-			return &object{ID: id, Files: []file{{Name: initrdFile}}}, bootfiles.Create(filepath.Join(dir, initrdFile), func(w io.Writer) error {
-				if err := initramfs.Build(w, initramfs.Options{Agent: s.opts.Agent}); err != nil || modules == nil {
-					return err
-				}
-				// The kernel takes one archive after the other.
-				f, err := os.Open(filepath.Join(s.objects.Dir(modules.ID), modulesFile))
-				if err != nil {
-					return err
-				}
-				_, err = io.Copy(w, f)
-				return errors.Join(err, f.Close())
-			})
+			return &object{ID: id, Files: []file{{Name: initrdFile}}},
+				bootfiles.Create(filepath.Join(dir, initrdFile), func(w io.Writer) error {
+					if err := initramfs.Build(w, initramfs.Options{Agent: s.opts.Agent}); err != nil || modules == nil {
+						return err
+					}
+					// The kernel takes one archive after the other.
+					f, err := os.Open(filepath.Join(s.objects.Dir(modules.ID), modulesFile))
+					if err != nil {
+						return err
+					}
+					_, err = io.Copy(w, f)
+					return errors.Join(err, f.Close())
+				})
 		})
 	}
 	if err != nil {
@@ -236,7 +246,8 @@ func guestConfig(b *Boot, o BootOptions) *guest.Boot {
 	}
 	return &guest.Boot{
 		RootDevice: rootDevice, RootType: b.RootType, ScratchDevice: scratchDevice,
-		Hostname: o.Hostname, Command: run, Init: becomesInit(run, c, o), Env: slices.Concat(slices.DeleteFunc(slices.Clone(c.Env), unnamed), o.Env),
+		Hostname: o.Hostname, Command: run, Init: becomesInit(run, c, o),
+		Env:  slices.Concat(slices.DeleteFunc(slices.Clone(c.Env), unnamed), o.Env),
 		User: cmp.Or(o.User, c.User), WorkingDir: dir, StopSignal: signal, Directories: c.Volumes,
 	}
 }
@@ -258,9 +269,10 @@ func command(c oci.Config, o BootOptions) []string {
 	return slices.Concat(c.Entrypoint, c.Cmd)
 }
 
-// becomesInit says whether a command boots the guest as its process 1. What is an init is podman's rule (podman-run(1), --systemd), which looks
-// behind the shell that a Dockerfile's CMD without brackets has. Podman runs all else as process 1 too; so here does an image that says by
-// itself that its entrypoint is to prepare the way for an init, its last argument (kindest/node).
+// becomesInit says whether a command boots the guest as its process 1. What is an init is podman's
+// rule (podman-run(1), --systemd), which looks behind the shell that a Dockerfile's CMD without
+// brackets has. Podman runs all else as process 1 too; so here does an image that says by itself
+// that its entrypoint is to prepare the way for an init, its last argument (kindest/node).
 func becomesInit(command []string, c oci.Config, o BootOptions) bool {
 	if len(command) == 0 || o.Systemd == spec.SystemdFalse {
 		return false
@@ -275,5 +287,6 @@ func becomesInit(command []string, c oci.Config, o BootOptions) bool {
 }
 
 func isInit(program string) bool {
-	return path.Base(program) == "systemd" || slices.Contains([]string{"/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init"}, program)
+	return path.Base(program) == "systemd" ||
+		slices.Contains([]string{"/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init"}, program)
 }

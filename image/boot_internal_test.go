@@ -36,11 +36,13 @@ func TestGuestConfig_Command(t *testing.T) {
 // What an image says is done as docker does it, also where it says it oddly.
 func TestGuestConfig_Image(t *testing.T) {
 	c := oci.Config{
-		Cmd: []string{"a"}, Env: []string{"A=1", "B", "=x", "C="}, User: "web:", WorkingDir: "srv/../app/", StopSignal: "SIGRTMIN+3", Volumes: []string{"/data", "/y"},
+		Cmd: []string{"a"}, Env: []string{"A=1", "B", "=x", "C="}, User: "web:", WorkingDir: "srv/../app/",
+		StopSignal: "SIGRTMIN+3", Volumes: []string{"/data", "/y"},
 	}
 	got := guestConfig(&Boot{Image: &Image{Config: c}}, BootOptions{Env: []string{"D=2"}})
 	want := &guest.Boot{
-		RootDevice: rootDevice, ScratchDevice: scratchDevice, Command: []string{"a"}, Env: []string{"A=1", "C=", "D=2"}, User: "web:", WorkingDir: "/app",
+		RootDevice: rootDevice, ScratchDevice: scratchDevice, Command: []string{"a"}, Env: []string{"A=1", "C=", "D=2"},
+		User: "web:", WorkingDir: "/app",
 		StopSignal: "SIGRTMIN+3", Directories: []string{"/data", "/y"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -52,7 +54,8 @@ func TestGuestConfig_Image(t *testing.T) {
 	}
 	for signal, want := range map[string]string{"SIGNOTHING": "", "": "", "9": "9", "SIGINT": "SIGINT"} {
 		c.StopSignal = signal
-		if got := guestConfig(&Boot{Image: &Image{Config: c}}, BootOptions{WorkingDir: "/w"}); got.StopSignal != want || got.WorkingDir != "/w" {
+		if got := guestConfig(&Boot{Image: &Image{Config: c}}, BootOptions{WorkingDir: "/w"}); got.StopSignal != want ||
+			got.WorkingDir != "/w" {
 			t.Errorf("%q: got %q in %q", signal, got.StopSignal, got.WorkingDir)
 		}
 	}
@@ -72,13 +75,25 @@ func TestGuestConfig_Init(t *testing.T) {
 		{"/lib/systemd/systemd", "--unit=rescue.target"},
 		{"/bin/sh", "-c", "/usr/sbin/init"},
 	}
-	others := [][]string{{"/bin/bash"}, {"init"}, {"/init"}, {"/bin/init"}, {"/opt/sbin/init"}, {"/usr/bin/systemd-run"}, {"/bin/sh", "-c"}, {"/bin/bash", "-c", "/sbin/init"}, {"env", "/sbin/init"}}
+	others := [][]string{
+		{"/bin/bash"},
+		{"init"},
+		{"/init"},
+		{"/bin/init"},
+		{"/opt/sbin/init"},
+		{"/usr/bin/systemd-run"},
+		{"/bin/sh", "-c"},
+		{"/bin/bash", "-c", "/sbin/init"},
+		{"env", "/sbin/init"},
+	}
 	rows := []row{{nil, spec.SystemdAlways, false}} // the image's own init is, whatever is asked for
 	for _, c := range inits {
-		rows = append(rows, row{c, "", true}, row{c, spec.SystemdTrue, true}, row{c, spec.SystemdFalse, false}, row{c, spec.SystemdAlways, true})
+		rows = append(rows, row{c, "", true}, row{c, spec.SystemdTrue, true}, row{c, spec.SystemdFalse, false},
+			row{c, spec.SystemdAlways, true})
 	}
 	for _, c := range others {
-		rows = append(rows, row{c, "", false}, row{c, spec.SystemdTrue, false}, row{c, spec.SystemdFalse, false}, row{c, spec.SystemdAlways, true})
+		rows = append(rows, row{c, "", false}, row{c, spec.SystemdTrue, false}, row{c, spec.SystemdFalse, false},
+			row{c, spec.SystemdAlways, true})
 	}
 	for _, r := range rows {
 		// It makes no difference who says what the command is.
@@ -101,14 +116,26 @@ func TestGuestConfig_Prepared(t *testing.T) {
 		o    BootOptions
 		want bool
 	}{
-		"kind":             {oci.Config{Entrypoint: []string{"/entrypoint", "/sbin/init"}}, BootOptions{}, true},
-		"command":          {oci.Config{Entrypoint: entry, Cmd: []string{"/lib/systemd/systemd"}}, BootOptions{}, true},
-		"against it":       {oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}}, BootOptions{Systemd: spec.SystemdFalse}, false},
-		"another command":  {oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}}, BootOptions{Command: []string{"sh"}}, false},
-		"a file's name":    {oci.Config{Entrypoint: []string{"cat"}}, BootOptions{Command: []string{"/sbin/init"}}, false},
-		"no entrypoint":    {oci.Config{Cmd: []string{"ls", "/sbin/init"}}, BootOptions{}, false},
-		"an unclear name":  {oci.Config{Entrypoint: entry, Cmd: []string{"systemd"}}, BootOptions{}, false},
-		"another entry":    {oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}}, BootOptions{Entrypoint: []string{"/x"}}, false},
+		"kind":    {oci.Config{Entrypoint: []string{"/entrypoint", "/sbin/init"}}, BootOptions{}, true},
+		"command": {oci.Config{Entrypoint: entry, Cmd: []string{"/lib/systemd/systemd"}}, BootOptions{}, true},
+		"against it": {
+			oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}},
+			BootOptions{Systemd: spec.SystemdFalse},
+			false,
+		},
+		"another command": {
+			oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}},
+			BootOptions{Command: []string{"sh"}},
+			false,
+		},
+		"a file's name":   {oci.Config{Entrypoint: []string{"cat"}}, BootOptions{Command: []string{"/sbin/init"}}, false},
+		"no entrypoint":   {oci.Config{Cmd: []string{"ls", "/sbin/init"}}, BootOptions{}, false},
+		"an unclear name": {oci.Config{Entrypoint: entry, Cmd: []string{"systemd"}}, BootOptions{}, false},
+		"another entry": {
+			oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init"}},
+			BootOptions{Entrypoint: []string{"/x"}},
+			false,
+		},
 		"not its last one": {oci.Config{Entrypoint: entry, Cmd: []string{"/sbin/init", "-v"}}, BootOptions{}, false},
 	} {
 		if got := guestConfig(&Boot{Image: &Image{Config: tt.c}}, tt.o); got.Init != tt.want {

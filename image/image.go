@@ -19,14 +19,15 @@ type Image struct {
 	Name    string    `json:"name"`
 	Created time.Time `json:"created"` // when it came here
 	Source  string    `json:"source"`  // where from: a reference, or "import"
-	// ID is what it is, under whatever name, in 64 hexadecimal digits: of what a registry or an archive has, the configuration's
-	// SHA-256, as with docker. Digest is the manifest's, and Index that of the index that has it, if it was pulled by one.
+	// ID is what it is, under whatever name, in 64 hexadecimal digits: of what a registry or an
+	// archive has, the configuration's SHA-256, as with docker. Digest is the manifest's, and Index
+	// that of the index that has it, if it was pulled by one.
 	ID     string `json:"id,omitempty"`
 	Digest string `json:"digest,omitempty"`
 	Index  string `json:"index,omitempty"`
 	Arch   string `json:"arch"`
-	// Root, Kernel, Modules (the kernel's, all of them) and Initrd are ids of objects. An image without a kernel boots with
-	// another's, or the host's.
+	// Root, Kernel, Modules (the kernel's, all of them) and Initrd are ids of objects. An image
+	// without a kernel boots with another's, or the host's.
 	Root    string `json:"root,omitempty"`
 	Kernel  string `json:"kernel,omitempty"`
 	Modules string `json:"modules,omitempty"`
@@ -39,7 +40,8 @@ type Image struct {
 	Config   oci.Config   `json:"config,omitzero"`    // what it runs, if it says so
 	About    config.About `json:"about,omitzero"`
 	Layers   []string     `json:"layers,omitempty"` // digests of the compressed layers that are kept for other images
-	// Stamp is what was looked at when a kernel was taken from the host: it is taken again when that changes.
+	// Stamp is what was looked at when a kernel was taken from the host: it is taken again when that
+	// changes.
 	Stamp string `json:"stamp,omitempty"`
 	// Replaced is another image that had the name until now. It is not stored.
 	Replaced *Image `json:"-"`
@@ -117,8 +119,8 @@ func (s *Store) missing(i *Image) (all []string) {
 	return all
 }
 
-// Restore pulls an image again if parts of it are not here and there is where to get them from: a bundle may have made room
-// for others.
+// Restore pulls an image again if parts of it are not here and there is where to get them from: a
+// bundle may have made room for others.
 func (s *Store) Restore(ctx context.Context, i *Image) (*Image, error) {
 	if len(s.missing(i)) == 0 || i.Source == ImportSource || oci.Local(i.Source) {
 		return i, nil
@@ -126,7 +128,8 @@ func (s *Store) Restore(ctx context.Context, i *Image) (*Image, error) {
 	return s.Pull(ctx, i.Source, i.Name)
 }
 
-// Verify reads all of an image and compares it with what was stored. Returns ErrCorrupt, ErrNotFound.
+// Verify reads all of an image and compares it with what was stored. Returns ErrCorrupt,
+// ErrNotFound.
 func (s *Store) Verify(ctx context.Context, name string) error {
 	release, err := s.Hold(ctx)
 	if err != nil {

@@ -23,13 +23,14 @@ import (
 // ImportOptions say what an image is made of. Name and one of Kernel and Rootfs are required.
 type ImportOptions struct {
 	Name string
-	// Kernel is the path of a vmlinux or bzImage, or HostKernel. An image with a kernel and nothing else lends it to others.
+	// Kernel is the path of a vmlinux or bzImage, or HostKernel. An image with a kernel and nothing
+	// else lends it to others.
 	Kernel string
-	// Modules is the kernel's unpacked /lib/modules/RELEASE, or the directory above. Empty: what a guest needs is built
-	// in; for HostKernel the host's.
+	// Modules is the kernel's unpacked /lib/modules/RELEASE, or the directory above. Empty: what a
+	// guest needs is built in; for HostKernel the host's.
 	Modules string
-	// Rootfs is the path of a directory, a tar (plain, gzip, xz, zstd or bzip2), or an ext4, squashfs or erofs image; "-" for a tar
-	// that is read from Stdin.
+	// Rootfs is the path of a directory, a tar (plain, gzip, xz, zstd or bzip2), or an ext4, squashfs
+	// or erofs image; "-" for a tar that is read from Stdin.
 	Rootfs string
 	Stdin  io.Reader
 	// Initrd is the path of an initramfs that boots by itself, in place of ours. It needs Kernel.
@@ -61,8 +62,9 @@ func (o *ImportOptions) check() (config.Config, error) {
 	return runs, errors.Join(errs...)
 }
 
-// Import makes an image of files of this machine, which are only read, and gives it a name, in place of what had it.
-// Errors that are fs.ErrInvalid are the caller's; ErrNoKernel says that this machine's kernel was not found.
+// Import makes an image of files of this machine, which are only read, and gives it a name, in
+// place of what had it. Errors that are fs.ErrInvalid are the caller's; ErrNoKernel says that this
+// machine's kernel was not found.
 func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 	runs, err := o.check()
 	if err != nil {
@@ -70,7 +72,8 @@ func (s *Store) Import(ctx context.Context, o ImportOptions) (*Image, error) {
 	}
 	err = s.locks.Begin()
 	i := &Image{
-		Name: imagename.Familiar(o.Name), Source: ImportSource, Arch: s.opts.Arch, BootArgs: o.BootArgs, Itself: o.Initrd != "", Config: runs,
+		Name: imagename.Familiar(o.Name), Source: ImportSource, Arch: s.opts.Arch, BootArgs: o.BootArgs,
+		Itself: o.Initrd != "", Config: runs,
 	}
 	var parts []*objects.Draft
 	if err == nil {
@@ -182,7 +185,9 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*objects.Draf
 	if dirty, err := volume.NeedsRecovery(path); err != nil {
 		return nil, err
 	} else if dirty {
-		return nil, hint.Add(invalid("root file system %s: its journal is not replayed: it was copied while it was mounted, or not unmounted", path), "e2fsck -p %s repairs it", path)
+		return nil, hint.Add(
+			invalid("root file system %s: its journal is not replayed: it was copied while it was mounted, or not unmounted",
+				path), "e2fsck -p %s repairs it", path)
 	}
 	switch kind {
 	case "ext4", "squashfs", "erofs":
@@ -197,7 +202,8 @@ func (s *Store) storeRootfs(ctx context.Context, o ImportOptions) (*objects.Draf
 			return errors.Join(flatten.TarToExt4(ctx, r, dst, s.opts.Limits), f.Close())
 		})
 	}
-	return nil, invalid("root file system %s: a guest cannot have %s for its root; make it ext4, squashfs or erofs", path, kind)
+	return nil, invalid("root file system %s: a guest cannot have %s for its root; make it ext4, squashfs or erofs", path,
+		kind)
 }
 
 func (s *Store) storeUnpacked(ctx context.Context, unpack func(dst *os.File) error) (*objects.Draft, error) {

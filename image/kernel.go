@@ -18,7 +18,8 @@ import (
 // HostKernel stands for the kernel that this machine runs, and for the image that holds it.
 const HostKernel = "host"
 
-// DefaultKernel is the image whose kernel boots those without one, if there is such an image; else it is HostKernel's.
+// DefaultKernel is the image whose kernel boots those without one, if there is such an image; else
+// it is HostKernel's.
 const DefaultKernel = "kernel"
 
 // kernelImage returns the image that has the kernel to boot with: of a name, or the default.
@@ -38,7 +39,8 @@ func (s *Store) kernelImage(ctx context.Context, name string) (*Image, error) {
 	return i, err
 }
 
-// fetchKernel stores the kernel of the newest base image under DefaultKernel, where this machine's own is not to be had. The caller holds the store.
+// fetchKernel stores the kernel of the newest base image under DefaultKernel, where this machine's
+// own is not to be had. The caller holds the store.
 func (s *Store) fetchKernel(ctx context.Context, why error) (i *Image, err error) {
 	err = s.opts.Base.Kernel(ctx, func(path, _ string) error {
 		i = &Image{Name: DefaultKernel, Source: ImportSource, Arch: s.opts.Arch}
@@ -46,7 +48,8 @@ func (s *Store) fetchKernel(ctx context.Context, why error) (i *Image, err error
 			return err
 		}
 		if s.opts.Installed != nil {
-			s.opts.Installed(filepath.Base(path)+" of Firecracker's own images", filepath.Join(s.opts.Dir, objectsDir, i.Kernel, kernelFile))
+			s.opts.Installed(filepath.Base(path)+" of Firecracker's own images",
+				filepath.Join(s.opts.Dir, objectsDir, i.Kernel, kernelFile))
 		}
 		return s.name(ctx, i)
 	})
@@ -56,12 +59,14 @@ func (s *Store) fetchKernel(ctx context.Context, why error) (i *Image, err error
 	return i, nil
 }
 
-// currentHostKernel is the host's kernel as an image, made if it, its modules or what is made of them have changed since
-// old. Where its files are gone, as after an upgrade, or cannot be read, old serves. The caller holds the store.
+// currentHostKernel is the host's kernel as an image, made if it, its modules or what is made of
+// them have changed since old. Where its files are gone, as after an upgrade, or cannot be read,
+// old serves. The caller holds the store.
 func (s *Store) currentHostKernel(ctx context.Context, old *Image) (*Image, error) {
 	h, err := s.host.Find()
 	if err != nil && errors.Is(err, ErrNoKernel) && old != nil && old.Kernel != "" {
-		s.log.Warn("this machine's kernel is not to be had; the one that was stored is taken", "running", h.Release, "err", err)
+		s.log.Warn("this machine's kernel is not to be had; the one that was stored is taken", "running",
+			h.Release, "err", err)
 		return old, nil
 	}
 	if err != nil {
@@ -96,9 +101,10 @@ func (s *Store) placeAll(parts []*objects.Draft, err error) error {
 	return err
 }
 
-// storeKernel drafts the kernel at path for i, extracted, with those of its modules that a guest needs to find its root, and
-// all of them as a disk that guests share. Modules is an unpacked /lib/modules/RELEASE, or the directory above, or "": all
-// is built in. The caller closes the drafts, on error too.
+// storeKernel drafts the kernel at path for i, extracted, with those of its modules that a guest
+// needs to find its root, and all of them as a disk that guests share. Modules is an unpacked
+// /lib/modules/RELEASE, or the directory above, or "": all is built in. The caller closes the
+// drafts, on error too.
 func (s *Store) storeKernel(ctx context.Context, i *Image, path, modules string) (parts []*objects.Draft, err error) {
 	var tree *os.Root
 	k, err := s.objects.Draft(ctx, func(dir string) (*object, error) {

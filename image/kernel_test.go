@@ -48,7 +48,8 @@ func write(t testing.TB, dir string, files map[string][]byte) {
 	}
 }
 
-// moduleTree is what a package has in /lib/modules/RELEASE: some modules, others built in, and files that guests do without.
+// moduleTree is what a package has in /lib/modules/RELEASE: some modules, others built in, and
+// files that guests do without.
 func moduleTree(release string) map[string][]byte {
 	return map[string][]byte{
 		"modules.builtin":     []byte("kernel/virtio_mmio.ko\nkernel/virtio_blk.ko\nkernel/overlay.ko\nkernel/ext4.ko\n"),
@@ -61,7 +62,8 @@ func moduleTree(release string) map[string][]byte {
 	}
 }
 
-// fakeHost is a machine that runs a kernel of release, and a store that has an image without a kernel.
+// fakeHost is a machine that runs a kernel of release, and a store that has an image without a
+// kernel.
 func fakeHost(t *testing.T) (s *image.Store, root string) {
 	root = t.TempDir()
 	write(t, root, map[string][]byte{"boot/vmlinuz-" + release: vmlinux(release)})
@@ -84,8 +86,8 @@ func bootHost(t *testing.T, s *image.Store) (*image.Boot, error) {
 	return b, err
 }
 
-// The host's kernel is taken again when it, its modules or what is made of them have changed, and only then; what is
-// stored serves where the host's files are gone.
+// The host's kernel is taken again when it, its modules or what is made of them have changed, and
+// only then; what is stored serves where the host's files are gone.
 func TestHostKernel_Current(t *testing.T) {
 	s, root := fakeHost(t)
 	first, err := bootHost(t, s)
@@ -107,7 +109,8 @@ func TestHostKernel_Current(t *testing.T) {
 
 	modules := filepath.Join(root, "lib/modules", release)
 	write(t, modules, map[string][]byte{
-		"modules.dep": []byte("kernel/net/tun.ko:\nkernel/net/vsock.ko:\nkernel/squashfs.ko:\n"), "kernel/squashfs.ko": kerneltest.Module("name=squashfs"),
+		"modules.dep":        []byte("kernel/net/tun.ko:\nkernel/net/vsock.ko:\nkernel/squashfs.ko:\n"),
+		"kernel/squashfs.ko": kerneltest.Module("name=squashfs"),
 	})
 	if b, err := bootHost(t, s); err != nil || b.Modules == first.Modules {
 		t.Errorf("modules were installed: %+v, %v; want others than before", b, err)
@@ -143,7 +146,8 @@ func TestHostKernel_Current(t *testing.T) {
 	if b, err := bootHost(t, s); err != nil || !strings.Contains(b.Kernel, changedKernel) {
 		t.Errorf("the host's files are gone: %+v, %v; want what is stored", b, err)
 	}
-	if i, err := s.Import(t.Context(), image.ImportOptions{Name: "kernel", Kernel: image.HostKernel}); err != nil || i.Kernel != changedKernel {
+	if i, err := s.Import(t.Context(), image.ImportOptions{Name: "kernel", Kernel: image.HostKernel}); err != nil ||
+		i.Kernel != changedKernel {
 		t.Errorf("import: %+v, %v; want what is stored", i, err)
 	}
 	if _, err := s.Remove(t.Context(), image.HostKernel, true); err != nil {
@@ -155,16 +159,26 @@ func TestHostKernel_Current(t *testing.T) {
 	}
 }
 
-// Distributions call a kernel's file after its release, or not; one of another release than the kernel that runs does not count.
+// Distributions call a kernel's file after its release, or not; one of another release than the
+// kernel that runs does not count.
 func TestHostKernel_Files(t *testing.T) {
 	bz := func(release string) []byte { return kerneltest.BzImage(vmlinux(release), release) }
 	for name, c := range map[string]struct {
 		files map[string][]byte
 		want  string
 	}{
-		"Debian":  {map[string][]byte{"boot/vmlinuz-" + other: bz(other), "boot/vmlinuz-" + release: bz(release)}, "boot/vmlinuz-" + release},
-		"Fedora":  {map[string][]byte{"lib/modules/" + release + "/vmlinuz": bz(release)}, "lib/modules/" + release + "/vmlinuz"},
-		"Arch":    {map[string][]byte{"boot/vmlinuz-linux-lts": bz(other), "boot/vmlinuz-linux": bz(release)}, "boot/vmlinuz-linux"},
+		"Debian": {
+			map[string][]byte{"boot/vmlinuz-" + other: bz(other), "boot/vmlinuz-" + release: bz(release)},
+			"boot/vmlinuz-" + release,
+		},
+		"Fedora": {
+			map[string][]byte{"lib/modules/" + release + "/vmlinuz": bz(release)},
+			"lib/modules/" + release + "/vmlinuz",
+		},
+		"Arch": {
+			map[string][]byte{"boot/vmlinuz-linux-lts": bz(other), "boot/vmlinuz-linux": bz(release)},
+			"boot/vmlinuz-linux",
+		},
 		"Alpine":  {map[string][]byte{"boot/vmlinuz-virt": bz(release)}, "boot/vmlinuz-virt"},
 		"NixOS":   {map[string][]byte{"run/booted-system/kernel": bz(release)}, "run/booted-system/kernel"},
 		"Upgrade": {map[string][]byte{"boot/vmlinuz-linux": bz(other)}, ""},
@@ -209,18 +223,24 @@ func TestHostKernel_Unreadable(t *testing.T) {
 	}
 	_, err := s.HostKernelFile()
 	if !errors.Is(err, image.ErrNoKernel) || !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), path) ||
-		!strings.Contains(hintOf(err), "sudo cat "+path+" >vmlinuz") || !strings.Contains(hintOf(err), "--modules "+filepath.Join(root, "lib/modules", release)) {
+		!strings.Contains(hintOf(err), "sudo cat "+path+" >vmlinuz") ||
+		!strings.Contains(hintOf(err), "--modules "+filepath.Join(root, "lib/modules", release)) {
 		t.Errorf("got error %v, hint %q", err, hintOf(err))
 	}
 }
 
-// Modules are those of the kernel, or the import is refused; the directory above serves where it is clear which are meant.
+// Modules are those of the kernel, or the import is refused; the directory above serves where it is
+// clear which are meant.
 func TestImport_Modules(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir, map[string][]byte{
-		"vmlinux": vmlinux(release), "bzImage": kerneltest.BzImage(vmlinux(release), release), "silent": tinyguest.Image(tinyguest.Guest{Then: tinyguest.Idle}),
+		"vmlinux": vmlinux(release), "bzImage": kerneltest.BzImage(vmlinux(release), release),
+		"silent": tinyguest.Image(tinyguest.Guest{Then: tinyguest.Idle}),
 	})
-	for parent, releases := range map[string][]string{"one": {release}, "wrong": {other}, "two": {release, other}, "others": {other, "6.1.0-59-amd64"}} {
+	for parent, releases := range map[string][]string{
+		"one": {release}, "wrong": {other}, "two": {release, other},
+		"others": {other, "6.1.0-59-amd64"},
+	} {
 		for _, r := range releases {
 			write(t, filepath.Join(dir, parent, r), moduleTree(r))
 		}
@@ -245,7 +265,8 @@ func TestImport_Modules(t *testing.T) {
 		"NoModulesThere": {"vmlinux", "none", []string{"modules.dep"}},
 	} {
 		s := open(t, storeDir(t))
-		i, err := s.Import(t.Context(), image.ImportOptions{Name: "k", Kernel: filepath.Join(dir, c.kernel), Modules: filepath.Join(dir, c.modules)})
+		i, err := s.Import(t.Context(),
+			image.ImportOptions{Name: "k", Kernel: filepath.Join(dir, c.kernel), Modules: filepath.Join(dir, c.modules)})
 		if c.refused == nil {
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
@@ -268,14 +289,16 @@ func TestImport_Modules(t *testing.T) {
 	}
 }
 
-// Guests of a kernel with modules share a disk of all of them, which has what modprobe reads and nothing else.
+// Guests of a kernel with modules share a disk of all of them, which has what modprobe reads and
+// nothing else.
 func TestBoot_Modules(t *testing.T) {
 	s, root := fakeHost(t)
 	tree := filepath.Join(root, "lib/modules", release)
 	secret := filepath.Join(t.TempDir(), "secret")
 	write(t, filepath.Dir(secret), map[string][]byte{"secret": []byte("of the host")})
 	if err := errors.Join(
-		os.Symlink("../kernel/net/tun.ko", filepath.Join(tree, "build/tun.ko")), os.Symlink(secret, filepath.Join(tree, "kernel/out.ko")),
+		os.Symlink("../kernel/net/tun.ko", filepath.Join(tree, "build/tun.ko")),
+		os.Symlink(secret, filepath.Join(tree, "kernel/out.ko")),
 		os.Symlink(secret, filepath.Join(tree, "modules.out")), unix.Mkfifo(filepath.Join(tree, "kernel/pipe.ko"), 0o644),
 	); err != nil {
 		t.Fatal(err)
@@ -300,9 +323,11 @@ func TestBoot_Modules(t *testing.T) {
 	if err != nil || !bytes.Contains(initrd, []byte("vsock.ko")) || bytes.Contains(initrd, []byte("tun.ko")) {
 		t.Errorf("initramfs of %d bytes: %v; want vsock and not tun", len(initrd), err)
 	}
-	// The same modules are one disk wherever they are stored: a snapshot that was made elsewhere finds it.
+	// The same modules are one disk wherever they are stored: a snapshot that was made elsewhere finds
+	// it.
 	elsewhere := open(t, storeDir(t))
-	i, err := elsewhere.Import(t.Context(), image.ImportOptions{Name: "kernel", Kernel: filepath.Join(root, "boot/vmlinuz-"+release), Modules: tree})
+	i, err := elsewhere.Import(t.Context(),
+		image.ImportOptions{Name: "kernel", Kernel: filepath.Join(root, "boot/vmlinuz-"+release), Modules: tree})
 	if err != nil || i.Modules != filepath.Base(filepath.Dir(b.Modules)) {
 		t.Errorf("stored elsewhere: %+v, %v; want modules %s", i, err, b.Modules)
 	}
@@ -313,7 +338,8 @@ func TestBoot_Modules(t *testing.T) {
 		t.Errorf("after a prune: %v", err)
 	}
 	kernel, _ := sources(t)
-	if b, err := s.Boot(t.Context(), image.HostKernel, image.BootOptions{}); err != nil || b.Modules != "" || b.Release() != nil {
+	if b, err := s.Boot(t.Context(), image.HostKernel, image.BootOptions{}); err != nil || b.Modules != "" ||
+		b.Release() != nil {
 		t.Errorf("the kernel alone, without our agent: %+v, %v", b, err)
 	}
 	if _, err := s.Import(t.Context(), image.ImportOptions{Name: "plain", Kernel: kernel}); err != nil {
@@ -365,17 +391,22 @@ func unpackExt4(t *testing.T, path string) map[string]string {
 	return files
 }
 
-// A machine whose own kernel is not to be had gets that of the newest base image, once, if it may be fetched.
+// A machine whose own kernel is not to be had gets that of the newest base image, once, if it may
+// be fetched.
 func TestFetchKernel(t *testing.T) {
 	const key = "firecracker-ci/v1.16/x86_64/"
-	objects := map[string][]byte{key + "vmlinux-6.1.141": vmlinux("6.1.141"), key + "ubuntu-24.04.squashfs": []byte("hsqs and more")}
+	objects := map[string][]byte{
+		key + "vmlinux-6.1.141":       vmlinux("6.1.141"),
+		key + "ubuntu-24.04.squashfs": []byte("hsqs and more"),
+	}
 	var mu sync.Mutex
 	var fetched []string
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Has("prefix") {
 			fmt.Fprint(w, `<ListBucketResult><IsTruncated>false</IsTruncated>`)
 			for name, data := range objects {
-				fmt.Fprintf(w, "<Contents><Key>%s</Key><ETag>&quot;%x&quot;</ETag><Size>%d</Size></Contents>", name, md5.Sum(data), len(data))
+				fmt.Fprintf(w, "<Contents><Key>%s</Key><ETag>&quot;%x&quot;</ETag><Size>%d</Size></Contents>", name,
+					md5.Sum(data), len(data))
 			}
 			fmt.Fprint(w, `</ListBucketResult>`)
 			return
@@ -419,13 +450,15 @@ func TestFetchKernel(t *testing.T) {
 	if err := boots(opened(false, false), image.BootOptions{}); !errors.Is(err, image.ErrNoKernel) {
 		t.Errorf("it was not to be fetched: %v", err)
 	}
-	if err := boots(opened(true, true), image.BootOptions{}); !errors.Is(err, image.ErrNoKernel) || !errors.Is(err, base.ErrOffline) {
+	if err := boots(opened(true, true), image.BootOptions{}); !errors.Is(err, image.ErrNoKernel) ||
+		!errors.Is(err, base.ErrOffline) {
 		t.Errorf("offline: %v", err)
 	}
 	if err := boots(s, image.BootOptions{Kernel: image.HostKernel}); !errors.Is(err, image.ErrNoKernel) {
 		t.Errorf("this machine's own was asked for: %v", err)
 	}
-	if err := errors.Join(boots(s, image.BootOptions{}), boots(s, image.BootOptions{}), boots(opened(true, false), image.BootOptions{})); err != nil {
+	if err := errors.Join(boots(s, image.BootOptions{}), boots(s, image.BootOptions{}),
+		boots(opened(true, false), image.BootOptions{})); err != nil {
 		t.Error(err)
 	}
 	if diff := cmp.Diff([]string{"vmlinux-6.1.141"}, fetched); diff != "" {

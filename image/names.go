@@ -68,7 +68,8 @@ type unreadableError struct {
 
 func (e *unreadableError) Unwrap() error { return e.error }
 
-// nameFile is where an image of a name is described. Any name gives a file name, and different ones different files.
+// nameFile is where an image of a name is described. Any name gives a file name, and different ones
+// different files.
 func (s *Store) nameFile(name string) string {
 	return s.path(namesDir, base64.RawURLEncoding.EncodeToString([]byte(name))+".json")
 }
@@ -93,10 +94,11 @@ func (s *Store) read(name string) (*Image, error) {
 	return &i, nil
 }
 
-// Find returns the image that a reference names: "debian", "debian:12" and "docker.io/library/debian:12" as they were pulled
-// or imported (":latest" is added if there is none without), "debian:12@sha256:..." and "sha256:..." what has that digest under
-// whatever name, and the first digits of an id. Returns ErrNotFound, ErrCorrupt and, for an id that several images begin
-// with, fs.ErrInvalid.
+// Find returns the image that a reference names: "debian", "debian:12" and
+// "docker.io/library/debian:12" as they were pulled or imported (":latest" is added if there is
+// none without), "debian:12@sha256:..." and "sha256:..." what has that digest under whatever name,
+// and the first digits of an id. Returns ErrNotFound, ErrCorrupt and, for an id that several images
+// begin with, fs.ErrInvalid.
 func (s *Store) Find(ref string) (*Image, error) {
 	all, err := s.find(ref)
 	if err != nil {
@@ -142,11 +144,13 @@ func (s *Store) find(ref string) ([]*Image, error) {
 	}
 	for _, i := range all {
 		if i.ID != all[0].ID && !pinned && !whole {
-			return nil, invalid("image id %q is ambiguous: it matches %s (%s) and %s (%s)", ref, all[0].ID[:2*minID], all[0].Name, i.ID[:2*minID], i.Name)
+			return nil, invalid("image id %q is ambiguous: it matches %s (%s) and %s (%s)", ref, all[0].ID[:2*minID],
+				all[0].Name, i.ID[:2*minID], i.Name)
 		}
 	}
 	slices.SortStableFunc(all, func(a, b *Image) int { // those of the repository first
-		return strings.Compare(strconv.FormatBool(!imagename.Of(a.Name, repository)), strconv.FormatBool(!imagename.Of(b.Name, repository)))
+		return strings.Compare(strconv.FormatBool(!imagename.Of(a.Name, repository)),
+			strconv.FormatBool(!imagename.Of(b.Name, repository)))
 	})
 	return all, nil
 }
@@ -185,8 +189,9 @@ func (s *Store) list() (all []*Image, bad []error, err error) {
 // mentioned is what a description names, whatever else it says.
 var mentioned = regexp.MustCompile(`[a-z0-9]+-[0-9a-f]{64}|sha256:[0-9a-f]{64}`)
 
-// needs are the names of all files and directories of objects and layers that images have, as list returns them. What cannot be read as an
-// image needs what it mentions; unsure says that something cannot be read at all.
+// needs are the names of all files and directories of objects and layers that images have, as list
+// returns them. What cannot be read as an image needs what it mentions; unsure says that something
+// cannot be read at all.
 func (s *Store) needs(all []*Image, bad []error) (needed map[string]bool, unsure bool) {
 	needed = map[string]bool{}
 	for _, i := range all {
@@ -212,7 +217,8 @@ func (s *Store) needs(all []*Image, bad []error) (needed map[string]bool, unsure
 	return needed, unsure
 }
 
-// Bundles says whether images of a store have a base image's bundle, without opening the store. When in doubt they do.
+// Bundles says whether images of a store have a base image's bundle, without opening the store.
+// When in doubt they do.
 func Bundles(dir string) func(id string) bool {
 	return func(id string) bool {
 		s := &Store{opts: Options{Dir: dir}}
@@ -250,7 +256,8 @@ func (s *Store) name(ctx context.Context, i *Image) error {
 	return errors.Join(err, release())
 }
 
-// Tag gives an image one more name, in place of what had it. Returns what Find does, and fs.ErrInvalid.
+// Tag gives an image one more name, in place of what had it. Returns what Find does, and
+// fs.ErrInvalid.
 func (s *Store) Tag(ctx context.Context, ref, name string) (*Image, error) {
 	if err := OwnName(name); err != nil {
 		return nil, err

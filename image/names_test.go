@@ -33,7 +33,8 @@ func (host toDockerHub) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// However a reference is written, what was pulled by another spelling of it is found; what is another image is not.
+// However a reference is written, what was pulled by another spelling of it is found; what is
+// another image is not.
 func TestFind(t *testing.T) {
 	layout := filepath.Join(t.TempDir(), "layout")
 	var index, manifest ocitest.Descriptor
@@ -113,7 +114,8 @@ func TestFind(t *testing.T) {
 	if _, err := s.Remove(t.Context(), i.ID[:12], false); !errors.Is(err, fs.ErrInvalid) {
 		t.Errorf("rm of an id with two names: %v", err)
 	}
-	if r, err := s.Remove(t.Context(), "docker.io/library/debian:13", false); err != nil || cmp.Diff([]string{"debian:13"}, r.Images) != "" {
+	if r, err := s.Remove(t.Context(), "docker.io/library/debian:13", false); err != nil ||
+		cmp.Diff([]string{"debian:13"}, r.Images) != "" {
 		t.Errorf("%+v, %v", r, err)
 	}
 	if in, err := s.Inspect(manifest.Digest); err != nil || in.Name != "mine" {
@@ -150,7 +152,8 @@ func TestFind_Pinned(t *testing.T) {
 	}
 }
 
-// Nobody calls an image by a digest that it has not, and archives, which name themselves, do not either.
+// Nobody calls an image by a digest that it has not, and archives, which name themselves, do not
+// either.
 func TestPull_NamesItself(t *testing.T) {
 	other := "debian@sha256:" + strings.Repeat("0", 64)
 	layout := layoutOf(t, map[string][]ocitest.Layer{
@@ -224,11 +227,13 @@ func TestUnreadable(t *testing.T) {
 			if u, err := s.Usage(t.Context()); err != nil || u.Images != 2 {
 				t.Errorf("usage: %+v, %v", u, err)
 			}
-			if r, err := s.Prune(t.Context(), image.PruneOptions{All: true}); err != nil || cmp.Diff([]string{"good"}, r.Images) != "" {
+			if r, err := s.Prune(t.Context(), image.PruneOptions{All: true}); err != nil ||
+				cmp.Diff([]string{"good"}, r.Images) != "" {
 				t.Errorf("prune: %+v, %v", r, err)
 			}
 			// What it mentions is not taken from under it: a later smartvm can use it still.
-			if _, err := os.Stat(filepath.Join(dir, "objects", bad.Root)); (strings.HasPrefix(name, "later") || name == "directory") && err != nil {
+			if _, err := os.Stat(filepath.Join(dir, "objects", bad.Root)); (strings.HasPrefix(name, "later") ||
+				name == "directory") && err != nil {
 				t.Error(err)
 			}
 			if r, err := s.Remove(t.Context(), "bad", false); err != nil || cmp.Diff([]string{"bad"}, r.Images) != "" {
@@ -259,7 +264,8 @@ func importOther(t *testing.T, s *image.Store, name string) *image.Image {
 	return i
 }
 
-// A bundle that an image has makes no room for others; one whose bundle is gone all the same is listed, and pulled again.
+// A bundle that an image has makes no room for others; one whose bundle is gone all the same is
+// listed, and pulled again.
 func TestBase_Evicted(t *testing.T) {
 	kernel, _ := sources(t)
 	work, dir := t.TempDir(), storeDir(t)
@@ -270,7 +276,8 @@ func TestBase_Evicted(t *testing.T) {
 		t.Fatal(err)
 	}
 	bundles, err := base.Open(base.Options{
-		Dir: filepath.Join(work, "bundles"), ManifestPath: manifest, Arch: "x86_64", InUse: image.InUse, Named: image.Bundles(dir), MaxStored: 1,
+		Dir: filepath.Join(work, "bundles"), ManifestPath: manifest, Arch: "x86_64", InUse: image.InUse,
+		Named: image.Bundles(dir), MaxStored: 1,
 		Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
@@ -304,7 +311,8 @@ func TestBase_Evicted(t *testing.T) {
 		t.Fatal(err)
 	}
 	pull(3, "three")
-	if got := tree(t, filepath.Join(work, "bundles")); cmp.Diff([]string{".index", ".lock", ".work", "mine-2", "mine-3"}, got) != "" {
+	if got := tree(t, filepath.Join(work, "bundles")); cmp.Diff([]string{".index", ".lock", ".work", "mine-2", "mine-3"},
+		got) != "" {
 		t.Errorf("there are %v", got)
 	}
 	if err := os.RemoveAll(filepath.Join(work, "bundles", "mine-3")); err != nil {

@@ -43,7 +43,8 @@ type File struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"` // bytes
 	SHA256 string `json:"sha256"`
-	// Seen is the file's inode, size and time when its digest was last found right. While they stay, it is.
+	// Seen is the file's inode, size and time when its digest was last found right. While they stay,
+	// it is.
 	Seen string `json:"seen"`
 }
 
@@ -63,7 +64,8 @@ const (
 	initrdFile  = "initrd"
 )
 
-// InUse says whether VMs use what is in a directory that Boot has named as one of those that they do. When in doubt they do.
+// InUse says whether VMs use what is in a directory that Boot has named as one of those that they
+// do. When in doubt they do.
 func InUse(dir string) bool {
 	all, err := kept.Users(false, dir)
 	return err != nil || len(all) > 0

@@ -55,10 +55,12 @@ func (s signer) policy(t *testing.T) string {
 		"signedIdentity": {"type": "matchRepository"}}]}}}`, base64.StdEncoding.EncodeToString(key))
 }
 
-// sign stores a signature beside an image: at is the digest that it is stored for, and of what it says.
+// sign stores a signature beside an image: at is the digest that it is stored for, and of what it
+// says.
 func (s signer) sign(t *testing.T, repository string, at, of v1.Hash, reference string) {
 	t.Helper()
-	payload := fmt.Appendf(nil, `{"critical":{"identity":{"docker-reference":%q},"image":{"docker-manifest-digest":%q},"type":"cosign container image signature"},"optional":null}`, reference, of)
+	payload := fmt.Appendf(nil,
+		`{"critical":{"identity":{"docker-reference":%q},"image":{"docker-manifest-digest":%q},"type":"cosign container image signature"},"optional":null}`, reference, of)
 	sum := sha256.Sum256(payload)
 	signature, err := s.Sign(rand.Reader, sum[:], crypto.SHA256)
 	if err != nil {
@@ -97,7 +99,8 @@ func follow(t *testing.T, text string) (path string, set func(o *image.Options))
 // pushIndex has an index of one image.
 func (r *testRegistry) pushIndex(t *testing.T, ref string, img v1.Image) (index v1.Hash) {
 	t.Helper()
-	ii := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}}})
+	ii := mutate.AppendManifests(empty.Index,
+		mutate.IndexAddendum{Add: img, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}}})
 	tag, err := name.NewTag(r.host + "/" + ref)
 	if err == nil {
 		err = remote.WriteIndex(tag, ii)
@@ -111,7 +114,8 @@ func (r *testRegistry) pushIndex(t *testing.T, ref string, img v1.Image) (index 
 	return index
 }
 
-// What the policy wants signed is pulled when it is, by the right key and as what it is, and else nothing of it is kept.
+// What the policy wants signed is pulled when it is, by the right key and as what it is, and else
+// nothing of it is kept.
 func TestPull_Signed(t *testing.T) {
 	ours, other := newSigner(t), newSigner(t)
 	for n, c := range []struct {
@@ -122,7 +126,9 @@ func TestPull_Signed(t *testing.T) {
 		{"nothing", func(*testing.T, string, v1.Hash, v1.Hash) {}, "has no signature"},
 		{"index", func(t *testing.T, r string, index, _ v1.Hash) { ours.sign(t, r, index, index, r) }, ""},
 		{"manifest", func(t *testing.T, r string, _, manifest v1.Hash) { ours.sign(t, r, manifest, manifest, r) }, ""},
-		{"another key", func(t *testing.T, r string, index, _ v1.Hash) { other.sign(t, r, index, index, r) }, "of another key"},
+		{"another key", func(t *testing.T, r string, index, _ v1.Hash) {
+			other.sign(t, r, index, index, r)
+		}, "of another key"},
 		{"another key, and ours", func(t *testing.T, r string, index, _ v1.Hash) {
 			other.sign(t, r, index, index, r)
 			ours.sign(t, r, index, index, r)
@@ -130,8 +136,12 @@ func TestPull_Signed(t *testing.T) {
 		{"another image", func(t *testing.T, r string, index, _ v1.Hash) {
 			ours.sign(t, r, index, v1.Hash{Algorithm: "sha256", Hex: strings.Repeat("0", 64)}, r)
 		}, "about sha256:0000"},
-		{"the manifest, beside the index", func(t *testing.T, r string, index, manifest v1.Hash) { ours.sign(t, r, index, manifest, r) }, "about sha256:"},
-		{"another repository", func(t *testing.T, r string, index, _ v1.Hash) { ours.sign(t, r, index, index, r+"/else") }, `/else"`},
+		{"the manifest, beside the index", func(t *testing.T, r string, index, manifest v1.Hash) {
+			ours.sign(t, r, index, manifest, r)
+		}, "about sha256:"},
+		{"another repository", func(t *testing.T, r string, index, _ v1.Hash) {
+			ours.sign(t, r, index, index, r+"/else")
+		}, `/else"`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r, dir := newRegistry(t), storeDir(t)
@@ -170,7 +180,8 @@ func TestPull_Signed(t *testing.T) {
 			if advice := hintOf(err); !strings.Contains(advice, file) || !strings.Contains(advice, "cosign sign") {
 				t.Errorf("hint %q", advice)
 			}
-			if all, err := s.List(); err != nil || len(all) > 0 || len(tree(t, filepath.Join(dir, "layers"))) > 0 || len(tree(t, filepath.Join(dir, "objects"))) > 0 {
+			if all, err := s.List(); err != nil || len(all) > 0 || len(tree(t, filepath.Join(dir, "layers"))) > 0 ||
+				len(tree(t, filepath.Join(dir, "objects"))) > 0 {
 				t.Errorf("it is here all the same: %v, %v", all, err)
 			}
 		})
@@ -200,7 +211,8 @@ func TestPull_PolicyChanges(t *testing.T) {
 		t.Error(err)
 	}
 	_, policy = follow(t, `{"default": []}`)
-	if _, err := open(t, dir, policy).Pull(t.Context(), ref, ""); err == nil || !strings.Contains(err.Error(), "policy.json") {
+	if _, err := open(t, dir, policy).Pull(t.Context(), ref, ""); err == nil ||
+		!strings.Contains(err.Error(), "policy.json") {
 		t.Errorf("a policy that says nothing: %v", err)
 	}
 }
@@ -218,9 +230,11 @@ func TestPull_PolicyOfFiles(t *testing.T) {
 	}
 	for text, allowed := range map[string]bool{
 		`{"default": [{"type": "reject"}]}`: false,
-		fmt.Sprintf(`{"default": [{"type": "insecureAcceptAnything"}], "transports": {"oci": {%q: [{"type": "reject"}]}}}`, filepath.Dir(target)): false,
-		fmt.Sprintf(`{"default": [{"type": "reject"}], "transports": {"oci": {%q: [{"type": "insecureAcceptAnything"}]}}}`, target):               true,
-		`{"default": [{"type": "reject"}], "transports": {"docker-archive": {"": [{"type": "insecureAcceptAnything"}]}}}`:                         false,
+		fmt.Sprintf(`{"default": [{"type": "insecureAcceptAnything"}], "transports": {"oci": {%q: [{"type": "reject"}]}}}`,
+			filepath.Dir(target)): false,
+		fmt.Sprintf(`{"default": [{"type": "reject"}], "transports": {"oci": {%q: [{"type": "insecureAcceptAnything"}]}}}`,
+			target): true,
+		`{"default": [{"type": "reject"}], "transports": {"docker-archive": {"": [{"type": "insecureAcceptAnything"}]}}}`: false,
 	} {
 		_, policy := follow(t, text)
 		s := open(t, storeDir(t), policy)
@@ -237,10 +251,12 @@ func TestPull_PolicyOfFiles(t *testing.T) {
 	}
 	_, policy := follow(t, `{"default": [{"type": "reject"}]}`)
 	stream := func(o *image.Options) { o.OCI.Stdin = bytes.NewReader(tar) }
-	if _, err := open(t, storeDir(t), policy, stream).Pull(t.Context(), "-", "app"); !errors.As(err, new(*trust.RejectedError)) {
+	if _, err := open(t, storeDir(t), policy, stream).Pull(t.Context(), "-", "app"); !errors.As(err,
+		new(*trust.RejectedError)) {
 		t.Errorf("a stream: %v", err)
 	}
-	_, policy = follow(t, `{"default": [{"type": "reject"}], "transports": {"docker-archive": {"": [{"type": "insecureAcceptAnything"}]}}}`)
+	_, policy = follow(t,
+		`{"default": [{"type": "reject"}], "transports": {"docker-archive": {"": [{"type": "insecureAcceptAnything"}]}}}`)
 	if _, err := open(t, storeDir(t), policy, stream).Pull(t.Context(), "-", "app"); err != nil {
 		t.Errorf("a stream that is allowed: %v", err)
 	}

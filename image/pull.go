@@ -19,10 +19,10 @@ import (
 // BaseScheme begins the reference of a base image: "base:latest", "base:lts" or "base:hosted".
 const BaseScheme = "base:"
 
-// Pull fetches what a reference names, or finds that nothing has changed, and names it: see oci.Resolve for the
-// forms, and BaseScheme for one more. Name is what it is called here; empty: as the reference does. What was
-// fetched before an interruption is not fetched again. Errors are ErrOffline and those of packages oci
-// and base.
+// Pull fetches what a reference names, or finds that nothing has changed, and names it: see
+// oci.Resolve for the forms, and BaseScheme for one more. Name is what it is called here; empty: as
+// the reference does. What was fetched before an interruption is not fetched again. Errors are
+// ErrOffline and those of packages oci and base.
 func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	if name != "" { // before anything is fetched
 		if err := OwnName(name); err != nil {
@@ -51,14 +51,16 @@ func (s *Store) Pull(ctx context.Context, ref, name string) (*Image, error) {
 	return i, nil
 }
 
-// Keep takes an image that was made here, in a workshop that is open, from a layout whose layers are in the directory of those that are kept too.
-// They stay as long as it does. It boots as the image does that it was made from. Name is one of OwnName.
+// Keep takes an image that was made here, in a workshop that is open, from a layout whose layers
+// are in the directory of those that are kept too. They stay as long as it does. It boots as the
+// image does that it was made from. Name is one of OwnName.
 func (s *Store) Keep(ctx context.Context, layout, name string, from *Image) (*Image, error) {
 	return s.pullOCI(ctx, "oci:"+layout, imagename.Familiar(name), from)
 }
 
-// pullOCI holds the store only while it looks whether the image is here, and when it stores it: until then what it makes is in
-// a directory of its own, and the layers are kept by a lock on theirs.
+// pullOCI holds the store only while it looks whether the image is here, and when it stores it:
+// until then what it makes is in a directory of its own, and the layers are kept by a lock on
+// theirs.
 func (s *Store) pullOCI(ctx context.Context, ref, name string, from *Image) (i *Image, err error) {
 	if s.opts.Offline && !oci.Local(ref) {
 		return nil, hint.Add(ErrOffline, "smartvm image pull %s, without --offline, brings it", ref)
@@ -88,7 +90,8 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string, from *Image) (i *
 		Config: img.Config, About: img.About, Root: chainID(img.Chain),
 	}
 	if from != nil {
-		i.Source, i.Kernel, i.Modules, i.Initrd, i.BootArgs = ImportSource, from.Kernel, from.Modules, from.Initrd, from.BootArgs
+		i.Source, i.Kernel, i.Modules, i.Initrd, i.BootArgs = ImportSource, from.Kernel, from.Modules,
+			from.Initrd, from.BootArgs
 	}
 	// An archive says itself what it is called.
 	if err := ValidName(i.Name); err != nil {
@@ -133,10 +136,12 @@ func (s *Store) pullOCI(ctx context.Context, ref, name string, from *Image) (i *
 	return i, errors.Join(s.publish(ctx, i, root), root.Close())
 }
 
-// pulled is what a pull of a reference has made here before, as one would make it now; the zero value if that is nothing.
+// pulled is what a pull of a reference has made here before, as one would make it now; the zero
+// value if that is nothing.
 func (s *Store) pulled(ref, name string) *Image {
 	i, err := s.Find(cmp.Or(name, strings.TrimPrefix(ref, "docker://")))
-	if err != nil || i.Source != ref || name != "" && i.Name != name || i.Arch != s.opts.Arch || !strings.HasPrefix(i.Root, chainID("")) || oci.Local(ref) {
+	if err != nil || i.Source != ref || name != "" && i.Name != name || i.Arch != s.opts.Arch ||
+		!strings.HasPrefix(i.Root, chainID("")) || oci.Local(ref) {
 		return &Image{}
 	}
 	return i
@@ -161,7 +166,8 @@ func (s *Store) again(ctx context.Context, i *Image) (here bool, err error) {
 	return here, errors.Join(err, release())
 }
 
-// pullBase makes a base image's bundle the image's. The bundle stays with the base images, whose rules of keeping it has.
+// pullBase makes a base image's bundle the image's. The bundle stays with the base images, whose
+// rules of keeping it has.
 func (s *Store) pullBase(ctx context.Context, preset, name string) (*Image, error) {
 	if s.opts.Base == nil {
 		return nil, fmt.Errorf("%w: there are no base images here", ErrNotFound)
@@ -171,8 +177,9 @@ func (s *Store) pullBase(ctx context.Context, preset, name string) (*Image, erro
 		return nil, err
 	}
 	i := &Image{
-		Name: cmp.Or(name, BaseScheme+preset), Source: BaseScheme + preset, Arch: s.opts.Arch, Bundle: b.ID, BootArgs: b.BootArgs,
-		Itself: !b.RootfsIsReadOnly,
+		Name: cmp.Or(name, BaseScheme+preset), Source: BaseScheme + preset, Arch: s.opts.Arch, Bundle: b.ID,
+		BootArgs: b.BootArgs,
+		Itself:   !b.RootfsIsReadOnly,
 	}
 	return i, s.publish(ctx, i)
 }

@@ -32,7 +32,10 @@ import (
 func files(content map[string]string) ocitest.Layer {
 	return func(w *tar.Writer) error {
 		for _, name := range sorted(content) {
-			h := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(content[name])), ModTime: time.Unix(1_700_000_000, 0)}
+			h := &tar.Header{
+				Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(content[name])),
+				ModTime: time.Unix(1_700_000_000, 0),
+			}
 			if err := w.WriteHeader(h); err != nil {
 				return err
 			}
@@ -76,7 +79,8 @@ func serve(t testing.TB, dir string, before func(r *http.Request)) (host string)
 
 func isBlob(r *http.Request) bool { return strings.Contains(r.URL.Path, "/blobs/") }
 
-// A data directory that was moved has other inodes: an image is verified once more, and a pull finds it is here.
+// A data directory that was moved has other inodes: an image is verified once more, and a pull
+// finds it is here.
 func TestPull_Moved(t *testing.T) {
 	layout := layoutOf(t, map[string][]ocitest.Layer{"1": {files(map[string]string{"etc/issue": "moved"})}})
 	dir := storeDir(t)
@@ -240,7 +244,8 @@ func TestPull_Layers(t *testing.T) {
 		if _, err := s.Prune(t.Context(), o); err != nil {
 			t.Error(err)
 		}
-		if got, want := len(tree(t, filepath.Join(dir, "layers"))), map[bool]int{false: 2 + 2, true: 0}[o.Layers]; got != want {
+		if got, want := len(tree(t, filepath.Join(dir, "layers"))),
+			map[bool]int{false: 2 + 2, true: 0}[o.Layers]; got != want {
 			t.Errorf("%+v: %d layers and documents are there, want %d", o, got, want)
 		}
 	}
@@ -270,8 +275,8 @@ func TestRemove_Partial(t *testing.T) {
 	}
 }
 
-// A file that is both a tar and, as far as its magic number goes, an ext4 gives a layer and a root file system of one
-// digest. What is pulled never stands in for what is imported.
+// A file that is both a tar and, as far as its magic number goes, an ext4 gives a layer and a root
+// file system of one digest. What is pulled never stands in for what is imported.
 func TestObjects_NameSpaces(t *testing.T) {
 	body := make([]byte, 4096)
 	copy(body[1024+0x38-512:], "\x53\xef")
@@ -295,7 +300,8 @@ func TestObjects_NameSpaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.HasPrefix(evil.Root, "chain3-") || !strings.HasPrefix(audited.Root, "rootfs-") || evil.Root == audited.Root {
+	if !strings.HasPrefix(evil.Root, "chain3-") || !strings.HasPrefix(audited.Root, "rootfs-") ||
+		evil.Root == audited.Root {
 		t.Errorf("pulled is %s, imported %s", evil.Root, audited.Root)
 	}
 	wantSound(t, s, dir)
@@ -356,7 +362,8 @@ func rename(t *testing.T, dir, from, to string) {
 	}
 }
 
-// What is damaged is made anew by a pull or an import of the same, and VMs that use it stay its users.
+// What is damaged is made anew by a pull or an import of the same, and VMs that use it stay its
+// users.
 func TestPull_Damaged(t *testing.T) {
 	layout := layoutOf(t, map[string][]ocitest.Layer{"1": {files(map[string]string{"etc/issue": "sound"})}})
 	_, rootfs := sources(t)
@@ -406,7 +413,8 @@ func TestPull_OneLayer(t *testing.T) {
 	for n := range 11 {
 		layers = append(layers, files(map[string]string{string(rune('a' + n)): "content"}))
 	}
-	layout := layoutOf(t, map[string][]ocitest.Layer{"1": layers[:10], "2": append(append([]ocitest.Layer{}, layers[:9]...), layers[10])})
+	layout := layoutOf(t,
+		map[string][]ocitest.Layer{"1": layers[:10], "2": append(append([]ocitest.Layer{}, layers[:9]...), layers[10])})
 	var mu sync.Mutex
 	var moved []string
 	host := serve(t, layout, func(r *http.Request) {
@@ -428,7 +436,8 @@ func TestPull_OneLayer(t *testing.T) {
 	}
 }
 
-// What an image says of itself is kept with its name, and with a further one; a description of before, without, is read.
+// What an image says of itself is kept with its name, and with a further one; a description of
+// before, without, is read.
 func TestInspect_About(t *testing.T) {
 	r, dir := newRegistry(t), storeDir(t)
 	img := randomImage(t, 1)
@@ -455,8 +464,10 @@ func TestInspect_About(t *testing.T) {
 	}
 	for _, name := range []string{"app", "other:1"} {
 		in, err := open(t, dir).Inspect(name)
-		if err != nil || in.ID != id.Hex || in.About.Author != "me" || !in.About.Built.Equal(c.Created.Time) || in.About.Platform != "linux/amd64" ||
-			len(in.About.History) != 1 || in.About.History[0].Size == 0 || in.Config.Labels["a"] != "b" || len(in.Config.Volumes) != 1 {
+		if err != nil || in.ID != id.Hex || in.About.Author != "me" || !in.About.Built.Equal(c.Created.Time) ||
+			in.About.Platform != "linux/amd64" ||
+			len(in.About.History) != 1 || in.About.History[0].Size == 0 || in.Config.Labels["a"] != "b" ||
+			len(in.Config.Volumes) != 1 {
 			t.Errorf("%s: %+v, %v", name, in, err)
 		}
 	}
@@ -470,7 +481,8 @@ func TestInspect_About(t *testing.T) {
 	}
 }
 
-// A tag that has not changed costs one question, which registries do not count, as long as what it led to is here and complete.
+// A tag that has not changed costs one question, which registries do not count, as long as what it
+// led to is here and complete.
 func TestPull_Unchanged(t *testing.T) {
 	layout := filepath.Join(t.TempDir(), "layout")
 	tag := func(tag, content string) {
@@ -516,7 +528,8 @@ func TestPull_Unchanged(t *testing.T) {
 			t.Errorf("%s: at first %q: want a manifest, a configuration and a layer", ref, all)
 		}
 		again, all := pull(open(t, dir), ref, "")
-		if diff := cmp.Diff(head, all); diff != "" || again.ID != first.ID || again.Root != first.Root || again.Name != first.Name || !again.Created.Equal(first.Created) {
+		if diff := cmp.Diff(head, all); diff != "" || again.ID != first.ID || again.Root != first.Root ||
+			again.Name != first.Name || !again.Created.Equal(first.Created) {
 			t.Errorf("%s: %s\n%+v, then %+v", ref, diff, first, again)
 		}
 		if named, all := pull(s, ref, "mine"); len(all) < 2 || named.Name != "mine" || named.Root != first.Root {

@@ -22,8 +22,8 @@ type Removed struct {
 	Bytes  int64    `json:"bytes"`  // that are free now
 }
 
-// Remove takes an image's name away, and all that no other image needs. While VMs use it, it is an *InUseError; with
-// force the name goes, and what the VMs use stays for as long as they do.
+// Remove takes an image's name away, and all that no other image needs. While VMs use it, it is an
+// *InUseError; with force the name goes, and what the VMs use stays for as long as they do.
 func (s *Store) Remove(ctx context.Context, name string, force bool) (*Removed, error) {
 	release, err := s.alone(ctx)
 	if err != nil {
@@ -50,7 +50,8 @@ func (s *Store) remove(ctx context.Context, ref string, force bool) (*Removed, e
 		return nil, err
 	}
 	if len(found) > 1 && !force {
-		return nil, hint.Add(invalid("image %s has several names: %s", ref, strings.Join(names(found), ", ")), "remove one of them, or all with -f")
+		return nil, hint.Add(invalid("image %s has several names: %s", ref, strings.Join(names(found), ", ")),
+			"remove one of them, or all with -f")
 	}
 	for _, i := range found {
 		by, err := s.lastUsers(i, all)
@@ -89,18 +90,22 @@ func (s *Store) forget(name string) error {
 // lastUsers are the VMs that use what an image has, but for what another image has too.
 func (s *Store) lastUsers(i *Image, all []*Image) ([]string, error) {
 	shared := func(dir string) bool {
-		return slices.ContainsFunc(all, func(other *Image) bool { return other.Name != i.Name && slices.Contains(s.dirs(other), dir) })
+		return slices.ContainsFunc(all, func(other *Image) bool {
+			return other.Name != i.Name && slices.Contains(s.dirs(other), dir)
+		})
 	}
 	return kept.Users(true, slices.DeleteFunc(s.dirs(i), shared)...)
 }
 
-// unname takes an image's name away, and its bundle where none of the others has it, nor a VM. Unsure says that there are images
-// that cannot be read: then bundles stay.
+// unname takes an image's name away, and its bundle where none of the others has it, nor a VM.
+// Unsure says that there are images that cannot be read: then bundles stay.
 func (s *Store) unname(ctx context.Context, i *Image, others []*Image, unsure bool) error {
 	if err := s.forget(i.Name); err != nil {
 		return err
 	}
-	if i.Bundle == "" || unsure || slices.ContainsFunc(others, func(other *Image) bool { return other.Name != i.Name && other.Bundle == i.Bundle }) {
+	if i.Bundle == "" || unsure || slices.ContainsFunc(others, func(other *Image) bool {
+		return other.Name != i.Name && other.Bundle == i.Bundle
+	}) {
 		return nil
 	}
 	err := s.opts.Base.Remove(ctx, i.Bundle)
@@ -112,9 +117,11 @@ func (s *Store) unname(ctx context.Context, i *Image, others []*Image, unsure bo
 
 // PruneOptions say what is removed beside what no image needs.
 type PruneOptions struct {
-	All    bool              // images that no VM uses
-	Only   func(*Image) bool // of those; nil: all
-	Layers bool              // the layers of all images: VMs need none, but a pull of an image that shares some fetches them again
+	All  bool              // images that no VM uses
+	Only func(*Image) bool // of those; nil: all
+	// the layers of all images: VMs need none, but a pull of an image that shares some fetches them
+	// again
+	Layers bool
 }
 
 // Prune removes what no image needs.
@@ -151,8 +158,9 @@ func (s *Store) prune(ctx context.Context, o PruneOptions) (*Removed, error) {
 	return r, err
 }
 
-// sweep removes objects that neither an image nor a VM has, and layers whose images are gone, or all of them, and says how many
-// bytes that frees. Partial says that what interrupted pulls have fetched goes too. The caller has the store alone.
+// sweep removes objects that neither an image nor a VM has, and layers whose images are gone, or
+// all of them, and says how many bytes that frees. Partial says that what interrupted pulls have
+// fetched goes too. The caller has the store alone.
 func (s *Store) sweep(allLayers, partial bool) (freed int64, err error) {
 	all, bad, err := s.list()
 	if err != nil {

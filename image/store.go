@@ -20,7 +20,8 @@ import (
 	"push.rocks/smartvm/internal/storelock"
 )
 
-// Errors of this package. Those of a file system, a registry or a base image's source come as they are.
+// Errors of this package. Those of a file system, a registry or a base image's source come as they
+// are.
 var (
 	// ErrNotFound says that there is no such image here.
 	ErrNotFound = errors.New("no such image")
@@ -51,25 +52,29 @@ type Options struct {
 	Offline bool   // fetch nothing
 	// OCI is how registries are spoken to. Limits, Arch, TempDir and Log are filled in.
 	OCI oci.Options
-	// Limits bound what a root file system may hold that is made of layers, a tar or a directory, directories of VMs included.
+	// Limits bound what a root file system may hold that is made of layers, a tar or a directory,
+	// directories of VMs included.
 	Limits flatten.Limits
 	// Base finds base images; nil: there are none.
 	Base *base.Store
-	// FetchKernel has a kernel fetched, by Base, for images without one where this machine's own is not found or may not be read. Installed is told where it
-	// is; it may be nil.
+	// FetchKernel has a kernel fetched, by Base, for images without one where this machine's own is
+	// not found or may not be read. Installed is told where it is; it may be nil.
 	FetchKernel bool
 	Installed   func(what, path string)
-	// Agent is the guest's first program, smartvm-agent. Without it only images that boot by themselves do.
+	// Agent is the guest's first program, smartvm-agent. Without it only images that boot by
+	// themselves do.
 	Agent []byte
-	// Arch is what images are chosen for, as Go spells it: "amd64" or "arm64". Default: this machine's.
+	// Arch is what images are chosen for, as Go spells it: "amd64" or "arm64". Default: this
+	// machine's.
 	Arch string
 	Log  *slog.Logger
-	// Progress is told how far a step is, in bytes; total 0 is unknown. It may be nil, and is called from any goroutine,
-	// one at a time for each step.
+	// Progress is told how far a step is, in bytes; total 0 is unknown. It may be nil, and is called
+	// from any goroutine, one at a time for each step.
 	Progress func(step string, done, total int64)
 	// Waiting is told for what another process is waited for. It may be nil.
 	Waiting func(what string)
-	// Changed receives each name that an image was given ("tag") or has lost ("remove"), afterwards. It may be nil.
+	// Changed receives each name that an image was given ("tag") or has lost ("remove"), afterwards.
+	// It may be nil.
 	Changed func(action, name string)
 }
 
@@ -113,7 +118,10 @@ func Open(opts Options) (*Store, error) {
 	}
 	s := &Store{opts: opts, log: opts.Log}
 	s.locks = &storelock.Dir{Path: opts.Dir, Gate: s.path(namesDir), Temp: s.path(tempDir), Waiting: opts.Waiting}
-	s.objects = &objects.Store{Path: s.path(objectsDir), IDs: objectID, Locks: s.locks, Log: s.log, Progress: opts.Progress}
+	s.objects = &objects.Store{
+		Path: s.path(objectsDir), IDs: objectID, Locks: s.locks, Log: s.log,
+		Progress: opts.Progress,
+	}
 	for _, d := range []string{namesDir, objectsDir, layersDir, tempDir} {
 		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
 			return nil, fmt.Errorf("open images: %w", err)
@@ -126,8 +134,9 @@ func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.opts.Dir}, elem...)...)
 }
 
-// Hold keeps others from removing anything until it is let go of. Those that hold a store do not exclude each other; who
-// holds it must not hold it again, since a process that waits to remove something comes first.
+// Hold keeps others from removing anything until it is let go of. Those that hold a store do not
+// exclude each other; who holds it must not hold it again, since a process that waits to remove
+// something comes first.
 func (s *Store) Hold(ctx context.Context) (release func() error, err error) {
 	return s.locks.Share(ctx, "another smartvm to finish removing images")
 }
@@ -137,7 +146,8 @@ func (s *Store) alone(ctx context.Context) (release func() error, err error) {
 	return s.locks.Alone(ctx, "another smartvm to finish with its images")
 }
 
-// Kinds of what one process alone does: a lock of one kind may be taken under one of another, in this order.
+// Kinds of what one process alone does: a lock of one kind may be taken under one of another, in
+// this order.
 const (
 	onePull = "pull" // of a reference
 	oneMake = "make" // of an object

@@ -207,7 +207,8 @@ func TestImport_Runs(t *testing.T) {
 		}
 		return i
 	}
-	plain, runs := add("plain", config.Change{}), add("runs", config.Change{Cmd: &line, Env: []string{"A=b"}, User: "5:6", WorkingDir: "/srv"})
+	plain, runs := add("plain", config.Change{}),
+		add("runs", config.Change{Cmd: &line, Env: []string{"A=b"}, User: "5:6", WorkingDir: "/srv"})
 	if plain.ID == runs.ID || plain.Root != runs.Root {
 		t.Errorf("ids %s and %s, roots %s and %s", plain.ID, runs.ID, plain.Root, runs.Root)
 	}
@@ -221,12 +222,14 @@ func TestImport_Runs(t *testing.T) {
 	}
 	defer b.Release()
 	g := b.Guest
-	if got, want := fmt.Sprintf("%s %s %s %s", g.Command, g.Env, g.User, g.WorkingDir), "[/bin/app -v] [A=b] 5:6 /srv"; got != want {
+	if got, want := fmt.Sprintf("%s %s %s %s", g.Command, g.Env, g.User, g.WorkingDir),
+		"[/bin/app -v] [A=b] 5:6 /srv"; got != want {
 		t.Errorf("the guest runs %s, want %s", got, want)
 	}
 }
 
-// An ext4 that was copied while it was mounted is not what it seems to whoever mounts it read-only, as all images are.
+// An ext4 that was copied while it was mounted is not what it seems to whoever mounts it read-only,
+// as all images are.
 func TestImport_NeedsRecovery(t *testing.T) {
 	testenv.Fixture(t, fixtures.MkfsExt4)
 	s := open(t, storeDir(t))
@@ -253,7 +256,8 @@ func TestImport_NeedsRecovery(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err := s.Import(t.Context(), image.ImportOptions{Name: "x", Rootfs: path})
-		if dirty && (!errors.Is(err, fs.ErrInvalid) || !strings.Contains(err.Error(), "its journal is not replayed")) || !dirty && err != nil {
+		if dirty && (!errors.Is(err, fs.ErrInvalid) || !strings.Contains(err.Error(), "its journal is not replayed")) ||
+			!dirty && err != nil {
 			t.Errorf("dirty %v: %v", dirty, err)
 		}
 	}
@@ -276,14 +280,16 @@ func TestImport_NothingIsNoImage(t *testing.T) {
 	}
 	iso := append(make([]byte, 32<<10), "\x01CD001\x01\x00"...)
 	for name, content := range map[string][]byte{
-		"empty": nil, "zeros": make([]byte, 1<<20), "iso": iso, "cut": whole.Bytes()[:1024], "text": []byte("no such command"), "lz4": []byte("\x04\x22\x4d\x18and more"),
+		"empty": nil, "zeros": make([]byte, 1<<20), "iso": iso, "cut": whole.Bytes()[:1024],
+		"text": []byte("no such command"), "lz4": []byte("\x04\x22\x4d\x18and more"),
 	} {
 		path := filepath.Join(t.TempDir(), name)
 		if err := os.WriteFile(path, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		for from, o := range map[string]image.ImportOptions{
-			"a pipe": {Name: "app", Rootfs: "-", Stdin: io.MultiReader(bytes.NewReader(content))}, "a file": {Name: "app", Rootfs: path},
+			"a pipe": {Name: "app", Rootfs: "-", Stdin: io.MultiReader(bytes.NewReader(content))},
+			"a file": {Name: "app", Rootfs: path},
 		} {
 			_, err := s.Import(t.Context(), o)
 			var advice interface{ Hint() string }
@@ -319,7 +325,8 @@ func TestImport_Limits(t *testing.T) {
 		switch {
 		case c.option == "" && err != nil:
 			t.Error(err)
-		case c.option != "" && (!errors.As(err, &over) || over.Option != c.option || !strings.Contains(over.Hint(), "--max-image-")):
+		case c.option != "" &&
+			(!errors.As(err, &over) || over.Option != c.option || !strings.Contains(over.Hint(), "--max-image-")):
 			t.Errorf("%v, want the limit %s and its flag", err, c.option)
 		}
 	}
@@ -335,7 +342,8 @@ func TestOpen_Unsafe(t *testing.T) {
 	}
 }
 
-// A file that has changed is noticed before a VM gets it; one that was changed with its time put back, by Verify.
+// A file that has changed is noticed before a VM gets it; one that was changed with its time put
+// back, by Verify.
 func TestUse_Corrupt(t *testing.T) {
 	dir := storeDir(t)
 	s := open(t, dir)
@@ -397,7 +405,8 @@ func TestRemove(t *testing.T) {
 	if _, err := s.Remove(t.Context(), "one", false); !errors.As(err, &inUse) || cmp.Diff([]string{vm}, inUse.By) != "" {
 		t.Errorf("in use: %v", err)
 	}
-	if r, err := s.Prune(t.Context(), image.PruneOptions{All: true}); err != nil || cmp.Diff([]string{"two"}, r.Images) != "" {
+	if r, err := s.Prune(t.Context(), image.PruneOptions{All: true}); err != nil ||
+		cmp.Diff([]string{"two"}, r.Images) != "" {
 		t.Errorf("prune: %+v, %v", r, err)
 	}
 	if _, err := s.Remove(t.Context(), "one", true); err != nil {
@@ -449,7 +458,8 @@ func TestBoot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if b.Guest == nil || cmp.Diff([]string{"id"}, b.Guest.Command) != "" || b.Guest.Hostname != "box" || b.RootType != "ext4" || b.CopyRoot || len(b.Users) != 3 {
+	if b.Guest == nil || cmp.Diff([]string{"id"}, b.Guest.Command) != "" || b.Guest.Hostname != "box" ||
+		b.RootType != "ext4" || b.CopyRoot || len(b.Users) != 3 {
 		t.Errorf("%+v, guest %+v", b, b.Guest)
 	}
 	for _, path := range append([]string{b.Kernel, b.Initrd, b.Root}, b.Users...) {
@@ -464,7 +474,8 @@ func TestBoot(t *testing.T) {
 	if with, err := boot(s, "root", image.BootOptions{Kernel: "lender"}); err != nil || with.Kernel != b.Kernel {
 		t.Errorf("with another's kernel: %+v, %v", with, err)
 	}
-	if own, err := boot(s, "initrd", image.BootOptions{}); err != nil || own.Guest != nil || own.BootArgs != "quiet" || own.Initrd == "" {
+	if own, err := boot(s, "initrd", image.BootOptions{}); err != nil || own.Guest != nil || own.BootArgs != "quiet" ||
+		own.Initrd == "" {
 		t.Errorf("with its own initramfs: %+v, %v", own, err)
 	}
 	if _, err := boot(s, "root", image.BootOptions{Kernel: "root"}); !errors.Is(err, image.ErrNoKernel) {
@@ -477,19 +488,22 @@ func TestBoot(t *testing.T) {
 		t.Error("a command of 1 MiB was taken")
 	}
 	without := open(t, dir, func(o *image.Options) { o.Agent = nil })
-	if _, err := boot(without, "whole", image.BootOptions{}); err == nil || !strings.Contains(err.Error(), "without its guest agent") {
+	if _, err := boot(without, "whole", image.BootOptions{}); err == nil ||
+		!strings.Contains(err.Error(), "without its guest agent") {
 		t.Errorf("without an agent: %v", err)
 	}
 	kernelImage, err := s.Import(t.Context(), image.ImportOptions{Name: image.DefaultKernel, Kernel: kernel})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if with, err := boot(s, "root", image.BootOptions{}); err != nil || !strings.Contains(with.Kernel, kernelImage.Kernel) {
+	if with, err := boot(s, "root", image.BootOptions{}); err != nil ||
+		!strings.Contains(with.Kernel, kernelImage.Kernel) {
 		t.Errorf("with the default kernel: %+v, %v", with, err)
 	}
 }
 
-// A base image of a manifest boots by itself from a copy, or where it cannot be written, like any other.
+// A base image of a manifest boots by itself from a copy, or where it cannot be written, like any
+// other.
 func TestBase(t *testing.T) {
 	kernel, _ := sources(t)
 	for kind, readOnly := range map[string]bool{"ext4": false, "squashfs": true} {
@@ -498,7 +512,8 @@ func TestBase(t *testing.T) {
 			work := t.TempDir()
 			rootfs := filepath.Join(work, "rootfs")
 			content := make([]byte, 4096)
-			copy(content[map[string]int{"ext4": 1024 + 0x38}[kind]:], map[string]string{"ext4": "\x53\xef", "squashfs": "hsqs"}[kind])
+			copy(content[map[string]int{"ext4": 1024 + 0x38}[kind]:],
+				map[string]string{"ext4": "\x53\xef", "squashfs": "hsqs"}[kind])
 			if err := os.WriteFile(rootfs, content, 0o644); err != nil {
 				t.Fatal(err)
 			}
@@ -508,7 +523,8 @@ func TestBase(t *testing.T) {
 			if err := os.WriteFile(manifest, []byte(text), 0o644); err != nil {
 				t.Fatal(err)
 			}
-			bundles, err := base.Open(base.Options{Dir: filepath.Join(work, "bundles"), ManifestPath: manifest, Arch: "x86_64", InUse: image.InUse})
+			bundles, err := base.Open(
+				base.Options{Dir: filepath.Join(work, "bundles"), ManifestPath: manifest, Arch: "x86_64", InUse: image.InUse})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -521,7 +537,8 @@ func TestBase(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if b.CopyRoot == readOnly || (b.Guest != nil) != readOnly || b.RootType != kind || b.BootArgs != "console=ttyS0 mine" || b.Kernel == "" || b.Root == "" {
+			if b.CopyRoot == readOnly || (b.Guest != nil) != readOnly || b.RootType != kind ||
+				b.BootArgs != "console=ttyS0 mine" || b.Kernel == "" || b.Root == "" {
 				t.Errorf("%+v", b)
 			}
 			if err := os.Symlink(work, filepath.Join(b.Users[0], "vm")); err != nil { // a VM
@@ -655,7 +672,8 @@ func TestPull_Shared(t *testing.T) {
 		t.Errorf("%d objects, want 2", got)
 	}
 	in, err := s.Inspect("mine")
-	if err != nil || cmp.Diff([]string{"/init"}, in.Config.Entrypoint) != "" || cmp.Diff([]string{"8080/tcp"}, in.Config.ExposedPorts) != "" || len(in.Layers) != 9 {
+	if err != nil || cmp.Diff([]string{"/init"}, in.Config.Entrypoint) != "" ||
+		cmp.Diff([]string{"8080/tcp"}, in.Config.ExposedPorts) != "" || len(in.Layers) != 9 {
 		t.Errorf("%+v, %v", in, err)
 	}
 	wantSound(t, s, dir)
@@ -713,15 +731,16 @@ func TestPull_Cancelled(t *testing.T) {
 // killVariable has a copy of this test binary make and remove images.
 const killVariable = "SMARTVM_TEST_KILL"
 
-// TestKilled kills whoever makes and removes images before each change that it makes to the file system: what is listed then
-// is whole, nothing is left unfinished, and the next try gets through.
+// TestKilled kills whoever makes and removes images before each change that it makes to the file
+// system: what is listed then is whole, nothing is left unfinished, and the next try gets through.
 func TestKilled(t *testing.T) {
 	if config := os.Getenv(killVariable); config != "" {
 		makeImages(t, strings.Split(config, "\n"))
 		return
 	}
 	work := t.TempDir()
-	layout := layoutOf(t, map[string][]ocitest.Layer{"1": {files(map[string]string{"a": "a"}), files(map[string]string{"b": "b"})}})
+	layout := layoutOf(t,
+		map[string][]ocitest.Layer{"1": {files(map[string]string{"a": "a"}), files(map[string]string{"b": "b"})}})
 	host := serve(t, layout, func(*http.Request) {})
 	kernel, rootfs := sources(t)
 	dir := filepath.Join(work, "images")

@@ -32,7 +32,10 @@ func (s *Store) Workshop(ctx context.Context) (*Workshop, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &Workshop{Dir: work.Dir, Layers: s.path(layersDir), OCI: s.sources(work.Dir), Offline: s.opts.Offline, Log: s.log, Progress: s.opts.Progress, work: work}
+	w := &Workshop{
+		Dir: work.Dir, Layers: s.path(layersDir), OCI: s.sources(work.Dir), Offline: s.opts.Offline, Log: s.log,
+		Progress: s.opts.Progress, work: work,
+	}
 	if w.unlock, err = s.locks.Lock(ctx, w.Layers, lock.Shared, "another smartvm to finish removing images"); err != nil {
 		return nil, errors.Join(err, work.Close())
 	}
@@ -49,7 +52,8 @@ func (s *Store) sources(temp string) oci.Options {
 // Close removes what is in Dir.
 func (w *Workshop) Close() error { return errors.Join(w.unlock(), w.work.Close()) }
 
-// Root checks an image's root file system, and returns where it is and of what type. Returns ErrCorrupt.
+// Root checks an image's root file system, and returns where it is and of what type. Returns
+// ErrCorrupt.
 func (s *Store) Root(ctx context.Context, i *Image) (path, kind string, err error) {
 	if i.Root == "" {
 		return "", "", errors.New("it has no root file system")

@@ -1,9 +1,9 @@
-// Package journal is an intent log: what is about to be done to the host is on disk before it happens, so
-// that it can be undone after a crash at any moment.
+// Package journal is an intent log: what is about to be done to the host is on disk before it
+// happens, so that it can be undone after a crash at any moment.
 //
-// A journal is a file of JSON lines. Do appends an effect, makes it durable, then applies it. Revert undoes
-// the effects newest first and removes the file last. Reverting is what ends a VM in good order and what
-// cleans up after a crash: there is one way down.
+// A journal is a file of JSON lines. Do appends an effect, makes it durable, then applies it.
+// Revert undoes the effects newest first and removes the file last. Reverting is what ends a VM in
+// good order and what cleans up after a crash: there is one way down.
 package journal
 
 import (
@@ -28,22 +28,22 @@ import (
 // Effect is one side effect on the host, described by its exported fields.
 //
 // Apply brings it about; it never takes over what is there already but returns an error that is
-// fs.ErrExist, having done nothing. Revert undoes it, whole or half done; that nothing is there is success, and
-// what is not the effect's own is left alone.
+// fs.ErrExist, having done nothing. Revert undoes it, whole or half done; that nothing is there is
+// success, and what is not the effect's own is left alone.
 type Effect interface {
 	Apply(context.Context) error
 	Revert(context.Context) error
 }
 
-// Barrier is an effect that what was recorded before it serves, as a process has files open: while it cannot be undone,
-// nothing older is.
+// Barrier is an effect that what was recorded before it serves, as a process has files open: while
+// it cannot be undone, nothing older is.
 type Barrier interface {
 	Effect
 	Barrier()
 }
 
-// Kinds names every kind of effect a journal may hold. The value makes an empty effect, a pointer to a
-// struct, for JSON to fill.
+// Kinds names every kind of effect a journal may hold. The value makes an empty effect, a pointer
+// to a struct, for JSON to fill.
 type Kinds map[string]func() Effect
 
 // Name returns the kind that e is of.
@@ -65,7 +65,8 @@ type Step struct {
 // Trace is called at every step, before the next one. It may be nil.
 type Trace func(Step)
 
-// Bounds of what Open reads. A journal holds a handful of short records, but for those that have policies of hundreds of rules.
+// Bounds of what Open reads. A journal holds a handful of short records, but for those that have
+// policies of hundreds of rules.
 const (
 	maxBytes = 16 << 20
 	maxLine  = 1 << 20
@@ -74,8 +75,8 @@ const (
 // RevertTimeout bounds one Revert of a whole journal.
 const RevertTimeout = 60 * time.Second
 
-// ErrCorrupt says that a journal's file was changed by somebody else: a record that is not the last one does
-// not read. Nothing is reverted then.
+// ErrCorrupt says that a journal's file was changed by somebody else: a record that is not the last
+// one does not read. Nothing is reverted then.
 var ErrCorrupt = errors.New("corrupt journal")
 
 var errSum = errors.New("checksum differs")
@@ -94,11 +95,13 @@ type entry struct {
 	effect Effect
 }
 
-// version is that of the lines that are written here, which say it unless it is 0. Raise it when an effect is to be undone in
-// another way although it has the same fields: a new field, or a new kind of effect, is refused by older programs anyway.
+// version is that of the lines that are written here, which say it unless it is 0. Raise it when an
+// effect is to be undone in another way although it has the same fields: a new field, or a new kind
+// of effect, is refused by older programs anyway.
 const version = 0
 
-// record is a line of the file: an effect, or the number of one (counted from 1) that was struck out.
+// record is a line of the file: an effect, or the number of one (counted from 1) that was struck
+// out.
 type record struct {
 	Version int `json:"version,omitempty"`
 
@@ -119,9 +122,10 @@ func Create(path string, kinds Kinds, trace Trace) (*Journal, error) {
 	return &Journal{path: path, kinds: kinds, trace: trace, f: f}, nil
 }
 
-// Open reads the journal at path. A torn last record is cut off: its effect was not begun. Returns an error
-// that is fs.ErrNotExist if there is no journal, ErrCorrupt if it cannot be trusted, spec.ErrNotSupported if another
-// version of smartvm has written what is unknown here, which then nothing here can undo.
+// Open reads the journal at path. A torn last record is cut off: its effect was not begun. Returns
+// an error that is fs.ErrNotExist if there is no journal, ErrCorrupt if it cannot be trusted,
+// spec.ErrNotSupported if another version of smartvm has written what is unknown here, which then
+// nothing here can undo.
 func Open(path string, kinds Kinds, trace Trace) (*Journal, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
 	if err != nil {
@@ -134,8 +138,8 @@ func Open(path string, kinds Kinds, trace Trace) (*Journal, error) {
 	return j, nil
 }
 
-// Check says what keeps Open from reading the journal at path. It changes nothing, so another process may have the journal
-// open. That there is none is no error.
+// Check says what keeps Open from reading the journal at path. It changes nothing, so another
+// process may have the journal open. That there is none is no error.
 func Check(path string, kinds Kinds) error {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -188,7 +192,8 @@ func (j *Journal) read() (int64, error) {
 	return int64(whole), nil
 }
 
-// add parses one line, "crc32 json". What is whole and cannot be read is of another version: spec.ErrNotSupported.
+// add parses one line, "crc32 json". What is whole and cannot be read is of another version:
+// spec.ErrNotSupported.
 func (j *Journal) add(line []byte) error {
 	sum, body, ok := bytes.Cut(line, []byte(" "))
 	if !ok || string(sum) != checksum(body) {
@@ -236,9 +241,9 @@ func unmarshal(data []byte, v any) error {
 
 func checksum(b []byte) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE(b)) }
 
-// Do records e durably, then applies it. When e's place is taken (fs.ErrExist) the record is struck out, so
-// that what stands there is never reverted. After any other error the effect may be half done: Revert the
-// journal.
+// Do records e durably, then applies it. When e's place is taken (fs.ErrExist) the record is struck
+// out, so that what stands there is never reverted. After any other error the effect may be half
+// done: Revert the journal.
 func (j *Journal) Do(ctx context.Context, e Effect) error {
 	kind, err := j.kinds.Name(e)
 	if err != nil {
@@ -288,8 +293,9 @@ func (j *Journal) Effects() []Effect {
 	return all
 }
 
-// Revert undoes every effect, newest first, and removes the journal. After an error it keeps the journal, so that it can be
-// tried again, and goes on, but not past a Barrier. The context's values serve; its end does not stop the way down.
+// Revert undoes every effect, newest first, and removes the journal. After an error it keeps the
+// journal, so that it can be tried again, and goes on, but not past a Barrier. The context's values
+// serve; its end does not stop the way down.
 func (j *Journal) Revert(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), RevertTimeout)
 	defer cancel()

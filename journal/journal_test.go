@@ -170,8 +170,8 @@ func TestRevertAfterCancel(t *testing.T) {
 	}
 }
 
-// Whatever prefix of the file a crash leaves, what reads is a prefix of the effects, and a record that was
-// completed is never lost.
+// Whatever prefix of the file a crash leaves, what reads is a prefix of the effects, and a record
+// that was completed is never lost.
 func TestTornTail(t *testing.T) {
 	w, kinds := newWorld()
 	j, path := create(t, kinds)
@@ -234,8 +234,9 @@ func TestChangedRecordIsRefused(t *testing.T) {
 	}
 }
 
-// What another version of smartvm has written is refused as a whole, as long as the line is as it was written: none of the
-// effects is undone, those that are known neither, and the file stays as it is.
+// What another version of smartvm has written is refused as a whole, as long as the line is as it
+// was written: none of the effects is undone, those that are known neither, and the file stays as
+// it is.
 func TestOtherVersionsAreRefused(t *testing.T) {
 	for name, body := range map[string]string{
 		"as ever":             "",
@@ -269,7 +270,9 @@ func TestOtherVersionsAreRefused(t *testing.T) {
 			if body == "" && err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
-			if body != "" && (!errors.Is(err, spec.ErrNotSupported) || errors.Is(err, journal.ErrCorrupt) || !strings.Contains(err.Error(), path)) {
+			if body != "" &&
+				(!errors.Is(err, spec.ErrNotSupported) || errors.Is(err, journal.ErrCorrupt) ||
+					!strings.Contains(err.Error(), path)) {
 				t.Errorf("%s: %v, want ErrNotSupported of %s", name, err, path)
 			}
 		}
@@ -343,7 +346,8 @@ func FuzzOpen(f *testing.F) {
 	})
 }
 
-// What a program uses is kept until it has ended: by this process, and by the next that reads the journal.
+// What a program uses is kept until it has ended: by this process, and by the next that reads the
+// journal.
 func TestRevertStopsAtABarrier(t *testing.T) {
 	w, kinds := newWorld()
 	j, path := create(t, kinds)

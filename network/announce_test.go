@@ -19,13 +19,15 @@ import (
 
 // knows returns the MAC that a guest knows for an address, once it is not old.
 func (g *guest) knows(a netip.Addr, old string) (mac string) {
-	for end := time.Now().Add(5 * time.Second); (mac == "" || mac == old) && time.Now().Before(end); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(5 * time.Second); (mac == "" || mac == old) &&
+		time.Now().Before(end); time.Sleep(time.Millisecond) {
 		g.Must(func() error {
 			link, err := netlink.LinkByName("eth0")
 			if err != nil {
 				return err
 			}
-			all, err := netlink.NeighList(link.Attrs().Index, map[bool]int{true: netlink.FAMILY_V4, false: netlink.FAMILY_V6}[a.Is4()])
+			all, err := netlink.NeighList(link.Attrs().Index,
+				map[bool]int{true: netlink.FAMILY_V4, false: netlink.FAMILY_V6}[a.Is4()])
 			for _, n := range all {
 				if n.IP.Equal(a.AsSlice()) {
 					mac = n.HardwareAddr.String()
@@ -37,7 +39,8 @@ func (g *guest) knows(a netip.Addr, old string) (mac string) {
 	return mac
 }
 
-// When a VM has the addresses of one that is gone, its neighbours find it at once, though they know those at another MAC.
+// When a VM has the addresses of one that is gone, its neighbours find it at once, though they know
+// those at another MAC.
 func TestNetwork_Replaced(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -59,7 +62,8 @@ func TestNetwork_Replaced(t *testing.T) {
 	var upkeep upkeep.Upkeep
 	t.Cleanup(upkeep.Close)
 	next := s.guestWith(1, func(g *filter.Guest) { g.MAC = network.MAC("next", "eth0").String() }, func(g *guest) error {
-		return upkeep.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
+		return upkeep.Add(filepath.Dir(s.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}},
+			slog.New(slog.DiscardHandler))
 	})
 	next.Serve(":8080", "next")
 	for _, ip := range []netip.Addr{b.filter.IP4, b.filter.IP6} {

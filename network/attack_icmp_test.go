@@ -54,10 +54,12 @@ func TestAttack_ICMP(t *testing.T) {
 		return err
 	}
 	for range 20 {
-		out.send(frameTo(s.bridgeMAC(), attacker.filter.MAC, unix.ETH_P_IP, packet4(unix.IPPROTO_ICMP, "172.30.0.2", "172.30.0.3", nil, unreachable)))
+		out.send(frameTo(s.bridgeMAC(), attacker.filter.MAC, unix.ETH_P_IP,
+			packet4(unix.IPPROTO_ICMP, "172.30.0.2", "172.30.0.3", nil, unreachable)))
 	}
 	at.seen(nil, "end", func() {
-		openWire(t, s.config.Bridge).send(frameTo(victim.filter.MAC, s.bridgeMAC(), unix.ETH_P_IP, datagram("172.30.0.1:1", "172.30.0.3:9", "end")))
+		openWire(t, s.config.Bridge).send(
+			frameTo(victim.filter.MAC, s.bridgeMAC(), unix.ETH_P_IP, datagram("172.30.0.1:1", "172.30.0.3:9", "end")))
 	})
 	if err := errorOf(); errors.Is(err, unix.ECONNREFUSED) {
 		t.Error("a guest ends another's connection by an error about it")
@@ -75,7 +77,8 @@ func TestAttack_ICMP(t *testing.T) {
 		for _, f := range flows {
 			if f.Forward.SrcPort == port {
 				about := datagram(fmt.Sprint(uplink4, ":", f.Reverse.DstPort), world4+":9", "hello")
-				world.send(frameTo(mac, source, unix.ETH_P_IP, packet4(unix.IPPROTO_ICMP, world4, uplink4, nil, icmp4(3, 3, [4]byte{}, about))))
+				world.send(frameTo(mac, source, unix.ETH_P_IP,
+					packet4(unix.IPPROTO_ICMP, world4, uplink4, nil, icmp4(3, 3, [4]byte{}, about))))
 			}
 		}
 		err = errorOf()
@@ -88,7 +91,8 @@ func TestAttack_ICMP(t *testing.T) {
 	if seen != nil {
 		t.Errorf("an error from outside does not come: %q", seen[len(seen)-1])
 	}
-	// A redirect: the host's way to what is behind a gateway leads to whom that says. The guest is not it.
+	// A redirect: the host's way to what is behind a gateway leads to whom that says. The guest is not
+	// it.
 	way := func() string {
 		routes, err := netlink.RouteGet(net.ParseIP("203.0.113.9"))
 		if err != nil || len(routes) == 0 {
@@ -102,8 +106,10 @@ func TestAttack_ICMP(t *testing.T) {
 	about := packet4(unix.IPPROTO_ICMP, uplink4, "203.0.113.9", nil, make([]byte, 8)) // an answer to an echo request
 	for _, from := range []string{"172.30.0.2", world4} {
 		for _, to := range []string{"172.30.0.1", uplink4} {
-			out.send(frameTo(s.bridgeMAC(), attacker.filter.MAC, unix.ETH_P_IP, packet4(unix.IPPROTO_ICMP, from, to, nil, icmp4(5, 1, [4]byte{172, 30, 0, 2}, about))))
-			out.send(frameTo(s.bridgeMAC(), attacker.filter.MAC, unix.ETH_P_IP, packet4(unix.IPPROTO_ICMP, from, to, nil, icmp4(5, 1, [4]byte{198, 51, 100, 66}, about))))
+			out.send(frameTo(s.bridgeMAC(), attacker.filter.MAC, unix.ETH_P_IP,
+				packet4(unix.IPPROTO_ICMP, from, to, nil, icmp4(5, 1, [4]byte{172, 30, 0, 2}, about))))
+			out.send(frameTo(s.bridgeMAC(), attacker.filter.MAC, unix.ETH_P_IP,
+				packet4(unix.IPPROTO_ICMP, from, to, nil, icmp4(5, 1, [4]byte{198, 51, 100, 66}, about))))
 		}
 	}
 	ear.heard("", "after", func() { attacker.Must(func() error { return sendTo(world4+":9", "after") }) })
@@ -114,7 +120,8 @@ func TestAttack_ICMP(t *testing.T) {
 		if way() == "198.51.100.66" {
 			return
 		}
-		world.send(frameTo(mac, source, unix.ETH_P_IP, packet4(unix.IPPROTO_ICMP, world4, uplink4, nil, icmp4(5, 1, [4]byte{198, 51, 100, 66}, about))))
+		world.send(frameTo(mac, source, unix.ETH_P_IP,
+			packet4(unix.IPPROTO_ICMP, world4, uplink4, nil, icmp4(5, 1, [4]byte{198, 51, 100, 66}, about))))
 		time.Sleep(10 * time.Millisecond)
 	}
 	t.Errorf("nor does the gateway tell it: %s", way())
@@ -162,7 +169,8 @@ func (g *guest) pings(t *testing.T, a netip.Addr, wait time.Duration) (yes bool)
 	return yes
 }
 
-// A guest may ask its gateway whether it is there, and none of the host's other addresses; one that may reach the host may.
+// A guest may ask its gateway whether it is there, and none of the host's other addresses; one that
+// may reach the host may.
 func TestAttack_Echo(t *testing.T) {
 	if !nettest.Rough(t) {
 		return

@@ -16,8 +16,9 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// A guest asks for names as itself, and its own network's resolver: it opens nothing for another by asking in its name, learns nothing from the
-// resolvers of other networks, and hears and is heard by nobody who asks all.
+// A guest asks for names as itself, and its own network's resolver: it opens nothing for another by
+// asking in its name, learns nothing from the resolvers of other networks, and hears and is heard
+// by nobody who asks all.
 func TestAttack_Names(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -25,13 +26,18 @@ func TestAttack_Names(t *testing.T) {
 	s := newSite(t, nil)
 	s.nameServer(map[string]string{"good.example.": "203.0.113.9", "free.example.": "192.0.2.1"})
 	s.outside.Serve(":80", "world")
-	closed := &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}}}
+	closed := &policy.Policy{
+		DefaultAction: policy.Deny,
+		Rules:         []policy.Rule{{Action: policy.Allow, Domain: "good.example"}},
+	}
 	attacker, _ := s.namedGuest(0, nil)
 	victim, _ := s.namedGuest(1, closed)
 	question := func(from string) []byte {
 		m := dnsmessage.Message{
-			Header:    dnsmessage.Header{ID: 1, RecursionDesired: true},
-			Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName("good.example."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+			Header: dnsmessage.Header{ID: 1, RecursionDesired: true},
+			Questions: []dnsmessage.Question{
+				{Name: dnsmessage.MustNewName("good.example."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
+			},
 		}
 		packed, err := m.Pack()
 		if err != nil {
@@ -48,7 +54,9 @@ func TestAttack_Names(t *testing.T) {
 	}
 	victim.misses(t, "tcp", "203.0.113.9:80")
 	// The same from the victim opens the way.
-	own.seen(nil, "good", func() { own.send(frameTo(s.bridgeMAC(), victim.filter.MAC, unix.ETH_P_IP, question("172.30.0.3"))) })
+	own.seen(nil, "good", func() {
+		own.send(frameTo(s.bridgeMAC(), victim.filter.MAC, unix.ETH_P_IP, question("172.30.0.3")))
+	})
 	victim.reaches(t, "tcp", "203.0.113.9:80", "world from "+uplink4+"\n")
 
 	other := *s
@@ -73,8 +81,10 @@ func TestAttack_Names(t *testing.T) {
 	mdns := listen(t, ":5353")
 	to := "224.0.0.251"
 	if mdns.heard("attack", "end", func() {
-		out.send(frameTo("01:00:5e:00:00:fb", attacker.filter.MAC, unix.ETH_P_IP, datagram("172.30.0.2:5353", to+":5353", "attack")))
-		out.send(frameTo(s.bridgeMAC(), attacker.filter.MAC, unix.ETH_P_IP, datagram("172.30.0.2:5353", "172.30.0.1:5353", "attack")))
+		out.send(frameTo("01:00:5e:00:00:fb", attacker.filter.MAC, unix.ETH_P_IP,
+			datagram("172.30.0.2:5353", to+":5353", "attack")))
+		out.send(frameTo(s.bridgeMAC(), attacker.filter.MAC, unix.ETH_P_IP,
+			datagram("172.30.0.2:5353", "172.30.0.1:5353", "attack")))
 		friend.Must(func() error { return sendTo("172.30.0.1:5353", "end") })
 	}) {
 		t.Error("the host hears who asks all")
@@ -88,8 +98,10 @@ func (g *guest) resolveBy(t *testing.T, network, server, name string) (answer st
 		return g.resolve(t, server, name)
 	}
 	m := dnsmessage.Message{
-		Header:    dnsmessage.Header{ID: 1, RecursionDesired: true},
-		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+		Header: dnsmessage.Header{ID: 1, RecursionDesired: true},
+		Questions: []dnsmessage.Question{
+			{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
+		},
 	}
 	packed, err := m.Pack()
 	if err != nil {
@@ -127,15 +139,18 @@ func (g *guest) resolveBy(t *testing.T, network, server, name string) (answer st
 	return answer
 }
 
-// By UDP and TCP, over IPv4 and IPv6, a guest's questions for names end at its resolver: all of them where its policy or its network's has names,
-// else those to the gateway.
+// By UDP and TCP, over IPv4 and IPv6, a guest's questions for names end at its resolver: all of
+// them where its policy or its network's has names, else those to the gateway.
 func TestAttack_NamesEveryWay(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
 	}
 	for _, by := range []string{"udp", "tcp"} {
 		for _, named := range []string{"nobody", "guest", "network"} {
-			names := &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}}}
+			names := &policy.Policy{
+				DefaultAction: policy.Deny,
+				Rules:         []policy.Rule{{Action: policy.Allow, Domain: "good.example"}},
+			}
 			s := newSite(t, func(c *network.Config) {
 				if named == "network" {
 					c.Policy = names

@@ -72,7 +72,8 @@ func (s *site) bridgeMAC() string {
 	return bridge.Attrs().HardwareAddr.String()
 }
 
-// plainPort is a cable to the host that is in no network: what it sends is judged by nobody but the kernel.
+// plainPort is a cable to the host that is in no network: what it sends is judged by nobody but the
+// kernel.
 func plainPort(t *testing.T) (w *wire, mac string) {
 	t.Helper()
 	plain := nettest.New(t)
@@ -85,7 +86,8 @@ func plainPort(t *testing.T) (w *wire, mac string) {
 	return w, near.Attrs().HardwareAddr.String()
 }
 
-// seen says which of some texts come by a wire before the last does. It sends them again until then: while a link comes up the kernel loses some.
+// seen says which of some texts come by a wire before the last does. It sends them again until
+// then: while a link comes up the kernel loses some.
 func (w *wire) seen(texts []string, end string, send func()) (got []string) {
 	w.t.Helper()
 	buf := make([]byte, 4096)
@@ -114,8 +116,8 @@ func (w *wire) seen(texts []string, end string, send func()) (got []string) {
 	return nil
 }
 
-// Frames for a neighbour, and for all, reach nobody on a network whose guests do not reach each other, whatever they carry; and a port has one
-// address, whatever comes by it.
+// Frames for a neighbour, and for all, reach nobody on a network whose guests do not reach each
+// other, whatever they carry; and a port has one address, whatever comes by it.
 func TestAttack_Neighbour(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -131,15 +133,18 @@ func TestAttack_Neighbour(t *testing.T) {
 			// The host has it go back by the bridge, whose ports are apart for what comes by one alone.
 			"by gateway": frameTo(s.bridgeMAC(), mac, unix.ETH_P_IP, datagram("172.30.0.2:1", "172.30.0.3:9", "by gateway")),
 			"to all":     frame(mac, unix.ETH_P_IP, datagram("172.30.0.2:1", "172.30.0.255:9", "to all")),
-			"to many":    frameTo("01:00:5e:00:00:fb", mac, unix.ETH_P_IP, datagram("172.30.0.2:1", "224.0.0.251:5353", "to many")),
-			"to many, 6": frameTo("33:33:00:00:00:01", mac, unix.ETH_P_IPV6, packet6(attacker.filter.IP6.String(), unix.IPPROTO_UDP, 0, 1, 0, 2, 0, 24, 0, 0), mark("to many, 6")),
+			"to many": frameTo("01:00:5e:00:00:fb", mac, unix.ETH_P_IP,
+				datagram("172.30.0.2:1", "224.0.0.251:5353", "to many")),
+			"to many, 6": frameTo("33:33:00:00:00:01", mac, unix.ETH_P_IPV6,
+				packet6(attacker.filter.IP6.String(), unix.IPPROTO_UDP, 0, 1, 0, 2, 0, 24, 0, 0), mark("to many, 6")),
 		}
 		end := fmt.Sprint("end ", mutual)
 		got := at.seen([]string{"to its MAC", "by gateway", "to all", "to many", "to many, 6"}, end, func() {
 			for _, f := range frames {
 				out.send(f)
 			}
-			openWire(t, s.config.Bridge).send(frameTo(victim.filter.MAC, s.bridgeMAC(), unix.ETH_P_IP, datagram("172.30.0.1:1", "172.30.0.3:9", end)))
+			openWire(t, s.config.Bridge).send(
+				frameTo(victim.filter.MAC, s.bridgeMAC(), unix.ETH_P_IP, datagram("172.30.0.1:1", "172.30.0.3:9", end)))
 		})
 		if want := map[bool]int{true: 5, false: 0}[mutual]; len(got) != want {
 			t.Errorf("mutual %v: the neighbour gets %q, want %d", mutual, got, want)
@@ -165,7 +170,8 @@ func TestAttack_Neighbour(t *testing.T) {
 	}
 }
 
-// A tap whose bridge is gone is one more interface of the host: neither the host nor what is behind it is reached by that, until it is a port again.
+// A tap whose bridge is gone is one more interface of the host: neither the host nor what is behind
+// it is reached by that, until it is a port again.
 func TestAttack_Unbridged(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -204,7 +210,8 @@ func TestAttack_Unbridged(t *testing.T) {
 	}
 }
 
-// A packet that says by which addresses it wants to go, where the host takes such, leads past no policy.
+// A packet that says by which addresses it wants to go, where the host takes such, leads past no
+// policy.
 func TestAttack_SourceRoute(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -240,7 +247,8 @@ func openWireIn(t *testing.T, n *nettest.Namespace) (w *wire) {
 	return w
 }
 
-// What is no beginning of a connection, as the kernel does or does not take it for one, and what is in pieces, goes nowhere that is denied.
+// What is no beginning of a connection, as the kernel does or does not take it for one, and what is
+// in pieces, goes nowhere that is denied.
 func TestAttack_Denied(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -248,7 +256,8 @@ func TestAttack_Denied(t *testing.T) {
 	s := newSite(t, nil)
 	g := s.guest(0, func(g *filter.Guest) {
 		g.Policy = &policy.Policy{Rules: []policy.Rule{
-			{Action: policy.Deny, Protocol: "tcp", Destination: world4}, {Action: policy.Deny, Protocol: "udp", Destination: world4, Ports: policy.Ports{{First: 81, Last: 81}}},
+			{Action: policy.Deny, Protocol: "tcp", Destination: world4},
+			{Action: policy.Deny, Protocol: "udp", Destination: world4, Ports: policy.Ports{{First: 81, Last: 81}}},
 		}}
 	})
 	other := s.guest(1, nil)
@@ -258,12 +267,18 @@ func TestAttack_Denied(t *testing.T) {
 	ear80 := s.outsideEar(world4 + ":80")
 	for _, loose := range []string{"0", "1"} {
 		setVariable(t, "netfilter/nf_conntrack_tcp_loose", loose)
-		for flags, name := range map[byte]string{0: "null", 1: "fin", 2: "syn", 4: "rst", 0x10: "ack", 0x12: "syn ack", 0x29: "xmas", 0x18: "push"} {
+		for flags, name := range map[byte]string{
+			0: "null", 1: "fin", 2: "syn", 4: "rst", 0x10: "ack", 0x12: "syn ack",
+			0x29: "xmas", 0x18: "push",
+		} {
 			from, to := netip.MustParseAddrPort("172.30.0.2:1000"), netip.MustParseAddrPort(world4+":80")
 			text, end := fmt.Sprint("denied ", name, loose), fmt.Sprint("allowed ", name, loose)
 			if got := at.seen([]string{text}, end, func() {
-				out.send(frameTo(s.bridgeMAC(), g.filter.MAC, unix.ETH_P_IP, packet4(unix.IPPROTO_TCP, "172.30.0.2", world4, nil, segment(from, to, flags, text))))
-				beside.send(frameTo(s.bridgeMAC(), other.filter.MAC, unix.ETH_P_IP, packet4(unix.IPPROTO_UDP, "172.30.0.3", world4, nil, datagram("0.0.0.0:1", "0.0.0.0:9", end)[20:])))
+				out.send(frameTo(s.bridgeMAC(), g.filter.MAC, unix.ETH_P_IP,
+					packet4(unix.IPPROTO_TCP, "172.30.0.2", world4, nil, segment(from, to, flags, text))))
+				beside.send(
+					frameTo(s.bridgeMAC(), other.filter.MAC, unix.ETH_P_IP,
+						packet4(unix.IPPROTO_UDP, "172.30.0.3", world4, nil, datagram("0.0.0.0:1", "0.0.0.0:9", end)[20:])))
 			}); len(got) > 0 {
 				t.Errorf("tcp_loose %s: %s is let through", loose, name)
 			}

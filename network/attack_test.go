@@ -24,7 +24,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// What a guest with root sends and no tool does. Beside each thing that must not work stands the same from somewhere where it does.
+// What a guest with root sends and no tool does. Beside each thing that must not work stands the
+// same from somewhere where it does.
 
 var allowHost = &policy.Policy{AllowHost: true}
 
@@ -52,7 +53,8 @@ func listen(t *testing.T, address string) *ear {
 	return &ear{t, c}
 }
 
-// heard says whether what comes before end has a datagram with this text. It sends end: while a link comes up, the kernel loses some.
+// heard says whether what comes before end has a datagram with this text. It sends end: while a
+// link comes up, the kernel loses some.
 func (e *ear) heard(text, end string, send func()) (yes bool) {
 	e.t.Helper()
 	buf := make([]byte, 1500)
@@ -109,7 +111,8 @@ func learned(t *testing.T, port string) (macs []string) {
 	return macs
 }
 
-// stranger is a port of the network's bridge that is no guest's: of our rules it knows none but those of the host.
+// stranger is a port of the network's bridge that is no guest's: of our rules it knows none but
+// those of the host.
 func (s *site) stranger(t *testing.T) *guest {
 	t.Helper()
 	g := &guest{Namespace: nettest.New(t)}
@@ -138,7 +141,9 @@ func TestAttack_Reserved(t *testing.T) {
 	}
 	rough(t)
 	s := newSite(t, nil)
-	victim, attacker, friend := s.guest(0, nil), s.guest(1, nil), s.guest(2, func(g *filter.Guest) { g.Policy = allowHost })
+	victim, attacker, friend := s.guest(0, nil), s.guest(1, nil), s.guest(2, func(g *filter.Guest) {
+		g.Policy = allowHost
+	})
 	other := s.stranger(t)
 	bridge, err := netlink.LinkByName(s.config.Bridge)
 	if err != nil {
@@ -168,7 +173,8 @@ func TestAttack_Reserved(t *testing.T) {
 		}
 		// By a port without our rules it does.
 		host.heard("", "plain", func() {
-			plain.send(frameTo(reserved(14), "02:00:00:00:01:02", unix.ETH_P_IP, datagram("172.30.0.200:1", uplink4+":9000", "plain")))
+			plain.send(frameTo(reserved(14), "02:00:00:00:01:02", unix.ETH_P_IP,
+				datagram("172.30.0.200:1", uplink4+":9000", "plain")))
 		})
 	}
 	if got := learned(t, attacker.filter.Tap); len(got) != 1 || got[0] != mac {
@@ -186,12 +192,15 @@ func TestAttack_Reserved(t *testing.T) {
 		frameTo(mac, gateway, unix.ETH_P_IP, udp4("172.30.0.1", 1), mark("end")))
 	for name, w := range map[string]*wire{"victim": heard, "attacker": spied} {
 		got := w.until(mark("end"))
-		if slices.Contains(got, string(mark("secret"))) != (name == "victim") || slices.Contains(got, string(mark("unknown"))) {
+		if slices.Contains(got, string(mark("secret"))) != (name == "victim") ||
+			slices.Contains(got, string(mark("unknown"))) {
 			t.Errorf("the %s gets %q", name, got)
 		}
 	}
-	// Nor did anybody answer what was asked of the host's other addresses, by that way or the ordinary one.
-	out.send(frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.3", uplink4)), frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.3", "172.30.0.1")))
+	// Nor did anybody answer what was asked of the host's other addresses, by that way or the ordinary
+	// one.
+	out.send(frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.3", uplink4)),
+		frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.3", "172.30.0.1")))
 	for f := out.answer(); !bytes.Equal(f[28:32], []byte{172, 30, 0, 1}); f = out.answer() {
 		t.Errorf("the host tells the guest: %x", f)
 	}
@@ -212,7 +221,8 @@ func (w *wire) answer() []byte {
 	}
 }
 
-// What listens on the host's loopback alone is no guest's to reach, nor what another's rules lead to from there.
+// What listens on the host's loopback alone is no guest's to reach, nor what another's rules lead
+// to from there.
 func TestAttack_Loopback(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -220,7 +230,8 @@ func TestAttack_Loopback(t *testing.T) {
 	rough(t)
 	setVariable(t, "ipv4/ip_forward", "1")
 	s := newSite(t, nil)
-	// What is published is reached by the loopback, so that the bridge is a way from there, and to there.
+	// What is published is reached by the loopback, so that the bridge is a way from there, and to
+	// there.
 	g := s.guest(0, func(g *filter.Guest) {
 		g.Policy, g.Ports = allowHost, []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}}
 	})
@@ -229,13 +240,18 @@ func TestAttack_Loopback(t *testing.T) {
 	}
 	// As Docker before 28 publishes 127.0.0.1:5432 of a container.
 	container := nettest.New(t)
-	container.Connect(nettest.Link{Name: "docker0", Addresses: prefixes("172.17.0.1/16")}, nettest.Link{Name: "eth0", Addresses: prefixes("172.17.0.2/16")})
+	container.Connect(nettest.Link{Name: "docker0", Addresses: prefixes("172.17.0.1/16")},
+		nettest.Link{Name: "eth0", Addresses: prefixes("172.17.0.2/16")})
 	conn, err := nftables.New()
 	if err != nil {
 		t.Fatal(err)
 	}
 	table := conn.AddTable(&nftables.Table{Name: "nat", Family: nftables.TableFamilyIPv4})
-	chain := conn.AddChain(&nftables.Chain{Table: table, Name: "PREROUTING", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest})
+	chain := conn.AddChain(
+		&nftables.Chain{
+			Table: table, Name: "PREROUTING", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPrerouting,
+			Priority: nftables.ChainPriorityNATDest,
+		})
 	conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{127, 0, 0, 1}},
@@ -289,7 +305,8 @@ func TestAttack_Loopback(t *testing.T) {
 		if tt.untracked { // what the kernel is told not to track goes through no chain for NAT
 			raw := conn.AddTable(&nftables.Table{Name: "raw", Family: nftables.TableFamilyIPv4})
 			conn.AddRule(&nftables.Rule{Table: raw, Exprs: []expr.Any{&expr.Notrack{}}, Chain: conn.AddChain(&nftables.Chain{
-				Table: raw, Name: "PREROUTING", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw,
+				Table: raw, Name: "PREROUTING", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting,
+				Priority: nftables.ChainPriorityRaw,
 			})})
 			if err := conn.Flush(); err != nil {
 				t.Fatal(err)
@@ -297,7 +314,8 @@ func TestAttack_Loopback(t *testing.T) {
 		}
 		send(g1, ours, g.filter.MAC, "172.30.0.2", "attack")
 		all.heard("", seen, func() {
-			g1.send(frameTo(ours.Attrs().HardwareAddr.String(), g.filter.MAC, unix.ETH_P_IP, datagram("172.30.0.2:1", "172.30.0.1:9000", seen)))
+			g1.send(frameTo(ours.Attrs().HardwareAddr.String(), g.filter.MAC, unix.ETH_P_IP,
+				datagram("172.30.0.2:1", "172.30.0.1:9000", seen)))
 		})
 		for name, e := range map[string]*ear{"the loopback": local, "what is published on it": database} {
 			if tt.untracked && e == database {
@@ -310,7 +328,8 @@ func TestAttack_Loopback(t *testing.T) {
 	}
 }
 
-// One guest that opens connections without end, to the world or to the host, takes them from nobody else, and keeps those that it has.
+// One guest that opens connections without end, to the world or to the host, takes them from nobody
+// else, and keeps those that it has.
 func TestAttack_Connections(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -335,7 +354,8 @@ func TestAttack_Connections(t *testing.T) {
 		}
 		return all
 	}
-	// answered says how many have an answer. What is asked last, by another, shows that what was asked before has come or will not.
+	// answered says how many have an answer. What is asked last, by another, shows that what was asked
+	// before has come or will not.
 	answered := func(all []net.Conn) (n int) {
 		other.reaches(t, "udp", world4+":80", "world from "+uplink4+"\n")
 		for _, c := range all {
@@ -421,7 +441,8 @@ func TestAttack_NewConnections(t *testing.T) {
 			return nil
 		})
 		if allowed := most + int(most*time.Since(begun).Seconds()) + 1; through < most || through > allowed {
-			t.Errorf("%s: %d of %d connections that were begun at once are let through, want from %d to %d", world, through, 10*most, most, allowed)
+			t.Errorf("%s: %d of %d connections that were begun at once are let through, want from %d to %d", world, through,
+				10*most, most, allowed)
 		}
 	}
 	other.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
@@ -429,7 +450,8 @@ func TestAttack_NewConnections(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "over 100 new connections a second"; len(counts) != 1 || counts[0].Rule != want || counts[0].Packets < most {
+	if want := "over 100 new connections a second"; len(counts) != 1 || counts[0].Rule != want ||
+		counts[0].Packets < most {
 		t.Errorf("counted %+v, want what was %s", counts, want)
 	}
 }

@@ -34,7 +34,8 @@ import (
 	"push.rocks/smartvm/network/watch"
 )
 
-// byAnother does what another program does: the kernel tells of a change of rules with the name of the thread's program.
+// byAnother does what another program does: the kernel tells of a change of rules with the name of
+// the thread's program.
 func byAnother(t *testing.T, f func() error) {
 	t.Helper()
 	runtime.LockOSThread()
@@ -52,7 +53,8 @@ func byAnother(t *testing.T, f func() error) {
 	}
 }
 
-// partOf is all that a guest has on its host, as text: elements of sets, chains, its port, and where the bridge and the host have it.
+// partOf is all that a guest has on its host, as text: elements of sets, chains, its port, and
+// where the bridge and the host have it.
 func partOf(t *testing.T, g *guest) (all []string) {
 	t.Helper()
 	conn, err := nftables.New()
@@ -81,7 +83,10 @@ func partOf(t *testing.T, g *guest) (all []string) {
 			}
 		}
 	}
-	chain := &nftables.Chain{Table: &nftables.Table{Name: g.filter.Table, Family: nftables.TableFamilyINet}, Name: "guest-" + g.filter.Tap}
+	chain := &nftables.Chain{
+		Table: &nftables.Table{Name: g.filter.Table, Family: nftables.TableFamilyINet},
+		Name:  "guest-" + g.filter.Tap,
+	}
 	if rules, err := conn.GetRules(chain.Table, chain); err == nil {
 		all = append(all, fmt.Sprint(len(rules), " rules"))
 	}
@@ -98,12 +103,18 @@ func partOf(t *testing.T, g *guest) (all []string) {
 			all = append(all, fmt.Sprint("port ", flag, " ", flags[flag]))
 		}
 	}
-	all = append(all, fmt.Sprint("port flags ", port.Attrs().RawFlags&(unix.IFF_UP|unix.IFF_NOARP), " ", variable(t, "ipv6/conf/"+g.filter.Tap+"/disable_ipv6")))
+	all = append(all,
+		fmt.Sprint("port flags ", port.Attrs().RawFlags&(unix.IFF_UP|unix.IFF_NOARP), " ",
+			variable(t, "ipv6/conf/"+g.filter.Tap+"/disable_ipv6")))
 	bridge, err := netlink.LinkByName(g.filter.Bridge())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, of := range []struct{ link, family int }{{port.Attrs().Index, unix.AF_BRIDGE}, {bridge.Attrs().Index, unix.AF_INET}, {bridge.Attrs().Index, unix.AF_INET6}} {
+	for _, of := range []struct{ link, family int }{
+		{port.Attrs().Index, unix.AF_BRIDGE},
+		{bridge.Attrs().Index, unix.AF_INET},
+		{bridge.Attrs().Index, unix.AF_INET6},
+	} {
 		entries, err := netlink.NeighList(of.link, of.family)
 		if err != nil {
 			t.Fatal(err)
@@ -127,7 +138,9 @@ type damage struct {
 // damages are such to a guest, one by one.
 func damages(t *testing.T, g *guest) (all []damage) {
 	t.Helper()
-	element := func(family nftables.TableFamily, name string, of func(nftables.SetElement) bool, change func(*nftables.SetElement)) func() error {
+	element := func(family nftables.TableFamily, name string, of func(nftables.SetElement) bool,
+		change func(*nftables.SetElement),
+	) func() error {
 		return func() error {
 			conn, err := nftables.New()
 			if err != nil {
@@ -188,7 +201,11 @@ func damages(t *testing.T, g *guest) (all []damage) {
 		{"a right that it has not", func() error {
 			conn, err := nftables.New()
 			if err == nil {
-				err = conn.SetAddElements(&nftables.Set{Table: &nftables.Table{Name: g.filter.Table, Family: inet}, Name: "metadata4", KeyType: nftables.TypeIPAddr},
+				err = conn.SetAddElements(
+					&nftables.Set{
+						Table: &nftables.Table{Name: g.filter.Table, Family: inet}, Name: "metadata4",
+						KeyType: nftables.TypeIPAddr,
+					},
 					[]nftables.SetElement{{Key: g.filter.IP4.AsSlice()}})
 			}
 			return errors.Join(err, conn.Flush())
@@ -198,7 +215,8 @@ func damages(t *testing.T, g *guest) (all []damage) {
 			if err != nil {
 				return err
 			}
-			conn.FlushChain(&nftables.Chain{Table: &nftables.Table{Name: g.filter.Table, Family: inet}, Name: "guest-" + g.filter.Tap})
+			conn.FlushChain(
+				&nftables.Chain{Table: &nftables.Table{Name: g.filter.Table, Family: inet}, Name: "guest-" + g.filter.Tap})
 			return conn.Flush()
 		}},
 	}
@@ -206,7 +224,8 @@ func damages(t *testing.T, g *guest) (all []damage) {
 		flag int
 		on   bool
 	}{
-		"isolated": {nl.IFLA_BRPORT_ISOLATED, false}, "learning": {nl.IFLA_BRPORT_LEARNING, true}, "flood": {nl.IFLA_BRPORT_UNICAST_FLOOD, true},
+		"isolated": {nl.IFLA_BRPORT_ISOLATED, false}, "learning": {nl.IFLA_BRPORT_LEARNING, true},
+		"flood":           {nl.IFLA_BRPORT_UNICAST_FLOOD, true},
 		"multicast flood": {nl.IFLA_BRPORT_MCAST_FLOOD, true}, "broadcast flood": {nl.IFLA_BRPORT_BCAST_FLOOD, true},
 		"neighbour suppression": {nl.IFLA_BRPORT_NEIGH_SUPPRESS, true}, "hairpin": {nl.IFLA_BRPORT_MODE, true},
 	} {
@@ -245,7 +264,8 @@ func damages(t *testing.T, g *guest) (all []damage) {
 		damage{"it has ARP", link(netlink.LinkSetARPOn)},
 		damage{"it is no port", link(netlink.LinkSetNoMaster)},
 		damage{"the bridge's entry", link(func(l netlink.Link) error {
-			return netlink.NeighDel(&netlink.Neigh{LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, HardwareAddr: mac})
+			return netlink.NeighDel(
+				&netlink.Neigh{LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, HardwareAddr: mac})
 		})},
 		damage{"the host's entry", neighbour(g.filter.IP4, nil)},
 		damage{"the host's IPv6 entry", neighbour(g.filter.IP6, nil)},
@@ -258,13 +278,17 @@ func (s *site) damaged(t *testing.T) (*guest, []journal.Effect, attach.Interface
 	g := s.guest(0, func(g *filter.Guest) {
 		g.Policy = &policy.Policy{AllowHost: true, Rules: []policy.Rule{{Action: policy.Deny, Destination: "203.0.113.0/24"}}}
 		g.DNS = 5353
-		g.Ports = []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}, {Address: netip.MustParseAddr(uplink4), Host: 8001, Guest: 80, Protocol: "udp"}}
+		g.Ports = []filter.Port{
+			{Host: 8000, Guest: 80, Protocol: "tcp"},
+			{Address: netip.MustParseAddr(uplink4), Host: 8001, Guest: 80, Protocol: "udp"},
+		}
 	})
 	effects := []journal.Effect{g.use, &network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge}, &g.filter}
 	return g, effects, attach.Interface{Tap: g.filter.Tap, Network: s.config, IP4: g.filter.IP4, IP6: g.filter.IP6}
 }
 
-// What somebody removes or changes of one guest's part is noticed at once, and made again; while it lasts the guest reaches nothing that its policy denies.
+// What somebody removes or changes of one guest's part is noticed at once, and made again; while it
+// lasts the guest reaches nothing that its policy denies.
 func TestNetwork_Damaged(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -311,14 +335,17 @@ func TestNetwork_Damaged(t *testing.T) {
 	s.remove(other)
 }
 
-// hear returns channels for the events that Watch has for who looks after a guest: of the networks, and of the guest's part. It ends with the test, or by end.
+// hear returns channels for the events that Watch has for who looks after a guest: of the networks,
+// and of the guest's part. It ends with the test, or by end.
 func hear(t *testing.T, of watch.Of) (events, parts chan struct{}, end func()) {
 	t.Helper()
 	ctx, stop := context.WithCancel(t.Context())
 	listens, done := make(chan struct{}, 2), make(chan error, 1)
 	events, parts = make(chan struct{}, 2), make(chan struct{}, 1000)
 	go func() {
-		done <- watch.Watch(ctx, of, func() { listens <- struct{}{} }, func() { events <- struct{}{} }, func() { parts <- struct{}{} })
+		done <- watch.Watch(ctx, of, func() {
+			listens <- struct{}{}
+		}, func() { events <- struct{}{} }, func() { parts <- struct{}{} })
 	}()
 	<-listens
 	<-listens
@@ -330,7 +357,8 @@ func hear(t *testing.T, of watch.Of) (events, parts chan struct{}, end func()) {
 	}
 }
 
-// Of each damage the kernel tells whoever looks after the guest, who is told of nothing that he does himself, nor of what others of his program do.
+// Of each damage the kernel tells whoever looks after the guest, who is told of nothing that he
+// does himself, nor of what others of his program do.
 func TestNetwork_DamageSeen(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -338,7 +366,10 @@ func TestNetwork_DamageSeen(t *testing.T) {
 	const decoy = filter.TablePrefix + "decoy"
 	s := newSite(t, nil)
 	g, effects, i := s.damaged(t)
-	of := watch.Of{Tables: []string{s.config.Table(), decoy}, Ports: []watch.Port{{Name: i.Tap, Bridge: s.config.Bridge, Addresses: []netip.Addr{i.IP4, i.IP6}}}}
+	of := watch.Of{
+		Tables: []string{s.config.Table(), decoy},
+		Ports:  []watch.Port{{Name: i.Tap, Bridge: s.config.Bridge, Addresses: []netip.Addr{i.IP4, i.IP6}}},
+	}
 	whole := partOf(t, g)
 	u := new(upkeep.Upkeep)
 	defer u.Close()
@@ -391,7 +422,8 @@ func TestNetwork_DamageSeen(t *testing.T) {
 	s.remove(g)
 }
 
-// A damage is repaired by who is told to look, and again when it comes back, but not as often as somebody likes.
+// A damage is repaired by who is told to look, and again when it comes back, but not as often as
+// somebody likes.
 func TestUpkeep_Part(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -433,7 +465,8 @@ func TestUpkeep_Part(t *testing.T) {
 	s.remove(g)
 }
 
-// Guests whose ports are not isolated any more do not reach each other, and one whose port learns takes no frames from another.
+// Guests whose ports are not isolated any more do not reach each other, and one whose port learns
+// takes no frames from another.
 func TestAttack_PortFlags(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -451,7 +484,11 @@ func TestAttack_PortFlags(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			return netlink.NeighSet(&netlink.Neigh{LinkIndex: l.Attrs().Index, IP: to.filter.IP4.AsSlice(), State: netlink.NUD_PERMANENT, HardwareAddr: mac})
+			return netlink.NeighSet(
+				&netlink.Neigh{
+					LinkIndex: l.Attrs().Index, IP: to.filter.IP4.AsSlice(), State: netlink.NUD_PERMANENT,
+					HardwareAddr: mac,
+				})
 		})
 	}
 	index := func(g *guest) int {
@@ -462,7 +499,8 @@ func TestAttack_PortFlags(t *testing.T) {
 		return l.Attrs().Index
 	}
 	for _, g := range []*guest{a, b} {
-		if err := rtnl.SetPort(index(g), map[int]bool{nl.IFLA_BRPORT_ISOLATED: false, nl.IFLA_BRPORT_LEARNING: true}); err != nil {
+		if err := rtnl.SetPort(index(g),
+			map[int]bool{nl.IFLA_BRPORT_ISOLATED: false, nl.IFLA_BRPORT_LEARNING: true}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -475,12 +513,14 @@ func TestAttack_PortFlags(t *testing.T) {
 	if got := learned(t, a.filter.Tap); !slices.Equal(got, []string{a.filter.MAC}) {
 		t.Errorf("behind the port of whom it was taken from are %q", got)
 	}
-	// Without the rule, and the entry as others make them, it would work. Where the rules for IP see bridged packets, these say no too.
+	// Without the rule, and the entry as others make them, it would work. Where the rules for IP see
+	// bridged packets, these say no too.
 	conn, err := nftables.New()
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn.FlushChain(&nftables.Chain{Table: &nftables.Table{Name: s.config.Table(), Family: nftables.TableFamilyBridge}, Name: "forward"})
+	conn.FlushChain(
+		&nftables.Chain{Table: &nftables.Table{Name: s.config.Table(), Family: nftables.TableFamilyBridge}, Name: "forward"})
 	if err := conn.Flush(); err != nil {
 		t.Fatal(err)
 	}
@@ -493,7 +533,11 @@ func TestAttack_PortFlags(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := netlink.NeighSet(&netlink.Neigh{LinkIndex: index(a), Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER, HardwareAddr: mac}); err != nil {
+	if err := netlink.NeighSet(
+		&netlink.Neigh{
+			LinkIndex: index(a), Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER,
+			HardwareAddr: mac,
+		}); err != nil {
 		t.Fatal(err)
 	}
 	steal()

@@ -29,7 +29,8 @@ import (
 	"push.rocks/smartvm/network/wireguard"
 )
 
-// The conformance suite of the network's effects: what package journal expects of one, asked of every kind.
+// The conformance suite of the network's effects: what package journal expects of one, asked of
+// every kind.
 
 // kinds are those of VMs' journals, and of networks'.
 func kinds() journal.Kinds {
@@ -77,7 +78,9 @@ func tables() *filter.Tables {
 }
 
 var effectCases = map[string]effectCase{
-	"sysctl": {describe: func(string) journal.Effect { return &forward.Sysctl{Name: "ipv4/ip_forward", Value: "1", Old: "0"} }, twice: true},
+	"sysctl": {describe: func(string) journal.Effect {
+		return &forward.Sysctl{Name: "ipv4/ip_forward", Value: "1", Old: "0"}
+	}, twice: true},
 	"bridge": {
 		describe: func(string) journal.Effect {
 			return &network.Bridge{Name: "svbr0", MAC: "02:00:00:00:00:01", Addresses: prefixes("172.30.0.1/24", "fd00::1/64")}
@@ -140,7 +143,10 @@ var effectCases = map[string]effectCase{
 	"wireguard": {}, // has a test in the lab
 	"egress": {
 		describe: func(string) journal.Effect {
-			return &wireguard.Egress{Bridge: "br", Interface: "tunnel", Table: 1<<30 | 7, Local: prefixes("172.30.0.0/24", "fd00::/64")}
+			return &wireguard.Egress{
+				Bridge: "br", Interface: "tunnel", Table: 1<<30 | 7,
+				Local: prefixes("172.30.0.0/24", "fd00::/64"),
+			}
 		},
 		prepare: func(t *testing.T) {
 			addBridge(t, "tunnel")
@@ -208,7 +214,8 @@ func entries(t *testing.T) (all []string) {
 			t.Fatal(err)
 		}
 		for _, n := range list {
-			if n.State == netlink.NUD_NOARP && family == unix.AF_BRIDGE || n.State == netlink.NUD_PERMANENT && family != unix.AF_BRIDGE {
+			if n.State == netlink.NUD_NOARP && family == unix.AF_BRIDGE || n.State == netlink.NUD_PERMANENT &&
+				family != unix.AF_BRIDGE {
 				all = append(all, fmt.Sprint("entry ", family, " ", n.LinkIndex, " ", n.HardwareAddr, " ", n.IP))
 			}
 		}

@@ -22,16 +22,18 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// Behind link-local addresses clouds keep credentials, and VMMs metadata: what is not answered by the VMM itself goes nowhere,
-// whatever rules allow, unless the policy says allowMetadata.
+// Behind link-local addresses clouds keep credentials, and VMMs metadata: what is not answered by
+// the VMM itself goes nowhere, whatever rules allow, unless the policy says allowMetadata.
 func TestNetwork_Metadata(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
-	// AWS's, and those of its containers; Azure's, Alibaba's, Oracle's; of IPv6 AWS's and Google's; and the ways to those of IPv4 by IPv6.
+	// AWS's, and those of its containers; Azure's, Alibaba's, Oracle's; of IPv6 AWS's and Google's;
+	// and the ways to those of IPv4 by IPv6.
 	cloud := []string{
-		"169.254.169.254", "169.254.170.2", "168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254",
+		"169.254.169.254", "169.254.170.2", "168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254",
+		"fd00:ec2::23", "fd20:ce::254",
 	}
 	for _, text := range cloud[:5] {
 		b := netip.MustParseAddr(text).As4()
@@ -65,13 +67,17 @@ func TestNetwork_Metadata(t *testing.T) {
 	}
 }
 
-// A guest of the internet alone reaches no private network, not even the host's LAN, but what its own rules say; other guests do.
+// A guest of the internet alone reaches no private network, not even the host's LAN, but what its
+// own rules say; other guests do.
 func TestNetwork_EgressPublic(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, nil)
-	private := []string{"10.1.2.3", "172.20.0.1", "192.168.1.1", "100.64.0.9", "198.18.0.1", "fd12::1", "64:ff9b::a01:203", "2002:c0a8:101::1"}
+	private := []string{
+		"10.1.2.3", "172.20.0.1", "192.168.1.1", "100.64.0.9", "198.18.0.1", "fd12::1", "64:ff9b::a01:203",
+		"2002:c0a8:101::1",
+	}
 	for _, text := range append(private, "192.168.1.2", "1.1.1.1", "2606:4700::1111") {
 		a := netip.MustParseAddr(text)
 		p := netip.PrefixFrom(a, a.BitLen())
@@ -80,7 +86,10 @@ func TestNetwork_EgressPublic(t *testing.T) {
 	}
 	s.outside.Serve(":80", "world")
 	public := s.guest(0, func(g *filter.Guest) {
-		g.Policy = &policy.Policy{Egress: policy.EgressPublic, Rules: []policy.Rule{{Action: policy.Allow, Destination: "192.168.1.2"}}}
+		g.Policy = &policy.Policy{
+			Egress: policy.EgressPublic,
+			Rules:  []policy.Rule{{Action: policy.Allow, Destination: "192.168.1.2"}},
+		}
 	})
 	other := s.guest(1, nil)
 	ask := func(g *guest, address string) string { return g.Ask("tcp", net.JoinHostPort(address, "80")) }
@@ -125,8 +134,8 @@ func TestNetwork_Embedded(t *testing.T) {
 	denied.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 }
 
-// A subnet that the host needs for something else is refused with advice, and nothing is left; one of which a route leads to more than it,
-// by a gateway or a tunnel, is not.
+// A subnet that the host needs for something else is refused with advice, and nothing is left; one
+// of which a route leads to more than it, by a gateway or a tunnel, is not.
 func TestUse_Overlap(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -172,8 +181,9 @@ func TestUse_Overlap(t *testing.T) {
 			switch {
 			case tt.want == "" && err != nil:
 				t.Error(err)
-			case tt.want != "" && (!errors.As(err, &overlap) || overlap.Code() != "INVALID_SUBNET" || !strings.HasSuffix(overlap.Error(), tt.want) ||
-				!errors.As(err, &advised) || !strings.Contains(advised.Hint(), "--subnet")):
+			case tt.want != "" &&
+				(!errors.As(err, &overlap) || overlap.Code() != "INVALID_SUBNET" || !strings.HasSuffix(overlap.Error(), tt.want) ||
+					!errors.As(err, &advised) || !strings.Contains(advised.Hint(), "--subnet")):
 				t.Errorf("got %v, hint %v", err, advised)
 			}
 			if err := u.Revert(t.Context()); err != nil {
@@ -186,7 +196,8 @@ func TestUse_Overlap(t *testing.T) {
 	}
 }
 
-// A network that names no subnet gets one that the host does not need, and a route is hidden only where there is no other way.
+// A network that names no subnet gets one that the host does not need, and a route is hidden only
+// where there is no other way.
 func TestStore_Subnets(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -242,7 +253,11 @@ func addOnLink(t *testing.T, name, gateway string) {
 		t.Fatal(err)
 	}
 	_, dst, _ := net.ParseCIDR("192.0.2.0/24")
-	if err := netlink.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(gateway), LinkIndex: link.Attrs().Index, Flags: int(netlink.FLAG_ONLINK)}); err != nil {
+	if err := netlink.RouteAdd(
+		&netlink.Route{
+			Dst: dst, Gw: net.ParseIP(gateway), LinkIndex: link.Attrs().Index,
+			Flags: int(netlink.FLAG_ONLINK),
+		}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -252,7 +267,8 @@ func tunnel(t *testing.T, to string) {
 	t.Helper()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "tun7"
-	if err := netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TUN, NonPersist: false}); err != nil {
+	if err := netlink.LinkAdd(
+		&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TUN, NonPersist: false}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -287,10 +303,12 @@ func blackhole(t *testing.T, to string) {
 	})
 }
 
-// withoutNetfilter runs f on a thread whose kernel has no netfilter: it refuses the socket as one that is built without it.
+// withoutNetfilter runs f on a thread whose kernel has no netfilter: it refuses the socket as one
+// that is built without it.
 func withoutNetfilter(t *testing.T, f func() error) error {
 	t.Helper()
-	// On the systems that we know, socket(2) has the family and protocol as its first and third argument.
+	// On the systems that we know, socket(2) has the family and protocol as its first and third
+	// argument.
 	load := func(k uint32) unix.SockFilter {
 		return unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: k}
 	}
@@ -299,14 +317,16 @@ func withoutNetfilter(t *testing.T, f func() error) error {
 	}
 	answer := func(k uint32) unix.SockFilter { return unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: k} }
 	program := []unix.SockFilter{
-		load(0), unless(unix.SYS_SOCKET, 5), load(16), unless(unix.AF_NETLINK, 3), load(32), unless(unix.NETLINK_NETFILTER, 1),
+		load(0), unless(unix.SYS_SOCKET, 5), load(16), unless(unix.AF_NETLINK, 3), load(32),
+		unless(unix.NETLINK_NETFILTER, 1),
 		answer(unix.SECCOMP_RET_ERRNO | uint32(unix.EPROTONOSUPPORT)), answer(unix.SECCOMP_RET_ALLOW),
 	}
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends, and its filter with it
 		filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
-		if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&filter))); errno != 0 {
+		if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0,
+			uintptr(unsafe.Pointer(&filter))); errno != 0 {
 			done <- errno
 			return
 		}

@@ -146,7 +146,9 @@ func TestNetwork_Log(t *testing.T) {
 	upkeepA.Close()
 	for deadline := time.Now().Add(testenv.Patience(10 * time.Second)); ; {
 		b.misses(t, "tcp", "172.30.0.1:22")
-		if logB.read(); time.Now().After(deadline) || slices.ContainsFunc(logB.seen, func(e string) bool { return strings.Contains(e, ":22") }) {
+		if logB.read(); time.Now().After(deadline) || slices.ContainsFunc(logB.seen, func(e string) bool {
+			return strings.Contains(e, ":22")
+		}) {
 			break
 		}
 	}
@@ -188,7 +190,9 @@ func TestNetwork_LogBounds(t *testing.T) {
 	b.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 	logB.wait("allowed  no policy tcp " + world4 + ":80")
 	for deadline := time.Now().Add(testenv.Patience(10 * time.Second)); ; time.Sleep(10 * time.Millisecond) {
-		if logA.read(); slices.ContainsFunc(logA.seen, func(e string) bool { return strings.HasPrefix(e, "lost") }) || len(logA.seen) > 100 {
+		if logA.read(); slices.ContainsFunc(logA.seen, func(e string) bool {
+			return strings.HasPrefix(e, "lost")
+		}) || len(logA.seen) > 100 {
 			break
 		}
 		if time.Now().After(deadline) {
@@ -213,7 +217,9 @@ func (g *guest) flood(t *testing.T, to string, n int) {
 		defer c.Close()
 		for i := range n {
 			// A full queue is no matter.
-			if _, err := c.WriteTo([]byte("?"), &net.UDPAddr{IP: net.ParseIP(to), Port: 1000 + i}); err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.EACCES) {
+			if _, err := c.WriteTo([]byte("?"), &net.UDPAddr{IP: net.ParseIP(to), Port: 1000 + i}); err != nil &&
+				!errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.ECONNREFUSED) &&
+				!errors.Is(err, unix.EACCES) {
 				return err
 			}
 		}
@@ -272,7 +278,8 @@ func unlog(t *testing.T, name string) {
 	}
 }
 
-// Tables of the version before, which did not log, do when they have been looked at, with the guest that is there.
+// Tables of the version before, which did not log, do when they have been looked at, with the guest
+// that is there.
 func TestNetwork_LogUpgrade(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -287,7 +294,10 @@ func TestNetwork_LogUpgrade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	chain := &nftables.Chain{Table: &nftables.Table{Name: s.config.Table(), Family: nftables.TableFamilyINet}, Name: "forward"}
+	chain := &nftables.Chain{
+		Table: &nftables.Table{Name: s.config.Table(), Family: nftables.TableFamilyINet},
+		Name:  "forward",
+	}
 	rules, err := conn.GetRules(chain.Table, chain)
 	if err != nil {
 		t.Fatal(err)

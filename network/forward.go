@@ -18,7 +18,8 @@ import (
 // forwardInterval is how often interfaces are looked for that have come since.
 const forwardInterval = 4 * time.Second
 
-// seenFile has, beside the journal, whether the host forwarded at the last look: who hears that somebody has switched it on or off looks at once.
+// seenFile has, beside the journal, whether the host forwarded at the last look: who hears that
+// somebody has switched it on or off looks at once.
 const seenFile = "forwarding.seen"
 
 // forwards has the host forward for the networks of a directory that are up.

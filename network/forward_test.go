@@ -18,8 +18,8 @@ import (
 	"push.rocks/smartvm/network/filter"
 )
 
-// A host that did not forward forwards for guests alone, and is as before in the end; where somebody else switches forwarding on
-// meanwhile, or has before, it stays on for all.
+// A host that did not forward forwards for guests alone, and is as before in the end; where
+// somebody else switches forwarding on meanwhile, or has before, it stays on for all.
 func TestNetwork_Forwarding(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -38,7 +38,10 @@ func TestNetwork_Forwarding(t *testing.T) {
 			lan := nettest.New(t)
 			lan.Connect(
 				nettest.Link{Name: "lan", Addresses: prefixes("192.0.2.1/24", "2001:db8:1::1/64")},
-				nettest.Link{Name: "eth0", Addresses: prefixes(lan4+"/24", lan6+"/64"), Gateways: addresses("192.0.2.1", "2001:db8:1::1")})
+				nettest.Link{
+					Name: "eth0", Addresses: prefixes(lan4+"/24", lan6+"/64"),
+					Gateways: addresses("192.0.2.1", "2001:db8:1::1"),
+				})
 			s.outside.Must(nettest.Link{Name: "eth0", Gateways: addresses(uplink4, uplink6)}.Configure)
 			lan.Serve(":80", "lan")
 			s.outside.Serve(":80", "world")
@@ -84,7 +87,9 @@ func TestNetwork_Forwarding(t *testing.T) {
 			// What the host is for others: from outside to behind it, and back.
 			across := func(open bool) {
 				t.Helper()
-				for address, want := range map[string]string{lan4 + ":80": "lan from " + world4 + "\n", "[" + lan6 + "]:80": "lan from " + world6 + "\n"} {
+				for address, want := range map[string]string{
+					lan4 + ":80": "lan from " + world4 + "\n", "[" + lan6 + "]:80": "lan from " + world6 + "\n",
+				} {
 					if !open && !s.outside.Silent("tcp", address) {
 						t.Errorf("the host forwards for others: %s", address)
 					} else if got := ""; open {
@@ -124,7 +129,8 @@ func TestNetwork_Forwarding(t *testing.T) {
 	}
 }
 
-// Somebody who switches forwarding off for all does not cut guests off for good, and interfaces that come later are guests' way too.
+// Somebody who switches forwarding off for all does not cut guests off for good, and interfaces
+// that come later are guests' way too.
 func TestNetwork_ForwardingComesBack(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -144,7 +150,8 @@ func TestNetwork_ForwardingComesBack(t *testing.T) {
 	g.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 	g.reaches(t, "tcp", "["+world6+"]:80", "world from "+uplink6+"\n")
 	late := nettest.New(t)
-	late.Connect(nettest.Link{Name: "late", Addresses: prefixes("192.0.2.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("192.0.2.2/24")})
+	late.Connect(nettest.Link{Name: "late", Addresses: prefixes("192.0.2.1/24")},
+		nettest.Link{Name: "eth0", Addresses: prefixes("192.0.2.2/24")})
 	late.Serve(":80", "late")
 	g.misses(t, "tcp", "192.0.2.2:80")
 	if err := os.Chtimes(filepath.Join(s.dir, "forwarding.journal"), time.Time{}, time.Now().Add(-time.Hour)); err != nil {
@@ -212,9 +219,11 @@ func TestNetwork_BridgeChanged(t *testing.T) {
 			}
 			return err
 		},
-		"down":           func() error { return netlink.LinkSetDown(bridge) },
-		"mtu":            func() error { return netlink.LinkSetMTU(bridge, 1300) },
-		"route_localnet": func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/svbr0/route_localnet", []byte("0"), 0) },
+		"down": func() error { return netlink.LinkSetDown(bridge) },
+		"mtu":  func() error { return netlink.LinkSetMTU(bridge, 1300) },
+		"route_localnet": func() error {
+			return os.WriteFile("/proc/sys/net/ipv4/conf/svbr0/route_localnet", []byte("0"), 0)
+		},
 	} {
 		if err := change(); err != nil {
 			t.Fatal(name, err)

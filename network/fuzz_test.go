@@ -40,7 +40,10 @@ func (d *dice) ports() (all policy.Ports) {
 func (d *dice) policy() *policy.Policy {
 	p := &policy.Policy{DefaultAction: []policy.Action{"", policy.Allow, policy.Deny}[d.roll(3)]}
 	for range d.roll(12) * d.roll(24) {
-		r := policy.Rule{Action: []policy.Action{policy.Allow, policy.Deny}[d.roll(2)], Protocol: []string{"", "tcp", "udp", "icmp"}[d.roll(4)]}
+		r := policy.Rule{
+			Action:   []policy.Action{policy.Allow, policy.Deny}[d.roll(2)],
+			Protocol: []string{"", "tcp", "udp", "icmp"}[d.roll(4)],
+		}
 		switch d.roll(5) {
 		case 0:
 			a := netip.AddrFrom4([4]byte{byte(d.roll(256)), byte(d.roll(256)), byte(d.roll(256)), byte(d.roll(256))})
@@ -82,14 +85,16 @@ func load(t *testing.T, p *policy.Policy) error {
 	ours := tables()
 	ours.Egress = p
 	g := &filter.Guest{
-		Table: ours.Name, Tap: "svtap", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("172.30.0.2"), IP6: netip.MustParseAddr("fd00::2"),
+		Table: ours.Name, Tap: "svtap", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("172.30.0.2"),
+		IP6:    netip.MustParseAddr("fd00::2"),
 		Policy: p,
 	}
 	if err := errors.Join(ours.Apply(t.Context()), g.Apply(t.Context())); err != nil {
 		return errors.Join(err, ours.Revert(t.Context()))
 	}
 	for _, tap := range []string{"", g.Tap} {
-		if counts, err := inspect.Counts(ours.Name, tap); err != nil || len(counts) == 0 || counts[len(counts)-1].Packets > 0 {
+		if counts, err := inspect.Counts(ours.Name, tap); err != nil || len(counts) == 0 ||
+			counts[len(counts)-1].Packets > 0 {
 			return fmt.Errorf("counters of %q: %+v, %w", tap, counts, err)
 		}
 	}
@@ -104,8 +109,12 @@ func FuzzPolicies(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { own.Close() })
-	f.Add([]byte(`{"defaultAction":"deny","rules":[{"action":"allow","domain":"*.example.com","ports":"80,443"},{"action":"deny","destination":"::/0"},{"action":"allow","protocol":"icmp"},{"action":"allow","destination":"0.0.0.0/0","ports":[1,"2-65535"]}]}`))
-	f.Add([]byte{2, 11, 23, 0, 1, 0, 10, 0, 0, 0, 8, 3, 19, 1, 2, 3, 4, 5, 6, 7, 1, 2, 2, 1, 60, 0, 0, 1, 3, 1, 32, 1, 13, 184, 48})
+	f.Add([]byte(
+		`{"defaultAction":"deny","rules":[{"action":"allow","domain":"*.example.com","ports":"80,443"},{"action":"deny","destination":"::/0"},{"action":"allow","protocol":"icmp"},{"action":"allow","destination":"0.0.0.0/0","ports":[1,"2-65535"]}]}`))
+	f.Add([]byte{
+		2, 11, 23, 0, 1, 0, 10, 0, 0, 0, 8, 3, 19, 1, 2, 3, 4, 5, 6, 7, 1, 2, 2, 1, 60, 0, 0, 1, 3, 1, 32,
+		1, 13, 184, 48,
+	})
 	f.Add(bytes.Repeat([]byte{7, 200, 31, 2, 90, 17, 255}, 800))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		d := dice(data)
@@ -144,7 +153,9 @@ func TestNetwork_LargestPolicy(t *testing.T) {
 	}
 	// Nor for a journal: a guest's part has the network's and its own.
 	path := filepath.Join(t.TempDir(), "journal")
-	kinds := journal.Kinds{"tables": func() journal.Effect { return new(filter.Tables) }, "part": func() journal.Effect { return new(filter.Guest) }}
+	kinds := journal.Kinds{"tables": func() journal.Effect {
+		return new(filter.Tables)
+	}, "part": func() journal.Effect { return new(filter.Guest) }}
 	j, err := journal.Create(path, kinds, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -24,8 +24,9 @@ func flushRuleset(t *testing.T) {
 	}
 }
 
-// While somebody has flushed all rules guests reach nothing, be it denied or not, as long as a process holds the network's guard; the host's own is as
-// before. Another process holds it when that one lets go.
+// While somebody has flushed all rules guests reach nothing, be it denied or not, as long as a
+// process holds the network's guard; the host's own is as before. Another process holds it when
+// that one lets go.
 func TestNetwork_Guard(t *testing.T) {
 	if !nettest.Rough(t) {
 		return

@@ -14,8 +14,9 @@ import (
 	"push.rocks/smartvm/network/rtnl"
 )
 
-// Guest is an interface's part in its network, as an effect on the host: at which port of the bridge it is found, and its part in the
-// network's tables. The bridge and the host learn nothing of a guest from what it sends.
+// Guest is an interface's part in its network, as an effect on the host: at which port of the
+// bridge it is found, and its part in the network's tables. The bridge and the host learn nothing
+// of a guest from what it sends.
 type Guest struct{ filter.Guest }
 
 // Apply adds it. Returns an error that is fs.ErrNotExist where the tables are gone.
@@ -26,8 +27,8 @@ func (g *Guest) Apply(ctx context.Context) error {
 	return errors.Join(g.Loopback(), g.Guest.Apply(ctx))
 }
 
-// Repair adds what somebody has removed of it, and puts right what is another, and says whether the tables had to be changed. An entry that is as it
-// shall be is not touched by making it again.
+// Repair adds what somebody has removed of it, and puts right what is another, and says whether the
+// tables had to be changed. An entry that is as it shall be is not touched by making it again.
 func (g *Guest) Repair(ctx context.Context) (done bool, err error) {
 	if err = errors.Join(g.enter(), g.Loopback()); err != nil {
 		return false, err
@@ -53,7 +54,8 @@ func (g *Guest) Replace(ctx context.Context) error {
 	return errors.Join(g.Loopback(), g.Guest.Replace(ctx))
 }
 
-// Loopback has ports that are published be reached by 127.0.0.1. What comes from a guest for such an address is dropped by the tables.
+// Loopback has ports that are published be reached by 127.0.0.1. What comes from a guest for such
+// an address is dropped by the tables.
 func (g *Guest) Loopback() error {
 	if len(g.Ports) == 0 {
 		return nil
@@ -64,8 +66,8 @@ func (g *Guest) Loopback() error {
 	return nil
 }
 
-// eachEntry calls f for what says at which port the bridge has the guest's MAC, and where the host has its addresses. The index of an interface
-// that is gone is 0.
+// eachEntry calls f for what says at which port the bridge has the guest's MAC, and where the host
+// has its addresses. The index of an interface that is gone is 0.
 func (g *Guest) eachEntry(f func(*netlink.Handle, *netlink.Neigh) error) error {
 	mac, err := net.ParseMAC(g.MAC)
 	if err != nil {
@@ -84,13 +86,20 @@ func (g *Guest) eachEntry(f func(*netlink.Handle, *netlink.Neigh) error) error {
 		return err
 	}
 	defer h.Close()
-	entries := []*netlink.Neigh{{LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER | rtnl.Sticky, HardwareAddr: mac}}
+	entries := []*netlink.Neigh{
+		{
+			LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER | rtnl.Sticky,
+			HardwareAddr: mac,
+		},
+	}
 	for _, a := range []netip.Addr{g.IP4, g.IP6} {
 		if a.IsValid() {
 			family := map[bool]int{true: unix.AF_INET, false: unix.AF_INET6}[a.Is4()]
-			entries = append(entries, &netlink.Neigh{LinkIndex: bridge, Family: family, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac})
+			entries = append(entries,
+				&netlink.Neigh{LinkIndex: bridge, Family: family, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac})
 			if g.Routed && a.Is6() {
-				entries = append(entries, &netlink.Neigh{LinkIndex: bridge, Family: family, Flags: netlink.NTF_PROXY, IP: a.AsSlice()})
+				entries = append(entries,
+					&netlink.Neigh{LinkIndex: bridge, Family: family, Flags: netlink.NTF_PROXY, IP: a.AsSlice()})
 			}
 		}
 	}
@@ -103,7 +112,8 @@ func (g *Guest) eachEntry(f func(*netlink.Handle, *netlink.Neigh) error) error {
 	return errors.Join(errs...)
 }
 
-// without says whether there is no such entry as the interface has no IPv6, which is an invalid argument here.
+// without says whether there is no such entry as the interface has no IPv6, which is an invalid
+// argument here.
 func without(e *netlink.Neigh, err error) bool {
 	return e.Family == unix.AF_INET6 && (rtnl.NoIPv6(err) || errors.Is(err, unix.EINVAL))
 }
@@ -133,7 +143,8 @@ func (g *Guest) removeEntries() error {
 		}
 		err := h.NeighDel(e)
 		// What a bridge knows of a port goes when it is none any more.
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || e.Family == unix.AF_BRIDGE && errors.Is(err, unix.EOPNOTSUPP) {
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || e.Family == unix.AF_BRIDGE &&
+			errors.Is(err, unix.EOPNOTSUPP) {
 			return nil
 		}
 		return err

@@ -20,8 +20,8 @@ import (
 	"push.rocks/smartvm/network/filter"
 )
 
-// Other firewalls: what they drop stays dropped, and is told; what they let through works; ours changes nothing of theirs, and
-// their reload nothing of ours.
+// Other firewalls: what they drop stays dropped, and is told; what they let through works; ours
+// changes nothing of theirs, and their reload nothing of ours.
 func TestNetwork_OtherFirewalls(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -36,36 +36,46 @@ func TestNetwork_OtherFirewalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	drop := nftables.ChainPolicyDrop
-	// As iptables-nft leaves Docker's and ufw's: a policy of drop, and a chain for the user's own rules.
+	// As iptables-nft leaves Docker's and ufw's: a policy of drop, and a chain for the user's own
+	// rules.
 	load := func() {
 		t.Helper()
 		filter := conn.AddTable(&nftables.Table{Name: "filter", Family: nftables.TableFamilyIPv4})
 		conn.FlushTable(filter)
 		forward := conn.AddChain(&nftables.Chain{
-			Table: filter, Name: "FORWARD", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &drop,
+			Table: filter, Name: "FORWARD", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward,
+			Priority: nftables.ChainPriorityFilter, Policy: &drop,
 		})
 		conn.AddChain(&nftables.Chain{Table: filter, Name: "DOCKER-USER"})
-		conn.AddRule(&nftables.Rule{Table: filter, Chain: forward, Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: "DOCKER-USER"}}})
+		conn.AddRule(
+			&nftables.Rule{
+				Table: filter, Chain: forward,
+				Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: "DOCKER-USER"}},
+			})
 		// As firewalld's: what is not known is rejected late.
 		firewalld := conn.AddTable(&nftables.Table{Name: "firewalld", Family: nftables.TableFamilyINet})
 		conn.FlushTable(firewalld)
 		input := conn.AddChain(&nftables.Chain{
-			Table: firewalld, Name: "filter_INPUT", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityRef(10),
+			Table: firewalld, Name: "filter_INPUT", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput,
+			Priority: nftables.ChainPriorityRef(10),
 		})
 		reject := &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}
 		for _, name := range []string{"lo\x00", "svbr0\x00"} { // in a zone that is trusted
 			conn.AddRule(&nftables.Rule{Table: firewalld, Chain: input, Exprs: []expr.Any{
-				&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(name)}, &expr.Verdict{Kind: expr.VerdictAccept},
+				&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(name)},
+				&expr.Verdict{Kind: expr.VerdictAccept},
 			}})
 		}
 		conn.AddRule(&nftables.Rule{Table: firewalld, Chain: input, Exprs: []expr.Any{reject}})
 		// For what is forwarded by an interface that is here none of ours.
 		filtered := conn.AddChain(&nftables.Chain{
-			Table: firewalld, Name: "filter_FORWARD", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityRef(10),
+			Table: firewalld, Name: "filter_FORWARD", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward,
+			Priority: nftables.ChainPriorityRef(10),
 		})
 		trusted := func(key expr.MetaKey) *nftables.Rule {
 			return &nftables.Rule{Table: firewalld, Chain: filtered, Exprs: []expr.Any{
-				&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte("svbr0\x00")}, &expr.Verdict{Kind: expr.VerdictAccept},
+				&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte("svbr0\x00")},
+				&expr.Verdict{Kind: expr.VerdictAccept},
 			}}
 		}
 		conn.AddRule(trusted(expr.MetaKeyIIFNAME))
@@ -79,7 +89,8 @@ func TestNetwork_OtherFirewalls(t *testing.T) {
 	before := hosts(t)
 	var log bytes.Buffer
 	u := s.use("early")
-	if err := u.Apply(network.NewContext(t.Context(), &network.Shared{Log: slog.New(slog.NewTextHandler(&log, nil))})); err != nil {
+	if err := u.Apply(
+		network.NewContext(t.Context(), &network.Shared{Log: slog.New(slog.NewTextHandler(&log, nil))})); err != nil {
 		t.Fatal(err)
 	}
 	if !strings.Contains(log.String(), `"[inet firewalld filter_FORWARD ip filter FORWARD]"`) {
@@ -91,10 +102,12 @@ func TestNetwork_OtherFirewalls(t *testing.T) {
 		t.Helper()
 		filter := &nftables.Table{Name: "filter", Family: nftables.TableFamilyIPv4}
 		for _, key := range []expr.MetaKey{expr.MetaKeyIIFNAME, expr.MetaKeyOIFNAME} {
-			conn.AddRule(&nftables.Rule{Table: filter, Chain: &nftables.Chain{Table: filter, Name: "DOCKER-USER"}, Exprs: []expr.Any{
-				&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: append([]byte(s.config.Bridge), 0)},
-				&expr.Verdict{Kind: expr.VerdictAccept},
-			}})
+			conn.AddRule(
+				&nftables.Rule{Table: filter, Chain: &nftables.Chain{Table: filter, Name: "DOCKER-USER"}, Exprs: []expr.Any{
+					&expr.Meta{Key: key, Register: 1},
+					&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: append([]byte(s.config.Bridge), 0)},
+					&expr.Verdict{Kind: expr.VerdictAccept},
+				}})
 		}
 		if err := conn.Flush(); err != nil {
 			t.Fatal(err)

@@ -45,9 +45,15 @@ const (
 func newLAN(t *testing.T, configure func(*netlink.Bridge)) *lan {
 	t.Helper()
 	l := &lan{t: t, dir: filepath.Join(t.TempDir(), store.NetworkDir), machine: &guest{Namespace: nettest.New(t)}}
-	l.config = network.Config{Name: "lan", Bridge: "br0", Subnet: netip.MustParsePrefix("172.30.0.0/24"), LAN: &bridged.LAN{Gateway: netip.MustParseAddr(peerHost)}}
+	l.config = network.Config{
+		Name: "lan", Bridge: "br0", Subnet: netip.MustParsePrefix("172.30.0.0/24"),
+		LAN: &bridged.LAN{Gateway: netip.MustParseAddr(peerHost)},
+	}
 	l.make(configure)
-	far := nettest.Link{Name: "eth0", Addresses: prefixes(peerMachine+"/24", peerMachine6+"/64"), Gateways: []netip.Addr{netip.MustParseAddr(peerHost)}}
+	far := nettest.Link{
+		Name: "eth0", Addresses: prefixes(peerMachine+"/24", peerMachine6+"/64"),
+		Gateways: []netip.Addr{netip.MustParseAddr(peerHost)},
+	}
 	l.machine.Connect(nettest.Link{Name: "lan0"}, far)
 	l.plug("lan0")
 	return l
@@ -108,7 +114,9 @@ func (l *lan) guest(n int, change func(*network.Tap, *bridged.Guest)) *station {
 	}
 	ip4 := netip.AddrFrom4([4]byte{172, 30, 0, byte(n + 2)})
 	tap := &network.Tap{Name: network.TapName("br0", name, l.dir, "eth0"), Bridge: "br0", LAN: true}
-	s := &station{guest: &guest{Namespace: nettest.New(l.t), use: &network.Use{Dir: l.dir, Network: l.config, VM: name, VMDir: vm}}}
+	s := &station{
+		guest: &guest{Namespace: nettest.New(l.t), use: &network.Use{Dir: l.dir, Network: l.config, VM: name, VMDir: vm}},
+	}
 	s.rules = &bridged.Guest{Tap: tap.Name, Bridge: "br0", MAC: network.MAC(name, "eth0").String(), IP4: ip4}
 	if change != nil {
 		change(tap, s.rules)
@@ -128,7 +136,10 @@ func (l *lan) guest(n int, change func(*network.Tap, *bridged.Guest)) *station {
 	if err := errors.Join(tap.Join(), s.rules.Apply(l.t.Context())); err != nil {
 		l.t.Fatal(err)
 	}
-	s.Must(nettest.Link{Name: "eth0", Addresses: []netip.Prefix{netip.PrefixFrom(ip4, 24), netip.PrefixFrom(s.ip6, 64)}, Gateways: []netip.Addr{netip.MustParseAddr(peerHost)}}.Configure)
+	s.Must(nettest.Link{
+		Name: "eth0", Addresses: []netip.Prefix{netip.PrefixFrom(ip4, 24), netip.PrefixFrom(s.ip6, 64)},
+		Gateways: []netip.Addr{netip.MustParseAddr(peerHost)},
+	}.Configure)
 	return s
 }
 
@@ -145,7 +156,8 @@ func (l *lan) remove(s *station) {
 	}
 }
 
-// state is what a bridge is, with its ports, what it knows at them, and what else a guest might change of the host.
+// state is what a bridge is, with its ports, what it knows at them, and what else a guest might
+// change of the host.
 func (l *lan) state() (all []string) {
 	l.t.Helper()
 	bridge, err := netlink.LinkByName("br0")
@@ -186,21 +198,26 @@ func (l *lan) state() (all []string) {
 			all = append(all, name+" "+strings.TrimSpace(string(data)))
 		}
 	}
-	for _, v := range []string{"ipv4/conf/br0/forwarding", "ipv4/conf/br0/route_localnet", "ipv4/conf/br0/arp_ignore", "ipv6/conf/br0/accept_ra"} {
+	for _, v := range []string{
+		"ipv4/conf/br0/forwarding", "ipv4/conf/br0/route_localnet", "ipv4/conf/br0/arp_ignore",
+		"ipv6/conf/br0/accept_ra",
+	} {
 		all = append(all, v+" "+variable(l.t, v))
 	}
 	slices.Sort(all)
 	return all
 }
 
-// A guest on a bridge of somebody else's has an address of that LAN, and is reached there as any machine; the host is not, nor what is behind it.
+// A guest on a bridge of somebody else's has an address of that LAN, and is reached there as any
+// machine; the host is not, nor what is behind it.
 func TestLAN_Reach(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
 	l := newLAN(t, nil)
 	outside := nettest.New(t)
-	outside.Connect(nettest.Link{Name: "uplink", Addresses: prefixes(uplink4 + "/24")}, nettest.Link{Name: "eth0", Addresses: prefixes(world4 + "/24"), Gateways: []netip.Addr{netip.MustParseAddr(uplink4)}})
+	outside.Connect(nettest.Link{Name: "uplink", Addresses: prefixes(uplink4 + "/24")},
+		nettest.Link{Name: "eth0", Addresses: prefixes(world4 + "/24"), Gateways: []netip.Addr{netip.MustParseAddr(uplink4)}})
 	setVariable(t, "ipv4/ip_forward", "1") // the host is a router
 	outside.Serve(":80", "world")
 	l.machine.Serve(":80", "machine")
@@ -220,7 +237,8 @@ func TestLAN_Reach(t *testing.T) {
 			g.reaches(t, proto, "["+peerMachine6+"]:80", "machine from "+g.ip6.String()+"\n")
 			l.machine.reaches(t, proto, "172.30.0.2:80", "a from "+peerMachine+"\n")
 			l.machine.reaches(t, proto, "["+g.ip6.String()+"]:80", "a from "+peerMachine6+"\n")
-			// The host reaches the guest, the guest not the host, nor by way of it others: another machine does.
+			// The host reaches the guest, the guest not the host, nor by way of it others: another machine
+			// does.
 			if got := nettest.Ask(proto, "172.30.0.2:80", 5*time.Second); got != "a from "+peerHost+"\n" {
 				t.Errorf("%s: the host gets %q", proto, got)
 			}
@@ -252,7 +270,8 @@ func TestLAN_Reach(t *testing.T) {
 	}
 }
 
-// What a guest sends under another's MAC or address, or as a router, DHCP server or bridge, ends at its tap.
+// What a guest sends under another's MAC or address, or as a router, DHCP server or bridge, ends at
+// its tap.
 func TestLAN_Spoofing(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -288,7 +307,8 @@ func TestLAN_Spoofing(t *testing.T) {
 			return b
 		}
 		error6 := func(from, to string) []byte {
-			about := slices.Concat([]byte{1, 4, 0, 0, 0, 0, 0, 0, 0x60, 0, 0, 0, 0, 8, 17, 64}, netip.MustParseAddr(from).AsSlice(), netip.MustParseAddr(to).AsSlice())
+			about := slices.Concat([]byte{1, 4, 0, 0, 0, 0, 0, 0, 0x60, 0, 0, 0, 0, 8, 17, 64},
+				netip.MustParseAddr(from).AsSlice(), netip.MustParseAddr(to).AsSlice())
 			return packet6(own6, 58, append(about, 0, 1, 0, 2, 0, 8, 0, 0)...)
 		}
 		for _, tt := range []struct {
@@ -296,7 +316,8 @@ func TestLAN_Spoofing(t *testing.T) {
 			frame []byte
 			want  bool
 		}{
-			{"error about own", frame(mac, unix.ETH_P_IP, error4(3, peerMachine, own4)), who == "bound"}, // the other's address is not known
+			// the other's address is not known
+			{"error about own", frame(mac, unix.ETH_P_IP, error4(3, peerMachine, own4)), who == "bound"},
 			{"error about oth", frame(mac, unix.ETH_P_IP, error4(3, peerHost, peerMachine)), false},
 			{"redirect of oth", frame(mac, unix.ETH_P_IP, error4(5, peerHost, peerMachine)), false},
 			{"expired of oth", frame(mac, unix.ETH_P_IP, error4(11, peerHost, peerMachine)), false},
@@ -312,7 +333,11 @@ func TestLAN_Spoofing(t *testing.T) {
 			{"dhcp client", frame(mac, unix.ETH_P_IP, dhcp(mac)), true},
 			{"igmp report", frame(mac, unix.ETH_P_IP, igmp(0x16)), true},
 			{"ip6", frame(mac, unix.ETH_P_IPV6, packet6(own6, 17, 0, 1, 0, 2, 0, 8, 0, 0)), true},
-			{"ip6, another network", frame(mac, unix.ETH_P_IPV6, packet6(strings.Replace(own6, "2001:db8:5:", "fd00:5:5:", 1), 17, 0, 1, 0, 2, 0, 8, 0, 0)), true},
+			{
+				"ip6, another network",
+				frame(mac, unix.ETH_P_IPV6,
+					packet6(strings.Replace(own6, "2001:db8:5:", "fd00:5:5:", 1), 17, 0, 1, 0, 2, 0, 8, 0, 0)), true,
+			},
 			{"neighbour", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(136, own6)...)), true},
 			{"router wanted", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(133, "::")...)), true},
 			{"address check", frame(mac, unix.ETH_P_IPV6, packet6("::", 58, icmp6(135, own6)...)), true},
@@ -338,7 +363,11 @@ func TestLAN_Spoofing(t *testing.T) {
 			{"router, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), hopByHop, options)), false},
 			{"router, fragment", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), firstFragment)), false},
 			{"neighbour, atomic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6), atomic)), false},
-			{"hidden, second", frame(mac, unix.ETH_P_IPV6, extended(own6, 60, append([]byte{58, 0, 1, 4, 0, 0, 0, 0}, icmp6(134, own6)...), laterFragment)), false},
+			{
+				"hidden, second",
+				frame(mac, unix.ETH_P_IPV6,
+					extended(own6, 60, append([]byte{58, 0, 1, 4, 0, 0, 0, 0}, icmp6(134, own6)...), laterFragment)), false,
+			},
 			{"vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, tcp4(own4)), false},
 			{"vlan 0", frame(mac, unix.ETH_P_8021Q, []byte{0, 0, 8, 0}, udp4(own4, 1)), false},
 			{"qinq", frame(mac, unix.ETH_P_8021AD, []byte{0, 1, 0x81, 0, 0, 2, 8, 0}, tcp4(own4)), false},
@@ -353,7 +382,8 @@ func TestLAN_Spoofing(t *testing.T) {
 				nettest.BridgeNetfilter(t, on)
 				want := tt.want && !(on && strings.HasPrefix(tt.name, "fragment")) // IP rules see whole packets
 				end := who + fmt.Sprint(on) + "end"
-				out.send(append(tt.frame[:len(tt.frame):len(tt.frame)], mark(tt.name)...), frame(mac, unix.ETH_P_IP, udp4(own4, 9), mark(end)))
+				out.send(append(tt.frame[:len(tt.frame):len(tt.frame)], mark(tt.name)...),
+					frame(mac, unix.ETH_P_IP, udp4(own4, 9), mark(end)))
 				if passes := slices.Contains(machine.until(mark(end)), string(mark(tt.name))); passes != want {
 					t.Errorf("%s, %s, bridge netfilter %v: passes %v, want %v", who, tt.name, on, passes, want)
 				}
@@ -362,15 +392,18 @@ func TestLAN_Spoofing(t *testing.T) {
 	}
 }
 
-// Neither spanning tree nor any other protocol of bridges is spoken to by a guest, and its port learns nothing.
+// Neither spanning tree nor any other protocol of bridges is spoken to by a guest, and its port
+// learns nothing.
 func TestLAN_Reserved(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
 	rough(t)
 	l := newLAN(t, func(b *netlink.Bridge) { b.MulticastSnooping = new(bool) })
-	g := l.guest(0, func(_ *network.Tap, g *bridged.Guest) { g.Host = true })                            // where even the host is open
-	if err := os.WriteFile("/sys/class/net/br0/bridge/group_fwd_mask", []byte("65528"), 0); err != nil { // all but those that no bridge may pass on
+	// where even the host is open
+	g := l.guest(0, func(_ *network.Tap, g *bridged.Guest) { g.Host = true })
+	// all but those that no bridge may pass on
+	if err := os.WriteFile("/sys/class/net/br0/bridge/group_fwd_mask", []byte("65528"), 0); err != nil {
 		t.Fatal(err)
 	}
 	host, machine := listen(t, ":9000"), l.machine.wire(t)
@@ -387,7 +420,8 @@ func TestLAN_Reserved(t *testing.T) {
 			t.Fatal(err)
 		}
 		if host.heard(text, end, func() {
-			out.send(frameTo(bridge.Attrs().HardwareAddr.String(), g.rules.MAC, unix.ETH_P_IP, datagram("172.30.0.2:1", peerHost+":9000", end)))
+			out.send(frameTo(bridge.Attrs().HardwareAddr.String(), g.rules.MAC, unix.ETH_P_IP,
+				datagram("172.30.0.2:1", peerHost+":9000", end)))
 		}) {
 			t.Errorf("the host gets what is for %s", reserved(n))
 		}
@@ -399,7 +433,9 @@ func TestLAN_Reserved(t *testing.T) {
 	// By a port without our rules they come.
 	other := l.machine.wire(t)
 	host.heard("", "plain", func() {
-		other.send(frameTo(reserved(1), "02:00:00:00:00:11", unix.ETH_P_IP, nil), frameTo("ff:ff:ff:ff:ff:ff", "02:00:00:00:00:11", unix.ETH_P_IP, datagram(peerMachine+":1", "172.30.0.255:9000", "plain")))
+		other.send(frameTo(reserved(1), "02:00:00:00:00:11", unix.ETH_P_IP, nil),
+			frameTo("ff:ff:ff:ff:ff:ff", "02:00:00:00:00:11", unix.ETH_P_IP,
+				datagram(peerMachine+":1", "172.30.0.255:9000", "plain")))
 	})
 	if got := learned(t, g.rules.Tap); len(got) != 1 || got[0] != g.rules.MAC {
 		t.Errorf("behind the guest's port are %q, want %s", got, g.rules.MAC)
@@ -409,7 +445,8 @@ func TestLAN_Reserved(t *testing.T) {
 	}
 }
 
-// The bridge stays as its owner has set it up, while guests are on it and when they have gone: its MTU and MAC, too, which a bridge takes from its ports.
+// The bridge stays as its owner has set it up, while guests are on it and when they have gone: its
+// MTU and MAC, too, which a bridge takes from its ports.
 func TestLAN_Unchanged(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -433,7 +470,8 @@ func TestLAN_Unchanged(t *testing.T) {
 	}
 	all[0].reaches(t, "tcp", peerMachine+":80", "machine from 172.30.0.2\n")
 	now := slices.DeleteFunc(l.state(), func(s string) bool {
-		return strings.HasPrefix(s, "table smartvm-sv") || strings.HasPrefix(s, "port sv") || strings.HasPrefix(s, "entry ") && !slices.Contains(before, s)
+		return strings.HasPrefix(s, "table smartvm-sv") || strings.HasPrefix(s, "port sv") ||
+			strings.HasPrefix(s, "entry ") && !slices.Contains(before, s)
 	})
 	if !slices.Equal(now, before) {
 		t.Errorf("with guests:\n%s\nbefore:\n%s", strings.Join(now, "\n"), strings.Join(before, "\n"))
@@ -449,7 +487,8 @@ func TestLAN_Unchanged(t *testing.T) {
 	}
 }
 
-// What others have removed comes back, as far as it is ours; a bridge that is gone is for its owner to make again.
+// What others have removed comes back, as far as it is ours; a bridge that is gone is for its owner
+// to make again.
 func TestLAN_Repair(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -475,7 +514,8 @@ func TestLAN_Repair(t *testing.T) {
 	forged, machine := g.wire(t), l.machine.wire(t)
 	passes := func(name string) bool {
 		t.Helper()
-		forged.send(frame(g.rules.MAC, unix.ETH_P_IP, udp4(peerMachine, 1000), mark(name)), frame(g.rules.MAC, unix.ETH_P_IP, udp4("172.30.0.2", 9), mark(name+"end")))
+		forged.send(frame(g.rules.MAC, unix.ETH_P_IP, udp4(peerMachine, 1000), mark(name)),
+			frame(g.rules.MAC, unix.ETH_P_IP, udp4("172.30.0.2", 9), mark(name+"end")))
 		return slices.Contains(machine.until(mark(name+"end")), string(mark(name)))
 	}
 	conn, err := nftables.New()
@@ -524,7 +564,8 @@ func TestLAN_Repair(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	nettest.BridgeNetfilter(t, false) // where IP rules see bridged packets, those between ports of another name count as the host's
+	// where IP rules see bridged packets, those between ports of another name count as the host's
+	nettest.BridgeNetfilter(t, false)
 	rename("br0", "br1")
 	conn.FlushRuleset()
 	if err := conn.Flush(); err != nil {
@@ -578,7 +619,10 @@ func TestLAN_Refused(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := hosts(t)
-	for bridge, want := range map[string]string{"br9": "no such interface", "lan0": "is no bridge: it is of type veth", "svbr7": "is that of a network of smartvm"} {
+	for bridge, want := range map[string]string{
+		"br9": "no such interface", "lan0": "is no bridge: it is of type veth",
+		"svbr7": "is that of a network of smartvm",
+	} {
 		c := l.config
 		c.Name, c.Bridge = "other", bridge
 		u := &network.Use{Dir: l.dir, Network: c, VM: "x", VMDir: t.TempDir()}
@@ -614,7 +658,8 @@ func TestLAN_Refused(t *testing.T) {
 	}
 }
 
-// Two hosts of ours, that know nothing of each other, share a bridge; one that goes takes nothing from the other. So it is where VLANs are told apart.
+// Two hosts of ours, that know nothing of each other, share a bridge; one that goes takes nothing
+// from the other. So it is where VLANs are told apart.
 func TestLAN_Shared(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -628,12 +673,16 @@ func TestLAN_Shared(t *testing.T) {
 	mine.reaches(t, "udp", peerMachine+":80", "machine from 172.30.0.2\n")
 	l.remove(mine)
 	theirs.reaches(t, "tcp", peerMachine+":80", "machine from 172.30.0.3\n")
-	// An ordinary network beside it has the host forward, and gives that back while the guest on the LAN stays.
+	// An ordinary network beside it has the host forward, and gives that back while the guest on the
+	// LAN stays.
 	forwarding := func() string {
 		return variable(t, "ipv4/conf/all/forwarding") + variable(t, "ipv4/conf/lan0/forwarding")
 	}
 	was := forwarding()
-	own := &network.Use{Dir: other.dir, Network: network.New("own", "svbr7", netip.MustParsePrefix("10.77.0.0/24")), VM: "own", VMDir: t.TempDir()}
+	own := &network.Use{
+		Dir: other.dir, Network: network.New("own", "svbr7", netip.MustParsePrefix("10.77.0.0/24")),
+		VM: "own", VMDir: t.TempDir(),
+	}
 	if err := own.Apply(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -21,7 +21,8 @@ import (
 	"push.rocks/smartvm/network/rtnl"
 )
 
-// Bridge is a network's bridge, as an effect on the host. Its MAC tells it from another of its name.
+// Bridge is a network's bridge, as an effect on the host. Its MAC tells it from another of its
+// name.
 type Bridge struct {
 	Name      string         `json:"name"`
 	MAC       string         `json:"mac"`
@@ -33,8 +34,8 @@ type Bridge struct {
 // bridgeMAC draws a bridge's MAC from a random word.
 func bridgeMAC(owner string) string { return MAC("bridge", owner).String() }
 
-// Apply makes the bridge, and has done nothing where an interface of its name is there: then the error is fs.ErrExist
-// and ErrTaken.
+// Apply makes the bridge, and has done nothing where an interface of its name is there: then the
+// error is fs.ErrExist and ErrTaken.
 func (b *Bridge) Apply(context.Context) error {
 	mac, err := net.ParseMAC(b.MAC)
 	if err != nil {
@@ -55,16 +56,17 @@ func (b *Bridge) Apply(context.Context) error {
 	return err
 }
 
-// configure makes the bridge what it shall be, whatever of that it is already. It says whether the kernel had forgotten what guests' entries told it, as it
-// does when a bridge goes down, or loses its last IPv4 address.
+// configure makes the bridge what it shall be, whatever of that it is already. It says whether the
+// kernel had forgotten what guests' entries told it, as it does when a bridge goes down, or loses
+// its last IPv4 address.
 func (b *Bridge) configure(link netlink.Link) (forgotten bool, err error) {
 	variables := [][3]string{
 		// A router that a guest claims to be is not for the host.
 		{"ipv6", "accept_ra", "0"},
 		// Guests are not told which addresses the host has elsewhere.
 		{"ipv4", "arp_ignore", "1"},
-		// A packet that says itself by which addresses it goes would go on where rules have not seen that it does. It has an effect only where the host
-		// accepts such everywhere.
+		// A packet that says itself by which addresses it goes would go on where rules have not seen that
+		// it does. It has an effect only where the host accepts such everywhere.
 		{"ipv4", "accept_source_route", "0"},
 	}
 	if b.Routed {
@@ -118,7 +120,8 @@ func (b *Bridge) There(context.Context) (bool, error) {
 	return mac.String() == b.MAC, nil
 }
 
-// Repair makes a bridge that is there what it shall be again, with its ports. It says whether guests must add their entries again.
+// Repair makes a bridge that is there what it shall be again, with its ports. It says whether
+// guests must add their entries again.
 func (b *Bridge) Repair() (forgotten bool, err error) {
 	l, err := netlink.LinkByName(b.Name)
 	if err != nil {
@@ -134,12 +137,13 @@ type Tap struct {
 	UID    int    `json:"uid"`              // who may open it
 	MTU    int    `json:"mtu,omitempty"`    // 0: 1500
 	Mutual bool   `json:"mutual,omitempty"` // it reaches the bridge's other ports, not the host alone
-	// LAN says that the bridge is somebody else's: the tap has that one's MTU, and reaches all of its ports but, unless Mutual, those of other guests.
+	// LAN says that the bridge is somebody else's: the tap has that one's MTU, and reaches all of its
+	// ports but, unless Mutual, those of other guests.
 	LAN bool `json:"lan,omitempty"`
 }
 
-// TapName draws a name from a VM's id, a word that tells the VM from another of its id, and the interface's id. It begins as
-// those of all taps of its bridge do, and no others.
+// TapName draws a name from a VM's id, a word that tells the VM from another of its id, and the
+// interface's id. It begins as those of all taps of its bridge do, and no others.
 func TapName(bridge, vm, nonce, iface string) string {
 	return tapPrefix(bridge) + word(9, vm, nonce, iface)
 }
@@ -152,7 +156,8 @@ func word(n int, of ...string) string {
 	return strings.ToLower(base32.StdEncoding.EncodeToString(sum[:])[:n])
 }
 
-// Apply makes the tap. Returns an error that is fs.ErrExist where an interface of its name is there.
+// Apply makes the tap. Returns an error that is fs.ErrExist where an interface of its name is
+// there.
 func (t *Tap) Apply(context.Context) error {
 	if err := t.create(); err != nil {
 		return fmt.Errorf("make tap %s: %w", t.Name, err)
@@ -187,8 +192,9 @@ func (t *Tap) Join() error {
 			return fmt.Errorf("set MTU of tap %s: %w", t.Name, err)
 		}
 	}
-	// One that was taken from it is up, and must not be while it is a port like any other. One that is its port still stays up: to set it down
-	// is to cut a guest's cable, and what is behind it would ask for its gateway again, perhaps before the rules let it.
+	// One that was taken from it is up, and must not be while it is a port like any other. One that is
+	// its port still stays up: to set it down is to cut a guest's cable, and what is behind it would
+	// ask for its gateway again, perhaps before the rules let it.
 	if link.Attrs().Flags&net.FlagUp != 0 && link.Attrs().MasterIndex != bridge.Attrs().Index {
 		if err := netlink.LinkSetDown(link); err != nil {
 			return fmt.Errorf("set tap %s down: %w", t.Name, err)
@@ -207,7 +213,8 @@ func (t *Tap) Join() error {
 	return nil
 }
 
-// Repair makes the tap again what Join makes it, where it is not, or in any case. It says whether the bridge knows nothing of it any more, as it was no port.
+// Repair makes the tap again what Join makes it, where it is not, or in any case. It says whether
+// the bridge knows nothing of it any more, as it was no port.
 func (t *Tap) Repair(always bool) (again bool, err error) {
 	link, err := netlink.LinkByName(t.Name)
 	if err != nil {
@@ -236,8 +243,8 @@ func (t *Tap) Repair(always bool) (again bool, err error) {
 	return again, t.Join()
 }
 
-// flags keep a port to the addresses that its guest's entries give it (see Guest): the bridge learns none from what the guest sends, and
-// sends it nothing that is for others.
+// flags keep a port to the addresses that its guest's entries give it (see Guest): the bridge
+// learns none from what the guest sends, and sends it nothing that is for others.
 func (t *Tap) flags() map[int]bool {
 	flags := map[int]bool{
 		nl.IFLA_BRPORT_LEARNING:      false,
@@ -258,8 +265,8 @@ func (t *Tap) flags() map[int]bool {
 	return flags
 }
 
-// create makes a tap that outlives the descriptor, and belongs to a user before it does: one without an owner is
-// everybody's.
+// create makes a tap that outlives the descriptor, and belongs to a user before it does: one
+// without an owner is everybody's.
 func (t *Tap) create() error {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {

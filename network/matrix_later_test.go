@@ -57,7 +57,8 @@ func (l *later) comes(t *testing.T, b beside) {
 	l.reached = l.look()
 }
 
-// repaired is what the process that supervises a VM does when the kernel tells it that something has changed.
+// repaired is what the process that supervises a VM does when the kernel tells it that something
+// has changed.
 func (l *later) repaired(t *testing.T) {
 	t.Helper()
 	if l.guest == nil {
@@ -86,8 +87,8 @@ func (l *later) left(t *testing.T) (all []string) {
 	return all
 }
 
-// A neighbour that starts while a network is up has all that it has without one, is told of guests as before, may have all rules made anew, and
-// is in the end as where there never was one.
+// A neighbour that starts while a network is up has all that it has without one, is told of guests
+// as before, may have all rules made anew, and is in the end as where there never was one.
 func testComesLater(t *testing.T, b beside) {
 	t.Helper()
 	needsRules(t)
@@ -149,9 +150,10 @@ func TestComesLater_Libvirt12(t *testing.T)  { testComesLater(t, libvirt12) }
 func TestComesLater_Firewalld2(t *testing.T) { testComesLater(t, firewalld2) }
 func TestComesLater_UFW(t *testing.T)        { testComesLater(t, ufw) }
 
-// systemd-networkd, when it starts, removes what it does not know: rules of routes and routes that lead by no interface; on interfaces that its files
-// are about, which with "Name=*" are all, addresses, routes and entries of neighbours too (seen of version 262 with its defaults). Nobody leaves by
-// another way meanwhile, and what is looked at again is whole.
+// systemd-networkd, when it starts, removes what it does not know: rules of routes and routes that
+// lead by no interface; on interfaces that its files are about, which with "Name=*" are all,
+// addresses, routes and entries of neighbours too (seen of version 262 with its defaults). Nobody
+// leaves by another way meanwhile, and what is looked at again is whole.
 func TestNetworkd(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -161,7 +163,8 @@ func TestNetworkd(t *testing.T) {
 			s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
 			t.Cleanup(func() { clearNetwork(t); cutCables(t) })
 			beyond := nettest.New(t)
-			beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
+			beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")},
+				nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
 			beyond.Must(func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/proxy_arp", []byte("1"), 0) })
 			beyond.Serve(":80", "beyond")
 			s.outside.Serve(":80", "world")
@@ -171,7 +174,9 @@ func TestNetworkd(t *testing.T) {
 			works := func() {
 				t.Helper()
 				g.reaches(t, "tcp", world4+":80", "beyond from 10.7.0.1\n")
-				for address, want := range map[string]string{uplink4 + ":8000": "web from " + world4 + "\n", "[" + uplink6 + "]:8000": "web from " + world6 + "\n"} {
+				for address, want := range map[string]string{
+					uplink4 + ":8000": "web from " + world4 + "\n", "[" + uplink6 + "]:8000": "web from " + world6 + "\n",
+				} {
 					if got := s.outside.Ask("tcp", address); got != want {
 						t.Errorf("%s: got %q, want %q", address, got, want)
 					}
@@ -257,7 +262,8 @@ func removeForeign(t *testing.T, all bool) {
 	}
 }
 
-// VPNs that lead all of the host's traffic, or addresses around the network's own, lead guests' as well, and hide nothing of theirs.
+// VPNs that lead all of the host's traffic, or addresses around the network's own, lead guests' as
+// well, and hide nothing of theirs.
 func TestBeside_VPN(t *testing.T) {
 	needsRules(t)
 	if !nettest.Alone(t) {
@@ -276,7 +282,9 @@ func TestBeside_VPN(t *testing.T) {
 		}
 		for _, p := range to {
 			_, dst, err := net.ParseCIDR(p)
-			errs = errors.Join(errs, err, netlink.RouteAdd(&netlink.Route{Dst: dst, LinkIndex: link.Attrs().Index, Gw: net.ParseIP("10.8.0.2"), Table: table}))
+			errs = errors.Join(errs, err,
+				netlink.RouteAdd(
+					&netlink.Route{Dst: dst, LinkIndex: link.Attrs().Index, Gw: net.ParseIP("10.8.0.2"), Table: table}))
 		}
 		return errs
 	}
@@ -289,7 +297,9 @@ func TestBeside_VPN(t *testing.T) {
 				rule(func(r *netlink.Rule) { r.Priority, r.Table, r.Mark, r.Invert = 32765, 51820, 0xca6c, true }))
 		},
 		"Tailscale's 100.64/10": func() error {
-			return errors.Join(by(52, "100.64.0.0/10", away+"/32"), rule(func(r *netlink.Rule) { r.Priority, r.Table = 5270, 52 }))
+			return errors.Join(by(52, "100.64.0.0/10", away+"/32"), rule(func(r *netlink.Rule) {
+				r.Priority, r.Table = 5270, 52
+			}))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -298,7 +308,10 @@ func TestBeside_VPN(t *testing.T) {
 			t.Cleanup(func() { clearNetwork(t); cutCables(t); removeForeign(t, false) })
 			beyond := nettest.New(t)
 			beyond.Connect(nettest.Link{Name: "vpn", Addresses: prefixes("10.8.0.1/24")},
-				nettest.Link{Name: "eth0", Addresses: prefixes("10.8.0.2/24", away+"/32", "172.16.7.7/32", "100.64.7.7/32"), Gateways: addresses("10.8.0.1")})
+				nettest.Link{
+					Name: "eth0", Addresses: prefixes("10.8.0.2/24", away+"/32", "172.16.7.7/32", "100.64.7.7/32"),
+					Gateways: addresses("10.8.0.1"),
+				})
 			setVariable(t, "ipv4/conf/vpn/rp_filter", rpFilter)
 			if err := up(); err != nil {
 				t.Fatal(err)
@@ -313,7 +326,9 @@ func TestBeside_VPN(t *testing.T) {
 			g, upkeep := h.publishedGuest()
 			g.Serve(":80", "guest")
 			g.reaches(t, "tcp", away+":80", "beyond from 10.8.0.1\n")
-			for address, where := range map[string]string{"172.16.7.7:80": "a company's 172.16/12", "100.64.7.7:80": "Tailscale's 100.64/10"} {
+			for address, where := range map[string]string{
+				"172.16.7.7:80": "a company's 172.16/12", "100.64.7.7:80": "Tailscale's 100.64/10",
+			} {
 				if where == name {
 					g.reaches(t, "tcp", address, "beyond from 10.8.0.1\n")
 				}
@@ -324,7 +339,8 @@ func TestBeside_VPN(t *testing.T) {
 				t.Errorf("a name: got %s", got)
 			}
 			for from, got := range map[string]string{
-				"beyond": beyond.Ask("tcp", "10.8.0.1:8000"), "lan": h.lan.Ask("tcp", lanHost+":8000"), "host": nettest.Ask("tcp", "127.0.0.1:8000", 5*time.Second),
+				"beyond": beyond.Ask("tcp", "10.8.0.1:8000"), "lan": h.lan.Ask("tcp", lanHost+":8000"),
+				"host": nettest.Ask("tcp", "127.0.0.1:8000", 5*time.Second),
 			} {
 				if !strings.HasPrefix(got, "guest from ") {
 					t.Errorf("%s does not reach what is published: %q", from, got)

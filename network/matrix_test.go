@@ -32,14 +32,15 @@ import (
 	"push.rocks/smartvm/network/rtnl"
 )
 
-// beside is software that has a part of the host's network too. What it does was taken from the real programs: testdata/beside has their rules,
-// and says of which version.
+// beside is software that has a part of the host's network too. What it does was taken from the
+// real programs: testdata/beside has their rules, and says of which version.
 type beside struct {
 	rules []string // of testdata/beside
 	told  []string // rules when it was told what README.md says; empty: the commands themselves
 	// program loads rules of iptables. The other is iptables-legacy.
 	program string
-	// A bridge of its own, with something that it publishes: 8081 for all, and on the host's loopback 5432.
+	// A bridge of its own, with something that it publishes: 8081 for all, and on the host's loopback
+	// 5432.
 	bridge, address, container string
 	hides                      bool              // nobody reaches more of it than it publishes
 	variables                  map[string]string // that it sets
@@ -54,25 +55,36 @@ type beside struct {
 var (
 	forwarding = map[string]string{"ipv4/ip_forward": "1"}
 	docker20   = beside{
-		rules: []string{"docker-20.10.ip4"}, program: "iptables-nft", bridge: "docker0", address: "172.17.0.1/16", container: "172.17.0.2/16",
+		rules: []string{"docker-20.10.ip4"}, program: "iptables-nft", bridge: "docker0", address: "172.17.0.1/16",
+		container: "172.17.0.2/16",
 		variables: forwarding, dropsOff: true, heading: "Docker",
 	}
 	docker28 = beside{
-		rules: []string{"docker-28.5.ip4", "docker-28.5.ip6"}, program: "iptables-nft", bridge: "docker0", address: "172.17.0.1/16", container: "172.17.0.2/16",
+		rules: []string{"docker-28.5.ip4", "docker-28.5.ip6"}, program: "iptables-nft", bridge: "docker0",
+		address: "172.17.0.1/16", container: "172.17.0.2/16",
 		hides: true, variables: forwarding, dropsOff: true, heading: "Docker",
 	}
 	libvirt9 = beside{
-		rules: []string{"libvirt-9.0.ip4"}, program: "iptables-nft", bridge: "virbr0", address: "192.168.122.1/24", container: "192.168.122.2/24",
-		hides: true, variables: forwarding, like: true,
+		rules: []string{"libvirt-9.0.ip4"}, program: "iptables-nft", bridge: "virbr0", address: "192.168.122.1/24",
+		container: "192.168.122.2/24",
+		hides:     true, variables: forwarding, like: true,
 	}
 	libvirt12 = beside{
-		rules: []string{"libvirt-12.8.nft"}, bridge: "virbr0", address: "192.168.122.1/24", container: "192.168.122.2/24", hides: true, variables: forwarding,
+		rules: []string{"libvirt-12.8.nft"}, bridge: "virbr0", address: "192.168.122.1/24", container: "192.168.122.2/24",
+		hides: true, variables: forwarding,
 	}
-	firewalld1 = beside{rules: []string{"firewalld-1.3.nft"}, told: []string{"firewalld-1.3-told.nft"}, drops: true, like: true, lan: true, heading: "firewalld, for all that the network's own rules let out"}
-	firewalld2 = beside{rules: []string{"firewalld-2.5.nft"}, told: []string{"firewalld-2.5-told.nft"}, drops: true, lan: true, heading: "firewalld, for all that the network's own rules let out"}
+	firewalld1 = beside{
+		rules: []string{"firewalld-1.3.nft"}, told: []string{"firewalld-1.3-told.nft"}, drops: true,
+		like: true, lan: true, heading: "firewalld, for all that the network's own rules let out",
+	}
+	firewalld2 = beside{
+		rules: []string{"firewalld-2.5.nft"}, told: []string{"firewalld-2.5-told.nft"}, drops: true,
+		lan: true, heading: "firewalld, for all that the network's own rules let out",
+	}
 	firewalldZ = beside{rules: []string{"firewalld-2.5-zones.nft"}, like: true}
 	ufw        = beside{
-		rules: []string{"ufw-0.36.ip4", "ufw-0.36.ip6"}, program: "iptables-nft", drops: true, heading: "ufw, whose last line is for names",
+		rules: []string{"ufw-0.36.ip4", "ufw-0.36.ip6"}, program: "iptables-nft", drops: true,
+		heading: "ufw, whose last line is for names",
 		variables: map[string]string{
 			"ipv4/conf/all/accept_redirects": "0", "ipv4/conf/default/accept_redirects": "0",
 			"ipv6/conf/all/accept_redirects": "0", "ipv6/conf/default/accept_redirects": "0",
@@ -137,7 +149,8 @@ func newNeighbourhood(t *testing.T, b beside, forwards bool, rpFilter string) *n
 	return h
 }
 
-// settled waits until the kernel has seen that cables have two ends, and has begun to listen at each address of them: before, some routes are not there.
+// settled waits until the kernel has seen that cables have two ends, and has begun to listen at
+// each address of them: before, some routes are not there.
 func settled(t *testing.T) {
 	t.Helper()
 	links, routes, done := make(chan netlink.LinkUpdate, 1000), make(chan netlink.RouteUpdate, 1000), make(chan struct{})
@@ -173,13 +186,16 @@ func unsettled(t *testing.T) (waits []string) {
 		t.Fatal(err)
 	}
 	local, err := rtnl.Whole(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+		return netlink.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_LOCAL},
+			netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, a := range addresses {
-		if !slices.ContainsFunc(local, func(r netlink.Route) bool { return r.LinkIndex == a.LinkIndex && r.Dst != nil && r.Dst.IP.Equal(a.IP) }) {
+		if !slices.ContainsFunc(local, func(r netlink.Route) bool {
+			return r.LinkIndex == a.LinkIndex && r.Dst != nil && r.Dst.IP.Equal(a.IP)
+		}) {
 			waits = append(waits, a.IP.String())
 		}
 	}
@@ -216,7 +232,8 @@ func (h *neighbourhood) addInner(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.inner = nettest.New(t)
-	h.inner.Connect(nettest.Link{Name: "inner"}, nettest.Link{Name: "eth0", Addresses: prefixes(h.container), Gateways: []netip.Addr{prefixes(h.address)[0].Addr()}})
+	h.inner.Connect(nettest.Link{Name: "inner"},
+		nettest.Link{Name: "eth0", Addresses: prefixes(h.container), Gateways: []netip.Addr{prefixes(h.address)[0].Addr()}})
 	port, err := netlink.LinkByName("inner")
 	if err != nil {
 		t.Fatal(err)
@@ -321,7 +338,8 @@ func (h *neighbourhood) tell(t *testing.T) {
 					text += fmt.Sprintf(r, version) + "\n"
 				}
 			}
-			run(t, []byte(text+"COMMIT\n"), []string{h.program, strings.Replace(h.program, "ip", "ip6", 1)}[i]+"-restore", "--noflush")
+			run(t, []byte(text+"COMMIT\n"), []string{h.program, strings.Replace(h.program, "ip", "ip6", 1)}[i]+"-restore",
+				"--noflush")
 		}
 	case docker20.heading:
 		for _, c := range commands {
@@ -380,7 +398,10 @@ func (h *neighbourhood) others() map[string]func(wait time.Duration) bool {
 		return all
 	}
 	inner, gateway := h.innerAddress(), prefixes(h.address)[0].Addr().String()
-	for _, address := range []string{inner + ":80", inner + ":5432", inner + ":9", gateway + ":22", uplink4 + ":8081", uplink4 + ":5432"} {
+	for _, address := range []string{
+		inner + ":80", inner + ":5432", inner + ":9", gateway + ":22", uplink4 + ":8081",
+		uplink4 + ":5432",
+	} {
 		asks("world", h.outside, "tcp", address)
 	}
 	asks("world", h.outside, "tcp", "127.0.0.1:5432") // which Docker before 28 lets in
@@ -495,7 +516,8 @@ func everyVariable(t *testing.T) (all []string) {
 	return all
 }
 
-// round is a guest's whole life. Whether the neighbour was told what to let through decides what it reaches.
+// round is a guest's whole life. Whether the neighbour was told what to let through decides what it
+// reaches.
 func (h *neighbourhood) round(t *testing.T, told bool) {
 	t.Helper()
 	before := h.everything(t)
@@ -596,7 +618,10 @@ func (h *neighbourhood) names(t *testing.T, g *guest) {
 	}
 }
 
-var resolvers = map[string]string{"127.0.0.1": "203.0.113.1", "127.0.0.53": "203.0.113.53", "169.254.169.254": "203.0.113.169", dnsPeer: "203.0.113.2"}
+var resolvers = map[string]string{
+	"127.0.0.1": "203.0.113.1", "127.0.0.53": "203.0.113.53",
+	"169.254.169.254": "203.0.113.169", dnsPeer: "203.0.113.2",
+}
 
 // serveNames has something answer at all of resolvers.
 func (h *neighbourhood) serveNames(t *testing.T) {
@@ -623,7 +648,8 @@ func (h *neighbourhood) published(t *testing.T) {
 	t.Helper()
 	for from, ask := range map[string]string{
 		"world": h.outside.Ask("tcp", uplink4+":8000"), "lan": h.lan.Ask("tcp", lanHost+":8000"),
-		"host": nettest.Ask("tcp", uplink4+":8000", 5*time.Second), "host's loopback": nettest.Ask("tcp", "127.0.0.1:8000", 5*time.Second),
+		"host":                         nettest.Ask("tcp", uplink4+":8000", 5*time.Second),
+		"host's loopback":              nettest.Ask("tcp", "127.0.0.1:8000", 5*time.Second),
 		"host, by the guest's address": nettest.Ask("tcp", "172.30.0.2:80", 5*time.Second),
 	} {
 		if !strings.HasPrefix(ask, "guest from ") {
@@ -642,14 +668,18 @@ func (h *neighbourhood) published(t *testing.T) {
 	}
 }
 
-// closed is what guests are not to reach, beside others who do, and who is not to reach them. Where the neighbour is not told (open), that is the world, too.
+// closed is what guests are not to reach, beside others who do, and who is not to reach them. Where
+// the neighbour is not told (open), that is the world, too.
 func (h *neighbourhood) closed(t *testing.T, g *guest, open bool) {
 	t.Helper()
 	type way struct {
 		from             *nettest.Namespace
 		network, address string
 	}
-	ways := map[string]way{"the world to a guest": {h.outside, "tcp", "172.30.0.2:80"}, "the LAN to a guest": {h.lan, "tcp", "172.30.0.2:80"}}
+	ways := map[string]way{
+		"the world to a guest": {h.outside, "tcp", "172.30.0.2:80"},
+		"the LAN to a guest":   {h.lan, "tcp", "172.30.0.2:80"},
+	}
 	for _, network := range []string{"tcp", "udp"} {
 		if !open {
 			ways["a guest to the world by "+network] = way{g.Namespace, network, world4 + ":80"}
@@ -668,7 +698,8 @@ func (h *neighbourhood) closed(t *testing.T, g *guest, open bool) {
 		if opens := slices.Equal(h.rules, docker20.rules); h.reached["world tcp 127.0.0.1:5432"] != opens {
 			t.Errorf("others reach what Docker publishes on the loopback: %v, want %v", !opens, opens)
 		}
-		// Docker before 28 lets others reach ports of containers by the containers' addresses, and where the host forwarded before it, any port.
+		// Docker before 28 lets others reach ports of containers by the containers' addresses, and where
+		// the host forwarded before it, any port.
 		hidden := []string{uplink4 + ":5432", "127.0.0.1:5432", "127.0.0.1:22", "127.0.0.1:8000"}
 		if h.hides {
 			hidden = append(hidden, inner+":80", inner+":5432", inner+":9")
@@ -698,7 +729,8 @@ func (h *neighbourhood) publishedGuest() (*guest, *upkeep.Upkeep) {
 	h.t.Cleanup(upkeep.Close)
 	publish := func(g *filter.Guest) { g.Ports = []filter.Port{{Host: 8000, Guest: 80, Protocol: "tcp"}} }
 	return h.guestWith(0, publish, func(g *guest) error {
-		return upkeep.Add(filepath.Dir(h.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: h.config}}, slog.New(slog.DiscardHandler))
+		return upkeep.Add(filepath.Dir(h.dir), &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: h.config}},
+			slog.New(slog.DiscardHandler))
 	}), upkeep
 }
 
@@ -711,8 +743,9 @@ func needsRules(t *testing.T) {
 	}
 }
 
-// testBeside is a guest's life on hosts of all kinds: what it reaches is what it is to reach, names are answered, what is published is reached;
-// others reach what they did, and no more; and in the end the host is as it was. First the neighbour has not been told of the guests, then it has.
+// testBeside is a guest's life on hosts of all kinds: what it reaches is what it is to reach, names
+// are answered, what is published is reached; others reach what they did, and no more; and in the
+// end the host is as it was. First the neighbour has not been told of the guests, then it has.
 func testBeside(t *testing.T, b beside) {
 	t.Helper()
 	needsRules(t)
@@ -721,7 +754,8 @@ func testBeside(t *testing.T, b beside) {
 	}
 	for _, forwards := range []bool{false, true} {
 		for _, rpFilter := range []string{"0", "1", "2"} {
-			if b.like && forwards || (b.rules != nil || forwards) && rpFilter != map[bool]string{true: "1", false: "2"}[forwards] {
+			if b.like && forwards || (b.rules != nil || forwards) &&
+				rpFilter != map[bool]string{true: "1", false: "2"}[forwards] {
 				continue
 			}
 			t.Run(fmt.Sprintf("forwards %v, rp_filter %s", forwards, rpFilter), func(t *testing.T) {

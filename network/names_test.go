@@ -91,7 +91,8 @@ func (g *guest) resolveType(t *testing.T, server, name string, kind dnsmessage.T
 	return address
 }
 
-// A guest reaches the addresses of a name that its policy allows once it has asked for it, and those of no other.
+// A guest reaches the addresses of a name that its policy allows once it has asked for it, and
+// those of no other.
 func TestNetwork_Names(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -107,12 +108,14 @@ func TestNetwork_Names(t *testing.T) {
 			{Action: policy.Allow, Domain: "inner.example"},
 		}}
 	}, func(g *guest) error {
-		return proxies.Add(g.use.VMDir, &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
+		return proxies.Add(g.use.VMDir, &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}},
+			slog.New(slog.DiscardHandler))
 	})
 	g.misses(t, "tcp", "203.0.113.9:80")
 	for _, server := range []string{"172.30.0.1:53", "192.0.2.53:53"} { // whomever it asks
 		for name, want := range map[string]string{
-			"good.example.": "203.0.113.9", "bad.example.": "RCodeNameError", "x.good.example.": "RCodeNameError", "inner.example.": "RCodeSuccess",
+			"good.example.": "203.0.113.9", "bad.example.": "RCodeNameError", "x.good.example.": "RCodeNameError",
+			"inner.example.": "RCodeSuccess",
 		} {
 			if got := g.resolve(t, server, name); got != want {
 				t.Errorf("%s by %s: got %s, want %s", name, server, got, want)
@@ -130,7 +133,8 @@ func TestNetwork_Names(t *testing.T) {
 	s.remove(g)
 }
 
-// A guest has names whatever server its host asks, where only the host reaches that too, and as it is now; what it asks others itself goes there.
+// A guest has names whatever server its host asks, where only the host reaches that too, and as it
+// is now; what it asks others itself goes there.
 func TestNetwork_Resolver(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -171,7 +175,8 @@ func TestNetwork_Resolver(t *testing.T) {
 	s.remove(g)
 }
 
-// Guests of a mutual network find each other by name, whatever their policies say of other names; those of an isolated one do not.
+// Guests of a mutual network find each other by name, whatever their policies say of other names;
+// those of an isolated one do not.
 func TestNetwork_Neighbours(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -184,15 +189,23 @@ func TestNetwork_Neighbours(t *testing.T) {
 			t.Fatal(err)
 		}
 		ip4, ip6 := s.config.Guest(7)
-		web := &network.Use{Dir: s.dir, Network: s.config, VM: "web", VMDir: named, Name: "Web", Addresses: []netip.Addr{ip4, ip6}}
+		web := &network.Use{
+			Dir: s.dir, Network: s.config, VM: "web", VMDir: named, Name: "Web",
+			Addresses: []netip.Addr{ip4, ip6},
+		}
 		if err := web.Apply(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		free, _ := s.namedGuest(0, nil)
-		closed, _ := s.namedGuest(1, &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}}})
-		want := map[bool][3]string{true: {"172.30.0.9", ip6.String(), "172.30.0.9"}, false: {"192.0.2.66", "RCodeSuccess", "RCodeNameError"}}[mutual]
+		closed, _ := s.namedGuest(1,
+			&policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}}})
+		want := map[bool][3]string{
+			true:  {"172.30.0.9", ip6.String(), "172.30.0.9"},
+			false: {"192.0.2.66", "RCodeSuccess", "RCodeNameError"},
+		}[mutual]
 		got := [3]string{
-			free.resolve(t, "172.30.0.1:53", "WEB."), free.resolveType(t, "172.30.0.1:53", "web.", dnsmessage.TypeAAAA), closed.resolve(t, "172.30.0.1:53", "web."),
+			free.resolve(t, "172.30.0.1:53", "WEB."), free.resolveType(t, "172.30.0.1:53", "web.", dnsmessage.TypeAAAA),
+			closed.resolve(t, "172.30.0.1:53", "web."),
 		}
 		if got != want {
 			t.Errorf("mutual %v: got %q, want %q", mutual, got, want)
@@ -256,7 +269,8 @@ func TestNetwork_ResolverNewBridge(t *testing.T) {
 	s.remove(g)
 }
 
-// Rules that are put back cut no guest's cable: what is behind it would look for its gateway again, perhaps before its part is there.
+// Rules that are put back cut no guest's cable: what is behind it would look for its gateway again,
+// perhaps before its part is there.
 func TestNetwork_FlushedCable(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -302,14 +316,16 @@ func carrierChanges(t *testing.T, name string) string {
 	return string(text)
 }
 
-// By a tunnel guests ask the servers that it has, else those of the host that can be beyond it: never the host's own.
+// By a tunnel guests ask the servers that it has, else those of the host that can be beyond it:
+// never the host's own.
 func TestNetwork_ResolverVia(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
 	s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
 	beyond := nettest.New(t)
-	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
+	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")},
+		nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
 	beyond.Must(func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/proxy_arp", []byte("1"), 0) })
 	beyond.ServeNames(world4, map[string]string{"who.example.": "203.0.113.8"})
 	// As systemd-resolved has it: a stub on the host's loopback, and beside it what that asks.
@@ -342,13 +358,14 @@ func (s *site) namedGuest(n int, own *policy.Policy) (*guest, *upkeep.Upkeep) {
 	proxies := new(upkeep.Upkeep)
 	s.t.Cleanup(proxies.Close)
 	g := s.guestWith(n, func(g *filter.Guest) { g.Policy = own }, func(g *guest) error {
-		return proxies.Add(g.use.VMDir, &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, slog.New(slog.DiscardHandler))
+		return proxies.Add(g.use.VMDir, &g.filter, []attach.Interface{{Tap: g.filter.Tap, Network: s.config}},
+			slog.New(slog.DiscardHandler))
 	})
 	return g, proxies
 }
 
-// Names in the network's own policy hold for each guest on it, and only after it has asked; a guest's own policy can only narrow
-// them.
+// Names in the network's own policy hold for each guest on it, and only after it has asked; a
+// guest's own policy can only narrow them.
 func TestNetwork_NamesForAll(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -365,7 +382,11 @@ func TestNetwork_NamesForAll(t *testing.T) {
 	if err := s.config.Validate(); err != nil {
 		t.Fatal(err)
 	}
-	s.nameServer(map[string]string{"good.example.": "203.0.113.9 " + good6, "world.example.": world4, "bad.example.": world4, "inner.example.": "10.0.0.1 192.168.0.1"})
+	s.nameServer(
+		map[string]string{
+			"good.example.": "203.0.113.9 " + good6, "world.example.": world4, "bad.example.": world4,
+			"inner.example.": "10.0.0.1 192.168.0.1",
+		})
 	s.outside.Must(nettest.Link{Name: "eth0", Addresses: prefixes(good6 + "/128")}.Configure)
 	route(t, good6+"/128", world6)
 	for _, port := range []string{":80", ":81"} {
@@ -376,14 +397,19 @@ func TestNetwork_NamesForAll(t *testing.T) {
 	silent, _ := s.namedGuest(1, nil)
 	narrow, proxies := s.namedGuest(2, &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: world4}}})
 	named, _ := s.namedGuest(3, &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{
-		{Action: policy.Allow, Domain: "world.example"}, {Action: policy.Allow, Domain: "bad.example"}, {Action: policy.Allow, Destination: "10.0.0.0/8"},
+		{Action: policy.Allow, Domain: "world.example"},
+		{Action: policy.Allow, Domain: "bad.example"},
+		{Action: policy.Allow, Destination: "10.0.0.0/8"},
 	}})
 	mute, _ := s.namedGuest(4, &policy.Policy{DefaultAction: policy.Deny})
 	bare := s.guest(5, nil) // without anybody to ask
 	bare.misses(t, "tcp", world4+":80")
 	free.misses(t, "tcp", "203.0.113.9:80")
 	for g, answers := range map[*guest]map[string]string{
-		free:   {"good.example.": "203.0.113.9", "world.example.": world4, "bad.example.": "RCodeNameError", "inner.example.": "RCodeSuccess"},
+		free: {
+			"good.example.": "203.0.113.9", "world.example.": world4, "bad.example.": "RCodeNameError",
+			"inner.example.": "RCodeSuccess",
+		},
 		narrow: {"good.example.": "203.0.113.9", "world.example.": world4},
 		named:  {"good.example.": "RCodeNameError", "world.example.": world4, "bad.example.": "RCodeNameError"},
 		mute:   {"good.example.": "RCodeNameError"},
@@ -416,7 +442,10 @@ func TestNetwork_NamesForAll(t *testing.T) {
 	for _, c := range counts {
 		got = append(got, fmt.Sprint(c.Rule, " ", c.Packets > 0))
 	}
-	if want := []string{"deny tcp:203.0.113.9:81 true", "allow good.example true", "allow tcp:world.example true", "allow inner.example false", "default deny true"}; !slices.Equal(got, want) {
+	if want := []string{
+		"deny tcp:203.0.113.9:81 true", "allow good.example true", "allow tcp:world.example true",
+		"allow inner.example false", "default deny true",
+	}; !slices.Equal(got, want) {
 		t.Errorf("the network's rules have counted %q, want %q", got, want)
 	}
 	proxies.Close()
@@ -451,8 +480,10 @@ func TestNetwork_Questions(t *testing.T) {
 	greedy, _ := s.namedGuest(0, nil)
 	other, _ := s.namedGuest(1, nil)
 	m := dnsmessage.Message{
-		Header:    dnsmessage.Header{ID: 1, RecursionDesired: true},
-		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName("who.example."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+		Header: dnsmessage.Header{ID: 1, RecursionDesired: true},
+		Questions: []dnsmessage.Question{
+			{Name: dnsmessage.MustNewName("who.example."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
+		},
 	}
 	packed, err := m.Pack()
 	if err != nil {

@@ -34,23 +34,25 @@ type Config struct {
 	Subnet6 netip.Prefix `json:"subnet6,omitzero"` // a /64; zero: no IPv6
 	MTU     int          `json:"mtu,omitempty"`    // 0: 1500
 	Mutual  bool         `json:"mutual,omitempty"` // guests reach each other
-	// Routed has what guests of a mutual network send each other go by the host, as policies allow; of what one sends to all the others see nothing.
+	// Routed has what guests of a mutual network send each other go by the host, as policies allow; of
+	// what one sends to all the others see nothing.
 	Routed bool `json:"routed,omitempty"`
 	Inside bool `json:"internal,omitempty"`
 	Settings
-	// WireGuard is the interface by which alone guests leave. "": any. WireGuardConfig is a file as wg-quick has it, absolute, of
-	// which such an interface is made.
+	// WireGuard is the interface by which alone guests leave. "": any. WireGuardConfig is a file as
+	// wg-quick has it, absolute, of which such an interface is made.
 	WireGuard       string `json:"wireguard,omitempty"`
 	WireGuardConfig string `json:"wireguardConfig,omitempty"`
-	// LAN says that the bridge is somebody else's, and what is behind it. Then guests have addresses of Subnet, which is the LAN's, or if it is
-	// zero such as they get from there; IPv6 ones are those that the LAN's routers lead to. MTU is what guests are told. Nil: the bridge is ours.
+	// LAN says that the bridge is somebody else's, and what is behind it. Then guests have addresses
+	// of Subnet, which is the LAN's, or if it is zero such as they get from there; IPv6 ones are those
+	// that the LAN's routers lead to. MTU is what guests are told. Nil: the bridge is ours.
 	LAN *bridged.LAN `json:"lan,omitempty"`
 	// HostPolicy says that Policy is the host's, as the network has none.
 	HostPolicy bool `json:"hostPolicy,omitempty"`
 }
 
-// Refresh gives the network the settings that it has now. If it has no policy any more, that of the host stays: not each process
-// that has to do with the network is told of that.
+// Refresh gives the network the settings that it has now. If it has no policy any more, that of the
+// host stays: not each process that has to do with the network is told of that.
 func (c *Config) Refresh(now Config) {
 	if c.HostPolicy && now.Policy == nil {
 		now.Policy, now.HostPolicy = c.Policy, true
@@ -58,21 +60,25 @@ func (c *Config) Refresh(now Config) {
 	c.Settings, c.HostPolicy = now.Settings, now.HostPolicy
 }
 
-// OnBridge is how the names of networks begin that are a bridge of somebody else's and no more: "bridge:br0". Each is always there.
+// OnBridge is how the names of networks begin that are a bridge of somebody else's and no more:
+// "bridge:br0". Each is always there.
 const OnBridge = "bridge:"
 
 // Settings are what may be changed while a network is up.
 type Settings struct {
 	Policy *policy.Policy `json:"policy,omitempty"` // what all its guests may reach at most
-	// MaxConnections is how many the host may have to know of one guest, of IPv4 and of IPv6. 0: an eighth of what it can know of all.
+	// MaxConnections is how many the host may have to know of one guest, of IPv4 and of IPv6. 0: an
+	// eighth of what it can know of all.
 	MaxConnections int `json:"maxConnections,omitempty"`
 	// NewConnections is how many a guest may begin in a second. 0: DefaultNewConnections.
 	NewConnections int `json:"newConnections,omitempty"`
-	// DNSQuestions is how many a guest that starts from now on may ask in a second. 0: dnsproxy.DefaultPerSecond.
+	// DNSQuestions is how many a guest that starts from now on may ask in a second. 0:
+	// dnsproxy.DefaultPerSecond.
 	DNSQuestions int `json:"dnsQuestions,omitempty"`
 }
 
-// DefaultNewConnections is far above what ordinary programs begin in a second, and a tenth of what keeps a processor busy.
+// DefaultNewConnections is far above what ordinary programs begin in a second, and a tenth of what
+// keeps a processor busy.
 const DefaultNewConnections = 2000
 
 // Errors of this package.
@@ -84,7 +90,8 @@ var (
 // OverlapError says that an address of a network leads elsewhere.
 type OverlapError = subnet.OverlapError
 
-// New returns a network with the rest of its settings as they are by default. An invalid subnet is a matter of Validate.
+// New returns a network with the rest of its settings as they are by default. An invalid subnet is
+// a matter of Validate.
 func New(name, bridge string, ip4 netip.Prefix) Config {
 	return Config{Name: name, Bridge: bridge, Subnet: ip4.Masked(), Subnet6: subnet.Local(bridge)}
 }
@@ -103,8 +110,11 @@ func (c *Config) Validate() error {
 	} else if err := subnet.Validate(c.Subnet); err != nil {
 		errs = append(errs, err)
 	}
-	if p := c.Subnet6; p.IsValid() && (!p.Addr().Is6() || p.Bits() != 64 || p != p.Masked() || !p.Addr().IsGlobalUnicast()) {
-		errs = append(errs, &subnet.Error{Subnet: p.String(), Reason: "must be an IPv6 /64 without host bits, such as " + subnet.Local(c.Bridge).String()})
+	if p := c.Subnet6; p.IsValid() &&
+		(!p.Addr().Is6() || p.Bits() != 64 || p != p.Masked() || !p.Addr().IsGlobalUnicast()) {
+		errs = append(errs,
+			&subnet.Error{Subnet: p.String(), Reason: "must be an IPv6 /64 without host bits, such as " +
+				subnet.Local(c.Bridge).String()})
 	}
 	if c.MTU != 0 && (c.MTU < 1280 || c.MTU > 65535) {
 		errs = append(errs, fmt.Errorf("mtu %d: must be from 1280 to 65535", c.MTU))
@@ -140,7 +150,11 @@ func (c *Config) ours() error {
 		{c.Inside, "internal", "the LAN is not ours to close"},
 		{c.WireGuard != "" || c.WireGuardConfig != "", "wireguard", "guests leave by the LAN, not by way of the host"},
 		{c.Policy != nil, "policy", "what guests send to the LAN does not come by the host's rules"},
-		{c.MaxConnections != 0 || c.NewConnections != 0 || c.DNSQuestions != 0, "maxConnections, newConnections, dnsQuestions", "the host knows no connections of these guests, and answers none for names"},
+		{
+			c.MaxConnections != 0 || c.NewConnections != 0 || c.DNSQuestions != 0,
+			"maxConnections, newConnections, dnsQuestions",
+			"the host knows no connections of these guests, and answers none for names",
+		},
 	} {
 		if o.set {
 			errs = append(errs, fmt.Errorf("%s: not on a bridge that is not ours: %s", o.what, o.why))
@@ -152,7 +166,10 @@ func (c *Config) ours() error {
 // Validate returns all that is wrong, joined.
 func (s *Settings) Validate() error {
 	var errs []error
-	for name, n := range map[string]int{"maxConnections": s.MaxConnections, "newConnections": s.NewConnections, "dnsQuestions": s.DNSQuestions} {
+	for name, n := range map[string]int{
+		"maxConnections": s.MaxConnections, "newConnections": s.NewConnections,
+		"dnsQuestions": s.DNSQuestions,
+	} {
 		if n < 0 || n > math.MaxInt32 {
 			errs = append(errs, fmt.Errorf("%s %d: must be from 0 to %d", name, n, math.MaxInt32))
 		}
@@ -179,7 +196,8 @@ func ValidInterface(name string) error {
 	return nil
 }
 
-// Gateway returns the host's addresses in the network, or the LAN's gateway, invalid where there is none.
+// Gateway returns the host's addresses in the network, or the LAN's gateway, invalid where there is
+// none.
 func (c *Config) Gateway() (ip4, ip6 netip.Addr) {
 	if c.LAN != nil {
 		return c.LAN.Gateway, ip6
@@ -214,7 +232,8 @@ func (c *Config) Guest(n int) (ip4, ip6 netip.Addr) {
 	return ip4, ip6
 }
 
-// MAC is an interface's address: locally administered, and always the same for one VM and interface.
+// MAC is an interface's address: locally administered, and always the same for one VM and
+// interface.
 func MAC(vm, iface string) net.HardwareAddr {
 	sum := sha256.Sum256([]byte(vm + "\x00" + iface))
 	return net.HardwareAddr{sum[0]&0xfc | 2, sum[1], sum[2], sum[3], sum[4], sum[5]}
@@ -237,13 +256,15 @@ func (c *Config) via(owner string) string {
 func (c *Config) tables(owner string) *filter.Tables {
 	return &filter.Tables{
 		Name: c.Table(), Owner: owner, Bridge: c.Bridge, Taps: tapPrefix(c.Bridge), Subnet: c.Subnet, Subnet6: c.Subnet6,
-		Mutual: c.Mutual, Routed: c.Routed, Inside: c.Inside, Via: c.via(owner), Tunnel: c.WireGuardConfig != "", Egress: c.Policy,
-		Connections: cmp.Or(c.MaxConnections, conntrack.Most()/8), NewConnections: cmp.Or(c.NewConnections, DefaultNewConnections),
+		Mutual: c.Mutual, Routed: c.Routed, Inside: c.Inside, Via: c.via(owner), Tunnel: c.WireGuardConfig != "",
+		Egress:         c.Policy,
+		Connections:    cmp.Or(c.MaxConnections, conntrack.Most()/8),
+		NewConnections: cmp.Or(c.NewConnections, DefaultNewConnections),
 	}
 }
 
-// NewDefault returns the default network. Empty values stand for DefaultBridge and DefaultSubnet; a subnet that does not
-// read is a *subnet.Error.
+// NewDefault returns the default network. Empty values stand for DefaultBridge and DefaultSubnet; a
+// subnet that does not read is a *subnet.Error.
 func NewDefault(bridge, ip4 string) (Config, error) {
 	p, err := netip.ParsePrefix(cmp.Or(ip4, DefaultSubnet))
 	if err != nil {

@@ -109,7 +109,8 @@ func (s *site) guestWith(n int, change func(*filter.Guest), more func(*guest) er
 	ip4, ip6 := s.config.Guest(n)
 	g := &guest{Namespace: nettest.New(s.t), use: s.use(name)}
 	g.filter.Guest = filter.Guest{
-		Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, name, "", "eth0"), MAC: network.MAC(name, "eth0").String(), IP4: ip4, IP6: ip6,
+		Table: s.config.Table(), Tap: network.TapName(s.config.Bridge, name, "", "eth0"),
+		MAC: network.MAC(name, "eth0").String(), IP4: ip4, IP6: ip6,
 		Routed: s.config.Routed,
 	}
 	if change != nil {
@@ -149,7 +150,10 @@ func (s *site) remove(g *guest) {
 // hostVariables are those that a network may change, or that change with one of them.
 var hostVariables = func() (all []string) {
 	for _, of := range []string{"all", "default", "uplink"} {
-		for _, name := range []string{"ipv4/forwarding", "ipv4/accept_redirects", "ipv4/send_redirects", "ipv4/rp_filter", "ipv6/forwarding", "ipv6/force_forwarding", "ipv6/accept_ra", "ipv6/accept_redirects"} {
+		for _, name := range []string{
+			"ipv4/forwarding", "ipv4/accept_redirects", "ipv4/send_redirects", "ipv4/rp_filter",
+			"ipv6/forwarding", "ipv6/force_forwarding", "ipv6/accept_ra", "ipv6/accept_redirects",
+		} {
 			protocol, name, _ := strings.Cut(name, "/")
 			all = append(all, protocol+"/conf/"+of+"/"+name)
 		}
@@ -214,7 +218,8 @@ func (g *guest) misses(t *testing.T, network, address string) {
 	}
 }
 
-// Guests reach the outside under the host's address, and neither each other nor the host. Nothing is left in the end.
+// Guests reach the outside under the host's address, and neither each other nor the host. Nothing
+// is left in the end.
 func TestNetwork(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -231,7 +236,10 @@ func TestNetwork(t *testing.T) {
 	for _, proto := range []string{"tcp", "udp"} {
 		b.reaches(t, proto, world4+":80", "world from "+uplink4+"\n")
 		b.reaches(t, proto, "["+world6+"]:80", "world from "+uplink6+"\n")
-		for _, address := range []string{"172.30.0.2:8080", "[" + a.filter.IP6.String() + "]:8080", "172.30.0.1:22", uplink4 + ":22", "[" + uplink6 + "]:22"} {
+		for _, address := range []string{
+			"172.30.0.2:8080", "[" + a.filter.IP6.String() + "]:8080", "172.30.0.1:22",
+			uplink4 + ":22", "[" + uplink6 + "]:22",
+		} {
 			b.misses(t, proto, address)
 		}
 	}
@@ -304,9 +312,11 @@ func TestNetwork_Ports(t *testing.T) {
 	a.Serve(":53", "names")
 	for address, want := range map[string]string{
 		uplink4 + ":8000": "web from " + world4 + "\n", "[" + uplink6 + "]:8000": "web from " + world6 + "\n",
-		uplink4 + ":9000": "web from " + world4 + "\n", uplink4 + ":9001": "", uplink4 + ":5353": "", "[" + uplink6 + "]:9000": "",
+		uplink4 + ":9000": "web from " + world4 + "\n", uplink4 + ":9001": "", uplink4 + ":5353": "",
+		"[" + uplink6 + "]:9000": "",
 		"[" + uplink6 + "]:9004": "web from " + world6 + "\n", uplink4 + ":9004": "",
-		uplink4 + ":9002": "web from " + world4 + "\n", "[" + uplink6 + "]:9002": "", uplink4 + ":9003": "", "[" + uplink6 + "]:9003": "web from " + world6 + "\n",
+		uplink4 + ":9002": "web from " + world4 + "\n", "[" + uplink6 + "]:9002": "", uplink4 + ":9003": "",
+		"[" + uplink6 + "]:9003": "web from " + world6 + "\n",
 	} {
 		if got := s.outside.Ask("tcp", address); got != want {
 			t.Errorf("%s from outside: got %q, want %q", address, got, want)
@@ -317,13 +327,15 @@ func TestNetwork_Ports(t *testing.T) {
 	}
 	for address, want := range map[string]string{
 		uplink4 + ":8000": "web from " + uplink4 + "\n", "127.0.0.1:8000": "web from 172.30.0.1\n",
-		"127.0.0.1:9001": "web from 172.30.0.1\n", "127.0.0.1:9000": "", "[" + uplink6 + "]:8000": "web from " + uplink6 + "\n", "[" + uplink6 + "]:9004": "web from " + uplink6 + "\n",
+		"127.0.0.1:9001": "web from 172.30.0.1\n", "127.0.0.1:9000": "",
+		"[" + uplink6 + "]:8000": "web from " + uplink6 + "\n", "[" + uplink6 + "]:9004": "web from " + uplink6 + "\n",
 	} {
 		if got := nettest.Ask("tcp", address, 5e9); got != want {
 			t.Errorf("%s from the host: got %q, want %q", address, got, want)
 		}
 	}
-	// A neighbour may send the host what is for its loopback. The second shows that the first has been seen.
+	// A neighbour may send the host what is for its loopback. The second shows that the first has been
+	// seen.
 	s.datagram(t, "127.0.0.1", 5354)
 	s.datagram(t, uplink4, 5353)
 	var flows []string
@@ -351,7 +363,8 @@ func TestNetwork_Ports(t *testing.T) {
 	}
 }
 
-// What is published is reached by ::1 too, as by 127.0.0.1, whether IP rules see bridged packets or not, and by nobody but the host.
+// What is published is reached by ::1 too, as by 127.0.0.1, whether IP rules see bridged packets or
+// not, and by nobody but the host.
 func TestNetwork_PortsLoopback6(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -377,7 +390,10 @@ func TestNetwork_PortsLoopback6(t *testing.T) {
 					{Address: netip.IPv6Loopback(), Host: 9001, Guest: 80, Protocol: "tcp"},
 				}
 			}, func(g *guest) error {
-				return ports.Publish(t.Context(), attach.VM{ID: "vm", Store: st}, &g.filter, func(ctx context.Context, e journal.Effect) error { return e.Apply(ctx) })
+				return ports.Publish(t.Context(), attach.VM{ID: "vm", Store: st}, &g.filter,
+					func(ctx context.Context, e journal.Effect) error {
+						return e.Apply(ctx)
+					})
 			})
 			a.Serve(":80", "web")
 			for _, address := range []string{"[::1]:8000", "127.0.0.1:8000", "[::1]:9001"} {
@@ -398,7 +414,8 @@ func TestNetwork_PortsLoopback6(t *testing.T) {
 	}
 }
 
-// A published port leads to the guest that has it now, at once: the host does not go on with the MAC of the one before.
+// A published port leads to the guest that has it now, at once: the host does not go on with the
+// MAC of the one before.
 func TestNetwork_PortsReplaced(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -422,8 +439,8 @@ func TestNetwork_PortsReplaced(t *testing.T) {
 	}
 }
 
-// From guest to guest by what is published: on a network whose guests reach each other, and on one whose guests do not, as what is published is
-// for all; but not past a policy.
+// From guest to guest by what is published: on a network whose guests reach each other, and on one
+// whose guests do not, as what is published is for all; but not past a policy.
 func TestNetwork_Hairpin(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -439,8 +456,8 @@ func TestNetwork_Hairpin(t *testing.T) {
 				c := s.guest(2, func(g *filter.Guest) { g.Policy = &policy.Policy{DefaultAction: policy.Deny} })
 				a.Serve(":80", "web")
 				for _, g := range []*guest{a, b} {
-					// Where IP rules see bridged packets, the bridge takes those that lead back to it for its own: not from a port to itself, nor
-					// between ports that are isolated.
+					// Where IP rules see bridged packets, the bridge takes those that lead back to it for its own:
+					// not from a port to itself, nor between ports that are isolated.
 					if on && (!mutual || g == a) {
 						g.misses(t, "tcp", uplink4+":8000")
 						continue
@@ -498,8 +515,16 @@ func TestNetwork_FlushedMeanwhile(t *testing.T) {
 	// Another's rules go on to have the kernel know connections.
 	keep := func() {
 		table := conn.AddTable(&nftables.Table{Name: "other", Family: nftables.TableFamilyINet})
-		chain := conn.AddChain(&nftables.Chain{Table: table, Name: "in", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter})
-		conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}, &expr.Counter{}}})
+		chain := conn.AddChain(
+			&nftables.Chain{
+				Table: table, Name: "in", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput,
+				Priority: nftables.ChainPriorityFilter,
+			})
+		conn.AddRule(
+			&nftables.Rule{
+				Table: table, Chain: chain,
+				Exprs: []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}, &expr.Counter{}},
+			})
 	}
 	g.misses(t, "tcp", "172.30.0.1:22")
 	conn.FlushRuleset()
@@ -596,7 +621,8 @@ func TestNetwork_Upgrade(t *testing.T) {
 	s.remove(g)
 }
 
-// Who has an address after another guest has none of its connections: by what is known he would pass his own policy.
+// Who has an address after another guest has none of its connections: by what is known he would
+// pass his own policy.
 func TestNetwork_Reused(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -657,7 +683,8 @@ func (s *site) datagram(t *testing.T, to string, port uint16) {
 	udp := binary.BigEndian.AppendUint16(nil, datagramPort)
 	udp = binary.BigEndian.AppendUint16(udp, port)
 	udp = append(udp, 0, 9, 0, 0, '?')
-	ip := append([]byte{0x45, 0, 0, byte(20 + len(udp)), 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}, net.ParseIP(world4).To4()...)
+	ip := append([]byte{0x45, 0, 0, byte(20 + len(udp)), 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0},
+		net.ParseIP(world4).To4()...)
 	ip = append(ip, net.ParseIP(to).To4()...)
 	sum := uint32(0)
 	for i := 0; i < len(ip); i += 2 {
@@ -694,7 +721,10 @@ func TestNetwork_Policy(t *testing.T) {
 	a := s.guest(0, func(g *filter.Guest) {
 		g.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{
 			{Action: policy.Deny, Protocol: "tcp", Destination: world4, Ports: policy.Ports{{First: 81, Last: 81}}},
-			{Action: policy.Allow, Protocol: "tcp", Destination: "198.51.100.0/24", Ports: policy.Ports{{First: 80, Last: 82}, {First: 85, Last: 85}}},
+			{
+				Action: policy.Allow, Protocol: "tcp", Destination: "198.51.100.0/24",
+				Ports: policy.Ports{{First: 80, Last: 82}, {First: 85, Last: 85}},
+			},
 			{Action: policy.Allow, Destination: "203.0.113.9"},
 		}}
 	})
@@ -706,8 +736,11 @@ func TestNetwork_Policy(t *testing.T) {
 	a.misses(t, "tcp", "["+world6+"]:80")
 	a.misses(t, "tcp", "203.0.113.9:80") // the network's policy wins
 	for tap, want := range map[string][]string{
-		a.filter.Tap: {"deny tcp:198.51.100.2:81 true", "allow tcp:198.51.100.0/24:80-82,85 true", "allow 203.0.113.9 false", "default deny true"},
-		"":           {"deny 203.0.113.0/24 true", "default allow true"},
+		a.filter.Tap: {
+			"deny tcp:198.51.100.2:81 true", "allow tcp:198.51.100.0/24:80-82,85 true", "allow 203.0.113.9 false",
+			"default deny true",
+		},
+		"": {"deny 203.0.113.0/24 true", "default allow true"},
 	} {
 		counts, err := inspect.Counts(s.config.Table(), tap)
 		if err != nil {
@@ -727,7 +760,8 @@ func TestNetwork_Policy(t *testing.T) {
 	s.remove(a)
 }
 
-// What a guest may not reach says so at once, and is not waited for; what comes from outside is told nothing.
+// What a guest may not reach says so at once, and is not waited for; what comes from outside is
+// told nothing.
 func TestNetwork_Refused(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -737,7 +771,9 @@ func TestNetwork_Refused(t *testing.T) {
 	s.outside.Must(nettest.Link{Name: "eth0", Addresses: prefixes("169.254.169.254/32")}.Configure)
 	route(t, "169.254.169.254/32", world4)
 	g := s.guest(0, func(g *filter.Guest) {
-		g.Policy = &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: world4}, {Action: policy.Deny, Destination: world6}}}
+		g.Policy = &policy.Policy{
+			Rules: []policy.Rule{{Action: policy.Deny, Destination: world4}, {Action: policy.Deny, Destination: world6}},
+		}
 	})
 	other := s.guest(1, nil)
 	for _, tt := range []struct {

@@ -14,8 +14,8 @@ import (
 	"push.rocks/smartvm/network/rtnl"
 )
 
-// Reaper removes taps and guests, those together that are asked for at the same time: the kernel waits as long for one as for
-// a hundred. The zero value serves. It is safe for concurrent use.
+// Reaper removes taps and guests, those together that are asked for at the same time: the kernel
+// waits as long for one as for a hundred. The zero value serves. It is safe for concurrent use.
 type Reaper struct {
 	taps   batch.Batch[string]
 	guests batch.Batch[*Guest]

@@ -12,8 +12,9 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// Check makes the network whole again where somebody has flushed its rules or removed its bridge, and returns how often that
-// was done: when it is more than before, guests add their part again; and with which policy it is up.
+// Check makes the network whole again where somebody has flushed its rules or removed its bridge,
+// and returns how often that was done: when it is more than before, guests add their part again;
+// and with which policy it is up.
 func (u *Use) Check(ctx context.Context) (restored int, now *policy.Policy, err error) {
 	ctx = u.ahead(ctx)
 	unlock, err := Lock(u.Dir)
@@ -35,8 +36,8 @@ func (u *Use) Check(ctx context.Context) (restored int, now *policy.Policy, err 
 	return was.Restored, was.Network.Policy, err
 }
 
-// Update gives a network the settings of made, if it is up: its guests go on, and connections end that are not allowed any more. Who supervises guests
-// is told by Check.
+// Update gives a network the settings of made, if it is up: its guests go on, and connections end
+// that are not allowed any more. Who supervises guests is told by Check.
 func Update(ctx context.Context, dir string, made Config) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -59,8 +60,8 @@ func Update(ctx context.Context, dir string, made Config) error {
 	return u.repair(ctx, now, false)
 }
 
-// repair counts first: if it does not come to its end, the guests look all the same. What a bridge is besides is for who looks now and then, and
-// no start waits for it.
+// repair counts first: if it does not come to its end, the guests look all the same. What a bridge
+// is besides is for who looks now and then, and no start waits for it.
 func (u *Use) repair(ctx context.Context, n *up, bridges bool) error {
 	counted := false
 	count := func() error {

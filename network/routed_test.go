@@ -19,8 +19,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// Guests of a routed network reach each other as policies allow, the network's and their own, of IPv4 and IPv6; what is about the internet is not about
-// them. The host answers for them all.
+// Guests of a routed network reach each other as policies allow, the network's and their own, of
+// IPv4 and IPv6; what is about the internet is not about them. The host answers for them all.
 func TestNetwork_Routed(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -34,7 +34,8 @@ func TestNetwork_Routed(t *testing.T) {
 			t.Run(fmt.Sprintf("bridge netfilter %v, internal %v", on, internal), func(t *testing.T) {
 				s := newSite(t, func(c *network.Config) {
 					c.Mutual, c.Routed, c.Inside = true, true, internal
-					c.Policy = rules(policy.Allow, policy.Rule{Action: policy.Deny, Destination: "172.30.0.0/24", Ports: policy.Ports{{First: 81, Last: 81}}})
+					c.Policy = rules(policy.Allow,
+						policy.Rule{Action: policy.Deny, Destination: "172.30.0.0/24", Ports: policy.Ports{{First: 81, Last: 81}}})
 				})
 				t.Cleanup(func() { clearNetwork(t); cutCables(t) })
 				if err := s.config.Validate(); err != nil {

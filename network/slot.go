@@ -18,7 +18,8 @@ import (
 	"push.rocks/smartvm/network/subnet"
 )
 
-// What is in every namespace of a VM's own: the same for all, so that a snapshot's clones find what they knew.
+// What is in every namespace of a VM's own: the same for all, so that a snapshot's clones find what
+// they knew.
 const (
 	InnerTap    = "tap0"
 	InnerMAC    = "06:00:0a:ff:ff:02"
@@ -27,13 +28,17 @@ const (
 
 // The two ends of the cable between a guest and its namespace.
 var (
-	InnerGuest    = []netip.Prefix{netip.PrefixFrom(subnet.Inner.Addr().Next().Next(), subnet.Inner.Bits()), netip.MustParsePrefix("fd00:ff:ff::2/64")}
+	InnerGuest = []netip.Prefix{
+		netip.PrefixFrom(subnet.Inner.Addr().Next().Next(), subnet.Inner.Bits()),
+		netip.MustParsePrefix("fd00:ff:ff::2/64"),
+	}
 	InnerGateways = []netip.Addr{subnet.Inner.Addr().Next(), netip.MustParseAddr("fd00:ff:ff::1")}
 )
 
-// Slot is a namespace with a tap for one VM, joined to a bridge by a cable whose end there stands for the tap, as an effect on
-// the host. The guest's addresses in it are InnerGuest; those of the cable's far end are what the network knows. The tap is
-// for whoever is in the namespace: that is its VMM alone, and to change a tap's owner takes 15 ms.
+// Slot is a namespace with a tap for one VM, joined to a bridge by a cable whose end there stands
+// for the tap, as an effect on the host. The guest's addresses in it are InnerGuest; those of the
+// cable's far end are what the network knows. The tap is for whoever is in the namespace: that is
+// its VMM alone, and to change a tap's owner takes 15 ms.
 //
 // A warm slot was made before and stays: only what one VM left in it is undone.
 type Slot struct {
@@ -52,8 +57,8 @@ type Slot struct {
 // Port is the cable's end at the bridge.
 func (s *Slot) Port() *Tap { return &Tap{Name: s.Name, Bridge: s.Bridge, MTU: s.MTU, Mutual: s.Mutual} }
 
-// Apply makes the namespace and what is in it; of a warm one it notes what has gone through it before. Returns an error that is fs.ErrExist where
-// its file or an interface of its name is there.
+// Apply makes the namespace and what is in it; of a warm one it notes what has gone through it
+// before. Returns an error that is fs.ErrExist where its file or an interface of its name is there.
 func (s *Slot) Apply(ctx context.Context) error {
 	if s.Warm {
 		return s.note()
@@ -69,7 +74,10 @@ func (s *Slot) Apply(ctx context.Context) error {
 	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU = s.Name, s.MTU
-	cable := &netlink.Veth{LinkAttrs: attrs, PeerName: innerUplink, PeerHardwareAddr: mac, PeerNamespace: netlink.NsFd(ns.Fd())}
+	cable := &netlink.Veth{
+		LinkAttrs: attrs, PeerName: innerUplink, PeerHardwareAddr: mac,
+		PeerNamespace: netlink.NsFd(ns.Fd()),
+	}
 	if err := netlink.LinkAdd(cable); errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("make cable %s: %w", s.Name, fs.ErrExist)
 	} else if err != nil {
@@ -101,7 +109,10 @@ func (s *Slot) furnish(ctx context.Context) error {
 	}
 	for name, addresses := range map[string][]netip.Prefix{
 		innerUplink: uplink,
-		InnerTap:    {netip.PrefixFrom(InnerGateways[0], InnerGuest[0].Bits()), netip.PrefixFrom(InnerGateways[1], InnerGuest[1].Bits())},
+		InnerTap: {
+			netip.PrefixFrom(InnerGateways[0], InnerGuest[0].Bits()),
+			netip.PrefixFrom(InnerGateways[1], InnerGuest[1].Bits()),
+		},
 	} {
 		if err := rtnl.SetVariable(name, "ipv6", "accept_ra", "0"); err != nil {
 			return err
@@ -120,7 +131,10 @@ func (s *Slot) furnish(ctx context.Context) error {
 			return fmt.Errorf("set up %s: %w", name, err)
 		}
 	}
-	inner := &netns.Inner{Tap: InnerTap, Uplink: innerUplink, Inside4: InnerGuest[0].Addr(), Inside6: InnerGuest[1].Addr(), IP4: s.IP4.Addr(), IP6: s.IP6.Addr()}
+	inner := &netns.Inner{
+		Tap: InnerTap, Uplink: innerUplink, Inside4: InnerGuest[0].Addr(), Inside6: InnerGuest[1].Addr(),
+		IP4: s.IP4.Addr(), IP6: s.IP6.Addr(),
+	}
 	if err := inner.Apply(ctx); err != nil {
 		return err
 	}
@@ -164,8 +178,8 @@ func counters(name string) (in, out uint64, err error) {
 	return in, out, nil
 }
 
-// Traffic returns how many bytes the guest of a tap, or of a slot's cable, has sent and received. File is that of a warm slot,
-// or "".
+// Traffic returns how many bytes the guest of a tap, or of a slot's cable, has sent and received.
+// File is that of a warm slot, or "".
 func Traffic(name, file string) (sent, received uint64, err error) {
 	if sent, received, err = counters(name); err != nil || file == "" {
 		return sent, received, err
@@ -181,7 +195,8 @@ func Traffic(name, file string) (sent, received uint64, err error) {
 	return sent - min(s, sent), received - min(r, received), nil
 }
 
-// Revert removes the namespace; of a warm one, what one VM left behind: connections, and who its neighbours were.
+// Revert removes the namespace; of a warm one, what one VM left behind: connections, and who its
+// neighbours were.
 func (s *Slot) Revert(context.Context) error {
 	if !s.Warm {
 		return errors.Join(s.cut(), netns.Drop(s.File))
@@ -202,7 +217,9 @@ func (s *Slot) Revert(context.Context) error {
 		if err != nil {
 			return err
 		}
-		neighbours, err := rtnl.Whole(func() ([]netlink.Neigh, error) { return netlink.NeighList(link.Attrs().Index, netlink.FAMILY_ALL) })
+		neighbours, err := rtnl.Whole(func() ([]netlink.Neigh, error) {
+			return netlink.NeighList(link.Attrs().Index, netlink.FAMILY_ALL)
+		})
 		if err != nil {
 			return err
 		}

@@ -42,7 +42,10 @@ func plugSlot(t *testing.T, slot *network.Slot) *nettest.Namespace {
 		}
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = network.InnerTap
-		cable := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerHardwareAddr: mac, PeerNamespace: netlink.NsFd(guest.Fd())}
+		cable := &netlink.Veth{
+			LinkAttrs: attrs, PeerName: "eth0", PeerHardwareAddr: mac,
+			PeerNamespace: netlink.NsFd(guest.Fd()),
+		}
 		if err := netlink.LinkAdd(cable); err != nil {
 			return err
 		}
@@ -59,7 +62,8 @@ func plugSlot(t *testing.T, slot *network.Slot) *nettest.Namespace {
 	return guest
 }
 
-// A guest in a namespace is on the network as any other is, under the namespace's address; a warm slot forgets it.
+// A guest in a namespace is on the network as any other is, under the namespace's address; a warm
+// slot forgets it.
 func TestSlot(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -72,17 +76,23 @@ func TestSlot(t *testing.T) {
 	ip4, ip6 := s.config.Guest(0)
 	gateway4, gateway6 := s.config.Gateway()
 	slot := &network.Slot{
-		Name: network.TapName(s.config.Bridge, "a", "", ""), File: filepath.Join(t.TempDir(), "netns"), Bridge: s.config.Bridge,
-		MAC: network.MAC("a", "").String(), IP4: netip.PrefixFrom(ip4, 24), IP6: netip.PrefixFrom(ip6, 64), Gateway: []netip.Addr{gateway4, gateway6},
+		Name: network.TapName(s.config.Bridge, "a", "", ""), File: filepath.Join(t.TempDir(), "netns"),
+		Bridge: s.config.Bridge,
+		MAC:    network.MAC("a", "").String(), IP4: netip.PrefixFrom(ip4, 24), IP6: netip.PrefixFrom(ip6, 64),
+		Gateway: []netip.Addr{gateway4, gateway6},
 	}
 	use := s.use("a")
 	part := &network.Guest{Guest: filter.Guest{
 		Table: s.config.Table(), Tap: slot.Name, MAC: slot.MAC, IP4: ip4, IP6: ip6,
-		Ports:  []filter.Port{{Host: 8080, Guest: 80, Protocol: "tcp"}},
-		Policy: &policy.Policy{Rules: []policy.Rule{{Action: policy.Deny, Destination: world4, Ports: policy.Ports{{First: 443, Last: 443}}}}},
+		Ports: []filter.Port{{Host: 8080, Guest: 80, Protocol: "tcp"}},
+		Policy: &policy.Policy{
+			Rules: []policy.Rule{{Action: policy.Deny, Destination: world4, Ports: policy.Ports{{First: 443, Last: 443}}}},
+		},
 	}}
 	for _, apply := range []func() error{
-		func() error { return use.Apply(t.Context()) }, func() error { return slot.Apply(t.Context()) }, func() error { return part.Apply(t.Context()) },
+		func() error {
+			return use.Apply(t.Context())
+		}, func() error { return slot.Apply(t.Context()) }, func() error { return part.Apply(t.Context()) },
 	} {
 		if err := apply(); err != nil {
 			t.Fatal(err)
@@ -103,7 +113,10 @@ func TestSlot(t *testing.T) {
 	for _, proto := range []string{"tcp", "udp"} {
 		g.reaches(t, proto, world4+":80", "world from "+uplink4+"\n")
 		g.reaches(t, proto, "["+world6+"]:80", "world from "+uplink6+"\n")
-		for _, address := range []string{world4 + ":443", "172.30.0.1:22", uplink4 + ":22", "10.255.255.1:22", "[" + uplink6 + "]:22"} {
+		for _, address := range []string{
+			world4 + ":443", "172.30.0.1:22", uplink4 + ":22", "10.255.255.1:22",
+			"[" + uplink6 + "]:22",
+		} {
 			g.misses(t, proto, address)
 		}
 	}
@@ -185,7 +198,10 @@ func TestTraffic(t *testing.T) {
 		return
 	}
 	addBridge(t, "br")
-	slot := &network.Slot{Name: "svslot", File: filepath.Join(t.TempDir(), "netns"), Bridge: "br", MAC: "02:00:00:00:00:02", IP4: netip.MustParsePrefix("172.30.0.2/24")}
+	slot := &network.Slot{
+		Name: "svslot", File: filepath.Join(t.TempDir(), "netns"), Bridge: "br",
+		MAC: "02:00:00:00:00:02", IP4: netip.MustParsePrefix("172.30.0.2/24"),
+	}
 	if err := slot.Apply(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +221,11 @@ func TestTraffic(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			err = netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: net.ParseIP("172.30.0.9"), HardwareAddr: neighbour})
+			err = netlink.NeighSet(
+				&netlink.Neigh{
+					LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: net.ParseIP("172.30.0.9"),
+					HardwareAddr: neighbour,
+				})
 			if err != nil {
 				return err
 			}
@@ -229,7 +249,8 @@ func TestTraffic(t *testing.T) {
 		return sent
 	}
 	// What is sent while the kernel still brings a new link up is dropped.
-	for deadline := time.Now().Add(10 * time.Second); sent("") == 0 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); sent("") == 0 &&
+		time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		send()
 	}
 	before := sent("")

@@ -54,7 +54,8 @@ func udp4(source string, port uint16) []byte {
 	return append(b, checksum4(b)...)
 }
 
-// checksum4 fills in the header's checksum, without which a bridge drops the packet, and adds nothing.
+// checksum4 fills in the header's checksum, without which a bridge drops the packet, and adds
+// nothing.
 func checksum4(header []byte) []byte {
 	sum := uint32(0)
 	for i := 0; i < 20; i += 2 {
@@ -86,7 +87,8 @@ func packet6(source string, proto byte, payload ...byte) []byte {
 	return append(b, payload...)
 }
 
-// extended is an IPv6 packet with headers before its payload: of each its kind, and what it has but for the next one's kind, which comes first.
+// extended is an IPv6 packet with headers before its payload: of each its kind, and what it has but
+// for the next one's kind, which comes first.
 func extended(source string, proto byte, payload []byte, headers ...[]byte) []byte {
 	var all []byte
 	for i, h := range headers {
@@ -99,7 +101,8 @@ func extended(source string, proto byte, payload []byte, headers ...[]byte) []by
 	return packet6(source, headers[0][0], append(all, payload...)...)
 }
 
-// Extension headers as extended takes them. The first fragment's and the later one's are of one packet.
+// Extension headers as extended takes them. The first fragment's and the later one's are of one
+// packet.
 var (
 	hopByHop      = []byte{0, 0, 1, 4, 0, 0, 0, 0}
 	options       = []byte{60, 0, 1, 4, 0, 0, 0, 0}
@@ -108,7 +111,8 @@ var (
 	laterFragment = []byte{44, 0, 0, 8, 0, 0, 0, 7}
 )
 
-// More of them: none leads to another address any more, and the last says that the packet is not changed on its way (RFC 4302).
+// More of them: none leads to another address any more, and the last says that the packet is not
+// changed on its way (RFC 4302).
 var (
 	routing6  = []byte{43, 0, 4, 0, 0, 0, 0, 0}
 	authentic = []byte{51, 1, 0, 0, 0, 0, 0, 7, 0, 0, 0, 1}
@@ -136,7 +140,8 @@ func udpOptions(source string, port uint16) []byte {
 
 // error4 is an error about a packet that was sent to an address, as far as it goes.
 func error4(source string, kind byte, of string, bytes int) []byte {
-	b := packet4(unix.IPPROTO_ICMP, source, "172.30.0.255", nil, icmp4(kind, 0, [4]byte{}, datagram("198.51.100.2:9", of+":9", "?"))[:bytes])
+	b := packet4(unix.IPPROTO_ICMP, source, "172.30.0.255", nil,
+		icmp4(kind, 0, [4]byte{}, datagram("198.51.100.2:9", of+":9", "?"))[:bytes])
 	binary.BigEndian.PutUint16(b[2:], uint16(len(b))+16)
 	b[10], b[11] = 0, 0
 	binary.BigEndian.PutUint16(b[10:], sum(b[:20]))
@@ -218,8 +223,8 @@ func (w *wire) until(end []byte) (ends []string) {
 
 func mark(name string) []byte { return []byte((name + "................")[:16]) }
 
-// What a guest sends under another's MAC or address, or as a router or DHCP server, ends at its tap: neither its network's other guests
-// nor the host see it.
+// What a guest sends under another's MAC or address, or as a router or DHCP server, ends at its
+// tap: neither its network's other guests nor the host see it.
 func TestNetwork_Spoofing(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -239,7 +244,8 @@ func TestNetwork_Spoofing(t *testing.T) {
 	passes := func(name string, f []byte) (atHost, atOther bool) {
 		t.Helper()
 		out.send(append(f[:len(f):len(f)], mark(name)...), frame(mac, unix.ETH_P_IP, udp4("172.30.0.2", 9), mark("end")))
-		return slices.Contains(host.until(mark("end")), string(mark(name))), slices.Contains(neighbour.until(mark("end")), string(mark(name)))
+		return slices.Contains(host.until(mark("end")), string(mark(name))),
+			slices.Contains(neighbour.until(mark("end")), string(mark(name)))
 	}
 	for _, tt := range []struct {
 		name  string
@@ -260,9 +266,15 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"fragment, later", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, make([]byte, 32), laterFragment)), true},
 		{"fragment of echo", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(128, "::"), firstFragment)), true},
 
-		{"arp answer", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x04\x00\x02", mac, "172.30.0.2", "172.30.0.3")), true},
+		{
+			"arp answer", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x04\x00\x02", mac, "172.30.0.2", "172.30.0.3")),
+			true,
+		},
 		{"ip4, options", frame(mac, unix.ETH_P_IP, udpOptions("172.30.0.2", 1000)), true},
-		{"ip6, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{0, 1, 2, 35, 0, 24, 0, 0}, hopByHop, options)), true},
+		{
+			"ip6, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{0, 1, 2, 35, 0, 24, 0, 0}, hopByHop, options)),
+			true,
+		},
 		{"ip6, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{0, 1, 2, 35, 0, 24, 0, 0}, routing6)), true},
 		{"neighbour, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6), options)), true},
 		// What is authenticated only those take who share its key: what it carries is theirs to judge.
@@ -275,7 +287,8 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"router wanted", frame(mac, unix.ETH_P_IPV6, packet6(own6, 58, icmp6(133, "::")...)), true},
 
 		{"mac", frame(otherMAC, unix.ETH_P_IP, udp4("172.30.0.2", 1000)), false},
-		// An error is about what was sent to whom it is from: others' connections are not a guest's to end.
+		// An error is about what was sent to whom it is from: others' connections are not a guest's to
+		// end.
 		{"other unreachable", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 3, "172.30.0.3", 36)), false},
 		{"other, short", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 3, "172.30.0.3", 8)), false},
 		{"other, quench", frame(mac, unix.ETH_P_IP, error4("172.30.0.2", 4, "172.30.0.3", 36)), false},
@@ -313,12 +326,24 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"arp with mac", frame(mac, unix.ETH_P_ARP, arp(otherMAC, "172.30.0.2", "172.30.0.3")), false},
 		{"gateway announced", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.1", "172.30.0.1")), false},
 		{"other announced", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.3", "172.30.0.3")), false},
-		{"answer for other", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x04\x00\x02", mac, "172.30.0.3", "172.30.0.1")), false},
+		{
+			"answer for other",
+			frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x04\x00\x02", mac, "172.30.0.3", "172.30.0.1")), false,
+		},
 		{"arp, ieee 802", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x06", mac, "172.30.0.2", "172.30.0.3")), false},
 		{"arp of what", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x86\xdd", mac, "172.30.0.2", "172.30.0.3")), false},
-		{"arp, short mac", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x04\x04", mac, "172.30.0.2", "172.30.0.3")), false},
-		{"arp, long mac", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x08\x04", mac, "172.30.0.2", "172.30.0.3")), false},
-		{"arp, long ip", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x10", mac, "172.30.0.2", "172.30.0.3")), false},
+		{
+			"arp, short mac", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x04\x04", mac, "172.30.0.2", "172.30.0.3")),
+			false,
+		},
+		{
+			"arp, long mac", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x08\x04", mac, "172.30.0.2", "172.30.0.3")),
+			false,
+		},
+		{
+			"arp, long ip", frame(mac, unix.ETH_P_ARP, arpOf("\x00\x01\x08\x00\x06\x10", mac, "172.30.0.2", "172.30.0.3")),
+			false,
+		},
 		{"arp, cut", frame(mac, unix.ETH_P_ARP, arp(mac, "172.30.0.3", "172.30.0.1")[:16]), false},
 		{"rarp", frame(mac, 0x8035, arp(mac, "172.30.0.2", "172.30.0.2")), false},
 		{"probe of other", frame(mac, unix.ETH_P_ARP, arp(mac, "0.0.0.0", "172.30.0.3")), false},
@@ -334,8 +359,14 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"router, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), hopByHop, options)), false},
 		{"router, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), routing6)), false},
 		{"redirect, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(137, own6), options)), false},
-		{"dhcp6, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{2, 35, 2, 34, 0, 24, 0, 0}, hopByHop, options)), false},
-		{"dhcp6, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{2, 35, 2, 34, 0, 24, 0, 0}, routing6)), false},
+		{
+			"dhcp6, options",
+			frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{2, 35, 2, 34, 0, 24, 0, 0}, hopByHop, options)), false,
+		},
+		{
+			"dhcp6, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 17, []byte{2, 35, 2, 34, 0, 24, 0, 0}, routing6)),
+			false,
+		},
 		{"of other, options", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, other6), options)), false},
 		{"of other, routing", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, other6), routing6)), false},
 		{"check, options", frame(mac, unix.ETH_P_IPV6, extended("::", 58, icmp6(135, other6), hopByHop)), false},
@@ -343,10 +374,17 @@ func TestNetwork_Spoofing(t *testing.T) {
 		{"router, atomic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), atomic)), false},
 		{"neighbour, atomic", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6), atomic)), false},
 		{"solicit, atomic", frame(mac, unix.ETH_P_IPV6, extended("::", 58, icmp6(135, own6), atomic)), false},
-		{"neighbour, short", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6)[:8], options, firstFragment)), false},
+		{
+			"neighbour, short", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(136, own6)[:8], options, firstFragment)),
+			false,
+		},
 		{"router, fragment", frame(mac, unix.ETH_P_IPV6, extended(own6, 58, icmp6(134, own6), firstFragment)), false},
 		// The message itself is in the second fragment, which says only that options come first.
-		{"hidden, second", frame(mac, unix.ETH_P_IPV6, extended(own6, 60, append([]byte{58, 0, 1, 4, 0, 0, 0, 0}, icmp6(134, own6)...), laterFragment)), false},
+		{
+			"hidden, second",
+			frame(mac, unix.ETH_P_IPV6,
+				extended(own6, 60, append([]byte{58, 0, 1, 4, 0, 0, 0, 0}, icmp6(134, own6)...), laterFragment)), false,
+		},
 
 		// A tag: no VLAN of a host begins in a guest.
 		{"vlan", frame(mac, unix.ETH_P_8021Q, []byte{0, 1, 8, 0}, tcp4("172.30.0.2")), false},
@@ -361,7 +399,8 @@ func TestNetwork_Spoofing(t *testing.T) {
 			// Where IP rules see bridged packets, they see whole ones: a fragment waits for the others.
 			want := tt.want && !(on && strings.HasPrefix(tt.name, "fragment"))
 			if atHost, atOther := passes(tt.name, tt.frame); atHost != want || atOther != want {
-				t.Errorf("%s, bridge netfilter %v: passes to the host: %v, to another guest: %v, want %v", tt.name, on, atHost, atOther, want)
+				t.Errorf("%s, bridge netfilter %v: passes to the host: %v, to another guest: %v, want %v", tt.name, on, atHost,
+					atOther, want)
 			}
 		}
 	}

@@ -58,7 +58,8 @@ func deny(destinations ...string) *policy.Policy {
 	return p
 }
 
-// A network that is up gets another policy at once: what is not allowed any more ends, what is goes on, and no guest adds its part again.
+// A network that is up gets another policy at once: what is not allowed any more ends, what is goes
+// on, and no guest adds its part again.
 func TestNetwork_Update(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -100,7 +101,8 @@ func TestNetwork_Update(t *testing.T) {
 		g.reaches(t, "tcp", world4+":80", "world from "+uplink4+"\n")
 		g.misses(t, "tcp", second4+":80")
 	}
-	if n, now, err := a.use.Check(t.Context()); err != nil || n != 0 || len(now.Rules) != 1 || now.Rules[0].Destination != second4 {
+	if n, now, err := a.use.Check(t.Context()); err != nil || n != 0 || len(now.Rules) != 1 ||
+		now.Rules[0].Destination != second4 {
 		t.Errorf("restored %d times, %+v, %v", n, now, err)
 	}
 	// Who comes with settings of before is not let in with others than he has been promised.
@@ -129,7 +131,8 @@ func TestNetwork_UpdateCut(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := network.Update(t.Context(), s.dir, network.Config{Name: s.config.Name, Settings: network.Settings{Policy: deny(world4)}}); err != nil {
+	if err := network.Update(t.Context(), s.dir,
+		network.Config{Name: s.config.Name, Settings: network.Settings{Policy: deny(world4)}}); err != nil {
 		t.Fatal(err)
 	}
 	g.misses(t, "tcp", world4+":80")
@@ -166,7 +169,8 @@ func TestNetwork_UpdateNames(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	effects := []journal.Effect{g.use, &network.Tap{Name: g.filter.Tap, Bridge: s.config.Bridge}, &g.filter}
-	looks, _ := upkeep.Look(ctx, "", []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, time.Hour, slog.New(slog.DiscardHandler))
+	looks, _ := upkeep.Look(ctx, "", []attach.Interface{{Tap: g.filter.Tap, Network: s.config}}, time.Hour,
+		slog.New(slog.DiscardHandler))
 	// followed waits until the supervising process has seen what is new.
 	followed := func(name, want string) {
 		t.Helper()
@@ -192,7 +196,8 @@ func TestNetwork_UpdateNames(t *testing.T) {
 	followed("fresh.example.", "RCodeNameError")
 	g.reaches(t, "tcp", old+":80", "world from "+uplink4+"\n")
 	g.reaches(t, "tcp", kept+":80", "world from "+uplink4+"\n")
-	if err := network.Update(ctx, s.dir, network.Config{Name: s.config.Name, Settings: names("kept.example", "fresh.example")}); err != nil {
+	if err := network.Update(ctx, s.dir,
+		network.Config{Name: s.config.Name, Settings: names("kept.example", "fresh.example")}); err != nil {
 		t.Fatal(err)
 	}
 	g.reaches(t, "tcp", kept+":80", "world from "+uplink4+"\n") // it has not asked again
@@ -242,7 +247,9 @@ func TestStore_Update(t *testing.T) {
 		if c, err := s.Get(name); err != nil || destination() != "192.0.2.0/24" || c.MaxConnections != 5 {
 			t.Errorf("%s: got %+v, %v", name, c, err)
 		}
-		if _, err := s.Update(name, func(c *network.Settings) { c.Policy = nil }); err != nil || destination() != "10.0.0.0/8" {
+		if _, err := s.Update(name, func(c *network.Settings) {
+			c.Policy = nil
+		}); err != nil || destination() != "10.0.0.0/8" {
 			t.Errorf("%s: without one of its own it denies %s, %v", name, destination(), err)
 		}
 		_, err := s.Update(name, func(c *network.Settings) { c.MaxConnections, c.NewConnections = -1, -2 })
@@ -257,7 +264,8 @@ func TestStore_Update(t *testing.T) {
 	}
 }
 
-// A guest gets another policy and other ports at once: what is not allowed any more ends, to it and from it, what is goes on.
+// A guest gets another policy and other ports at once: what is not allowed any more ends, to it and
+// from it, what is goes on.
 func TestGuest_Replace(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
@@ -269,7 +277,9 @@ func TestGuest_Replace(t *testing.T) {
 	s.outside.Echo(":7")
 	before := hosts(t)
 	port := func(host uint16) filter.Port { return filter.Port{Host: host, Guest: 7, Protocol: "tcp"} }
-	g, other := s.guest(0, func(g *filter.Guest) { g.Ports, g.Policy = []filter.Port{port(8007), port(8008)}, allowHost }), s.guest(1, nil)
+	g, other := s.guest(0, func(g *filter.Guest) {
+		g.Ports, g.Policy = []filter.Port{port(8007), port(8008)}, allowHost
+	}), s.guest(1, nil)
 	g.Echo(":7")
 	l, err := net.Listen("tcp", "172.30.0.1:9000")
 	if err != nil {
@@ -292,12 +302,18 @@ func TestGuest_Replace(t *testing.T) {
 	if err := g.filter.Replace(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for name, c := range map[string]net.Conn{"to what is denied now": first, "to the host": toHost, "by a port that is not published any more": gone} {
+	for name, c := range map[string]net.Conn{
+		"to what is denied now": first, "to the host": toHost,
+		"by a port that is not published any more": gone,
+	} {
 		if echoes(t, c) {
 			t.Errorf("a connection %s goes on", name)
 		}
 	}
-	for name, c := range map[string]net.Conn{"to what is allowed": second, "by a port that stays": stays, "of another guest": others} {
+	for name, c := range map[string]net.Conn{
+		"to what is allowed": second, "by a port that stays": stays,
+		"of another guest": others,
+	} {
 		if !echoes(t, c) {
 			t.Errorf("a connection %s has ended", name)
 		}
@@ -322,13 +338,17 @@ func TestGuest_Replace(t *testing.T) {
 	}
 }
 
-// A guest that has learnt many addresses of names leaves none behind: whoever has its address next would reach them.
+// A guest that has learnt many addresses of names leaves none behind: whoever has its address next
+// would reach them.
 func TestNetwork_ManyNames(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
 	s := newSite(t, func(c *network.Config) {
-		c.Settings.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "*.example"}}}
+		c.Settings.Policy = &policy.Policy{
+			DefaultAction: policy.Deny,
+			Rules:         []policy.Rule{{Action: policy.Allow, Domain: "*.example"}},
+		}
 	})
 	g, h := s.guest(0, nil), s.guest(1, nil)
 	elements := func() (n int) {
@@ -361,8 +381,8 @@ func TestNetwork_ManyNames(t *testing.T) {
 	}
 }
 
-// A VM that starts while its network is changed has the settings of before or after, whichever it finds, and waits where these are not both written down yet;
-// what nobody changes is refused.
+// A VM that starts while its network is changed has the settings of before or after, whichever it
+// finds, and waits where these are not both written down yet; what nobody changes is refused.
 func TestUse_Updated(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -401,7 +421,10 @@ func TestUse_Updated(t *testing.T) {
 	}); err != nil || asked != 2 {
 		t.Errorf("before it is changed: %v, after %d looks", err, asked)
 	}
-	if err := starts(func(c *network.Config) error { c.Settings = fresh; return nil }); err == nil || !strings.Contains(err.Error(), "other settings, and 1 VMs") {
+	if err := starts(func(c *network.Config) error {
+		c.Settings = fresh
+		return nil
+	}); err == nil || !strings.Contains(err.Error(), "other settings, and 1 VMs") {
 		t.Errorf("other settings for good: %v", err)
 	}
 	s.remove(g)

@@ -53,13 +53,15 @@ func Kinds() journal.Kinds {
 	}
 }
 
-// Use is a VM's part in a network, as an effect on the host: the network is up while anybody has one.
+// Use is a VM's part in a network, as an effect on the host: the network is up while anybody has
+// one.
 type Use struct {
 	Dir     string `json:"dir"` // where the networks' journals are, made if need be
 	Network Config `json:"network"`
 	VM      string `json:"vm"`    // a file name that no other VM has
 	VMDir   string `json:"vmDir"` // the VM is gone when this is
-	// Name is that by which other guests of a mutual network find Addresses, a file name. It may be empty.
+	// Name is that by which other guests of a mutual network find Addresses, a file name. It may be
+	// empty.
 	Name      string       `json:"name,omitempty"`
 	Addresses []netip.Addr `json:"addresses,omitempty"`
 }
@@ -80,14 +82,15 @@ func (u *Use) path(names ...string) string {
 // errOther says that a network is up with other settings.
 var errOther = errors.New("it is up with other settings")
 
-// Who changes a network writes down its settings, and then gives them to what is up: updateTime is how long at most that is waited for.
+// Who changes a network writes down its settings, and then gives them to what is up: updateTime is
+// how long at most that is waited for.
 const (
 	updateTime = time.Second
 	updateStep = 10 * time.Millisecond
 )
 
-// Apply brings the network up, if it is not, and says that the VM uses it. Returns ErrTaken where a bridge or tables of its
-// name are somebody else's, *OverlapError, filter.ErrTooOld.
+// Apply brings the network up, if it is not, and says that the VM uses it. Returns ErrTaken where a
+// bridge or tables of its name are somebody else's, *OverlapError, filter.ErrTooOld.
 func (u *Use) Apply(ctx context.Context) error {
 	ctx = u.ahead(ctx)
 	refresh := sharedOf(ctx).Refresh
@@ -135,7 +138,8 @@ func (u *Use) apply(ctx context.Context) error {
 	return nil
 }
 
-// ahead does what may take long and others need not wait for: it finds where the network's tunnel leads, where that is to be made.
+// ahead does what may take long and others need not wait for: it finds where the network's tunnel
+// leads, where that is to be made.
 func (u *Use) ahead(ctx context.Context) context.Context {
 	if u.Network.WireGuardConfig == "" {
 		return ctx
@@ -203,7 +207,8 @@ func (u *Use) bringUp(ctx context.Context) error {
 	}
 	if was != nil && !same(was.Network, u.Network) {
 		if users := u.users(); len(users) > 0 {
-			return hint.Add(fmt.Errorf("%w, and %d VMs or warm slots use it", errOther, len(users)), "stop them first, or use another network")
+			return hint.Add(fmt.Errorf("%w, and %d VMs or warm slots use it", errOther, len(users)),
+				"stop them first, or use another network")
 		}
 		was = nil
 	}
@@ -223,7 +228,8 @@ func (u *Use) bringUp(ctx context.Context) error {
 		}
 	}
 	if len(shadowed) > 0 {
-		sharedOf(ctx).log().Warn("the network's subnet hides a part of where other routes of the host lead", "network", u.Network.Name, "subnet", u.Network.Subnet, "routes", shadowed)
+		sharedOf(ctx).log().Warn("the network's subnet hides a part of where other routes of the host lead", "network",
+			u.Network.Name, "subnet", u.Network.Subnet, "routes", shadowed)
 	}
 	if err := os.MkdirAll(u.path(usersDir), 0o700); err != nil {
 		return err
@@ -256,7 +262,8 @@ func (u *Use) bringUp(ctx context.Context) error {
 		return nil
 	}
 	if blockers, err := inspect.Blockers(nftables.ChainHookForward); err == nil && len(blockers) > 0 {
-		sharedOf(ctx).log().Warn("another firewall drops what it does not know: if VMs do not reach the outside, let what comes from and goes to the bridge through there",
+		sharedOf(ctx).log().Warn(
+			"another firewall drops what it does not know: if VMs do not reach the outside, let what comes from and goes to the bridge through there",
 			"network", u.Network.Name, "bridge", u.Network.Bridge, "chains", blockers)
 	}
 	return nil
@@ -356,8 +363,8 @@ func undo(ctx context.Context, path string) error {
 	return nil
 }
 
-// networksUp lists the networks of a directory that are up. The error is about those that another version of smartvm has brought up, and
-// others that cannot be read.
+// networksUp lists the networks of a directory that are up. The error is about those that another
+// version of smartvm has brought up, and others that cannot be read.
 func networksUp(dir string) (all []*up, err error) {
 	var errs []error
 	files, _ := filepath.Glob(filepath.Join(dir, "*", upFile))
@@ -422,7 +429,8 @@ func Sweep(ctx context.Context, dir string) error {
 	return errors.Join(append(errs, unforward(ctx, dir))...)
 }
 
-// Current returns a network as it is up, one without anything where it is not, and the interface by which alone its guests leave, "" if it is any.
+// Current returns a network as it is up, one without anything where it is not, and the interface by
+// which alone its guests leave, "" if it is any.
 func Current(dir, network string) (now Config, via string, err error) {
 	u := Use{Dir: dir, Network: Config{Name: network}}
 	is, err := u.state()
@@ -435,19 +443,22 @@ func Current(dir, network string) (now Config, via string, err error) {
 // LogDir is the directory of flowlog.Config for a network that is up.
 func LogDir(dir, network string) string { return filepath.Join(dir, network, logDir) }
 
-// Users lists the directories of the VMs that use a network. Users whose names begin with a dot are none.
+// Users lists the directories of the VMs that use a network. Users whose names begin with a dot are
+// none.
 func Users(dir, network string) (vmDirs []string) {
 	u := Use{Dir: dir, Network: Config{Name: network}}
 	entries, _ := os.ReadDir(u.path(usersDir))
 	for _, e := range entries {
-		if vm, err := os.Readlink(u.path(usersDir, e.Name())); err == nil && e.Name()[0] != '.' && !slices.Contains(vmDirs, vm) {
+		if vm, err := os.Readlink(u.path(usersDir, e.Name())); err == nil && e.Name()[0] != '.' &&
+			!slices.Contains(vmDirs, vm) {
 			vmDirs = append(vmDirs, vm)
 		}
 	}
 	return vmDirs
 }
 
-// Lock keeps other processes and goroutines from the networks of a directory, made if need be, until unlock.
+// Lock keeps other processes and goroutines from the networks of a directory, made if need be,
+// until unlock.
 func Lock(dir string) (unlock func(), err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("lock networks: %w", err)
@@ -471,7 +482,8 @@ func same(a, b Config) bool {
 // guard is not for who repairs: it is held by who supervises guests (Hold).
 func (n *up) guard() *guard.Guard { return &guard.Guard{Bridge: n.Network.Bridge, Owner: n.Owner} }
 
-// Hold has this process hold the guard of the network while the VM runs, until release, where no other does and the kernel has guards: see Shared.
+// Hold has this process hold the guard of the network while the VM runs, until release, where no
+// other does and the kernel has guards: see Shared.
 func (u *Use) Hold(ctx context.Context) (release func(), err error) {
 	k := sharedOf(ctx).Guards
 	now, err := u.state()

@@ -14,8 +14,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// What another version of smartvm has brought up is not taken down by who does not know what that did to the host, and the host goes on
-// forwarding for it.
+// What another version of smartvm has brought up is not taken down by who does not know what that
+// did to the host, and the host goes on forwarding for it.
 func TestSweep_OtherVersions(t *testing.T) {
 	line := func(body string) string { return fmt.Sprintf("%08x %s\n", crc32.ChecksumIEEE([]byte(body)), body) }
 	newer := line(`{"kind":"tunnel","effect":{"name":"x"}}`)
@@ -26,12 +26,24 @@ func TestSweep_OtherVersions(t *testing.T) {
 		forwardingStays      bool
 		forwardingJournalHas string
 	}{
-		"nobody uses it":        {up: `{"owner":"a","network":{"name":"n"}}`},
-		"a newer journal":       {up: `{"owner":"a","network":{"name":"n"}}`, journal: newer, stays: true, notSupported: true, forwardingStays: true},
-		"a newer state":         {up: `{"owner":"a","network":{"name":"n"},"shaped":true}`, users: true, stays: true, forwardingStays: true},
-		"a newer, of no VM":     {up: `{"owner":"a","network":{"name":"n"},"shaped":true}`},
-		"it has other needs":    {up: `{"owner":"a","network":{"name":"n"}}`, forwardingJournalHas: newer, notSupported: true, forwardingStays: true},
-		"it is used, and known": {up: `{"owner":"a","network":{"name":"n"}}`, users: true, stays: true, forwardingStays: true},
+		"nobody uses it": {up: `{"owner":"a","network":{"name":"n"}}`},
+		"a newer journal": {
+			up: `{"owner":"a","network":{"name":"n"}}`, journal: newer, stays: true, notSupported: true,
+			forwardingStays: true,
+		},
+		"a newer state": {
+			up: `{"owner":"a","network":{"name":"n"},"shaped":true}`, users: true, stays: true,
+			forwardingStays: true,
+		},
+		"a newer, of no VM": {up: `{"owner":"a","network":{"name":"n"},"shaped":true}`},
+		"it has other needs": {
+			up: `{"owner":"a","network":{"name":"n"}}`, forwardingJournalHas: newer, notSupported: true,
+			forwardingStays: true,
+		},
+		"it is used, and known": {
+			up: `{"owner":"a","network":{"name":"n"}}`, users: true, stays: true,
+			forwardingStays: true,
+		},
 	} {
 		t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "networks")
@@ -45,7 +57,8 @@ func TestSweep_OtherVersions(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := network.Sweep(t.Context(), dir); errors.Is(err, spec.ErrNotSupported) != tt.notSupported || (err != nil) != tt.notSupported {
+			if err := network.Sweep(t.Context(), dir); errors.Is(err, spec.ErrNotSupported) != tt.notSupported ||
+				(err != nil) != tt.notSupported {
 				t.Errorf("%v, want ErrNotSupported: %v", err, tt.notSupported)
 			}
 			for path, stays := range map[string]bool{up: tt.stays, forwarding: tt.forwardingStays} {

@@ -31,7 +31,8 @@ func routing(t *testing.T) (all []string) {
 	for _, r := range rules {
 		all = append(all, r.String())
 	}
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: 0x53}, netlink.RT_FILTER_PROTOCOL)
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: 0x53},
+		netlink.RT_FILTER_PROTOCOL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,14 +42,16 @@ func routing(t *testing.T) (all []string) {
 	return all
 }
 
-// Guests leave by the one interface, and when it is down or gone by none. A cable stands for the tunnel.
+// Guests leave by the one interface, and when it is down or gone by none. A cable stands for the
+// tunnel.
 func TestNetwork_Via(t *testing.T) {
 	if !nettest.Rough(t) {
 		return
 	}
 	s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
 	beyond := nettest.New(t)
-	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
+	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")},
+		nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
 	beyond.Serve(":80", "beyond")
 	s.outside.Serve(":80", "world")
 	before := routing(t)
@@ -107,8 +110,8 @@ func TestNetwork_Via(t *testing.T) {
 	}
 }
 
-// What is published on a network that leaves by a tunnel is reached from outside and from beyond, by neighbours and the host, and answered
-// where each is.
+// What is published on a network that leaves by a tunnel is reached from outside and from beyond,
+// by neighbours and the host, and answered where each is.
 func TestNetwork_ViaPorts(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -116,7 +119,8 @@ func TestNetwork_ViaPorts(t *testing.T) {
 	nettest.BridgeNetfilter(t, false) // or neighbours do not: see TestNetwork_Hairpin
 	s := newSite(t, func(c *network.Config) { c.WireGuard = "tunnel" })
 	beyond := nettest.New(t)
-	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24", "fd07::1/64")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32", "fd07::2/64")})
+	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24", "fd07::1/64")},
+		nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32", "fd07::2/64")})
 	beyond.Must(func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/proxy_arp", []byte("1"), 0) })
 	beyond.Serve(":80", "beyond")
 	s.outside.Serve(":80", "world")
@@ -157,10 +161,17 @@ func TestNetwork_ViaNames(t *testing.T) {
 	}
 	s := newSite(t, func(c *network.Config) {
 		c.WireGuard = "tunnel"
-		c.Policy = &policy.Policy{DefaultAction: policy.Deny, Rules: []policy.Rule{{Action: policy.Allow, Domain: "good.example"}, {Action: policy.Allow, Domain: "late.example"}}}
+		c.Policy = &policy.Policy{
+			DefaultAction: policy.Deny,
+			Rules: []policy.Rule{
+				{Action: policy.Allow, Domain: "good.example"},
+				{Action: policy.Allow, Domain: "late.example"},
+			},
+		}
 	})
 	beyond := nettest.New(t)
-	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")}, nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
+	beyond.Connect(nettest.Link{Name: "tunnel", Addresses: prefixes("10.7.0.1/24")},
+		nettest.Link{Name: "eth0", Addresses: prefixes("10.7.0.2/24", world4+"/32")})
 	beyond.ServeNames(world4, map[string]string{"good.example.": "203.0.113.8", "late.example.": "203.0.113.8"})
 	s.nameServer(map[string]string{"good.example.": "203.0.113.9", "late.example.": "203.0.113.9"})
 	g, _ := s.namedGuest(0, nil)
@@ -193,7 +204,8 @@ func TestLinuxWireGuard(t *testing.T) {
 	g := s.guest(0, nil)
 	g.reaches(t, "tcp", "203.0.113.77:80", "world from 10.7.0.2\n")
 	g.reaches(t, "udp", "[fd07::1]:80", "world from fd07::2\n")
-	// Who is at the other end reaches nothing of the host by it, which he does by the host's own address.
+	// Who is at the other end reaches nothing of the host by it, which he does by the host's own
+	// address.
 	if err := nettest.Serve(t, ":22", "host"); err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +241,8 @@ func TestLinuxWireGuard(t *testing.T) {
 	}
 }
 
-// While the name of a tunnel's endpoint is looked for, no other network waits: neither to come up nor to be looked at.
+// While the name of a tunnel's endpoint is looked for, no other network waits: neither to come up
+// nor to be looked at.
 func TestUse_EndpointLookup(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -249,7 +262,10 @@ func TestUse_EndpointLookup(t *testing.T) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	away := &network.Use{Dir: s.dir, Network: network.New("away", "svaway", prefixes("10.78.0.0/24")[0]), VM: "z", VMDir: "/"}
+	away := &network.Use{
+		Dir: s.dir, Network: network.New("away", "svaway", prefixes("10.78.0.0/24")[0]),
+		VM: "z", VMDir: "/",
+	}
 	away.Network.WireGuardConfig = file
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)

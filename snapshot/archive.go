@@ -20,10 +20,11 @@ import (
 	"push.rocks/smartvm/internal/stage"
 )
 
-// An archive is a tar compressed by zstd. Its first entry is the manifest; then each of its files, by its path in the
-// snapshot. A file's entry holds its runs of data, in the order in which they are in it: the run's offset and its length in
-// bytes, each eight bytes, big endian, and then the run. Between them the file has zeros. archive/tar cannot write the sparse
-// forms that tar has, and a whole disk or guest would be many times as large.
+// An archive is a tar compressed by zstd. Its first entry is the manifest; then each of its files,
+// by its path in the snapshot. A file's entry holds its runs of data, in the order in which they
+// are in it: the run's offset and its length in bytes, each eight bytes, big endian, and then the
+// run. Between them the file has zeros. archive/tar cannot write the sparse forms that tar has, and
+// a whole disk or guest would be many times as large.
 
 // Limits of an archive.
 const (
@@ -33,8 +34,8 @@ const (
 	maxTail   = 1 << 20  // bytes of zeros after the last entry
 )
 
-// Export writes the snapshot as an archive. Nobody removes it meanwhile without force: then it ends with ErrNotFound. Others wait for
-// nothing, however slow w is. Progress in bytes may be nil.
+// Export writes the snapshot as an archive. Nobody removes it meanwhile without force: then it ends
+// with ErrNotFound. Others wait for nothing, however slow w is. Progress in bytes may be nil.
 func (sn *Snapshot) Export(ctx context.Context, w io.Writer, progress func(done, total int64)) (err error) {
 	release, err := sn.keep(ctx)
 	if err != nil {
@@ -82,7 +83,10 @@ func (sn *Snapshot) writeTar(ctx context.Context, tw *tar.Writer, progress func(
 	if err != nil {
 		return err
 	}
-	header := &tar.Header{Typeflag: tar.TypeReg, Name: manifestFile, Mode: 0o600, Size: int64(len(text)), ModTime: m.Created}
+	header := &tar.Header{
+		Typeflag: tar.TypeReg, Name: manifestFile, Mode: 0o600, Size: int64(len(text)),
+		ModTime: m.Created,
+	}
 	err = tw.WriteHeader(header)
 	if err == nil {
 		_, err = tw.Write(text)
@@ -197,9 +201,10 @@ type ImportOptions struct {
 	Progress func(done, total int64)
 }
 
-// Import takes an archive in, whoever made it, and has it as a snapshot when all of it is there and is what its manifest
-// says. Returns ErrInvalid for what is no archive of a snapshot, ErrDamaged where a file is another one, ErrExists where
-// its id or name is taken, and ENOSPC before it would fill the disk.
+// Import takes an archive in, whoever made it, and has it as a snapshot when all of it is there and
+// is what its manifest says. Returns ErrInvalid for what is no archive of a snapshot, ErrDamaged
+// where a file is another one, ErrExists where its id or name is taken, and ENOSPC before it would
+// fill the disk.
 func (s *Store) Import(ctx context.Context, r io.Reader, o ImportOptions) (*Snapshot, error) {
 	source := &source{ctx: ctx, r: r}
 	z, err := zstd.NewReader(source, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true))
@@ -327,7 +332,10 @@ func (d *Draft) unpack(ctx context.Context, a *archive) (*Snapshot, error) {
 	}
 	for name, f := range said {
 		if m.Files[name] != f {
-			return nil, &DamagedError{ID: m.ID, File: name, Reason: fmt.Sprintf("has digest %s, not %s", m.Files[name].Digest, f.Digest)}
+			return nil, &DamagedError{
+				ID: m.ID, File: name,
+				Reason: fmt.Sprintf("has digest %s, not %s", m.Files[name].Digest, f.Digest),
+			}
 		}
 	}
 	return d.publish(ctx, m, seen)
@@ -377,7 +385,8 @@ func (d *Draft) unpackFile(tr *tar.Reader, header *tar.Header, size int64, p *ta
 	}
 }
 
-// atEnd wants the end of the archive, and but for zeros nothing behind it. Only there its last checksum is.
+// atEnd wants the end of the archive, and but for zeros nothing behind it. Only there its last
+// checksum is.
 func atEnd(tr *tar.Reader, r io.Reader) error {
 	header, err := tr.Next()
 	if err == nil {

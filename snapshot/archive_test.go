@@ -131,7 +131,8 @@ func (f *fullDisk) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Cut short or with another bit anywhere, an archive gives nothing, or the very snapshot (a bit may mean nothing).
+// Cut short or with another bit anywhere, an archive gives nothing, or the very snapshot (a bit may
+// mean nothing).
 func TestImport_Damaged(t *testing.T) {
 	sn := commit(t, open(t), "base")
 	whole := export(t, sn)
@@ -160,7 +161,8 @@ func TestImport_SourceFails(t *testing.T) {
 	whole := export(t, commit(t, open(t), ""))
 	s := open(t)
 	broken := errors.New("broken wire")
-	_, err := s.Import(t.Context(), io.MultiReader(bytes.NewReader(whole[:len(whole)/2]), iotest.ErrReader(broken)), snapshot.ImportOptions{})
+	_, err := s.Import(t.Context(), io.MultiReader(bytes.NewReader(whole[:len(whole)/2]), iotest.ErrReader(broken)),
+		snapshot.ImportOptions{})
 	wantError(t, "source", err, broken)
 	if errors.Is(err, snapshot.ErrInvalid) {
 		t.Errorf("%v: the archive is not to blame", err)
@@ -252,26 +254,53 @@ func TestImport_Hostile(t *testing.T) {
 			return all
 		}, snapshot.ErrInvalid},
 		"ManifestUnknown": {func(all []entry) []entry { return changeManifest(all, `{`, `{"evil":1,`) }, snapshot.ErrInvalid},
-		"ManifestVersion": {func(all []entry) []entry { return changeManifest(all, `"version":1`, `"version":2`) }, snapshot.ErrInvalid},
-		"IDPath":          {func(all []entry) []entry { return changeManifest(all, `"id":"`, `"id":"../`) }, snapshot.ErrInvalid},
-		"IDHidden":        {func(all []entry) []entry { return changeManifest(all, `"id":"`, `"id":".`) }, snapshot.ErrInvalid},
-		"SizeNegative":    {func(all []entry) []entry { return changeManifest(all, `"size":10485767`, `"size":-1`) }, snapshot.ErrInvalid},
-		"SizeHuge":        {func(all []entry) []entry { return changeManifest(all, `"size":10485767`, `"size":9000000000000000000`) }, snapshot.ErrInvalid},
-		"SizeLie":         {func(all []entry) []entry { return changeManifest(all, `"size":10485767`, `"size":10485768`) }, snapshot.ErrDamaged},
-		"SizeLess":        {func(all []entry) []entry { return changeManifest(all, `"size":10485767`, `"size":10485766`) }, snapshot.ErrInvalid},
+		"ManifestVersion": {func(all []entry) []entry {
+			return changeManifest(all, `"version":1`, `"version":2`)
+		}, snapshot.ErrInvalid},
+		"IDPath": {func(all []entry) []entry {
+			return changeManifest(all, `"id":"`, `"id":"../`)
+		}, snapshot.ErrInvalid},
+		"IDHidden": {func(all []entry) []entry {
+			return changeManifest(all, `"id":"`, `"id":".`)
+		}, snapshot.ErrInvalid},
+		"SizeNegative": {func(all []entry) []entry {
+			return changeManifest(all, `"size":10485767`, `"size":-1`)
+		}, snapshot.ErrInvalid},
+		"SizeHuge": {func(all []entry) []entry {
+			return changeManifest(all, `"size":10485767`, `"size":9000000000000000000`)
+		}, snapshot.ErrInvalid},
+		"SizeLie": {func(all []entry) []entry {
+			return changeManifest(all, `"size":10485767`, `"size":10485768`)
+		}, snapshot.ErrDamaged},
+		"SizeLess": {func(all []entry) []entry {
+			return changeManifest(all, `"size":10485767`, `"size":10485766`)
+		}, snapshot.ErrInvalid},
 		"DigestLie": {func(all []entry) []entry {
 			return changeManifest(all, `"digest":"`+sn.Files["memory"].Digest, `"digest":"`+sn.Files["state"].Digest)
 		}, snapshot.ErrDamaged},
-		"DigestNone":     {func(all []entry) []entry { return changeManifest(all, `,"digest":"`+sn.Files["memory"].Digest+`"`, ``) }, snapshot.ErrInvalid},
-		"Ephemeral":      {func(all []entry) []entry { return changeManifest(all, `{`, `{"ephemeral":true,`) }, snapshot.ErrInvalid},
-		"FileInManifest": {func(all []entry) []entry { return changeManifest(all, `"drives/scratch_1"`, `"../../x"`) }, snapshot.ErrInvalid},
-		"OurFile":        {func(all []entry) []entry { return changeManifest(all, `"drives/scratch_1"`, `"users/vm"`) }, snapshot.ErrInvalid},
-		"FileMissing":    {func(all []entry) []entry { return all[:3] }, snapshot.ErrInvalid},
-		"FileTwice":      {func(all []entry) []entry { return slices.Insert(all, 2, all[1]) }, snapshot.ErrInvalid},
-		"FileMore":       {func(all []entry) []entry { return append(all, entry{tar.Header{Name: "more"}, nil}) }, snapshot.ErrInvalid},
-		"FileOutside":    {func(all []entry) []entry { all[1].header.Name = "../../x"; return all }, snapshot.ErrInvalid},
-		"FileAbsolute":   {func(all []entry) []entry { all[1].header.Name = "/tmp/x"; return all }, snapshot.ErrInvalid},
-		"FileDots":       {func(all []entry) []entry { all[1].header.Name = "drives/../drives/scratch_1"; return all }, snapshot.ErrInvalid},
+		"DigestNone": {func(all []entry) []entry {
+			return changeManifest(all, `,"digest":"`+sn.Files["memory"].Digest+`"`, ``)
+		}, snapshot.ErrInvalid},
+		"Ephemeral": {func(all []entry) []entry {
+			return changeManifest(all, `{`, `{"ephemeral":true,`)
+		}, snapshot.ErrInvalid},
+		"FileInManifest": {func(all []entry) []entry {
+			return changeManifest(all, `"drives/scratch_1"`, `"../../x"`)
+		}, snapshot.ErrInvalid},
+		"OurFile": {func(all []entry) []entry {
+			return changeManifest(all, `"drives/scratch_1"`, `"users/vm"`)
+		}, snapshot.ErrInvalid},
+		"FileMissing": {func(all []entry) []entry { return all[:3] }, snapshot.ErrInvalid},
+		"FileTwice":   {func(all []entry) []entry { return slices.Insert(all, 2, all[1]) }, snapshot.ErrInvalid},
+		"FileMore": {func(all []entry) []entry {
+			return append(all, entry{tar.Header{Name: "more"}, nil})
+		}, snapshot.ErrInvalid},
+		"FileOutside":  {func(all []entry) []entry { all[1].header.Name = "../../x"; return all }, snapshot.ErrInvalid},
+		"FileAbsolute": {func(all []entry) []entry { all[1].header.Name = "/tmp/x"; return all }, snapshot.ErrInvalid},
+		"FileDots": {func(all []entry) []entry {
+			all[1].header.Name = "drives/../drives/scratch_1"
+			return all
+		}, snapshot.ErrInvalid},
 		"FileSymlink": {func(all []entry) []entry {
 			all[2].header.Typeflag, all[2].header.Linkname = tar.TypeSymlink, "/etc/passwd"
 			return all
@@ -291,7 +320,10 @@ func TestImport_Hostile(t *testing.T) {
 		"OtherState":  {func(all []entry) []entry { all[3].body[40] ^= 1; return all }, snapshot.ErrDamaged},
 		"RunOutside":  {func(all []entry) []entry { all[2].body = run(4096, memory); return all }, snapshot.ErrInvalid},
 		"RunOverflow": {func(all []entry) []entry { all[2].body = run(1<<64-1, memory); return all }, snapshot.ErrInvalid},
-		"RunEmpty":    {func(all []entry) []entry { all[2].body = append(run(0, nil), run(0, memory)...); return all }, snapshot.ErrInvalid},
+		"RunEmpty": {func(all []entry) []entry {
+			all[2].body = append(run(0, nil), run(0, memory)...)
+			return all
+		}, snapshot.ErrInvalid},
 		"RunsOverlap": {func(all []entry) []entry {
 			all[2].body = append(run(0, memory[:8192]), run(4096, memory[4096:])...)
 			return all
@@ -300,9 +332,15 @@ func TestImport_Hostile(t *testing.T) {
 			all[2].body = append(run(4096, memory[4096:]), run(0, memory[:4096])...)
 			return all
 		}, snapshot.ErrInvalid},
-		"RunCut":       {func(all []entry) []entry { all[2].body = all[2].body[:9999]; return all }, snapshot.ErrInvalid},
-		"RunHeaderCut": {func(all []entry) []entry { all[2].body = append(all[2].body, 1, 2, 3); return all }, snapshot.ErrInvalid},
-		"RunLies":      {func(all []entry) []entry { binary.BigEndian.PutUint64(all[2].body[8:], 1<<62); return all }, snapshot.ErrInvalid},
+		"RunCut": {func(all []entry) []entry { all[2].body = all[2].body[:9999]; return all }, snapshot.ErrInvalid},
+		"RunHeaderCut": {func(all []entry) []entry {
+			all[2].body = append(all[2].body, 1, 2, 3)
+			return all
+		}, snapshot.ErrInvalid},
+		"RunLies": {func(all []entry) []entry {
+			binary.BigEndian.PutUint64(all[2].body[8:], 1<<62)
+			return all
+		}, snapshot.ErrInvalid},
 		"RunsMany": {func(all []entry) []entry {
 			all[2].body = append(run(0, memory[:10000]), run(10000, memory[10000:])...)
 			return all
@@ -336,7 +374,8 @@ func TestImport_Tail(t *testing.T) {
 		_, err := open(t).Import(t.Context(), bytes.NewReader(pack(t, all, c.tail...)), snapshot.ImportOptions{})
 		wantError(t, "tail", err, c.want)
 	}
-	_, err := open(t).Import(t.Context(), strings.NewReader(string(pack(t, all))+"garbage behind the frame"), snapshot.ImportOptions{})
+	_, err := open(t).Import(t.Context(), strings.NewReader(string(pack(t, all))+"garbage behind the frame"),
+		snapshot.ImportOptions{})
 	wantError(t, "behind the frame", err, snapshot.ErrInvalid)
 	// What is no zstd, or a window larger than ours.
 	for _, text := range []string{"", "not an archive", "\x28\xb5\x2f\xfd\x00\xff"} {

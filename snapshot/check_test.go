@@ -32,12 +32,20 @@ func TestCheck_Damage(t *testing.T) {
 		"MemoryLink": {"memory", func(t *testing.T, path string) {
 			must(t, errors.Join(os.Rename(path, path+"2"), os.Symlink(path+"2", path)))
 		}},
-		"MemoryDirectory": {"memory", func(t *testing.T, path string) { must(t, errors.Join(os.Remove(path), os.Mkdir(path, 0o700))) }},
-		"DriveFlipped":    {"drives/scratch_1", func(t *testing.T, path string) { rewrite(t, path, flip(7<<20)) }},
-		"DrivesMissing":   {"drives/scratch_1", func(t *testing.T, path string) { must(t, os.RemoveAll(filepath.Dir(path))) }},
+		"MemoryDirectory": {"memory", func(t *testing.T, path string) {
+			must(t, errors.Join(os.Remove(path), os.Mkdir(path, 0o700)))
+		}},
+		"DriveFlipped": {"drives/scratch_1", func(t *testing.T, path string) { rewrite(t, path, flip(7<<20)) }},
+		"DrivesMissing": {"drives/scratch_1", func(t *testing.T, path string) {
+			must(t, os.RemoveAll(filepath.Dir(path)))
+		}},
 		"ManifestMissing": {"manifest.json", func(t *testing.T, path string) { must(t, os.Remove(path)) }},
-		"ManifestCut":     {"manifest.json", func(t *testing.T, path string) { rewrite(t, path, func(b []byte) []byte { return b[:len(b)/2] }) }},
-		"ManifestEmpty":   {"manifest.json", func(t *testing.T, path string) { rewrite(t, path, func([]byte) []byte { return nil }) }},
+		"ManifestCut": {"manifest.json", func(t *testing.T, path string) {
+			rewrite(t, path, func(b []byte) []byte { return b[:len(b)/2] })
+		}},
+		"ManifestEmpty": {"manifest.json", func(t *testing.T, path string) {
+			rewrite(t, path, func([]byte) []byte { return nil })
+		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := open(t)
@@ -53,7 +61,8 @@ func TestCheck_Damage(t *testing.T) {
 	}
 }
 
-// The state is read before each use, also where its stamp is the same and where no other file has a digest.
+// The state is read before each use, also where its stamp is the same and where no other file has a
+// digest.
 func TestCheck_State(t *testing.T) {
 	for name, ephemeral := range map[string]bool{"kept": false, "ephemeral": true} {
 		t.Run(name, func(t *testing.T) {

@@ -24,8 +24,9 @@ type HostFacts struct {
 	Kernel    string // as uname -r says it
 	// FreeHugePagesMiB is what can be had in pages of 2 MiB.
 	FreeHugePagesMiB int
-	// Firecracker is the version of the VMM that is to restore it, and Format the snapshot format that its program names. If
-	// Format is empty, it is taken from the version where that is known. ReadHostFacts leaves both empty.
+	// Firecracker is the version of the VMM that is to restore it, and Format the snapshot format that
+	// its program names. If Format is empty, it is taken from the version where that is known.
+	// ReadHostFacts leaves both empty.
 	Firecracker firecracker.Version
 	Format      string
 }
@@ -45,9 +46,9 @@ func (m *Mismatch) Error() string {
 // Hint is what would do.
 func (m *Mismatch) Hint() string { return m.Advice }
 
-// Compatible compares a snapshot with where it is to be restored. Refusal is an errors.Join of a *Mismatch for each thing
-// that does not match; the guest would not run, or break. Warnings, of the same kind, are about what mostly goes well. What
-// one side does not know is not compared.
+// Compatible compares a snapshot with where it is to be restored. Refusal is an errors.Join of a
+// *Mismatch for each thing that does not match; the guest would not run, or break. Warnings, of the
+// same kind, are about what mostly goes well. What one side does not know is not compared.
 func Compatible(m *Manifest, h HostFacts) (warnings []error, refusal error) {
 	var refused []error
 	differ := func(refuse bool, what, snapshot, host, advice string) {
@@ -70,20 +71,23 @@ func Compatible(m *Manifest, h HostFacts) (warnings []error, refusal error) {
 				"restore it on a host with that CPU, or make the snapshot of a VM with a CPU template that both have")
 		}
 	}
-	differ(false, "host kernel", m.HostKernel, h.Kernel, "restore it under that kernel if the guest does not go on as it should")
+	differ(false, "host kernel", m.HostKernel, h.Kernel,
+		"restore it under that kernel if the guest does not go on as it should")
 	if err := m.CheckFormat(h); err != nil {
 		refused = append(refused, err)
 	}
 	if m.HugePages == "2M" && h.FreeHugePagesMiB < m.MemSizeMiB {
 		refused = append(refused, &Mismatch{
-			What: "huge pages", Snapshot: fmt.Sprintf("%d MiB in pages of 2 MiB", m.MemSizeMiB), Host: fmt.Sprintf("%d MiB that are free", h.FreeHugePagesMiB),
+			What: "huge pages", Snapshot: fmt.Sprintf("%d MiB in pages of 2 MiB", m.MemSizeMiB),
+			Host:   fmt.Sprintf("%d MiB that are free", h.FreeHugePagesMiB),
 			Advice: fmt.Sprintf("sysctl vm.nr_hugepages=N, with %d more than now", (m.MemSizeMiB-h.FreeHugePagesMiB+1)/2),
 		})
 	}
 	return warnings, errors.Join(refused...)
 }
 
-// formats are those that versions of Firecracker write, from the first of them on: for manifests without a format, and for advice.
+// formats are those that versions of Firecracker write, from the first of them on: for manifests
+// without a format, and for advice.
 var formats = []struct {
 	since  firecracker.Version
 	format string
@@ -111,8 +115,8 @@ func formatOf(v firecracker.Version) string {
 	return format
 }
 
-// CheckFormat refuses, with a *Mismatch, a state that the host's VMM cannot read: of another major version of the format, or of a
-// newer minor one.
+// CheckFormat refuses, with a *Mismatch, a state that the host's VMM cannot read: of another major
+// version of the format, or of a newer minor one.
 func (m *Manifest) CheckFormat(h HostFacts) error {
 	made, err := firecracker.ParseVersion(m.Firecracker)
 	if err == nil && m.Format == "" && made == h.Firecracker {
@@ -123,7 +127,8 @@ func (m *Manifest) CheckFormat(h HostFacts) error {
 		return nil
 	}
 	return &Mismatch{
-		What: "snapshot format", Snapshot: fmt.Sprintf("%s, of Firecracker %s", has, m.Firecracker), Host: fmt.Sprintf("%s, of Firecracker %v", reads, h.Firecracker),
+		What: "snapshot format", Snapshot: fmt.Sprintf("%s, of Firecracker %s", has, m.Firecracker),
+		Host: fmt.Sprintf("%s, of Firecracker %v", reads, h.Firecracker),
 		Advice: fmt.Sprintf("restore it with Firecracker %s (smartvm firecracker install %s), or make it again with %v",
 			writers(has, m.Firecracker), m.Firecracker, h.Firecracker),
 	}
@@ -136,8 +141,8 @@ func canRead(reads, has string) bool {
 	return rerr == nil && herr == nil && readMajor == major && minor <= readMinor
 }
 
-// writers names the versions that write a format, as people do. Of a format that is not in the list it is the version that made the
-// snapshot.
+// writers names the versions that write a format, as people do. Of a format that is not in the list
+// it is the version that made the snapshot.
 func writers(format, made string) string {
 	for i, f := range formats[:len(formats)-1] {
 		if f.format != format {
@@ -190,7 +195,8 @@ func fields(text []byte) map[string]string {
 	return all
 }
 
-// parseCPU reads /proc/cpuinfo. Two models may have one name, as virtual CPUs have, so the numbers belong to it.
+// parseCPU reads /proc/cpuinfo. Two models may have one name, as virtual CPUs have, so the numbers
+// belong to it.
 func parseCPU(text []byte) (vendor, model string) {
 	f := fields(text)
 	if vendor = f["vendor_id"]; vendor != "" {

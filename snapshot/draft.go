@@ -17,8 +17,8 @@ import (
 	"push.rocks/smartvm/internal/lock"
 )
 
-// Draft is a snapshot that is being made, in a directory that nobody else looks into. Commit or Abort ends it. When its
-// process dies before, Sweep removes it. It is not for concurrent use.
+// Draft is a snapshot that is being made, in a directory that nobody else looks into. Commit or
+// Abort ends it. When its process dies before, Sweep removes it. It is not for concurrent use.
 type Draft struct {
 	s    *Store
 	id   string
@@ -53,12 +53,17 @@ func (s *Store) begin(ctx context.Context, id string) (d *Draft, err error) {
 // ID is what the snapshot's id will be.
 func (d *Draft) ID() string { return d.id }
 
-// Path is the draft's directory, for StateFile, MemoryFile and whatever else belongs to the snapshot.
+// Path is the draft's directory, for StateFile, MemoryFile and whatever else belongs to the
+// snapshot.
 func (d *Draft) Path() string { return d.path }
 
-// Check says whether a snapshot may be called that, before anything is written for it. Commit asks again.
+// Check says whether a snapshot may be called that, before anything is written for it. Commit asks
+// again.
 func (d *Draft) Check(name string, labels map[string]string) error {
-	m := &Manifest{Version: manifestVersion, ID: d.id, Name: name, Labels: labels, MemSizeMiB: 1, Firecracker: "-", Arch: "-"}
+	m := &Manifest{
+		Version: manifestVersion, ID: d.id, Name: name, Labels: labels, MemSizeMiB: 1,
+		Firecracker: "-", Arch: "-",
+	}
 	return errors.Join(m.validateSelf(), d.free(m))
 }
 
@@ -78,10 +83,10 @@ func (d *Draft) Abort() error {
 	return nil
 }
 
-// Commit makes the draft a snapshot of this host: it takes the digests of all files, makes them read-only and ours, and when
-// all is on disk renames the directory. ID, Arch and Files are filled in, and Created if it is zero. Returns ErrExists where
-// the name is taken and ErrInvalid for what is no snapshot; the draft is then still one.
-// Progress in bytes may be nil.
+// Commit makes the draft a snapshot of this host: it takes the digests of all files, makes them
+// read-only and ours, and when all is on disk renames the directory. ID, Arch and Files are filled
+// in, and Created if it is zero. Returns ErrExists where the name is taken and ErrInvalid for what
+// is no snapshot; the draft is then still one. Progress in bytes may be nil.
 func (d *Draft) Commit(ctx context.Context, m Manifest, progress func(done, total int64)) (*Snapshot, error) {
 	m.Version, m.ID, m.Arch = manifestVersion, d.id, runtime.GOARCH
 	if m.Created.IsZero() {
@@ -94,7 +99,8 @@ func (d *Draft) Commit(ctx context.Context, m Manifest, progress func(done, tota
 	return d.publish(ctx, &m, seen)
 }
 
-// publish gives the draft its name. What is in the manifest of its files is true, and seen their stamps.
+// publish gives the draft its name. What is in the manifest of its files is true, and seen their
+// stamps.
 func (d *Draft) publish(ctx context.Context, m *Manifest, seen map[string]string) (*Snapshot, error) {
 	if err := m.validateFiles(); err != nil {
 		return nil, fmt.Errorf("commit snapshot: %w", err)
@@ -123,8 +129,8 @@ func (d *Draft) publish(ctx context.Context, m *Manifest, seen map[string]string
 	return &Snapshot{Manifest: *m, s: d.s}, d.Abort()
 }
 
-// rename is the moment in which a snapshot begins to exist. Those that make snapshots take turns in it, so that two do
-// not get one name.
+// rename is the moment in which a snapshot begins to exist. Those that make snapshots take turns in
+// it, so that two do not get one name.
 func (d *Draft) rename(ctx context.Context, m *Manifest) (err error) {
 	release, err := d.s.lock(ctx, d.s.temp(""), lock.Exclusive, "another smartvm that makes a snapshot")
 	if err != nil {
@@ -161,7 +167,9 @@ func (d *Draft) free(m *Manifest) error {
 }
 
 // describe finds the draft's files, secures them, and returns their stamps.
-func (d *Draft) describe(ctx context.Context, m *Manifest, progress func(done, total int64)) (map[string]string, error) {
+func (d *Draft) describe(ctx context.Context, m *Manifest, progress func(done, total int64)) (map[string]string,
+	error,
+) {
 	sizes, dirs, err := d.walk()
 	if err != nil {
 		return nil, err
@@ -202,7 +210,8 @@ func (d *Draft) describe(ctx context.Context, m *Manifest, progress func(done, t
 	return seen, nil
 }
 
-// walk returns the sizes of the draft's files by their paths in it, and its directories but for itself.
+// walk returns the sizes of the draft's files by their paths in it, and its directories but for
+// itself.
 func (d *Draft) walk() (sizes map[string]int64, dirs []string, err error) {
 	sizes = map[string]int64{}
 	err = filepath.WalkDir(d.path, func(path string, e fs.DirEntry, err error) error {
@@ -230,8 +239,8 @@ func (d *Draft) walk() (sizes map[string]int64, dirs []string, err error) {
 	return sizes, dirs, err
 }
 
-// secure makes a file ours, read-only and durable, and returns its stamp. Readable to all, since a VMM in a jail is
-// another user; the directory above is nobody's but ours.
+// secure makes a file ours, read-only and durable, and returns its stamp. Readable to all, since a
+// VMM in a jail is another user; the directory above is nobody's but ours.
 func secure(path string) (stamp string, err error) {
 	f, err := kept.OpenPlain(path)
 	if err != nil {

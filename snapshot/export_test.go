@@ -55,7 +55,8 @@ func TestExport_Stalled(t *testing.T) {
 		t.Errorf("remove: %v, no word of the export", err)
 	}
 	vm := use(t, sn, "vm")
-	if err := other.Remove(ctx, "base", false); err == nil || !strings.Contains(err.Error(), "an export and by 1 VMs, one in "+vm) {
+	if err := other.Remove(ctx, "base", false); err == nil ||
+		!strings.Contains(err.Error(), "an export and by 1 VMs, one in "+vm) {
 		t.Errorf("remove: %v", err)
 	}
 	removed, err := other.Prune(ctx, nil)

@@ -28,7 +28,8 @@ func memory() []byte {
 
 func manifest(name string) snapshot.Manifest {
 	return snapshot.Manifest{
-		Name: name, Firecracker: "1.12.1", Format: testFormat, MemSizeMiB: testMemory >> 20, CPUVendor: "AuthenticAMD", CPUModel: "EPYC", HostKernel: "6.1.0",
+		Name: name, Firecracker: "1.12.1", Format: testFormat, MemSizeMiB: testMemory >> 20, CPUVendor: "AuthenticAMD",
+		CPUModel: "EPYC", HostKernel: "6.1.0",
 		Labels: map[string]string{"app": "db"}, Machine: []byte(`{"a":1}`), Paused: 3,
 	}
 }

@@ -13,7 +13,10 @@ import (
 func TestParseCPU(t *testing.T) {
 	for name, c := range map[string]struct{ text, vendor, model string }{
 		"x86": {"processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon: 2\n\nvendor_id\t: other\n", "GenuineIntel", "Xeon: 2 (family 6, model 85)"},
-		"ARM": {"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n", "0x41", "part 0xd0c variant 0x3"},
+		"ARM": {
+			"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n", "0x41",
+			"part 0xd0c variant 0x3",
+		},
 		"Odd": {"nothing of the kind", "", ""},
 	} {
 		if vendor, model := parseCPU([]byte(c.text)); vendor != c.vendor || model != c.model {
@@ -34,8 +37,9 @@ func TestParseHugePages(t *testing.T) {
 
 // What is taken for a manifest is a safe one, and the same when written and read again.
 func FuzzParseManifest(f *testing.F) {
-	f.Add([]byte(`{"version":1,"id":"a","created":"2026-01-02T03:04:05Z","firecracker":"1.12.1","arch":"amd64","memSizeMib":1,"pausedNs":0,` +
-		`"ephemeral":true,"files":{"state":{"size":1},"memory":{"size":1048576},"drives/a":{"size":7}},"machine":{ "a": [1] }}`))
+	f.Add([]byte(
+		`{"version":1,"id":"a","created":"2026-01-02T03:04:05Z","firecracker":"1.12.1","arch":"amd64","memSizeMib":1,"pausedNs":0,` +
+			`"ephemeral":true,"files":{"state":{"size":1},"memory":{"size":1048576},"drives/a":{"size":7}},"machine":{ "a": [1] }}`))
 	f.Add([]byte(`{"version":1,"files":{"../x":{"size":1}}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		m, err := parseManifest(sealed.Seal(data))

@@ -35,7 +35,8 @@ const (
 	maxText     = 4096    // bytes of any other text
 	maxFileSize = 1 << 44 // bytes
 	maxDepth    = 4       // parts of a path in a snapshot
-	// maxState bounds the VMM's state, in bytes: it is read as a whole before each use. The VMM's own limit is a sixth of it.
+	// maxState bounds the VMM's state, in bytes: it is read as a whole before each use. The VMM's own
+	// limit is a sixth of it.
 	maxState = 64 << 20
 )
 
@@ -46,10 +47,12 @@ type Manifest struct {
 	Name    string            `json:"name,omitempty"`
 	Created time.Time         `json:"created"`
 	Labels  map[string]string `json:"labels,omitempty"`
-	Parent  string            `json:"parent,omitempty"` // id of the snapshot that the VM came from or that a diff was merged with; it is not needed
+	// id of the snapshot that the VM came from or that a diff was merged with; it is not needed
+	Parent string `json:"parent,omitempty"`
 
-	Firecracker string `json:"firecracker"`           // the VMM that made it: "1.12.1"
-	Format      string `json:"format,omitempty"`      // of the state, as the VMM's program names it: "6.0.0"; empty where it was not asked
+	Firecracker string `json:"firecracker"` // the VMM that made it: "1.12.1"
+	// of the state, as the VMM's program names it: "6.0.0"; empty where it was not asked
+	Format      string `json:"format,omitempty"`
 	Arch        string `json:"arch"`                  // as Go spells it; Commit fills it in
 	CPUVendor   string `json:"cpuVendor,omitempty"`   // HostFacts say what these are
 	CPUModel    string `json:"cpuModel,omitempty"`    //
@@ -58,11 +61,12 @@ type Manifest struct {
 	MemSizeMiB  int    `json:"memSizeMib"`
 	HugePages   string `json:"hugePages,omitempty"` // "2M" or empty
 
-	// Ephemeral snapshots are those of a fork. They go with their last user, and of their files only the state has a digest.
+	// Ephemeral snapshots are those of a fork. They go with their last user, and of their files only
+	// the state has a digest.
 	Ephemeral bool          `json:"ephemeral,omitempty"`
 	Paused    time.Duration `json:"pausedNs"` // how long the VM was
-	// Imported snapshots came in an archive: what External and Machine say of this host is its maker's word, and whoever
-	// restores one must not follow it to files that the maker could not have.
+	// Imported snapshots came in an archive: what External and Machine say of this host is its maker's
+	// word, and whoever restores one must not follow it to files that the maker could not have.
 	Imported bool `json:"imported,omitempty"`
 
 	Files    map[string]File `json:"files"` // by path in the directory; Commit finds them
@@ -101,7 +105,8 @@ func (m *Manifest) validateSelf() error {
 	var errs faults
 	errs.check(m.Version >= 1 && m.Version <= manifestVersion, "version %d, not %d", m.Version, manifestVersion)
 	errs.check(validID(m.ID), "id %.64q", m.ID)
-	errs.check(m.Name == "" || validName(m.Name), "name %.64q must be 1 to 64 letters, digits and .-_, none of these first", m.Name)
+	errs.check(m.Name == "" ||
+		validName(m.Name), "name %.64q must be 1 to 64 letters, digits and .-_, none of these first", m.Name)
 	errs.check(m.Parent == "" || validID(m.Parent), "parent %.64q", m.Parent)
 	errs.check(m.HugePages == "" || m.HugePages == "2M", "huge pages %.64q", m.HugePages)
 	errs.check(m.MemSizeMiB > 0 && int64(m.MemSizeMiB) <= maxFileSize>>20, "%d MiB of memory", m.MemSizeMiB)
@@ -118,7 +123,8 @@ func (m *Manifest) validateSelf() error {
 	errs.check(len(m.Machine) <= MaxMachine, "%d bytes about the machine", len(m.Machine))
 	errs.check(len(m.External) <= maxExternal, "%d files elsewhere", len(m.External))
 	for _, e := range m.External {
-		errs.check(e.Device != "" && len(e.Device) <= maxText && filepath.IsAbs(e.Path) && len(e.Path) <= maxText && !strings.ContainsRune(e.Path, 0) &&
+		errs.check(e.Device != "" && len(e.Device) <= maxText && filepath.IsAbs(e.Path) && len(e.Path) <= maxText &&
+			!strings.ContainsRune(e.Path, 0) &&
 			e.Size >= 0 && (e.SHA256 == "" || kept.ValidDigest(e.SHA256)), "file elsewhere %.64q", e.Path)
 	}
 	return errors.Join(errs...)
@@ -142,14 +148,15 @@ func (m *Manifest) validateFiles() error {
 	errs.check(!hasState || state.Size > 0 && state.Size <= maxState, "%s has %d bytes", StateFile, state.Size)
 	errs.check(ok, "no file %s", MemoryFile)
 	// What can be plugged in later comes after what the guest has.
-	errs.check(!ok || memory.Size>>20 >= int64(m.MemSizeMiB) && memory.Size%pageSize == 0, "%s has %d bytes, of a guest of %d MiB", MemoryFile, memory.Size, m.MemSizeMiB)
+	errs.check(!ok || memory.Size>>20 >= int64(m.MemSizeMiB) &&
+		memory.Size%pageSize == 0, "%s has %d bytes, of a guest of %d MiB", MemoryFile, memory.Size, m.MemSizeMiB)
 	return errors.Join(errs...)
 }
 
 const pageSize = 4096
 
-// validPath says whether a file of a snapshot can be at a path: a clean one below its directory, of plain characters,
-// and not one of our own.
+// validPath says whether a file of a snapshot can be at a path: a clean one below its directory, of
+// plain characters, and not one of our own.
 func validPath(name string) bool {
 	parts := strings.Split(name, "/")
 	if len(name) > 255 || len(parts) > maxDepth {
@@ -160,10 +167,12 @@ func validPath(name string) bool {
 			return false
 		}
 	}
-	return parts[0] != manifestFile && parts[0] != seenFile && parts[0] != store.TouchedFile && parts[0] != kept.UsersDir && !strings.HasSuffix(name, atomicfile.TempSuffix)
+	return parts[0] != manifestFile && parts[0] != seenFile && parts[0] != store.TouchedFile &&
+		parts[0] != kept.UsersDir && !strings.HasSuffix(name, atomicfile.TempSuffix)
 }
 
-// readManifest reads the manifest in a snapshot's directory, with fs.ErrNotExist where there is none.
+// readManifest reads the manifest in a snapshot's directory, with fs.ErrNotExist where there is
+// none.
 func readManifest(dir string) (*Manifest, error) {
 	f, err := os.OpenFile(filepath.Join(dir, manifestFile), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -199,8 +208,8 @@ func (m *Manifest) encode() ([]byte, error) {
 	return text, nil
 }
 
-// parseManifest returns spec.ErrNotSupported for the manifest of another version of smartvm: what it has more than ours may be needed to
-// restore the snapshot rightly.
+// parseManifest returns spec.ErrNotSupported for the manifest of another version of smartvm: what
+// it has more than ours may be needed to restore the snapshot rightly.
 func parseManifest(data []byte) (*Manifest, error) {
 	if len(data) <= maxManifest && !sealed.Whole(data) {
 		return nil, errors.New("it is not what was written")
@@ -209,7 +218,9 @@ func parseManifest(data []byte) (*Manifest, error) {
 		Version int `json:"version"`
 	}
 	if len(data) <= maxManifest && json.Unmarshal(data, &head) == nil && head.Version > manifestVersion {
-		return nil, hint.Add(fmt.Errorf("%w: it has version %d, this smartvm reads version %d", spec.ErrNotSupported, head.Version, manifestVersion),
+		return nil, hint.Add(
+			fmt.Errorf("%w: it has version %d, this smartvm reads version %d", spec.ErrNotSupported, head.Version,
+				manifestVersion),
 			"use the smartvm that made it, or a newer one")
 	}
 	m, err := atomicfile.DecodeStrict[Manifest](data, maxManifest)

@@ -98,8 +98,8 @@ func program(binary, what, dir string) *exec.Cmd {
 	return cmd
 }
 
-// Killed at each of the steps by which it changes the file system, an operation leaves all or nothing: the next process
-// finds a whole snapshot or none, and after Sweep nothing else.
+// Killed at each of the steps by which it changes the file system, an operation leaves all or
+// nothing: the next process finds a whole snapshot or none, and after Sweep nothing else.
 func TestKilled(t *testing.T) {
 	binary := testenv.PlainBinary(t)
 	other := export(t, commit(t, open(t), "other"))
@@ -179,7 +179,8 @@ func race(ctx context.Context, s *snapshot.Store, dir string) error {
 		case 4:
 			err = raceUse(ctx, s, filepath.Join(dir+".vms", fmt.Sprintf("vm-%d-%d", os.Getpid(), i)))
 		}
-		if err != nil && !errors.Is(err, snapshot.ErrNotFound) && !errors.Is(err, snapshot.ErrExists) && !errors.Is(err, snapshot.ErrInUse) {
+		if err != nil && !errors.Is(err, snapshot.ErrNotFound) && !errors.Is(err, snapshot.ErrExists) &&
+			!errors.Is(err, snapshot.ErrInUse) {
 			return err
 		}
 	}
@@ -246,7 +247,8 @@ func TestProcesses(t *testing.T) {
 	wantEmpty(t, tempOf(s))
 }
 
-// A process that is making a snapshot is not swept away; one that waits for the store can stop waiting.
+// A process that is making a snapshot is not swept away; one that waits for the store can stop
+// waiting.
 func TestSweep_Living(t *testing.T) {
 	s := open(t)
 	d := draft(t, s)
@@ -284,7 +286,8 @@ func TestCommit_Turns(t *testing.T) {
 	must(t, sn.Check(t.Context()))
 }
 
-// On disks of all sizes up to what is needed, an import and a commit do all or nothing, and say that the disk is full.
+// On disks of all sizes up to what is needed, an import and a commit do all or nothing, and say
+// that the disk is full.
 func TestDiskFull(t *testing.T) {
 	if !testenv.Apart(t) {
 		return

@@ -11,7 +11,8 @@ import (
 	"push.rocks/smartvm/snapshot"
 )
 
-// A real VM's snapshot is stored, found damaged where a byte of its state is another one, and restored.
+// A real VM's snapshot is stored, found damaged where a byte of its state is another one, and
+// restored.
 func TestReal_Snapshot(t *testing.T) {
 	const mib = 32
 	vm := bare.Start(t, t.TempDir(), "api")
@@ -39,7 +40,10 @@ func TestReal_Snapshot(t *testing.T) {
 	other := bare.Start(t, t.TempDir(), "api")
 	must(t, other.LoadSnapshot(t.Context(), firecracker.SnapshotLoadParams{
 		SnapshotPath: sn.Path(snapshot.StateFile), ResumeVM: true,
-		MemBackend: &firecracker.MemBackend{BackendType: firecracker.MemBackendFile, BackendPath: sn.Path(snapshot.MemoryFile)},
+		MemBackend: &firecracker.MemBackend{
+			BackendType: firecracker.MemBackendFile,
+			BackendPath: sn.Path(snapshot.MemoryFile),
+		},
 	}))
 	other.Await(t, "the restored guest's count", func() bool { return len(other.Counts()) > 3 })
 	if first := slices.Min(other.Counts()); first <= last || first > last+10 {

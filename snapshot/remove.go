@@ -14,9 +14,9 @@ import (
 	"push.rocks/smartvm/internal/lock"
 )
 
-// Remove removes a snapshot. While VMs use it, or it is being exported, it is an *InUseError; with force it goes all the same, and VMs
-// that are to be restored from it cannot be: those that run have its files open. Who holds the store would wait for himself. Returns
-// ErrNotFound.
+// Remove removes a snapshot. While VMs use it, or it is being exported, it is an *InUseError; with
+// force it goes all the same, and VMs that are to be restored from it cannot be: those that run
+// have its files open. Who holds the store would wait for himself. Returns ErrNotFound.
 func (s *Store) Remove(ctx context.Context, ref string, force bool) error {
 	release, err := s.alone(ctx)
 	if err != nil {
@@ -36,7 +36,8 @@ func (s *Store) remove(ref string, force bool) error {
 	return s.take(id)
 }
 
-// idle returns an *InUseError for a snapshot that VMs use, or that is being exported. The caller has the store alone.
+// idle returns an *InUseError for a snapshot that VMs use, or that is being exported. The caller
+// has the store alone.
 func (s *Store) idle(id string) error {
 	by, err := kept.Users(true, s.Dir(id))
 	if err != nil {
@@ -49,8 +50,8 @@ func (s *Store) idle(id string) error {
 	return err
 }
 
-// keep keeps this snapshot alone from being removed, until it is let go of or the process dies: for what may take as long as somebody
-// else likes.
+// keep keeps this snapshot alone from being removed, until it is let go of or the process dies: for
+// what may take as long as somebody else likes.
 func (sn *Snapshot) keep(ctx context.Context) (release func() error, err error) {
 	free, err := sn.s.Hold(ctx) // until it is kept
 	if err != nil {
@@ -94,8 +95,8 @@ func (s *Store) take(id string) error {
 	return nil
 }
 
-// Prune removes the snapshots that nobody uses and that keep does not want, and returns their ids. A nil keep wants none.
-// Those that cannot be read stay.
+// Prune removes the snapshots that nobody uses and that keep does not want, and returns their ids.
+// A nil keep wants none. Those that cannot be read stay.
 func (s *Store) Prune(ctx context.Context, keep func(*Snapshot) bool) (removed []string, err error) {
 	release, err := s.alone(ctx)
 	if err != nil {
@@ -130,8 +131,9 @@ func (s *Store) prune(keep func(*Snapshot) bool) (removed []string, err error) {
 	return removed, err
 }
 
-// Sweep removes what nobody will miss: drafts of processes that died, what was half removed, and ephemeral snapshots
-// without users, whose ids it returns. Where somebody holds the store it does nothing: there will be another time.
+// Sweep removes what nobody will miss: drafts of processes that died, what was half removed, and
+// ephemeral snapshots without users, whose ids it returns. Where somebody holds the store it does
+// nothing: there will be another time.
 func (s *Store) Sweep(context.Context) (removed []string, err error) {
 	f, err := os.Open(s.dir)
 	if err != nil {
@@ -147,7 +149,8 @@ func (s *Store) Sweep(context.Context) (removed []string, err error) {
 	return removed, errors.Join(err, s.tidy(), release())
 }
 
-// tidy removes the drafts whose makers are gone. The caller has the store alone, so nobody begins one.
+// tidy removes the drafts whose makers are gone. The caller has the store alone, so nobody begins
+// one.
 func (s *Store) tidy() error {
 	entries, err := os.ReadDir(s.temp(""))
 	if err != nil {

@@ -36,18 +36,19 @@ func (sn *Snapshot) Path(name string) string {
 	return filepath.Join(sn.Dir(), filepath.FromSlash(name))
 }
 
-// UsersDir is the directory in which a VM says that it uses the snapshot, by a symbolic link to its own directory. Who
-// makes one holds the store.
+// UsersDir is the directory in which a VM says that it uses the snapshot, by a symbolic link to its
+// own directory. Who makes one holds the store.
 func (sn *Snapshot) UsersDir() string { return filepath.Join(sn.Dir(), kept.UsersDir) }
 
 // Users returns the directories of the VMs that use the snapshot.
 func (sn *Snapshot) Users() ([]string, error) { return kept.Users(false, sn.Dir()) }
 
-// Usage is how many bytes the snapshot takes of its disk. What it shares with other files (reflinks) counts in full.
+// Usage is how many bytes the snapshot takes of its disk. What it shares with other files
+// (reflinks) counts in full.
 func (sn *Snapshot) Usage() (int64, error) { return kept.Usage(sn.Dir()) }
 
-// Get returns the snapshot of an id, a name, or what only one id begins with. Returns ErrNotFound, ErrDamaged, and spec.ErrNotSupported for
-// one that another version of smartvm has made.
+// Get returns the snapshot of an id, a name, or what only one id begins with. Returns ErrNotFound,
+// ErrDamaged, and spec.ErrNotSupported for one that another version of smartvm has made.
 func (s *Store) Get(ref string) (*Snapshot, error) {
 	id, err := s.resolve(ref)
 	if err != nil {
@@ -95,7 +96,8 @@ func (s *Store) resolve(ref string) (string, error) {
 	case 1:
 		return found[0], nil
 	}
-	return "", hint.Add(fmt.Errorf("%w: %.64q is the beginning of %d of them", ErrNotFound, ref, len(found)), "give more of the id: %s", strings.Join(found[:2], " or "))
+	return "", hint.Add(fmt.Errorf("%w: %.64q is the beginning of %d of them", ErrNotFound, ref, len(found)),
+		"give more of the id: %s", strings.Join(found[:2], " or "))
 }
 
 func (s *Store) ids() ([]string, error) {
@@ -117,8 +119,9 @@ func isUnreadable(err error) bool {
 	return errors.Is(err, ErrDamaged) || errors.Is(err, spec.ErrNotSupported)
 }
 
-// List returns all snapshots, the oldest first. Those whose manifest cannot be read are left out, and in the error, which
-// then is ErrDamaged, or spec.ErrNotSupported for those that another version of smartvm has made.
+// List returns all snapshots, the oldest first. Those whose manifest cannot be read are left out,
+// and in the error, which then is ErrDamaged, or spec.ErrNotSupported for those that another
+// version of smartvm has made.
 func (s *Store) List() ([]*Snapshot, error) {
 	ids, err := s.ids()
 	if err != nil {
@@ -142,18 +145,20 @@ func (s *Store) List() ([]*Snapshot, error) {
 	return all, errors.Join(errs...)
 }
 
-// Check looks whether all of the snapshot is what was stored, before each use: the sizes of its files, the digest of its
-// state, and the digests of those files that have changed since they last were found whole. Returns a *DamagedError.
+// Check looks whether all of the snapshot is what was stored, before each use: the sizes of its
+// files, the digest of its state, and the digests of those files that have changed since they last
+// were found whole. Returns a *DamagedError.
 func (sn *Snapshot) Check(ctx context.Context) error { return sn.check(ctx, false, nil) }
 
-// Verify is Check with all digests. Progress in bytes may be nil. An ephemeral snapshot has but that of its state: the rest has
-// stamps.
+// Verify is Check with all digests. Progress in bytes may be nil. An ephemeral snapshot has but
+// that of its state: the rest has stamps.
 func (sn *Snapshot) Verify(ctx context.Context, progress func(done, total int64)) error {
 	return sn.check(ctx, true, progress)
 }
 
 func (sn *Snapshot) check(ctx context.Context, full bool, progress func(done, total int64)) error {
-	// It may have been replaced since it was looked up; a stamp's file that cannot be read costs digests, no more.
+	// It may have been replaced since it was looked up; a stamp's file that cannot be read costs
+	// digests, no more.
 	if _, err := sn.s.read(sn.ID); err != nil {
 		return err
 	}
@@ -234,11 +239,16 @@ func (sn *Snapshot) checkExternal() error {
 		fi, err := os.Stat(e.Path)
 		switch {
 		case isNotExist(err):
-			errs = append(errs, &DamagedError{ID: sn.ID, File: e.Path, Reason: fmt.Sprintf("is missing, which %s needs", e.Device)})
+			errs = append(errs,
+				&DamagedError{ID: sn.ID, File: e.Path, Reason: fmt.Sprintf("is missing, which %s needs", e.Device)})
 		case err != nil:
 			errs = append(errs, fmt.Errorf("check snapshot %s: %w", sn.ID, err))
 		case fi.Mode().IsRegular() && fi.Size() != e.Size: // a block device has no size
-			errs = append(errs, &DamagedError{ID: sn.ID, File: e.Path, Reason: fmt.Sprintf("has %d bytes, not %d, which %s needs", fi.Size(), e.Size, e.Device)})
+			errs = append(errs,
+				&DamagedError{
+					ID: sn.ID, File: e.Path,
+					Reason: fmt.Sprintf("has %d bytes, not %d, which %s needs", fi.Size(), e.Size, e.Device),
+				})
 		}
 	}
 	return errors.Join(errs...)

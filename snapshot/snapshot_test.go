@@ -24,7 +24,8 @@ func TestStore_Life(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if sn.ID != d.ID() || sn.Format != testFormat || sn.Arch != runtime.GOARCH || sn.Created.IsZero() || len(sn.Files) != 3 {
+	if sn.ID != d.ID() || sn.Format != testFormat || sn.Arch != runtime.GOARCH || sn.Created.IsZero() ||
+		len(sn.Files) != 3 {
 		t.Errorf("committed as %+v", sn.Manifest)
 	}
 	for name, f := range sn.Files {
@@ -73,7 +74,8 @@ func TestRemove_InUse(t *testing.T) {
 	vm := use(t, sn, "vm-1")
 	var inUse *snapshot.InUseError
 	err := s.Remove(t.Context(), "base", false)
-	if !errors.As(err, &inUse) || !errors.Is(err, snapshot.ErrInUse) || !slices.Equal(inUse.By, []string{vm}) || inUse.ID != sn.ID {
+	if !errors.As(err, &inUse) || !errors.Is(err, snapshot.ErrInUse) || !slices.Equal(inUse.By, []string{vm}) ||
+		inUse.ID != sn.ID {
 		t.Fatalf("remove: %v", err)
 	}
 	if users, err := sn.Users(); err != nil || !slices.Equal(users, []string{vm}) {
@@ -108,7 +110,8 @@ func TestPrune_Keep(t *testing.T) {
 	wantIDs(t, s, b.ID, c.ID)
 }
 
-// Ephemeral ones have no digests but of their state, are seen to change all the same, and go with their last user.
+// Ephemeral ones have no digests but of their state, are seen to change all the same, and go with
+// their last user.
 func TestSweep_Ephemeral(t *testing.T) {
 	s := open(t)
 	m := manifest("")
@@ -139,26 +142,48 @@ func TestCommit_Refused(t *testing.T) {
 		manifest func(*snapshot.Manifest)
 		want     error
 	}{
-		"NameTaken":     {nil, func(m *snapshot.Manifest) { m.Name = "taken" }, snapshot.ErrExists},
-		"NameIsID":      {nil, func(m *snapshot.Manifest) { m.Name = taken.ID }, snapshot.ErrExists},
-		"Name":          {nil, func(m *snapshot.Manifest) { m.Name = "../x" }, snapshot.ErrInvalid},
-		"NoVersion":     {nil, func(m *snapshot.Manifest) { m.Firecracker = "" }, snapshot.ErrInvalid},
-		"MoreMemory":    {nil, func(m *snapshot.Manifest) { m.MemSizeMiB++ }, snapshot.ErrInvalid},
-		"NoMemorySize":  {nil, func(m *snapshot.Manifest) { m.MemSizeMiB = 0 }, snapshot.ErrInvalid},
-		"HugePages":     {nil, func(m *snapshot.Manifest) { m.HugePages = "1G" }, snapshot.ErrInvalid},
-		"Machine":       {nil, func(m *snapshot.Manifest) { m.Machine = []byte("{") }, snapshot.ErrInvalid},
-		"LargeMachine":  {nil, func(m *snapshot.Manifest) { m.Machine = make([]byte, snapshot.MaxMachine+1) }, snapshot.ErrInvalid},
-		"External":      {nil, func(m *snapshot.Manifest) { m.External = []snapshot.External{{Device: "a", Path: "b"}} }, snapshot.ErrInvalid},
-		"NoState":       {func(dir string) error { return os.Remove(filepath.Join(dir, "state")) }, nil, snapshot.ErrInvalid},
-		"NoMemory":      {func(dir string) error { return os.Remove(filepath.Join(dir, "memory")) }, nil, snapshot.ErrInvalid},
-		"ShortMemory":   {func(dir string) error { return os.Truncate(filepath.Join(dir, "memory"), 4096) }, nil, snapshot.ErrInvalid},
-		"EmptyState":    {func(dir string) error { return os.Truncate(filepath.Join(dir, "state"), 0) }, nil, snapshot.ErrInvalid},
-		"LargeState":    {func(dir string) error { return os.Truncate(filepath.Join(dir, "state"), 64<<20+1) }, nil, snapshot.ErrInvalid},
-		"Link":          {func(dir string) error { return os.Symlink("state", filepath.Join(dir, "link")) }, nil, snapshot.ErrInvalid},
-		"OurName":       {func(dir string) error { return os.WriteFile(filepath.Join(dir, "seen.json"), nil, 0o600) }, nil, snapshot.ErrInvalid},
-		"HiddenFile":    {func(dir string) error { return os.WriteFile(filepath.Join(dir, ".x"), nil, 0o600) }, nil, snapshot.ErrInvalid},
-		"DriveFIFO":     {func(dir string) error { return unix.Mkfifo(filepath.Join(dir, "drives", "f"), 0o600) }, nil, snapshot.ErrInvalid},
-		"DeepDirectory": {func(dir string) error { return os.MkdirAll(filepath.Join(dir, "a/b/c/d/e"), 0o700) }, nil, snapshot.ErrInvalid},
+		"NameTaken":    {nil, func(m *snapshot.Manifest) { m.Name = "taken" }, snapshot.ErrExists},
+		"NameIsID":     {nil, func(m *snapshot.Manifest) { m.Name = taken.ID }, snapshot.ErrExists},
+		"Name":         {nil, func(m *snapshot.Manifest) { m.Name = "../x" }, snapshot.ErrInvalid},
+		"NoVersion":    {nil, func(m *snapshot.Manifest) { m.Firecracker = "" }, snapshot.ErrInvalid},
+		"MoreMemory":   {nil, func(m *snapshot.Manifest) { m.MemSizeMiB++ }, snapshot.ErrInvalid},
+		"NoMemorySize": {nil, func(m *snapshot.Manifest) { m.MemSizeMiB = 0 }, snapshot.ErrInvalid},
+		"HugePages":    {nil, func(m *snapshot.Manifest) { m.HugePages = "1G" }, snapshot.ErrInvalid},
+		"Machine":      {nil, func(m *snapshot.Manifest) { m.Machine = []byte("{") }, snapshot.ErrInvalid},
+		"LargeMachine": {nil, func(m *snapshot.Manifest) {
+			m.Machine = make([]byte, snapshot.MaxMachine+1)
+		}, snapshot.ErrInvalid},
+		"External": {nil, func(m *snapshot.Manifest) {
+			m.External = []snapshot.External{{Device: "a", Path: "b"}}
+		}, snapshot.ErrInvalid},
+		"NoState": {func(dir string) error { return os.Remove(filepath.Join(dir, "state")) }, nil, snapshot.ErrInvalid},
+		"NoMemory": {func(dir string) error {
+			return os.Remove(filepath.Join(dir, "memory"))
+		}, nil, snapshot.ErrInvalid},
+		"ShortMemory": {func(dir string) error {
+			return os.Truncate(filepath.Join(dir, "memory"), 4096)
+		}, nil, snapshot.ErrInvalid},
+		"EmptyState": {func(dir string) error {
+			return os.Truncate(filepath.Join(dir, "state"), 0)
+		}, nil, snapshot.ErrInvalid},
+		"LargeState": {func(dir string) error {
+			return os.Truncate(filepath.Join(dir, "state"), 64<<20+1)
+		}, nil, snapshot.ErrInvalid},
+		"Link": {func(dir string) error {
+			return os.Symlink("state", filepath.Join(dir, "link"))
+		}, nil, snapshot.ErrInvalid},
+		"OurName": {func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "seen.json"), nil, 0o600)
+		}, nil, snapshot.ErrInvalid},
+		"HiddenFile": {func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, ".x"), nil, 0o600)
+		}, nil, snapshot.ErrInvalid},
+		"DriveFIFO": {func(dir string) error {
+			return unix.Mkfifo(filepath.Join(dir, "drives", "f"), 0o600)
+		}, nil, snapshot.ErrInvalid},
+		"DeepDirectory": {func(dir string) error {
+			return os.MkdirAll(filepath.Join(dir, "a/b/c/d/e"), 0o700)
+		}, nil, snapshot.ErrInvalid},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := draft(t, s)

@@ -1,10 +1,12 @@
-// Package snapshot keeps snapshots of VMs: directories that never change once they have their name. It knows what is in
-// the files as far as that tells a good one from a bad one, and nothing of how VMs are made of them.
+// Package snapshot keeps snapshots of VMs: directories that never change once they have their name.
+// It knows what is in the files as far as that tells a good one from a bad one, and nothing of how
+// VMs are made of them.
 //
-// A snapshot is made as a Draft, which nobody else sees, and gets its name by one rename when all of it is on disk. A VM
-// claims the one that it uses by a link; a claim ends with the VM's directory. Who looks for a snapshot to claim it
-// holds the store meanwhile, and who removes one has the store alone. An export holds its snapshot alone: it takes as long as
-// whoever reads it likes.
+// A snapshot is made as a Draft, which nobody else sees, and gets its name by one rename when all
+// of it is on disk. A VM claims the one that it uses by a link; a claim ends with the VM's
+// directory. Who looks for a snapshot to claim it holds the store meanwhile, and who removes one
+// has the store alone. An export holds its snapshot alone: it takes as long as whoever reads it
+// likes.
 package snapshot
 
 import (
@@ -112,8 +114,9 @@ func (s *Store) Dir(id string) string { return filepath.Join(s.dir, id) }
 
 func (s *Store) temp(name string) string { return filepath.Join(s.dir, tempDir, name) }
 
-// Hold keeps others from removing anything until it is let go of. Those that hold a store do not exclude each other. Who
-// makes a snapshot that is Ephemeral holds the store from before its Commit until there is a VM that uses it.
+// Hold keeps others from removing anything until it is let go of. Those that hold a store do not
+// exclude each other. Who makes a snapshot that is Ephemeral holds the store from before its Commit
+// until there is a VM that uses it.
 func (s *Store) Hold(ctx context.Context) (release func() error, err error) {
 	return s.lock(ctx, s.dir, lock.Shared, "another smartvm to finish removing snapshots")
 }

@@ -13,8 +13,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// A snapshot that another version of smartvm has made is not damaged, but not used either; it hides no other, and stays until somebody
-// removes it.
+// A snapshot that another version of smartvm has made is not damaged, but not used either; it hides
+// no other, and stays until somebody removes it.
 func TestStore_OtherVersions(t *testing.T) {
 	s := open(t)
 	ours := commit(t, s, "ours")
@@ -37,7 +37,8 @@ func TestStore_OtherVersions(t *testing.T) {
 	}
 	for _, sn := range newer {
 		for what, err := range map[string]error{"list": err, "check": sn.Check(t.Context())} {
-			if !errors.Is(err, spec.ErrNotSupported) || errors.Is(err, snapshot.ErrDamaged) || !strings.Contains(err.Error(), sn.ID) {
+			if !errors.Is(err, spec.ErrNotSupported) || errors.Is(err, snapshot.ErrDamaged) ||
+				!strings.Contains(err.Error(), sn.ID) {
 				t.Errorf("%s: %v, want ErrNotSupported of %s", what, err, sn.ID)
 			}
 		}

@@ -10,9 +10,10 @@ import (
 // MaxBytes is the longest JSON document that Parse reads.
 const MaxBytes = 1 << 20
 
-// Parse decodes one Spec from JSON. Unknown and duplicate fields, wrong types and whatever follows the document
-// are refused, all at once: the error is an errors.Join of *FieldError, where the path "$" stands for the document
-// as a whole. What the fields say is checked by Spec.Validate, which Parse does not call.
+// Parse decodes one Spec from JSON. Unknown and duplicate fields, wrong types and whatever follows
+// the document are refused, all at once: the error is an errors.Join of *FieldError, where the path
+// "$" stands for the document as a whole. What the fields say is checked by Spec.Validate, which
+// Parse does not call.
 func Parse(data []byte) (Spec, error) {
 	s, err := strictjson.Unmarshal[Spec](data, MaxBytes)
 	if err == nil {

@@ -14,7 +14,8 @@ import (
 	vmspec "push.rocks/smartvm/spec"
 )
 
-// originalSpec holds every field of the original package's machine configuration, fullSpec ours on top.
+// originalSpec holds every field of the original package's machine configuration, fullSpec ours on
+// top.
 const originalSpec = `{
   "id": "my-vm-1",
   "bootSource": {
@@ -87,7 +88,10 @@ const imageSpec = `{
 const clearedSpec = `{"image": "a", "bootSource": {}, "machineConfig": {"vcpuCount": 1, "memSizeMib": 128}, "entrypoint": [], "command": ["id"]}`
 
 func TestParseSpec_RoundTrip(t *testing.T) {
-	for name, in := range map[string]string{"original": originalSpec, "ours": oursSpec, "image": imageSpec, "cleared": clearedSpec} {
+	for name, in := range map[string]string{
+		"original": originalSpec, "ours": oursSpec, "image": imageSpec,
+		"cleared": clearedSpec,
+	} {
 		t.Run(name, func(t *testing.T) {
 			spec, err := vmspec.Parse([]byte(in))
 			if err != nil {
@@ -107,7 +111,8 @@ func TestParseSpec_RoundTrip(t *testing.T) {
 	}
 }
 
-// TestParseSpec_SamplesAreWhole sees to it that a field added to Spec is added to the samples above.
+// TestParseSpec_SamplesAreWhole sees to it that a field added to Spec is added to the samples
+// above.
 func TestParseSpec_SamplesAreWhole(t *testing.T) {
 	source, err := os.ReadFile("spec.go")
 	if err != nil {
@@ -145,7 +150,9 @@ func TestParseSpec_Refuses(t *testing.T) {
 		{"empty", "", []vmspec.FieldError{{Path: "$", Reason: "is empty"}}},
 		{
 			"syntax", "{\n  \"id\": \"a\",\n}",
-			[]vmspec.FieldError{{Path: "$", Reason: "line 3, column 1: invalid character '}' looking for beginning of object key string"}},
+			[]vmspec.FieldError{
+				{Path: "$", Reason: "line 3, column 1: invalid character '}' looking for beginning of object key string"},
+			},
 		},
 		{
 			"too long", `{"id":"` + strings.Repeat("a", vmspec.MaxBytes) + `"}`,
@@ -186,7 +193,8 @@ func TestParseSpec_Refuses(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	for _, seed := range []string{
-		originalSpec, oursSpec, `{}`, `{"cpuConfig":null}`, `{"memoryHotplug":{"slotSizeMib":-1,"blockSizeMib":-9223372036854775808}}`,
+		originalSpec, oursSpec, `{}`, `{"cpuConfig":null}`,
+		`{"memoryHotplug":{"slotSizeMib":-1,"blockSizeMib":-9223372036854775808}}`,
 		`{"networkInterfaces":[{"guestMac":"01:00:5e-00:00:01"}],"mmds":{"ipv4Address":"::ffff:169.254.1.1"}}`,
 		`{"labels":{"\ud800":"\u0000"},"name":"é","cpuConfig":{"<":1}}`,
 	} {
@@ -226,7 +234,8 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// fieldErrors takes an error apart and fails the test where it is not made of complete *FieldErrors.
+// fieldErrors takes an error apart and fails the test where it is not made of complete
+// *FieldErrors.
 func fieldErrors(t *testing.T, err error) []vmspec.FieldError {
 	t.Helper()
 	joined, ok := err.(interface{ Unwrap() []error })

@@ -44,16 +44,19 @@ func (s Spec) checkImage(p *problems) {
 	}
 	p.text("image", s.Image, maxImageName)
 	p.text("kernel", s.Kernel, maxImageName)
-	p.require(s.Kernel == "" || s.BootSource.KernelImagePath == "", "kernel", s.Kernel, "cannot be combined with bootSource.kernelImagePath")
+	p.require(s.Kernel == "" || s.BootSource.KernelImagePath == "", "kernel", s.Kernel,
+		"cannot be combined with bootSource.kernelImagePath")
 	p.text("user", s.User, maxImageName)
 	p.text("workingDir", s.WorkingDir, maxPathBytes)
 	p.require(s.WorkingDir == "" || s.WorkingDir[0] == '/', "workingDir", s.WorkingDir, "must be absolute")
-	p.require(s.Hostname == "" || isID(s.Hostname, ".-") && s.Hostname[0] != '-' && s.Hostname[0] != '.', "hostname", s.Hostname,
+	p.require(s.Hostname == "" || isID(s.Hostname, ".-") && s.Hostname[0] != '-' &&
+		s.Hostname[0] != '.', "hostname", s.Hostname,
 		"must be 1 to 64 letters, digits, dots or hyphens and begin with a letter or digit")
 	p.oneOf("systemd", s.Systemd, SystemdTrue, SystemdFalse, SystemdAlways)
 	cleared := s.Entrypoint != nil && (len(s.Entrypoint) == 0 || s.Entrypoint[0] == "")
 	p.require(len(s.Entrypoint) < 2 || !cleared, "entrypoint[0]", "", "must be a program's name, or the only element")
-	p.require(!cleared || len(s.Command) > 0, "command", nil, "is required where entrypoint is empty: there is nothing to run")
+	p.require(!cleared ||
+		len(s.Command) > 0, "command", nil, "is required where entrypoint is empty: there is nothing to run")
 	total := 0
 	for _, list := range []struct {
 		path  string
@@ -63,11 +66,13 @@ func (s Spec) checkImage(p *problems) {
 			at := fmt.Sprintf("%s[%d]", list.path, i)
 			p.text(at, text, maxGuestBytes)
 			name, _, ok := strings.Cut(text, "=")
-			p.require(list.path != "env" || ok && name != "", at, nil, "must be NAME=VALUE") // without its value, which may be secret
+			// without its value, which may be secret
+			p.require(list.path != "env" || ok && name != "", at, nil, "must be NAME=VALUE")
 			total += len(text) + 1
 		}
 	}
-	p.require(total <= maxGuestBytes, "command", total, fmt.Sprintf("must be, with entrypoint and env, at most %d bytes long", maxGuestBytes))
+	p.require(total <= maxGuestBytes, "command", total,
+		fmt.Sprintf("must be, with entrypoint and env, at most %d bytes long", maxGuestBytes))
 	if c := s.Scratch; c != nil {
 		p.require(c.SizeMiB == 0 || c.SizeMiB >= minScratchMiB && c.SizeMiB <= maxScratchMiB, "scratch.sizeMib", c.SizeMiB,
 			fmt.Sprintf("must be from %d to %d", minScratchMiB, maxScratchMiB))

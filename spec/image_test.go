@@ -37,8 +37,12 @@ func TestValidate_Image(t *testing.T) {
 		"text": {func(s *vmspec.Spec) {
 			s.Command, s.Env, s.WorkingDir = []string{"a\x00"}, []string{"SECRET"}, "tmp"
 		}, []string{"command[0]: must not hold a NUL", "env[0]: must be NAME=VALUE", "workingDir: must be absolute"}},
-		"nothing to run":  {func(s *vmspec.Spec) { s.Entrypoint = []string{} }, []string{"command: is required where entrypoint is empty: there is nothing to run"}},
-		"nothing, docker": {func(s *vmspec.Spec) { s.Entrypoint = []string{""} }, []string{"command: is required where entrypoint is empty: there is nothing to run"}},
+		"nothing to run": {func(s *vmspec.Spec) {
+			s.Entrypoint = []string{}
+		}, []string{"command: is required where entrypoint is empty: there is nothing to run"}},
+		"nothing, docker": {func(s *vmspec.Spec) {
+			s.Entrypoint = []string{""}
+		}, []string{"command: is required where entrypoint is empty: there is nothing to run"}},
 		"nameless program": {func(s *vmspec.Spec) {
 			s.Entrypoint, s.Command = []string{"", "-c"}, []string{"a"}
 		}, []string{"entrypoint[0]: must be a program's name"}},
@@ -54,7 +58,10 @@ func TestValidate_Image(t *testing.T) {
 			s.Image, s.BootSource.KernelImagePath = "", "vmlinux"
 			s.Kernel, s.Scratch, s.User, s.Command = "k", &vmspec.Scratch{}, "u", []string{"c"}
 			s.Entrypoint, s.Systemd = []string{}, vmspec.SystemdAlways
-		}, []string{"kernel: is only for", "scratch: is only for", "entrypoint: is only for", "systemd: is only for", "command: is only for", "user: is only for"}},
+		}, []string{
+			"kernel: is only for", "scratch: is only for", "entrypoint: is only for", "systemd: is only for",
+			"command: is only for", "user: is only for",
+		}},
 		"extra hosts": {func(s *vmspec.Spec) {
 			s.NetworkInterfaces = []vmspec.NetworkInterface{{IfaceID: "eth0"}}
 			s.ExtraHosts = []vmspec.ExtraHost{
@@ -66,7 +73,8 @@ func TestValidate_Image(t *testing.T) {
 				{Name: "db", IP: netip.IPv6Loopback(), HostGateway: true},
 			}
 		}, []string{
-			"extraHosts[1].name: must be a name", "extraHosts[2].name: must be a name", "extraHosts[3].ip: must be an IPv4 or IPv6 address", "extraHosts[4].ip: must be",
+			"extraHosts[1].name: must be a name", "extraHosts[2].name: must be a name",
+			"extraHosts[3].ip: must be an IPv4 or IPv6 address", "extraHosts[4].ip: must be",
 			"extraHosts[5].hostGateway: must not be there beside ip",
 		}},
 		"many extra hosts, no network": {func(s *vmspec.Spec) {

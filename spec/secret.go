@@ -2,8 +2,9 @@ package spec
 
 import "fmt"
 
-// Secret is a file of the host whose content the guest gets as /run/secrets/NAME, in memory, for the user of its command alone. It
-// is read at each start; what is in it stands nowhere on the host but there.
+// Secret is a file of the host whose content the guest gets as /run/secrets/NAME, in memory, for
+// the user of its command alone. It is read at each start; what is in it stands nowhere on the host
+// but there.
 type Secret struct {
 	Name string `json:"name"` // 1-64 of [A-Za-z0-9_.-], beginning with a letter or digit
 	Path string `json:"path"`

@@ -9,17 +9,20 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// Spec describes one microVM. It is inert: nothing in this package changes a Spec it was given. Its JSON form
-// is the original package's machine configuration, with the fields that are marked "ours" added.
+// Spec describes one microVM. It is inert: nothing in this package changes a Spec it was given. Its
+// JSON form is the original package's machine configuration, with the fields that are marked "ours"
+// added.
 //
-// Paths are host paths; relative ones are resolved against the working directory when the VM is created.
+// Paths are host paths; relative ones are resolved against the working directory when the VM is
+// created.
 type Spec struct {
 	// ID names the VM for good: 1-64 of [A-Za-z0-9-]. Empty: one is made.
 	ID string `json:"id,omitempty"`
 	// Name is a second handle that people type, unique in a runtime directory: 1-64 of [A-Za-z0-9_.-],
 	// beginning with a letter or digit. Ours.
 	Name string `json:"name,omitempty"`
-	// Labels are kept and shown, never interpreted. At most 64, keys up to 128 bytes, values up to 1024. Ours.
+	// Labels are kept and shown, never interpreted. At most 64, keys up to 128 bytes, values up to
+	// 1024. Ours.
 	Labels map[string]string `json:"labels,omitempty"`
 
 	BootSource        BootSource         `json:"bootSource"`
@@ -34,49 +37,58 @@ type Spec struct {
 
 	// The rest is ours.
 
-	// Image is what the VM boots, in place of a kernel and a root drive of its own: the name of an image on this host, which
-	// is pulled before. Its file system is shared by all its VMs and stays as it is; what the guest writes goes to Scratch.
+	// Image is what the VM boots, in place of a kernel and a root drive of its own: the name of an
+	// image on this host, which is pulled before. Its file system is shared by all its VMs and stays
+	// as it is; what the guest writes goes to Scratch.
 	Image string `json:"image,omitempty"`
-	// Kernel is the image whose kernel Image boots with, or "host" for this machine's. Empty: Image's own, else the one
-	// of the image "kernel", else this machine's. BootSource.KernelImagePath goes before all.
+	// Kernel is the image whose kernel Image boots with, or "host" for this machine's. Empty: Image's
+	// own, else the one of the image "kernel", else this machine's. BootSource.KernelImagePath goes
+	// before all.
 	Kernel string `json:"kernel,omitempty"`
 	// Scratch takes what the guest of an image writes.
 	Scratch *Scratch `json:"scratch,omitempty"`
-	// Command, Entrypoint, Env, User and WorkingDir say what runs in an image, in place of what the image says, or, of
-	// Env (NAME=VALUE), in addition. Entrypoint goes before Command, and takes the place of the image's command too. Empty, but not nil, or with
-	// one empty element, it clears both: Command is all that runs. An image that says nothing runs its own init.
+	// Command, Entrypoint, Env, User and WorkingDir say what runs in an image, in place of what the
+	// image says, or, of Env (NAME=VALUE), in addition. Entrypoint goes before Command, and takes the
+	// place of the image's command too. Empty, but not nil, or with one empty element, it clears both:
+	// Command is all that runs. An image that says nothing runs its own init.
 	Entrypoint []string `json:"entrypoint,omitzero"`
 	Command    []string `json:"command,omitempty"`
 	Env        []string `json:"env,omitempty"`
 	User       string   `json:"user,omitempty"`       // name or uid, and optionally :group or :gid
 	WorkingDir string   `json:"workingDir,omitempty"` // absolute
-	// Systemd says when the command boots as process 1, as the image's init, in place of running below the agent: SystemdTrue (default),
-	// SystemdFalse or SystemdAlways, as with podman.
+	// Systemd says when the command boots as process 1, as the image's init, in place of running below
+	// the agent: SystemdTrue (default), SystemdFalse or SystemdAlways, as with podman.
 	Systemd string `json:"systemd,omitempty"`
 	// Hostname is the guest's. Empty: Name, else ID.
 	Hostname string `json:"hostname,omitempty"`
-	// EnvFiles are files with more of Env, one NAME=VALUE a line, as docker has them; Env counts before them. Like Secrets they are
-	// read at each start, and what is in them stands nowhere on the host but there.
+	// EnvFiles are files with more of Env, one NAME=VALUE a line, as docker has them; Env counts
+	// before them. Like Secrets they are read at each start, and what is in them stands nowhere on the
+	// host but there.
 	EnvFiles []string `json:"envFiles,omitempty"`
 	Secrets  []Secret `json:"secrets,omitempty"`
 	Volumes  []Volume `json:"volumes,omitempty"`
-	// NamedVolumes are disks that outlive the VM, mounted in the guest of an image. At most 8, none twice.
+	// NamedVolumes are disks that outlive the VM, mounted in the guest of an image. At most 8, none
+	// twice.
 	NamedVolumes []NamedVolume `json:"namedVolumes,omitempty"`
 
-	// Ports are published on the host. PublishAll publishes also those that the image exposes and no element of Ports leads to, each at a free port
-	// of the host. Policy says what the guest may reach, on all its networks.
+	// Ports are published on the host. PublishAll publishes also those that the image exposes and no
+	// element of Ports leads to, each at a free port of the host. Policy says what the guest may
+	// reach, on all its networks.
 	Ports      []Port         `json:"ports,omitempty"`
 	PublishAll bool           `json:"publishAll,omitempty"`
 	Policy     *policy.Policy `json:"policy,omitempty"`
-	// DNS are the servers that answer the guest for names, at most 3, in place of the host's. DNSSearch are the domains in which the guest of an
-	// image looks for names that are not whole, at most 6.
+	// DNS are the servers that answer the guest for names, at most 3, in place of the host's.
+	// DNSSearch are the domains in which the guest of an image looks for names that are not whole, at
+	// most 6.
 	DNS       []netip.Addr `json:"dns,omitempty"`
 	DNSSearch []string     `json:"dnsSearch,omitempty"`
-	// ExtraHosts are names that the guest of an image finds in its /etc/hosts, at most 64. With them that file is made anew, whatever the image has.
+	// ExtraHosts are names that the guest of an image finds in its /etc/hosts, at most 64. With them
+	// that file is made anew, whatever the image has.
 	ExtraHosts []ExtraHost `json:"extraHosts,omitempty"`
 
-	// PCI puts the VM's devices on a PCI bus, in place of MMIO: there may be 31 of them then. The guest's kernel needs CONFIG_PCI_MSI and
-	// CONFIG_VIRTIO_PCI. A VM that is restored has what its snapshot's VM had. Firecracker ≥ 1.13
+	// PCI puts the VM's devices on a PCI bus, in place of MMIO: there may be 31 of them then. The
+	// guest's kernel needs CONFIG_PCI_MSI and CONFIG_VIRTIO_PCI. A VM that is restored has what its
+	// snapshot's VM had. Firecracker ≥ 1.13
 	PCI           bool            `json:"pci,omitempty"`
 	Entropy       *Entropy        `json:"entropy,omitempty"`
 	Serial        *Serial         `json:"serial,omitempty"`        // Firecracker ≥ 1.16
@@ -87,7 +99,9 @@ type Spec struct {
 
 // Values of Spec.Systemd.
 const (
-	SystemdTrue   = "true" // the command is an init: systemd by any path, or /sbin/init, /usr/sbin/init or /usr/local/sbin/init
+	// the command is an init: systemd by any path, or /sbin/init, /usr/sbin/init or
+	// /usr/local/sbin/init
+	SystemdTrue   = "true"
 	SystemdFalse  = "false"
 	SystemdAlways = "always"
 )
@@ -103,7 +117,8 @@ type Port struct {
 	Protocol  string     `json:"protocol,omitempty"` // "tcp", which it is if empty, or "udp"
 }
 
-// Addresses are those of the host at which the port is: one, or all of a family, as which 0.0.0.0 and :: stand for them.
+// Addresses are those of the host at which the port is: one, or all of a family, as which 0.0.0.0
+// and :: stand for them.
 func (p Port) Addresses() []netip.Addr {
 	if p.HostIP.IsValid() {
 		return []netip.Addr{p.HostIP}
@@ -111,7 +126,8 @@ func (p Port) Addresses() []netip.Addr {
 	return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 }
 
-// Overlaps says whether two ports are the same on an address of the host. One that is chosen at the start never is.
+// Overlaps says whether two ports are the same on an address of the host. One that is chosen at the
+// start never is.
 func (p Port) Overlaps(q Port) bool {
 	if p.HostPort == 0 || p.HostPort != q.HostPort || cmp.Or(p.Protocol, "tcp") != cmp.Or(q.Protocol, "tcp") {
 		return false
@@ -123,19 +139,21 @@ func (p Port) Overlaps(q Port) bool {
 	})
 }
 
-// ExtraHost is a name and its address, one of two: a name may stand there twice, with an address of each IP version.
+// ExtraHost is a name and its address, one of two: a name may stand there twice, with an address of
+// each IP version.
 type ExtraHost struct {
 	Name string     `json:"name"` // such as db.example
 	IP   netip.Addr `json:"ip,omitzero"`
-	// HostGateway stands for the gateway of the VM's first network, which is the host. It answers there where a policy says AllowHost.
+	// HostGateway stands for the gateway of the VM's first network, which is the host. It answers
+	// there where a policy says AllowHost.
 	HostGateway bool `json:"hostGateway,omitempty"`
 }
 
 // Scratch is a sparse disk. The zero value is one of DefaultScratchMiB that goes with the VM.
 type Scratch struct {
 	SizeMiB int `json:"sizeMib,omitempty"` // MiB, ≥ 16; of one that is kept, only when it is made
-	// Keep is the name under which the disk outlives the VM, and by which a later VM gets it: 1-64 of [A-Za-z0-9_.-],
-	// beginning with a letter or digit. One VM at a time can have it.
+	// Keep is the name under which the disk outlives the VM, and by which a later VM gets it: 1-64 of
+	// [A-Za-z0-9_.-], beginning with a letter or digit. One VM at a time can have it.
 	Keep string `json:"keep,omitempty"`
 }
 
@@ -144,18 +162,17 @@ const DefaultScratchMiB = 4096
 
 // BootSource is what the guest boots.
 type BootSource struct {
-	// KernelImagePath is an ELF vmlinux (x86_64) or an Image (aarch64), or a file that holds one, such as a bzImage: it is
-	// extracted when the VM is made.
-	// Required, but with an Image.
+	// KernelImagePath is an ELF vmlinux (x86_64) or an Image (aarch64), or a file that holds one, such
+	// as a bzImage: it is extracted when the VM is made. Required, but with an Image.
 	KernelImagePath string `json:"kernelImagePath,omitempty"`
 	InitrdPath      string `json:"initrdPath,omitempty"`
-	// BootArgs replaces the VMM's default kernel command line. Under 2048 bytes with what the VMM adds.
-	// Empty: DefaultBootArgs.
+	// BootArgs replaces the VMM's default kernel command line. Under 2048 bytes with what the VMM
+	// adds. Empty: DefaultBootArgs.
 	BootArgs string `json:"bootArgs,omitempty"`
 }
 
-// DefaultBootArgs is the kernel command line of a VM that names none: the serial console on, and a reboot or
-// a panic ends the VM instead of leaving it halted.
+// DefaultBootArgs is the kernel command line of a VM that names none: the serial console on, and a
+// reboot or a panic ends the VM instead of leaving it halted.
 const DefaultBootArgs = "console=ttyS0 reboot=k panic=1"
 
 // MachineConfig sizes the VM.
@@ -175,13 +192,13 @@ type Drive struct {
 	IsRootDevice bool   `json:"isRootDevice"`
 	IsReadOnly   bool   `json:"isReadOnly,omitempty"`
 	PartUUID     string `json:"partuuid,omitempty"` // only with IsRootDevice
-	// CacheType is Unsafe, where the guest's flushes do nothing, or Writeback, where they are fsyncs of the file. Empty: Writeback for a file
-	// that the guest writes itself, Unsafe for a copy.
+	// CacheType is Unsafe, where the guest's flushes do nothing, or Writeback, where they are fsyncs
+	// of the file. Empty: Writeback for a file that the guest writes itself, Unsafe for a copy.
 	CacheType   string       `json:"cacheType,omitempty"`
 	IOEngine    string       `json:"ioEngine,omitempty"` // Sync (default) or Async
 	RateLimiter *RateLimiter `json:"rateLimiter,omitempty"`
-	// Discard says whether the guest can trim the drive, which makes holes in the file. It needs Firecracker ≥ 1.17, a writable drive and Sync.
-	// Nil: yes where those are. Ours
+	// Discard says whether the guest can trim the drive, which makes holes in the file. It needs
+	// Firecracker ≥ 1.17, a writable drive and Sync. Nil: yes where those are. Ours
 	Discard *bool `json:"discard,omitempty"`
 	// Ephemeral says whether the VM gets a copy of its own that is thrown away with it. Nil: yes for a
 	// writable drive (unless the host switches that off), no for a read-only one.
@@ -191,14 +208,16 @@ type Drive struct {
 // NetworkInterface is a guest NIC attached to a TAP of the host.
 type NetworkInterface struct {
 	IfaceID string `json:"ifaceId"` // [A-Za-z0-9_]
-	// HostDevName is an existing TAP, at most 15 bytes. Empty: one is made, and the interface gets an address of Network.
+	// HostDevName is an existing TAP, at most 15 bytes. Empty: one is made, and the interface gets an
+	// address of Network.
 	HostDevName string `json:"hostDevName,omitempty"`
 	Network     string `json:"network,omitempty"` // empty: DefaultNetwork. Ours
-	// IP is the interface's IPv4 address in Network, as long as the VM is there; the IPv6 address follows from it. Zero: one that is free. In a
-	// Namespace it is the address by which others reach the VM. Ours
+	// IP is the interface's IPv4 address in Network, as long as the VM is there; the IPv6 address
+	// follows from it. Zero: one that is free. In a Namespace it is the address by which others reach
+	// the VM. Ours
 	IP netip.Addr `json:"ip,omitzero"`
-	// Namespace says that the VM has a network namespace of its own, joined to Network: in it the guest has always the same
-	// addresses. Such an interface is a VM's only one. Ours
+	// Namespace says that the VM has a network namespace of its own, joined to Network: in it the
+	// guest has always the same addresses. Such an interface is a VM's only one. Ours
 	Namespace     bool         `json:"namespace,omitempty"`
 	GuestMAC      string       `json:"guestMac,omitempty"`
 	MTU           int          `json:"mtu,omitempty"` // 68-65535, Firecracker ≥ 1.16. Ours
@@ -222,8 +241,9 @@ type TokenBucket struct {
 // Vsock gives the guest a vsock device.
 type Vsock struct {
 	GuestCID uint32 `json:"guestCid"` // ≥ 3
-	// UDSPath is where the host finds the socket, empty for nowhere but in the VM's directory: made as a symbolic link to the VM's own socket while the
-	// VM runs. A listener for connections the guest opens goes beside the link's target, with "_PORT" added.
+	// UDSPath is where the host finds the socket, empty for nowhere but in the VM's directory: made as
+	// a symbolic link to the VM's own socket while the VM runs. A listener for connections the guest
+	// opens goes beside the link's target, with "_PORT" added.
 	UDSPath string `json:"udsPath"`
 }
 
@@ -255,8 +275,8 @@ type Logger struct {
 // Metrics names the file that gets the VMM's metrics, one JSON object a line.
 type Metrics struct {
 	MetricsPath string `json:"metricsPath"`
-	// EmitID has each line name the VM by its id, as "id", and Properties are on each line as "properties": at most 8 KiB of names and values.
-	// Firecracker ≥ 1.17. Ours
+	// EmitID has each line name the VM by its id, as "id", and Properties are on each line as
+	// "properties": at most 8 KiB of names and values. Firecracker ≥ 1.17. Ours
 	EmitID     bool              `json:"emitId,omitempty"`
 	Properties map[string]string `json:"properties,omitempty"`
 }
@@ -281,9 +301,10 @@ type Pmem struct {
 	Ephemeral    *bool        `json:"ephemeral,omitempty"`
 }
 
-// MemoryHotplug reserves memory that can be plugged in while the VM runs. MiB throughout. The kernel command line gets
-// memhp_default_state=online_movable, by which a Linux guest uses what is plugged in and can give it back, unless it has a
-// memhp_default_state. Guests need CONFIG_VIRTIO_MEM: Linux ≥ 5.16, on aarch64 ≥ 5.18.
+// MemoryHotplug reserves memory that can be plugged in while the VM runs. MiB throughout. The
+// kernel command line gets memhp_default_state=online_movable, by which a Linux guest uses what is
+// plugged in and can give it back, unless it has a memhp_default_state. Guests need
+// CONFIG_VIRTIO_MEM: Linux ≥ 5.16, on aarch64 ≥ 5.18.
 type MemoryHotplug struct {
 	TotalSizeMiB int `json:"totalSizeMib"`
 	SlotSizeMiB  int `json:"slotSizeMib,omitempty"`  // default 128

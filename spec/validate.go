@@ -23,8 +23,9 @@ const (
 	maxSocketBytes = 107     // sun_path without its NUL
 )
 
-// Validate reports everything that is wrong with s and can be known without looking at the host or at the version
-// of Firecracker: nil, or an errors.Join of *FieldError in an order that does not change.
+// Validate reports everything that is wrong with s and can be known without looking at the host or
+// at the version of Firecracker: nil, or an errors.Join of *FieldError in an order that does not
+// change.
 func (s Spec) Validate() error {
 	var p problems
 	s.checkIdentity(&p)
@@ -115,7 +116,8 @@ func (p *problems) bucket(path string, b *TokenBucket) {
 	p.require(b.Size != 0 || b.RefillTime == 0, path+".size", b.Size, hint)
 	p.require(b.RefillTime != 0 || b.Size == 0, path+".refillTime", b.RefillTime, hint)
 	const longest = math.MaxUint64 / uint64(time.Millisecond)
-	p.require(b.RefillTime <= longest, path+".refillTime", b.RefillTime, fmt.Sprintf("must be at most %d milliseconds", uint64(longest)))
+	p.require(b.RefillTime <= longest, path+".refillTime", b.RefillTime,
+		fmt.Sprintf("must be at most %d milliseconds", uint64(longest)))
 }
 
 func (s Spec) checkIdentity(p *problems) {
@@ -183,7 +185,8 @@ func (s Spec) checkStorage(p *problems) {
 		p.require(printable(d.PartUUID, "!"), at+"partuuid", d.PartUUID, "must be printable ASCII without spaces")
 		p.oneOf(at+"cacheType", d.CacheType, "Unsafe", "Writeback")
 		p.oneOf(at+"ioEngine", d.IOEngine, "Sync", "Async")
-		p.require(d.Discard == nil || !*d.Discard || !d.IsReadOnly && d.IOEngine != "Async", at+"discard", true, "is only for a writable drive with ioEngine Sync")
+		p.require(d.Discard == nil || !*d.Discard || !d.IsReadOnly &&
+			d.IOEngine != "Async", at+"discard", true, "is only for a writable drive with ioEngine Sync")
 		p.rateLimiter(at+"rateLimiter", d.RateLimiter)
 	}
 	for i, d := range s.Pmem {
@@ -252,7 +255,8 @@ func (s Spec) checkPorts(p *problems) {
 		if port.Protocol != "" {
 			p.oneOf(at+"protocol", port.Protocol, "tcp", "udp")
 		}
-		p.require(!port.HostIP.Is4In6() && port.HostIP.Zone() == "", at+"hostIp", port.HostIP, "must be an IPv4 or IPv6 address without a zone")
+		p.require(!port.HostIP.Is4In6() && port.HostIP.Zone() == "", at+"hostIp", port.HostIP,
+			"must be an IPv4 or IPv6 address without a zone")
 		if j := slices.IndexFunc(s.Ports[:i], port.Overlaps); j >= 0 {
 			p.require(false, at+"hostPort", port.HostPort, fmt.Sprintf("is the same as ports[%d].hostPort", j))
 		}
@@ -268,13 +272,17 @@ func (s Spec) checkExtraHosts(p *problems, ours bool) {
 	if len(s.ExtraHosts) == 0 {
 		return
 	}
-	p.require(s.Image != "" && ours, "extraHosts", nil, "must not be there without an image and an interface on one of our networks")
-	p.require(len(s.ExtraHosts) <= maxExtraHosts, "extraHosts", len(s.ExtraHosts), fmt.Sprintf("must be at most %d", maxExtraHosts))
+	p.require(s.Image != "" &&
+		ours, "extraHosts", nil, "must not be there without an image and an interface on one of our networks")
+	p.require(len(s.ExtraHosts) <= maxExtraHosts, "extraHosts", len(s.ExtraHosts),
+		fmt.Sprintf("must be at most %d", maxExtraHosts))
 	for i, h := range s.ExtraHosts {
 		at := fmt.Sprintf("extraHosts[%d].", i)
-		p.require(len(h.Name) <= 253 && domain.MatchString(h.Name) && !strings.HasSuffix(h.Name, "."), at+"name", h.Name, "must be a name, such as db.example")
+		p.require(len(h.Name) <= 253 && domain.MatchString(h.Name) &&
+			!strings.HasSuffix(h.Name, "."), at+"name", h.Name, "must be a name, such as db.example")
 		usable := h.IP.IsValid() && h.IP.Zone() == "" && !h.IP.Is4In6()
-		p.require(h.HostGateway || usable, at+"ip", h.IP, "must be an IPv4 or IPv6 address without a zone, unless hostGateway is true")
+		p.require(h.HostGateway ||
+			usable, at+"ip", h.IP, "must be an IPv4 or IPv6 address without a zone, unless hostGateway is true")
 		p.require(!h.HostGateway || !h.IP.IsValid(), at+"hostGateway", true, "must not be there beside ip")
 	}
 }
@@ -288,7 +296,8 @@ const (
 	maxExtraHosts = 64
 )
 
-var domain = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?$`)
+var domain = regexp.MustCompile(
+	`^[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?$`)
 
 func (p *problems) mac(path, value string, seen map[string]string) {
 	mac, err := net.ParseMAC(value)
@@ -296,7 +305,8 @@ func (p *problems) mac(path, value string, seen map[string]string) {
 		p.require(false, path, value, "must be six groups of two hex digits joined by colons")
 		return
 	}
-	p.require(mac[0]&1 == 0 && slices.Max(mac) > 0, path, value, "must be a unicast address, with an even first group, and not zero")
+	p.require(mac[0]&1 == 0 && slices.Max(mac) > 0, path, value,
+		"must be a unicast address, with an even first group, and not zero")
 	p.unique(path, mac.String(), seen)
 }
 
@@ -312,7 +322,8 @@ func (s Spec) checkMMDS(p *problems) {
 		known[n.IfaceID] = true
 	}
 	for i, id := range m.NetworkInterfaces {
-		p.require(known[id], fmt.Sprintf("mmds.networkInterfaces[%d]", i), id, "must be the ifaceId of one of networkInterfaces")
+		p.require(known[id], fmt.Sprintf("mmds.networkInterfaces[%d]", i), id,
+			"must be the ifaceId of one of networkInterfaces")
 	}
 	if m.IPv4Address != "" {
 		addr, err := netip.ParseAddr(m.IPv4Address)
@@ -345,7 +356,8 @@ func (s Spec) checkOther(p *problems) {
 			size += len(name) + len(value)
 		}
 		// The VMM takes bodies of 51200 bytes, and a byte is at most six in JSON.
-		p.require(size <= maxProperties, "metrics.properties", size, fmt.Sprintf("must have at most %d bytes of names and values", maxProperties))
+		p.require(size <= maxProperties, "metrics.properties", size,
+			fmt.Sprintf("must have at most %d bytes of names and values", maxProperties))
 	}
 	if s.Entropy != nil {
 		p.rateLimiter("entropy.rateLimiter", s.Entropy.RateLimiter)
@@ -356,7 +368,8 @@ func (s Spec) checkOther(p *problems) {
 	}
 	if len(s.CPUConfig) > 0 {
 		var object map[string]json.RawMessage
-		p.require(json.Unmarshal(s.CPUConfig, &object) == nil && object != nil, "cpuConfig", string(s.CPUConfig), "must be a JSON object")
+		p.require(json.Unmarshal(s.CPUConfig, &object) == nil && object != nil, "cpuConfig", string(s.CPUConfig),
+			"must be a JSON object")
 		template := s.MachineConfig.CPUTemplate
 		p.require(template == "" || template == "None", "cpuConfig", nil, "cannot be combined with machineConfig.cpuTemplate")
 	}
@@ -366,7 +379,8 @@ const maxProperties = 8 << 10 // bytes
 
 const defaultBlock = 2 // MiB, of memory that can be plugged in
 
-// Check returns a *FieldError unless sizeMiB can be plugged in: it is in whole blocks, and at most TotalSizeMiB.
+// Check returns a *FieldError unless sizeMiB can be plugged in: it is in whole blocks, and at most
+// TotalSizeMiB.
 func (h *MemoryHotplug) Check(sizeMiB int) error {
 	block := cmp.Or(h.BlockSizeMiB, defaultBlock)
 	if sizeMiB >= 0 && sizeMiB <= h.TotalSizeMiB && sizeMiB%block == 0 {

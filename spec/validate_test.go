@@ -72,7 +72,9 @@ func identityRules() []breakage {
 			}
 		}},
 		{`labels[""]`, "key of 1 to 128 bytes", func(s *vmspec.Spec) { s.Labels[""] = "x" }},
-		{`labels["` + strings.Repeat("k", 128) + `…"]`, "key of 1 to 128 bytes", func(s *vmspec.Spec) { s.Labels[strings.Repeat("k", 129)] = "" }},
+		{`labels["` + strings.Repeat("k", 128) + `…"]`, "key of 1 to 128 bytes", func(s *vmspec.Spec) {
+			s.Labels[strings.Repeat("k", 129)] = ""
+		}},
 		{`labels["a"]`, "at most 1024 bytes", func(s *vmspec.Spec) { s.Labels["a"] = strings.Repeat("v", 1025) }},
 	}
 }
@@ -81,9 +83,13 @@ func machineRules() []breakage {
 	return []breakage{
 		{"bootSource.kernelImagePath", "is required", func(s *vmspec.Spec) { s.BootSource.KernelImagePath = "" }},
 		{"bootSource.kernelImagePath", "NUL", func(s *vmspec.Spec) { s.BootSource.KernelImagePath = "a\x00" }},
-		{"bootSource.kernelImagePath", "at most 4095 bytes", func(s *vmspec.Spec) { s.BootSource.KernelImagePath = strings.Repeat("a", 4096) }},
+		{"bootSource.kernelImagePath", "at most 4095 bytes", func(s *vmspec.Spec) {
+			s.BootSource.KernelImagePath = strings.Repeat("a", 4096)
+		}},
 		{"bootSource.initrdPath", "NUL", func(s *vmspec.Spec) { s.BootSource.InitrdPath = "\x00" }},
-		{"bootSource.bootArgs", "shorter than 2048", func(s *vmspec.Spec) { s.BootSource.BootArgs = strings.Repeat("a", 2048) }},
+		{"bootSource.bootArgs", "shorter than 2048", func(s *vmspec.Spec) {
+			s.BootSource.BootArgs = strings.Repeat("a", 2048)
+		}},
 		{"bootSource.bootArgs", "printable ASCII on one line", func(s *vmspec.Spec) { s.BootSource.BootArgs = "a\nb" }},
 		{"bootSource.bootArgs", "printable ASCII on one line", func(s *vmspec.Spec) { s.BootSource.BootArgs = "a\x7f" }},
 		{"bootSource.bootArgs", "printable ASCII on one line", func(s *vmspec.Spec) { s.BootSource.BootArgs = "ü" }},
@@ -101,23 +107,37 @@ func machineRules() []breakage {
 		{"machineConfig.cpuTemplate", "one of C3, T2, T2S, T2CL, T2A, V1N1, None", func(s *vmspec.Spec) {
 			s.MachineConfig.CPUTemplate, s.CPUConfig = "t2", nil
 		}},
-		{"machineConfig.hugePages", "one of None, 2M, Transparent", func(s *vmspec.Spec) { s.MachineConfig.HugePages = "2m" }},
+		{"machineConfig.hugePages", "one of None, 2M, Transparent", func(s *vmspec.Spec) {
+			s.MachineConfig.HugePages = "2m"
+		}},
 		{"balloon.amountMib", "at most machineConfig.memSizeMib (256)", func(s *vmspec.Spec) { s.Balloon.AmountMiB = 257 }},
 		{"cpuConfig", "must be a JSON object", func(s *vmspec.Spec) { s.CPUConfig = json.RawMessage(`[]`) }},
 		{"cpuConfig", "must be a JSON object", func(s *vmspec.Spec) { s.CPUConfig = json.RawMessage(`null`) }},
 		{"cpuConfig", "must be a JSON object", func(s *vmspec.Spec) { s.CPUConfig = json.RawMessage(`{`) }},
 		{"cpuConfig", "cannot be combined", func(s *vmspec.Spec) { s.MachineConfig.CPUTemplate = "T2" }},
-		{"memoryHotplug.totalSizeMib", "multiple of slotSizeMib (128)", func(s *vmspec.Spec) { s.MemoryHotplug.TotalSizeMiB = 0 }},
-		{"memoryHotplug.totalSizeMib", "multiple of slotSizeMib (128)", func(s *vmspec.Spec) { s.MemoryHotplug.TotalSizeMiB = -128 }},
-		{"memoryHotplug.totalSizeMib", "multiple of slotSizeMib (128)", func(s *vmspec.Spec) { s.MemoryHotplug.TotalSizeMiB = 129 }},
-		{"memoryHotplug.totalSizeMib", "multiple of slotSizeMib (512)", func(s *vmspec.Spec) { s.MemoryHotplug.SlotSizeMiB = 512 }},
+		{"memoryHotplug.totalSizeMib", "multiple of slotSizeMib (128)", func(s *vmspec.Spec) {
+			s.MemoryHotplug.TotalSizeMiB = 0
+		}},
+		{"memoryHotplug.totalSizeMib", "multiple of slotSizeMib (128)", func(s *vmspec.Spec) {
+			s.MemoryHotplug.TotalSizeMiB = -128
+		}},
+		{"memoryHotplug.totalSizeMib", "multiple of slotSizeMib (128)", func(s *vmspec.Spec) {
+			s.MemoryHotplug.TotalSizeMiB = 129
+		}},
+		{"memoryHotplug.totalSizeMib", "multiple of slotSizeMib (512)", func(s *vmspec.Spec) {
+			s.MemoryHotplug.SlotSizeMiB = 512
+		}},
 		{"memoryHotplug.totalSizeMib", "at most 16777216", func(s *vmspec.Spec) { s.MemoryHotplug.TotalSizeMiB = 1 << 25 }},
 		{"memoryHotplug.slotSizeMib", "128 or more", func(s *vmspec.Spec) { s.MemoryHotplug.SlotSizeMiB = 64 }},
 		{"memoryHotplug.slotSizeMib", "128 or more", func(s *vmspec.Spec) { s.MemoryHotplug.SlotSizeMiB = -128 }},
-		{"memoryHotplug.slotSizeMib", "multiple of blockSizeMib (256)", func(s *vmspec.Spec) { s.MemoryHotplug.BlockSizeMiB = 256 }},
+		{"memoryHotplug.slotSizeMib", "multiple of blockSizeMib (256)", func(s *vmspec.Spec) {
+			s.MemoryHotplug.BlockSizeMiB = 256
+		}},
 		{"memoryHotplug.blockSizeMib", "power of two, 2 or more", func(s *vmspec.Spec) { s.MemoryHotplug.BlockSizeMiB = 1 }},
 		{"memoryHotplug.blockSizeMib", "power of two, 2 or more", func(s *vmspec.Spec) { s.MemoryHotplug.BlockSizeMiB = 6 }},
-		{"memoryHotplug.blockSizeMib", "power of two, 2 or more", func(s *vmspec.Spec) { s.MemoryHotplug.BlockSizeMiB = math.MinInt }},
+		{"memoryHotplug.blockSizeMib", "power of two, 2 or more", func(s *vmspec.Spec) {
+			s.MemoryHotplug.BlockSizeMiB = math.MinInt
+		}},
 	}
 }
 
@@ -125,7 +145,9 @@ func storageRules() []breakage {
 	return []breakage{
 		{"drives[0].driveId", "is required", func(s *vmspec.Spec) { s.Drives[0].DriveID = "" }},
 		{"drives[0].driveId", "letters, digits or underscores", func(s *vmspec.Spec) { s.Drives[0].DriveID = "a-b" }},
-		{"drives[0].driveId", "letters, digits or underscores", func(s *vmspec.Spec) { s.Drives[0].DriveID = strings.Repeat("a", 65) }},
+		{"drives[0].driveId", "letters, digits or underscores", func(s *vmspec.Spec) {
+			s.Drives[0].DriveID = strings.Repeat("a", 65)
+		}},
 		{"drives[1].driveId", "is the same as drives[0].driveId", func(s *vmspec.Spec) { s.Drives[1].DriveID = "rootfs" }},
 		{"drives[1].pathOnHost", "is required", func(s *vmspec.Spec) { s.Drives[1].PathOnHost = "" }},
 		{"drives[1].pathOnHost", "NUL", func(s *vmspec.Spec) { s.Drives[1].PathOnHost = "a\x00b" }},
@@ -133,11 +155,19 @@ func storageRules() []breakage {
 		{"drives[1].partuuid", "only for the root device", func(s *vmspec.Spec) { s.Drives[1].PartUUID = "a-1" }},
 		{"drives[0].partuuid", "without spaces", func(s *vmspec.Spec) { s.Drives[0].PartUUID = "a init=/x" }},
 		{"drives[0].cacheType", "one of Unsafe, Writeback", func(s *vmspec.Spec) { s.Drives[0].CacheType = "unsafe" }},
-		{"drives[0].discard", "is only for a writable drive", func(s *vmspec.Spec) { s.Drives[0].Discard, s.Drives[0].IsReadOnly = new(true), true }},
-		{"drives[0].discard", "is only for a writable drive", func(s *vmspec.Spec) { s.Drives[0].Discard, s.Drives[0].IOEngine = new(true), "Async" }},
+		{"drives[0].discard", "is only for a writable drive", func(s *vmspec.Spec) {
+			s.Drives[0].Discard, s.Drives[0].IsReadOnly = new(true), true
+		}},
+		{"drives[0].discard", "is only for a writable drive", func(s *vmspec.Spec) {
+			s.Drives[0].Discard, s.Drives[0].IOEngine = new(true), "Async"
+		}},
 		{"drives[0].ioEngine", "one of Sync, Async", func(s *vmspec.Spec) { s.Drives[0].IOEngine = "io_uring" }},
-		{"drives[0].rateLimiter.bandwidth.size", "not be 0 on its own", func(s *vmspec.Spec) { s.Drives[0].RateLimiter.Bandwidth.Size = 0 }},
-		{"drives[0].rateLimiter.ops.refillTime", "not be 0 on its own", func(s *vmspec.Spec) { s.Drives[0].RateLimiter.Ops.RefillTime = 0 }},
+		{"drives[0].rateLimiter.bandwidth.size", "not be 0 on its own", func(s *vmspec.Spec) {
+			s.Drives[0].RateLimiter.Bandwidth.Size = 0
+		}},
+		{"drives[0].rateLimiter.ops.refillTime", "not be 0 on its own", func(s *vmspec.Spec) {
+			s.Drives[0].RateLimiter.Ops.RefillTime = 0
+		}},
 		{"drives[0].rateLimiter.ops.refillTime", "at most 18446744073709 milliseconds", func(s *vmspec.Spec) {
 			s.Drives[0].RateLimiter.Ops.RefillTime = 18446744073710
 		}},
@@ -161,7 +191,8 @@ func networkRules() []breakage {
 		return func(s *vmspec.Spec) {
 			for i, text := range all {
 				if a, err := netip.ParseAddr(text); err == nil {
-					s.NetworkInterfaces = append(s.NetworkInterfaces, vmspec.NetworkInterface{IfaceID: fmt.Sprint("net", i), Network: "lan", IP: a})
+					s.NetworkInterfaces = append(s.NetworkInterfaces,
+						vmspec.NetworkInterface{IfaceID: fmt.Sprint("net", i), Network: "lan", IP: a})
 				}
 			}
 		}
@@ -191,30 +222,68 @@ func networkRules() []breakage {
 	}
 	return []breakage{
 		{"networkInterfaces[1].ifaceId", "is required", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "" })},
-		{"networkInterfaces[1].ifaceId", "letters, digits or underscores", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "eth-1" })},
-		{"networkInterfaces[1].ifaceId", "is the same as networkInterfaces[0].ifaceId", iface(func(n *vmspec.NetworkInterface) { n.IfaceID = "eth0" })},
-		{"networkInterfaces[1].namespace", "must not be there beside", iface(func(n *vmspec.NetworkInterface) { n.Namespace = true })},
-		{"networkInterfaces[1].network", "must not be there beside hostDevName", iface(func(n *vmspec.NetworkInterface) { n.HostDevName, n.Network = "tap7", "lan" })},
-		{"ports", "without an interface on one of our networks", func(s *vmspec.Spec) { s.Ports = []vmspec.Port{{HostPort: 1, GuestPort: 1}} }},
+		{"networkInterfaces[1].ifaceId", "letters, digits or underscores", iface(func(n *vmspec.NetworkInterface) {
+			n.IfaceID = "eth-1"
+		})},
+		{
+			"networkInterfaces[1].ifaceId", "is the same as networkInterfaces[0].ifaceId",
+			iface(func(n *vmspec.NetworkInterface) {
+				n.IfaceID = "eth0"
+			}),
+		},
+		{"networkInterfaces[1].namespace", "must not be there beside", iface(func(n *vmspec.NetworkInterface) {
+			n.Namespace = true
+		})},
+		{"networkInterfaces[1].network", "must not be there beside hostDevName", iface(func(n *vmspec.NetworkInterface) {
+			n.HostDevName, n.Network = "tap7", "lan"
+		})},
+		{"ports", "without an interface on one of our networks", func(s *vmspec.Spec) {
+			s.Ports = []vmspec.Port{{HostPort: 1, GuestPort: 1}}
+		}},
 		{"ports[0].guestPort", "from 1 to 65535", ports(vmspec.Port{HostPort: 1})},
 		{"ports[0].protocol", "tcp", ports(vmspec.Port{HostPort: 1, GuestPort: 1, Protocol: "sctp"})},
-		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2, Protocol: "tcp"})},
-		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv4Unspecified(), HostPort: 1, GuestPort: 2})},
-		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostIP: netip.IPv6Unspecified(), HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2})},
-		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv6Loopback(), HostPort: 1, GuestPort: 2})},
-		{"ports[1].hostPort", "is the same as ports[0].hostPort", ports(vmspec.Port{HostIP: netip.MustParseAddr("127.0.0.1"), HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv4Unspecified(), HostPort: 1, GuestPort: 2})},
+		{
+			"ports[1].hostPort", "is the same as ports[0].hostPort",
+			ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostPort: 1, GuestPort: 2, Protocol: "tcp"}),
+		},
+		{
+			"ports[1].hostPort", "is the same as ports[0].hostPort",
+			ports(vmspec.Port{HostPort: 1, GuestPort: 1},
+				vmspec.Port{HostIP: netip.IPv4Unspecified(), HostPort: 1, GuestPort: 2}),
+		},
+		{
+			"ports[1].hostPort", "is the same as ports[0].hostPort",
+			ports(vmspec.Port{HostIP: netip.IPv6Unspecified(), HostPort: 1, GuestPort: 1},
+				vmspec.Port{HostPort: 1, GuestPort: 2}),
+		},
+		{
+			"ports[1].hostPort", "is the same as ports[0].hostPort",
+			ports(vmspec.Port{HostPort: 1, GuestPort: 1}, vmspec.Port{HostIP: netip.IPv6Loopback(), HostPort: 1, GuestPort: 2}),
+		},
+		{
+			"ports[1].hostPort", "is the same as ports[0].hostPort",
+			ports(vmspec.Port{HostIP: netip.MustParseAddr("127.0.0.1"), HostPort: 1, GuestPort: 1},
+				vmspec.Port{HostIP: netip.IPv4Unspecified(), HostPort: 1, GuestPort: 2}),
+		},
 		{"publishAll", "only for a VM with an image", func(s *vmspec.Spec) {
 			s.NetworkInterfaces[1].HostDevName, s.PublishAll = "", true
 		}},
 		{"networkInterfaces[2].ip", "must be an IPv4 address", ip("fd00::5", "")},
-		{"networkInterfaces[1].ip", "beside hostDevName", iface(func(n *vmspec.NetworkInterface) { n.IP = netip.MustParseAddr("10.0.0.5") })},
+		{"networkInterfaces[1].ip", "beside hostDevName", iface(func(n *vmspec.NetworkInterface) {
+			n.IP = netip.MustParseAddr("10.0.0.5")
+		})},
 		{"networkInterfaces[3].ip", "is the same as networkInterfaces[2].ip", ip("10.0.0.5", "10.0.0.5")},
 		{"dns", "at most 3", dns("1.1.1.1", "1.1.1.2", "1.1.1.3", "1.1.1.4")},
 		{"dns[1]", "address of a server", dns("1.1.1.1", "fe80::1%eth0")},
-		{"dns", "without an interface on one of our networks", func(s *vmspec.Spec) { s.DNS = []netip.Addr{netip.MustParseAddr("1.1.1.1")} }},
+		{"dns", "without an interface on one of our networks", func(s *vmspec.Spec) {
+			s.DNS = []netip.Addr{netip.MustParseAddr("1.1.1.1")}
+		}},
 		{"dnsSearch", "without an image", func(s *vmspec.Spec) { s.DNSSearch = []string{"example.com"} }},
 		{"extraHosts", "without an image", extra(vmspec.ExtraHost{Name: "db", IP: netip.IPv6Loopback()})},
-		{"ports[0].hostIp", "without a zone", ports(vmspec.Port{HostIP: netip.MustParseAddr("::ffff:127.0.0.1"), HostPort: 1, GuestPort: 1})},
+		{
+			"ports[0].hostIp", "without a zone",
+			ports(vmspec.Port{HostIP: netip.MustParseAddr("::ffff:127.0.0.1"), HostPort: 1, GuestPort: 1}),
+		},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("sixteen_bytes_ab")},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("a/b")},
 		{"networkInterfaces[1].hostDevName", "Linux interface name", tap("a:1")},
@@ -240,10 +309,18 @@ func networkRules() []breakage {
 		})},
 		{"mmds.version", "one of V1, V2", func(s *vmspec.Spec) { s.MMDS.Version = "v2" }},
 		{"mmds.networkInterfaces", "at least one", func(s *vmspec.Spec) { s.MMDS.NetworkInterfaces = nil }},
-		{"mmds.networkInterfaces[1]", "ifaceId of one of networkInterfaces", func(s *vmspec.Spec) { s.MMDS.NetworkInterfaces = []string{"eth0", "eth9"} }},
-		{"mmds.ipv4Address", "from 169.254.1.0 to 169.254.254.255", func(s *vmspec.Spec) { s.MMDS.IPv4Address = "169.254.0.255" }},
-		{"mmds.ipv4Address", "from 169.254.1.0 to 169.254.254.255", func(s *vmspec.Spec) { s.MMDS.IPv4Address = "169.254.255.0" }},
-		{"mmds.ipv4Address", "from 169.254.1.0 to 169.254.254.255", func(s *vmspec.Spec) { s.MMDS.IPv4Address = "::ffff:169.254.169.254" }},
+		{"mmds.networkInterfaces[1]", "ifaceId of one of networkInterfaces", func(s *vmspec.Spec) {
+			s.MMDS.NetworkInterfaces = []string{"eth0", "eth9"}
+		}},
+		{"mmds.ipv4Address", "from 169.254.1.0 to 169.254.254.255", func(s *vmspec.Spec) {
+			s.MMDS.IPv4Address = "169.254.0.255"
+		}},
+		{"mmds.ipv4Address", "from 169.254.1.0 to 169.254.254.255", func(s *vmspec.Spec) {
+			s.MMDS.IPv4Address = "169.254.255.0"
+		}},
+		{"mmds.ipv4Address", "from 169.254.1.0 to 169.254.254.255", func(s *vmspec.Spec) {
+			s.MMDS.IPv4Address = "::ffff:169.254.169.254"
+		}},
 		{"mmds.ipv4Address", "from 169.254.1.0 to 169.254.254.255", func(s *vmspec.Spec) { s.MMDS.IPv4Address = "metadata" }},
 	}
 }
@@ -253,7 +330,9 @@ func otherRules() []breakage {
 		{"vsock.guestCid", "from 3 to 4294967294", func(s *vmspec.Spec) { s.Vsock.GuestCID = 2 }},
 		{"vsock.guestCid", "from 3 to 4294967294", func(s *vmspec.Spec) { s.Vsock.GuestCID = math.MaxUint32 }},
 		{"vsock.udsPath", "at most 107 bytes", func(s *vmspec.Spec) { s.Vsock.UDSPath = strings.Repeat("a", 108) }},
-		{"logger.level", "one of Off, Error, Warn, Warning, Info, Debug, Trace", func(s *vmspec.Spec) { s.Logger.Level = "verbose" }},
+		{"logger.level", "one of Off, Error, Warn, Warning, Info, Debug, Trace", func(s *vmspec.Spec) {
+			s.Logger.Level = "verbose"
+		}},
 		{"logger.logPath", "NUL", func(s *vmspec.Spec) { s.Logger.LogPath = "\x00" }},
 		{"metrics.metricsPath", "is required", func(s *vmspec.Spec) { s.Metrics.MetricsPath = "" }},
 		{"metrics.properties", "at most 8192 bytes", func(s *vmspec.Spec) {
@@ -303,7 +382,8 @@ func TestSpec_Validate_Accepts(t *testing.T) {
 		},
 		"one address, other networks": func(s *vmspec.Spec) {
 			for _, name := range []string{"a", "b"} {
-				s.NetworkInterfaces = append(s.NetworkInterfaces, vmspec.NetworkInterface{IfaceID: name, Network: name, IP: netip.MustParseAddr("10.0.0.5")})
+				s.NetworkInterfaces = append(s.NetworkInterfaces,
+					vmspec.NetworkInterface{IfaceID: name, Network: name, IP: netip.MustParseAddr("10.0.0.5")})
 			}
 		},
 		"least mtu":      func(s *vmspec.Spec) { s.NetworkInterfaces[0].MTU = 68 },
@@ -331,7 +411,8 @@ func TestSpec_Validate_Accepts(t *testing.T) {
 func TestSpec_Validate_AllAtOnceInOrder(t *testing.T) {
 	spec := vmspec.Spec{
 		ID: "a_b", Labels: map[string]string{}, Drives: []vmspec.Drive{{}}, NetworkInterfaces: []vmspec.NetworkInterface{{}},
-		Vsock: &vmspec.Vsock{}, MMDS: &vmspec.MMDS{}, Metrics: &vmspec.Metrics{}, Serial: &vmspec.Serial{}, Pmem: []vmspec.Pmem{{}},
+		Vsock: &vmspec.Vsock{}, MMDS: &vmspec.MMDS{}, Metrics: &vmspec.Metrics{}, Serial: &vmspec.Serial{},
+		Pmem:          []vmspec.Pmem{{}},
 		MemoryHotplug: &vmspec.MemoryHotplug{}, Balloon: &vmspec.Balloon{AmountMiB: 1},
 	}
 	want := []string{
@@ -360,7 +441,8 @@ func TestSpec_Validate_BoundsItsReport(t *testing.T) {
 	if got, want := all[0].Value, strings.Repeat("é", 64)+"…"; got != want {
 		t.Errorf("got value %q, want %q", got, want)
 	}
-	if diff := cmp.Diff(vmspec.FieldError{Path: "$", Reason: "has more problems than are listed here"}, all[99]); diff != "" {
+	if diff := cmp.Diff(vmspec.FieldError{Path: "$", Reason: "has more problems than are listed here"},
+		all[99]); diff != "" {
 		t.Error(diff)
 	}
 }

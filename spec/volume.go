@@ -6,19 +6,21 @@ import (
 	"strings"
 )
 
-// Volume is a directory or a file of the host of which the guest of an image has a copy, made anew at each start. What the host changes
-// meanwhile is not seen in the guest, and what the guest writes goes when the VM stops, unless it is copied back.
+// Volume is a directory or a file of the host of which the guest of an image has a copy, made anew
+// at each start. What the host changes meanwhile is not seen in the guest, and what the guest
+// writes goes when the VM stops, unless it is copied back.
 type Volume struct {
 	Source   string `json:"source"`
 	Target   string `json:"target"` // absolute, in the guest; made if it is not there
 	ReadOnly bool   `json:"readOnly,omitempty"`
-	// Sync copies what the guest has changed back to Source when the VM ends. What the host has changed in the same place stays, and
-	// the guest's version is put beside it.
+	// Sync copies what the guest has changed back to Source when the VM ends. What the host has
+	// changed in the same place stays, and the guest's version is put beside it.
 	Sync bool `json:"sync,omitempty"`
 }
 
-// NamedVolume is a disk of the host's that is made, with an empty ext4, for the first VM that names it, and stays when that is removed. It has
-// its first content from the image: what is below Target there. One VM at a time can run with it.
+// NamedVolume is a disk of the host's that is made, with an empty ext4, for the first VM that names
+// it, and stays when that is removed. It has its first content from the image: what is below Target
+// there. One VM at a time can run with it.
 type NamedVolume struct {
 	Name    string `json:"name"`              // 1-64 of [A-Za-z0-9_.-], beginning with a letter or digit
 	Target  string `json:"target"`            // absolute, in the guest; made if it is not there
@@ -60,7 +62,8 @@ func (s Spec) checkVolumes(p *problems) {
 // checkNamedVolumes gets the targets that are taken.
 func (s Spec) checkNamedVolumes(p *problems, targets map[string]string) {
 	p.require(s.Image != "" || len(s.NamedVolumes) == 0, "namedVolumes", nil, "is only for a VM with an image")
-	p.require(len(s.NamedVolumes) <= maxNamedVolumes, "namedVolumes", len(s.NamedVolumes), fmt.Sprintf("must be at most %d", maxNamedVolumes))
+	p.require(len(s.NamedVolumes) <= maxNamedVolumes, "namedVolumes", len(s.NamedVolumes),
+		fmt.Sprintf("must be at most %d", maxNamedVolumes))
 	names := map[string]string{}
 	for i, v := range s.NamedVolumes {
 		at := fmt.Sprintf("namedVolumes[%d].", i)

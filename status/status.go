@@ -1,4 +1,5 @@
-// Package status has the states that VMs can be in, how their runs end, and what operations on them fail with.
+// Package status has the states that VMs can be in, how their runs end, and what operations on them
+// fail with.
 package status
 
 import (
@@ -21,7 +22,8 @@ var (
 	ErrState = errors.New("wrong state")
 	// ErrAmbiguous is returned for the beginning of an id that several things have.
 	ErrAmbiguous = errors.New("ambiguous")
-	// ErrClosed is returned by what was under way in a Host that is closed, and by its methods afterwards.
+	// ErrClosed is returned by what was under way in a Host that is closed, and by its methods
+	// afterwards.
 	ErrClosed = errors.New("closed")
 	// ErrUnread means that a guest does not read what is written to its console.
 	ErrUnread = errors.New("the guest does not read its console")
@@ -30,7 +32,8 @@ var (
 // State is where a VM is in its life.
 type State string
 
-// The states. What is not in the middle of an operation is derived from the host each time it is asked.
+// The states. What is not in the middle of an operation is derived from the host each time it is
+// asked.
 const (
 	Creating State = "creating"
 	Stopped  State = "stopped" // made and never started, or ended

@@ -23,7 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The ports: one sends back what comes; one takes as many bytes as the first eight say, and answers with one; one sends so many.
+// The ports: one sends back what comes; one takes as many bytes as the first eight say, and answers
+// with one; one sends so many.
 const (
 	echoPort = 2000 + iota
 	sinkPort
@@ -105,7 +106,8 @@ func serve() error {
 // bufferSize is that of streams.
 const bufferSize = 256 << 10
 
-// length reads eight bytes that say how long a stream is: the VMM knows no connection that has ended one way only.
+// length reads eight bytes that say how long a stream is: the VMM knows no connection that has
+// ended one way only.
 func length(c net.Conn) (int, error) {
 	var n [8]byte
 	_, err := io.ReadFull(c, n[:])
@@ -131,7 +133,8 @@ func spawn(n int) error {
 	return nil
 }
 
-// kernel finds the moment in the kernel's log, whose clock is not that of the phases: a line of its own in it says by how much.
+// kernel finds the moment in the kernel's log, whose clock is not that of the phases: a line of its
+// own in it says by how much.
 func kernel() error {
 	const own = "inguest: now"
 	log, err := os.OpenFile("/dev/kmsg", os.O_RDWR|syscall.O_NONBLOCK, 0)

@@ -1,6 +1,7 @@
-// Command smartvm-agent is the first program of a guest: /init of the initramfs that smartvm gives to images. Beside an
-// image's own init it runs on as two processes that serve the host, and where an image has no modprobe the kernel runs it in the place of
-// that. In a system that boots by itself it is a service:
+// Command smartvm-agent is the first program of a guest: /init of the initramfs that smartvm gives
+// to images. Beside an image's own init it runs on as two processes that serve the host, and where
+// an image has no modprobe the kernel runs it in the place of that. In a system that boots by
+// itself it is a service:
 //
 //	smartvm-agent serve
 package main

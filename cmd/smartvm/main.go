@@ -17,7 +17,8 @@ func main() {
 	// Whatever our parent left open is no business of the VMs'. Kernels before 5.11 cannot do it.
 	_ = unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC)
 	ctx, kill := interrupts()
-	os.Exit(cli.Main(ctx, os.Args[1:], cli.Process{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Kill: kill, Resized: resizes()}))
+	os.Exit(cli.Main(ctx, os.Args[1:],
+		cli.Process{Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Kill: kill, Resized: resizes()}))
 }
 
 // resizes tells of the terminal's new sizes.
@@ -35,7 +36,8 @@ func resizes() <-chan struct{} {
 	return resized
 }
 
-// interrupts turns the first signal into the context's end, the second into kill's, and lets the third end the process.
+// interrupts turns the first signal into the context's end, the second into kill's, and lets the
+// third end the process.
 func interrupts() (ctx context.Context, kill <-chan struct{}) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	now := make(chan struct{})

@@ -17,8 +17,9 @@ import (
 	"push.rocks/smartvm/image/oci/ocitest"
 )
 
-// registryCommand serves an image, app:1, and sets REGISTRY to where; what is asked of it is in the file requests: registry [-tls] [-login USER:PASSWORD].
-// The certificate of one with TLS is certs/ca.crt.
+// registryCommand serves an image, app:1, and sets REGISTRY to where; what is asked of it is in the
+// file requests: registry [-tls] [-login USER:PASSWORD]. The certificate of one with TLS is
+// certs/ca.crt.
 func registryCommand(ts *testscript.TestScript, neg bool, args []string) {
 	var flags flag.FlagSet
 	tls, login := flags.Bool("tls", false, ""), flags.String("login", "", "")

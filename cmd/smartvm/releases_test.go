@@ -18,7 +18,8 @@ import (
 	"push.rocks/smartvm/image/release"
 )
 
-// releasesCommand makes this a machine on which nothing is installed, and serves a release of Firecracker in the recorded shape: releases VERSION.
+// releasesCommand makes this a machine on which nothing is installed, and serves a release of
+// Firecracker in the recorded shape: releases VERSION.
 func releasesCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: releases VERSION")
@@ -27,16 +28,26 @@ func releasesCommand(ts *testscript.TestScript, neg bool, args []string) {
 	var archive bytes.Buffer
 	zip := gzip.NewWriter(&archive)
 	w := tar.NewWriter(zip)
-	for name, from := range map[string]string{"firecracker": ts.Getenv("SMARTVM_FIRECRACKER"), "jailer": ts.Getenv("SMARTVM_JAILER")} {
+	for name, from := range map[string]string{
+		"firecracker": ts.Getenv("SMARTVM_FIRECRACKER"),
+		"jailer":      ts.Getenv("SMARTVM_JAILER"),
+	} {
 		data, err := os.ReadFile(from)
 		ts.Check(err)
-		ts.Check(w.WriteHeader(&tar.Header{Name: fmt.Sprintf("release-%s-%s/%s-%[1]s-%[2]s", version, arch, name), Size: int64(len(data)), Mode: 0o755}))
+		ts.Check(w.WriteHeader(
+			&tar.Header{
+				Name: fmt.Sprintf("release-%s-%s/%s-%[1]s-%[2]s", version, arch, name), Size: int64(len(data)),
+				Mode: 0o755,
+			}))
 		_, err = w.Write(data)
 		ts.Check(err)
 	}
 	ts.Check(errors.Join(w.Close(), zip.Close()))
 	name := fmt.Sprintf("firecracker-%s-%s.tgz", version, arch)
-	files := map[string][]byte{name: archive.Bytes(), name + ".sha256.txt": fmt.Appendf(nil, "%x  %s\n", sha256.Sum256(archive.Bytes()), name)}
+	files := map[string][]byte{
+		name:                 archive.Bytes(),
+		name + ".sha256.txt": fmt.Appendf(nil, "%x  %s\n", sha256.Sum256(archive.Bytes()), name),
+	}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asset, isAsset := strings.CutPrefix(r.URL.Path, "/download/"+version+"/")
 		switch {

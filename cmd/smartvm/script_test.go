@@ -31,7 +31,8 @@ func TestMain(m *testing.M) {
 // patience bounds every wait of a script.
 const patience = 20 * time.Second
 
-// TestScript is the contract of the command line. Each script has a runtime directory of its own, in which no VM may be left.
+// TestScript is the contract of the command line. Each script has a runtime directory of its own,
+// in which no VM may be left.
 func TestScript(t *testing.T) { runScripts(t, "../../testdata/script") }
 
 // TestScript_Network is the same for VMs on networks, in a network of its own.
@@ -74,7 +75,8 @@ func runScripts(t *testing.T, dir string) {
 			return writeGuests(e.WorkDir)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"code": codeCommand, "eventually": eventuallyCommand, "until": untilCommand, "begin": beginCommand, "signal": signalCommand, "end": endCommand,
+			"code": codeCommand, "eventually": eventuallyCommand, "until": untilCommand, "begin": beginCommand,
+			"signal": signalCommand, "end": endCommand,
 			"endsupervisor": endSupervisorCommand, "releases": releasesCommand, "registry": registryCommand,
 		},
 	})
@@ -122,7 +124,10 @@ func leave(t testing.TB, dir string) {
 	if err := os.RemoveAll(filepath.Join(dir, ".events")); err != nil { // what has happened is kept
 		t.Error(err)
 	}
-	for _, empty := range []string{filepath.Join(dir, ".leases"), filepath.Join(dir, ".networks"), dir, filepath.Join(dir+".data", "staging")} {
+	for _, empty := range []string{
+		filepath.Join(dir, ".leases"), filepath.Join(dir, ".networks"), dir,
+		filepath.Join(dir+".data", "staging"),
+	} {
 		if err := os.Remove(empty); err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Error(err)
 		}
@@ -142,7 +147,8 @@ func codeCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// eventuallyCommand is code for a program that now and then ends otherwise: Firecracker can call a crash a success.
+// eventuallyCommand is code for a program that now and then ends otherwise: Firecracker can call a
+// crash a success.
 func eventuallyCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: eventually N program args...")
@@ -166,7 +172,8 @@ func exitCode(ts *testscript.TestScript, args []string) string {
 	return strconv.Itoa(exit.ExitCode())
 }
 
-// untilCommand runs a program again and again until its standard output matches: [!] until pattern program args...
+// untilCommand runs a program again and again until its standard output matches: [!] until pattern
+// program args...
 func untilCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) < 2 {
 		ts.Fatalf("usage: [!] until pattern program args...")
@@ -200,7 +207,8 @@ func named(ts *testscript.TestScript, name string) *background {
 	return b
 }
 
-// beginCommand starts a program whose output goes to the files NAME.out and NAME.err: begin NAME program args...
+// beginCommand starts a program whose output goes to the files NAME.out and NAME.err: begin NAME
+// program args...
 func beginCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: begin NAME program args...")
@@ -221,7 +229,10 @@ func beginCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	b.cmd.Dir = ts.MkAbs(".")
 	b.cmd.Env = os.Environ()
-	for _, name := range []string{"PATH", "SMARTVM_RUNTIME_DIR", "SMARTVM_DATA_DIR", "SMARTVM_FIRECRACKER", "SMARTVM_JAILER", "GORACE"} {
+	for _, name := range []string{
+		"PATH", "SMARTVM_RUNTIME_DIR", "SMARTVM_DATA_DIR", "SMARTVM_FIRECRACKER",
+		"SMARTVM_JAILER", "GORACE",
+	} {
 		b.cmd.Env = append(b.cmd.Env, name+"="+ts.Getenv(name))
 	}
 	ts.Check(b.cmd.Start())
@@ -262,7 +273,8 @@ func endCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// endSupervisorCommand signals a VM's supervisor and waits until it is gone: endsupervisor TERM|KILL ID
+// endSupervisorCommand signals a VM's supervisor and waits until it is gone: endsupervisor
+// TERM|KILL ID
 func endSupervisorCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: endsupervisor TERM|KILL ID")

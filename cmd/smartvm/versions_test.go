@@ -17,8 +17,8 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// nextRelease is what a release that comes later changes, by file of this module: it writes newer versions, and has fields
-// that are unknown here.
+// nextRelease is what a release that comes later changes, by file of this module: it writes newer
+// versions, and has fields that are unknown here.
 var nextRelease = map[string][][2]string{
 	"journal/journal.go": {
 		{"const version = 0\n", "const version = 1\n"},
@@ -108,7 +108,8 @@ func (p *program) run(args ...string) string {
 func (p *program) refuses(what string, args ...string) (stdout string) {
 	p.t.Helper()
 	stdout, err := p.try(args...)
-	if err == nil || !strings.Contains(err.Error(), what) || !strings.Contains(err.Error(), "it has version 2, this smartvm reads version 1") ||
+	if err == nil || !strings.Contains(err.Error(), what) ||
+		!strings.Contains(err.Error(), "it has version 2, this smartvm reads version 1") ||
 		!strings.Contains(err.Error(), "hint: ") {
 		p.t.Errorf("%s: %q, %v; want that %s has a newer version, and what to do", strings.Join(args, " "), stdout, err, what)
 	}
@@ -125,7 +126,10 @@ type host struct {
 // newHost returns one on which nothing may be left when the test ends. The caller closes it.
 func newHost(t *testing.T) *host {
 	testenv.Require(t, testenv.KVM, testenv.Root)
-	h := &host{now: &program{t: t, path: build(t, nil)}, next: &program{t: t, path: build(t, nextRelease)}, guests: t.TempDir()}
+	h := &host{
+		now: &program{t: t, path: build(t, nil)}, next: &program{t: t, path: build(t, nextRelease)},
+		guests: t.TempDir(),
+	}
 	base, err := os.MkdirTemp("/dev/shm", "smartvm-versions-")
 	if err == nil {
 		err = writeGuests(h.guests)
@@ -177,8 +181,8 @@ func (h *host) files(t *testing.T, id string) []string {
 	return all
 }
 
-// TestUpgrade has VMs outlive an upgrade: the next release lists, snapshots, adopts, stops, starts, restores and removes what this one has
-// left.
+// TestUpgrade has VMs outlive an upgrade: the next release lists, snapshots, adopts, stops, starts,
+// restores and removes what this one has left.
 func TestUpgrade(t *testing.T) {
 	h := newHost(t)
 	defer h.close(t)
@@ -213,8 +217,8 @@ func TestUpgrade(t *testing.T) {
 	next.run("rm", "web", "live", "ended")
 }
 
-// TestDowngrade has VMs outlive a downgrade: this release says of each VM and snapshot of the next one that it is of that, touches none, and
-// does its work on its own.
+// TestDowngrade has VMs outlive a downgrade: this release says of each VM and snapshot of the next
+// one that it is of that, touches none, and does its work on its own.
 func TestDowngrade(t *testing.T) {
 	h := newHost(t)
 	defer h.close(t)

@@ -1,9 +1,10 @@
-// Package base keeps base images: bundles of a kernel and a root file system that fit each other, from the Firecracker
-// project's CI or from a manifest of one's own.
+// Package base keeps base images: bundles of a kernel and a root file system that fit each other,
+// from the Firecracker project's CI or from a manifest of one's own.
 //
-// A bundle is an immutable directory that is there whole or not at all. Nobody publishes digests of what the CI has: what
-// was fetched first is taken, and whatever comes later under that name must be the same. Few bundles are kept; which
-// VMs use is never among those that go. Many processes share one directory.
+// A bundle is an immutable directory that is there whole or not at all. Nobody publishes digests of
+// what the CI has: what was fetched first is taken, and whatever comes later under that name must
+// be the same. Few bundles are kept; which VMs use is never among those that go. Many processes
+// share one directory.
 package base
 
 import (
@@ -37,7 +38,8 @@ const (
 	LTSVersion = "v1.7.0"
 	// DefaultMaxStored is how many bundles are kept.
 	DefaultMaxStored = 2
-	// DefaultBucketURL is where the Firecracker project's CI puts its images. Its own documentation lists it over plain http.
+	// DefaultBucketURL is where the Firecracker project's CI puts its images. Its own documentation
+	// lists it over plain http.
 	DefaultBucketURL = "https://s3.amazonaws.com/spec.ccfc.min"
 )
 
@@ -69,7 +71,8 @@ type Options struct {
 	ManifestURL, ManifestPath string
 	BucketURL                 string // default: DefaultBucketURL
 	Arch                      string // "x86_64" or "aarch64". Default: this machine's
-	// ReleaseLatest returns the newest Firecracker's version: "v1.12.1". Nil: the Firecracker project is asked.
+	// ReleaseLatest returns the newest Firecracker's version: "v1.12.1". Nil: the Firecracker project
+	// is asked.
 	ReleaseLatest func(ctx context.Context) (string, error)
 	// Log gets a warning before a bundle is evicted.
 	Log     *slog.Logger
@@ -145,9 +148,10 @@ func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.opts.Dir}, elem...)...)
 }
 
-// Ensure returns a preset's bundle, checked, and fetches it if it is not here. Offline, it is the one that the preset was
-// when it last was looked up. Errors are fs.ErrInvalid for another preset, ErrOffline, ErrCorrupt, ErrConflict,
-// *ResolveError, *ManifestError, *download.DigestError and others of package download.
+// Ensure returns a preset's bundle, checked, and fetches it if it is not here. Offline, it is the
+// one that the preset was when it last was looked up. Errors are fs.ErrInvalid for another preset,
+// ErrOffline, ErrCorrupt, ErrConflict, *ResolveError, *ManifestError, *download.DigestError and
+// others of package download.
 func (s *Store) Ensure(ctx context.Context, preset string) (*Bundle, error) {
 	b, err := s.ensure(ctx, preset)
 	if err != nil {
@@ -226,7 +230,9 @@ func (s *Store) alone(ctx context.Context, do func() error) (err error) {
 	if err := os.MkdirAll(s.path(workDir), 0o700); err != nil {
 		return err
 	}
-	release, err := lock.Path(ctx, s.path(workDir), lock.Exclusive, func() { s.opts.Waiting("another smartvm that fetches a base image") })
+	release, err := lock.Path(ctx, s.path(workDir), lock.Exclusive, func() {
+		s.opts.Waiting("another smartvm that fetches a base image")
+	})
 	if err != nil {
 		return err
 	}

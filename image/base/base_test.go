@@ -31,7 +31,10 @@ func TestEnsure(t *testing.T) {
 		Version: 1, ID: id116, Name: "Firecracker CI v1.16, ubuntu-24.04", Arch: "x86_64", FirecrackerVersion: "v1.16.1",
 		RootfsType: "squashfs", RootfsIsReadOnly: true, Dir: dir,
 		KernelPath: filepath.Join(dir, "vmlinux-6.1.141"), RootfsPath: filepath.Join(dir, "ubuntu-24.04.squashfs"),
-		Kernel: base.File{FileName: "vmlinux-6.1.141", SHA256: digest(kernel), Size: 12, Source: b.URL + "/bucket/firecracker-ci/v1.16/x86_64/vmlinux-6.1.141"},
+		Kernel: base.File{
+			FileName: "vmlinux-6.1.141", SHA256: digest(kernel), Size: 12,
+			Source: b.URL + "/bucket/firecracker-ci/v1.16/x86_64/vmlinux-6.1.141",
+		},
 		Rootfs: base.File{
 			FileName: "ubuntu-24.04.squashfs", SHA256: digest(rootfs), Size: 16,
 			Source: b.URL + "/bucket/firecracker-ci/v1.16/x86_64/ubuntu-24.04.squashfs",
@@ -90,10 +93,16 @@ func TestEnsure_Trains(t *testing.T) {
 		want          string // beginning of the id
 	}{
 		{"its own", "v1.16.0", merge(train("v1.16"), dated), "v1.16-x86_64-vmlinux-6.1.141-ubuntu-24.04.squashfs"},
-		{"no train of the version", "v1.17.0", merge(train("v1.16"), dated), "20260612-bbb-x86_64-vmlinux-6.1.141-ubuntu-24.04.squashfs"},
+		{
+			"no train of the version", "v1.17.0", merge(train("v1.16"), dated),
+			"20260612-bbb-x86_64-vmlinux-6.1.141-ubuntu-24.04.squashfs",
+		},
 		{"a train without a rootfs", "v1.15.2", merge(half, dated), "20260612-bbb-"},
 		{"ext4", "1.14.0", onlyExt4, "v1.14-x86_64-vmlinux-6.1.141-ubuntu-22.04.ext4"},
-		{"the newest date is not whole yet", "v1.17.0", merge(dated, map[string][]byte{"firecracker-ci/20260701-c/x86_64/vmlinux-6.1.1": {1}}), "20260612-bbb-"},
+		{
+			"the newest date is not whole yet", "v1.17.0",
+			merge(dated, map[string][]byte{"firecracker-ci/20260701-c/x86_64/vmlinux-6.1.1": {1}}), "20260612-bbb-",
+		},
 		{"nothing", "v1.17.0", map[string][]byte{}, ""},
 		{"another architecture", "v1.16.0", map[string][]byte{"firecracker-ci/v1.16/aarch64/vmlinux-6.1.1": {1}}, ""},
 		{"names of no date", "v1.17.0", merge(train("v1.16"), train("2026-x"), train("20260101")), ""},
@@ -109,7 +118,8 @@ func TestEnsure_Trains(t *testing.T) {
 				wantNothing(t, o.Dir)
 				return
 			}
-			if err != nil || !strings.HasPrefix(b.ID, tt.want) || b.FirecrackerVersion != "v"+strings.TrimPrefix(tt.version, "v") {
+			if err != nil || !strings.HasPrefix(b.ID, tt.want) || b.FirecrackerVersion != "v"+
+				strings.TrimPrefix(tt.version, "v") {
 				t.Errorf("%+v, %v", b, err)
 			}
 			if err == nil && b.RootfsIsReadOnly != (b.RootfsType == "squashfs") {
@@ -199,10 +209,12 @@ func TestUse_Corrupt(t *testing.T) {
 		return func() error { return errors.Join(os.Remove(path), os.WriteFile(path, []byte(text), 0o444)) }
 	}
 	for name, damage := range map[string]func() error{
-		"another kernel":    rewrite(got.KernelPath, "kernel v1.17"),
-		"a longer rootfs":   rewrite(got.RootfsPath, "hsqsrootfs v1.16+"),
-		"no rootfs":         func() error { return os.Remove(got.RootfsPath) },
-		"a link":            func() error { return errors.Join(os.Remove(got.KernelPath), os.Symlink("/bin/sh", got.KernelPath)) },
+		"another kernel":  rewrite(got.KernelPath, "kernel v1.17"),
+		"a longer rootfs": rewrite(got.RootfsPath, "hsqsrootfs v1.16+"),
+		"no rootfs":       func() error { return os.Remove(got.RootfsPath) },
+		"a link": func() error {
+			return errors.Join(os.Remove(got.KernelPath), os.Symlink("/bin/sh", got.KernelPath))
+		},
 		"no description":    func() error { return os.Remove(filepath.Join(got.Dir, "bundle.json")) },
 		"half of one":       rewrite(filepath.Join(got.Dir, "bundle.json"), `{"version": 1,`),
 		"of another bundle": rewrite(filepath.Join(got.Dir, "bundle.json"), `{"version": 1, "bundleId": "x"}`),
@@ -232,7 +244,8 @@ func TestUse_Corrupt(t *testing.T) {
 	}
 }
 
-// The digest is looked at again when the file has been touched, and then not until it is again; Verify always looks.
+// The digest is looked at again when the file has been touched, and then not until it is again;
+// Verify always looks.
 func TestUse_Cached(t *testing.T) {
 	o := options(t, newBucket(t, train("v1.16")), "v1.16.1")
 	verified := 0
@@ -390,14 +403,18 @@ func TestEnsure_BadServer(t *testing.T) {
 		answer func(w http.ResponseWriter, r *http.Request) bool
 		want   any
 	}{
-		"no listing":        {code("list", 403), new(*download.StatusError)},
-		"busy":              {code("list", 503), new(*download.StatusError)},
-		"no object":         {code(rootfs, 404), new(*download.StatusError)},
-		"no XML":            {write("hello"), new(*base.ResolveError)},
-		"an error":          {write("<Error><Code>AccessDenied</Code></Error>"), new(*base.ResolveError)},
-		"cut short":         {write(head + "<Contents><Key>a"), new(*base.ResolveError)},
-		"no token":          {write(head + "<IsTruncated>true</IsTruncated></ListBucketResult>"), new(*base.ResolveError)},
-		"without end":       {write(head + "<IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken></ListBucketResult>"), new(*base.ResolveError)},
+		"no listing": {code("list", 403), new(*download.StatusError)},
+		"busy":       {code("list", 503), new(*download.StatusError)},
+		"no object":  {code(rootfs, 404), new(*download.StatusError)},
+		"no XML":     {write("hello"), new(*base.ResolveError)},
+		"an error":   {write("<Error><Code>AccessDenied</Code></Error>"), new(*base.ResolveError)},
+		"cut short":  {write(head + "<Contents><Key>a"), new(*base.ResolveError)},
+		"no token":   {write(head + "<IsTruncated>true</IsTruncated></ListBucketResult>"), new(*base.ResolveError)},
+		"without end": {
+			write(head +
+				"<IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken></ListBucketResult>"),
+			new(*base.ResolveError),
+		},
 		"too long":          {write(head + strings.Repeat(" ", 9<<20)), new(*download.SizeError)},
 		"a huge rootfs":     {write(listed("ubuntu-1.squashfs", "99999999999999")), new(*download.SizeError)},
 		"a size that lies":  {write(listed("ubuntu-24.04.squashfs", "5")), new(*download.SizeError)},
@@ -422,7 +439,8 @@ func TestEnsure_BadServer(t *testing.T) {
 
 func listed(rootfs, size string) string {
 	const at = "firecracker-ci/v1.16/x86_64/"
-	return "<ListBucketResult><Contents><Key>" + at + "vmlinux-6.1.141</Key><Size>12</Size></Contents><Contents><Key>" + at + rootfs +
+	return "<ListBucketResult><Contents><Key>" + at + "vmlinux-6.1.141</Key><Size>12</Size></Contents><Contents><Key>" +
+		at + rootfs +
 		"</Key><Size>" + size + "</Size></Contents></ListBucketResult>"
 }
 
@@ -450,7 +468,10 @@ func TestBundle_JSON(t *testing.T) {
 	if err := json.Unmarshal(data, &fields); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"bundleId", "arch", "firecrackerVersion", "rootfsType", "rootfsIsReadOnly", "lastAccessedAt"} {
+	for _, name := range []string{
+		"bundleId", "arch", "firecrackerVersion", "rootfsType", "rootfsIsReadOnly",
+		"lastAccessedAt",
+	} {
 		if _, ok := fields[name]; !ok {
 			t.Errorf("%s is missing: %s", name, data)
 		}

@@ -46,7 +46,8 @@ type File struct {
 	SHA256   string `json:"sha256"`
 	Size     int64  `json:"sizeBytes"`
 	Source   string `json:"source"` // URL or path
-	// Seen is the file's inode, size and time when its digest was last found right. While they stay, it is.
+	// Seen is the file's inode, size and time when its digest was last found right. While they stay,
+	// it is.
 	Seen string `json:"seen"`
 }
 
@@ -86,7 +87,8 @@ func plainName(name string) bool {
 		!strings.HasPrefix(name, descFile+".") && !strings.HasSuffix(name, download.PartialSuffix)
 }
 
-// List returns the bundles, the last used first, as they are described. What cannot be read is left out, and in the error.
+// List returns the bundles, the last used first, as they are described. What cannot be read is left
+// out, and in the error.
 func (s *Store) List() ([]*Bundle, error) {
 	entries, err := os.ReadDir(s.opts.Dir)
 	if err != nil {
@@ -111,11 +113,12 @@ func (s *Store) List() ([]*Bundle, error) {
 	return all, errors.Join(errs...)
 }
 
-// Open returns a bundle for use. Its files are compared with their digests if they have changed since that was last done.
-// Returns fs.ErrNotExist, ErrCorrupt.
+// Open returns a bundle for use. Its files are compared with their digests if they have changed
+// since that was last done. Returns fs.ErrNotExist, ErrCorrupt.
 func (s *Store) Open(ctx context.Context, id string) (*Bundle, error) { return s.use(ctx, id, false) }
 
-// Verify reads all of a bundle and compares it with what was stored. Returns fs.ErrNotExist, ErrCorrupt.
+// Verify reads all of a bundle and compares it with what was stored. Returns fs.ErrNotExist,
+// ErrCorrupt.
 func (s *Store) Verify(ctx context.Context, id string) error {
 	_, err := s.use(ctx, id, true)
 	return err
@@ -157,8 +160,8 @@ func (s *Store) use(ctx context.Context, id string, full bool) (b *Bundle, err e
 	return b, errors.Join(err, release())
 }
 
-// Hold keeps a bundle from being removed until it is let go of. Whoever makes a VM holds it until InUse sees the VM.
-// Returns fs.ErrNotExist.
+// Hold keeps a bundle from being removed until it is let go of. Whoever makes a VM holds it until
+// InUse sees the VM. Returns fs.ErrNotExist.
 func (s *Store) Hold(ctx context.Context, id string) (release func() error, err error) {
 	f, err := s.lockBundle(id, func(f *os.File) error { return lock.Wait(ctx, f, lock.Shared, nil) })
 	if err != nil {
@@ -188,7 +191,8 @@ func (s *Store) lockBundle(id string, take func(f *os.File) error) (*os.File, er
 // Dir is where a bundle is, whether or not it is there.
 func (s *Store) Dir(id string) string { return s.path(id) }
 
-// stamp changes when the file at path does. That is for noticing accidents: who can write here can do as he likes.
+// stamp changes when the file at path does. That is for noticing accidents: who can write here can
+// do as he likes.
 func stamp(path string) (string, error) {
 	fi, err := os.Lstat(path)
 	if err != nil {

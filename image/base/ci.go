@@ -47,7 +47,9 @@ func (s *Store) ci(ctx context.Context, version string) (*plan, error) {
 		return nil, err
 	}
 	if p == nil {
-		return nil, &ResolveError{fmt.Sprintf("the CI of Firecracker %s has no kernel with a root file system for %s", version, s.opts.Arch)}
+		return nil, &ResolveError{
+			fmt.Sprintf("the CI of Firecracker %s has no kernel with a root file system for %s", version, s.opts.Arch),
+		}
 	}
 	p.version = "v" + strings.TrimPrefix(version, "v")
 	return p, nil
@@ -91,27 +93,33 @@ func (s *Store) train(ctx context.Context, name string) (*plan, error) {
 		p.rootfsType, p.readOnly = "squashfs", true
 	}
 	for of, to := range map[*object]*artifact{kernel: &p.kernel, rootfs: &p.rootfs} {
-		*to = artifact{url: s.opts.BucketURL + "/" + of.key, etag: of.etag, size: of.size, fileName: strings.TrimPrefix(of.key, prefix)}
+		*to = artifact{
+			url: s.opts.BucketURL + "/" + of.key, etag: of.etag, size: of.size,
+			fileName: strings.TrimPrefix(of.key, prefix),
+		}
 	}
 	p.id = strings.Join([]string{name, s.opts.Arch, p.kernel.fileName, p.rootfs.fileName}, "-")
 	p.name = "Firecracker CI " + name + ", " + strings.TrimSuffix(p.rootfs.fileName, "."+p.rootfsType)
 	return p, nil
 }
 
-// choose takes the newest kernel and the newest root file system directly below a prefix, squashfs before ext4.
+// choose takes the newest kernel and the newest root file system directly below a prefix, squashfs
+// before ext4.
 func choose(objects []object, prefix string) (kernel, rootfs *object) {
 	newest := func(pattern *regexp.Regexp, suffix string) *object {
 		var best *object
 		for i := range objects {
 			o := &objects[i]
 			name, ok := strings.CutPrefix(o.key, prefix)
-			if ok && pattern.MatchString(name) && strings.HasSuffix(name, suffix) && (best == nil || natural(o.key, best.key) > 0) {
+			if ok && pattern.MatchString(name) && strings.HasSuffix(name, suffix) &&
+				(best == nil || natural(o.key, best.key) > 0) {
 				best = o
 			}
 		}
 		return best
 	}
-	return newest(ciPatterns().kernel, ""), cmp.Or(newest(ciPatterns().rootfs, ".squashfs"), newest(ciPatterns().rootfs, ".ext4"))
+	return newest(ciPatterns().kernel, ""),
+		cmp.Or(newest(ciPatterns().rootfs, ".squashfs"), newest(ciPatterns().rootfs, ".ext4"))
 }
 
 // natural compares texts, numbers in them as such.
@@ -174,7 +182,8 @@ func (s *Store) list(ctx context.Context, prefix, delimiter string) (*listing, e
 	return nil, &ResolveError{fmt.Sprintf("the list of %s does not end", prefix)}
 }
 
-// parseListing reads a page, and how to ask for the next one; "": there is none. What it does not know it leaves out.
+// parseListing reads a page, and how to ask for the next one; "": there is none. What it does not
+// know it leaves out.
 func parseListing(data []byte) (l listing, next string, err error) {
 	var doc struct {
 		XMLName  xml.Name `xml:"ListBucketResult"`

@@ -41,7 +41,8 @@ func Choose(keys []string, prefix string) (kernel, rootfs string) {
 	return kernel, rootfs
 }
 
-// ParseManifest returns the names of the files that a manifest gives a bundle, and where they come from.
+// ParseManifest returns the names of the files that a manifest gives a bundle, and where they come
+// from.
 func ParseManifest(data []byte, from *url.URL) (id string, names, sources, digests []string, err error) {
 	o := &origin{path: "/dir/manifest.json", url: from, arch: "x86_64"}
 	p, err := parseManifest(data, o)

@@ -59,8 +59,8 @@ func (s *Store) change(ctx context.Context, update func(i *index)) error {
 	return errors.Join(err, release())
 }
 
-// evict removes bundles that were not used for the longest time until there are no more than there may be. Those that
-// VMs use or images have, and the one to keep, stay.
+// evict removes bundles that were not used for the longest time until there are no more than there
+// may be. Those that VMs use or images have, and the one to keep, stay.
 func (s *Store) evict(ctx context.Context, keep string) error {
 	all, err := s.List()
 	if err != nil {
@@ -73,7 +73,8 @@ func (s *Store) evict(ctx context.Context, keep string) error {
 			continue
 		}
 		err := s.takeIf(ctx, b.ID, true, func() {
-			s.log.Warn("evicting a base image: more are stored than are kept", "bundle", b.ID, "kept", s.opts.MaxStored, "used", b.LastAccessedAt)
+			s.log.Warn("evicting a base image: more are stored than are kept", "bundle", b.ID, "kept", s.opts.MaxStored, "used",
+				b.LastAccessedAt)
 		})
 		if errors.Is(err, ErrInUse) {
 			continue
@@ -86,8 +87,8 @@ func (s *Store) evict(ctx context.Context, keep string) error {
 	return nil
 }
 
-// Remove takes a bundle away, and forgets what it was: should it be fetched again it may be another. Returns ErrInUse,
-// fs.ErrNotExist.
+// Remove takes a bundle away, and forgets what it was: should it be fetched again it may be
+// another. Returns ErrInUse, fs.ErrNotExist.
 func (s *Store) Remove(ctx context.Context, id string) error {
 	err := s.take(ctx, id, false)
 	if err == nil {
@@ -103,7 +104,8 @@ func (s *Store) take(ctx context.Context, id string, remember bool) error {
 	return s.takeIf(ctx, id, remember, func() {})
 }
 
-// takeIf removes a bundle unless it is in use, and calls last before. With remember, its digests are kept.
+// takeIf removes a bundle unless it is in use, and calls last before. With remember, its digests
+// are kept.
 func (s *Store) takeIf(ctx context.Context, id string, remember bool, last func()) error {
 	f, err := s.lockBundle(id, func(f *os.File) error { return lock.Try(f, lock.Exclusive) })
 	if errors.Is(err, lock.ErrHeld) {
@@ -123,7 +125,8 @@ func (s *Store) takeIf(ctx context.Context, id string, remember bool, last func(
 			return err
 		}
 	}
-	// Out of sight first: a bundle is never half there. What a crash leaves of it goes when the next one is made.
+	// Out of sight first: a bundle is never half there. What a crash leaves of it goes when the next
+	// one is made.
 	gone := s.path(workDir, "gone-"+rand.Text())
 	if err := errors.Join(os.MkdirAll(s.path(workDir), 0o700), os.Rename(s.path(id), gone)); err != nil {
 		return err

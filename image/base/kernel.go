@@ -11,8 +11,9 @@ import (
 // kernelDir is where a kernel alone is fetched to, below workDir.
 const kernelDir = "kernel"
 
-// Kernel hands the kernel of the newest base image to take, which copies it: for images without one, on a machine whose own does not serve. Where the base
-// image is not here it fetches the kernel alone, and goes on with what an interrupted call has fetched. Errors are those of Ensure.
+// Kernel hands the kernel of the newest base image to take, which copies it: for images without
+// one, on a machine whose own does not serve. Where the base image is not here it fetches the
+// kernel alone, and goes on with what an interrupted call has fetched. Errors are those of Ensure.
 func (s *Store) Kernel(ctx context.Context, take func(path, source string) error) error {
 	err := s.alone(ctx, func() error {
 		if s.opts.Offline {

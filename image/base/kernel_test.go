@@ -11,7 +11,8 @@ import (
 	"push.rocks/smartvm/image/base"
 )
 
-// The kernel comes alone, and where its base image is here it is not fetched at all, offline neither.
+// The kernel comes alone, and where its base image is here it is not fetched at all, offline
+// neither.
 func TestKernel(t *testing.T) {
 	b := newBucket(t, train("v1.16"))
 	o := options(t, b, "v1.16.1")

@@ -43,8 +43,8 @@ const (
 	maxRootfs = 64 << 30  // bytes
 )
 
-// make makes a bundle. The caller has the working directory locked. What was fetched before an interruption of the same
-// files is gone on with, and all else there is removed.
+// make makes a bundle. The caller has the working directory locked. What was fetched before an
+// interruption of the same files is gone on with, and all else there is removed.
 func (s *Store) make(ctx context.Context, p *plan) error {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%+v %+v", p.kernel, p.rootfs))
 	work := s.path(workDir, p.id+"."+hex.EncodeToString(sum[:8]))
@@ -69,7 +69,8 @@ func (s *Store) make(ctx context.Context, p *plan) error {
 		p.kernel.sha256, p.rootfs.sha256 = pin.Kernel, pin.Rootfs
 	}
 	b := &Bundle{
-		Version: descVersion, ID: p.id, Name: p.name, Arch: s.opts.Arch, FirecrackerVersion: p.version, RootfsType: p.rootfsType,
+		Version: descVersion, ID: p.id, Name: p.name, Arch: s.opts.Arch, FirecrackerVersion: p.version,
+		RootfsType:       p.rootfsType,
 		RootfsIsReadOnly: p.readOnly, BootArgs: p.bootArgs, Hosted: p.hosted,
 	}
 	if b.Kernel, err = s.bring(ctx, "kernel", p.kernel, work); err == nil {
@@ -117,7 +118,8 @@ func (s *Store) bring(ctx context.Context, step string, a artifact, work string)
 	if err == nil && a.sha256 != "" && f.SHA256 != a.sha256 {
 		err = errors.Join(&download.DigestError{URL: a.path, Want: a.sha256, Got: f.SHA256}, os.Remove(path))
 	}
-	// Readable to all, since a VMM in a jail is another user; the directory above is nobody's but ours.
+	// Readable to all, since a VMM in a jail is another user; the directory above is nobody's but
+	// ours.
 	if err == nil {
 		err = os.Chmod(path, 0o444)
 	}

@@ -115,8 +115,10 @@ func parseManifest(data []byte, from *origin) (*plan, error) {
 	c.require(printable(m.Name, 200), "name", clip(m.Name), "must be at most 200 bytes on one line")
 	c.require(m.Arch == from.arch, "arch", clip(m.Arch), "must be "+from.arch+", as this store's")
 	version := versionPattern.MatchString(m.FirecrackerVersion)
-	c.require(m.FirecrackerVersion == "" || version, "firecrackerVersion", clip(m.FirecrackerVersion), "must be vMAJOR.MINOR.PATCH")
-	c.require(m.RootfsType == "ext4" || m.RootfsType == "squashfs", "rootfsType", clip(m.RootfsType), "must be ext4 or squashfs")
+	c.require(m.FirecrackerVersion == "" || version, "firecrackerVersion", clip(m.FirecrackerVersion),
+		"must be vMAJOR.MINOR.PATCH")
+	c.require(m.RootfsType == "ext4" || m.RootfsType == "squashfs", "rootfsType", clip(m.RootfsType),
+		"must be ext4 or squashfs")
 	squashfs := m.RootfsType == "squashfs"
 	readOnly := squashfs
 	if m.RootfsIsReadOnly != nil {
@@ -125,13 +127,16 @@ func parseManifest(data []byte, from *origin) (*plan, error) {
 	c.require(readOnly || !squashfs, "rootfsIsReadOnly", readOnly, "must be true for squashfs")
 	c.require(printable(m.BootArgs, 2047), "bootArgs", clip(m.BootArgs), "must be shorter than 2048 bytes, on one line")
 	p := &plan{
-		id: m.BundleID, name: cmp.Or(m.Name, m.BundleID), rootfsType: m.RootfsType, readOnly: readOnly, hosted: true, bootArgs: m.BootArgs,
-		kernel: c.artifact("kernel", m.Kernel, from, "vmlinux"), rootfs: c.artifact("rootfs", m.Rootfs, from, "rootfs."+m.RootfsType),
+		id: m.BundleID, name: cmp.Or(m.Name, m.BundleID), rootfsType: m.RootfsType, readOnly: readOnly, hosted: true,
+		bootArgs: m.BootArgs,
+		kernel:   c.artifact("kernel", m.Kernel, from, "vmlinux"),
+		rootfs:   c.artifact("rootfs", m.Rootfs, from, "rootfs."+m.RootfsType),
 	}
 	if version {
 		p.version = "v" + strings.TrimPrefix(m.FirecrackerVersion, "v")
 	}
-	c.require(p.kernel.fileName != p.rootfs.fileName, "rootfs.fileName", clip(p.rootfs.fileName), "must not be the kernel's too")
+	c.require(p.kernel.fileName != p.rootfs.fileName, "rootfs.fileName", clip(p.rootfs.fileName),
+		"must not be the kernel's too")
 	if c.errs != nil {
 		return nil, errors.Join(c.errs...)
 	}
@@ -159,7 +164,8 @@ func (c *problems) artifact(at string, f *hostedBy, from *origin, name string) a
 	case f.URL != "":
 		a.url = f.URL
 		u, err := url.Parse(f.URL)
-		c.require(err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != "", at+".url", nil, "must be a URL of https or http")
+		c.require(err == nil && (u.Scheme == "https" || u.Scheme == "http") &&
+			u.Host != "", at+".url", nil, "must be a URL of https or http")
 	case from.url == nil:
 		a.path = f.Path
 		if !filepath.IsAbs(f.Path) {
@@ -168,11 +174,13 @@ func (c *problems) artifact(at string, f *hostedBy, from *origin, name string) a
 		c.require(!strings.Contains(f.Path, "\x00"), at+".path", nil, "must be a path")
 	default:
 		// A manifest from elsewhere must not have us read this machine's files.
-		c.require(!strings.HasPrefix(f.Path, "/"), at+".path", clip(f.Path), "must be relative to the manifest, which comes from a URL")
+		c.require(!strings.HasPrefix(f.Path, "/"), at+".path", clip(f.Path),
+			"must be relative to the manifest, which comes from a URL")
 		a.url = from.url.ResolveReference(&url.URL{Path: f.Path}).String()
 	}
 	sum, err := hex.DecodeString(f.SHA256)
-	c.require(f.SHA256 == "" || err == nil && len(sum) == 32, at+".sha256", clip(f.SHA256), "must be 64 hexadecimal digits")
+	c.require(f.SHA256 == "" || err == nil && len(sum) == 32, at+".sha256", clip(f.SHA256),
+		"must be 64 hexadecimal digits")
 	c.require(f.SHA256 != "" || a.url == "", at+".sha256", nil, "is required for what is fetched")
 	c.require(f.SizeBytes >= 0, at+".sizeBytes", f.SizeBytes, "must not be negative")
 	c.require(plainName(a.fileName), at+".fileName", clip(a.fileName), "must be a plain file name")

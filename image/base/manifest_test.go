@@ -44,8 +44,10 @@ func manifest(t testing.TB, change func(m object)) []byte {
 func hosted(t *testing.T, change func(m object)) base.Options {
 	t.Helper()
 	dir := t.TempDir()
-	err := errors.Join(os.Mkdir(filepath.Join(dir, "boot"), 0o700), os.WriteFile(filepath.Join(dir, "boot/vmlinux"), []byte("kernel"), 0o600),
-		os.WriteFile(filepath.Join(dir, "root.ext4"), ext4("alpine"), 0o600), os.WriteFile(filepath.Join(dir, "manifest.json"), manifest(t, change), 0o600))
+	err := errors.Join(os.Mkdir(filepath.Join(dir, "boot"), 0o700),
+		os.WriteFile(filepath.Join(dir, "boot/vmlinux"), []byte("kernel"), 0o600),
+		os.WriteFile(filepath.Join(dir, "root.ext4"), ext4("alpine"), 0o600),
+		os.WriteFile(filepath.Join(dir, "manifest.json"), manifest(t, change), 0o600))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,8 +58,10 @@ func TestHosted_Path(t *testing.T) {
 	o := hosted(t, nil)
 	s := open(t, o)
 	b := ensure(t, s, base.Hosted)
-	if b.ID != "alpine-3.22" || b.Name != "Alpine" || b.FirecrackerVersion != "v1.12.1" || b.RootfsIsReadOnly || b.BootArgs != "console=ttyS0 quiet" ||
-		filepath.Base(b.KernelPath) != "kernel.bin" || filepath.Base(b.RootfsPath) != "rootfs.ext4" || b.Kernel.SHA256 != digest([]byte("kernel")) {
+	if b.ID != "alpine-3.22" || b.Name != "Alpine" || b.FirecrackerVersion != "v1.12.1" || b.RootfsIsReadOnly ||
+		b.BootArgs != "console=ttyS0 quiet" ||
+		filepath.Base(b.KernelPath) != "kernel.bin" || filepath.Base(b.RootfsPath) != "rootfs.ext4" ||
+		b.Kernel.SHA256 != digest([]byte("kernel")) {
 		t.Errorf("%+v", b)
 	}
 	wantFile(t, b.KernelPath, []byte("kernel"))
@@ -78,7 +82,10 @@ func TestHosted_URL(t *testing.T) {
 		delete(m, "rootfsIsReadOnly")
 		m["rootfsType"] = "squashfs"
 		m["kernel"] = object{"path": "vmlinux", "sha256": digest([]byte("kernel"))} // beside the manifest
-		m["rootfs"] = object{"url": b.URL + "/bucket/files/root.squashfs?token=secret", "sha256": digest(squashfs("root")), "sizeBytes": 8}
+		m["rootfs"] = object{
+			"url": b.URL + "/bucket/files/root.squashfs?token=secret", "sha256": digest(squashfs("root")),
+			"sizeBytes": 8,
+		}
 	}))
 	o := options(t, b, "")
 	o.ManifestURL = b.URL + "/bucket/images/manifest.json?token=secret"
@@ -205,7 +212,10 @@ func TestHosted_BadManifest(t *testing.T) {
 }
 
 func TestHosted_NoManifest(t *testing.T) {
-	for name, data := range map[string]string{"no JSON": "hello", "empty": "", "too long": strings.Repeat(" ", 1<<20) + "{}", "an array": "[]"} {
+	for name, data := range map[string]string{
+		"no JSON": "hello", "empty": "",
+		"too long": strings.Repeat(" ", 1<<20) + "{}", "an array": "[]",
+	} {
 		o := hosted(t, nil)
 		if err := os.WriteFile(o.ManifestPath, []byte(data), 0o600); err != nil {
 			t.Fatal(err)
@@ -241,7 +251,8 @@ func TestHosted_URLNamesAFile(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	b.set(func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(http.StatusNotFound); return true })
-	if _, err := open(t, o).Ensure(t.Context(), base.Hosted); !errors.As(err, new(*download.StatusError)) || strings.Contains(err.Error(), "secret") {
+	if _, err := open(t, o).Ensure(t.Context(), base.Hosted); !errors.As(err, new(*download.StatusError)) ||
+		strings.Contains(err.Error(), "secret") {
 		t.Errorf("%v", err)
 	}
 }
@@ -264,7 +275,10 @@ func TestHosted_Conflict(t *testing.T) {
 	ci := options(t, b, "v1.16.0")
 	ci.Dir = o.Dir
 	ensure(t, open(t, ci), base.Latest)
-	if err := os.WriteFile(o.ManifestPath, manifest(t, func(m object) { m["bundleId"] = id116; delete(m["rootfs"].(object), "sha256") }), 0o600); err != nil {
+	if err := os.WriteFile(o.ManifestPath, manifest(t, func(m object) {
+		m["bundleId"] = id116
+		delete(m["rootfs"].(object), "sha256")
+	}), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.Ensure(t.Context(), base.Hosted); !errors.Is(err, base.ErrConflict) {
@@ -275,8 +289,13 @@ func TestHosted_Conflict(t *testing.T) {
 func FuzzManifest(f *testing.F) {
 	good := manifest(f, nil)
 	f.Add(good, false)
-	f.Add(manifest(f, func(m object) { m["kernel"] = object{"url": "https://h/k", "sha256": digest(nil), "fileName": "../x"} }), true)
-	f.Add(manifest(f, func(m object) { m["kernel"] = object{"path": "../../x", "sha256": digest(nil)}; m["bundleId"] = ".." }), true)
+	f.Add(manifest(f, func(m object) {
+		m["kernel"] = object{"url": "https://h/k", "sha256": digest(nil), "fileName": "../x"}
+	}), true)
+	f.Add(manifest(f, func(m object) {
+		m["kernel"] = object{"path": "../../x", "sha256": digest(nil)}
+		m["bundleId"] = ".."
+	}), true)
 	f.Add([]byte(`{"schemaVersion":1}`), false)
 	f.Fuzz(func(t *testing.T, data []byte, remote bool) {
 		var from *url.URL
@@ -310,8 +329,10 @@ func FuzzListing(f *testing.F) {
 	b := &bucket{objects: train("v1.16")}
 	f.Add([]byte(b.list("firecracker-ci/v1.16/", "", "")))
 	f.Add([]byte(b.list("firecracker-ci/", "/", "")))
-	f.Add([]byte("<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>a</NextContinuationToken></ListBucketResult>"))
-	f.Add([]byte(`<!DOCTYPE x [<!ENTITY a "b">]><ListBucketResult><Contents><Key>&a;</Key><Size>x</Size></Contents></ListBucketResult>`))
+	f.Add([]byte(
+		"<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>a</NextContinuationToken></ListBucketResult>"))
+	f.Add([]byte(
+		`<!DOCTYPE x [<!ENTITY a "b">]><ListBucketResult><Contents><Key>&a;</Key><Size>x</Size></Contents></ListBucketResult>`))
 	f.Add([]byte(listed("ubuntu-24.04.squashfs", "-1")))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		keys, prefixes, next, err := base.ParseListing(data)
@@ -349,7 +370,8 @@ func TestChoose(t *testing.T) {
 		for key := range strings.FieldsSeq(tt.keys) {
 			keys = append(keys, "p/"+key)
 		}
-		if kernel, rootfs := base.Choose(append(keys, "elsewhere/vmlinux-9.9.9"), "p/"); kernel != tt.kernel || rootfs != tt.rootfs {
+		if kernel, rootfs := base.Choose(append(keys, "elsewhere/vmlinux-9.9.9"), "p/"); kernel != tt.kernel ||
+			rootfs != tt.rootfs {
 			t.Errorf("%s: %q, %q", tt.keys, kernel, rootfs)
 		}
 	}

@@ -83,7 +83,8 @@ func half(b *bucket, data []byte, told chan<- struct{}, goOn <-chan struct{}) {
 	})
 }
 
-// Killed in the middle of the root file system: what is there of it is of use only if it is of the same.
+// Killed in the middle of the root file system: what is there of it is of use only if it is of the
+// same.
 func TestEnsure_Killed(t *testing.T) {
 	for _, changed := range []bool{false, true} {
 		data := squashfs(strings.Repeat("rootfs", 10_000))

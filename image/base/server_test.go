@@ -42,9 +42,10 @@ func ext4(text string) []byte {
 // bucket has the recorded shape of the CI's: a listing in XML, in pages of two, and objects.
 type bucket struct {
 	*httptest.Server
-	mu       sync.Mutex
-	objects  map[string][]byte
-	requests []string                                                 // of objects, with the range, and of listings' prefixes
+	mu      sync.Mutex
+	objects map[string][]byte
+	// of objects, with the range, and of listings' prefixes
+	requests []string
 	answer   func(w http.ResponseWriter, r *http.Request) (done bool) // set before anybody asks
 }
 
@@ -115,7 +116,8 @@ func (b *bucket) list(prefix, delimiter, token string) string {
 	}
 	return fmt.Sprintf(`<?xml version="1.0" encoding="UTF-8"?>
 <ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>spec.ccfc.min</Name><Prefix>%s</Prefix>%s<KeyCount>%d</KeyCount>`+
-		`<MaxKeys>%d</MaxKeys><IsTruncated>%v</IsTruncated>%s</ListBucketResult>`, prefix, more, to-from, page, more != "", strings.Join(items[from:to], ""))
+		`<MaxKeys>%d</MaxKeys><IsTruncated>%v</IsTruncated>%s</ListBucketResult>`, prefix, more, to-from, page, more != "",
+		strings.Join(items[from:to], ""))
 }
 
 func (b *bucket) put(key string, data []byte) {

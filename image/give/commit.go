@@ -32,8 +32,9 @@ type CommitOptions struct {
 // own are files that a VM has of its own, as it is told who it is.
 var own = []string{"lost+found", "etc/hostname", "etc/hosts", "etc/machine-id", "etc/resolv.conf"}
 
-// Commit makes an image of one and what a VM of it has written, which becomes its uppermost layer. Files that say who a VM is
-// stay as they are in the image. Errors are those of Save, fs.ErrInvalid, ext4.ErrFormat and ext4.ErrLayer.
+// Commit makes an image of one and what a VM of it has written, which becomes its uppermost layer.
+// Files that say who a VM is stay as they are in the image. Errors are those of Save,
+// fs.ErrInvalid, ext4.ErrFormat and ext4.ErrLayer.
 func Commit(ctx context.Context, s *image.Store, o CommitOptions) (made *image.Image, err error) {
 	if err := image.OwnName(o.Name); err != nil {
 		return nil, err
@@ -106,7 +107,8 @@ func with(below *pack.Image, d *config.Document, o CommitOptions, layer pack.Lay
 	if o.Author != "" {
 		d.About.Author = o.Author
 	}
-	d.About.History = append(slices.Clone(d.About.History), config.Step{Created: d.About.Built, CreatedBy: "smartvm commit", Comment: o.Comment})
+	d.About.History = append(slices.Clone(d.About.History),
+		config.Step{Created: d.About.Built, CreatedBy: "smartvm commit", Comment: o.Comment})
 	text, err := d.Text()
 	if err != nil {
 		return nil, err

@@ -32,10 +32,13 @@ func scratch(t *testing.T) (read func(context.Context, func(string) error) error
 	dir := t.TempDir()
 	root := filepath.Join(dir, "root")
 	upper := filepath.Join(root, "upper")
-	err := errors.Join(os.MkdirAll(filepath.Join(upper, "srv"), 0o755), os.MkdirAll(filepath.Join(upper, "etc"), 0o755), os.MkdirAll(filepath.Join(root, "work"), 0o755),
-		os.WriteFile(filepath.Join(upper, "srv/new"), []byte("new"), 0o644), os.WriteFile(filepath.Join(upper, "etc/hostname"), []byte("a VM's"), 0o644),
+	err := errors.Join(os.MkdirAll(filepath.Join(upper, "srv"), 0o755), os.MkdirAll(filepath.Join(upper, "etc"), 0o755),
+		os.MkdirAll(filepath.Join(root, "work"), 0o755),
+		os.WriteFile(filepath.Join(upper, "srv/new"), []byte("new"), 0o644),
+		os.WriteFile(filepath.Join(upper, "etc/hostname"), []byte("a VM's"), 0o644),
 		os.WriteFile(filepath.Join(root, "work/none"), []byte("of the kernel"), 0o644),
-		unix.Mknod(filepath.Join(upper, "srv/file0"), unix.S_IFCHR, 0), unix.Mknod(filepath.Join(upper, "lost+found"), unix.S_IFCHR, 0))
+		unix.Mknod(filepath.Join(upper, "srv/file0"), unix.S_IFCHR, 0),
+		unix.Mknod(filepath.Join(upper, "lost+found"), unix.S_IFCHR, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +84,8 @@ func files(t *testing.T, s *image.Store, i *image.Image) map[string]string {
 	}
 }
 
-// An image of a VM is that which the VM runs and what it has written, and can be pushed, pulled and run like any.
+// An image of a VM is that which the VM runs and what it has written, and can be pushed, pulled and
+// run like any.
 func TestCommit(t *testing.T) {
 	r := serve(t, "")
 	s := open(t)
@@ -111,7 +115,8 @@ func TestCommit(t *testing.T) {
 		t.Error(diff)
 	}
 	last := made.About.History[len(made.About.History)-1]
-	if made.Name != "made:1" || made.About.Author != "me" || last.Comment != "with new" || len(made.Layers) != 3 || !cmp.Equal(made.Layers[:2], base.Layers) ||
+	if made.Name != "made:1" || made.About.Author != "me" || last.Comment != "with new" || len(made.Layers) != 3 ||
+		!cmp.Equal(made.Layers[:2], base.Layers) ||
 		!cmp.Equal(made.Config.Cmd, []string{"/srv/new"}) || !cmp.Equal(made.Config.Env, append(base.Config.Env, "A=b")) {
 		t.Errorf("%+v", made)
 	}
@@ -133,12 +138,14 @@ func TestCommit(t *testing.T) {
 	if _, err := s.Remove(t.Context(), "made:1", false); err != nil {
 		t.Fatal(err)
 	}
-	if left, err := os.ReadDir(filepath.Join(filepath.Dir(filepath.Dir(filepath.Dir(root))), "layers")); err != nil || len(left) > 0 {
+	if left, err := os.ReadDir(filepath.Join(filepath.Dir(filepath.Dir(filepath.Dir(root))), "layers")); err != nil ||
+		len(left) > 0 {
 		t.Errorf("left of the layers: %v, %v", left, err)
 	}
 }
 
-// An image that has no layers becomes one, and boots as before; one that has got another's name meanwhile is found by what it is.
+// An image that has no layers becomes one, and boots as before; one that has got another's name
+// meanwhile is found by what it is.
 func TestCommit_Imported(t *testing.T) {
 	s := open(t)
 	path, _, err := s.Root(t.Context(), pull(t, s, layout(t, 2), "local"))
@@ -166,13 +173,17 @@ func TestCommit_Imported(t *testing.T) {
 		t.Errorf("%+v: %v", made, got)
 	}
 	refused := errors.New("refused")
-	_, err = give.Commit(t.Context(), s, give.CommitOptions{Image: "app", Root: root, Name: "none", Read: func(context.Context, func(string) error) error { return refused }})
+	_, err = give.Commit(t.Context(), s,
+		give.CommitOptions{Image: "app", Root: root, Name: "none", Read: func(context.Context, func(string) error) error {
+			return refused
+		}})
 	if _, found := s.Find("none"); !errors.Is(err, refused) || !errors.Is(found, image.ErrNotFound) {
 		t.Errorf("%v, %v", err, found)
 	}
 	// What is wrong with what was asked for is said before the VM stands still.
 	for name, o := range map[string]give.CommitOptions{
-		"a name that is none": {Name: "No Name"}, "the host's": {Name: image.HostKernel}, "a variable without a name": {Name: "fine", Change: config.Change{Env: []string{"=x"}}},
+		"a name that is none": {Name: "No Name"}, "the host's": {Name: image.HostKernel},
+		"a variable without a name": {Name: "fine", Change: config.Change{Env: []string{"=x"}}},
 	} {
 		o.Image, o.Root = "app", root
 		o.Read = func(context.Context, func(string) error) error {

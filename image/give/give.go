@@ -17,9 +17,10 @@ import (
 	"push.rocks/smartvm/internal/imagename"
 )
 
-// Save writes an image as an OCI archive that docker load reads too. It is what was pulled, with the same digest, where its layers are here or can
-// be had again from where it came; else, and if it was imported, it has one layer. Kernels are not part of it. Errors are ErrNotFound of
-// package image among others.
+// Save writes an image as an OCI archive that docker load reads too. It is what was pulled, with
+// the same digest, where its layers are here or can be had again from where it came; else, and if
+// it was imported, it has one layer. Kernels are not part of it. Errors are ErrNotFound of package
+// image among others.
 func Save(ctx context.Context, s *image.Store, ref string, w io.Writer) error {
 	return leave(ctx, s, "save", ref, func(j *job) error {
 		return j.parts.Archive(ctx, w, []string{j.image.Name}, func(done, total int64) { j.Progress("save", done, total) })
@@ -29,7 +30,9 @@ func Save(ctx context.Context, s *image.Store, ref string, w io.Writer) error {
 // Push sends to a registry what Save would write. To is a reference; empty: the image's name.
 func Push(ctx context.Context, s *image.Store, ref, to string) (pushed *pack.Pushed, err error) {
 	err = leave(ctx, s, "push", ref, func(j *job) (err error) {
-		pushed, err = j.parts.Push(ctx, cmp.Or(to, j.image.Name), j.image.Source, j.OCI, func(done, total int64) { j.Progress("push", done, total) })
+		pushed, err = j.parts.Push(ctx, cmp.Or(to, j.image.Name), j.image.Source, j.OCI, func(done, total int64) {
+			j.Progress("push", done, total)
+		})
 		return err
 	})
 	return pushed, err
@@ -72,7 +75,8 @@ func leave(ctx context.Context, s *image.Store, what, ref string, f func(j *job)
 	return f(j)
 }
 
-// whole are all parts: those that are kept, or that come again from where they came, or made of the root file system.
+// whole are all parts: those that are kept, or that come again from where they came, or made of the
+// root file system.
 func (j *job) whole(ctx context.Context) (*pack.Image, error) {
 	i := j.image
 	if i.Digest == "" {
@@ -96,7 +100,9 @@ func (j *job) whole(ctx context.Context) (*pack.Image, error) {
 		j.Log.Debug("layers are not here", "image", i.Name, "err", err)
 		o := j.OCI
 		o.Login = nil // of where it is sent
-		if p, err = from.Fetch(ctx, o, func(done, total int64) { j.Progress("fetch", done, total) }); err == nil || ctx.Err() != nil {
+		if p, err = from.Fetch(ctx, o, func(done, total int64) {
+			j.Progress("fetch", done, total)
+		}); err == nil || ctx.Err() != nil {
 			return p, err
 		}
 	}
@@ -108,14 +114,16 @@ func (j *job) whole(ctx context.Context) (*pack.Image, error) {
 func (j *job) flat(ctx context.Context) (*pack.Image, error) {
 	i := j.image
 	if i.Bundle != "" {
-		return nil, hint.Add(errors.New("it is one of the base images, whose parts are no layers"), "smartvm image pull %s brings it elsewhere", i.Source)
+		return nil, hint.Add(errors.New("it is one of the base images, whose parts are no layers"),
+			"smartvm image pull %s brings it elsewhere", i.Source)
 	}
 	path, kind, err := j.store.Root(ctx, i)
 	if err != nil {
 		return nil, err
 	}
 	if kind != "ext4" {
-		return nil, hint.Add(fmt.Errorf("its root file system is of the type %s, which is not read here", kind), "import it as a directory or a tar: smartvm image import --rootfs")
+		return nil, hint.Add(fmt.Errorf("its root file system is of the type %s, which is not read here", kind),
+			"import it as a directory or a tar: smartvm image import --rootfs")
 	}
 	d := config.Document{OS: "linux", Architecture: i.Arch, Config: i.Config, About: i.About}
 	if p, err := manifest.Parse(i.About.Platform); err == nil {

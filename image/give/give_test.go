@@ -59,7 +59,10 @@ func layer(n int) ocitest.Layer {
 		name := fmt.Sprintf("srv/file%d", n)
 		for _, h := range []*tar.Header{
 			{Typeflag: tar.TypeDir, Name: "srv/", Mode: 0o750, Uid: 5, Gid: 6, ModTime: at},
-			{Typeflag: tar.TypeReg, Name: name, Mode: 0o4755, Size: int64(len(text)), ModTime: at, PAXRecords: map[string]string{"SCHILY.xattr.user.n": fmt.Sprint(n)}},
+			{
+				Typeflag: tar.TypeReg, Name: name, Mode: 0o4755, Size: int64(len(text)), ModTime: at,
+				PAXRecords: map[string]string{"SCHILY.xattr.user.n": fmt.Sprint(n)},
+			},
 			{Typeflag: tar.TypeLink, Name: name + "-link", Linkname: name, ModTime: at},
 			{Typeflag: tar.TypeSymlink, Name: name + "-symlink", Linkname: name, Mode: 0o777, ModTime: at},
 		} {
@@ -211,7 +214,8 @@ func hintOf(err error) string {
 	return ""
 }
 
-// What was pulled is saved with the digests that it had, whether its layers are here, come again from a registry, or from a layout.
+// What was pulled is saved with the digests that it had, whether its layers are here, come again
+// from a registry, or from a layout.
 func TestSave(t *testing.T) {
 	r := serve(t, "")
 	from := open(t)
@@ -261,7 +265,8 @@ func TestSave_Skopeo(t *testing.T) {
 	path := put(t, save(t, s, "app:1"))
 	for _, scheme := range []string{"oci-archive:", "docker-archive:"} {
 		to := filepath.Join(t.TempDir(), "copy")
-		cmd := exec.CommandContext(t.Context(), tool, "--insecure-policy", "copy", "--preserve-digests", scheme+path, "oci:"+to)
+		cmd := exec.CommandContext(t.Context(), tool, "--insecure-policy", "copy", "--preserve-digests",
+			scheme+path, "oci:"+to)
 		cmd.Env = append(os.Environ(), "TMPDIR="+t.TempDir())
 		if out, err := cmd.CombinedOutput(); err != nil && scheme == "oci-archive:" {
 			t.Errorf("%s: %v\n%s", scheme, err, out)
@@ -291,7 +296,11 @@ func TestSave_Imported(t *testing.T) {
 	}
 	s := open(t)
 	line := `["/bin/app", "-v"]`
-	want, err := s.Import(t.Context(), image.ImportOptions{Name: "mine", Rootfs: path, Runs: config.Change{Cmd: &line, Env: []string{"A=b"}, User: "5:6", WorkingDir: "/srv"}})
+	want, err := s.Import(t.Context(),
+		image.ImportOptions{
+			Name: "mine", Rootfs: path,
+			Runs: config.Change{Cmd: &line, Env: []string{"A=b"}, User: "5:6", WorkingDir: "/srv"},
+		})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -423,9 +432,13 @@ func TestPush(t *testing.T) {
 	if n := r.seen("PATCH ") + r.seen("POST "); n > 0 || r.seen("PUT ") != 1 {
 		t.Errorf("what is there was sent again: %d", n)
 	}
-	for name, other := range map[string]*image.Store{"no login": open(t), "another's": open(t, loggedIn(t, r.host, "wrong"))} {
+	for name, other := range map[string]*image.Store{
+		"no login":  open(t),
+		"another's": open(t, loggedIn(t, r.host, "wrong")),
+	} {
 		pull(t, other, layout(t, 1), "local")
-		if _, err := give.Push(t.Context(), other, "local", r.host+"/team/app:4"); err == nil || !strings.Contains(hintOf(err), "docker login "+r.host) || strings.Contains(err.Error(), "wrong") {
+		if _, err := give.Push(t.Context(), other, "local", r.host+"/team/app:4"); err == nil ||
+			!strings.Contains(hintOf(err), "docker login "+r.host) || strings.Contains(err.Error(), "wrong") {
 			t.Errorf("%s: %v, hint %q", name, err, hintOf(err))
 		}
 	}

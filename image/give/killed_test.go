@@ -24,7 +24,9 @@ func TestSave_Killed(t *testing.T) {
 	if config := os.Getenv(saveVariable); config != "" {
 		dir, path, _ := strings.Cut(config, "\n")
 		s := open(t, func(o *image.Options) { o.Dir = dir })
-		if err := atomicfile.Fill(path, 0o600, func(f *os.File) error { return give.Save(t.Context(), s, "app", f) }); err != nil {
+		if err := atomicfile.Fill(path, 0o600, func(f *os.File) error {
+			return give.Save(t.Context(), s, "app", f)
+		}); err != nil {
 			t.Fatal(err)
 		}
 		return
@@ -46,7 +48,8 @@ func TestSave_Killed(t *testing.T) {
 				} else if err := os.WriteFile(path, old, 0o600); err != nil {
 					t.Fatal(err)
 				}
-				cmd := exec.Command(os.Args[0], "-test.run=^TestSave_Killed$") //nolint:noctx // killed or ended when it has been run
+				cmd := exec.Command(os.Args[0],
+					"-test.run=^TestSave_Killed$") //nolint:noctx // killed or ended when it has been run
 				cmd.Env = append(os.Environ(), saveVariable+"="+dir+"\n"+path, "TMPDIR="+t.TempDir(), "GORACE=atexit_sleep_ms=0")
 				ended, err := killat.Run(cmd, n)
 				if err != nil {

@@ -103,8 +103,9 @@ func dockerUnpack(t testing.TB, layer []byte) []byte {
 	return layer
 }
 
-// containerdLoad does what docker load does where containerd keeps the images: images/archive/importer.go
-// of https://github.com/containerd/containerd. It returns names by what is called so.
+// containerdLoad does what docker load does where containerd keeps the images:
+// images/archive/importer.go of https://github.com/containerd/containerd. It returns names by what
+// is called so.
 func containerdLoad(t testing.TB, files map[string][]byte) map[string]string {
 	t.Helper()
 	var layout struct{ ImageLayoutVersion string }

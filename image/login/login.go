@@ -1,7 +1,8 @@
-// Package login finds the passwords of registries where docker and podman keep them: in files, and with credential helpers.
+// Package login finds the passwords of registries where docker and podman keep them: in files, and
+// with credential helpers.
 //
-// Helpers are programs that somebody has installed, or has not: a missing one means no password, with a warning, and one
-// that hangs is ended.
+// Helpers are programs that somebody has installed, or has not: a missing one means no password,
+// with a warning, and one that hangs is ended.
 package login
 
 import (
@@ -40,11 +41,13 @@ const (
 
 // Keychain looks for passwords. It is an authn.Keychain, safe for concurrent use.
 type Keychain struct {
-	// Files are read in this order until one has a login for a registry. Those that are not there are left out.
+	// Files are read in this order until one has a login for a registry. Those that are not there are
+	// left out.
 	Files []string
 	// Timeout is how long a helper may take. Default: DefaultTimeout.
 	Timeout time.Duration
-	// Log gets warnings of files that cannot be read and of helpers that are missing. Nil: they are discarded.
+	// Log gets warnings of files that cannot be read and of helpers that are missing. Nil: they are
+	// discarded.
 	Log *slog.Logger
 }
 
@@ -77,8 +80,8 @@ func (k *Keychain) Resolve(target authn.Resource) (authn.Authenticator, error) {
 	return k.ResolveContext(context.Background(), target)
 }
 
-// ResolveContext returns what to log in to a registry or a repository with, authn.Anonymous if nothing is known. Errors are
-// *HelperError and those of files that cannot be understood.
+// ResolveContext returns what to log in to a registry or a repository with, authn.Anonymous if
+// nothing is known. Errors are *HelperError and those of files that cannot be understood.
 func (k *Keychain) ResolveContext(ctx context.Context, target authn.Resource) (authn.Authenticator, error) {
 	for _, path := range k.Files {
 		found, err := k.inFile(ctx, path, target)
@@ -118,7 +121,8 @@ func (k *Keychain) inFile(ctx context.Context, path string, target authn.Resourc
 		found, err := k.ask(ctx, helper, server)
 		switch {
 		case errors.Is(err, exec.ErrNotFound):
-			k.warn("credential helper is missing, going on without", "file", path, "helper", program(helper), "registry", target.RegistryStr())
+			k.warn("credential helper is missing, going on without", "file", path, "helper", program(helper), "registry",
+				target.RegistryStr())
 		case err != nil:
 			return types.AuthConfig{}, hint.Add(&HelperError{File: path, Helper: program(helper), Err: err},
 				"%s names the helper; DOCKER_CONFIG=/nonexistent goes without its logins", path)
@@ -143,8 +147,8 @@ func (k *Keychain) inFile(ctx context.Context, path string, target authn.Resourc
 	return types.AuthConfig{}, nil
 }
 
-// keys are what files may call a target, the narrowest first: podman has logins of parts of a registry, and its own name of
-// Docker Hub.
+// keys are what files may call a target, the narrowest first: podman has logins of parts of a
+// registry, and its own name of Docker Hub.
 func keys(target authn.Resource, server string) (all []string) {
 	whole := target.String()
 	for end := len(whole); end > len(target.RegistryStr()); end = strings.LastIndexByte(whole[:end], '/') {
@@ -197,8 +201,8 @@ var errSlow = errors.New("it did not answer in time")
 
 func program(helper string) string { return "docker-credential-" + helper }
 
-// ask asks a helper: https://github.com/docker/docker-credential-helpers#development. It returns nothing if the helper knows
-// nothing.
+// ask asks a helper: https://github.com/docker/docker-credential-helpers#development. It returns
+// nothing if the helper knows nothing.
 func (k *Keychain) ask(ctx context.Context, helper, server string) (types.AuthConfig, error) {
 	if strings.ContainsRune(helper, filepath.Separator) {
 		return types.AuthConfig{}, errors.New("its name is a path")

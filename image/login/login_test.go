@@ -35,7 +35,8 @@ func keychain(t testing.TB, text string) (k *login.Keychain, file string, warnin
 func helper(t testing.TB, script string) {
 	t.Helper()
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "docker-credential-test"), []byte("#!/bin/sh\n"+script), 0o700); err != nil { //nolint:gosec // a program
+	if err := os.WriteFile(filepath.Join(dir, "docker-credential-test"), []byte("#!/bin/sh\n"+script),
+		0o700); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
@@ -62,16 +63,19 @@ func basic(s string) string { return `{"auth":"` + base64.StdEncoding.EncodeToSt
 
 // What docker and podman have written is found, the narrowest first.
 func TestKeychain_Files(t *testing.T) {
-	k, _, warnings := keychain(t, `{"auths":{"https://index.docker.io/v1/":`+basic("hub:p")+`,"r.test/team":`+basic("team:p")+`,"r.test":`+basic("all:p")+
+	k, _, warnings := keychain(t, `{"auths":{"https://index.docker.io/v1/":`+basic("hub:p")+`,"r.test/team":`+
+		basic("team:p")+`,"r.test":`+basic("all:p")+
 		`,"https://old.test/v1/":`+basic("old:p")+`,"empty.test":{}}}`)
 	dir := t.TempDir()
 	second := filepath.Join(dir, "auth.json")
-	if err := os.WriteFile(second, []byte(`{"auths":{"r.test":`+basic("second:p")+`,"empty.test":`+basic("second:p")+`}}`), 0o600); err != nil {
+	if err := os.WriteFile(second, []byte(`{"auths":{"r.test":`+basic("second:p")+`,"empty.test":`+basic("second:p")+`}}`),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	k.Files = append([]string{dir, filepath.Join(dir, "none.json")}, append(k.Files, second)...)
 	for repository, want := range map[string]string{
-		"debian": "hub", "r.test/team/app": "team", "r.test/app": "all", "old.test/app": "old", "empty.test/app": "second", "other.test/app": "",
+		"debian": "hub", "r.test/team/app": "team", "r.test/app": "all", "old.test/app": "old", "empty.test/app": "second",
+		"other.test/app": "",
 	} {
 		got, err := user(t, k, repository)
 		if err != nil || got.Username != want {
@@ -98,15 +102,27 @@ func TestKeychain_Helpers(t *testing.T) {
 		want         authn.AuthConfig
 		err          string
 	}{
-		{name: "a password", script: `echo "{\"ServerURL\":\"$(cat)\",\"Username\":\"me\",\"Secret\":\"p\"}"`, want: authn.AuthConfig{Username: "me", Password: "p"}},
+		{
+			name: "a password", script: `echo "{\"ServerURL\":\"$(cat)\",\"Username\":\"me\",\"Secret\":\"p\"}"`,
+			want: authn.AuthConfig{Username: "me", Password: "p"},
+		},
 		{name: "a token", script: `echo '{"Username":"<token>","Secret":"t"}'`, want: authn.AuthConfig{IdentityToken: "t"}},
-		{name: "what it is asked", script: `echo "{\"Username\":\"$1\",\"Secret\":\"$(cat)\"}"`, want: authn.AuthConfig{Username: "get", Password: "r.test"}},
+		{
+			name: "what it is asked", script: `echo "{\"Username\":\"$1\",\"Secret\":\"$(cat)\"}"`,
+			want: authn.AuthConfig{Username: "get", Password: "r.test"},
+		},
 		{name: "none", script: `echo "credentials not found in native keychain"; exit 1`},
-		{name: "rubbish", script: `echo rubbish`, err: "credential helper docker-credential-test: what it printed is no login"},
+		{
+			name: "rubbish", script: `echo rubbish`,
+			err: "credential helper docker-credential-test: what it printed is no login",
+		},
 		{name: "nothing", script: ``, err: "credential helper docker-credential-test: what it printed is no login"},
 		{name: "a failure", script: `echo "the keychain is locked" >&2; exit 3`, err: "the keychain is locked"},
 		{name: "never", script: `exec sleep 100`, err: "credential helper docker-credential-test: it did not answer in time"},
-		{name: "without end", script: `exec cat /dev/zero`, err: "credential helper docker-credential-test: it did not answer in time"},
+		{
+			name: "without end", script: `exec cat /dev/zero`,
+			err: "credential helper docker-credential-test: it did not answer in time",
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			helper(t, c.script)
@@ -171,7 +187,10 @@ func TestFiles(t *testing.T) {
 		{nil, nil},
 		{map[string]string{"HOME": "/h"}, []string{"/h/.docker/config.json", "/h/.config/containers/auth.json"}},
 		{
-			map[string]string{"HOME": "/h", "DOCKER_CONFIG": "/d", "REGISTRY_AUTH_FILE": "/f", "XDG_RUNTIME_DIR": "/r", "XDG_CONFIG_HOME": "/c"},
+			map[string]string{
+				"HOME": "/h", "DOCKER_CONFIG": "/d", "REGISTRY_AUTH_FILE": "/f", "XDG_RUNTIME_DIR": "/r",
+				"XDG_CONFIG_HOME": "/c",
+			},
 			[]string{"/d/config.json", "/f", "/r/containers/auth.json", "/c/containers/auth.json"},
 		},
 	} {

@@ -179,7 +179,8 @@ func (a *archive) index() error {
 // inTar makes a name comparable.
 func inTar(n string) string { return strings.TrimPrefix(path.Clean("/"+n), "/") }
 
-// find looks a file up, through one symbolic link: docker used to write them for layers that images share.
+// find looks a file up, through one symbolic link: docker used to write them for layers that images
+// share.
 func (a *archive) find(n string) (part, bool) {
 	if to, ok := a.links[n]; ok {
 		n = inTar(path.Join("/", path.Dir(n), to))
@@ -215,7 +216,8 @@ func (a *archive) docker(l *local, at place) (found, error) {
 				continue
 			}
 		}
-		names, keys, chosen = append(names, imagename.Given(name, at.base)), append(keys, i.Config+" "+strings.Join(i.Layers, " ")), append(chosen, i)
+		names, keys, chosen = append(names, imagename.Given(name, at.base)),
+			append(keys, i.Config+" "+strings.Join(i.Layers, " ")), append(chosen, i)
 	}
 	one, err := only(names, keys)
 	if err != nil {

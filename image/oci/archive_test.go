@@ -53,7 +53,8 @@ func archive(t testing.TB, entries ...entry) []byte {
 	return b.Bytes()
 }
 
-// save is an image as docker save of v25 and later has it: a layout, and a list of images beside its index.
+// save is an image as docker save of v25 and later has it: a layout, and a list of images beside
+// its index.
 type save struct {
 	blobs    []entry
 	manifest ocitest.Descriptor
@@ -102,7 +103,10 @@ func (s *save) index(t testing.TB, names ...string) entry {
 		d.Platform = nil
 		if n != "" {
 			_, tag, _ := strings.Cut(n, ":")
-			d.Annotations = map[string]string{"io.containerd.image.name": "docker.io/library/" + n, "org.opencontainers.image.ref.name": tag}
+			d.Annotations = map[string]string{
+				"io.containerd.image.name":          "docker.io/library/" + n,
+				"org.opencontainers.image.ref.name": tag,
+			}
 		}
 		all = append(all, d)
 	}
@@ -112,14 +116,21 @@ func (s *save) index(t testing.TB, names ...string) entry {
 // list is docker's manifest.json.
 func (s *save) list(t testing.TB, names ...string) entry {
 	t.Helper()
-	return entry{"manifest.json", tar.TypeReg, text(t, []any{map[string]any{"Config": s.config, "RepoTags": names, "Layers": s.layers}})}
+	return entry{
+		"manifest.json", tar.TypeReg,
+		text(t, []any{map[string]any{"Config": s.config, "RepoTags": names, "Layers": s.layers}}),
+	}
 }
 
 // What docker save has written in its versions is read, from a pipe too.
 func TestResolve_DockerSave(t *testing.T) {
 	s, other := newSave(t, files("a")), newSave(t, files("b"))
 	null := entry{"index.json", tar.TypeReg, `{"schemaVersion":2,"manifests":null}`}
-	empty := text(t, map[string]any{"schemaVersion": 2, "config": map[string]any{"digest": "sha256:" + filepath.Base(s.config)}, "layers": []any{}})
+	empty := text(t,
+		map[string]any{
+			"schemaVersion": 2, "config": map[string]any{"digest": "sha256:" + filepath.Base(s.config)},
+			"layers": []any{},
+		})
 	broken := *s
 	broken.blobs = append([]entry{}, s.blobs...)
 	hollow := blobEntry(empty)
@@ -129,7 +140,12 @@ func TestResolve_DockerSave(t *testing.T) {
 			{"l0/layer.tar", tar.TypeReg, s.blobs[2].text},
 			{"l1/layer.tar", kind, target},
 			{"c.json", tar.TypeReg, s.blobs[1].text},
-			{"manifest.json", tar.TypeReg, text(t, []any{map[string]any{"Config": "c.json", "RepoTags": []string{"app:1"}, "Layers": []string{"l1/layer.tar"}}})},
+			{
+				"manifest.json", tar.TypeReg,
+				text(t, []any{
+					map[string]any{"Config": "c.json", "RepoTags": []string{"app:1"}, "Layers": []string{"l1/layer.tar"}},
+				}),
+			},
 		}
 	}
 	for _, c := range []struct {
@@ -139,22 +155,39 @@ func TestResolve_DockerSave(t *testing.T) {
 		err     string
 	}{
 		{name: "one tag", entries: append(s.blobs, s.index(t, "app:1"), s.list(t, "app:1")), want: "app:1"},
-		{name: "two tags of one image", entries: append(s.blobs, s.index(t, "app:1", "app:latest"), s.list(t, "app:1", "app:latest")), want: "app:1"},
+		{
+			name:    "two tags of one image",
+			entries: append(s.blobs, s.index(t, "app:1", "app:latest"), s.list(t, "app:1", "app:latest")), want: "app:1",
+		},
 		{name: "two tags, no list", entries: append(s.blobs, s.index(t, "app:1", "app:latest")), want: "app:1"},
 		{name: "two tags, no index", entries: append(s.blobs, s.list(t, "app:1", "app:latest")), want: "app:1"},
-		{name: "two images", entries: slices.Concat(s.blobs, other.blobs, []entry{twoIndexes(t, s.index(t, "app:1"), other.index(t, "app:2"))}), err: "name one of: app:1, app:2"},
+		{
+			name:    "two images",
+			entries: slices.Concat(s.blobs, other.blobs, []entry{twoIndexes(t, s.index(t, "app:1"), other.index(t, "app:2"))}),
+			err:     "name one of: app:1, app:2",
+		},
 		{name: "an index that is null", entries: append(s.blobs, null, s.list(t, "app:1")), want: "app:1"},
 		{name: "an index that is null, and nothing else", entries: append(s.blobs, null), err: "no such image"},
-		{name: "an index of what is not there", entries: append(s.blobs, other.index(t, "app:1"), s.list(t, "app:1")), want: "app:1"},
-		{name: "a manifest without layers", entries: append(s.blobs, hollow, broken.index(t, "app:1"), s.list(t, "app:1")), want: "app:1"},
-		{name: "a manifest without layers, and nothing else", entries: append(s.blobs, hollow, broken.index(t, "app:1")), err: "0, and 1 in the configuration"},
+		{
+			name: "an index of what is not there", entries: append(s.blobs, other.index(t, "app:1"), s.list(t, "app:1")),
+			want: "app:1",
+		},
+		{
+			name: "a manifest without layers", entries: append(s.blobs, hollow, broken.index(t, "app:1"), s.list(t, "app:1")),
+			want: "app:1",
+		},
+		{
+			name: "a manifest without layers, and nothing else", entries: append(s.blobs, hollow, broken.index(t, "app:1")),
+			err: "0, and 1 in the configuration",
+		},
 		{name: "saved by id", entries: append(s.blobs, s.index(t, ""), s.list(t)), want: "image:latest"},
 		{name: "a layer as symbolic link", entries: linked(tar.TypeSymlink, "../l0/layer.tar"), want: "app:1"},
 		{name: "a layer as hard link", entries: linked(tar.TypeLink, "l0/layer.tar"), want: "app:1"},
 		{name: "a hard link to nothing", entries: linked(tar.TypeLink, "l2/layer.tar"), err: "is missing in it"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			i, err := oci.Resolve(t.Context(), "-", oci.Options{Stdin: bytes.NewReader(archive(t, c.entries...)), TempDir: t.TempDir()})
+			i, err := oci.Resolve(t.Context(), "-",
+				oci.Options{Stdin: bytes.NewReader(archive(t, c.entries...)), TempDir: t.TempDir()})
 			if err != nil {
 				if c.err == "" || !strings.Contains(err.Error(), c.err) {
 					t.Errorf("%v, want %q", err, c.err)
@@ -192,8 +225,9 @@ func TestResolve_Nameless(t *testing.T) {
 	tmp := t.TempDir()
 	data := archive(t, append(s.blobs, s.index(t, ""))...)
 	for file, want := range map[string]string{
-		"app.tar": "app:latest", "My App.tar": "my-app:latest", "FOO.tar": "foo:latest", "Backup_2": "backup_2:latest", "a--b..c.tar": "a-b.c:latest",
-		"x.tar.gz": "x:latest", "日本.tar": "image:latest", "-.tar": "image:latest",
+		"app.tar": "app:latest", "My App.tar": "my-app:latest", "FOO.tar": "foo:latest", "Backup_2": "backup_2:latest",
+		"a--b..c.tar": "a-b.c:latest",
+		"x.tar.gz":    "x:latest", "日本.tar": "image:latest", "-.tar": "image:latest",
 	} {
 		path := filepath.Join(tmp, file)
 		if err := os.WriteFile(path, data, 0o600); err != nil {
@@ -207,7 +241,10 @@ func TestResolve_Nameless(t *testing.T) {
 			}
 		}
 	}
-	for tag, want := range map[string]string{"v1": "my-layout:v1", "v1+build 5": "my-layout:v1-build-5", "x/y:2": "x/y:2", "!!": "my-layout:latest"} {
+	for tag, want := range map[string]string{
+		"v1": "my-layout:v1", "v1+build 5": "my-layout:v1-build-5", "x/y:2": "x/y:2",
+		"!!": "my-layout:latest",
+	} {
 		dir := filepath.Join(t.TempDir(), "My Layout")
 		d := add(t, dir, tag, files("a"))
 		if i := resolve(t, "oci:"+dir+":"+tag, oci.Options{}); i.Name != want || i.Digest != d.Digest {

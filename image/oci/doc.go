@@ -1,8 +1,9 @@
-// Package oci turns container images into root file systems: Resolve finds an image in a registry, an OCI layout or an
-// archive, and Flatten makes one read-only ext4 image of its layers, which it fetches meanwhile.
+// Package oci turns container images into root file systems: Resolve finds an image in a registry,
+// an OCI layout or an archive, and Flatten makes one read-only ext4 image of its layers, which it
+// fetches meanwhile.
 //
-// All that is fetched is foreign. Layers are checked against their digests, packed and unpacked; package flatten says
-// what they may hold.
+// All that is fetched is foreign. Layers are checked against their digests, packed and unpacked;
+// package flatten says what they may hold.
 package oci
 
 import (

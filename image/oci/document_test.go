@@ -75,12 +75,17 @@ func TestResolve_Documents(t *testing.T) {
 			delete(layer, "mediaType")
 		})},
 		{name: "with types of docker's", text: change(func(doc, config, layer map[string]any) {
-			doc["mediaType"], config["mediaType"] = "application/vnd.docker.distribution.manifest.v2+json", "application/vnd.docker.container.image.v1+json"
+			doc["mediaType"], config["mediaType"] = "application/vnd.docker.distribution.manifest.v2+json",
+				"application/vnd.docker.container.image.v1+json"
 			layer["mediaType"] = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 		})},
-		{name: "an image with an artifact's type", text: change(func(doc, _, _ map[string]any) { doc["artifactType"] = typeConfig })},
+		{name: "an image with an artifact's type", text: change(func(doc, _, _ map[string]any) {
+			doc["artifactType"] = typeConfig
+		})},
 		{
-			name: "a chart", text: change(func(_, config, _ map[string]any) { config["mediaType"] = "application/vnd.cncf.helm.config.v1+json" }),
+			name: "a chart", text: change(func(_, config, _ map[string]any) {
+				config["mediaType"] = "application/vnd.cncf.helm.config.v1+json"
+			}),
 			want: "no container image: it is a Helm chart", kind: "application/vnd.cncf.helm.config.v1+json",
 		},
 		{
@@ -102,8 +107,9 @@ func TestResolve_Documents(t *testing.T) {
 			want: "is encrypted",
 		},
 		{
-			name: "schema 1", text: `{"schemaVersion":1,"name":"a","fsLayers":[],"history":[]}`, contentType: "application/vnd.docker.distribution.manifest.v1+prettyjws",
-			want: "schema 1", kind: "application/vnd.docker.distribution.manifest.v1+json",
+			name: "schema 1", text: `{"schemaVersion":1,"name":"a","fsLayers":[],"history":[]}`,
+			contentType: "application/vnd.docker.distribution.manifest.v1+prettyjws",
+			want:        "schema 1", kind: "application/vnd.docker.distribution.manifest.v1+json",
 		},
 		{name: "both", text: change(func(doc, _, _ map[string]any) { doc["manifests"] = []any{} }), want: "at once"},
 		{name: "both, as an index", text: change(func(doc, _, _ map[string]any) {
@@ -111,7 +117,9 @@ func TestResolve_Documents(t *testing.T) {
 			delete(doc, "config")
 		}), contentType: typeIndex, want: "at once"},
 		{name: "a manifest that is called an index", text: good, contentType: typeIndex, want: "holds something else"},
-		{name: "a manifest that calls itself an index", text: change(func(doc, _, _ map[string]any) { doc["mediaType"] = typeIndex }), want: "holds something else"},
+		{name: "a manifest that calls itself an index", text: change(func(doc, _, _ map[string]any) {
+			doc["mediaType"] = typeIndex
+		}), want: "holds something else"},
 		{name: "a key twice", text: `{"layers":[],` + good[1:], want: "twice"},
 		{name: "a key twice in another case", text: `{"Layers":[],` + good[1:], want: "twice"},
 		{name: "an index of nothing", text: `{"schemaVersion":2,"manifests":null}`, want: "there are: none"},
@@ -149,7 +157,8 @@ func TestResolve_IndexOfIndexes(t *testing.T) {
 		}
 	}
 	resolve(t, "oci:"+dir+":good", oci.Options{})
-	if _, err := oci.Resolve(t.Context(), "oci:"+dir+":bad", oci.Options{}); err == nil || !strings.Contains(err.Error(), "holds something else") {
+	if _, err := oci.Resolve(t.Context(), "oci:"+dir+":bad", oci.Options{}); err == nil ||
+		!strings.Contains(err.Error(), "holds something else") {
 		t.Errorf("%v", err)
 	}
 }
@@ -180,10 +189,12 @@ func TestResolve_Variants(t *testing.T) {
 		}
 		return digests
 	}
-	all := index("all", "arm/v5", "arm/v7", "amd64/v4", "amd64/v3", "amd64", "amd64/v2", "arm64/v9", "arm64/v8.2", "arm64/v8", "amd64/x")
+	all := index("all", "arm/v5", "arm/v7", "amd64/v4", "amd64/v3", "amd64", "amd64/v2", "arm64/v9", "arm64/v8.2",
+		"arm64/v8", "amd64/x")
 	for arch, want := range map[string]string{
-		"amd64": "amd64", "amd64/v2": "amd64/v2", "amd64/v3": "amd64/v3", "arm64": "arm64/v8", "arm64/v8.4": "arm64/v8.2", "arm64/v9": "arm64/v9",
-		"arm": "arm/v7", "arm/v6": "arm/v5",
+		"amd64": "amd64", "amd64/v2": "amd64/v2", "amd64/v3": "amd64/v3", "arm64": "arm64/v8", "arm64/v8.4": "arm64/v8.2",
+		"arm64/v9": "arm64/v9",
+		"arm":      "arm/v7", "arm/v6": "arm/v5",
 	} {
 		if i := resolve(t, "oci:"+dir+":all", oci.Options{Arch: arch}); i.Digest != all[want] {
 			t.Errorf("for %s: %s, want that of %s", arch, i.Digest, want)
@@ -192,7 +203,9 @@ func TestResolve_Variants(t *testing.T) {
 	index("new", "amd64/v3", "amd64/v4", "arm/v6", "arm/v7")
 	_, err := oci.Resolve(t.Context(), "oci:"+dir+":new", oci.Options{})
 	var got *manifest.PlatformError
-	if want := (&manifest.PlatformError{Want: "linux/amd64", Have: []string{"linux/amd64/v3", "linux/amd64/v4", "linux/arm/v6", "linux/arm/v7"}}); !errors.As(err, &got) || !cmp.Equal(got, want) {
+	have := []string{"linux/amd64/v3", "linux/amd64/v4", "linux/arm/v6", "linux/arm/v7"}
+	want := &manifest.PlatformError{Want: "linux/amd64", Have: have}
+	if !errors.As(err, &got) || !cmp.Equal(got, want) {
 		t.Errorf("%v, want %v", err, want)
 	}
 }

@@ -107,7 +107,8 @@ func TestFetch_LowestFirst(t *testing.T) {
 }
 
 // answers makes a handler give each answer of a list once to requests for a blob.
-func answers(digest string, list ...func(w http.ResponseWriter, r *http.Request)) func(w http.ResponseWriter, r *http.Request) bool {
+func answers(digest string, list ...func(w http.ResponseWriter, r *http.Request)) func(w http.ResponseWriter,
+	r *http.Request) bool {
 	var n atomic.Int32
 	return func(w http.ResponseWriter, r *http.Request) bool {
 		if !blob(r, digest) {
@@ -176,7 +177,10 @@ func TestFetch_Faults(t *testing.T) {
 		{name: "busy", answers: []handler{status(429), status(503), status(500)}, asked: 4},
 		{name: "hangs up before it answers", answers: []handler{hangUp}, asked: 2},
 		{name: "hangs up in the middle", answers: []handler{firstBytes(content, 100_000)}, asked: 2},
-		{name: "hangs up and knows no ranges then", answers: []handler{firstBytes(content, 100_000), plain(content)}, asked: 2},
+		{
+			name: "hangs up and knows no ranges then", answers: []handler{firstBytes(content, 100_000), plain(content)},
+			asked: 2,
+		},
 		{name: "ends early, politely", answers: []handler{early(content, 100_000)}, asked: 2},
 		{name: "half is there", partial: content[:150_000], asked: 1},
 		{name: "all is there", partial: content, asked: 0},
@@ -185,21 +189,37 @@ func TestFetch_Faults(t *testing.T) {
 		{name: "it is there", whole: content, asked: 0},
 		{name: "it is there, and has been damaged since", whole: flipped, asked: 1},
 		{name: "it is there, but for its end", whole: content[:150_000], asked: 1},
-		{name: "something is there, no range can be had", partial: content[:150_000], answers: []handler{status(416)}, asked: 2},
-		{name: "another range than was asked for", partial: content[:150_000], answers: []handler{func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Range", "bytes 7-9/10")
-			w.WriteHeader(http.StatusPartialContent)
-		}}, asked: 2},
-		{name: "no range can be had, and none was asked for", answers: []handler{status(416)}, asked: 1, want: &transport.Error{}},
+		{
+			name: "something is there, no range can be had", partial: content[:150_000],
+			answers: []handler{status(416)}, asked: 2,
+		},
+		{
+			name: "another range than was asked for", partial: content[:150_000],
+			answers: []handler{func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("Content-Range", "bytes 7-9/10")
+				w.WriteHeader(http.StatusPartialContent)
+			}}, asked: 2,
+		},
+		{
+			name: "no range can be had, and none was asked for", answers: []handler{status(416)}, asked: 1,
+			want: &transport.Error{},
+		},
 		{name: "a range, and none was asked for", answers: []handler{status(206)}, asked: 1, want: &transport.Error{}},
 		{name: "wrong content", answers: []handler{plain(flipped)}, asked: 1, want: &flatten.DigestError{}},
-		{name: "too much content", answers: []handler{plain(append(bytes.Clone(content), "more"...))}, asked: 1, want: &flatten.DigestError{}},
+		{
+			name: "too much content", answers: []handler{plain(append(bytes.Clone(content), "more"...))}, asked: 1,
+			want: &flatten.DigestError{},
+		},
 		{name: "not found", answers: []handler{status(404)}, asked: 1, want: oci.ErrNotFound},
 		{name: "too little content", answers: []handler{plain(content[:9])}, asked: 1, want: &flatten.DigestError{}},
 		{name: "ends early each time", answers: []handler{
 			early(content, 9), early(content, 9), early(content, 9), early(content, 9), early(content, 9), early(content, 9),
 		}, asked: 6, want: io.ErrUnexpectedEOF},
-		{name: "busy for good", answers: []handler{status(500), status(500), status(500), status(500), status(500), status(500)}, asked: 6, want: &transport.Error{}},
+		{
+			name:    "busy for good",
+			answers: []handler{status(500), status(500), status(500), status(500), status(500), status(500)}, asked: 6,
+			want: &transport.Error{},
+		},
 		{name: "busy for an hour", answers: []handler{func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "3600")
 			w.WriteHeader(429)

@@ -49,7 +49,8 @@ func noise(size int, seed byte) ocitest.Layer {
 			x ^= x << 5
 			b[i] = byte(x)
 		}
-		err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "noise" + string('a'+rune(seed)), Mode: 0o644, Size: int64(size)})
+		err := w.WriteHeader(
+			&tar.Header{Typeflag: tar.TypeReg, Name: "noise" + string('a'+rune(seed)), Mode: 0o644, Size: int64(size)})
 		if err == nil {
 			_, err = w.Write(b)
 		}
@@ -84,7 +85,9 @@ func serve(t testing.TB, dir string, instead func(w http.ResponseWriter, r *http
 	return serveOn(t, nil, dir, instead)
 }
 
-func serveOn(t testing.TB, l net.Listener, dir string, instead func(w http.ResponseWriter, r *http.Request) bool) *server {
+func serveOn(t testing.TB, l net.Listener, dir string,
+	instead func(w http.ResponseWriter, r *http.Request) bool,
+) *server {
 	t.Helper()
 	s := &server{instead: instead}
 	h := ocitest.Registry(dir)
@@ -134,7 +137,10 @@ func newNetwork(t testing.TB) *network {
 
 func (n *network) serve(t testing.TB, dir string, instead func(w http.ResponseWriter, r *http.Request) bool) *server {
 	t.Helper()
-	l := &listener{addr: fmt.Sprintf("localhost:%d", len(n.listeners)+1), conns: make(chan net.Conn), closed: make(chan struct{})}
+	l := &listener{
+		addr: fmt.Sprintf("localhost:%d", len(n.listeners)+1), conns: make(chan net.Conn),
+		closed: make(chan struct{}),
+	}
 	n.listeners[l.addr] = l
 	return serveOn(t, l, dir, instead)
 }
@@ -230,7 +236,8 @@ func layerFiles(i *oci.Image) (names []string) {
 	return slices.Compact(names)
 }
 
-// noiseLayer makes a layout with an image of one layer, and returns what is in the layer, and that with a wrong bit.
+// noiseLayer makes a layout with an image of one layer, and returns what is in the layer, and that
+// with a wrong bit.
 func noiseLayer(t *testing.T) (dir string, l oci.Layer, content, flipped []byte) {
 	t.Helper()
 	dir = t.TempDir()

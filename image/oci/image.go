@@ -24,24 +24,30 @@ import (
 
 // Options say where images come from. The zero value is fit for public registries.
 type Options struct {
-	// Arch is what images are chosen for, as Go spells it: "amd64" (default) or "arm64". The system is Linux. A variant may
-	// follow, "amd64/v3"; without one, images are chosen that any processor of the architecture runs.
+	// Arch is what images are chosen for, as Go spells it: "amd64" (default) or "arm64". The system is
+	// Linux. A variant may follow, "amd64/v3"; without one, images are chosen that any processor of
+	// the architecture runs.
 	Arch string
-	// Keychain knows the registries' passwords, a login.Keychain those of docker and podman. Nil: none.
+	// Keychain knows the registries' passwords, a login.Keychain those of docker and podman. Nil:
+	// none.
 	Keychain authn.Keychain
-	// Login is for the registry itself that a reference leads to, in place of what Keychain knows. Mirrors are not told it.
+	// Login is for the registry itself that a reference leads to, in place of what Keychain knows.
+	// Mirrors are not told it.
 	Login authn.Authenticator
-	// Mirrors are hosts, as in "mirror.example:5000", that are asked for Docker Hub's images first, in this order.
+	// Mirrors are hosts, as in "mirror.example:5000", that are asked for Docker Hub's images first, in
+	// this order.
 	Mirrors []string
-	// Registries reads what is said of registries: mirrors, places, blocked and insecure ones. It is called for references of
-	// registries only. Nil: nothing is.
+	// Registries reads what is said of registries: mirrors, places, blocked and insecure ones. It is
+	// called for references of registries only. Nil: nothing is.
 	Registries func() (*registries.Config, error)
-	// Trust reads the policy that images are checked against before Resolve returns them; see package trust for which are. Nil: all are allowed.
+	// Trust reads the policy that images are checked against before Resolve returns them; see package
+	// trust for which are. Nil: all are allowed.
 	Trust func() (*trust.Policy, error)
 	// Transport is for HTTP, of an *http.Transport a copy. Nil: http.DefaultTransport.
 	Transport http.RoundTripper
-	// Unless is what a registry's tag led to before, an Image's Index, or its Digest if it has none. While it does, Resolve
-	// returns ErrUnchanged: registries do not count being asked for that as a pull.
+	// Unless is what a registry's tag led to before, an Image's Index, or its Digest if it has none.
+	// While it does, Resolve returns ErrUnchanged: registries do not count being asked for that as a
+	// pull.
 	Unless  string
 	Limits  flatten.Limits
 	Stdin   io.Reader // of the reference "-"
@@ -64,18 +70,21 @@ type Image struct {
 	Name string
 	// ID is the configuration's SHA-256, in hexadecimal: what docker calls an image's id.
 	ID string
-	// Digest is the manifest's, or the configuration's for an archive of docker's that has no manifest.
+	// Digest is the manifest's, or the configuration's for an archive of docker's that has no
+	// manifest.
 	Digest string
-	// Index is the digest of the index that has the manifest, if it was found by one that has a digest itself.
+	// Index is the digest of the index that has the manifest, if it was found by one that has a digest
+	// itself.
 	Index string
-	// Chain names the root file system that the layers make, in 64 hexadecimal digits: the chain ID of the OCI image
-	// specification.
+	// Chain names the root file system that the layers make, in 64 hexadecimal digits: the chain ID of
+	// the OCI image specification.
 	Chain  string
 	Config Config
 	About  config.About
 	Layers []Layer // the lowest first
 	Size   int64   // bytes of all layers, as they are fetched
-	// Documents are the texts of the manifest and of the configuration. An archive of docker's has no manifest: nil.
+	// Documents are the texts of the manifest and of the configuration. An archive of docker's has no
+	// manifest: nil.
 	Documents [2][]byte
 
 	limits flatten.Limits
@@ -84,11 +93,13 @@ type Image struct {
 
 // source is where the parts of an image come from. It is safe for concurrent use.
 type source interface {
-	// manifest returns up to maxManifest bytes, which nobody has checked. Errors are ErrNotFound among others.
+	// manifest returns up to maxManifest bytes, which nobody has checked. Errors are ErrNotFound among
+	// others.
 	manifest(ctx context.Context, digest string) ([]byte, error)
 	// blob reads from offset on or, where that is not possible, from the start on.
 	blob(ctx context.Context, digest string, offset int64) (*download.Body, error)
-	// elsewhere says that what came of a blob was of no use. It returns whether there is another place that will be asked.
+	// elsewhere says that what came of a blob was of no use. It returns whether there is another place
+	// that will be asked.
 	elsewhere(digest string, err error) bool
 	Close() error
 }
@@ -96,8 +107,8 @@ type source interface {
 // Close lets go of connections and temporary files.
 func (i *Image) Close() error { return i.from.Close() }
 
-// Resolve finds an image and reads its manifest and configuration, of a registry's image nothing more. The caller closes it.
-// References are:
+// Resolve finds an image and reads its manifest and configuration, of a registry's image nothing
+// more. The caller closes it. References are:
 //
 //	debian:12, localhost:5000/a/b@sha256:…   in a registry
 //	docker://debian:12                       the same, as skopeo writes it
@@ -109,9 +120,9 @@ func (i *Image) Close() error { return i.from.Close() }
 //
 // An image without a name is called after its file or directory, as far as that gives a name.
 //
-// Errors are ErrNotFound, ErrUnchanged, ErrPlainHTTP, *UnreachableError, *manifest.PlatformError, *manifest.NotImageError,
-// *flatten.DigestError, *flatten.LimitError, *trust.RejectedError, *transport.Error of go-containerregistry for what a registry says, and those of
-// files.
+// Errors are ErrNotFound, ErrUnchanged, ErrPlainHTTP, *UnreachableError, *manifest.PlatformError,
+// *manifest.NotImageError, *flatten.DigestError, *flatten.LimitError, *trust.RejectedError,
+// *transport.Error of go-containerregistry for what a registry says, and those of files.
 func Resolve(ctx context.Context, ref string, o Options) (*Image, error) {
 	if o.Arch == "" {
 		o.Arch = "amd64"
@@ -207,11 +218,16 @@ func (f *found) image(ctx context.Context, arch string) (*Image, error) {
 	return nil, errors.New("read manifest: indexes within indexes")
 }
 
-func (f *found) manifest(ctx context.Context, want manifest.Platform, digest string, d manifest.Document) (*Image, error) {
+func (f *found) manifest(ctx context.Context, want manifest.Platform, digest string,
+	d manifest.Document,
+) (*Image, error) {
 	if err := d.Image(); err != nil {
 		return nil, err
 	}
-	i := &Image{Name: f.name, ID: strings.TrimPrefix(d.Config.Digest, manifest.Algorithm), Digest: cmp.Or(f.id, digest), from: f.from}
+	i := &Image{
+		Name: f.name, ID: strings.TrimPrefix(d.Config.Digest, manifest.Algorithm),
+		Digest: cmp.Or(f.id, digest), from: f.from,
+	}
 	if err := manifest.ValidDigest(d.Config.Digest); err != nil {
 		return nil, err
 	}
@@ -260,7 +276,8 @@ func (i *Image) configure(text []byte, want manifest.Platform) (diffIDs []string
 	if err != nil {
 		return nil, err
 	}
-	// Old images, and those built without, say nothing. The variant is left to whoever asked for this very image.
+	// Old images, and those built without, say nothing. The variant is left to whoever asked for this
+	// very image.
 	if c.OS != "" && c.OS != want.OS || c.Architecture != "" && c.Architecture != want.Architecture {
 		have := manifest.Platform{OS: c.OS, Architecture: c.Architecture, Variant: c.Variant}
 		return nil, &manifest.PlatformError{Want: want.String(), Have: []string{have.String()}}
@@ -269,7 +286,8 @@ func (i *Image) configure(text []byte, want manifest.Platform) (diffIDs []string
 	return c.DiffIDs, nil
 }
 
-// Chain is the chain ID of layers, by their DiffIDs: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
+// Chain is the chain ID of layers, by their DiffIDs:
+// https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
 func Chain(diffIDs []string) string {
 	var id string
 	for n, d := range diffIDs {

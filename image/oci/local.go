@@ -75,7 +75,8 @@ const (
 	dockerManifest = "manifest.json"
 )
 
-// inLayout finds an image in an OCI layout: https://github.com/opencontainers/image-spec/blob/main/image-layout.md
+// inLayout finds an image in an OCI layout:
+// https://github.com/opencontainers/image-spec/blob/main/image-layout.md
 func inLayout(rest string) (found, error) {
 	dir, ref := cutRef(rest)
 	root, err := os.OpenRoot(dir)
@@ -100,7 +101,8 @@ func inLayout(rest string) (found, error) {
 	return f, nil
 }
 
-// choose picks what a layout's index calls ref, or all of it. base is the image's name if it has none.
+// choose picks what a layout's index calls ref, or all of it. base is the image's name if it has
+// none.
 func (l *local) choose(index io.Reader, base, ref string) (found, error) {
 	text, err := readSmall(index)
 	if err != nil {
@@ -142,8 +144,8 @@ func (l *local) choose(index io.Reader, base, ref string) (found, error) {
 	return found{from: l, name: names[one], text: text}, err
 }
 
-// only makes sure that there is one image and returns its first place in names. One image may have several names; keys, as many
-// as names, tell images apart.
+// only makes sure that there is one image and returns its first place in names. One image may have
+// several names; keys, as many as names, tell images apart.
 func only(names, keys []string) (int, error) {
 	if len(names) == 0 {
 		return 0, ErrNotFound
@@ -152,10 +154,12 @@ func only(names, keys []string) (int, error) {
 		return 0, nil
 	}
 	err := fmt.Errorf("there are several images, name one of: %.1000s", strings.Join(names, ", "))
-	return 0, hint.Add(err, "docker-archive:FILE:NAME and oci:DIR:NAME take one of several; what comes on standard input has to be put into a file for that")
+	return 0, hint.Add(err,
+		"docker-archive:FILE:NAME and oci:DIR:NAME take one of several; what comes on standard input has to be put into a file for that")
 }
 
-// inDir finds an image in a directory as skopeo's dir: writes it: manifests and blobs by the digits of their digests.
+// inDir finds an image in a directory as skopeo's dir: writes it: manifests and blobs by the digits
+// of their digests.
 func inDir(dir string) (found, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

@@ -17,7 +17,8 @@ import (
 	"push.rocks/smartvm/image/oci/ocitest"
 )
 
-// BenchmarkPull compares fetching and flattening an image with tar's unpacking of the same layers onto the same disk.
+// BenchmarkPull compares fetching and flattening an image with tar's unpacking of the same layers
+// onto the same disk.
 func BenchmarkPull(b *testing.B) {
 	layout := b.TempDir()
 	var layers []ocitest.Layer

@@ -27,7 +27,8 @@ func conf(t testing.TB, text string) func() (*registries.Config, error) {
 	return func() (*registries.Config, error) { return registries.Read(path) }
 }
 
-// A registry with a certificate that nobody knows is asked where somebody has said so, or has given the authority's.
+// A registry with a certificate that nobody knows is asked where somebody has said so, or has given
+// the authority's.
 func TestResolve_Certificates(t *testing.T) {
 	dir := t.TempDir()
 	add(t, dir, "1", files("a"))
@@ -65,15 +66,21 @@ func TestResolve_Certificates(t *testing.T) {
 		o    oci.Options
 		want string
 	}{
-		"nothing is known":     {oci.Options{}, "signed by unknown authority"},
-		"of another":           {oci.Options{Registries: conf(t, "[[registry]]\nlocation = \"other.test\"\ninsecure = true\n")}, "signed by unknown authority"},
-		"no certificate":       {oci.Options{Registries: certs("rubbish")}, "ca.crt holds none"},
-		"blocked":              {oci.Options{Registries: conf(t, "[[registry]]\nlocation = \""+host+"\"\nblocked = true\n")}, "is blocked by"},
+		"nothing is known": {oci.Options{}, "signed by unknown authority"},
+		"of another": {oci.Options{
+			Registries: conf(t, "[[registry]]\nlocation = \"other.test\"\ninsecure = true\n"),
+		}, "signed by unknown authority"},
+		"no certificate": {oci.Options{Registries: certs("rubbish")}, "ca.crt holds none"},
+		"blocked": {
+			oci.Options{Registries: conf(t, "[[registry]]\nlocation = \""+host+"\"\nblocked = true\n")},
+			"is blocked by",
+		},
 		"an unreadable config": {oci.Options{Registries: conf(t, "rubbish")}, "registries.conf"},
 	} {
 		if _, err := oci.Resolve(t.Context(), ref, c.o); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
-		} else if advice := adviceOf(err); strings.Contains(c.want, "authority") && !strings.Contains(advice, host+"/ca.crt") {
+		} else if advice := adviceOf(err); strings.Contains(c.want, "authority") &&
+			!strings.Contains(advice, host+"/ca.crt") {
 			t.Errorf("%s: hint %q", name, advice)
 		}
 	}
@@ -90,13 +97,16 @@ func TestResolve_InsecureMirror(t *testing.T) {
 	hub := serve(t, t.TempDir(), nil)
 	text := "[[registry]]\nprefix = \"docker.io\"\nlocation = \"" + hub.host() + "\"\n"
 	for verify, want := range map[*bool]bool{nil: false, new(true): false, new(false): true} {
-		o := oci.Options{Mirrors: []string{strings.TrimPrefix(s.URL, "https://")}, Registries: func() (*registries.Config, error) {
-			c, err := conf(t, text)()
-			if err == nil {
-				c.TLSVerify = verify
-			}
-			return c, err
-		}}
+		o := oci.Options{
+			Mirrors: []string{strings.TrimPrefix(s.URL, "https://")},
+			Registries: func() (*registries.Config, error) {
+				c, err := conf(t, text)()
+				if err == nil {
+					c.TLSVerify = verify
+				}
+				return c, err
+			},
+		}
 		i, err := oci.Resolve(t.Context(), "app:1", o)
 		if want && (err != nil || i.Digest != d.Digest) || !want && !errors.Is(err, oci.ErrNotFound) {
 			t.Errorf("%v: %+v, %v", want, i, err)
@@ -107,7 +117,8 @@ func TestResolve_InsecureMirror(t *testing.T) {
 	}
 }
 
-// Plain HTTP on another machine is for registries of which somebody has said so, and does not lead to this machine.
+// Plain HTTP on another machine is for registries of which somebody has said so, and does not lead
+// to this machine.
 func TestResolve_Insecure(t *testing.T) {
 	dir := t.TempDir()
 	add(t, dir, "1", files("a"))
@@ -134,13 +145,17 @@ func TestResolve_Insecure(t *testing.T) {
 		}
 		return resp, err
 	})
-	insecure := oci.Options{Transport: far, Registries: conf(t, "[[registry]]\nlocation = \"registry.test\"\ninsecure = true\n")}
+	insecure := oci.Options{
+		Transport:  far,
+		Registries: conf(t, "[[registry]]\nlocation = \"registry.test\"\ninsecure = true\n"),
+	}
 	pull(t, resolve(t, "registry.test/app:1", insecure), t.TempDir())
 	if _, err := oci.Resolve(t.Context(), "registry.test/app:1", oci.Options{Transport: far}); err == nil {
 		t.Error("plain HTTP, though nobody has said so")
 	}
 	away = true
-	if _, err := oci.Resolve(t.Context(), "registry.test/app:1", insecure); !errors.Is(err, oci.ErrPlainHTTP) || len(service.blobs()) > 0 {
+	if _, err := oci.Resolve(t.Context(), "registry.test/app:1", insecure); !errors.Is(err, oci.ErrPlainHTTP) ||
+		len(service.blobs()) > 0 {
 		t.Errorf("%v, and a service of this machine was asked", err)
 	}
 }

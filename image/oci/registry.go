@@ -52,7 +52,8 @@ var errRedirects = errors.New("too many redirects")
 // parse reads a reference as it was typed, and as it is meant.
 func parse(text string, o Options) (typed, ref name.Reference, conf *registries.Config, err error) {
 	if typed, err = name.ParseReference(text); err != nil {
-		return nil, nil, nil, fileHint(hint.Add(err, "a registry's image is [HOST/]NAME[:TAG], its name in small letters"), text)
+		return nil, nil, nil,
+			fileHint(hint.Add(err, "a registry's image is [HOST/]NAME[:TAG], its name in small letters"), text)
 	}
 	conf = &registries.Config{}
 	if o.Registries != nil {
@@ -73,7 +74,10 @@ func (o Options) transport(conf *registries.Config, p registries.Place) (m *mann
 		}
 		base, idle = t, t.CloseIdleConnections
 	}
-	m = &manners{Transport: download.Transport{Base: base, Log: o.Log}, local: here(hostOf(p.Repository)), insecure: p.Insecure}
+	m = &manners{
+		Transport: download.Transport{Base: base, Log: o.Log}, local: here(hostOf(p.Repository)),
+		insecure: p.Insecure,
+	}
 	return m, idle, nil
 }
 
@@ -131,8 +135,8 @@ func inRegistry(ctx context.Context, text string, o Options, policy *trust.Polic
 	return f, nil
 }
 
-// places are where to look for an image: Options.Mirrors are for Docker Hub alone, as docker has it. Elsewhere, the same path
-// could be something else.
+// places are where to look for an image: Options.Mirrors are for Docker Hub alone, as docker has
+// it. Elsewhere, the same path could be something else.
 func places(ref name.Reference, conf *registries.Config, o Options) (all []registries.Place, err error) {
 	if repo := ref.Context(); repo.RegistryStr() == name.DefaultRegistry {
 		var options []name.Option
@@ -206,7 +210,8 @@ func (h *host) login(ctx context.Context) error {
 			return fmt.Errorf("log in to %s: %w", h.repo.RegistryStr(), err)
 		}
 	}
-	t, err := transport.NewWithContext(ctx, h.repo.Registry, auth, h.client.Transport, []string{h.repo.Scope(transport.PullScope)})
+	t, err := transport.NewWithContext(ctx, h.repo.Registry, auth, h.client.Transport,
+		[]string{h.repo.Scope(transport.PullScope)})
 	if err == nil {
 		h.client.Transport, h.in = t, true
 	}
@@ -216,7 +221,8 @@ func (h *host) login(ctx context.Context) error {
 // hostOf is a repository's, without a port.
 func hostOf(repo name.Repository) string { return (&url.URL{Host: repo.RegistryStr()}).Hostname() }
 
-const accept = manifest.TypeIndex + ", " + manifest.TypeManifest + ", " + manifest.TypeDockerIndex + ", " + manifest.TypeDockerManifest
+const accept = manifest.TypeIndex + ", " + manifest.TypeManifest + ", " + manifest.TypeDockerIndex + ", " +
+	manifest.TypeDockerManifest
 
 func (r *registry) manifest(ctx context.Context, digest string) (text []byte, err error) {
 	err = r.ask(ctx, func(h *host) (err error) {

@@ -23,7 +23,8 @@ import (
 	"push.rocks/smartvm/image/oci/ocitest"
 )
 
-// A mirror that fails after it has given the manifest is left for the registry itself, whatever it does.
+// A mirror that fails after it has given the manifest is left for the registry itself, whatever it
+// does.
 func TestFetch_MirrorFails(t *testing.T) {
 	dir := t.TempDir()
 	add(t, dir, "1", noise(50_000, 0), noise(50_000, 1), noise(50_000, 2))
@@ -38,7 +39,10 @@ func TestFetch_MirrorFails(t *testing.T) {
 		{name: "it does not", blob: "none", with: status(404)},
 		{name: "a layer is missing", blob: first, with: status(404), asked: true},
 		{name: "a layer is forbidden", blob: first, with: status(403), asked: true},
-		{name: "a layer is another", blob: first, with: plain(bytes.Repeat([]byte("x"), int(want.Layers[0].Size))), asked: true},
+		{
+			name: "a layer is another", blob: first, with: plain(bytes.Repeat([]byte("x"), int(want.Layers[0].Size))),
+			asked: true,
+		},
 		{name: "a layer is too long", blob: first, with: plain(make([]byte, 1<<20)), asked: true},
 		{name: "a layer is too short", blob: first, with: plain([]byte("x")), asked: true},
 		{name: "a layer never comes whole", blob: first, with: early([]byte("x"), 1), asked: true},
@@ -70,8 +74,8 @@ func TestFetch_MirrorFails(t *testing.T) {
 	}
 }
 
-// A mirror that gives half of a layer, right or wrong, is left for the registry itself, whether that
-// has the layer or not.
+// A mirror that gives half of a layer, right or wrong, is left for the registry itself, whether
+// that has the layer or not.
 func TestFetch_MirrorBreaksOff(t *testing.T) {
 	dir, l, content, flipped := noiseLayer(t)
 	const half = 100_000
@@ -190,34 +194,39 @@ func TestFetch_Slow(t *testing.T) {
 	add(t, dir, "1", noise(500_000, 0))
 	synctest.Test(t, func(t *testing.T) {
 		asked := 0
-		i, err := oci.Resolve(t.Context(), "localhost/a:1", oci.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
-			asked++
-			return memory{ocitest.Registry(dir)}.RoundTrip(r)
-		})})
+		i, err := oci.Resolve(t.Context(), "localhost/a:1",
+			oci.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+				asked++
+				return memory{ocitest.Registry(dir)}.RoundTrip(r)
+			})})
 		if err != nil {
 			t.Fatal(err)
 		}
 		before := asked
 		// Progress is told where a write would be.
-		if err := i.Fetch(t.Context(), layers, func(int64, int64) { time.Sleep(2 * time.Minute) }); err != nil || asked != before+1 {
+		if err := i.Fetch(t.Context(), layers, func(int64, int64) {
+			time.Sleep(2 * time.Minute)
+		}); err != nil || asked != before+1 {
 			t.Errorf("with a slow disk: %v, asked %d times", err, asked-before)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
 		asked := 0
-		i, err := oci.Resolve(t.Context(), "localhost/a:1", oci.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
-			resp, err := memory{ocitest.Registry(dir)}.RoundTrip(r)
-			if err == nil && resp.Request.URL.Path != "/v2/" && resp.ContentLength > 100_000 {
-				asked++
-				resp.Body = silence{r.Context().Done()}
-			}
-			return resp, err
-		})})
+		i, err := oci.Resolve(t.Context(), "localhost/a:1",
+			oci.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+				resp, err := memory{ocitest.Registry(dir)}.RoundTrip(r)
+				if err == nil && resp.Request.URL.Path != "/v2/" && resp.ContentLength > 100_000 {
+					asked++
+					resp.Body = silence{r.Context().Done()}
+				}
+				return resp, err
+			})})
 		if err != nil {
 			t.Fatal(err)
 		}
 		began := time.Now()
-		if err := i.Fetch(t.Context(), t.TempDir(), nil); err == nil || !strings.Contains(err.Error(), "nothing came for 1m0s") || asked != 6 {
+		if err := i.Fetch(t.Context(), t.TempDir(), nil); err == nil ||
+			!strings.Contains(err.Error(), "nothing came for 1m0s") || asked != 6 {
 			t.Errorf("with a silent server: %v after %v, asked %d times", err, time.Since(began), asked)
 		}
 	})
@@ -227,7 +236,8 @@ type roundTrip func(r *http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// A tag that leads to what it led to is found out without asking for a manifest, which registries count.
+// A tag that leads to what it led to is found out without asking for a manifest, which registries
+// count.
 func TestResolve_Unless(t *testing.T) {
 	dir := t.TempDir()
 	d := add(t, dir, "1", files("a"))
@@ -241,11 +251,13 @@ func TestResolve_Unless(t *testing.T) {
 	add(t, dir, "2", files("b"))
 	s := serve(t, dir, nil)
 	for tag, want := range map[string]string{"1": d.Digest, "all": index.Digest} {
-		if i := resolve(t, s.host()+"/a:"+tag, oci.Options{Unless: "sha256:" + strings.Repeat("0", 64)}); first(i.Index, i.Digest) != want || i.Digest != d.Digest {
+		if i := resolve(t, s.host()+"/a:"+tag, oci.Options{Unless: "sha256:" + strings.Repeat("0", 64)}); first(i.Index,
+			i.Digest) != want || i.Digest != d.Digest {
 			t.Errorf("%s leads to %s and %s, want %s", tag, i.Index, i.Digest, want)
 		}
 		s.requests()
-		if _, err := oci.Resolve(t.Context(), s.host()+"/a:"+tag, oci.Options{Unless: want}); !errors.Is(err, oci.ErrUnchanged) {
+		if _, err := oci.Resolve(t.Context(), s.host()+"/a:"+tag, oci.Options{Unless: want}); !errors.Is(err,
+			oci.ErrUnchanged) {
 			t.Errorf("%s: %v, want ErrUnchanged", tag, err)
 		}
 		if diff := cmp.Diff([]string{"GET /v2/", "HEAD /v2/a/manifests/" + tag}, s.requests()); diff != "" {
@@ -272,20 +284,33 @@ func (s *server) requests() []string {
 	return all
 }
 
-// Without a network, it is said which registry cannot be reached, why, and what can be done instead.
+// Without a network, it is said which registry cannot be reached, why, and what can be done
+// instead.
 func TestResolve_Unreachable(t *testing.T) {
 	closed := serve(t, t.TempDir(), nil)
 	closed.Close()
 	noName := roundTrip(func(r *http.Request) (*http.Response, error) {
-		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Err: "no such host", Name: r.URL.Hostname(), IsNotFound: true}}
+		return nil, &net.OpError{
+			Op: "dial", Net: "tcp",
+			Err: &net.DNSError{Err: "no such host", Name: r.URL.Hostname(), IsNotFound: true},
+		}
 	})
 	for _, c := range []struct {
 		ref, want string
 		o         oci.Options
 	}{
-		{"nosuch", "registry index.docker.io cannot be reached: its name cannot be looked up: no such host", oci.Options{Transport: noName}},
-		{"nosuch", "registry index.docker.io cannot be reached: its name cannot be looked up: no such host", oci.Options{Transport: noName, Mirrors: []string{"mirror.test"}}},
-		{closed.host() + "/a", "registry " + closed.host() + " cannot be reached: connect: connection refused", oci.Options{}},
+		{
+			"nosuch", "registry index.docker.io cannot be reached: its name cannot be looked up: no such host",
+			oci.Options{Transport: noName},
+		},
+		{
+			"nosuch", "registry index.docker.io cannot be reached: its name cannot be looked up: no such host",
+			oci.Options{Transport: noName, Mirrors: []string{"mirror.test"}},
+		},
+		{
+			closed.host() + "/a", "registry " + closed.host() + " cannot be reached: connect: connection refused",
+			oci.Options{},
+		},
 	} {
 		_, err := oci.Resolve(t.Context(), c.ref, c.o)
 		var unreachable *oci.UnreachableError
@@ -300,7 +325,8 @@ func TestResolve_Unreachable(t *testing.T) {
 		w.WriteHeader(http.StatusUnauthorized)
 		return r.URL.Path != "/v2/"
 	})
-	if _, err := oci.Resolve(t.Context(), s.host()+"/nosuch", oci.Options{}); err == nil || !strings.Contains(adviceOf(err), "docker login "+s.host()) {
+	if _, err := oci.Resolve(t.Context(), s.host()+"/nosuch", oci.Options{}); err == nil ||
+		!strings.Contains(adviceOf(err), "docker login "+s.host()) {
 		t.Errorf("%v, hint %q", err, adviceOf(err))
 	}
 }
@@ -313,7 +339,8 @@ func first(a, b string) string {
 	return a
 }
 
-// A login that was given for an image is its registry's; a mirror is not told it, and the keychain's is the mirror's alone then.
+// A login that was given for an image is its registry's; a mirror is not told it, and the
+// keychain's is the mirror's alone then.
 func TestResolve_Login(t *testing.T) {
 	dir := t.TempDir()
 	add(t, dir, "1", files("a"))
@@ -335,8 +362,12 @@ func TestResolve_Login(t *testing.T) {
 	}
 	var mirrors, registrys []string
 	mirror, registry := serve(t, dir, told(&mirrors, false)), serve(t, dir, told(&registrys, true))
-	text := fmt.Sprintf("[[registry]]\nlocation = %q\n[[registry.mirror]]\nlocation = %q\n", registry.host(), mirror.host())
-	o := oci.Options{Login: &authn.Basic{Username: "me", Password: "secret"}, Keychain: keys{mirror.host(): "mirror", registry.host(): "stale"}, Registries: conf(t, text)}
+	text := fmt.Sprintf("[[registry]]\nlocation = %q\n[[registry.mirror]]\nlocation = %q\n", registry.host(),
+		mirror.host())
+	o := oci.Options{
+		Login:    &authn.Basic{Username: "me", Password: "secret"},
+		Keychain: keys{mirror.host(): "mirror", registry.host(): "stale"}, Registries: conf(t, text),
+	}
 	pull(t, resolve(t, registry.host()+"/app:1", o), t.TempDir())
 	all := func(list []string) []string { slices.Sort(list); return slices.Compact(list) }
 	if diff := cmp.Diff([][]string{{"mirror:word"}, {"me:secret"}}, [][]string{all(mirrors), all(registrys)}); diff != "" {

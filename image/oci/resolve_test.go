@@ -32,7 +32,8 @@ var wantConfig = oci.Config{
 	User: "1:2", WorkingDir: "/srv", StopSignal: "SIGINT", ExposedPorts: []string{"53/udp", "80/tcp", "443/tcp"},
 	Volumes: []string{"/data", "/srv/db", "/y"},
 	Healthcheck: &oci.Healthcheck{
-		Test: []string{"CMD", "/bin/check"}, Interval: 30 * time.Second, Timeout: time.Second, StartPeriod: 5 * time.Second, StartInterval: time.Second / 2, Retries: 3,
+		Test: []string{"CMD", "/bin/check"}, Interval: 30 * time.Second, Timeout: time.Second, StartPeriod: 5 * time.Second,
+		StartInterval: time.Second / 2, Retries: 3,
 	},
 }
 
@@ -41,7 +42,8 @@ func TestResolve_Registry(t *testing.T) {
 	d := add(t, dir, "1", files("a"), files("b"))
 	s := serve(t, dir, nil)
 	i := resolve(t, s.host()+"/x/y:1", oci.Options{})
-	if i.Name != s.host()+"/x/y:1" || i.Digest != d.Digest || len(i.Layers) != 2 || i.Size != i.Layers[0].Size+i.Layers[1].Size {
+	if i.Name != s.host()+"/x/y:1" || i.Digest != d.Digest || len(i.Layers) != 2 ||
+		i.Size != i.Layers[0].Size+i.Layers[1].Size {
 		t.Errorf("%+v", i)
 	}
 	if diff := cmp.Diff(wantConfig, i.Config); diff != "" {
@@ -97,7 +99,8 @@ func TestResolve_Mirrors(t *testing.T) {
 	if got := s.blobs(); len(got) != 2 || !strings.Contains(got[0], "/v2/library/debian/blobs/") {
 		t.Errorf("the mirror was asked %q", got)
 	}
-	i = resolve(t, name.DefaultRegistry+"/library/debian:12", oci.Options{Transport: hub, Mirrors: []string{empty.host(), "bad host"}})
+	i = resolve(t, name.DefaultRegistry+"/library/debian:12",
+		oci.Options{Transport: hub, Mirrors: []string{empty.host(), "bad host"}})
 	if i.Name != "debian:12" || !hub.asked.Load() {
 		t.Errorf("%q, and Docker Hub asked: %v", i.Name, hub.asked.Load())
 	}
@@ -189,12 +192,14 @@ func TestResolve_Auth(t *testing.T) {
 	})
 	pull(t, resolve(t, s.host()+"/a:1", oci.Options{Keychain: keychain{}}), t.TempDir())
 	var status *transport.Error
-	if _, err := oci.Resolve(t.Context(), s.host()+"/a:1", oci.Options{}); !errors.As(err, &status) || status.StatusCode != http.StatusUnauthorized {
+	if _, err := oci.Resolve(t.Context(), s.host()+"/a:1", oci.Options{}); !errors.As(err, &status) ||
+		status.StatusCode != http.StatusUnauthorized {
 		t.Errorf("%v, want status 401", err)
 	}
 }
 
-// An identity token, of docker login in a browser or of a helper, is changed for one that the registry takes; where a blob's redirect leads, nobody is told it.
+// An identity token, of docker login in a browser or of a helper, is changed for one that the
+// registry takes; where a blob's redirect leads, nobody is told it.
 func TestResolve_IdentityToken(t *testing.T) {
 	dir := t.TempDir()
 	add(t, dir, "1", files("a"))
@@ -208,7 +213,8 @@ func TestResolve_IdentityToken(t *testing.T) {
 	s = serve(t, dir, func(w http.ResponseWriter, r *http.Request) bool {
 		switch {
 		case r.URL.Path == "/token":
-			if r.Method != http.MethodPost || r.FormValue("grant_type") != "refresh_token" || r.FormValue("refresh_token") != "identity" {
+			if r.Method != http.MethodPost || r.FormValue("grant_type") != "refresh_token" ||
+				r.FormValue("refresh_token") != "identity" {
 				w.WriteHeader(http.StatusUnauthorized)
 			}
 			fmt.Fprint(w, `{"access_token":"t0"}`)
@@ -239,15 +245,16 @@ func TestResolve_RedirectToPlain(t *testing.T) {
 	dir := t.TempDir()
 	add(t, dir, "1", files("a"))
 	for to, want := range map[string]error{"https://store.test": nil, "http://store.test": oci.ErrPlainHTTP} {
-		_, err := oci.Resolve(t.Context(), "registry.test/a:1", oci.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
-			return memory{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if r.URL.Host == "registry.test" && strings.Contains(r.URL.Path, "/blobs/") {
-					http.Redirect(w, r, to+r.URL.Path, http.StatusTemporaryRedirect)
-				} else {
-					ocitest.Registry(dir).ServeHTTP(w, r)
-				}
-			})}.RoundTrip(r)
-		})})
+		_, err := oci.Resolve(t.Context(), "registry.test/a:1",
+			oci.Options{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+				return memory{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if r.URL.Host == "registry.test" && strings.Contains(r.URL.Path, "/blobs/") {
+						http.Redirect(w, r, to+r.URL.Path, http.StatusTemporaryRedirect)
+					} else {
+						ocitest.Registry(dir).ServeHTTP(w, r)
+					}
+				})}.RoundTrip(r)
+			})})
 		if !errors.Is(err, want) {
 			t.Errorf("%s: %v, want %v", to, err, want)
 		}
@@ -280,18 +287,21 @@ func TestResolve_BadAnswers(t *testing.T) {
 		return `{"config":{"digest":"` + configDigest + `"},"layers":[{"digest":"` + zeros + `","size":` + size + `}]}`
 	}
 	for name, c := range map[string]struct{ text, want string }{
-		"nothing":                 {"", "read manifest: EOF"},
-		"no JSON":                 {"<html>", "read manifest: invalid character"},
-		"too much":                {strings.Repeat(" ", 5<<20) + "{}", "more than 4194304 bytes"},
-		"no configuration":        {`{"layers":[]}`, `digest "" is not a SHA-256`},
-		"a digest with a path":    {`{"config":{"digest":"sha256:../../../etc/passwd"}}`, "is not a SHA-256"},
-		"another algorithm":       {`{"config":{"digest":"md5:00000000000000000000000000000000"}}`, "is not a SHA-256"},
-		"an index of nothing":     {`{"manifests":[]}`, "there are: none"},
-		"an index of bad ones":    {`{"manifests":[{"digest":"x"}]}`, `digest "x" is not a SHA-256`},
-		"an index of itself":      {`{"manifests":[{"digest":"` + zeros + `"}]}`, "manifest " + zeros + ": has digest"},
-		"a size below 0":          {one("-1"), "a layer of -1 bytes"},
-		"a size of 1":             {one("1"), ""},
-		"a thousand layers":       {`{"config":{"digest":"` + zeros + `"},"layers":[{}` + strings.Repeat(",{}", 999) + `]}`, "more than 512 layers"},
+		"nothing":              {"", "read manifest: EOF"},
+		"no JSON":              {"<html>", "read manifest: invalid character"},
+		"too much":             {strings.Repeat(" ", 5<<20) + "{}", "more than 4194304 bytes"},
+		"no configuration":     {`{"layers":[]}`, `digest "" is not a SHA-256`},
+		"a digest with a path": {`{"config":{"digest":"sha256:../../../etc/passwd"}}`, "is not a SHA-256"},
+		"another algorithm":    {`{"config":{"digest":"md5:00000000000000000000000000000000"}}`, "is not a SHA-256"},
+		"an index of nothing":  {`{"manifests":[]}`, "there are: none"},
+		"an index of bad ones": {`{"manifests":[{"digest":"x"}]}`, `digest "x" is not a SHA-256`},
+		"an index of itself":   {`{"manifests":[{"digest":"` + zeros + `"}]}`, "manifest " + zeros + ": has digest"},
+		"a size below 0":       {one("-1"), "a layer of -1 bytes"},
+		"a size of 1":          {one("1"), ""},
+		"a thousand layers": {
+			`{"config":{"digest":"` + zeros + `"},"layers":[{}` + strings.Repeat(",{}", 999) + `]}`,
+			"more than 512 layers",
+		},
 		"a configuration of none": {`{"config":{"digest":"` + zeros + `"}}`, "no such image"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -374,7 +384,8 @@ func TestResolve_Skopeo(t *testing.T) {
 	run(t, skopeo, "copy", "--insecure-policy", "oci:"+dir+":1", "docker-archive:"+archive+":some/name:2")
 	run(t, skopeo, "copy", "--insecure-policy", "docker-archive:"+archive, "oci:"+layout+":3")
 	for ref, name := range map[string]string{
-		"docker-archive:" + archive: "some/name:2", "docker-archive:" + archive + ":some/name:2": "some/name:2", "oci:" + layout: "layout:3",
+		"docker-archive:" + archive: "some/name:2", "docker-archive:" + archive + ":some/name:2": "some/name:2",
+		"oci:" + layout: "layout:3",
 	} {
 		config := want.Config
 		if strings.HasPrefix(ref, "oci:") {
@@ -407,12 +418,16 @@ func TestResolve_NoSuchArchive(t *testing.T) {
 	if err := os.WriteFile(none, make([]byte, 1024), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, ref := range []string{"oci:" + dir + ":3", "oci:/nonexistent", "docker-archive:/nonexistent:x", "docker-archive:" + none} {
+	for _, ref := range []string{
+		"oci:" + dir + ":3", "oci:/nonexistent", "docker-archive:/nonexistent:x",
+		"docker-archive:" + none,
+	} {
 		if _, err := oci.Resolve(t.Context(), ref, oci.Options{}); !errors.Is(err, oci.ErrNotFound) {
 			t.Errorf("%s: %v, want ErrNotFound", ref, err)
 		}
 	}
-	if _, err := oci.Resolve(t.Context(), "oci:"+dir, oci.Options{}); err == nil || !strings.Contains(err.Error(), ":1, ") {
+	if _, err := oci.Resolve(t.Context(), "oci:"+dir, oci.Options{}); err == nil ||
+		!strings.Contains(err.Error(), ":1, ") {
 		t.Errorf("%v, want a list of names", err)
 	}
 	for _, ref := range []string{"", ":", "-", "oci:", "docker-archive:", "UPPER", "a b", "a@sha256:0", "a:b:c"} {
@@ -423,7 +438,10 @@ func TestResolve_NoSuchArchive(t *testing.T) {
 }
 
 func FuzzResolve_Reference(f *testing.F) {
-	for _, ref := range []string{"debian:12", "localhost:5000/a/b@sha256:" + strings.Repeat("0", 64), "oci:x:y", "docker-archive:x:y:z", "-", "[::1]:5/a"} {
+	for _, ref := range []string{
+		"debian:12", "localhost:5000/a/b@sha256:" + strings.Repeat("0", 64), "oci:x:y",
+		"docker-archive:x:y:z", "-", "[::1]:5/a",
+	} {
 		f.Add(ref)
 	}
 	f.Fuzz(func(t *testing.T, ref string) {
@@ -443,7 +461,8 @@ func FuzzResolve_Archive(f *testing.F) {
 	f.Add([]byte("\x1f\x8b"))
 	f.Add(make([]byte, 1024))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if i, err := oci.Resolve(t.Context(), "-", oci.Options{Stdin: bytes.NewReader(data), TempDir: t.TempDir()}); err == nil {
+		if i, err := oci.Resolve(t.Context(), "-",
+			oci.Options{Stdin: bytes.NewReader(data), TempDir: t.TempDir()}); err == nil {
 			_ = i.Close()
 		}
 	})

@@ -25,20 +25,23 @@ type Target struct {
 	Close     func()
 }
 
-// Target finds out where a reference of a registry leads those who push there. Nothing is asked yet. The caller closes it.
+// Target finds out where a reference of a registry leads those who push there. Nothing is asked
+// yet. The caller closes it.
 func (o Options) Target(ref string) (*Target, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	if Local(ref) {
-		return nil, hint.Add(errors.New("it is no reference of a registry"), "smartvm image save IMAGE -o FILE writes an archive")
+		return nil, hint.Add(errors.New("it is no reference of a registry"),
+			"smartvm image save IMAGE -o FILE writes an archive")
 	}
 	_, to, conf, err := parse(strings.TrimPrefix(ref, dockerTransport), o)
 	if err != nil {
 		return nil, err
 	}
 	if _, pinned := to.(name.Digest); pinned {
-		return nil, hint.Add(errors.New("it has a digest, and that is the image's own"), "give a name and a tag: HOST/NAME:TAG")
+		return nil, hint.Add(errors.New("it has a digest, and that is the image's own"),
+			"give a name and a tag: HOST/NAME:TAG")
 	}
 	places, err := conf.Places(to)
 	if err != nil {
@@ -64,8 +67,10 @@ func (o Options) Target(ref string) (*Target, error) {
 // Explain makes an error of the registry one that people can do something about.
 func (t *Target) Explain(err error) error {
 	var status *transport.Error
-	if errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden) {
-		return hint.Add(err, "it wants a login of somebody who may push there: docker login %s", t.Reference.Context().RegistryStr())
+	if errors.As(err, &status) &&
+		(status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden) {
+		return hint.Add(err, "it wants a login of somebody who may push there: docker login %s",
+			t.Reference.Context().RegistryStr())
 	}
 	return explain(err, t.Reference.Context(), "")
 }

@@ -30,9 +30,11 @@ func TestFlatten_LikeUmoci(t *testing.T) {
 	at := func(n string) string { return filepath.Join(tmp, n) }
 	image := at("layout") + ":1"
 	err := errors.Join(
-		os.MkdirAll(at("one/sub/deep"), 0o750), os.WriteFile(at("one/a"), []byte("a"), 0o600), os.Chmod(at("one/a"), 0o755|os.ModeSetuid), os.WriteFile(at("one/sub/b"), []byte("b"), 0o600),
+		os.MkdirAll(at("one/sub/deep"), 0o750), os.WriteFile(at("one/a"), []byte("a"), 0o600),
+		os.Chmod(at("one/a"), 0o755|os.ModeSetuid), os.WriteFile(at("one/sub/b"), []byte("b"), 0o600),
 		os.Link(at("one/a"), at("one/hard")), os.Symlink("../a", at("one/sub/s")), os.Chown(at("one/sub/b"), 1234, 99999),
-		os.MkdirAll(at("two/sub"), 0o700), os.WriteFile(at("two/a"), []byte("new"), 0o644), os.WriteFile(at("two/sub/c"), nil, 0o644),
+		os.MkdirAll(at("two/sub"), 0o700), os.WriteFile(at("two/a"), []byte("new"), 0o644),
+		os.WriteFile(at("two/sub/c"), nil, 0o644),
 	)
 	if err != nil {
 		t.Fatal(err)
@@ -40,7 +42,13 @@ func TestFlatten_LikeUmoci(t *testing.T) {
 	run(t, "umoci", "init", "--layout", at("layout"))
 	run(t, "umoci", "new", "--image", image)
 	run(t, "umoci", "config", "--image", image, "--config.user", "7", "--config.cmd", "x", "--architecture", "amd64")
-	for _, args := range [][]string{{at("one"), "/usr"}, {at("one"), "/opt"}, {at("two"), "/usr"}, {"--opaque", at("two"), "/opt"}, {"--whiteout", "/usr/sub/deep"}} {
+	for _, args := range [][]string{
+		{at("one"), "/usr"},
+		{at("one"), "/opt"},
+		{at("two"), "/usr"},
+		{"--opaque", at("two"), "/opt"},
+		{"--whiteout", "/usr/sub/deep"},
+	} {
 		run(t, "umoci", append([]string{"insert", "--image", image}, args...)...)
 	}
 	run(t, "umoci", "raw", "unpack", "--image", image, at("unpacked"))

@@ -15,8 +15,9 @@ import (
 	"push.rocks/smartvm/image/oci/manifest"
 )
 
-// Fetch brings the layers into dir: see layers.Fetch. Those of layouts and archives stay where they are. Progress, if not nil, is told
-// of bytes that are there, by one goroutine at a time. Errors are *flatten.DigestError, ErrNotFound and those of registries and files.
+// Fetch brings the layers into dir: see layers.Fetch. Those of layouts and archives stay where they
+// are. Progress, if not nil, is told of bytes that are there, by one goroutine at a time. Errors
+// are *flatten.DigestError, ErrNotFound and those of registries and files.
 func (i *Image) Fetch(ctx context.Context, dir string, progress func(done, total int64)) error {
 	if _, here := i.from.(*local); here {
 		return nil
@@ -34,13 +35,20 @@ func (i *Image) Fetch(ctx context.Context, dir string, progress func(done, total
 }
 
 func (i *Image) fetch(dir string, progress func(done int64)) *layers.Fetch {
-	return &layers.Fetch{From: layers.Source{Blob: i.from.blob, Elsewhere: i.from.elsewhere}, Layers: i.Layers, Dir: dir, Progress: progress}
+	return &layers.Fetch{
+		From: layers.Source{Blob: i.from.blob, Elsewhere: i.from.elsewhere}, Layers: i.Layers, Dir: dir,
+		Progress: progress,
+	}
 }
 
-// Flatten makes one file system of the layers: see flatten.Layers for dst. It brings those of registries into dir, as Fetch does, and
-// unpacks them while they arrive; those of layouts and archives it reads where they are. Progress, if not nil, is told how many of
-// their bytes have come ("fetch") and, once all are there and verified, how many are done ("unpack"), by one goroutine at a time. Errors are those of both.
-func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File, progress func(step string, done, total int64)) (flatten.Stats, error) {
+// Flatten makes one file system of the layers: see flatten.Layers for dst. It brings those of
+// registries into dir, as Fetch does, and unpacks them while they arrive; those of layouts and
+// archives it reads where they are. Progress, if not nil, is told how many of their bytes have come
+// ("fetch") and, once all are there and verified, how many are done ("unpack"), by one goroutine at
+// a time. Errors are those of both.
+func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File,
+	progress func(step string, done, total int64),
+) (flatten.Stats, error) {
 	if progress == nil {
 		progress = func(string, int64, int64) {}
 	}
@@ -71,8 +79,11 @@ func (i *Image) Flatten(ctx context.Context, dir string, dst *os.File, progress 
 	return stats, context.Cause(ctx)
 }
 
-// arriving flattens what is fetched, and begins anew where what has been read of a layer was thrown away.
-func (i *Image) arriving(ctx context.Context, f *layers.Fetch, dst *os.File, progress func(done int64)) (flatten.Stats, error) {
+// arriving flattens what is fetched, and begins anew where what has been read of a layer was thrown
+// away.
+func (i *Image) arriving(ctx context.Context, f *layers.Fetch, dst *os.File,
+	progress func(done int64),
+) (flatten.Stats, error) {
 	for {
 		var last *layers.Arriving
 		stats, err := i.flatten(ctx, func(ctx context.Context, l Layer) (r io.ReadCloser, err error) {
@@ -86,11 +97,14 @@ func (i *Image) arriving(ctx context.Context, f *layers.Fetch, dst *os.File, pro
 }
 
 func (i *Image) flatten(
-	ctx context.Context, open func(ctx context.Context, l Layer) (io.ReadCloser, error), dst *os.File, progress func(done int64),
+	ctx context.Context, open func(ctx context.Context, l Layer) (io.ReadCloser, error), dst *os.File,
+	progress func(done int64),
 ) (flatten.Stats, error) {
 	all := make([]flatten.Layer, len(i.Layers))
 	for n, l := range i.Layers {
-		all[n] = flatten.Layer{DiffID: l.DiffID, Open: func(ctx context.Context) (io.ReadCloser, error) { return open(ctx, l) }}
+		all[n] = flatten.Layer{DiffID: l.DiffID, Open: func(ctx context.Context) (io.ReadCloser, error) {
+			return open(ctx, l)
+		}}
 	}
 	stats, err := flatten.Layers(ctx, all, dst, flatten.Options{Limits: i.limits, Progress: progress})
 	if err != nil {

@@ -98,11 +98,24 @@ func TestFlatten_Arriving(t *testing.T) {
 		first func(w http.ResponseWriter, r *http.Request, rest []byte)
 		asked int
 	}{
-		{name: "all is well", first: func(w http.ResponseWriter, _ *http.Request, rest []byte) { _, _ = w.Write(rest) }, asked: 1},
-		{name: "it goes on where it was", first: func(http.ResponseWriter, *http.Request, []byte) { panic(http.ErrAbortHandler) }, asked: 2},
-		{name: "it begins anew", first: func(http.ResponseWriter, *http.Request, []byte) { panic(http.ErrAbortHandler) }, asked: 2},
-		{name: "half is there", partial: content[:size/2], first: func(w http.ResponseWriter, _ *http.Request, rest []byte) { _, _ = w.Write(rest) }, asked: 1},
-		{name: "rubbish is there", partial: flipped[:size/2], first: func(w http.ResponseWriter, _ *http.Request, rest []byte) { _, _ = w.Write(rest) }, asked: 2},
+		{name: "all is well", first: func(w http.ResponseWriter, _ *http.Request, rest []byte) {
+			_, _ = w.Write(rest)
+		}, asked: 1},
+		{name: "it goes on where it was", first: func(http.ResponseWriter, *http.Request, []byte) {
+			panic(http.ErrAbortHandler)
+		}, asked: 2},
+		{name: "it begins anew", first: func(http.ResponseWriter, *http.Request, []byte) {
+			panic(http.ErrAbortHandler)
+		}, asked: 2},
+		{name: "half is there", partial: content[:size/2], first: func(w http.ResponseWriter, _ *http.Request, rest []byte) {
+			_, _ = w.Write(rest)
+		}, asked: 1},
+		{
+			name: "rubbish is there", partial: flipped[:size/2],
+			first: func(w http.ResponseWriter, _ *http.Request, rest []byte) {
+				_, _ = w.Write(rest)
+			}, asked: 2,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			u := newUnpacking(t)
@@ -134,7 +147,8 @@ func TestFlatten_Arriving(t *testing.T) {
 				return true
 			})
 			if c.partial != nil {
-				if err := os.WriteFile(filepath.Join(u.dir, strings.ReplaceAll(l.Digest, ":", "-")+".partial"), c.partial, 0o600); err != nil {
+				if err := os.WriteFile(filepath.Join(u.dir, strings.ReplaceAll(l.Digest, ":", "-")+".partial"), c.partial,
+					0o600); err != nil {
 					t.Fatal(err)
 				}
 			}

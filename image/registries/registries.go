@@ -1,5 +1,5 @@
-// Package registries reads what the tools of podman are told of registries: mirrors, other places, those that are blocked or
-// have no certificates, and what short names stand for.
+// Package registries reads what the tools of podman are told of registries: mirrors, other places,
+// those that are blocked or have no certificates, and what short names stand for.
 // https://github.com/containers/image/blob/main/docs/containers-registries.conf.5.md
 package registries
 
@@ -32,12 +32,14 @@ var ErrBlocked = errors.New("blocked")
 
 // Config is what the files say. The zero value says nothing.
 type Config struct {
-	// CertDirs have directories of registries' names, with their ports if any; the "*.crt" in these are certificates of
-	// authorities that vouch for the registry, "*.cert" and "*.key" of one name what we are known by there.
+	// CertDirs have directories of registries' names, with their ports if any; the "*.crt" in these
+	// are certificates of authorities that vouch for the registry, "*.cert" and "*.key" of one name
+	// what we are known by there.
 	CertDirs []string
 	// CertDir has such files for every registry.
 	CertDir string
-	// TLSVerify says of every registry whether somebody must vouch for its certificate. Nil: the files say it.
+	// TLSVerify says of every registry whether somebody must vouch for its certificate. Nil: the files
+	// say it.
 	TLSVerify *bool
 
 	search   []string
@@ -73,8 +75,8 @@ type mirror struct {
 	Pull string `toml:"pull-from-mirror"`
 }
 
-// Files are the configuration of a user, given how to look up environment variables: the first that is there counts, and then
-// all that end in ".conf" in the directories of the same names with ".d".
+// Files are the configuration of a user, given how to look up environment variables: the first that
+// is there counts, and then all that end in ".conf" in the directories of the same names with ".d".
 func Files(lookup func(string) (string, bool)) []string {
 	if path, ok := lookup("CONTAINERS_REGISTRIES_CONF"); ok && path != "" {
 		return []string{path}
@@ -109,8 +111,9 @@ func Default(lookup func(string) (string, bool)) func() (*Config, error) {
 	}
 }
 
-// Read reads the first of paths that is there, and then what the directories beside them hold, of which later ones, and those
-// of earlier paths, have the last word. Files that are not there say nothing. Errors name the file.
+// Read reads the first of paths that is there, and then what the directories beside them hold, of
+// which later ones, and those of earlier paths, have the last word. Files that are not there say
+// nothing. Errors name the file.
 func Read(paths ...string) (*Config, error) {
 	c := &Config{aliases: map[string]string{}}
 	for _, path := range paths {
@@ -180,8 +183,9 @@ func (c *Config) add(path string) (err error) {
 	return nil
 }
 
-// Expand returns what a reference without a registry stands for, the reference itself if nothing is said of it. A list of
-// registries to search counts if it has only one: more would let whoever is first give their own image.
+// Expand returns what a reference without a registry stands for, the reference itself if nothing is
+// said of it. A list of registries to search counts if it has only one: more would let whoever is
+// first give their own image.
 func (c *Config) Expand(text string) string {
 	if first, _, ok := strings.Cut(text, "/"); ok && (strings.ContainsAny(first, ".:") || first == "localhost") {
 		return text
@@ -205,8 +209,8 @@ type Place struct {
 	Insecure   bool // plain HTTP, and certificates that nobody vouches for, will do
 }
 
-// Places are where to ask for an image, mirrors first; the repository itself if nothing is said of it. Errors are ErrBlocked
-// and those of locations that make no repository.
+// Places are where to ask for an image, mirrors first; the repository itself if nothing is said of
+// it. Errors are ErrBlocked and those of locations that make no repository.
 func (c *Config) Places(ref name.Reference) ([]Place, error) {
 	whole := strings.Replace(ref.Context().Name(), name.DefaultRegistry+"/", "docker.io/", 1)
 	_, pinned := ref.(name.Digest)
@@ -228,7 +232,8 @@ func (c *Config) Places(ref name.Reference) ([]Place, error) {
 	}
 	var all []place
 	for _, m := range best.Mirrors {
-		if wanted := m.Pull == "" || m.Pull == "all" || (m.Pull == "digest-only") == pinned; wanted && (pinned || !best.ByDigestOnly) {
+		if wanted := m.Pull == "" || m.Pull == "all" || (m.Pull == "digest-only") == pinned; wanted &&
+			(pinned || !best.ByDigestOnly) {
 			all = append(all, place{m.Location + rest, m.Insecure})
 		}
 	}
@@ -268,8 +273,8 @@ func under(whole, prefix string) (rest string, ok bool) {
 	return rest, ok && (rest == "" || rest[0] == '/')
 }
 
-// Transport is a copy of base for a place: with the certificates that are here for it, or content without any. Errors name the
-// file that holds no certificate.
+// Transport is a copy of base for a place: with the certificates that are here for it, or content
+// without any. Errors name the file that holds no certificate.
 func (c *Config) Transport(base *http.Transport, p Place) (*http.Transport, error) {
 	t := base.Clone()
 	if t.TLSClientConfig == nil {

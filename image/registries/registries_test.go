@@ -108,9 +108,15 @@ blocked = true
 `)
 	digest := "@sha256:" + strings.Repeat("0", 64)
 	for ref, want := range map[string][]string{
-		"debian:12":              {"mirror.test/hub/library/debian", "lan.test:5000/library/debian!", "index.docker.io/library/debian"},
-		"docker.io/a/b":          {"mirror.test/hub/a/b", "lan.test:5000/a/b!", "index.docker.io/a/b"},
-		"secretive":              {"mirror.test/hub/library/secretive", "lan.test:5000/library/secretive!", "index.docker.io/library/secretive"},
+		"debian:12": {
+			"mirror.test/hub/library/debian", "lan.test:5000/library/debian!",
+			"index.docker.io/library/debian",
+		},
+		"docker.io/a/b": {"mirror.test/hub/a/b", "lan.test:5000/a/b!", "index.docker.io/a/b"},
+		"secretive": {
+			"mirror.test/hub/library/secretive", "lan.test:5000/library/secretive!",
+			"index.docker.io/library/secretive",
+		},
 		"plain.test:5000/a":      {"plain.test:5000/a!"},
 		"plain.test/a":           {"plain.test/a"},
 		"other.test/a":           {"other.test/a"},
@@ -135,17 +141,20 @@ blocked = true
 		}
 	}
 	for _, ref := range []string{"secret", "docker.io/library/secret:2", "secret" + digest, "mixed.test/app:evil"} {
-		if got, err := places(t, c, ref); !errors.Is(err, registries.ErrBlocked) || !strings.Contains(err.Error(), "registries.conf") {
+		if got, err := places(t, c, ref); !errors.Is(err, registries.ErrBlocked) ||
+			!strings.Contains(err.Error(), "registries.conf") {
 			t.Errorf("%s: %v, %v, want ErrBlocked", ref, got, err)
 		}
 	}
-	if got, err := places(t, &registries.Config{}, "debian"); err != nil || len(got) != 1 || got[0] != "index.docker.io/library/debian" {
+	if got, err := places(t, &registries.Config{}, "debian"); err != nil || len(got) != 1 ||
+		got[0] != "index.docker.io/library/debian" {
 		t.Errorf("without a configuration: %v, %v", got, err)
 	}
 }
 
 func TestConfig_Expand(t *testing.T) {
-	aliases := read(t, "unqualified-search-registries = [\"a.test\", \"docker.io\"]\n[aliases]\n\"tool\" = \"quay.io/team/tool\"\n\"team/x\" = \"b.test/x\"\n\"off\" = \"\"\n")
+	aliases := read(t,
+		"unqualified-search-registries = [\"a.test\", \"docker.io\"]\n[aliases]\n\"tool\" = \"quay.io/team/tool\"\n\"team/x\" = \"b.test/x\"\n\"off\" = \"\"\n")
 	one := read(t, `unqualified-search-registries = ["a.test"]`)
 	for _, c := range []struct {
 		conf       *registries.Config
@@ -169,16 +178,19 @@ func TestConfig_Expand(t *testing.T) {
 	}
 }
 
-// The user's file counts in place of the machine's; what lies beside both is added, the user's last.
+// The user's file counts in place of the machine's; what lies beside both is added, the user's
+// last.
 func TestRead(t *testing.T) {
 	dir := t.TempDir()
 	at := func(n string) string { return filepath.Join(dir, n) }
 	insecure := func(host string, yes bool) string {
-		return "[[registry]]\nlocation = \"" + host + "\"\ninsecure = " + map[bool]string{true: "true", false: "false"}[yes] + "\n"
+		return "[[registry]]\nlocation = \"" + host + "\"\ninsecure = " +
+			map[bool]string{true: "true", false: "false"}[yes] + "\n"
 	}
 	write(t, dir, map[string]string{
 		"etc.conf": insecure("etc.test", true), "home.conf": insecure("home.test", true) + insecure("x.test", true),
-		"etc.conf.d/1.conf": insecure("d.test", true) + insecure("y.test", true), "etc.conf.d/2.conf": insecure("y.test", false),
+		"etc.conf.d/1.conf":  insecure("d.test", true) + insecure("y.test", true),
+		"etc.conf.d/2.conf":  insecure("y.test", false),
 		"home.conf.d/1.conf": insecure("x.test", false), "etc.conf.d/3.txt": "no TOML",
 	})
 	c, err := registries.Read(at("none.conf"), at("home.conf"), at("etc.conf"))
@@ -193,7 +205,9 @@ func TestRead(t *testing.T) {
 		}
 		got[host] = strings.HasSuffix(all[0], "!")
 	}
-	if diff := cmp.Diff(map[string]bool{"etc.test": false, "home.test": true, "x.test": false, "y.test": false, "d.test": true}, got); diff != "" {
+	if diff := cmp.Diff(
+		map[string]bool{"etc.test": false, "home.test": true, "x.test": false, "y.test": false, "d.test": true},
+		got); diff != "" {
 		t.Error(diff)
 	}
 	if _, err := registries.Read(at("none.conf")); err != nil {
@@ -255,7 +269,8 @@ func FuzzRead(f *testing.F) {
 
 // What a command line says of certificates comes before what files say.
 func TestConfig_TLSVerify(t *testing.T) {
-	c := read(t, "[[registry]]\nlocation = \"bad.test\"\ninsecure = true\n[[registry.mirror]]\nlocation = \"mirror.test\"\n")
+	c := read(t,
+		"[[registry]]\nlocation = \"bad.test\"\ninsecure = true\n[[registry.mirror]]\nlocation = \"mirror.test\"\n")
 	for verify, want := range map[*bool]map[string][]string{
 		nil:        {"bad.test/a:1": {"mirror.test/a", "bad.test/a!"}, "debian:12": {"index.docker.io/library/debian"}},
 		new(true):  {"bad.test/a:1": {"mirror.test/a", "bad.test/a"}, "debian:12": {"index.docker.io/library/debian"}},
@@ -287,7 +302,10 @@ func TestConfig_Transport(t *testing.T) {
 		t.Fatal(err)
 	}
 	certificate := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
-	files := map[string]string{"client.cert": certificate, "client.key": string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})), "README": "x"}
+	files := map[string]string{
+		"client.cert": certificate,
+		"client.key":  string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})), "README": "x",
+	}
 	all, one := t.TempDir(), t.TempDir()
 	write(t, all, files)
 	write(t, filepath.Join(one, "registry.test"), files)
@@ -303,7 +321,8 @@ func TestConfig_Transport(t *testing.T) {
 		}
 	}
 	other := registries.Place{Repository: name.MustParseReference("other.test/a:1").Context()}
-	if transport, err := (&registries.Config{CertDirs: []string{one}}).Transport(&http.Transport{}, other); err != nil || len(transport.TLSClientConfig.Certificates) > 0 {
+	if transport, err := (&registries.Config{CertDirs: []string{one}}).Transport(&http.Transport{}, other); err != nil ||
+		len(transport.TLSClientConfig.Certificates) > 0 {
 		t.Errorf("another registry is told who we are: %v", err)
 	}
 	if err := os.Remove(filepath.Join(all, "client.key")); err != nil {
@@ -315,7 +334,8 @@ func TestConfig_Transport(t *testing.T) {
 		}
 	}
 	write(t, all, map[string]string{"client.key": "rubbish"})
-	if _, err := (&registries.Config{CertDir: all}).Transport(&http.Transport{}, place); err == nil || !strings.Contains(err.Error(), "client.cert") {
+	if _, err := (&registries.Config{CertDir: all}).Transport(&http.Transport{}, place); err == nil ||
+		!strings.Contains(err.Error(), "client.cert") {
 		t.Errorf("no key: %v", err)
 	}
 }

@@ -59,23 +59,29 @@ func TestInstall_BadArchive(t *testing.T) {
 		many[i].name = fmt.Sprint(dir(version), "/", i)
 	}
 	for what, data := range map[string][]byte{
-		"no archive":           []byte("<html>"),
-		"empty":                {0},
-		"cut short":            whole(t, version)[:150],
-		"only one":             archive(t, fc),
-		"of another version":   whole(t, "v1.12.0"),
-		"elsewhere in it":      archive(t, with(fc, func(m *member) { m.name = "x/" + m.name }), jailer),
-		"a way out":            archive(t, member{name: "../evil", data: "x"}, fc, jailer),
-		"a way out below":      archive(t, member{name: dir(version) + "/../../evil", data: "x"}, fc, jailer),
-		"an absolute name":     archive(t, member{name: "/evil", data: "x"}, fc, jailer),
-		"a symbolic link":      archive(t, with(fc, func(m *member) { m.kind, m.data, m.link = tar.TypeSymlink, "", "/bin/sh" }), jailer),
-		"a hard link":          archive(t, with(fc, func(m *member) { m.kind, m.data, m.link = tar.TypeLink, "", "../../secret" }), jailer),
-		"a device":             archive(t, with(fc, func(m *member) { m.kind, m.data = tar.TypeChar, "" }), jailer),
-		"a FIFO":               archive(t, with(fc, func(m *member) { m.kind, m.data = tar.TypeFifo, "" }), jailer),
-		"of an unknown type":   archive(t, with(fc, func(m *member) { m.kind = 'Z' }), jailer),
-		"a directory":          archive(t, with(fc, func(m *member) { m.kind, m.data = tar.TypeDir, "" }), jailer),
-		"an empty program":     archive(t, with(fc, func(m *member) { m.data = "" }), jailer),
-		"a huge program":       append(archive(t, jailer), archiveHead(t, with(fc, func(m *member) { m.data, m.size = "", 1<<40 }))...),
+		"no archive":         []byte("<html>"),
+		"empty":              {0},
+		"cut short":          whole(t, version)[:150],
+		"only one":           archive(t, fc),
+		"of another version": whole(t, "v1.12.0"),
+		"elsewhere in it":    archive(t, with(fc, func(m *member) { m.name = "x/" + m.name }), jailer),
+		"a way out":          archive(t, member{name: "../evil", data: "x"}, fc, jailer),
+		"a way out below":    archive(t, member{name: dir(version) + "/../../evil", data: "x"}, fc, jailer),
+		"an absolute name":   archive(t, member{name: "/evil", data: "x"}, fc, jailer),
+		"a symbolic link": archive(t, with(fc, func(m *member) {
+			m.kind, m.data, m.link = tar.TypeSymlink, "", "/bin/sh"
+		}), jailer),
+		"a hard link": archive(t, with(fc, func(m *member) {
+			m.kind, m.data, m.link = tar.TypeLink, "", "../../secret"
+		}), jailer),
+		"a device":           archive(t, with(fc, func(m *member) { m.kind, m.data = tar.TypeChar, "" }), jailer),
+		"a FIFO":             archive(t, with(fc, func(m *member) { m.kind, m.data = tar.TypeFifo, "" }), jailer),
+		"of an unknown type": archive(t, with(fc, func(m *member) { m.kind = 'Z' }), jailer),
+		"a directory":        archive(t, with(fc, func(m *member) { m.kind, m.data = tar.TypeDir, "" }), jailer),
+		"an empty program":   archive(t, with(fc, func(m *member) { m.data = "" }), jailer),
+		"a huge program": append(archive(t, jailer), archiveHead(t, with(fc, func(m *member) {
+			m.data, m.size = "", 1<<40
+		}))...),
 		"many files":           archive(t, append(many, fc, jailer)...),
 		"a bomb before":        bomb(t, 20<<20),
 		"nothing in it at all": archive(t),
@@ -107,7 +113,8 @@ func archiveHead(t *testing.T, m member) []byte {
 	var b bytes.Buffer
 	z := gzip.NewWriter(&b)
 	w := tar.NewWriter(z)
-	if err := errors.Join(w.WriteHeader(&tar.Header{Name: m.name, Typeflag: tar.TypeReg, Size: m.size}), z.Close()); err != nil {
+	if err := errors.Join(w.WriteHeader(&tar.Header{Name: m.name, Typeflag: tar.TypeReg, Size: m.size}),
+		z.Close()); err != nil {
 		t.Fatal(err)
 	}
 	return b.Bytes()
@@ -132,10 +139,14 @@ func TestInstall_BadServer(t *testing.T) {
 		"another digest": {func(s *server) { s.files[version+"/"+name(version)] = whole(t, "v1.0.0") }, func(err error) bool {
 			return errors.As(err, new(*download.DigestError))
 		}},
-		"no digest": {func(s *server) { s.files[version+"/"+name(version)+".sha256.txt"] = []byte("<html>\n") }, func(err error) bool {
+		"no digest": {func(s *server) {
+			s.files[version+"/"+name(version)+".sha256.txt"] = []byte("<html>\n")
+		}, func(err error) bool {
 			return errors.As(err, new(*release.ArchiveError))
 		}},
-		"a long digest": {func(s *server) { s.files[version+"/"+name(version)+".sha256.txt"] = make([]byte, 1<<20) }, func(err error) bool {
+		"a long digest": {func(s *server) {
+			s.files[version+"/"+name(version)+".sha256.txt"] = make([]byte, 1<<20)
+		}, func(err error) bool {
 			return errors.As(err, new(*download.SizeError))
 		}},
 		"round in circles": {func(s *server) {
@@ -174,7 +185,8 @@ func status(code int) func(err error) bool {
 func FuzzFindDigest(f *testing.F) {
 	good := strings.Repeat("0a", 32)
 	for _, seed := range []string{
-		good + "  a.tgz\n", good + " *a.tgz\r\n", good + "  ./a.tgz", good + "  b.tgz\n" + strings.Repeat("0b", 32) + "  a.tgz\n",
+		good + "  a.tgz\n", good + " *a.tgz\r\n", good + "  ./a.tgz",
+		good + "  b.tgz\n" + strings.Repeat("0b", 32) + "  a.tgz\n",
 		good, good + "\n", " a.tgz", good[1:] + "  a.tgz", strings.Repeat("zz", 32) + "  a.tgz", good + "  dir/", "",
 	} {
 		f.Add([]byte(seed), "a.tgz")
@@ -184,7 +196,8 @@ func FuzzFindDigest(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(digest) != 64 || strings.Trim(digest, "0123456789abcdef") != "" || !bytes.Contains(bytes.ToLower(sums), []byte(digest)) {
+		if len(digest) != 64 || strings.Trim(digest, "0123456789abcdef") != "" ||
+			!bytes.Contains(bytes.ToLower(sums), []byte(digest)) {
 			t.Errorf("digest %q of %q", digest, sums)
 		}
 	})
@@ -282,7 +295,8 @@ func TestInstall_Killed(t *testing.T) {
 	}
 	// What others left that were killed at other moments.
 	work := filepath.Join(d, ".work")
-	err := errors.Join(os.MkdirAll(filepath.Join(work, version), 0o700), os.MkdirAll(filepath.Join(work, "gone-1/v1.0.0"), 0o700),
+	err := errors.Join(os.MkdirAll(filepath.Join(work, version), 0o700),
+		os.MkdirAll(filepath.Join(work, "gone-1/v1.0.0"), 0o700),
 		os.WriteFile(filepath.Join(work, version, "firecracker"), []byte("half"), 0o600),
 		os.WriteFile(filepath.Join(work, name("v1.0.0")), []byte("x"), 0o600))
 	if err != nil {
@@ -315,7 +329,8 @@ func TestInstall_TwoProcesses(t *testing.T) {
 		t.Error(err)
 	}
 	wantTree(t, d, version)
-	if n := strings.Count(strings.Join(s.requests, "\n"), "/assets/"+version+"/"+name(version)); n != 2 || waits != 1 { // and the digest
+	// and the digest
+	if n := strings.Count(strings.Join(s.requests, "\n"), "/assets/"+version+"/"+name(version)); n != 2 || waits != 1 {
 		t.Errorf("fetched %d files, waited %d times", n, waits)
 	}
 }

@@ -92,7 +92,8 @@ func (s *Store) replace(dir, version string) error {
 	return atomicfile.SyncDir(s.opts.Dir)
 }
 
-// tidy removes from the working directory what others left there that died, but for what can be gone on with.
+// tidy removes from the working directory what others left there that died, but for what can be
+// gone on with.
 func tidy(work string, keep ...string) error {
 	entries, err := os.ReadDir(work)
 	if err != nil {
@@ -139,7 +140,9 @@ func (s *Store) extract(ctx context.Context, archive, dir string, b *Binary) err
 	}
 	name := filepath.Base(archive)
 	bad := func(format string, args ...any) error { return &ArchiveError{name, fmt.Sprintf(format, args...)} }
-	packed := &counter{ctx: ctx, r: f, left: fi.Size(), tell: func(done int64) { s.opts.Progress("unpack", done, fi.Size()) }}
+	packed := &counter{ctx: ctx, r: f, left: fi.Size(), tell: func(done int64) {
+		s.opts.Progress("unpack", done, fi.Size())
+	}}
 	unzipped, err := gzip.NewReader(packed)
 	if err != nil {
 		return bad("%v", err)

@@ -1,6 +1,8 @@
-// Package release installs releases of Firecracker: the VMM and its jailer, a directory for each version.
+// Package release installs releases of Firecracker: the VMM and its jailer, a directory for each
+// version.
 //
-// A version is there whole or not at all, whatever is killed and when. Many processes share one directory.
+// A version is there whole or not at all, whatever is killed and when. Many processes share one
+// directory.
 package release
 
 import (
@@ -143,7 +145,8 @@ func latest(ctx context.Context, client *download.Client, url string) (string, e
 	return version, nil
 }
 
-// Find looks a version up, "" being the newest installed. Returns fs.ErrNotExist, and fs.ErrInvalid for what is none.
+// Find looks a version up, "" being the newest installed. Returns fs.ErrNotExist, and fs.ErrInvalid
+// for what is none.
 func (s *Store) Find(version string) (Binary, error) {
 	if version == "" {
 		all, err := s.List()
@@ -218,7 +221,8 @@ func (s *Store) Remove(version string) error {
 	if err != nil {
 		return err
 	}
-	// Out of sight first: a version is never half there. What a crash leaves of it goes with the next installation.
+	// Out of sight first: a version is never half there. What a crash leaves of it goes with the next
+	// installation.
 	if err := os.MkdirAll(filepath.Join(s.opts.Dir, workDir), 0o700); err != nil {
 		return fmt.Errorf("remove Firecracker %s: %w", version, err)
 	}
@@ -237,7 +241,8 @@ func (s *Store) setAside(version string) error {
 	return errors.Join(atomicfile.SyncDir(s.opts.Dir), os.RemoveAll(gone))
 }
 
-// Ensure returns a version that is installed as it is, and else installs it. "" is the newest release.
+// Ensure returns a version that is installed as it is, and else installs it. "" is the newest
+// release.
 func (s *Store) Ensure(ctx context.Context, version string) (Binary, error) {
 	version, err := s.resolve(ctx, version)
 	if err != nil {
@@ -249,8 +254,9 @@ func (s *Store) Ensure(ctx context.Context, version string) (Binary, error) {
 	return s.Install(ctx, version)
 }
 
-// Install fetches a version, "" being the newest release, unless it is installed and what was fetched. Errors are
-// fs.ErrInvalid for a version that is none, ErrOffline, *ArchiveError, and those of package download.
+// Install fetches a version, "" being the newest release, unless it is installed and what was
+// fetched. Errors are fs.ErrInvalid for a version that is none, ErrOffline, *ArchiveError, and
+// those of package download.
 func (s *Store) Install(ctx context.Context, version string) (b Binary, err error) {
 	version, err = s.resolve(ctx, version)
 	if err != nil {

@@ -80,7 +80,8 @@ func whole(t testing.TB, version string) []byte {
 	)
 }
 
-// server has the recorded shape of the project's releases: a redirect to the newest, and files that another host has.
+// server has the recorded shape of the project's releases: a redirect to the newest, and files that
+// another host has.
 type server struct {
 	*httptest.Server
 	mu       sync.Mutex
@@ -141,7 +142,10 @@ func (s *server) wantRequests(t *testing.T, want ...string) {
 }
 
 func quick(o release.Options) release.Options {
-	return release.WithClient(o, &download.Client{Transport: download.Transport{Pause: func(context.Context, time.Duration) error { return nil }}})
+	return release.WithClient(o,
+		&download.Client{Transport: download.Transport{Pause: func(context.Context, time.Duration) error {
+			return nil
+		}}})
 }
 
 func open(t *testing.T, s *server) (*release.Store, string) {
@@ -173,7 +177,8 @@ func tree(t *testing.T, root string) (all []string) {
 
 func installed(version string) []string {
 	return []string{
-		version + " drwxr-xr-x", version + "/firecracker -rwxr-xr-x", version + "/jailer -rwxr-xr-x", version + "/release.json -rw-------",
+		version + " drwxr-xr-x", version + "/firecracker -rwxr-xr-x", version + "/jailer -rwxr-xr-x",
+		version + "/release.json -rw-------",
 	}
 }
 
@@ -211,7 +216,8 @@ func TestInstall(t *testing.T) {
 	}
 	wantTree(t, d, "v1.16.1")
 	s.wantRequests(t, "HEAD /releases/latest", "HEAD /releases/tag/v1.16.1",
-		"GET /releases/download/v1.16.1/firecracker-v1.16.1-x86_64.tgz.sha256.txt", "GET /assets/v1.16.1/firecracker-v1.16.1-x86_64.tgz.sha256.txt",
+		"GET /releases/download/v1.16.1/firecracker-v1.16.1-x86_64.tgz.sha256.txt",
+		"GET /assets/v1.16.1/firecracker-v1.16.1-x86_64.tgz.sha256.txt",
 		"GET /releases/download/v1.16.1/firecracker-v1.16.1-x86_64.tgz", "GET /assets/v1.16.1/firecracker-v1.16.1-x86_64.tgz")
 
 	// Versions stand side by side; one that is there needs no network.
@@ -280,7 +286,8 @@ func TestVersions(t *testing.T) {
 	s := serve(t)
 	store, _ := open(t, s)
 	for _, version := range []string{
-		"1", "1.2", "v1.2.3.4", "v1.2.3-rc1", "..", "v1.2.3/../..", "v01.2.3", "V1.2.3", "vv1.2.3", " v1.2.3", "v1.2.3\n", "latest", "v1.2.99999999", "v1..3",
+		"1", "1.2", "v1.2.3.4", "v1.2.3-rc1", "..", "v1.2.3/../..", "v01.2.3", "V1.2.3", "vv1.2.3", " v1.2.3", "v1.2.3\n",
+		"latest", "v1.2.99999999", "v1..3",
 	} {
 		_, installErr := store.Install(t.Context(), version)
 		_, ensureErr := store.Ensure(t.Context(), version)
@@ -367,7 +374,8 @@ func TestInstall_Repairs(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Close()
-	if got, err := store.Ensure(t.Context(), "v1.12.1"); err != nil || got.Firecracker != b.Firecracker || got.FirecrackerSHA256 != "" {
+	if got, err := store.Ensure(t.Context(), "v1.12.1"); err != nil || got.Firecracker != b.Firecracker ||
+		got.FirecrackerSHA256 != "" {
 		t.Errorf("%+v, %v", got, err)
 	}
 }

@@ -65,7 +65,8 @@ type payload struct {
 
 const payloadType = "cosign container image signature"
 
-// verify returns why a signature is not one of an image by one of some keys. Nothing of the payload is read that nobody has signed.
+// verify returns why a signature is not one of an image by one of some keys. Nothing of the payload
+// is read that nobody has signed.
 func (r requirement) verify(keys []crypto.PublicKey, s Signature, of Subject, manifest string) error {
 	signed, err := base64.StdEncoding.DecodeString(s.Base64)
 	if err != nil {
@@ -106,8 +107,9 @@ func signedByOne(keys []crypto.PublicKey, data, signature []byte) bool {
 	return false
 }
 
-// matches says whether a signature's reference is the image's. Nil is what the format has where nothing is said: the repository and the tag, or the
-// repository of an image that was asked for by its digest. cosign signs repositories: its signatures need matchRepository.
+// matches says whether a signature's reference is the image's. Nil is what the format has where
+// nothing is said: the repository and the tag, or the repository of an image that was asked for by
+// its digest. cosign signs repositories: its signatures need matchRepository.
 func (i *identity) matches(signed string, of Subject) bool {
 	kind := "matchRepoDigestOrExact"
 	if i != nil {

@@ -11,9 +11,13 @@ import (
 	"push.rocks/smartvm/image/oci/manifest"
 )
 
-// OfRegistry is the image that a reference names. Its manifests and signatures are filled in when they are known.
+// OfRegistry is the image that a reference names. Its manifests and signatures are filled in when
+// they are known.
 func OfRegistry(ref name.Reference) Subject {
-	s := Subject{Transport: "docker", Repository: strings.Replace(ref.Context().Name(), name.DefaultRegistry+"/", "docker.io/", 1)}
+	s := Subject{
+		Transport:  "docker",
+		Repository: strings.Replace(ref.Context().Name(), name.DefaultRegistry+"/", "docker.io/", 1),
+	}
 	if _, pinned := ref.(name.Digest); pinned {
 		s.Digest = ref.Identifier()
 	} else {
@@ -22,7 +26,8 @@ func OfRegistry(ref name.Reference) Subject {
 	return s
 }
 
-// OfFile is an image in a file or directory, of which scopes have the path without symbolic links. An empty path is that of a stream.
+// OfFile is an image in a file or directory, of which scopes have the path without symbolic links.
+// An empty path is that of a stream.
 func OfFile(transport, path string) (Subject, error) {
 	s := Subject{Transport: transport}
 	if path == "" {
@@ -44,11 +49,14 @@ const (
 // signatureKey is the annotation of a layer, the payload, that has the signature.
 const signatureKey = "dev.cosignproject.cosign/signature"
 
-// Stored reads the signatures of a manifest as cosign stores them: an image in the same repository, tagged by the manifest's digest, each layer a payload.
+// Stored reads the signatures of a manifest as cosign stores them: an image in the same repository,
+// tagged by the manifest's digest, each layer a payload.
 // https://github.com/sigstore/cosign/blob/main/specs/SIGNATURE_SPEC.md
 //
 // Get reads a part of the repository, "manifests/TAG" or "blobs/DIGEST"; nil if it is not there.
-func Stored(ctx context.Context, digest string, get func(ctx context.Context, part string) ([]byte, error)) ([]Signature, error) {
+func Stored(ctx context.Context, digest string, get func(ctx context.Context, part string) ([]byte, error)) (
+	[]Signature, error,
+) {
 	tag := strings.Replace(digest, ":", "-", 1) + ".sig"
 	text, err := get(ctx, "manifests/"+tag)
 	if err != nil || text == nil {

@@ -1,8 +1,10 @@
-// Package trust decides by a policy.json whether an image may be used: the format of containers-policy.json(5) of the containers project, as podman and
-// skopeo read it.
+// Package trust decides by a policy.json whether an image may be used: the format of
+// containers-policy.json(5) of the containers project, as podman and skopeo read it.
 //
-// Of its requirements there are reject, insecureAcceptAnything, and sigstoreSigned by keys. What is of another kind is valid, and accepts nothing: a policy
-// that is followed by half is none. Signatures are read as cosign stores them, in its form of before the bundles of version 3, whatever a registries.d says.
+// Of its requirements there are reject, insecureAcceptAnything, and sigstoreSigned by keys. What is
+// of another kind is valid, and accepts nothing: a policy that is followed by half is none.
+// Signatures are read as cosign stores them, in its form of before the bundles of version 3,
+// whatever a registries.d says.
 package trust
 
 import (
@@ -37,7 +39,8 @@ type Policy struct {
 // Subject is an image that is asked about.
 type Subject struct {
 	Transport string // "docker" for a registry, "oci", "oci-archive", "docker-archive"
-	// Repository is a registry's with its host, "docker.io/library/debian", or else the absolute path of a file or directory.
+	// Repository is a registry's with its host, "docker.io/library/debian", or else the absolute path
+	// of a file or directory.
 	Repository string
 	Tag        string   // "12", or empty
 	Digest     string   // that was asked for, or empty
@@ -61,16 +64,20 @@ type RejectedError struct {
 }
 
 func (e *RejectedError) Error() string {
-	return fmt.Sprintf("not allowed by %s (%s: %s): %s", cmp.Or(e.File, "the policy of images"), e.Scope, e.Requirement, e.Reason)
+	return fmt.Sprintf("not allowed by %s (%s: %s): %s", cmp.Or(e.File, "the policy of images"), e.Scope,
+		e.Requirement, e.Reason)
 }
 
 // Hint is what to do about it.
 func (e *RejectedError) Hint() string {
 	file := cmp.Or(e.File, "the policy")
 	if e.Requirement == typeSigned {
-		return fmt.Sprintf("cosign sign --key KEY --new-bundle-format=false signs an image in its registry; %s says under %q whose signatures count, and needs matchRepository for cosign's", file, e.Scope)
+		return fmt.Sprintf(
+			"cosign sign --key KEY --new-bundle-format=false signs an image in its registry; %s says under %q whose signatures count, and needs matchRepository for cosign's", file, e.Scope)
 	}
-	return fmt.Sprintf("%s decides under %q; a narrower scope in it can allow the image, and --signature-policy takes another file", file, e.Scope)
+	return fmt.Sprintf(
+		"%s decides under %q; a narrower scope in it can allow the image, and --signature-policy takes another file",
+		file, e.Scope)
 }
 
 // document is a policy.json.
@@ -119,8 +126,8 @@ func Load(file string) (*Policy, error) {
 	return p, nil
 }
 
-// Default reads the policy of this machine's user, given how to look up environment variables, when it is called: the user's own, or else the machine's. Where
-// there is neither it is nil.
+// Default reads the policy of this machine's user, given how to look up environment variables, when
+// it is called: the user's own, or else the machine's. Where there is neither it is nil.
 func Default(lookup func(string) (string, bool)) func() (*Policy, error) {
 	return func() (*Policy, error) {
 		files := []string{"/etc/containers/policy.json"}
@@ -179,7 +186,10 @@ func Parse(data []byte) (*Policy, error) {
 }
 
 // What others know of sigstoreSigned, and we do not.
-var notHere = []string{"fulcio", "pki", "rekorPublicKeyPath", "rekorPublicKeyPaths", "rekorPublicKeyData", "rekorPublicKeyDatas"}
+var notHere = []string{
+	"fulcio", "pki", "rekorPublicKeyPath", "rekorPublicKeyPaths", "rekorPublicKeyData",
+	"rekorPublicKeyDatas",
+}
 
 func parseRequirement(raw json.RawMessage) (r requirement, err error) {
 	var fields map[string]json.RawMessage
@@ -230,7 +240,8 @@ func parseRequirement(raw json.RawMessage) (r requirement, err error) {
 
 func (i *identity) validate() error {
 	wants := map[string]bool{
-		"matchExact": true, "matchRepoDigestOrExact": true, "matchRepository": true, "exactReference": i.DockerReference != "",
+		"matchExact": true, "matchRepoDigestOrExact": true, "matchRepository": true,
+		"exactReference":  i.DockerReference != "",
 		"exactRepository": i.DockerRepository != "", "remapIdentity": i.Prefix != "" && i.SignedPrefix != "",
 	}
 	whole, known := wants[i.Type]
@@ -243,7 +254,8 @@ func (i *identity) validate() error {
 	return nil
 }
 
-// Check returns nil if the policy allows an image, *RejectedError if it does not, and what kept it from finding out.
+// Check returns nil if the policy allows an image, *RejectedError if it does not, and what kept it
+// from finding out.
 func (p *Policy) Check(ctx context.Context, s Subject) error {
 	if p == nil {
 		return nil

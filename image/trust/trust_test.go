@@ -55,7 +55,9 @@ func (k key) data() string { return base64.StdEncoding.EncodeToString(k.pem) }
 
 func (k key) sign(t *testing.T, kind, reference, digest string) trust.Signature {
 	t.Helper()
-	payload := fmt.Appendf(nil, `{"critical":{"identity":{"docker-reference":%q},"image":{"docker-manifest-digest":%q},"type":%q},"optional":null}`, reference, digest, kind)
+	payload := fmt.Appendf(nil,
+		`{"critical":{"identity":{"docker-reference":%q},"image":{"docker-manifest-digest":%q},"type":%q},"optional":null}`,
+		reference, digest, kind)
 	sum, options := sha256.Sum256(payload), crypto.SignerOpts(crypto.SHA256)
 	signed := sum[:]
 	if _, ok := k.Signer.(ed25519.PrivateKey); ok {
@@ -95,12 +97,21 @@ func TestCheck_Scopes(t *testing.T) {
 		scope   string // that rejects it; empty: it is allowed
 	}{
 		{trust.Subject{Transport: "docker", Repository: "docker.io/library/debian", Tag: "12"}, ""},
-		{trust.Subject{Transport: "docker", Repository: "docker.io/library/debian", Tag: "old"}, "docker docker.io/library/debian:old"},
+		{
+			trust.Subject{Transport: "docker", Repository: "docker.io/library/debian", Tag: "old"},
+			"docker docker.io/library/debian:old",
+		},
 		{trust.Subject{Transport: "docker", Repository: "docker.io/library/debian", Digest: manifest}, ""},
-		{trust.Subject{Transport: "docker", Repository: "docker.io/library/debian", Digest: another}, "docker docker.io/library/debian@" + another},
+		{
+			trust.Subject{Transport: "docker", Repository: "docker.io/library/debian", Digest: another},
+			"docker docker.io/library/debian@" + another,
+		},
 		{trust.Subject{Transport: "docker", Repository: "docker.io/library/debianx", Tag: "12"}, "default"},
 		{trust.Subject{Transport: "docker", Repository: "registry.test:5000/team/a/b", Tag: "1"}, ""},
-		{trust.Subject{Transport: "docker", Repository: "registry.test:5000/team/bad/b", Tag: "1"}, "docker registry.test:5000/team/bad"},
+		{
+			trust.Subject{Transport: "docker", Repository: "registry.test:5000/team/bad/b", Tag: "1"},
+			"docker registry.test:5000/team/bad",
+		},
 		{trust.Subject{Transport: "docker", Repository: "registry.test:5000/other", Tag: "1"}, "default"},
 		{trust.Subject{Transport: "docker", Repository: "a.b.example.test/x", Tag: "1"}, ""},
 		{trust.Subject{Transport: "docker", Repository: "example.test/x", Tag: "1"}, "default"},
@@ -145,32 +156,120 @@ func TestCheck_Signed(t *testing.T) {
 		digest     string                       // asked for, in place of the tag
 		why        string                       // it is rejected; empty: it is not
 	}{
-		"exact":              {policy: byData(""), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest)}}},
-		"of the index":       {policy: byData(""), signatures: map[string][]trust.Signature{index: {ours.sign(t, image, tagged, index)}}},
-		"second of two":      {policy: byData(""), signatures: map[string][]trust.Signature{manifest: {other.sign(t, image, tagged, manifest), ours.sign(t, image, tagged, manifest)}}},
-		"none":               {policy: byData(""), why: "has no signature"},
-		"other key":          {policy: byData(""), signatures: map[string][]trust.Signature{manifest: {other.sign(t, image, tagged, manifest)}}, why: "of another key"},
-		"other image":        {policy: byData(""), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, another)}}, why: "about " + another},
-		"other payload":      {policy: byData(""), signatures: map[string][]trust.Signature{manifest: {forged}}, why: "of another key"},
-		"other kind":         {policy: byData(""), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, "an attestation", tagged, manifest)}}, why: "is not an image"},
-		"other tag":          {policy: byData(""), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository+":2", manifest)}}, why: `about "registry.test/team/app:2"`},
-		"no tag":             {policy: byData(""), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository, manifest)}}, why: `about "registry.test/team/app"`},
-		"cosign's":           {policy: as("matchRepository", ""), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository, manifest)}}},
-		"other repository":   {policy: as("matchRepository", ""), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository+"x", manifest)}}, why: "about"},
-		"asked by digest":    {policy: byData(""), digest: manifest, signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository, manifest)}}},
-		"exact, by digest":   {policy: as("matchExact", ""), digest: manifest, signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest)}}, why: "about"},
-		"exact reference":    {policy: as("exactReference", `, "dockerReference": "vendor.test/app:9"`), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, "vendor.test/app:9", manifest)}}},
-		"exact repository":   {policy: as("exactRepository", `, "dockerRepository": "vendor.test/app"`), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, "vendor.test/app:9", manifest)}}},
-		"mirror":             {policy: as("remapIdentity", `, "prefix": "registry.test/team", "signedPrefix": "vendor.test"`), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, "vendor.test/app:1", manifest)}}},
-		"half a prefix":      {policy: as("remapIdentity", `, "prefix": "registry.test/te", "signedPrefix": "vendor.test"`), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, "vendor.testam/app:1", manifest)}}, why: "about"},
-		"RSA of a file":      {policy: fmt.Sprintf(`{"default": [{"type": "sigstoreSigned", "keyPath": %q}]}`, file), signatures: map[string][]trust.Signature{manifest: {rsaKey.sign(t, image, tagged, manifest)}}},
-		"Ed25519 of a file":  {policy: fmt.Sprintf(`{"default": [{"type": "sigstoreSigned", "keyPaths": [%q]}]}`, file), signatures: map[string][]trust.Signature{manifest: {edKey.sign(t, image, tagged, manifest)}}},
-		"two requirements":   {policy: fmt.Sprintf(`{"default": [{"type": "sigstoreSigned", "keyData": %q}, {"type": "sigstoreSigned", "keyData": %q}]}`, ours.data(), other.data()), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest)}}, why: "of another key"},
-		"both":               {policy: fmt.Sprintf(`{"default": [{"type": "sigstoreSigned", "keyData": %q}, {"type": "sigstoreSigned", "keyData": %q}]}`, ours.data(), other.data()), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest), other.sign(t, image, tagged, manifest)}}},
-		"GPG":                {policy: `{"default": [{"type": "signedBy", "keyType": "GPGKeys", "keyPath": "/k"}]}`, why: "signedBy (GPG) is not supported"},
-		"a log":              {policy: byData(`, "rekorPublicKeyPath": "/k"`), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest)}}, why: "rekorPublicKeyPath is not supported"},
-		"not of a registry":  {policy: byData(""), signatures: map[string][]trust.Signature{"none": nil}, why: "what is not of a registry"},
-		"nothing but reject": {policy: `{"default": [{"type": "insecureAcceptAnything"}, {"type": "reject"}]}`, why: "it is rejected"},
+		"exact": {
+			policy:     byData(""),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest)}},
+		},
+		"of the index": {
+			policy:     byData(""),
+			signatures: map[string][]trust.Signature{index: {ours.sign(t, image, tagged, index)}},
+		},
+		"second of two": {
+			policy: byData(""),
+			signatures: map[string][]trust.Signature{
+				manifest: {other.sign(t, image, tagged, manifest), ours.sign(t, image, tagged, manifest)},
+			},
+		},
+		"none": {policy: byData(""), why: "has no signature"},
+		"other key": {
+			policy:     byData(""),
+			signatures: map[string][]trust.Signature{manifest: {other.sign(t, image, tagged, manifest)}}, why: "of another key",
+		},
+		"other image": {
+			policy:     byData(""),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, another)}}, why: "about " + another,
+		},
+		"other payload": {
+			policy: byData(""), signatures: map[string][]trust.Signature{manifest: {forged}},
+			why: "of another key",
+		},
+		"other kind": {
+			policy:     byData(""),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, "an attestation", tagged, manifest)}},
+			why:        "is not an image",
+		},
+		"other tag": {
+			policy:     byData(""),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository+":2", manifest)}},
+			why:        `about "registry.test/team/app:2"`,
+		},
+		"no tag": {
+			policy:     byData(""),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository, manifest)}},
+			why:        `about "registry.test/team/app"`,
+		},
+		"cosign's": {
+			policy:     as("matchRepository", ""),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository, manifest)}},
+		},
+		"other repository": {
+			policy:     as("matchRepository", ""),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository+"x", manifest)}}, why: "about",
+		},
+		"asked by digest": {
+			policy: byData(""), digest: manifest,
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, repository, manifest)}},
+		},
+		"exact, by digest": {
+			policy: as("matchExact", ""), digest: manifest,
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest)}}, why: "about",
+		},
+		"exact reference": {
+			policy:     as("exactReference", `, "dockerReference": "vendor.test/app:9"`),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, "vendor.test/app:9", manifest)}},
+		},
+		"exact repository": {
+			policy:     as("exactRepository", `, "dockerRepository": "vendor.test/app"`),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, "vendor.test/app:9", manifest)}},
+		},
+		"mirror": {
+			policy:     as("remapIdentity", `, "prefix": "registry.test/team", "signedPrefix": "vendor.test"`),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, "vendor.test/app:1", manifest)}},
+		},
+		"half a prefix": {
+			policy:     as("remapIdentity", `, "prefix": "registry.test/te", "signedPrefix": "vendor.test"`),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, "vendor.testam/app:1", manifest)}},
+			why:        "about",
+		},
+		"RSA of a file": {
+			policy:     fmt.Sprintf(`{"default": [{"type": "sigstoreSigned", "keyPath": %q}]}`, file),
+			signatures: map[string][]trust.Signature{manifest: {rsaKey.sign(t, image, tagged, manifest)}},
+		},
+		"Ed25519 of a file": {
+			policy:     fmt.Sprintf(`{"default": [{"type": "sigstoreSigned", "keyPaths": [%q]}]}`, file),
+			signatures: map[string][]trust.Signature{manifest: {edKey.sign(t, image, tagged, manifest)}},
+		},
+		"two requirements": {
+			policy: fmt.Sprintf(
+				`{"default": [{"type": "sigstoreSigned", "keyData": %q}, {"type": "sigstoreSigned", "keyData": %q}]}`, ours.data(),
+				other.data()), signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest)}},
+			why: "of another key",
+		},
+		"both": {
+			policy: fmt.Sprintf(
+				`{"default": [{"type": "sigstoreSigned", "keyData": %q}, {"type": "sigstoreSigned", "keyData": %q}]}`, ours.data(),
+				other.data()),
+			signatures: map[string][]trust.Signature{
+				manifest: {ours.sign(t, image, tagged, manifest), other.sign(t, image, tagged, manifest)},
+			},
+		},
+		"GPG": {
+			policy: `{"default": [{"type": "signedBy", "keyType": "GPGKeys", "keyPath": "/k"}]}`,
+			why:    "signedBy (GPG) is not supported",
+		},
+		"a log": {
+			policy:     byData(`, "rekorPublicKeyPath": "/k"`),
+			signatures: map[string][]trust.Signature{manifest: {ours.sign(t, image, tagged, manifest)}},
+			why:        "rekorPublicKeyPath is not supported",
+		},
+		"not of a registry": {
+			policy: byData(""), signatures: map[string][]trust.Signature{"none": nil},
+			why: "what is not of a registry",
+		},
+		"nothing but reject": {
+			policy: `{"default": [{"type": "insecureAcceptAnything"}, {"type": "reject"}]}`,
+			why:    "it is rejected",
+		},
 	} {
 		s := trust.Subject{Transport: "docker", Repository: repository, Tag: "1", Manifests: []string{manifest, index}}
 		if c.digest != "" {
@@ -201,7 +300,8 @@ func TestCheck_Unknown(t *testing.T) {
 	if err := parse(t, missing).Check(t.Context(), s); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no key: got %v", err)
 	}
-	empty := fmt.Sprintf(`{"default": [{"type": "sigstoreSigned", "keyData": %q}]}`, base64.StdEncoding.EncodeToString([]byte("no key")))
+	empty := fmt.Sprintf(`{"default": [{"type": "sigstoreSigned", "keyData": %q}]}`,
+		base64.StdEncoding.EncodeToString([]byte("no key")))
 	if err := parse(t, empty).Check(t.Context(), s); err == nil || !strings.Contains(err.Error(), "no PEM") {
 		t.Errorf("no PEM: got %v", err)
 	}
@@ -220,8 +320,11 @@ func TestParse_Wrong(t *testing.T) {
 		`{"default":[{"type":"sigstoreSigned","keyData":"!"}]}`:                                            {"want base64"},
 		`{"default":[{"type":"sigstoreSigned","keyPath":"/k","signedIdentity":{"type":"any"}}]}`:           {`type "any" is not known`},
 		`{"default":[{"type":"sigstoreSigned","keyPath":"/k","signedIdentity":{"type":"remapIdentity"}}]}`: {"is missing"},
-		`{"default":[],"transports":{"docker":{"a":[]}}}`:                                                  {"default:", `transports.docker["a"]: want at least one`},
-		`{"default":["reject"]}`:                                                                           {"want an object"},
+		`{"default":[],"transports":{"docker":{"a":[]}}}`: {
+			"default:",
+			`transports.docker["a"]: want at least one`,
+		},
+		`{"default":["reject"]}`: {"want an object"},
 	} {
 		_, err := trust.Parse([]byte(text))
 		for _, w := range want {
@@ -250,7 +353,8 @@ func TestDefault(t *testing.T) {
 		}
 	}
 	s := trust.Subject{Transport: "docker", Repository: "registry.test/app", Tag: "1"}
-	if _, err := os.Stat("/etc/containers/policy.json"); errors.Is(err, os.ErrNotExist) && (before != nil || before.Check(t.Context(), s) != nil || !before.Anything(s)) {
+	if _, err := os.Stat("/etc/containers/policy.json"); errors.Is(err, os.ErrNotExist) &&
+		(before != nil || before.Check(t.Context(), s) != nil || !before.Anything(s)) {
 		t.Errorf("without any: %+v", before)
 	}
 	write(`{"default": [{"type": "insecureAcceptAnything"}, {"type": "reject"}]}`)
@@ -258,7 +362,8 @@ func TestDefault(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if rejected, ok := errors.AsType[*trust.RejectedError](p.Check(t.Context(), s)); !ok || rejected.File != file || rejected.Requirement != "reject" || p.Anything(s) {
+	if rejected, ok := errors.AsType[*trust.RejectedError](p.Check(t.Context(), s)); !ok || rejected.File != file ||
+		rejected.Requirement != "reject" || p.Anything(s) {
 		t.Errorf("got %+v", rejected)
 	}
 	write("{")
@@ -277,7 +382,9 @@ func TestStored(t *testing.T) {
 	var layers []string
 	layer := func(payload, is string, size int) {
 		blobs["blobs/"+digest(payload)] = is
-		layers = append(layers, fmt.Sprintf(`{"digest": %q, "size": %d, "annotations": {"dev.cosignproject.cosign/signature": %q}}`, digest(payload), size, "of "+payload))
+		layers = append(layers,
+			fmt.Sprintf(`{"digest": %q, "size": %d, "annotations": {"dev.cosignproject.cosign/signature": %q}}`, digest(payload),
+				size, "of "+payload))
 	}
 	layer("the oldest", "the oldest", 10)
 	for n := range 60 {
@@ -288,7 +395,8 @@ func TestStored(t *testing.T) {
 	layer(strings.Repeat("x", 65<<10), strings.Repeat("x", 65<<10), 1)
 	layer("last", "last", 4)
 	layers = append(layers, fmt.Sprintf(`{"digest": %q, "size": 4}`, digest("last")))
-	blobs["manifests/"+strings.Replace(manifest, ":", "-", 1)+".sig"] = fmt.Sprintf(`{"schemaVersion": 2, "config": {}, "layers": [%s]}`, strings.Join(layers, ","))
+	blobs["manifests/"+strings.Replace(manifest, ":", "-", 1)+".sig"] = fmt.Sprintf(
+		`{"schemaVersion": 2, "config": {}, "layers": [%s]}`, strings.Join(layers, ","))
 	get := func(_ context.Context, part string) ([]byte, error) {
 		if text, ok := blobs[part]; ok {
 			return []byte(text), nil
@@ -296,21 +404,25 @@ func TestStored(t *testing.T) {
 		return nil, nil
 	}
 	all, err := trust.Stored(t.Context(), manifest, get)
-	if err != nil || len(all) != 60 || string(all[0].Payload) != "1" || all[0].Base64 != "of 1" || string(all[59].Payload) != "last" {
+	if err != nil || len(all) != 60 || string(all[0].Payload) != "1" || all[0].Base64 != "of 1" ||
+		string(all[59].Payload) != "last" {
 		t.Errorf("%d: %+v, %v", len(all), all, err)
 	}
 	if all, err := trust.Stored(t.Context(), another, get); err != nil || len(all) != 0 {
 		t.Errorf("of one that has none: %+v, %v", all, err)
 	}
 	down := errors.New("registry is down")
-	if _, err := trust.Stored(t.Context(), manifest, func(context.Context, string) ([]byte, error) { return nil, down }); !errors.Is(err, down) {
+	if _, err := trust.Stored(t.Context(), manifest, func(context.Context, string) ([]byte, error) {
+		return nil, down
+	}); !errors.Is(err, down) {
 		t.Errorf("got %v", err)
 	}
 }
 
 // What a registry stores as signatures is anybody's.
 func FuzzStored(f *testing.F) {
-	f.Add([]byte(`{"layers": [{"digest": "` + manifest + `", "size": 3, "annotations": {"dev.cosignproject.cosign/signature": "c2ln"}}]}`))
+	f.Add([]byte(`{"layers": [{"digest": "` + manifest +
+		`", "size": 3, "annotations": {"dev.cosignproject.cosign/signature": "c2ln"}}]}`))
 	f.Add([]byte(`{"manifests": []}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		asked := 0

@@ -27,15 +27,16 @@ var magics = []struct {
 // superblock is where an ext4 or erofs has it, in bytes. What is before it is free for anything.
 const superblock = 1024
 
-// Detect says which file system a file holds: "ext4" (or ext2, ext3), "xfs", "btrfs", "squashfs", "erofs", or "" for
-// anything else, which a tar archive is and what is compressed. Where the file is shorter than the file system says it is, that is ErrFormat.
+// Detect says which file system a file holds: "ext4" (or ext2, ext3), "xfs", "btrfs", "squashfs",
+// "erofs", or "" for anything else, which a tar archive is and what is compressed. Where the file
+// is shorter than the file system says it is, that is ErrFormat.
 func Detect(path string) (string, error) {
 	kind, _, err := detect(path)
 	return kind, err
 }
 
-// NeedsRecovery says whether the file at path holds an ext4 that was in use when it was copied, or was not unmounted: what its journal has is
-// yet to be written, which e2fsck does.
+// NeedsRecovery says whether the file at path holds an ext4 that was in use when it was copied, or
+// was not unmounted: what its journal has is yet to be written, which e2fsck does.
 func NeedsRecovery(path string) (bool, error) {
 	kind, head, err := detect(path)
 	return kind == "ext4" && binary.LittleEndian.Uint32(head[superblock+0x60:])&featureRecover != 0, err
@@ -62,29 +63,34 @@ func detect(path string) (kind string, head []byte, err error) {
 		return "", head, nil
 	}
 	for _, m := range magics {
-		if len(head) < m.offset+len(m.magic) || string(head[m.offset:m.offset+len(m.magic)]) != m.magic || m.kind == "ext4" && !isExt4(head) {
+		if len(head) < m.offset+len(m.magic) || string(head[m.offset:m.offset+len(m.magic)]) != m.magic || m.kind == "ext4" &&
+			!isExt4(head) {
 			continue
 		}
 		if want := length(m.kind, head); want > uint64(fi.Size()) {
-			return "", head, fmt.Errorf("%s: %w: it is cut off: %s of %d bytes in a file of %d", path, ErrFormat, m.kind, want, fi.Size())
+			return "", head,
+				fmt.Errorf("%s: %w: it is cut off: %s of %d bytes in a file of %d", path, ErrFormat, m.kind, want, fi.Size())
 		}
 		return m.kind, head, nil
 	}
 	return "", head, nil
 }
 
-// isArchive says whether a file begins as a tar archive does, or a compressed one: such is no file system, whatever it has further on.
+// isArchive says whether a file begins as a tar archive does, or a compressed one: such is no file
+// system, whatever it has further on.
 func isArchive(head []byte) bool {
 	for _, magic := range []string{"\x1f\x8b\x08", "\x28\xb5\x2f\xfd", "\xfd7zXZ\x00", "BZh"} { // gzip, zstd, xz, bzip2
 		if bytes.HasPrefix(head, []byte(magic)) {
 			return true
 		}
 	}
-	skippable := len(head) > 0 && head[0]&0xf0 == 0x50 && bytes.HasPrefix(head[1:], []byte("\x2a\x4d\x18")) // a frame that zstd skips
+	// a frame that zstd skips
+	skippable := len(head) > 0 && head[0]&0xf0 == 0x50 && bytes.HasPrefix(head[1:], []byte("\x2a\x4d\x18"))
 	return skippable || isTar(head)
 }
 
-// The place of a tar header's checksum: the sum of its bytes, in octal, for which the checksum itself counts as blanks.
+// The place of a tar header's checksum: the sum of its bytes, in octal, for which the checksum
+// itself counts as blanks.
 const (
 	tarHeader   = 512
 	tarSum      = 148
@@ -116,7 +122,8 @@ const (
 	featuresKnown  = 0x3f7df
 )
 
-// isExt4 says whether the superblock makes sense, besides its two bytes of magic, which any data may have.
+// isExt4 says whether the superblock makes sense, besides its two bytes of magic, which any data
+// may have.
 func isExt4(head []byte) bool {
 	if len(head) < 2*superblock {
 		return false

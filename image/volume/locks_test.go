@@ -36,7 +36,8 @@ func TestMain(m *testing.M) {
 
 const small = 16 << 20 // bytes
 
-// operations are what is done in a directory with a disk "disk" and a store "store", in which there is a disk "db".
+// operations are what is done in a directory with a disk "disk" and a store "store", in which there
+// is a disk "db".
 var operations = map[string]func(context.Context, string, volume.Options) error{
 	"create": func(ctx context.Context, dir string, _ volume.Options) error {
 		return volume.Blank(ctx, filepath.Join(dir, "new"), "ext4", small)
@@ -67,7 +68,8 @@ var operations = map[string]func(context.Context, string, volume.Options) error{
 	},
 }
 
-// disks makes the directory. It returns the disk that an operation is about, if there is one before it.
+// disks makes the directory. It returns the disk that an operation is about, if there is one before
+// it.
 func disks(t *testing.T, what string) (dir, disk string) {
 	t.Helper()
 	testenv.Fixture(t, fixtures.MkfsExt4)
@@ -99,7 +101,8 @@ func sizeOf(t *testing.T, path string) int64 {
 	return fi.Size()
 }
 
-// Whoever is first, a VM's lease or a command: the other is refused, and can go on once the first is done.
+// Whoever is first, a VM's lease or a command: the other is refused, and can go on once the first
+// is done.
 func TestLocks(t *testing.T) {
 	inUse := errors.New("in use")
 	for _, what := range []string{"clone", "resize", "trim", "remove"} {
@@ -143,7 +146,14 @@ func TestLocks_Commands(t *testing.T) {
 	for _, tt := range []struct {
 		first, then string
 		busy        bool
-	}{{"resize", "resize", true}, {"resize", "trim", true}, {"trim", "clone", true}, {"resize", "clone", true}, {"clone", "resize", true}, {"clone", "clone", false}} {
+	}{
+		{"resize", "resize", true},
+		{"resize", "trim", true},
+		{"trim", "clone", true},
+		{"resize", "clone", true},
+		{"clone", "resize", true},
+		{"clone", "clone", false},
+	} {
 		dir, _ := disks(t, "")
 		var then error
 		if err := operations[tt.first](t.Context(), dir, volume.Options{InUse: func(string) error {
@@ -158,7 +168,8 @@ func TestLocks_Commands(t *testing.T) {
 	}
 }
 
-// Killed between any two changes of the file system, a command leaves what there was or what there is to be, and nothing else.
+// Killed between any two changes of the file system, a command leaves what there was or what there
+// is to be, and nothing else.
 func TestKilled(t *testing.T) {
 	binary := testenv.PlainBinary(t)
 	for _, what := range []string{"create", "clone", "named", "remove", "resize"} {

@@ -14,8 +14,8 @@ import (
 	"push.rocks/smartvm/internal/disklock"
 )
 
-// Store is a directory of named disks, which outlive VMs, and of empty ones, which are only ever copied. It is safe for
-// concurrent use, by many processes too.
+// Store is a directory of named disks, which outlive VMs, and of empty ones, which are only ever
+// copied. It is safe for concurrent use, by many processes too.
 type Store struct {
 	dir   string
 	names string // where the named ones are, in dir
@@ -45,10 +45,12 @@ var namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]*$`)
 
 const maxName = 64 // bytes
 
-// ValidName says whether a disk can have a name: 1-64 of [A-Za-z0-9_.-], beginning with a letter or digit.
+// ValidName says whether a disk can have a name: 1-64 of [A-Za-z0-9_.-], beginning with a letter or
+// digit.
 func ValidName(name string) error {
 	if len(name) > maxName || !namePattern.MatchString(name) {
-		return fmt.Errorf("disk name %q: %w: want up to 64 letters, digits and ._-, beginning with a letter or digit", name, fs.ErrInvalid)
+		return fmt.Errorf("disk name %q: %w: want up to 64 letters, digits and ._-, beginning with a letter or digit", name,
+			fs.ErrInvalid)
 	}
 	return nil
 }

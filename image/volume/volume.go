@@ -1,7 +1,7 @@
 // Package volume makes and changes disks: files with a file system in them.
 //
-// Of the host it needs mkfs.ext4 (e2fsprogs) or mkfs.xfs (xfsprogs) to make them, and resize2fs and e2fsck to change
-// their size.
+// Of the host it needs mkfs.ext4 (e2fsprogs) or mkfs.xfs (xfsprogs) to make them, and resize2fs and
+// e2fsck to change their size.
 package volume
 
 import (
@@ -26,7 +26,8 @@ import (
 // ErrFormat says that a file is not, or not wholly, what it should be.
 var ErrFormat = errors.New("not such a file system")
 
-// Limits of a disk in bytes: what the tools take, and what a host's file system may hold as a sparse file.
+// Limits of a disk in bytes: what the tools take, and what a host's file system may hold as a
+// sparse file.
 const (
 	MinSize = 1 << 20
 	MaxSize = 16 << 40
@@ -35,8 +36,9 @@ const (
 // minXFS is the least that mkfs.xfs takes, in bytes.
 const minXFS = 300 << 20
 
-// Blank makes a sparse file of size bytes at path with an empty file system in it: "ext4" or "xfs". Path must not
-// exist; it is there when all of it is. Returns exec.ErrNotFound where the tool is missing.
+// Blank makes a sparse file of size bytes at path with an empty file system in it: "ext4" or "xfs".
+// Path must not exist; it is there when all of it is. Returns exec.ErrNotFound where the tool is
+// missing.
 func Blank(ctx context.Context, path, kind string, size int64) error {
 	if size < MinSize || size > MaxSize || kind == "xfs" && size < minXFS {
 		return fmt.Errorf("make disk %s: %w: %d bytes of %s", path, fs.ErrInvalid, size, kind)
@@ -45,7 +47,10 @@ func Blank(ctx context.Context, path, kind string, size int64) error {
 	switch kind {
 	case "ext4":
 		// What is not written now, the kernel writes when it is first needed: 4 GiB take 180 KiB.
-		tool = []string{"mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^resize_inode", "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"}
+		tool = []string{
+			"mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^resize_inode", "-E",
+			"lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0",
+		}
 	case "xfs":
 		tool = []string{"mkfs.xfs", "-q"}
 	default:
@@ -61,7 +66,8 @@ func Blank(ctx context.Context, path, kind string, size int64) error {
 
 // Options of what is done to disks. The zero value serves where no VMs are.
 type Options struct {
-	// InUse says why the disk at a path must not be touched. It is called when no VM can start with the disk any more. Nil: it may be.
+	// InUse says why the disk at a path must not be touched. It is called when no VM can start with
+	// the disk any more. Nil: it may be.
 	InUse func(path string) error
 	// Progress, if set, is told of bytes copied so far and in all.
 	Progress func(done, total int64)
@@ -74,8 +80,8 @@ func (o Options) check(path string) error {
 	return o.InUse(path)
 }
 
-// Clone copies a disk by reflink, or else without its holes. Target must not exist; it is there when all of it is. Returns disklock.ErrBusy while
-// another process changes the disk.
+// Clone copies a disk by reflink, or else without its holes. Target must not exist; it is there
+// when all of it is. Returns disklock.ErrBusy while another process changes the disk.
 func Clone(ctx context.Context, source, target string, o Options) error {
 	src, err := os.Open(source)
 	if err != nil {
@@ -90,7 +96,8 @@ func Clone(ctx context.Context, source, target string, o Options) error {
 	})
 }
 
-// build makes a file without a name, and then gives it one: of a process that is killed nothing stays.
+// build makes a file without a name, and then gives it one: of a process that is killed nothing
+// stays.
 func build(path string, make func(temp *os.File) error) error {
 	if _, err := os.Lstat(path); err == nil {
 		return fmt.Errorf("make disk %s: %w", path, fs.ErrExist)
@@ -109,15 +116,18 @@ func build(path string, make func(temp *os.File) error) error {
 		return fmt.Errorf("make disk %s: %w", path, err)
 	}
 	// Unlike a rename, it replaces nothing.
-	if err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", fd), unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW); err != nil {
+	if err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", fd), unix.AT_FDCWD, path,
+		unix.AT_SYMLINK_FOLLOW); err != nil {
 		return fmt.Errorf("make disk %s: %w", path, err)
 	}
 	return atomicfile.SyncDir(dir)
 }
 
-// buildNamed is build where files without names cannot be made, as on NFS. What a killed process leaves, the next one for the same path takes.
+// buildNamed is build where files without names cannot be made, as on NFS. What a killed process
+// leaves, the next one for the same path takes.
 func buildNamed(path string, make func(temp *os.File) error) error {
-	temp, err := os.OpenFile(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+atomicfile.TempSuffix), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	temp, err := os.OpenFile(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+atomicfile.TempSuffix),
+		os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("make disk: %w", err)
 	}
@@ -135,7 +145,8 @@ func buildNamed(path string, make func(temp *os.File) error) error {
 	return atomicfile.SyncDir(filepath.Dir(path))
 }
 
-// openExt4 opens the disk at path, which no VM may have open, to change the ext4 in it. Errors say what was to be done.
+// openExt4 opens the disk at path, which no VM may have open, to change the ext4 in it. Errors say
+// what was to be done.
 func openExt4(verb, path string, o Options) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
@@ -154,9 +165,10 @@ func openExt4(verb, path string, o Options) (*os.File, error) {
 	return f, nil
 }
 
-// Trim gives the host's file system back what is free in the ext4 of the disk at path, which no VM may have open: it becomes holes. Returns
-// how many bytes less the disk takes. Errors are ErrFormat for other file systems, which fstrim trims in the guest if its VMM offers discard;
-// and disklock.ErrBusy.
+// Trim gives the host's file system back what is free in the ext4 of the disk at path, which no VM
+// may have open: it becomes holes. Returns how many bytes less the disk takes. Errors are ErrFormat
+// for other file systems, which fstrim trims in the guest if its VMM offers discard; and
+// disklock.ErrBusy.
 func Trim(ctx context.Context, path string, o Options) (freed int64, err error) {
 	f, err := openExt4("trim", path, o)
 	if err != nil {
@@ -181,8 +193,9 @@ func used(f *os.File) (int64, error) {
 	return st.Blocks * 512, err
 }
 
-// Resize makes the disk at path, which no VM may have open, size bytes large, and an ext4 in it likewise. Once it has begun to, it does not stop
-// for the end of ctx. Returns ErrFormat for other file systems: they grow while they are mounted, in the guest; and disklock.ErrBusy.
+// Resize makes the disk at path, which no VM may have open, size bytes large, and an ext4 in it
+// likewise. Once it has begun to, it does not stop for the end of ctx. Returns ErrFormat for other
+// file systems: they grow while they are mounted, in the guest; and disklock.ErrBusy.
 func Resize(ctx context.Context, path string, size int64, o Options) error {
 	if size < MinSize || size > MaxSize {
 		return fmt.Errorf("resize disk %s: %w: %d bytes", path, fs.ErrInvalid, size)
@@ -216,8 +229,8 @@ func Resize(ctx context.Context, path string, size int64, o Options) error {
 // inChild is the path of the disk in a tool that is run.
 const inChild = "/proc/self/fd/3"
 
-// run runs a tool of the host on a disk, whose lock it shares: where we are killed, it goes on. A terminal's Ctrl-C is for us alone.
-// Its output is part of the error.
+// run runs a tool of the host on a disk, whose lock it shares: where we are killed, it goes on. A
+// terminal's Ctrl-C is for us alone. Its output is part of the error.
 func run(ctx context.Context, disk *os.File, argv ...string) error {
 	path, err := lookPath(argv[0])
 	if err != nil {

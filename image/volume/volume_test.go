@@ -115,7 +115,8 @@ func TestClone(t *testing.T) {
 	if err := volume.Clone(t.Context(), source, target, volume.Options{}); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("over a file: %v", err)
 	}
-	if err := volume.Clone(t.Context(), filepath.Join(dir, "none"), filepath.Join(dir, "x"), volume.Options{}); !errors.Is(err, fs.ErrNotExist) {
+	if err := volume.Clone(t.Context(), filepath.Join(dir, "none"), filepath.Join(dir, "x"),
+		volume.Options{}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("of nothing: %v", err)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2 {
@@ -142,7 +143,8 @@ func TestResize(t *testing.T) {
 			t.Errorf("the file system has %d bytes, want %d", blocks, size)
 		}
 	}
-	if err := volume.Resize(t.Context(), path, 1<<20, volume.Options{}); err == nil || !strings.Contains(err.Error(), "resize2fs") {
+	if err := volume.Resize(t.Context(), path, 1<<20, volume.Options{}); err == nil ||
+		!strings.Contains(err.Error(), "resize2fs") {
 		t.Errorf("below what is in it: %v", err)
 	}
 	fsck(t, path)
@@ -190,7 +192,8 @@ func TestTrim(t *testing.T) {
 		t.Fatal(err)
 	}
 	full = allocated(t, other)
-	if _, err := volume.Trim(t.Context(), other, volume.Options{}); !errors.Is(err, volume.ErrFormat) || allocated(t, other) != full {
+	if _, err := volume.Trim(t.Context(), other, volume.Options{}); !errors.Is(err, volume.ErrFormat) ||
+		allocated(t, other) != full {
 		t.Errorf("of no file system: %v, it takes %d bytes of %d", err, allocated(t, other), full)
 	}
 }
@@ -229,7 +232,8 @@ func TestDetect_CutOff(t *testing.T) {
 	}
 }
 
-// An ext4 is told from what only has its two bytes of magic where an ext4 has them, as each 65,536th compressed archive does.
+// An ext4 is told from what only has its two bytes of magic where an ext4 has them, as each
+// 65,536th compressed archive does.
 func TestDetect(t *testing.T) {
 	ext4, err := os.ReadFile(blank(t, "ext4", 16<<20))
 	if err != nil {
@@ -240,7 +244,8 @@ func TestDetect(t *testing.T) {
 	copy(content[512:], superblock) // in a tar it comes after the header
 	var archive, plain, zipped bytes.Buffer
 	tw := tar.NewWriter(&archive)
-	if err := errors.Join(tw.WriteHeader(&tar.Header{Name: "a", Size: int64(len(content)), Mode: 0o644}), second(tw.Write(content)), tw.Close()); err != nil {
+	if err := errors.Join(tw.WriteHeader(&tar.Header{Name: "a", Size: int64(len(content)), Mode: 0o644}),
+		second(tw.Write(content)), tw.Close()); err != nil {
 		t.Fatal(err)
 	}
 	gz, err := gzip.NewWriterLevel(&zipped, gzip.NoCompression)
@@ -271,7 +276,8 @@ func TestDetect(t *testing.T) {
 		"tar": {archive.Bytes(), ""}, "gzip": {moved, ""}, "text": {plain.Bytes(), ""},
 		"zstd": {with("\x28\xb5\x2f\xfd", ext4), ""}, "zstd, skipped": {with("\x53\x2a\x4d\x18", ext4), ""},
 		"xz": {with("\xfd7zXZ\x00", ext4), ""}, "bzip2": {with("BZh9", ext4), ""},
-		"revision": {field(0x4c, 2), ""}, "features": {field(0x60, 1<<31), ""}, "blocks": {field(0x18, 7), ""}, "groups": {field(0x20, 0), ""},
+		"revision": {field(0x4c, 2), ""}, "features": {field(0x60, 1<<31), ""}, "blocks": {field(0x18, 7), ""},
+		"groups": {field(0x20, 0), ""},
 	} {
 		path := filepath.Join(t.TempDir(), "file")
 		if err := os.WriteFile(path, tt.data, 0o600); err != nil {
@@ -305,7 +311,10 @@ func TestNeedsRecovery(t *testing.T) {
 
 func FuzzDetect(f *testing.F) {
 	head := make([]byte, 66000)
-	for at, magic := range map[int]string{0: "hsqs", 1024: "\xe2\xe1\xf5\xe0", 1024 + 0x38: "\x53\xef", 65536 + 0x40: "_BHRfS_M"} {
+	for at, magic := range map[int]string{
+		0: "hsqs", 1024: "\xe2\xe1\xf5\xe0", 1024 + 0x38: "\x53\xef",
+		65536 + 0x40: "_BHRfS_M",
+	} {
 		seed := bytes.Clone(head)
 		copy(seed[at:], magic)
 		f.Add(seed)

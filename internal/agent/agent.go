@@ -1,5 +1,6 @@
-// Package agent is the host's side of what goes on in a guest: it asks the guest's agent to run programs, copy files, tell
-// how it is. The guest is not trusted: what it sends is bounded, and what it says is checked.
+// Package agent is the host's side of what goes on in a guest: it asks the guest's agent to run
+// programs, copy files, tell how it is. The guest is not trusted: what it sends is bounded, and
+// what it says is checked.
 package agent
 
 import (
@@ -28,7 +29,8 @@ type Client struct{ Dial Dialer }
 
 // Errors of this package.
 var (
-	// ErrNoAgent means that nobody in the guest answers: it is still booting, has no agent, or is about to end.
+	// ErrNoAgent means that nobody in the guest answers: it is still booting, has no agent, or is
+	// about to end.
 	ErrNoAgent = errors.New("no agent answers in the guest")
 	// ErrLost means that the guest, or its agent, went away meanwhile.
 	ErrLost = errors.New("the connection to the guest's agent was lost")
@@ -41,8 +43,8 @@ type GuestError struct{ Text string }
 
 func (e *GuestError) Error() string { return "guest: " + e.Text }
 
-// VersionError says that the agent in the guest is of another version of smartvm, whose protocol is another one. A VM keeps the agent
-// that it was made with.
+// VersionError says that the agent in the guest is of another version of smartvm, whose protocol is
+// another one. A VM keeps the agent that it was made with.
 type VersionError struct{ Agent, Host int }
 
 func (e *VersionError) Error() string {
@@ -68,7 +70,8 @@ func (c *Client) Connect(ctx context.Context, port uint32) (net.Conn, error) {
 	return c.connect(ctx, port, nil, connectTimeout)
 }
 
-// connect sends first at once: the VMM keeps what comes behind its line for the guest. A patience of 0 is as long as ctx.
+// connect sends first at once: the VMM keeps what comes behind its line for the guest. A patience
+// of 0 is as long as ctx.
 func (c *Client) connect(ctx context.Context, port uint32, first []byte, patience time.Duration) (net.Conn, error) {
 	conn, err := c.Dial(ctx)
 	if err != nil {
@@ -181,8 +184,9 @@ func clean(text string) string {
 	}, text[:min(len(text), maxText)])
 }
 
-// Exec runs a program and returns when it has ended. When ctx ends before, the program gets SIGHUP. It survives a pause of its VM and the
-// making of a snapshot; in a guest that is restored from that it gets SIGHUP. Returns ErrNoAgent, ErrLost, and what writing to Stdout and Stderr returns.
+// Exec runs a program and returns when it has ended. When ctx ends before, the program gets SIGHUP.
+// It survives a pause of its VM and the making of a snapshot; in a guest that is restored from that
+// it gets SIGHUP. Returns ErrNoAgent, ErrLost, and what writing to Stdout and Stderr returns.
 func (c *Client) Exec(ctx context.Context, cmd guest.Cmd) (guest.Exit, error) {
 	if len(cmd.Args) == 0 {
 		return guest.Exit{}, errors.New("nothing to run")
@@ -190,7 +194,8 @@ func (c *Client) Exec(ctx context.Context, cmd guest.Cmd) (guest.Exit, error) {
 	return c.run(ctx, agentproto.OpExec, cmd)
 }
 
-// Main runs the image's own command, which waits for that. Of cmd the streams, the terminal, signals and sizes count.
+// Main runs the image's own command, which waits for that. Of cmd the streams, the terminal,
+// signals and sizes count.
 func (c *Client) Main(ctx context.Context, cmd guest.Cmd) (guest.Exit, error) {
 	return c.run(ctx, agentproto.OpMain, cmd)
 }
@@ -208,7 +213,10 @@ func (c *Client) run(ctx context.Context, op agentproto.Op, cmd guest.Cmd) (gues
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	outputs := make(chan error, 2)
-	for k, to := range map[agentproto.Kind]io.Writer{agentproto.KindStdout: cmd.Stdout, agentproto.KindStderr: cmd.Stderr} {
+	for k, to := range map[agentproto.Kind]io.Writer{
+		agentproto.KindStdout: cmd.Stdout,
+		agentproto.KindStderr: cmd.Stderr,
+	} {
 		in := conn.Inbox(k)
 		if to == nil {
 			to = io.Discard
@@ -266,7 +274,8 @@ func (o *output) Write(p []byte) (n int, err error) {
 	return n, err
 }
 
-// control passes signals and sizes on. It closes detached, and then the connection, when that is wanted.
+// control passes signals and sizes on. It closes detached, and then the connection, when that is
+// wanted.
 func control(conn *agentproto.Conn, cmd guest.Cmd, ended <-chan struct{}, detached chan<- struct{}) {
 	for {
 		select {
@@ -281,7 +290,8 @@ func control(conn *agentproto.Conn, cmd guest.Cmd, ended <-chan struct{}, detach
 		case s := <-cmd.Signals:
 			_ = conn.Send(agentproto.KindSignal, []byte{byte(s)})
 		case s := <-cmd.Resize:
-			_ = conn.Send(agentproto.KindResize, binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, s.Rows), s.Cols))
+			_ = conn.Send(agentproto.KindResize,
+				binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, s.Rows), s.Cols))
 		}
 	}
 }
@@ -313,8 +323,8 @@ func awaitExit(conn *agentproto.Conn) (guest.Exit, error) {
 // maxEvents bounds those of one connection: a guest's life has few, and each is written down.
 const maxEvents = 64
 
-// Watch gives the guest the time and random numbers, and tells event what happens in it until its command has ended, the
-// guest goes away or ctx ends.
+// Watch gives the guest the time and random numbers, and tells event what happens in it until its
+// command has ended, the guest goes away or ctx ends.
 func (c *Client) Watch(ctx context.Context, event func(agentproto.Event)) error {
 	seed := make([]byte, 64)
 	_, _ = rand.Read(seed) // never fails
@@ -392,7 +402,8 @@ func (c *Client) Stop(ctx context.Context, patience time.Duration) error {
 	return err
 }
 
-// Tell gives the guest's command what it waits for: files, by name, and environment. It is told once; again changes nothing.
+// Tell gives the guest's command what it waits for: files, by name, and environment. It is told
+// once; again changes nothing.
 func (c *Client) Tell(ctx context.Context, files map[string][]byte, env []string) error {
 	_, err := c.ask(ctx, agentproto.Request{Op: agentproto.OpSecrets, Files: files, Env: env})
 	if err != nil {

@@ -30,8 +30,8 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// The agent's server runs in the test itself, behind a socket that speaks as the VMM's does: no guest is needed for most of
-// what it does.
+// The agent's server runs in the test itself, behind a socket that speaks as the VMM's does: no
+// guest is needed for most of what it does.
 
 // reaper reaps the test's processes: none but the server starts any.
 var reaper = sync.OnceValue(func() *process.Reaper {
@@ -112,7 +112,8 @@ func run(t *testing.T, c *agent.Client, cmd guest.Cmd) (exit guest.Exit, stdout,
 
 func sh(script string) []string { return []string{"sh", "-c", script} }
 
-// tested is true for a script's loop until the test's process ends: whatever fails, no shell goes on without it.
+// tested is true for a script's loop until the test's process ends: whatever fails, no shell goes
+// on without it.
 const tested = "kill -0 $PPID 2>/dev/null"
 
 // lifeline is a FIFO that gives no byte, and ends when the test does.
@@ -138,17 +139,38 @@ func TestExec(t *testing.T) {
 		exit           guest.Exit
 		stdout, stderr string
 	}{
-		"streams":      {cmd: guest.Cmd{Args: sh("echo out; echo err >&2; exit 7")}, exit: guest.Exit{Code: 7}, stdout: "out\n", stderr: "err\n"},
-		"environment":  {cmd: guest.Cmd{Args: sh("echo $A $B $C; pwd"), Env: []string{"B=mine", "C=new"}}, stdout: "image mine new\n/usr\n"},
-		"directory":    {cmd: guest.Cmd{Args: sh("pwd"), Dir: dir}, stdout: dir + "\n"},
-		"input":        {cmd: guest.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader("in\x00\xff\n")}, stdout: "in\x00\xff\n"},
-		"no input":     {cmd: guest.Cmd{Args: []string{"cat"}}},
-		"signal":       {cmd: guest.Cmd{Args: sh("kill -TERM $$")}, exit: guest.Exit{Code: 143, Signal: syscall.SIGTERM}},
-		"child stays":  {cmd: guest.Cmd{Args: sh(`cat "$LIFE" & echo over`), Env: []string{"LIFE=" + lifeline(t)}}, stdout: "over\n"},
+		"streams": {
+			cmd: guest.Cmd{Args: sh("echo out; echo err >&2; exit 7")}, exit: guest.Exit{Code: 7},
+			stdout: "out\n", stderr: "err\n",
+		},
+		"environment": {
+			cmd:    guest.Cmd{Args: sh("echo $A $B $C; pwd"), Env: []string{"B=mine", "C=new"}},
+			stdout: "image mine new\n/usr\n",
+		},
+		"directory": {cmd: guest.Cmd{Args: sh("pwd"), Dir: dir}, stdout: dir + "\n"},
+		"input": {
+			cmd:    guest.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader("in\x00\xff\n")},
+			stdout: "in\x00\xff\n",
+		},
+		"no input": {cmd: guest.Cmd{Args: []string{"cat"}}},
+		"signal":   {cmd: guest.Cmd{Args: sh("kill -TERM $$")}, exit: guest.Exit{Code: 143, Signal: syscall.SIGTERM}},
+		"child stays": {
+			cmd:    guest.Cmd{Args: sh(`cat "$LIFE" & echo over`), Env: []string{"LIFE=" + lifeline(t)}},
+			stdout: "over\n",
+		},
 		"input unread": {cmd: guest.Cmd{Args: []string{"true"}, Stdin: bytes.NewReader(make([]byte, 1<<20))}},
-		"much":         {cmd: guest.Cmd{Args: sh("head -c 3000000 /dev/zero | tr '\\0' x")}, stdout: strings.Repeat("x", 3000000)},
-		"terminal":     {cmd: guest.Cmd{Args: sh("tty >/dev/null && echo $TERM $(stty size); exit 3"), TTY: true, Term: "vt100", Size: guest.Size{Rows: 24, Cols: 80}}, exit: guest.Exit{Code: 3}, stdout: "vt100 24 80\r\n"},
-		"typed":        {cmd: guest.Cmd{Args: sh("stty -echo; echo ready; cat"), TTY: true, Stdin: strings.NewReader("line\n")}, stdout: "ready\r\nline\r\n"},
+		"much": {
+			cmd:    guest.Cmd{Args: sh("head -c 3000000 /dev/zero | tr '\\0' x")},
+			stdout: strings.Repeat("x", 3000000),
+		},
+		"terminal": {cmd: guest.Cmd{
+			Args: sh("tty >/dev/null && echo $TERM $(stty size); exit 3"), TTY: true,
+			Term: "vt100", Size: guest.Size{Rows: 24, Cols: 80},
+		}, exit: guest.Exit{Code: 3}, stdout: "vt100 24 80\r\n"},
+		"typed": {cmd: guest.Cmd{
+			Args: sh("stty -echo; echo ready; cat"), TTY: true,
+			Stdin: strings.NewReader("line\n"),
+		}, stdout: "ready\r\nline\r\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			exit, stdout, stderr := run(t, c, tt.cmd)
@@ -181,8 +203,8 @@ func TestExec(t *testing.T) {
 	}
 }
 
-// A gigabyte goes through a program in the guest, and a quarter of it back, and no more than the windows is held anywhere: host and agent are
-// both this process.
+// A gigabyte goes through a program in the guest, and a quarter of it back, and no more than the
+// windows is held anywhere: host and agent are both this process.
 func TestExec_Flow(t *testing.T) {
 	_, c := newServer(t, nil)
 	for name, tt := range map[string]struct {
@@ -258,8 +280,9 @@ func TestExec_Control(t *testing.T) {
 	done := make(chan guest.Exit, 1)
 	go func() {
 		exit, err := c.Exec(t.Context(), guest.Cmd{
-			Args: sh(`trap 'echo resized $(stty size)' WINCH; trap 'echo told; exit 5' USR1; echo ready; while ` + tested + `; do sleep 0.01; done`),
-			TTY:  true, Stdout: in, Signals: signals, Resize: sizes,
+			Args: sh(`trap 'echo resized $(stty size)' WINCH; trap 'echo told; exit 5' USR1; echo ready; while ` + tested +
+				`; do sleep 0.01; done`),
+			TTY: true, Stdout: in, Signals: signals, Resize: sizes,
 		})
 		if err != nil {
 			t.Error(err)
@@ -323,7 +346,11 @@ func TestExec_Hangup(t *testing.T) {
 	out, in := io.Pipe()
 	done := make(chan error, 1)
 	go func() {
-		_, err := c.Exec(ctx, guest.Cmd{Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while " + tested + "; do sleep 0.01; done"), Dir: dir, Stdout: in})
+		_, err := c.Exec(ctx,
+			guest.Cmd{
+				Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while " + tested + "; do sleep 0.01; done"),
+				Dir:  dir, Stdout: in,
+			})
 		done <- err
 	}()
 	if _, err := out.Read(make([]byte, 6)); err != nil {
@@ -344,7 +371,8 @@ func TestExec_Parallel(t *testing.T) {
 	for i := range 50 {
 		all.Go(func() {
 			var out bytes.Buffer
-			exit, err := c.Exec(t.Context(), guest.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader(fmt.Sprint(i)), Stdout: &out})
+			exit, err := c.Exec(t.Context(),
+				guest.Cmd{Args: []string{"cat"}, Stdin: strings.NewReader(fmt.Sprint(i)), Stdout: &out})
 			if err != nil || exit.Code != 0 || out.String() != fmt.Sprint(i) {
 				t.Errorf("%d: %+v, %v, %q", i, exit, err, &out)
 			}
@@ -445,7 +473,8 @@ func fakeAgent(t *testing.T, answer func(agentproto.Request) agentproto.Reply) *
 	return c
 }
 
-// A guest that is slow to hear what time it is hears it again, before it is told who it is and its programs go on.
+// A guest that is slow to hear what time it is hears it again, before it is told who it is and its
+// programs go on.
 func TestIdentify_Late(t *testing.T) {
 	var asked []agentproto.Op
 	c := fakeAgent(t, func(req agentproto.Request) agentproto.Reply {
@@ -466,7 +495,8 @@ func TestIdentify_Late(t *testing.T) {
 		return agentproto.Reply{Skew: -time.Second}
 	})
 	skew, _, err := c.Identify(t.Context(), &agentproto.Identity{})
-	if want := []agentproto.Op{agentproto.OpClock, agentproto.OpClock, agentproto.OpIdentify}; err != nil || !slices.Equal(asked, want) || skew != time.Hour-time.Second {
+	if want := []agentproto.Op{agentproto.OpClock, agentproto.OpClock, agentproto.OpIdentify}; err != nil ||
+		!slices.Equal(asked, want) || skew != time.Hour-time.Second {
 		t.Errorf("asked %q, want %q; skew %v, %v", asked, want, skew, err)
 	}
 }
@@ -528,7 +558,8 @@ func TestStats(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if st.CPUs < 1 || st.CPU <= 0 || st.MemoryUsed == 0 || st.MemoryUsed > st.Memory || st.DiskUsed > st.Disk || st.Processes < 1 {
+	if st.CPUs < 1 || st.CPU <= 0 || st.MemoryUsed == 0 || st.MemoryUsed > st.Memory || st.DiskUsed > st.Disk ||
+		st.Processes < 1 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -543,8 +574,10 @@ func tree(t *testing.T) string {
 	copy(sparse[512<<10:], "middle")
 	if err := errors.Join(
 		os.MkdirAll(filepath.Join(dir, "sub/empty"), 0o755), os.WriteFile(filepath.Join(dir, "random"), random, 0o640),
-		os.WriteFile(filepath.Join(dir, "sub/sparse"), sparse, 0o600), os.WriteFile(filepath.Join(dir, "run"), []byte("#!/bin/sh\n"), 0o755),
-		os.Symlink("/etc/passwd", filepath.Join(dir, "away")), os.Link(filepath.Join(dir, "run"), filepath.Join(dir, "sub/run")),
+		os.WriteFile(filepath.Join(dir, "sub/sparse"), sparse, 0o600),
+		os.WriteFile(filepath.Join(dir, "run"), []byte("#!/bin/sh\n"), 0o755),
+		os.Symlink("/etc/passwd", filepath.Join(dir, "away")),
+		os.Link(filepath.Join(dir, "run"), filepath.Join(dir, "sub/run")),
 		os.WriteFile(filepath.Join(dir, "nothing"), nil, 0o444), os.Chmod(filepath.Join(dir, "sub"), 0o500),
 	); err != nil {
 		t.Fatal(err)
@@ -572,7 +605,8 @@ func list(t *testing.T, dir string) (all []string) {
 			if err != nil {
 				return err
 			}
-			line += fmt.Sprintf(" %d %x %d", fi.Sys().(*syscall.Stat_t).Nlink, data[:min(len(data), 64)], fi.ModTime().UnixNano())
+			line += fmt.Sprintf(" %d %x %d", fi.Sys().(*syscall.Stat_t).Nlink, data[:min(len(data), 64)],
+				fi.ModTime().UnixNano())
 			line += fmt.Sprint(bytes.Count(data, []byte{0}), len(data))
 		case fi.Mode()&os.ModeSymlink != 0:
 			to, err := os.Readlink(at)
@@ -613,7 +647,8 @@ func TestCopy(t *testing.T) {
 		} {
 			t.Run(name+" "+way, func(t *testing.T) {
 				dir := t.TempDir()
-				if err := errors.Join(os.Mkdir(filepath.Join(dir, "there"), 0o700), os.WriteFile(filepath.Join(dir, "over"), []byte("old"), 0o600)); err != nil {
+				if err := errors.Join(os.Mkdir(filepath.Join(dir, "there"), 0o700),
+					os.WriteFile(filepath.Join(dir, "over"), []byte("old"), 0o600)); err != nil {
 					t.Fatal(err)
 				}
 				if err := do(tt.from, dir+"/"+tt.to); err != nil {
@@ -650,9 +685,10 @@ func TestCopy(t *testing.T) {
 		"to below what is not there":     c.CopyTo(t.Context(), from, to+"/no/such", nil, guest.CopyOptions{}),
 		"to a directory that is not one": c.CopyTo(t.Context(), from, to+"/none/", nil, guest.CopyOptions{}),
 		"an archive to a file":           c.CopyTo(t.Context(), "-", to+"/none", strings.NewReader(""), guest.CopyOptions{}),
-		"what is no archive":             c.CopyTo(t.Context(), "-", to, strings.NewReader(strings.Repeat("no archive", 100)), guest.CopyOptions{}),
-		"not there here":                 c.CopyTo(t.Context(), "/no/such", to, nil, guest.CopyOptions{}),
-		"to a full device":               c.CopyFrom(t.Context(), from, "-", full{}, guest.CopyOptions{}),
+		"what is no archive": c.CopyTo(t.Context(), "-", to, strings.NewReader(strings.Repeat("no archive", 100)),
+			guest.CopyOptions{}),
+		"not there here":   c.CopyTo(t.Context(), "/no/such", to, nil, guest.CopyOptions{}),
+		"to a full device": c.CopyFrom(t.Context(), from, "-", full{}, guest.CopyOptions{}),
 	} {
 		if err == nil {
 			t.Errorf("%s: no error", what)

@@ -17,10 +17,11 @@ import (
 	"push.rocks/smartvm/internal/treetar"
 )
 
-// CopyTo copies a file or a tree into the guest. A directory at to takes it under its name, "/." at the end of from means what
-// is in it; otherwise it is called to. From "-" is a tar archive that in reads, to be unpacked in a directory. What cannot be read, is
-// neither file, directory nor link, or would replace what is none of them either is left out: all else is copied, and an error says what
-// is missing.
+// CopyTo copies a file or a tree into the guest. A directory at to takes it under its name, "/." at
+// the end of from means what is in it; otherwise it is called to. From "-" is a tar archive that in
+// reads, to be unpacked in a directory. What cannot be read, is neither file, directory nor link,
+// or would replace what is none of them either is left out: all else is copied, and an error says
+// what is missing.
 func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o guest.CopyOptions) error {
 	source, err := from, error(nil)
 	if from != "-" {
@@ -88,7 +89,8 @@ func (c *Client) CopyTo(ctx context.Context, from, to string, in io.Reader, o gu
 	return nil
 }
 
-// topOf is what the first part of an archive's names is: where a directory takes it its own, else one that is replaced.
+// topOf is what the first part of an archive's names is: where a directory takes it its own, else
+// one that is replaced.
 func topOf(from string, intoDir bool) string {
 	if !intoDir {
 		return "top"
@@ -130,10 +132,12 @@ func (w *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// CopyFrom copies a file or a tree out of the guest, by the same rules. To "-" writes a tar archive to out. Only what was asked for is
-// written, no link below to is followed, and a link is made nowhere but in a directory, where the next copy does not follow it.
+// CopyFrom copies a file or a tree out of the guest, by the same rules. To "-" writes a tar archive
+// to out. Only what was asked for is written, no link below to is followed, and a link is made
+// nowhere but in a directory, where the next copy does not follow it.
 func (c *Client) CopyFrom(ctx context.Context, from, to string, out io.Writer, o guest.CopyOptions) error {
-	conn, err := c.open(ctx, agentproto.Request{Op: agentproto.OpRead, Path: from, Contents: treetar.Contents(from), Follow: o.FollowLink})
+	conn, err := c.open(ctx,
+		agentproto.Request{Op: agentproto.OpRead, Path: from, Contents: treetar.Contents(from), Follow: o.FollowLink})
 	if err != nil {
 		return err
 	}
@@ -221,7 +225,8 @@ func (d destination) take(in io.Reader) error {
 	return err
 }
 
-// Split parses "VM:PATH", as in cp; found says whether there is a VM. A path that begins with "/" or "." has none.
+// Split parses "VM:PATH", as in cp; found says whether there is a VM. A path that begins with "/"
+// or "." has none.
 func Split(arg string) (vm, file string, found bool) {
 	if strings.HasPrefix(arg, "/") || strings.HasPrefix(arg, ".") {
 		return "", arg, false

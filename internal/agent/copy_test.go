@@ -72,39 +72,93 @@ func TestCopy_Rules(t *testing.T) {
 		want     changes
 		err      string
 	}{
-		"contents of a link to a directory":           {from: "current/.", to: "there", want: changes{"there/f": "x"}},
-		"a link and a slash, into":                    {from: "current/", to: "there", want: changes{"there/current": dir, "there/current/f": "x"}},
-		"a link and a slash, new":                     {from: "current/", to: "out", want: changes{"out": dir, "out/f": "x"}},
-		"a link, into":                                {from: "current", to: "there", want: changes{"there/current": "-> rel/42"}},
-		"a link, new":                                 {from: "current", to: "out", way: "to", want: changes{"out": "-> rel/42"}},
-		"a link of a guest, new":                      {from: "current", to: "out", way: "from", err: `is a symbolic link to "rel/42"`},
-		"what a link leads to":                        {from: "current", to: "out", follow: true, want: changes{"out": dir, "out/f": "x"}},
-		"what a link leads to, into":                  {from: "current", to: "there", follow: true, want: changes{"there/current": dir, "there/current/f": "x"}},
-		"a link that leads nowhere, followed":         {from: "dangling", to: "out", follow: true, err: "no such file"},
-		"a file and a slash":                          {from: "file/", to: "out", err: "not a directory"},
-		"contents of a file":                          {from: "file/.", to: "out", err: "not a directory"},
-		"onto a file":                                 {from: "file", to: "real", want: changes{"real": "new"}},
-		"onto a link to a file":                       {from: "file", to: "conf", want: changes{"real": "new"}},
-		"onto a link to a directory":                  {from: "file", to: "way", way: "to", err: `"file" is a directory, which a file does not replace`},
-		"through a link to a directory":               {from: "real", to: "way", want: changes{"there/real": "old"}},
-		"onto a link that leads nowhere":              {from: "file", to: "dangling", err: "leads nowhere"},
-		"onto a FIFO":                                 {from: "file", to: "pipe", err: "neither a file nor a directory"},
-		"onto an empty directory of its name":         {from: "file", to: "there", err: `"file" is a directory, which a file does not replace`},
-		"a directory onto a file":                     {from: "rel", to: "real", err: `"real" is a file, which a directory does not replace`},
-		"contents onto a file":                        {from: "rel/.", to: "real", err: "real"},
-		"to below what is no directory":               {from: "file", to: "real/new", err: "not a directory"},
-		"a tree with a FIFO":                          {from: "odd", to: "out", want: changes{"out": dir, "out/a": "1", "out/c": "2"}, err: `b": neither file, directory nor link`},
-		"contents with a FIFO":                        {from: "odd/.", to: "there", want: changes{"there/a": "1", "there/c": "2"}, err: `b": neither file, directory nor link`},
-		"a FIFO":                                      {from: "pipe", to: "there", err: `left out "pipe": neither file, directory nor link`},
-		"a tree over a link, out of a guest":          {from: "tree", to: "there", way: "from", want: changes{"there/tree/h": "z"}, err: `"tree/sub" is a symbolic link, which a directory does not replace`},
-		"a tree over a link, into a guest":            {from: "tree/sub", to: "there/tree", way: "to", want: changes{}, err: "escapes"},
-		"by way of a link, into a guest":              {from: "lib", to: "there", way: "to", want: changes{"there/usr/lib/l": "l"}},
-		"by way of a link, out of a guest":            {from: "lib", to: "there", way: "from", err: `"lib" is a symbolic link, which a directory does not replace`},
-		"what is not there":                           {from: "none", to: "out", err: "no such file"},
-		"into what is not there":                      {from: "file", to: "out/", err: "no such directory"},
-		"a tree beside a link that is in its way":     {from: "tree", to: "way2", want: changes{"way2/tree": dir, "way2/tree/h": "z", "way2/tree/sub": dir, "way2/tree/sub/g": "y"}},
-		"a file by way of \"..\"":                     {from: "tree/../file", to: "out", want: changes{"out": "new"}},
-		"a directory by way of \".\", under its name": {from: "rel/./42", to: "there", want: changes{"there/42": dir, "there/42/f": "x"}},
+		"contents of a link to a directory": {from: "current/.", to: "there", want: changes{"there/f": "x"}},
+		"a link and a slash, into": {
+			from: "current/", to: "there",
+			want: changes{"there/current": dir, "there/current/f": "x"},
+		},
+		"a link and a slash, new": {from: "current/", to: "out", want: changes{"out": dir, "out/f": "x"}},
+		"a link, into": {
+			from: "current", to: "there",
+			want: changes{"there/current": "-> rel/42"},
+		},
+		"a link, new": {
+			from: "current", to: "out", way: "to",
+			want: changes{"out": "-> rel/42"},
+		},
+		"a link of a guest, new": {
+			from: "current", to: "out", way: "from",
+			err: `is a symbolic link to "rel/42"`,
+		},
+		"what a link leads to": {
+			from: "current", to: "out", follow: true,
+			want: changes{"out": dir, "out/f": "x"},
+		},
+		"what a link leads to, into": {
+			from: "current", to: "there", follow: true,
+			want: changes{"there/current": dir, "there/current/f": "x"},
+		},
+		"a link that leads nowhere, followed": {from: "dangling", to: "out", follow: true, err: "no such file"},
+		"a file and a slash":                  {from: "file/", to: "out", err: "not a directory"},
+		"contents of a file":                  {from: "file/.", to: "out", err: "not a directory"},
+		"onto a file":                         {from: "file", to: "real", want: changes{"real": "new"}},
+		"onto a link to a file":               {from: "file", to: "conf", want: changes{"real": "new"}},
+		"onto a link to a directory": {
+			from: "file", to: "way", way: "to",
+			err: `"file" is a directory, which a file does not replace`,
+		},
+		"through a link to a directory":  {from: "real", to: "way", want: changes{"there/real": "old"}},
+		"onto a link that leads nowhere": {from: "file", to: "dangling", err: "leads nowhere"},
+		"onto a FIFO":                    {from: "file", to: "pipe", err: "neither a file nor a directory"},
+		"onto an empty directory of its name": {
+			from: "file", to: "there",
+			err: `"file" is a directory, which a file does not replace`,
+		},
+		"a directory onto a file": {
+			from: "rel", to: "real",
+			err: `"real" is a file, which a directory does not replace`,
+		},
+		"contents onto a file":          {from: "rel/.", to: "real", err: "real"},
+		"to below what is no directory": {from: "file", to: "real/new", err: "not a directory"},
+		"a tree with a FIFO": {
+			from: "odd", to: "out",
+			want: changes{"out": dir, "out/a": "1", "out/c": "2"}, err: `b": neither file, directory nor link`,
+		},
+		"contents with a FIFO": {
+			from: "odd/.", to: "there",
+			want: changes{"there/a": "1", "there/c": "2"}, err: `b": neither file, directory nor link`,
+		},
+		"a FIFO": {
+			from: "pipe", to: "there",
+			err: `left out "pipe": neither file, directory nor link`,
+		},
+		"a tree over a link, out of a guest": {
+			from: "tree", to: "there", way: "from",
+			want: changes{"there/tree/h": "z"}, err: `"tree/sub" is a symbolic link, which a directory does not replace`,
+		},
+		"a tree over a link, into a guest": {
+			from: "tree/sub", to: "there/tree", way: "to", want: changes{},
+			err: "escapes",
+		},
+		"by way of a link, into a guest": {
+			from: "lib", to: "there", way: "to",
+			want: changes{"there/usr/lib/l": "l"},
+		},
+		"by way of a link, out of a guest": {
+			from: "lib", to: "there", way: "from",
+			err: `"lib" is a symbolic link, which a directory does not replace`,
+		},
+		"what is not there":      {from: "none", to: "out", err: "no such file"},
+		"into what is not there": {from: "file", to: "out/", err: "no such directory"},
+		"a tree beside a link that is in its way": {
+			from: "tree", to: "way2",
+			want: changes{"way2/tree": dir, "way2/tree/h": "z", "way2/tree/sub": dir, "way2/tree/sub/g": "y"},
+		},
+		"a file by way of \"..\"": {from: "tree/../file", to: "out", want: changes{"out": "new"}},
+		"a directory by way of \".\", under its name": {
+			from: "rel/./42", to: "there",
+			want: changes{"there/42": dir, "there/42/f": "x"},
+		},
 	} {
 		for way, do := range map[string]func(from, to string, o guest.CopyOptions) error{
 			"to":   func(from, to string, o guest.CopyOptions) error { return c.CopyTo(t.Context(), from, to, nil, o) },
@@ -158,7 +212,8 @@ func TestCopy_Proc(t *testing.T) {
 		}
 	}
 	// What cannot be read is named.
-	if err := c.CopyTo(t.Context(), "/proc/self/mem", to, nil, guest.CopyOptions{}); err == nil || !strings.Contains(err.Error(), `left out "top": `) {
+	if err := c.CopyTo(t.Context(), "/proc/self/mem", to, nil, guest.CopyOptions{}); err == nil ||
+		!strings.Contains(err.Error(), `left out "top": `) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -199,7 +254,8 @@ func guestSends(t *testing.T, archives ...[]tar.Header) *agent.Client {
 	return c
 }
 
-// A guest that answers with another archive than was asked for writes nothing else, and what it has planted is not gone by.
+// A guest that answers with another archive than was asked for writes nothing else, and what it has
+// planted is not gone by.
 func TestCopyFrom_Hostile(t *testing.T) {
 	file := func(name string) tar.Header { return tar.Header{Typeflag: tar.TypeReg, Name: name} }
 	dir := func(name string) tar.Header { return tar.Header{Typeflag: tar.TypeDir, Name: name + "/"} }
@@ -215,37 +271,70 @@ func TestCopyFrom_Hostile(t *testing.T) {
 		want     map[string]string // of the home directory, below which all is
 		err      string            // of the last copy
 	}{
-		"what was asked for": {archives: []archive{{file("data")}}, from: "/etc/data", to: "home", want: map[string]string{"home/data": "guest"}},
-		"other names":        {archives: []archive{{file(".bashrc"), file(".ssh/authorized_keys")}}, from: "/etc/data", to: "home", want: map[string]string{"home/data": "guest"}, err: "is a file, which a directory does not replace"},
+		"what was asked for": {
+			archives: []archive{{file("data")}}, from: "/etc/data", to: "home",
+			want: map[string]string{"home/data": "guest"},
+		},
+		"other names": {
+			archives: []archive{{file(".bashrc"), file(".ssh/authorized_keys")}}, from: "/etc/data",
+			to: "home", want: map[string]string{"home/data": "guest"}, err: "is a file, which a directory does not replace",
+		},
 		"a parent": {
 			archives: []archive{{file("../.bashrc"), file("data/../../x"), file("data")}}, from: "/data", to: "home",
-			want: map[string]string{"home/data": "d---------", "home/data/.bashrc": "guest", "home/data/x": "guest"}, err: "is a directory, which a file does not replace",
+			want: map[string]string{"home/data": "d---------", "home/data/.bashrc": "guest", "home/data/x": "guest"},
+			err:  "is a directory, which a file does not replace",
 		},
-		"nothing":                              {archives: []archive{{}}, from: "/data", to: "home", err: "empty archive"},
-		"a link where the copy goes":           {archives: []archive{{link("data", "home/.ssh")}, {dir("data"), file("data/authorized_keys")}}, from: "/data", to: "data", want: map[string]string{"data": "d---------", "data/authorized_keys": "guest"}},
-		"a link to a file where the copy goes": {archives: []archive{{link("data", "home/.bashrc")}, {file("data")}}, from: "/data", to: "data", want: map[string]string{"data": "guest"}},
+		"nothing": {archives: []archive{{}}, from: "/data", to: "home", err: "empty archive"},
+		"a link where the copy goes": {
+			archives: []archive{
+				{link("data", "home/.ssh")},
+				{dir("data"), file("data/authorized_keys")},
+			}, from: "/data", to: "data",
+			want: map[string]string{"data": "d---------", "data/authorized_keys": "guest"},
+		},
+		"a link to a file where the copy goes": {
+			archives: []archive{{link("data", "home/.bashrc")}, {file("data")}},
+			from:     "/data", to: "data", want: map[string]string{"data": "guest"},
+		},
 		"a link in a directory": {
 			archives: []archive{{link("data", ".ssh")}, {dir("data"), file("data/authorized_keys")}}, from: "/data", to: "home",
 			want: map[string]string{"home/data": "-> .ssh"}, err: "is a symbolic link, which a directory does not replace",
 		},
 		"a link below": {
-			archives: []archive{{dir("data"), link("data/x", "../.ssh")}, {dir("data"), dir("data/x"), file("data/x/authorized_keys")}}, from: "/data", to: "home",
-			want: map[string]string{"home/data": "d---------", "home/data/x": "-> ../.ssh"}, err: "is a symbolic link, which a directory does not replace",
+			archives: []archive{
+				{dir("data"), link("data/x", "../.ssh")},
+				{dir("data"), dir("data/x"), file("data/x/authorized_keys")},
+			}, from: "/data", to: "home",
+			want: map[string]string{"home/data": "d---------", "home/data/x": "-> ../.ssh"},
+			err:  "is a symbolic link, which a directory does not replace",
 		},
 		"a link of the same archive": {
-			archives: []archive{{dir("data"), link("data/x", "../.ssh"), file("data/x/authorized_keys")}}, from: "/data", to: "home",
-			want: map[string]string{"home/data": "d---------", "home/data/x": "-> ../.ssh"}, err: "is a symbolic link, which a directory does not replace",
+			archives: []archive{{dir("data"), link("data/x", "../.ssh"), file("data/x/authorized_keys")}},
+			from:     "/data", to: "home",
+			want: map[string]string{"home/data": "d---------", "home/data/x": "-> ../.ssh"},
+			err:  "is a symbolic link, which a directory does not replace",
 		},
 		"a hard link by a link": {
-			archives: []archive{{dir("data"), link("data/x", ".."), hard("data/y", "data/x/.bashrc")}}, from: "/data", to: "home",
-			want: map[string]string{"home/data": "d---------", "home/data/x": "-> .."}, err: "is a symbolic link, which a directory does not replace",
+			archives: []archive{{dir("data"), link("data/x", ".."), hard("data/y", "data/x/.bashrc")}},
+			from:     "/data", to: "home",
+			want: map[string]string{"home/data": "d---------", "home/data/x": "-> .."},
+			err:  "is a symbolic link, which a directory does not replace",
 		},
-		"a device": {archives: []archive{{dir("data"), odd, file("data/f")}}, from: "/data", to: "home", want: map[string]string{"home/data": "d---------", "home/data/f": "guest"}, err: `left out "data/null": unsafe archive`},
-		"escapes":  {archives: []archive{{dir("data"), file("data/a\x1b]0;x\n"), file("data/a\x1b]0;x\n/b")}}, from: "/data", to: "home", want: map[string]string{"home/data": "d---------", "home/data/a\x1b]0;x\n": "guest"}, err: `left out "data/a\x1b]0;x\n/b"`},
+		"a device": {
+			archives: []archive{{dir("data"), odd, file("data/f")}}, from: "/data", to: "home",
+			want: map[string]string{"home/data": "d---------", "home/data/f": "guest"},
+			err:  `left out "data/null": unsafe archive`,
+		},
+		"escapes": {
+			archives: []archive{{dir("data"), file("data/a\x1b]0;x\n"), file("data/a\x1b]0;x\n/b")}}, from: "/data",
+			to: "home", want: map[string]string{"home/data": "d---------", "home/data/a\x1b]0;x\n": "guest"},
+			err: `left out "data/a\x1b]0;x\n/b"`,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			at := t.TempDir()
-			if err := errors.Join(os.MkdirAll(at+"/home/.ssh", 0o700), os.WriteFile(at+"/home/.ssh/authorized_keys", []byte("mine"), 0o600),
+			if err := errors.Join(os.MkdirAll(at+"/home/.ssh", 0o700),
+				os.WriteFile(at+"/home/.ssh/authorized_keys", []byte("mine"), 0o600),
 				os.WriteFile(at+"/home/.bashrc", []byte("mine"), 0o600)); err != nil {
 				t.Fatal(err)
 			}
@@ -276,7 +365,8 @@ func TestCopyFrom_LeftOut(t *testing.T) {
 		headers = append(headers, tar.Header{Typeflag: tar.TypeFifo, Name: fmt.Sprint("data/", i)})
 	}
 	err := guestSends(t, headers).CopyFrom(t.Context(), "/data", t.TempDir(), nil, guest.CopyOptions{})
-	if !errors.Is(err, treetar.ErrUnsafe) || !strings.Contains(err.Error(), `left out "data/0": `) || !strings.Contains(err.Error(), "left out 990 more") || len(err.Error()) > 2000 {
+	if !errors.Is(err, treetar.ErrUnsafe) || !strings.Contains(err.Error(), `left out "data/0": `) ||
+		!strings.Contains(err.Error(), "left out 990 more") || len(err.Error()) > 2000 {
 		t.Errorf("got %v", err)
 	}
 }

@@ -27,7 +27,8 @@ func TestExec_Detach(t *testing.T) {
 		go func() {
 			defer close(done)
 			_, err = c.Exec(t.Context(), guest.Cmd{
-				Args: sh("trap 'echo hang-up >said; exit' HUP; read x; echo got $x; : >begun; while [ ! -e go ] && " + tested + "; do sleep 0.01; done; echo more; echo on >said"), Dir: dir,
+				Args: sh("trap 'echo hang-up >said; exit' HUP; read x; echo got $x; : >begun; while [ ! -e go ] && " + tested +
+					"; do sleep 0.01; done; echo more; echo on >said"), Dir: dir,
 				TTY: tty, Stdin: typed, Detach: detach, Stdout: writerFunc(func(p []byte) (int, error) {
 					before := strings.Contains(out.String(), "got it")
 					n, err := out.Write(p)

@@ -11,9 +11,12 @@ import (
 // maxForwards bounds the connections of a Forward at a time.
 const maxForwards = 256
 
-// Forward leads the connections that l accepts to where dial connects, until ctx ends, which is its error, or l fails. Failed, if
-// not nil, is told why one could not be. It closes l, and returns when no connection is left.
-func Forward(ctx context.Context, l net.Listener, dial func(context.Context) (net.Conn, error), failed func(error)) error {
+// Forward leads the connections that l accepts to where dial connects, until ctx ends, which is its
+// error, or l fails. Failed, if not nil, is told why one could not be. It closes l, and returns
+// when no connection is left.
+func Forward(ctx context.Context, l net.Listener, dial func(context.Context) (net.Conn, error),
+	failed func(error),
+) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var all sync.WaitGroup
 	defer all.Wait()

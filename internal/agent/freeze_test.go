@@ -18,8 +18,8 @@ import (
 	"push.rocks/smartvm/internal/guestagent/server"
 )
 
-// severed is a connection of the guest's that the VMM cuts off. The test hears when the guest has read some of it, and each time that it
-// closes it.
+// severed is a connection of the guest's that the VMM cuts off. The test hears when the guest has
+// read some of it, and each time that it closes it.
 type severed struct {
 	net.Conn
 	off          atomic.Bool
@@ -168,7 +168,8 @@ func TestFreeze_HostGone(t *testing.T) {
 	g.want(t, "stop", "files", "programs")
 }
 
-// In a guest that was restored, whose host has been cut off, nothing goes on until it knows who it is, however long that takes.
+// In a guest that was restored, whose host has been cut off, nothing goes on until it knows who it
+// is, however long that takes.
 func TestFreeze_Restored(t *testing.T) {
 	g := newStill(t)
 	_, conn := g.freeze(t)

@@ -115,9 +115,11 @@ func TestWatch_Flood(t *testing.T) {
 	}
 }
 
-// A program that ends without an end of its streams, or before all has been read, is no wait either.
+// A program that ends without an end of its streams, or before all has been read, is no wait
+// either.
 func TestClient_ExitEarly(t *testing.T) {
-	c := hostile(t, append(frame(agentproto.KindStdout, []byte("some")), frame(agentproto.KindExit, []byte(`{"code":300}`))...), true)
+	c := hostile(t,
+		append(frame(agentproto.KindStdout, []byte("some")), frame(agentproto.KindExit, []byte(`{"code":300}`))...), true)
 	var out bytes.Buffer
 	exit, err := c.Exec(t.Context(), guest.Cmd{Args: []string{"x"}, Stdout: &out})
 	if err != nil || exit.Code != 300&0xff || out.String() != "some" {
@@ -125,8 +127,8 @@ func TestClient_ExitEarly(t *testing.T) {
 	}
 }
 
-// A guest that goes away while an archive is read for it is what the copy failed by, not the bytes that it did not take, and who gives the
-// archive is not waited for.
+// A guest that goes away while an archive is read for it is what the copy failed by, not the bytes
+// that it did not take, and who gives the archive is not waited for.
 func TestCopyTo_Lost(t *testing.T) {
 	silent, w := io.Pipe()
 	defer w.Close()
@@ -143,7 +145,8 @@ func TestCopyTo_Lost(t *testing.T) {
 	}
 }
 
-// An agent of another version says so, to the host that is older than it and to the one that is newer; the error names both.
+// An agent of another version says so, to the host that is older than it and to the one that is
+// newer; the error names both.
 func TestVersions(t *testing.T) {
 	const others = agentproto.Version + 1
 	c := hostile(t, frame(agentproto.KindReply, fmt.Appendf(nil, `{"version":%d,"error":"no"}`, others)), true)
@@ -165,7 +168,9 @@ func TestVersions(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if _, err := conn.Write(frame(agentproto.KindRequest, fmt.Appendf(nil, `{"version":%d,"op":"exec","args":["true"],"new":true}`, others))); err != nil {
+	if _, err := conn.Write(
+		frame(agentproto.KindRequest,
+			fmt.Appendf(nil, `{"version":%d,"op":"exec","args":["true"],"new":true}`, others))); err != nil {
 		t.Fatal(err)
 	}
 	k, payload, err := agentproto.NewConn(conn).Receive()
@@ -173,12 +178,14 @@ func TestVersions(t *testing.T) {
 		t.Fatalf("frame of kind %d, %v", k, err)
 	}
 	r, err := agentproto.ParseJSON[agentproto.Reply](payload)
-	if err != nil || r.Version != agentproto.Version || !strings.Contains(r.Error, fmt.Sprintf("version %d of the protocol, not %d", agentproto.Version, others)) {
+	if err != nil || r.Version != agentproto.Version ||
+		!strings.Contains(r.Error, fmt.Sprintf("version %d of the protocol, not %d", agentproto.Version, others)) {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
 
-// However many connections there are, the agent has so many and no more, and serves again when there are fewer.
+// However many connections there are, the agent has so many and no more, and serves again when
+// there are fewer.
 func TestServer_Connections(t *testing.T) {
 	const most = 1024 // as many as the VMM's device has, and one
 	_, c := newServer(t, nil)
@@ -218,7 +225,8 @@ func TestServer_Connections(t *testing.T) {
 	}
 }
 
-// FuzzReceive: frames that anybody may send are read, or are an error, and no more of a stream is held than its window.
+// FuzzReceive: frames that anybody may send are read, or are an error, and no more of a stream is
+// held than its window.
 func FuzzReceive(f *testing.F) {
 	f.Add(frame(agentproto.KindRequest, []byte(`{"version":1,"op":"stats"}`)), true)
 	f.Add(append(frame(agentproto.KindStdout, []byte("some")), frame(agentproto.KindExit, []byte(`{"code":1}`))...), true)

@@ -28,7 +28,8 @@ func TestProcesses(t *testing.T) {
 			t.Fatal(err)
 		}
 		i := slices.IndexFunc(all, func(p guest.Process) bool { return p.PID == cmd.Process.Pid })
-		if i >= 0 && all[i].Command == "odd (name)??[2J -c read x" && all[i].Memory > 0 { // it has both a moment after its name
+		// it has both a moment after its name
+		if i >= 0 && all[i].Command == "odd (name)??[2J -c read x" && all[i].Memory > 0 {
 			if p := all[i]; p.Parent != os.Getpid() || p.State == "" || p.User == "" {
 				t.Errorf("%+v", p)
 			}

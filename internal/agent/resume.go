@@ -12,12 +12,14 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 )
 
-// Making a snapshot of a VM ends its guest's connections. A program in the guest waits for its host then, see [agentproto.OpResume].
+// Making a snapshot of a VM ends its guest's connections. A program in the guest waits for its host
+// then, see [agentproto.OpResume].
 
 const (
 	// resumePatience bounds how long a VM that answers may have nobody who does so in its guest.
 	resumePatience = 5 * time.Second
-	// resumePause is that between two tries, so that a guest that answers and hangs up has nobody busy.
+	// resumePause is that between two tries, so that a guest that answers and hangs up has nobody
+	// busy.
 	resumePause = 20 * time.Millisecond
 	// detachPatience bounds how long the guest may take to hear that it is left to itself.
 	detachPatience = 5 * time.Second
@@ -30,8 +32,8 @@ func newToken() []byte {
 	return token
 }
 
-// again returns how conn, whose session token is, goes on when it was lost: the error is why it cannot. While the VM is paused
-// that is tried as long as it exists, or ctx.
+// again returns how conn, whose session token is, goes on when it was lost: the error is why it
+// cannot. While the VM is paused that is tried as long as it exists, or ctx.
 func (c *Client) again(ctx context.Context, conn *agentproto.Conn, token []byte) func(error) (agentproto.Link, error) {
 	tried := false
 	return func(lost error) (agentproto.Link, error) {
@@ -57,10 +59,12 @@ func (c *Client) again(ctx context.Context, conn *agentproto.Conn, token []byte)
 			if err == nil {
 				return link, nil
 			}
-			if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, syscall.EAGAIN) { // it stands still, and so many wait for it already
+			// it stands still, and so many wait for it already
+			if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, syscall.EAGAIN) {
 				end = time.Now().Add(resumePatience)
 			}
-			if ctx.Err() != nil || !errors.Is(err, ErrNoAgent) && !errors.Is(err, ErrLost) && !errors.Is(err, syscall.EAGAIN) || time.Now().After(end) {
+			if ctx.Err() != nil || !errors.Is(err, ErrNoAgent) && !errors.Is(err, ErrLost) && !errors.Is(err, syscall.EAGAIN) ||
+				time.Now().After(end) {
 				return agentproto.Link{}, fmt.Errorf("%w; to go on: %v", lost, err) //nolint:errorlint // what it ended with counts
 			}
 		}

@@ -150,24 +150,31 @@ func TestExec_CutOff(t *testing.T) {
 	in := make([]byte, 10<<20)
 	_, _ = rand.Read(in)
 	var out, errs bytes.Buffer
-	exit, err := c.Exec(t.Context(), guest.Cmd{Args: sh("tee /dev/stderr; exit 7"), Stdin: bytes.NewReader(in), Stdout: &out, Stderr: &errs})
+	exit, err := c.Exec(t.Context(),
+		guest.Cmd{Args: sh("tee /dev/stderr; exit 7"), Stdin: bytes.NewReader(in), Stdout: &out, Stderr: &errs})
 	if err != nil || exit.Code != 7 || !bytes.Equal(out.Bytes(), in) || !bytes.Equal(errs.Bytes(), in) {
 		t.Errorf("%+v, %v, %d and %d bytes of %d", exit, err, out.Len(), errs.Len(), len(in))
 	}
 }
 
-// A connection is cut off at every byte of what follows the request, and the next at every byte of all.
+// A connection is cut off at every byte of what follows the request, and the next at every byte of
+// all.
 func TestExec_CutOffAnywhere(t *testing.T) {
 	_, _, plain := newBrittle(t)
 	run := func(c *agent.Client) (string, error) {
 		var out bytes.Buffer
-		exit, err := c.Exec(t.Context(), guest.Cmd{Args: sh("read x; echo $x; exit 3"), Stdin: strings.NewReader("some\n"), Stdout: &out})
+		exit, err := c.Exec(t.Context(),
+			guest.Cmd{Args: sh("read x; echo $x; exit 3"), Stdin: strings.NewReader("some\n"), Stdout: &out})
 		return fmt.Sprint(exit.Code, out.String()), err
 	}
 	if got, err := run(plain); err != nil || got != "3some\n" {
 		t.Fatalf("%q, %v", got, err)
 	}
-	request, err := json.Marshal(agentproto.Request{Version: agentproto.Version, Op: agentproto.OpExec, Args: sh("read x; echo $x; exit 3"), Token: make([]byte, agentproto.TokenSize)})
+	request, err := json.Marshal(
+		agentproto.Request{
+			Version: agentproto.Version, Op: agentproto.OpExec, Args: sh("read x; echo $x; exit 3"),
+			Token: make([]byte, agentproto.TokenSize),
+		})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +187,8 @@ func TestExec_CutOffAnywhere(t *testing.T) {
 	}
 }
 
-// Signals and sizes that come while the VM is paused, and its connections are cut off, reach the program.
+// Signals and sizes that come while the VM is paused, and its connections are cut off, reach the
+// program.
 func TestExec_CutOffControl(t *testing.T) {
 	b, _, c := newBrittle(t)
 	signals, sizes := make(chan syscall.Signal), make(chan guest.Size)
@@ -188,8 +196,9 @@ func TestExec_CutOffControl(t *testing.T) {
 	done := make(chan error, 1)
 	go func() {
 		exit, err := c.Exec(t.Context(), guest.Cmd{
-			Args: sh(`trap 'echo told; exit 5' USR1; echo ready; while [ "$(stty size)" != "25 99" ] && ` + tested + `; do sleep 0.01; done; echo resized; while ` + tested + `; do sleep 0.01; done`),
-			TTY:  true, Stdout: &out, Signals: signals, Resize: sizes,
+			Args: sh(`trap 'echo told; exit 5' USR1; echo ready; while [ "$(stty size)" != "25 99" ] && ` + tested +
+				`; do sleep 0.01; done; echo resized; while ` + tested + `; do sleep 0.01; done`),
+			TTY: true, Stdout: &out, Signals: signals, Resize: sizes,
 		})
 		if err == nil && exit.Code != 5 {
 			err = fmt.Errorf("it ended with %+v", exit)
@@ -239,15 +248,18 @@ func (o *transcript) await(t *testing.T, text string) {
 	}
 }
 
-// hanging runs a program that notes its hang-up in the file said, says so when there is a file ask, and ends when there is a file go; and how
-// the call ends.
-func hanging(ctx context.Context, t *testing.T, c *agent.Client, detach <-chan struct{}) (dir string, out *transcript, done <-chan error) {
+// hanging runs a program that notes its hang-up in the file said, says so when there is a file ask,
+// and ends when there is a file go; and how the call ends.
+func hanging(ctx context.Context, t *testing.T, c *agent.Client, detach <-chan struct{}) (dir string, out *transcript,
+	done <-chan error,
+) {
 	t.Helper()
 	dir, out = t.TempDir(), new(transcript)
 	ended := make(chan error, 1)
 	go func() {
 		_, err := c.Exec(ctx, guest.Cmd{
-			Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while [ ! -e go ] && " + tested + "; do [ ! -e ask ] || echo asked; sleep 0.01; done; echo on >said"), Dir: dir, Stdout: out, Detach: detach,
+			Args: sh("trap 'echo hup >said; exit' HUP; echo ready; while [ ! -e go ] && " + tested +
+				"; do [ ! -e ask ] || echo asked; sleep 0.01; done; echo on >said"), Dir: dir, Stdout: out, Detach: detach,
 		})
 		ended <- err
 	}()
@@ -304,8 +316,8 @@ func TestExec_CutOffDetach(t *testing.T) {
 	}
 }
 
-// In a guest that is restored nobody comes back: what hung on another host is hung up when the guest is told who it is. That host hears that
-// nobody knows it.
+// In a guest that is restored nobody comes back: what hung on another host is hung up when the
+// guest is told who it is. That host hears that nobody knows it.
 func TestExec_CutOffRestored(t *testing.T) {
 	b, _, c := newBrittle(t)
 	resume := b.pause()
@@ -348,7 +360,8 @@ func once(dial agent.Dialer) agent.Dialer {
 	}
 }
 
-// Who watches hears how the guest's command has ended, though it did while the connection was cut off: the guest does not end before.
+// Who watches hears how the guest's command has ended, though it did while the connection was cut
+// off: the guest does not end before.
 func TestWatch_CutOff(t *testing.T) {
 	b, s, c := newBrittle(t)
 	seen, ended := make(chan agentproto.Event, 16), make(chan struct{})
@@ -418,7 +431,8 @@ func raw(t *testing.T, c *agent.Client, req agentproto.Request) (*agentproto.Con
 	return conn, r
 }
 
-// What does not fit a session is refused and does it no harm. Who comes twice has it by the later connection.
+// What does not fit a session is refused and does it no harm. Who comes twice has it by the later
+// connection.
 func TestResume_Hostile(t *testing.T) {
 	_, c := newServer(t, nil)
 	token := bytes.Repeat([]byte{1}, agentproto.TokenSize)

@@ -11,7 +11,8 @@ import (
 	"push.rocks/smartvm/internal/agent"
 )
 
-// Secrets are told once; programs have the environment among them, under what they are given themselves.
+// Secrets are told once; programs have the environment among them, under what they are given
+// themselves.
 func TestTell(t *testing.T) {
 	s, c := newServer(t, &guest.Boot{Env: []string{"A=image"}, Secrets: true})
 	kept := map[string][]byte{}
@@ -25,7 +26,8 @@ func TestTell(t *testing.T) {
 		}
 		return nil
 	}
-	files, large := map[string][]byte{"key": []byte("\x00\xff"), "large": make([]byte, 2<<20)}, "B="+strings.Repeat("x", 100<<10)
+	files, large := map[string][]byte{"key": []byte("\x00\xff"), "large": make([]byte, 2<<20)},
+		"B="+strings.Repeat("x", 100<<10)
 	err := c.Tell(t.Context(), files, []string{"A=told"})
 	if _, ok := errors.AsType[*agent.GuestError](err); !ok || !strings.Contains(err.Error(), "no room") {
 		t.Errorf("got %v", err)
@@ -43,10 +45,12 @@ func TestTell(t *testing.T) {
 	if !maps.EqualFunc(files, kept, bytes.Equal) { // cmp.Diff takes a minute for MiB under the race detector
 		t.Errorf("kept %d secrets that are not the %d told", len(kept), len(files))
 	}
-	if err := c.Tell(t.Context(), map[string][]byte{"key": []byte("again")}, []string{"A=again"}); err != nil || len(kept["key"]) != 2 {
+	if err := c.Tell(t.Context(), map[string][]byte{"key": []byte("again")}, []string{"A=again"}); err != nil ||
+		len(kept["key"]) != 2 {
 		t.Errorf("told again: %v, %q", err, kept["key"])
 	}
-	if _, out, _ := run(t, c, guest.Cmd{Args: sh("echo $A ${#B} $C"), Env: []string{"C=mine"}}); out != "told 102400 mine\n" {
+	if _, out, _ := run(t, c,
+		guest.Cmd{Args: sh("echo $A ${#B} $C"), Env: []string{"C=mine"}}); out != "told 102400 mine\n" {
 		t.Errorf("got %q", out)
 	}
 	if err := c.Tell(t.Context(), map[string][]byte{"key": make([]byte, 4<<20)}, nil); err == nil {

@@ -14,7 +14,8 @@ import (
 	"push.rocks/smartvm/guest"
 )
 
-// Port is the vsock port on which the agent listens. Below 1024, so that no program without privileges can be there before it.
+// Port is the vsock port on which the agent listens. Below 1024, so that no program without
+// privileges can be there before it.
 const Port = 1023
 
 // Version is that of the protocol. An agent answers requests of its own version alone.
@@ -23,7 +24,8 @@ const Version = 3
 // Kind says what a frame is.
 type Kind byte
 
-// The kinds of frames. A frame is its kind, the length of what follows in three bytes (big-endian), and that.
+// The kinds of frames. A frame is its kind, the length of what follows in three bytes (big-endian),
+// and that.
 const (
 	KindRequest Kind = 1 + iota // to the guest, first: a Request
 	KindReply                   // to the host: a Reply, the answer to the request
@@ -32,16 +34,18 @@ const (
 	KindWindow                  // both ways: a stream's kind, and four bytes: how many more of its bytes may come
 	KindSignal                  // to the guest: a byte, the signal's number; Detach is none
 	KindResize                  // to the guest: rows and columns, two bytes each
-	KindAck                     // both ways, where a connection is resumable: eight bytes, how many of frames have come. It counts for none
-	KindStdin                   // to the guest: bytes of a stream; none: it has ended
-	KindStdout                  // to the host, likewise
-	KindStderr                  // to the host, likewise
+	// both ways, where a connection is resumable: eight bytes, how many of frames have come. It counts
+	// for none
+	KindAck
+	KindStdin  // to the guest: bytes of a stream; none: it has ended
+	KindStdout // to the host, likewise
+	KindStderr // to the host, likewise
 	kinds
 )
 
 const (
-	// MaxData is how much of a stream is in one frame: with its head, as much as four packets of virtio's vsock, of which the guest then
-	// tells its VMM once.
+	// MaxData is how much of a stream is in one frame: with its head, as much as four packets of
+	// virtio's vsock, of which the guest then tells its VMM once.
 	MaxData    = 256<<10 - headerSize
 	headerSize = 4
 	maxControl = 4 << 20 // of anything else: arguments and environment
@@ -56,7 +60,8 @@ const (
 // ErrProtocol means that the other side does not keep to the protocol.
 var ErrProtocol = errors.New("protocol violation")
 
-// Conn carries frames both ways over a connection. Sending is safe for concurrent use, receiving is for one goroutine.
+// Conn carries frames both ways over a connection. Sending is safe for concurrent use, receiving is
+// for one goroutine.
 type Conn struct {
 	conn net.Conn      // where it is resumable, guarded by mu
 	in   *bufio.Reader // reads large parts of streams into their inboxes directly
@@ -172,15 +177,16 @@ func (r *Request) Frame() ([]byte, error) {
 		return nil, err
 	}
 	if len(data) > maxControl {
-		return nil, fmt.Errorf("%w: a request of %d bytes, at most %d: arguments and environment are too long", guest.ErrTooLarge, len(data), maxControl)
+		return nil, fmt.Errorf("%w: a request of %d bytes, at most %d: arguments and environment are too long",
+			guest.ErrTooLarge, len(data), maxControl)
 	}
 	return append(head(KindRequest, len(data)), data...), nil
 }
 
 func head(k Kind, n int) []byte { return []byte{byte(k), byte(n >> 16), byte(n >> 8), byte(n)} }
 
-// Receive returns the next frame that belongs to no stream; those that do go to their inboxes. The payload is good until the
-// next call. Returns io.EOF at the end, ErrProtocol.
+// Receive returns the next frame that belongs to no stream; those that do go to their inboxes. The
+// payload is good until the next call. Returns io.EOF at the end, ErrProtocol.
 func (c *Conn) Receive() (Kind, []byte, error) {
 	for {
 		k, payload, err := c.receive()
@@ -393,8 +399,8 @@ func (i *Inbox) grow(n int) {
 	i.ring, i.first = ring, 0
 }
 
-// Read returns what has come, and lets the other side send as much again. Returns io.EOF at the stream's end, and the
-// connection's error where that ended before.
+// Read returns what has come, and lets the other side send as much again. Returns io.EOF at the
+// stream's end, and the connection's error where that ended before.
 func (i *Inbox) Read(p []byte) (int, error) {
 	i.mu.Lock()
 	for i.count == 0 && i.err == nil {

@@ -30,10 +30,14 @@ const (
 
 	OpSecrets Op = "secrets" // Env and Files for the command, which waits for them: see Boot.Secrets
 
-	OpResume Op = "resume" // go on with an OpExec or OpMain whose connection was lost: a Reply with Received, then its frames
+	// go on with an OpExec or OpMain whose connection was lost: a Reply with Received, then its frames
+	OpResume Op = "resume"
 
-	// Around a snapshot. Its making ends all connections, in the guest that goes on as in those that are restored from it: see OpResume.
-	OpFreeze   Op = "freeze"   // stop programs and file systems, until one of the following, or until the host closes the connection
+	// Around a snapshot. Its making ends all connections, in the guest that goes on as in those that
+	// are restored from it: see OpResume.
+	// stop programs and file systems, until one of the following, or until the host closes the
+	// connection
+	OpFreeze   Op = "freeze"
 	OpThaw     Op = "thaw"     // let them go on
 	OpIdentify Op = "identify" // be who Identity says, in a guest that was restored; then let them go on
 )
@@ -57,7 +61,8 @@ type Request struct {
 	Term    string   `json:"term,omitempty"`    // the terminal's kind
 	NoStdin bool     `json:"noStdin,omitempty"` // its standard input is empty
 
-	// Of OpExec and OpMain, which OpResume can only go on with if they have one: TokenSize random bytes.
+	// Of OpExec and OpMain, which OpResume can only go on with if they have one: TokenSize random
+	// bytes.
 	Token []byte `json:"token,omitempty"`
 	// Of OpResume: how many bytes of frames, but for the reply, the host has.
 	Received uint64 `json:"received,omitempty"`
@@ -89,7 +94,8 @@ type Request struct {
 	Entropy []byte    `json:"entropy,omitempty"`
 }
 
-// Identity is what tells a restored guest from others of the same snapshot. What is empty stays as it is.
+// Identity is what tells a restored guest from others of the same snapshot. What is empty stays as
+// it is.
 type Identity struct {
 	Hostname   string       `json:"hostname,omitempty"`
 	MachineID  string       `json:"machineId,omitempty"`
@@ -115,7 +121,8 @@ type Reply struct {
 	IsDir bool `json:"isDir,omitempty"` // of OpWrite: Path is a directory
 	// Of OpResume: how many bytes of frames, but for the requests, the guest has.
 	Received uint64 `json:"received,omitempty"`
-	// Of OpIdentify and OpClock: by how much the clock was wrong, nanoseconds; and what could not be done.
+	// Of OpIdentify and OpClock: by how much the clock was wrong, nanoseconds; and what could not be
+	// done.
 	Skew     time.Duration `json:"skew,omitempty"`
 	Warnings []string      `json:"warnings,omitempty"`
 }
@@ -133,9 +140,10 @@ const (
 type Event struct {
 	// Phases are those that were reached, and when: since the kernel's start.
 	Phases map[Phase]time.Duration `json:"phases,omitempty"` // nanoseconds
-	Skew   time.Duration           `json:"skew,omitempty"`   // by which the guest's clock was wrong, and was set right; nanoseconds
-	Exit   *Exit                   `json:"exit,omitempty"`   // of the image's command
-	Spent  *Spent                  `json:"spent,omitempty"`  // between PhaseAgent and PhaseCommand
+	// by which the guest's clock was wrong, and was set right; nanoseconds
+	Skew  time.Duration `json:"skew,omitempty"`
+	Exit  *Exit         `json:"exit,omitempty"`  // of the image's command
+	Spent *Spent        `json:"spent,omitempty"` // between PhaseAgent and PhaseCommand
 }
 
 // Spent is what of a guest's way up was the kernel's work, and none of the agent's; nanoseconds.
@@ -157,7 +165,8 @@ const (
 	MaxCommand   = 256 // bytes
 )
 
-// ParseJSON reads a frame's payload. What is not known there is left out: a newer side may say more.
+// ParseJSON reads a frame's payload. What is not known there is left out: a newer side may say
+// more.
 func ParseJSON[T any](payload []byte) (v T, err error) {
 	if err := json.Unmarshal(payload, &v); err != nil {
 		return v, fmt.Errorf("%w: %w", ErrProtocol, err)
@@ -165,5 +174,6 @@ func ParseJSON[T any](payload []byte) (v T, err error) {
 	return v, nil
 }
 
-// Detach, in place of a signal, says that the host is about to go, and that the program is to go on without it.
+// Detach, in place of a signal, says that the host is about to go, and that the program is to go on
+// without it.
 const Detach = 0

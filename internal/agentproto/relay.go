@@ -6,7 +6,8 @@ import (
 	"sync"
 )
 
-// Relay passes on what either connection says to the other, and each one's end, until both have ended. The caller closes them.
+// Relay passes on what either connection says to the other, and each one's end, until both have
+// ended. The caller closes them.
 func Relay(a, b net.Conn) {
 	var both sync.WaitGroup
 	for _, way := range [][2]net.Conn{{a, b}, {b, a}} {

@@ -7,15 +7,16 @@ import (
 	"time"
 )
 
-// What carries a connection may be lost while both sides live: making a snapshot of a VM ends all that its guest's vsock has. A
-// connection that is resumable goes on by another then. Both sides count the bytes of frames, keep those that the other side may
-// not have, and send them again from where it stopped.
+// What carries a connection may be lost while both sides live: making a snapshot of a VM ends all
+// that its guest's vsock has. A connection that is resumable goes on by another then. Both sides
+// count the bytes of frames, keep those that the other side may not have, and send them again from
+// where it stopped.
 
 const (
 	// TokenSize is that of what a session is known by, in bytes.
 	TokenSize = 16
-	// maxKept is how many bytes of frames are kept for the other side: who has more to send waits. A single frame that is
-	// none of a stream may be larger.
+	// maxKept is how many bytes of frames are kept for the other side: who has more to send waits. A
+	// single frame that is none of a stream may be larger.
 	maxKept = 256 << 10
 	// maxResumable is how much of a stream is in one frame: it is sent again from its beginning.
 	maxResumable = 64<<10 - headerSize
@@ -25,8 +26,9 @@ const (
 	ackStep = 64 << 10
 	// ackSize is a count of bytes.
 	ackSize = 8
-	// PingTime is how long a host hears nothing of a program until it says something itself, and WatchPingTime likewise of the guest's life.
-	// When a snapshot has ended a guest's connections, nothing tells the VMM, and so the host, before something is sent by one.
+	// PingTime is how long a host hears nothing of a program until it says something itself, and
+	// WatchPingTime likewise of the guest's life. When a snapshot has ended a guest's connections,
+	// nothing tells the VMM, and so the host, before something is sent by one.
 	PingTime      = time.Second
 	WatchPingTime = 5 * time.Second
 )
@@ -59,9 +61,10 @@ type kept struct {
 	quiet    bool   // nothing, since the last look
 }
 
-// Resumable makes c outlive what carries it: when that is lost, Receive calls again, which returns another or the error that c ends
-// with. From now on frames count, on both sides. With a ping other than 0, something is sent whenever nothing has come for so long. It
-// must be called before any other goroutine uses c.
+// Resumable makes c outlive what carries it: when that is lost, Receive calls again, which returns
+// another or the error that c ends with. From now on frames count, on both sides. With a ping other
+// than 0, something is sent whenever nothing has come for so long. It must be called before any
+// other goroutine uses c.
 func (c *Conn) Resumable(ping time.Duration, again func(lost error) (Link, error)) {
 	c.kept = &kept{again: again, ping: ping, done: make(chan struct{}), due: make(chan struct{}, 1), heard: true}
 	if ping > 0 {
@@ -98,8 +101,8 @@ func (c *Conn) Holds(received uint64) bool {
 	return c.closed == nil && received >= c.kept.acked && received <= c.kept.sent
 }
 
-// SendSurely sends a frame that belongs to no stream, and waits until the other side has it, the connection ends, or patience does. The
-// other side says at once that it has a signal.
+// SendSurely sends a frame that belongs to no stream, and waits until the other side has it, the
+// connection ends, or patience does. The other side says at once that it has a signal.
 func (c *Conn) SendSurely(k Kind, payload []byte, patience time.Duration) error {
 	end, err := c.sendKept(k, payload)
 	if err != nil {
@@ -120,7 +123,8 @@ func (c *Conn) SendSurely(k Kind, payload []byte, patience time.Duration) error 
 	return nil
 }
 
-// sendKept sends a frame that is kept until the other side has it, and returns where it ends. It waits for room, not for the link.
+// sendKept sends a frame that is kept until the other side has it, and returns where it ends. It
+// waits for room, not for the link.
 func (c *Conn) sendKept(k Kind, payload []byte) (end uint64, err error) {
 	p, n := c.kept, headerSize+len(payload)
 	c.mu.Lock()
@@ -184,7 +188,8 @@ func (p *kept) part(at uint64) []byte {
 	return p.ring[first:min(first+int(p.sent-at), len(p.ring))]
 }
 
-// transmit gives the link what it has not had. Sending is held, so nobody changes the ring meanwhile. It may be another link by then.
+// transmit gives the link what it has not had. Sending is held, so nobody changes the ring
+// meanwhile. It may be another link by then.
 func (c *Conn) transmit() {
 	p := c.kept
 	for {
@@ -221,8 +226,8 @@ func (c *Conn) count(k Kind, n int) {
 	}
 }
 
-// tellSoon has the other side told what has come. Mu is held. Receive cannot do it: who receives must never wait for who does not, or
-// both sides may.
+// tellSoon has the other side told what has come. Mu is held. Receive cannot do it: who receives
+// must never wait for who does not, or both sides may.
 func (c *Conn) tellSoon() {
 	select {
 	case c.kept.due <- struct{}{}:

@@ -42,8 +42,8 @@ func (b brittle) Write(p []byte) (int, error) {
 
 const patience = time.Minute
 
-// pair makes two ends of a connection that goes on, and on, by links which last for so many bytes each, the last one for ever. Ahead is by
-// how much the ends lie about what they have received.
+// pair makes two ends of a connection that goes on, and on, by links which last for so many bytes
+// each, the last one for ever. Ahead is by how much the ends lie about what they have received.
 func pair(lasts []int, ahead uint64) (a, b *agentproto.Conn) {
 	type offer struct {
 		conn     net.Conn
@@ -86,7 +86,8 @@ func pair(lasts []int, ahead uint64) (a, b *agentproto.Conn) {
 	return a, b
 }
 
-// talk has both ends send and receive streams and frames of their own, and says what is wrong with what comes.
+// talk has both ends send and receive streams and frames of their own, and says what is wrong with
+// what comes.
 func talk(t *testing.T, a, b *agentproto.Conn, sizes map[agentproto.Kind]int) {
 	t.Helper()
 	data := make([]byte, 1<<20)
@@ -164,7 +165,11 @@ func TestConn_Resumable(t *testing.T) {
 		lasts = append(lasts, rand.IntN(150<<10))
 	}
 	a, b := pair(lasts, 0)
-	talk(t, a, b, map[agentproto.Kind]int{agentproto.KindStdin: 6 << 20, agentproto.KindStdout: 6 << 20, agentproto.KindStderr: 100 << 10})
+	talk(t, a, b,
+		map[agentproto.Kind]int{
+			agentproto.KindStdin: 6 << 20, agentproto.KindStdout: 6 << 20,
+			agentproto.KindStderr: 100 << 10,
+		})
 }
 
 // It breaks at every byte of what is said first.
@@ -176,7 +181,8 @@ func TestConn_ResumableAnywhere(t *testing.T) {
 	}
 }
 
-// Who says that more has come than was sent ends the connection, and no more is kept than is allowed for who says nothing.
+// Who says that more has come than was sent ends the connection, and no more is kept than is
+// allowed for who says nothing.
 func TestConn_ResumableHostile(t *testing.T) {
 	a, b := pair([]int{100}, 1<<40)
 	go func() { _, _ = a.Writer(agentproto.KindStdin).Write(make([]byte, 1<<20)) }()
@@ -210,7 +216,8 @@ func TestConn_ResumableHostile(t *testing.T) {
 	}
 }
 
-// A frame that is larger than all that is kept comes too, behind a small one of which nobody is told.
+// A frame that is larger than all that is kept comes too, behind a small one of which nobody is
+// told.
 func TestConn_ResumableLarge(t *testing.T) {
 	a, b := pair([]int{1 << 10, 100 << 10, 1 << 20}, 0)
 	large := bytes.Repeat([]byte("large"), 1<<18)

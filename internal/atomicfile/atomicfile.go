@@ -1,5 +1,5 @@
-// Package atomicfile replaces files so that a reader, or a crash at any moment, sees the old content or the
-// new one and never a mixture.
+// Package atomicfile replaces files so that a reader, or a crash at any moment, sees the old
+// content or the new one and never a mixture.
 package atomicfile
 
 import (
@@ -11,9 +11,9 @@ import (
 	"path/filepath"
 )
 
-// Write replaces path with data. It is on disk when Write returns. The temporary file stands beside path,
-// its name ends in TempSuffix; after a crash it may be left there. A device or FIFO is not replaced but refused: for
-// root, that would take /dev/null from everybody.
+// Write replaces path with data. It is on disk when Write returns. The temporary file stands beside
+// path, its name ends in TempSuffix; after a crash it may be left there. A device or FIFO is not
+// replaced but refused: for root, that would take /dev/null from everybody.
 func Write(path string, data []byte, perm fs.FileMode) (err error) {
 	if fi, err := os.Lstat(path); err == nil && fi.Mode()&(fs.ModeDevice|fs.ModeNamedPipe|fs.ModeSocket) != 0 {
 		return fmt.Errorf("write %s: it is not a regular file", path)
@@ -33,7 +33,8 @@ func Write(path string, data []byte, perm fs.FileMode) (err error) {
 	return SyncDir(filepath.Dir(path))
 }
 
-// TempSuffix ends the name of the file that Write works on. Writers of one path must exclude each other.
+// TempSuffix ends the name of the file that Write works on. Writers of one path must exclude each
+// other.
 const TempSuffix = ".tmp"
 
 // SyncDir makes the entries of a directory durable.

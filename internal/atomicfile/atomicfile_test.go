@@ -117,7 +117,8 @@ func TestWrite_LeavesTheOldOnError(t *testing.T) {
 		}
 		path := filepath.Join(t.TempDir(), "file")
 		// Every write to the temporary file fails as on a full disk.
-		if err := errors.Join(os.WriteFile(path, []byte("old"), 0o600), os.Symlink("/dev/full", path+atomicfile.TempSuffix)); err != nil {
+		if err := errors.Join(os.WriteFile(path, []byte("old"), 0o600),
+			os.Symlink("/dev/full", path+atomicfile.TempSuffix)); err != nil {
 			t.Fatal(err)
 		}
 		if err := atomicfile.Write(path, []byte("new"), 0o600); err == nil {

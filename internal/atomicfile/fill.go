@@ -11,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fill replaces path with what fill writes, which may be large. It is on disk when Fill returns. Until
-// all is there it has no name, where the file system can do that: a process that is killed leaves
-// nothing, or for a moment, where path was there before, a file that the next Fill removes. A device
-// or FIFO is written to as it is.
+// Fill replaces path with what fill writes, which may be large. It is on disk when Fill returns.
+// Until all is there it has no name, where the file system can do that: a process that is killed
+// leaves nothing, or for a moment, where path was there before, a file that the next Fill removes.
+// A device or FIFO is written to as it is.
 func Fill(path string, perm fs.FileMode, fill func(f *os.File) error) error {
 	err := replace(path, perm, fill)
 	if err != nil {

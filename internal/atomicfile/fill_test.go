@@ -78,7 +78,8 @@ func TestFill(t *testing.T) {
 func TestFill_Special(t *testing.T) {
 	dir := t.TempDir()
 	fifo, link, file := filepath.Join(dir, "fifo"), filepath.Join(dir, "link"), filepath.Join(dir, "file")
-	if err := errors.Join(unix.Mkfifo(fifo, 0o600), os.Symlink("file", link), os.WriteFile(file, []byte("old"), 0o600)); err != nil {
+	if err := errors.Join(unix.Mkfifo(fifo, 0o600), os.Symlink("file", link),
+		os.WriteFile(file, []byte("old"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	got := make(chan string, 1)

@@ -11,7 +11,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// Read reads a file that may be larger than it should be: of that, limit bytes and one more, so that it shows.
+// Read reads a file that may be larger than it should be: of that, limit bytes and one more, so
+// that it shows.
 func Read(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -21,7 +22,8 @@ func Read(path string, limit int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, limit+1))
 }
 
-// VersionError says that a record was written by another version of smartvm. It is spec.ErrNotSupported.
+// VersionError says that a record was written by another version of smartvm. It is
+// spec.ErrNotSupported.
 type VersionError struct {
 	Path            string
 	Version, Newest int // that it has, and the newest that can be read
@@ -37,9 +39,10 @@ func (e *VersionError) Is(target error) bool { return target == spec.ErrNotSuppo
 // otherVersion is what to do about what another version of smartvm has written.
 const otherVersion = "use the smartvm that wrote it, or a newer one"
 
-// ReadJSON reads a record that WriteJSON wrote, maybe that of another smartvm: VMs outlive upgrades and downgrades. Fields that
-// T does not have are passed over, so what must not be read without them has a new version. Newest is the newest that the
-// caller reads, of a field "version"; 0 stands for records without one. A file of more than limit bytes is refused. Returns
+// ReadJSON reads a record that WriteJSON wrote, maybe that of another smartvm: VMs outlive upgrades
+// and downgrades. Fields that T does not have are passed over, so what must not be read without
+// them has a new version. Newest is the newest that the caller reads, of a field "version"; 0
+// stands for records without one. A file of more than limit bytes is refused. Returns
 // *VersionError.
 func ReadJSON[T any](path string, limit int64, newest int) (T, error) {
 	var v, none T
@@ -68,8 +71,9 @@ func ReadJSON[T any](path string, limit int64, newest int) (T, error) {
 	return v, nil
 }
 
-// ReadStrict is ReadJSON for a record of which nothing may be passed over, as what is unknown may be a limit on what guests may do,
-// or something that is to be undone. Returns ErrNotSupported for one that has more fields.
+// ReadStrict is ReadJSON for a record of which nothing may be passed over, as what is unknown may
+// be a limit on what guests may do, or something that is to be undone. Returns ErrNotSupported for
+// one that has more fields.
 func ReadStrict[T any](path string, limit int) (T, error) {
 	data, err := Read(path, int64(limit))
 	if err != nil {
@@ -86,7 +90,8 @@ func ReadStrict[T any](path string, limit int) (T, error) {
 func DecodeStrict[T any](data []byte, limit int) (T, error) {
 	v, err := strictjson.Unmarshal[T](data, limit)
 	if err != nil && len(data) <= limit && json.Unmarshal(data, new(T)) == nil {
-		err = hint.Add(fmt.Errorf("%w: it has what this version of smartvm does not know: %w", spec.ErrNotSupported, err), "%s", otherVersion)
+		err = hint.Add(fmt.Errorf("%w: it has what this version of smartvm does not know: %w", spec.ErrNotSupported, err),
+			"%s", otherVersion)
 	}
 	return v, err
 }

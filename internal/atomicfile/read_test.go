@@ -31,7 +31,11 @@ func TestReadJSON(t *testing.T) {
 		"as written":              {`{"version":2,"name":"a","parts":["b"]}`, 2, record{2, "a", []string{"b"}}, ""},
 		"an older one":            {`{"version":1,"name":"a"}`, 2, record{1, "a", nil}, ""},
 		"a field that came later": {`{"version":2,"name":"a","later":{"x":[1]}}`, 2, record{2, "a", nil}, ""},
-		"a newer one":             {`{"version":3,"name":"a"}`, 2, record{}, "it has version 3, this smartvm reads version 2"},
+		"a newer one": {
+			`{"version":3,"name":"a"}`, 2,
+			record{},
+			"it has version 3, this smartvm reads version 2",
+		},
 		"a newer one that differs in kind": {
 			`{"version":3,"name":{"first":"a"},"later":1}`, 2, record{}, "version 3",
 		},
@@ -48,14 +52,16 @@ func TestReadJSON(t *testing.T) {
 		if diff := cmp.Diff(tt.want, got); diff != "" {
 			t.Errorf("%s: -want +got:\n%s", name, diff)
 		}
-		if (err == nil) != (tt.err == "") || err != nil && (!strings.Contains(err.Error(), tt.err) || !strings.Contains(err.Error(), path)) {
+		if (err == nil) != (tt.err == "") || err != nil &&
+			(!strings.Contains(err.Error(), tt.err) || !strings.Contains(err.Error(), path)) {
 			t.Errorf("%s: %v, want %q of %s", name, err, tt.err, path)
 		}
 		if newer := strings.Contains(tt.err, "version 3"); errors.Is(err, spec.ErrNotSupported) != newer {
 			t.Errorf("%s: %v, want ErrNotSupported: %v", name, err, newer)
 		}
 	}
-	if _, err := atomicfile.ReadJSON[record](filepath.Join(t.TempDir(), "none"), limit, 1); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := atomicfile.ReadJSON[record](filepath.Join(t.TempDir(), "none"), limit, 1); !errors.Is(err,
+		fs.ErrNotExist) {
 		t.Errorf("%v, want fs.ErrNotExist", err)
 	}
 }

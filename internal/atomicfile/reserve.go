@@ -12,8 +12,8 @@ import (
 // ReservedSuffix ends the name of a file that Reserve makes.
 const ReservedSuffix = ".reserved"
 
-// Reserve has room for a file at path, of at most so many bytes, beside it, so that WriteReserved succeeds on a file system that is
-// full by then. What is at path stays.
+// Reserve has room for a file at path, of at most so many bytes, beside it, so that WriteReserved
+// succeeds on a file system that is full by then. What is at path stays.
 func Reserve(path string, size int64) error {
 	f, err := os.OpenFile(path+ReservedSuffix, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -29,8 +29,8 @@ func Reserve(path string, size int64) error {
 	return nil
 }
 
-// WriteReserved is Write for a path for which Reserve has made room: it allocates nothing, and uses the room up. Where there is none, or too
-// little, it is Write.
+// WriteReserved is Write for a path for which Reserve has made room: it allocates nothing, and uses
+// the room up. Where there is none, or too little, it is Write.
 func WriteReserved(path string, data []byte) (err error) {
 	f, err := os.OpenFile(path+ReservedSuffix, os.O_WRONLY, 0)
 	if err != nil {

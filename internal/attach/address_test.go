@@ -12,7 +12,8 @@ import (
 	"push.rocks/smartvm/network"
 )
 
-// A VM that is restored has its MAC and addresses again where they are free and of the network; and whatever it has, nobody else has.
+// A VM that is restored has its MAC and addresses again where they are free and of the network; and
+// whatever it has, nobody else has.
 func TestAddress_Restored(t *testing.T) {
 	of := network.Config{Name: "lan", Bridge: "sv-lan", Subnet: netip.MustParsePrefix("10.7.0.0/24")}
 	second, _ := of.Guest(1)

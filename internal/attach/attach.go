@@ -1,5 +1,5 @@
-// Package attach gives a VM its interfaces: which network, which addresses, which ports of the host, and what that does to
-// the host, as effects for its journals.
+// Package attach gives a VM its interfaces: which network, which addresses, which ports of the
+// host, and what that does to the host, as effects for its journals.
 package attach
 
 import (
@@ -48,19 +48,21 @@ type Interface struct {
 	MTU     int            `json:"mtu,omitempty"`
 	IP4     netip.Addr     `json:"ip4,omitzero"` // zero: not chosen yet
 	IP6     netip.Addr     `json:"ip6,omitzero"`
-	// File is that of the VM's own namespace. Then Tap, MAC, IP4 and IP6 are those of the namespace, as the network sees it; the
-	// guest's are network.InnerMAC and InnerGuest.
+	// File is that of the VM's own namespace. Then Tap, MAC, IP4 and IP6 are those of the namespace,
+	// as the network sees it; the guest's are network.InnerMAC and InnerGuest.
 	File string `json:"namespace,omitempty"`
 	Warm bool   `json:"warm,omitempty"` // the namespace is a pool's
-	// DNS are the servers that the guest's questions go to. Empty: those of the network, or of the host.
+	// DNS are the servers that the guest's questions go to. Empty: those of the network, or of the
+	// host.
 	DNS []netip.Addr `json:"dns,omitempty"`
 
-	// Wish is what it had in a VM that this one is restored from: it gets that again where it is free. It may be nil.
+	// Wish is what it had in a VM that this one is restored from: it gets that again where it is free.
+	// It may be nil.
 	Wish *Interface `json:"-"`
 }
 
-// Resolve decides what is behind the interfaces of s that name no tap, and says so there. They have no addresses yet. Returns
-// catalog.ErrNotFound.
+// Resolve decides what is behind the interfaces of s that name no tap, and says so there. They have
+// no addresses yet. Returns catalog.ErrNotFound.
 func Resolve(vm VM, s *spec.Spec, networks *catalog.Store) (all []Interface, err error) {
 	s.NetworkInterfaces = slices.Clone(s.NetworkInterfaces) // the caller's own stay as they are
 	var errs []error
@@ -72,7 +74,11 @@ func Resolve(vm VM, s *spec.Spec, networks *catalog.Store) (all []Interface, err
 		n.Network = cmp.Or(n.Network, network.DefaultName)
 		config, err := networks.Get(n.Network)
 		if err != nil {
-			errs = append(errs, &spec.FieldError{Path: fmt.Sprintf("networkInterfaces[%d].network", at), Value: n.Network, Reason: err.Error(), Err: err})
+			errs = append(errs,
+				&spec.FieldError{
+					Path: fmt.Sprintf("networkInterfaces[%d].network", at), Value: n.Network,
+					Reason: err.Error(), Err: err,
+				})
 			continue
 		}
 		n.HostDevName = network.TapName(config.Bridge, vm.ID, vm.Nonce, n.IfaceID)
@@ -96,7 +102,8 @@ const leaseKind = "address"
 // Do carries out an effect, in the journal that lasts as long as the VM.
 type Do func(context.Context, journal.Effect) error
 
-// Address leases addresses for interfaces: those that they want, or free ones. Returns network.ErrExhausted, *store.TakenError.
+// Address leases addresses for interfaces: those that they want, or free ones. Returns
+// network.ErrExhausted, *store.TakenError.
 func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 	for i := range all {
 		if all[i].IP4.IsValid() {
@@ -132,7 +139,8 @@ func Address(ctx context.Context, vm VM, all []Interface, do Do) error {
 	return nil
 }
 
-// regain leases what an interface wishes to have again, as far as that is free and of its network: a MAC, and then addresses.
+// regain leases what an interface wishes to have again, as far as that is free and of its network:
+// a MAC, and then addresses.
 func (i *Interface) regain(ctx context.Context, vm VM, do Do) (mac bool, err error) {
 	w := i.Wish
 	if w == nil || i.IP4.IsValid() {
@@ -214,14 +222,19 @@ func (i *Interface) address(ctx context.Context, vm VM, do Do) error {
 		return err
 	}
 	if i.Network.LAN != nil && i.Network.Guests() == 0 {
-		return hint.Add(fmt.Errorf("attach %s to network %s: %w: none of the LAN's are for guests who wish for none", i.ID, i.Network.Name, network.ErrExhausted),
+		return hint.Add(
+			fmt.Errorf("attach %s to network %s: %w: none of the LAN's are for guests who wish for none", i.ID, i.Network.Name,
+				network.ErrExhausted),
 			"name one with --ip, or make the network with a --range of them")
 	}
-	return hint.Add(fmt.Errorf("attach %s to network %s: %w: its %s has room for %d", i.ID, i.Network.Name, network.ErrExhausted, i.Network.Subnet, i.Network.Guests()),
+	return hint.Add(
+		fmt.Errorf("attach %s to network %s: %w: its %s has room for %d", i.ID, i.Network.Name, network.ErrExhausted,
+			i.Network.Subnet, i.Network.Guests()),
 		"remove VMs, or make a network with a larger --subnet")
 }
 
-// Tell tells the guest of its interfaces: its first program, nil if it has none of ours, or else its kernel.
+// Tell tells the guest of its interfaces: its first program, nil if it has none of ours, or else
+// its kernel.
 func Tell(s *spec.Spec, guest *guest.Boot, all []Interface) error {
 	if guest != nil {
 		guest.Interfaces, guest.DNS, guest.Search = guestInterfaces(all), resolvers(all[0], s.Policy), s.DNSSearch
@@ -241,7 +254,8 @@ func Tell(s *spec.Spec, guest *guest.Boot, all []Interface) error {
 	return nil
 }
 
-// hosts are the names that a guest is told. The host is at its network's gateway, also for a guest in a namespace, whose own gateway is in that.
+// hosts are the names that a guest is told. The host is at its network's gateway, also for a guest
+// in a namespace, whose own gateway is in that.
 func hosts(s *spec.Spec, of *network.Config) (all []guest.Host) {
 	gateway4, gateway6 := of.Gateway()
 	for _, h := range s.ExtraHosts {
@@ -261,19 +275,24 @@ func hosts(s *spec.Spec, of *network.Config) (all []guest.Host) {
 // Ports are those of a spec, as the tables have them.
 func Ports(s *spec.Spec) (all []filter.Port) {
 	for _, p := range s.Ports {
-		all = append(all, filter.Port{Address: p.HostIP, Host: p.HostPort, Guest: p.GuestPort, Protocol: cmp.Or(p.Protocol, "tcp")})
+		all = append(all,
+			filter.Port{Address: p.HostIP, Host: p.HostPort, Guest: p.GuestPort, Protocol: cmp.Or(p.Protocol, "tcp")})
 	}
 	return all
 }
 
-// Effects are what running the VM with its interfaces does to the host. The ports are those of the first.
+// Effects are what running the VM with its interfaces does to the host. The ports are those of the
+// first.
 func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 	for n, i := range all {
 		if i.Network.LAN != nil {
 			effects = append(effects, i.onBridge(vm, s)...)
 			continue
 		}
-		g := &network.Guest{Guest: filter.Guest{Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6, Routed: i.Network.Routed, Policy: s.Policy}}
+		g := &network.Guest{Guest: filter.Guest{
+			Table: i.Network.Table(), Tap: i.Tap, MAC: i.MAC, IP4: i.IP4, IP6: i.IP6,
+			Routed: i.Network.Routed, Policy: s.Policy,
+		}}
 		if n == 0 {
 			g.Ports = Ports(s)
 			for _, p := range g.Ports {
@@ -282,7 +301,10 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 				}
 			}
 		}
-		var link journal.Effect = &network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU, Mutual: i.Network.Bridged()}
+		var link journal.Effect = &network.Tap{
+			Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, MTU: i.MTU,
+			Mutual: i.Network.Bridged(),
+		}
 		if i.File != "" {
 			link = i.slot()
 		}
@@ -295,7 +317,8 @@ func Effects(vm VM, all []Interface, s *spec.Spec) (effects []journal.Effect) {
 
 func (i *Interface) use(vm VM) *network.Use {
 	return &network.Use{
-		Dir: filepath.Join(vm.Store.Path(), store.NetworkDir), Network: i.Network, VM: vm.ID + "-" + vm.Nonce + "-" + i.ID, VMDir: vm.Store.Dir(vm.ID),
+		Dir: filepath.Join(vm.Store.Path(), store.NetworkDir), Network: i.Network, VM: vm.ID + "-" + vm.Nonce + "-" + i.ID,
+		VMDir: vm.Store.Dir(vm.ID),
 	}
 }
 
@@ -341,7 +364,10 @@ func (i *Interface) inside() (at []netip.Prefix, gateways []netip.Addr) {
 func guestInterfaces(all []Interface) (interfaces []guest.Interface) {
 	for n, i := range all {
 		at, gateways := i.inside()
-		g := guest.Interface{MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU, Addresses: at, Routers: i.Network.LAN != nil}
+		g := guest.Interface{
+			MAC: i.MAC, Name: "eth" + strconv.Itoa(n), MTU: i.MTU, Addresses: at,
+			Routers: i.Network.LAN != nil,
+		}
 		if i.File != "" {
 			g.MAC = network.InnerMAC
 		}
@@ -353,8 +379,9 @@ func guestInterfaces(all []Interface) (interfaces []guest.Interface) {
 	return interfaces
 }
 
-// resolvers are the DNS servers that a guest is told of: its network's own. Where another firewall drops what comes to the host, that may be out of
-// reach: then, if no name depends on it, the host's, but for those that only the host itself reaches.
+// resolvers are the DNS servers that a guest is told of: its network's own. Where another firewall
+// drops what comes to the host, that may be out of reach: then, if no name depends on it, the
+// host's, but for those that only the host itself reaches.
 func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
 	gateway4, gateway6 := i.Network.Gateway()
 	if i.Network.Inside { // one of the network's own guests may be such a server
@@ -374,7 +401,9 @@ func resolvers(i Interface, p *policy.Policy) (all []netip.Addr) {
 		return i.DNS
 	}
 	for _, path := range []string{resolvconf.Path, resolvconf.Stub} {
-		all = slices.DeleteFunc(resolvconf.Servers(path), func(a netip.Addr) bool { return OnHost(a) || a.Is6() && !gateway6.IsValid() })
+		all = slices.DeleteFunc(resolvconf.Servers(path), func(a netip.Addr) bool {
+			return OnHost(a) || a.Is6() && !gateway6.IsValid()
+		})
 		if len(all) > 0 {
 			return all
 		}

@@ -10,8 +10,9 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// Changed returns what change makes of a spec of a VM that is there, with interfaces of ours: its policy, ports and limits alone may differ. Returns
-// what change does, and *spec.FieldErrors, joined.
+// Changed returns what change makes of a spec of a VM that is there, with interfaces of ours: its
+// policy, ports and limits alone may differ. Returns what change does, and *spec.FieldErrors,
+// joined.
 func Changed(s spec.Spec, ours []Interface, change func(*spec.Spec) error) (spec.Spec, error) {
 	now, err := clone(s)
 	if err != nil {
@@ -28,7 +29,8 @@ func Changed(s spec.Spec, ours []Interface, change func(*spec.Spec) error) (spec
 	if len(fixed.NetworkInterfaces) == len(s.NetworkInterfaces) {
 		for i := range fixed.NetworkInterfaces {
 			before := s.NetworkInterfaces[i]
-			fixed.NetworkInterfaces[i].RxRateLimiter, fixed.NetworkInterfaces[i].TxRateLimiter = before.RxRateLimiter, before.TxRateLimiter
+			fixed.NetworkInterfaces[i].RxRateLimiter, fixed.NetworkInterfaces[i].TxRateLimiter = before.RxRateLimiter,
+				before.TxRateLimiter
 		}
 	}
 	before, err := clone(s)
@@ -58,7 +60,8 @@ func clone(s spec.Spec) (c spec.Spec, err error) {
 	return c, nil
 }
 
-// changed are the errors about what may be changed: the rest of a VM that was made is more than a person may write down.
+// changed are the errors about what may be changed: the rest of a VM that was made is more than a
+// person may write down.
 func changed(err error) error {
 	all := []error{err}
 	if joined, ok := err.(interface{ Unwrap() []error }); ok {
@@ -67,14 +70,17 @@ func changed(err error) error {
 	var errs []error
 	for _, e := range all {
 		var field *spec.FieldError
-		if errors.As(e, &field) && (strings.HasPrefix(field.Path, "ports") || strings.HasPrefix(field.Path, "policy") || strings.Contains(field.Path, "RateLimiter")) {
+		if errors.As(e, &field) &&
+			(strings.HasPrefix(field.Path, "ports") || strings.HasPrefix(field.Path, "policy") ||
+				strings.Contains(field.Path, "RateLimiter")) {
 			errs = append(errs, e)
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// Limit is what the VMM is told to have one limit in place of another: nil where nothing changes, a limit of nothing where it is taken away.
+// Limit is what the VMM is told to have one limit in place of another: nil where nothing changes, a
+// limit of nothing where it is taken away.
 func Limit(was, now *spec.RateLimiter) *spec.RateLimiter {
 	if reflect.DeepEqual(was, now) {
 		return nil

@@ -13,7 +13,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// What an image exposes is published at free ports, but for what is published anyhow; where it exposes nothing that is said.
+// What an image exposes is published at free ports, but for what is published anyhow; where it
+// exposes nothing that is said.
 func TestExpose(t *testing.T) {
 	var log strings.Builder
 	logger := slog.New(slog.NewTextHandler(&log, nil))
@@ -23,7 +24,8 @@ func TestExpose(t *testing.T) {
 	if err := attach.Expose(s, []string{"53/tcp", "53/udp", "80/tcp", "443/tcp"}, logger); err != nil {
 		t.Fatal(err)
 	}
-	want := append(slices.Clone(given), spec.Port{GuestPort: 53, Protocol: "tcp"}, spec.Port{GuestPort: 443, Protocol: "tcp"})
+	want := append(slices.Clone(given), spec.Port{GuestPort: 53, Protocol: "tcp"},
+		spec.Port{GuestPort: 443, Protocol: "tcp"})
 	if !slices.Equal(s.Ports, want) || log.Len() > 0 {
 		t.Errorf("got %v, want %v; logged %s", s.Ports, want, &log)
 	}
@@ -32,7 +34,8 @@ func TestExpose(t *testing.T) {
 		t.Errorf("nobody asked for it: %v, %v", s.Ports, err)
 	}
 	s = &spec.Spec{PublishAll: true, Image: "quiet"}
-	if err := attach.Expose(s, nil, logger); err != nil || len(s.Ports) > 0 || !strings.Contains(log.String(), "exposes no port") {
+	if err := attach.Expose(s, nil, logger); err != nil || len(s.Ports) > 0 ||
+		!strings.Contains(log.String(), "exposes no port") {
 		t.Errorf("got %v, %v; logged %s", s.Ports, err, &log)
 	}
 	var many []string

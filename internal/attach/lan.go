@@ -27,7 +27,8 @@ func onLAN(s *spec.Spec, all []Interface) error {
 		of := fmt.Sprintf("network %s, whose bridge is not ours", i.Network.Name)
 		for at, in := range s.NetworkInterfaces {
 			if in.IfaceID == i.ID && in.Namespace {
-				wrong(fmt.Sprintf("networkInterfaces[%d].namespace", at), true, "must not be there on "+of+": want bridge:"+i.Network.Bridge)
+				wrong(fmt.Sprintf("networkInterfaces[%d].namespace", at), true,
+					"must not be there on "+of+": want bridge:"+i.Network.Bridge)
 			}
 		}
 		if n == 0 && (len(s.Ports) > 0 || s.PublishAll) {
@@ -36,8 +37,10 @@ func onLAN(s *spec.Spec, all []Interface) error {
 		if n == 0 && slices.ContainsFunc(s.ExtraHosts, func(h spec.ExtraHost) bool { return h.HostGateway }) {
 			wrong("extraHosts", nil, "must not have the host's gateway on "+of+": the host is none there")
 		}
-		if p := s.Policy; p != nil && (len(p.Rules) > 0 || p.DefaultAction == policy.Deny || p.Egress != "" || p.AllowMetadata) {
-			wrong("policy", nil, "must say no more than allowHost on "+of+": what goes to the LAN does not come by the host's rules")
+		if p := s.Policy; p != nil &&
+			(len(p.Rules) > 0 || p.DefaultAction == policy.Deny || p.Egress != "" || p.AllowMetadata) {
+			wrong("policy", nil, "must say no more than allowHost on "+of+
+				": what goes to the LAN does not come by the host's rules")
 		}
 	}
 	return errors.Join(errs...)
@@ -51,7 +54,8 @@ func (i *Interface) wantLAN(a netip.Addr) (reason string) {
 	c := i.Network
 	switch {
 	case !c.Subnet.IsValid():
-		return fmt.Sprintf("must not be there on network %s: it knows no subnet (network create --on %s --subnet)", c.Name, c.Bridge)
+		return fmt.Sprintf("must not be there on network %s: it knows no subnet (network create --on %s --subnet)",
+			c.Name, c.Bridge)
 	case !bridged.IsHost(c.Subnet, a):
 		return fmt.Sprintf("must be that of a host on network %s: of %s", c.Name, c.Subnet)
 	case a == c.LAN.Gateway:
@@ -71,8 +75,8 @@ func (i *Interface) insideLAN() (at []netip.Prefix, gateways []netip.Addr) {
 	return at, gateways
 }
 
-// lanResolvers are the DNS servers of a guest: those that it was given, else the host's, which is on that LAN, or the gateway. One that asks the LAN
-// for its address asks it for those too.
+// lanResolvers are the DNS servers of a guest: those that it was given, else the host's, which is
+// on that LAN, or the gateway. One that asks the LAN for its address asks it for those too.
 func (i *Interface) lanResolvers() []netip.Addr {
 	if i.DNS != nil || i.fromLAN() {
 		return i.DNS
@@ -91,6 +95,7 @@ func (i *Interface) onBridge(vm VM, s *spec.Spec) []journal.Effect {
 	return []journal.Effect{
 		i.use(vm),
 		&network.Tap{Name: i.Tap, Bridge: i.Network.Bridge, UID: vm.UID, Mutual: i.Network.Mutual, LAN: true},
-		&bridged.Guest{Tap: i.Tap, Bridge: i.Network.Bridge, MAC: i.MAC, IP4: i.IP4, Host: s.Policy != nil && s.Policy.AllowHost},
+		&bridged.Guest{Tap: i.Tap, Bridge: i.Network.Bridge, MAC: i.MAC, IP4: i.IP4, Host: s.Policy != nil &&
+			s.Policy.AllowHost},
 	}
 }

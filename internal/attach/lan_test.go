@@ -19,10 +19,14 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// On a bridge of somebody else's a VM has the address that it wishes for, one of those that are set aside, or none that anybody here knows.
+// On a bridge of somebody else's a VM has the address that it wishes for, one of those that are set
+// aside, or none that anybody here knows.
 func TestLAN(t *testing.T) {
 	a := netip.MustParseAddr
-	lan := network.Config{Name: "lan", Bridge: "br0", Subnet: netip.MustParsePrefix("192.168.1.0/24"), LAN: &bridged.LAN{Gateway: a("192.168.1.254")}}
+	lan := network.Config{
+		Name: "lan", Bridge: "br0", Subnet: netip.MustParsePrefix("192.168.1.0/24"),
+		LAN: &bridged.LAN{Gateway: a("192.168.1.254")},
+	}
 	ranged, asks := lan, network.Config{Name: "bridge:br0", Bridge: "br0", LAN: new(bridged.LAN)}
 	ranged.LAN = &bridged.LAN{First: a("192.168.1.200"), Last: a("192.168.1.201")}
 	const own, was = "06:00:ac:10:00:02", "06:00:ac:10:00:07"
@@ -36,10 +40,16 @@ func TestLAN(t *testing.T) {
 		gateways []netip.Addr
 		err      error
 	}{
-		"Wished":          {of: lan, ip: "192.168.1.1", ip4: "192.168.1.1", mac: own, gateways: gateway},
-		"NoneSetAside":    {of: lan, err: network.ErrExhausted},
-		"Restored":        {of: lan, wish: &attach.Interface{MAC: was, IP4: a("192.168.1.50")}, ip4: "192.168.1.50", mac: was, gateways: gateway},
-		"RestoredTaken":   {of: ranged, wish: &attach.Interface{MAC: was, IP4: a("192.168.1.50")}, taken: "192.168.1.50", ip4: "192.168.1.200", mac: was},
+		"Wished":       {of: lan, ip: "192.168.1.1", ip4: "192.168.1.1", mac: own, gateways: gateway},
+		"NoneSetAside": {of: lan, err: network.ErrExhausted},
+		"Restored": {
+			of: lan, wish: &attach.Interface{MAC: was, IP4: a("192.168.1.50")}, ip4: "192.168.1.50", mac: was,
+			gateways: gateway,
+		},
+		"RestoredTaken": {
+			of: ranged, wish: &attach.Interface{MAC: was, IP4: a("192.168.1.50")}, taken: "192.168.1.50",
+			ip4: "192.168.1.200", mac: was,
+		},
 		"RestoredGateway": {of: lan, wish: &attach.Interface{MAC: was, IP4: a("192.168.1.254")}, err: network.ErrExhausted},
 		"Range":           {of: ranged, taken: "192.168.1.200", ip4: "192.168.1.201", mac: own},
 		"Asks":            {of: asks, mac: own},
@@ -71,7 +81,8 @@ func TestLAN(t *testing.T) {
 			if err != nil {
 				return
 			}
-			if got := all[0]; got.MAC != tt.mac || tt.ip4 == "" && got.IP4.IsValid() || tt.ip4 != "" && got.IP4 != a(tt.ip4) || got.IP6.IsValid() {
+			if got := all[0]; got.MAC != tt.mac || tt.ip4 == "" && got.IP4.IsValid() || tt.ip4 != "" && got.IP4 != a(tt.ip4) ||
+				got.IP6.IsValid() {
 				t.Errorf("got %s %s %s, want %s %s", got.MAC, got.IP4, got.IP6, tt.mac, tt.ip4)
 			}
 			told := &guest.Boot{RootDevice: "/dev/vda", RootType: guest.Ext4}
@@ -82,7 +93,8 @@ func TestLAN(t *testing.T) {
 			if tt.ip4 != "" {
 				want.Addresses = []netip.Prefix{netip.PrefixFrom(a(tt.ip4), 24)}
 			}
-			if diff := cmp.Diff([]guest.Interface{want}, told.Interfaces, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); diff != "" {
+			if diff := cmp.Diff([]guest.Interface{want}, told.Interfaces,
+				cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); diff != "" {
 				t.Error(diff)
 			}
 			if diff := cmp.Diff(all[0].DNS, told.DNS, cmpopts.EquateComparable(netip.Addr{})); diff != "" {

@@ -18,8 +18,9 @@ import (
 	"push.rocks/smartvm/network"
 )
 
-// Pool are the warm slots of one network: namespaces that are made before a VM wants one, and stay when it is gone. Each is a
-// directory with a journal of what it did to the host, and a lease while a VM has it.
+// Pool are the warm slots of one network: namespaces that are made before a VM wants one, and stay
+// when it is gone. Each is a directory with a journal of what it did to the host, and a lease while
+// a VM has it.
 type Pool struct {
 	Store   *store.Store
 	Network network.Config
@@ -105,10 +106,12 @@ func (p *Pool) slot(name string) (*network.Slot, error) {
 // fits says whether a slot is of the network as it is now.
 func (p *Pool) fits(s *network.Slot) bool {
 	c := p.Network
-	return s.Bridge == c.Bridge && s.IP4.Masked() == c.Subnet && s.MTU == c.MTU && s.Mutual == c.Bridged() && s.IP6.IsValid() == c.Subnet6.IsValid()
+	return s.Bridge == c.Bridge && s.IP4.Masked() == c.Subnet && s.MTU == c.MTU && s.Mutual == c.Bridged() &&
+		s.IP6.IsValid() == c.Subnet6.IsValid()
 }
 
-// take finds a slot that no VM has, that of wish if it can, and leases it. Returns nil if there is none.
+// take finds a slot that no VM has, that of wish if it can, and leases it. Returns nil if there is
+// none.
 func (p *Pool) take(ctx context.Context, vm string, wish *Interface, do Do) (*network.Slot, error) {
 	names := p.names()
 	if wish != nil {
@@ -144,11 +147,12 @@ func (p *Pool) take(ctx context.Context, vm string, wish *Interface, do Do) (*ne
 	return nil, nil
 }
 
-// Resize makes slots, or removes free ones, until there are n or no more are free, and says how many there are. Slots that a
-// VM has stay.
+// Resize makes slots, or removes free ones, until there are n or no more are free, and says how
+// many there are. Slots that a VM has stay.
 func (p *Pool) Resize(ctx context.Context, n int) (Slots, error) {
 	if p.Network.LAN != nil && n > 0 {
-		return Slots{}, fmt.Errorf("make a slot of network %s: its bridge is not ours, and namespaces have no address there", p.Network.Name)
+		return Slots{},
+			fmt.Errorf("make a slot of network %s: its bridge is not ours, and namespaces have no address there", p.Network.Name)
 	}
 	if _, err := os.Lstat(p.dir()); n == 0 && errors.Is(err, fs.ErrNotExist) {
 		return Slots{}, nil
@@ -209,11 +213,18 @@ func (p *Pool) make(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	i := &Interface{ID: name, Network: p.Network, MAC: network.MAC(poolOwner+name, "").String(), MTU: p.Network.MTU, File: filepath.Join(dir, store.NetNSFile)}
+	i := &Interface{
+		ID: name, Network: p.Network, MAC: network.MAC(poolOwner+name, "").String(), MTU: p.Network.MTU,
+		File: filepath.Join(dir, store.NetNSFile),
+	}
 	i.Tap = network.TapName(p.Network.Bridge, poolOwner, name, "")
 	err = i.address(ctx, VM{ID: poolOwner, Store: p.Store}, j.Do)
 	if err == nil {
-		err = j.Do(ctx, &network.Use{Dir: filepath.Join(p.Store.Path(), store.NetworkDir), Network: p.Network, VM: poolOwner + "-" + name, VMDir: dir})
+		err = j.Do(ctx,
+			&network.Use{
+				Dir: filepath.Join(p.Store.Path(), store.NetworkDir), Network: p.Network,
+				VM: poolOwner + "-" + name, VMDir: dir,
+			})
 	}
 	slot := i.slot()
 	if err == nil {
@@ -242,8 +253,8 @@ func (p *Pool) remove(ctx context.Context, name string) error {
 	return p.lease(name, poolOwner).Revert(ctx)
 }
 
-// sweep removes slots that are not whole: who made or removed them has died. Those that cannot be read stay, as another version of
-// smartvm may have made them, and its VMs may be in them.
+// sweep removes slots that are not whole: who made or removed them has died. Those that cannot be
+// read stay, as another version of smartvm may have made them, and its VMs may be in them.
 func (p *Pool) sweep(ctx context.Context) error {
 	var errs []error
 	for _, name := range p.names() {
@@ -283,7 +294,8 @@ func SweepPools(ctx context.Context, st *store.Store, trace journal.Trace) error
 // slot is what is behind an interface in a namespace.
 func (i *Interface) slot() *network.Slot {
 	s := &network.Slot{
-		Name: i.Tap, File: i.File, Bridge: i.Network.Bridge, MAC: i.MAC, IP4: netip.PrefixFrom(i.IP4, i.Network.Subnet.Bits()),
+		Name: i.Tap, File: i.File, Bridge: i.Network.Bridge, MAC: i.MAC,
+		IP4: netip.PrefixFrom(i.IP4, i.Network.Subnet.Bits()),
 		MTU: i.MTU, Mutual: i.Network.Bridged(), Warm: i.Warm,
 	}
 	gateway4, gateway6 := i.Network.Gateway()

@@ -13,8 +13,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// A warm slot that another version of smartvm has made is not swept away: a VM may be in it. One that is half made is, also of the same
-// network.
+// A warm slot that another version of smartvm has made is not swept away: a VM may be in it. One
+// that is half made is, also of the same network.
 func TestSweepPools_OtherVersions(t *testing.T) {
 	st, err := store.Open(filepath.Join(t.TempDir(), "runtime"))
 	if err != nil {
@@ -23,7 +23,8 @@ func TestSweepPools_OtherVersions(t *testing.T) {
 	dir := filepath.Join(st.Path(), store.SlotDir, "default")
 	newer, halfMade := filepath.Join(dir, "aaa"), filepath.Join(dir, "zzz")
 	record := filepath.Join(newer, "slot.json")
-	err = errors.Join(os.MkdirAll(newer, 0o700), os.Mkdir(halfMade, 0o700), os.WriteFile(record, []byte(`{"name": "a", "shaped": true}`), 0o600))
+	err = errors.Join(os.MkdirAll(newer, 0o700), os.Mkdir(halfMade, 0o700),
+		os.WriteFile(record, []byte(`{"name": "a", "shaped": true}`), 0o600))
 	if err != nil {
 		t.Fatal(err)
 	}

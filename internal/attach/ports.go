@@ -26,7 +26,8 @@ type Port struct {
 	Host     uint16     `json:"host"`
 	Guest    uint16     `json:"guest"`
 	Protocol string     `json:"protocol"` // "tcp" or "udp"
-	// Shadows says that something on the host listens there too, which came while no process supervised the VM: the guest gets what is sent there.
+	// Shadows says that something on the host listens there too, which came while no process
+	// supervised the VM: the guest gets what is sent there.
 	Shadows bool `json:"shadows,omitempty"`
 }
 
@@ -79,8 +80,8 @@ func SpecPort(p filter.Port) spec.Port {
 	return spec.Port{HostIP: p.Address, HostPort: p.Host, GuestPort: p.Guest, Protocol: p.Protocol}
 }
 
-// Expose adds ports to a spec that publishes all which its image exposes, "80/tcp", but for those that it publishes anyhow. Returns a *spec.FieldError
-// where they are too many.
+// Expose adds ports to a spec that publishes all which its image exposes, "80/tcp", but for those
+// that it publishes anyhow. Returns a *spec.FieldError where they are too many.
 func Expose(s *spec.Spec, exposed []string, log *slog.Logger) error {
 	if !s.PublishAll {
 		return nil
@@ -96,12 +97,17 @@ func Expose(s *spec.Spec, exposed []string, log *slog.Logger) error {
 			return fmt.Errorf("publish what image %s exposes: %w", s.Image, err)
 		}
 		p := spec.Port{GuestPort: uint16(n), Protocol: protocol}
-		if !slices.ContainsFunc(Ports(s), func(q filter.Port) bool { return q.Guest == p.GuestPort && q.Protocol == protocol }) {
+		if !slices.ContainsFunc(Ports(s), func(q filter.Port) bool {
+			return q.Guest == p.GuestPort && q.Protocol == protocol
+		}) {
 			s.Ports = append(s.Ports, p)
 		}
 	}
 	if len(s.Ports) > spec.MaxPorts {
-		return &spec.FieldError{Path: "ports", Value: len(s.Ports), Reason: fmt.Sprintf("must be at most %d, with those that the image exposes", spec.MaxPorts)}
+		return &spec.FieldError{
+			Path: "ports", Value: len(s.Ports),
+			Reason: fmt.Sprintf("must be at most %d, with those that the image exposes", spec.MaxPorts),
+		}
 	}
 	return nil
 }

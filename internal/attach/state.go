@@ -17,8 +17,8 @@ type State struct {
 	Ports         []Port          `json:"ports,omitempty"` // published, while the VM runs
 }
 
-// States looks at interfaces of a VM whose directory is dir. Those of one that does not run have sent nothing. Their networks have the settings that they are
-// up with or, after refresh, would be.
+// States looks at interfaces of a VM whose directory is dir. Those of one that does not run have
+// sent nothing. Their networks have the settings that they are up with or, after refresh, would be.
 func States(all []Interface, dir string, refresh func(*network.Config) error) (states []State, err error) {
 	for n, i := range all {
 		now, _, err := network.Current(filepath.Join(filepath.Dir(dir), store.NetworkDir), i.Network.Name)

@@ -14,16 +14,25 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// A guest is told of further names; the host is at the gateway of its network, whether the guest is in a namespace or not. One without an agent
-// cannot be told.
+// A guest is told of further names; the host is at the gateway of its network, whether the guest is
+// in a namespace or not. One without an agent cannot be told.
 func TestTell_ExtraHosts(t *testing.T) {
-	// From a network that nothing leaves no question goes to the host's servers, so nothing here depends on them.
+	// From a network that nothing leaves no question goes to the host's servers, so nothing here
+	// depends on them.
 	of := network.Config{
-		Name: "lan", Bridge: "sv-lan", Subnet: netip.MustParsePrefix("10.7.0.0/24"), Subnet6: netip.MustParsePrefix("fd07::/64"), Inside: true,
+		Name: "lan", Bridge: "sv-lan", Subnet: netip.MustParsePrefix("10.7.0.0/24"),
+		Subnet6: netip.MustParsePrefix("fd07::/64"), Inside: true,
 	}
-	s := &spec.Spec{Image: "debian", ExtraHosts: []spec.ExtraHost{{Name: "db", IP: netip.MustParseAddr("192.0.2.7")}, {Name: "host", HostGateway: true}}}
+	s := &spec.Spec{
+		Image:      "debian",
+		ExtraHosts: []spec.ExtraHost{{Name: "db", IP: netip.MustParseAddr("192.0.2.7")}, {Name: "host", HostGateway: true}},
+	}
 	gateway4, gateway6 := of.Gateway()
-	want := []guest.Host{{Name: "db", Address: netip.MustParseAddr("192.0.2.7")}, {Name: "host", Address: gateway4}, {Name: "host", Address: gateway6}}
+	want := []guest.Host{
+		{Name: "db", Address: netip.MustParseAddr("192.0.2.7")},
+		{Name: "host", Address: gateway4},
+		{Name: "host", Address: gateway6},
+	}
 	ip4, ip6 := of.Guest(0)
 	for name, file := range map[string]string{"Bridge": "", "Namespace": "/run/ns"} {
 		t.Run(name, func(t *testing.T) {

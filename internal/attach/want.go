@@ -13,7 +13,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// want has an interface get an address, which may be zero, and the IPv6 one of the same number. It says why it cannot.
+// want has an interface get an address, which may be zero, and the IPv6 one of the same number. It
+// says why it cannot.
 func (i *Interface) want(a netip.Addr) (reason string) {
 	if !a.IsValid() {
 		return ""
@@ -50,7 +51,8 @@ func (i *Interface) leaseWanted(ctx context.Context, vm VM, do Do) error {
 	taken, ok := errors.AsType[*store.TakenError](err)
 	switch {
 	case ok && taken.Owner == poolOwner:
-		err = hint.Add(fmt.Errorf("%s is that of a warm slot: %w", i.IP4, err), "smartvm network warm %s 0 removes those that no VM has", i.Network.Name)
+		err = hint.Add(fmt.Errorf("%s is that of a warm slot: %w", i.IP4, err),
+			"smartvm network warm %s 0 removes those that no VM has", i.Network.Name)
 	case ok:
 		err = hint.Add(err, "without --ip the VM gets an address that is free")
 	}
@@ -60,8 +62,9 @@ func (i *Interface) leaseWanted(ctx context.Context, vm VM, do Do) error {
 	return nil
 }
 
-// Anew has what is behind interfaces of s chosen anew that an earlier VM had on networks of ours. An address that somebody wanted was for that VM alone.
-// It returns the taps that they had, by the ids of the interfaces.
+// Anew has what is behind interfaces of s chosen anew that an earlier VM had on networks of ours.
+// An address that somebody wanted was for that VM alone. It returns the taps that they had, by the
+// ids of the interfaces.
 func Anew(s *spec.Spec, was []Interface) (taps map[string]string) {
 	s.NetworkInterfaces = slices.Clone(s.NetworkInterfaces)
 	taps = map[string]string{}

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// A guest's memory that it does not use is in a snapshot too, unless its balloon has it: then its host has taken it back, and there are
-// zeros.
+// A guest's memory that it does not use is in a snapshot too, unless its balloon has it: then its
+// host has taken it back, and there are zeros.
 
 const (
 	balloonReserve = 32              // MiB that a guest keeps
@@ -16,8 +16,8 @@ const (
 	balloonStall   = 5 // looks without more
 )
 
-// inflate has the guest's balloon take what the guest does not use, and returns how many MiB the balloon had before; nil if it was left
-// as it is.
+// inflate has the guest's balloon take what the guest does not use, and returns how many MiB the
+// balloon had before; nil if it was left as it is.
 func (v *VM) inflate(ctx context.Context) (was *uint32, err error) {
 	ctx, cancel := context.WithTimeout(ctx, balloonTime)
 	defer cancel()
@@ -44,7 +44,8 @@ func (v *VM) inflate(ctx context.Context) (was *uint32, err error) {
 	return &b.AmountMiB, nil
 }
 
-// settle waits until the guest has no more than enough, or gives no more. What the balloon has got when the time is over counts too.
+// settle waits until the guest has no more than enough, or gives no more. What the balloon has got
+// when the time is over counts too.
 func (v *VM) settle(ctx context.Context, left, enough int64) {
 	tick := time.NewTicker(balloonLook)
 	defer tick.Stop()

@@ -1,5 +1,5 @@
-// Package capture writes down a VM that runs: its guest is brought to rest, the VM paused, what it is written to files, and it goes
-// on, whatever happened meanwhile.
+// Package capture writes down a VM that runs: its guest is brought to rest, the VM paused, what it
+// is written to files, and it goes on, whatever happened meanwhile.
 package capture
 
 import (
@@ -38,7 +38,8 @@ type VM struct {
 	UID     int    // the VMM's user in its jail; 0: it is not jailed
 	Running bool   // else it is paused, and stays so
 	Hold    *store.Hold
-	// Agent is in its guest, or may be; nil: nobody can be. Booting says that it has not come so far, or is not well.
+	// Agent is in its guest, or may be; nil: nobody can be. Booting says that it has not come so far,
+	// or is not well.
 	Agent   *agent.Client
 	Booting bool
 	// Drives are the paths of what is copied, by device id.
@@ -55,8 +56,8 @@ type Options struct {
 	Base       string // a memory file that the VMM completes; "": it writes all of it
 	Hook       string // a program in the guest
 	DropCaches bool   // and have its balloon take what it does not use
-	// End is called when all is written, while the VM still stands still. If it returns nil, the VM ends, else it goes on, as
-	// it does where End is nil.
+	// End is called when all is written, while the VM still stands still. If it returns nil, the VM
+	// ends, else it goes on, as it does where End is nil.
 	End func(Result) error
 }
 
@@ -70,13 +71,15 @@ type Result struct {
 // Capture writes the VM's state, memory, drives and metadata into the directory dir.
 func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err error) {
 	if o.Base != "" {
-		if err := (&stage.File{Source: o.Base, Target: filepath.Join(dir, snapshot.MemoryFile), UID: -1}).Apply(ctx); err != nil {
+		if err := (&stage.File{Source: o.Base, Target: filepath.Join(dir, snapshot.MemoryFile), UID: -1}).Apply(
+			ctx); err != nil {
 			return r, err
 		}
 	}
 	undo, ended, begun := context.WithoutCancel(ctx), false, time.Time{}
 	if !v.Running && v.Agent != nil {
-		r.Warnings = append(r.Warnings, "the VM was paused: its programs are not at rest, and go on in one that is restored before it knows who it is")
+		r.Warnings = append(r.Warnings,
+			"the VM was paused: its programs are not at rest, and go on in one that is restored before it knows who it is")
 	}
 	if mib, ok := v.Hold.Deflates(); ok { // somebody has died in the middle of this
 		r.Warnings = append(r.Warnings, v.deflate(ctx, mib)...)
@@ -148,21 +151,25 @@ func (v *VM) Capture(ctx context.Context, dir string, o Options) (r Result, err 
 // listens says whether there is somebody in the guest who does as he is told.
 func (v *VM) listens() bool { return v.Running && v.Agent != nil && !v.Booting }
 
-// Swaps says whether this host has anything to swap to: what is there is not in memory, which is where the VMM looks for changes.
+// Swaps says whether this host has anything to swap to: what is there is not in memory, which is
+// where the VMM looks for changes.
 func Swaps() bool {
 	list, err := os.ReadFile("/proc/swaps")
 	return err == nil && strings.Count(string(list), "\n") > 1 // the first is the heading
 }
 
-// CorruptsDiffs says whether a VMM of version v writes diffs that are wrong, and says nothing of it, of a VM with that much memory:
-// 1.14.0 and 1.14.1 do where memory lies in several slots, as on x86 above 3 GiB, or with memory hotplug.
+// CorruptsDiffs says whether a VMM of version v writes diffs that are wrong, and says nothing of
+// it, of a VM with that much memory: 1.14.0 and 1.14.1 do where memory lies in several slots, as on
+// x86 above 3 GiB, or with memory hotplug.
 func CorruptsDiffs(v firecracker.Version, memSizeMiB int, hotplug bool) bool {
 	const firstSlot = 3 << 10 // MiB
-	broken := v.AtLeast(firecracker.Version{Major: 1, Minor: 14}) && !v.AtLeast(firecracker.Version{Major: 1, Minor: 14, Patch: 2})
+	broken := v.AtLeast(firecracker.Version{Major: 1, Minor: 14}) &&
+		!v.AtLeast(firecracker.Version{Major: 1, Minor: 14, Patch: 2})
 	return broken && (hotplug || runtime.GOARCH == "amd64" && memSizeMiB > firstSlot)
 }
 
-// stood says whether the VM still stands still: if not, its drives are not those of the moment of its memory.
+// stood says whether the VM still stands still: if not, its drives are not those of the moment of
+// its memory.
 func (v *VM) stood(ctx context.Context) error {
 	info, err := v.Client.GetInstanceInfo(ctx)
 	if err == nil && info.State != firecracker.StatePaused {
@@ -171,10 +178,12 @@ func (v *VM) stood(ctx context.Context) error {
 	return err
 }
 
-// patience bounds how long a guest may take to come to rest: it has to write out what it holds in memory.
+// patience bounds how long a guest may take to come to rest: it has to write out what it holds in
+// memory.
 const patience = 15 * time.Second
 
-// freeze brings the guest to rest, until what it returns is closed. One that cannot be asked is taken as it is.
+// freeze brings the guest to rest, until what it returns is closed. One that cannot be asked is
+// taken as it is.
 func (v *VM) freeze(ctx context.Context, o Options) (frozen io.Closer, warnings []string, err error) {
 	if v.Booting {
 		return nil, []string{"the guest has not finished booting, or does not answer: it may not survive being restored"}, nil
@@ -191,7 +200,8 @@ func (v *VM) freeze(ctx context.Context, o Options) (frozen io.Closer, warnings 
 	return frozen, warnings, nil
 }
 
-// thaw lets the guest go on, as soon as it listens again: making the snapshot has cut off who it spoke with.
+// thaw lets the guest go on, as soon as it listens again: making the snapshot has cut off who it
+// spoke with.
 func (v *VM) thaw(ctx context.Context, o Options) (warnings []string) {
 	if v.Booting {
 		return nil
@@ -201,7 +211,11 @@ func (v *VM) thaw(ctx context.Context, o Options) (warnings []string) {
 	v.Trace("thaw")
 	if err := Retry(ctx, func() error { return v.Agent.Thaw(ctx) }); err != nil {
 		v.Hold.Keep()
-		return []string{fmt.Sprintf("VM %s: its programs stand still until somebody tells the guest to go on, as who supervises it tries to: %v", v.Name, err)}
+		return []string{
+			fmt.Sprintf(
+				"VM %s: its programs stand still until somebody tells the guest to go on, as who supervises it tries to: %v",
+				v.Name, err),
+		}
 	}
 	if err := RunHook(ctx, v.Agent, o.Hook, HookThaw); err != nil {
 		return []string{fmt.Sprintf("VM %s: %v", v.Name, err)}
@@ -235,7 +249,8 @@ func RunHook(ctx context.Context, a *agent.Client, hook, what string) error {
 // retryPause is that between two questions to an agent.
 const retryPause = 10 * time.Millisecond
 
-// Retry asks a guest again that has just been paused or restored, since its first connections may be cut off.
+// Retry asks a guest again that has just been paused or restored, since its first connections may
+// be cut off.
 func Retry(ctx context.Context, ask func() error) error {
 	for {
 		err := ask()
@@ -254,7 +269,8 @@ func Retry(ctx context.Context, ask func() error) error {
 	}
 }
 
-// write has the VMM write its state and memory. It gets files that it may write to, in a directory where it may make none.
+// write has the VMM write its state and memory. It gets files that it may write to, in a directory
+// where it may make none.
 func (v *VM) write(ctx context.Context, dir string, diff bool) error {
 	for _, name := range []string{snapshot.StateFile, snapshot.MemoryFile} {
 		f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDWR|os.O_CREATE, 0o600)
@@ -279,7 +295,8 @@ func (v *VM) write(ctx context.Context, dir string, diff bool) error {
 		return errors.Join(err, unshare())
 	}
 	params := firecracker.SnapshotCreateParams{
-		SnapshotPath: filepath.Join(store.TakeDir, snapshot.StateFile), MemFilePath: filepath.Join(store.TakeDir, snapshot.MemoryFile),
+		SnapshotPath: filepath.Join(store.TakeDir, snapshot.StateFile),
+		MemFilePath:  filepath.Join(store.TakeDir, snapshot.MemoryFile),
 		SnapshotType: firecracker.SnapshotFull,
 	}
 	if diff {
@@ -288,18 +305,21 @@ func (v *VM) write(ctx context.Context, dir string, diff bool) error {
 	v.Trace("PUT /snapshot/create")
 	err = create(ctx, v.Client, params)
 	if err != nil && isFull(dir) {
-		err = hint.Add(fmt.Errorf("%w: %w", unix.ENOSPC, err), "free space there, or name another --data-dir: it takes as much as the VM has memory")
+		err = hint.Add(fmt.Errorf("%w: %w", unix.ENOSPC, err),
+			"free space there, or name another --data-dir: it takes as much as the VM has memory")
 	}
 	return errors.Join(err, unshare())
 }
 
-// create has the VMM write a snapshot. A VMM that can leaves out the sync: the files are synced when the snapshot is committed, for which the
-// VM need not stand still. Builds of what is to become 1.17 may not know the field.
+// create has the VMM write a snapshot. A VMM that can leaves out the sync: the files are synced
+// when the snapshot is committed, for which the VM need not stand still. Builds of what is to
+// become 1.17 may not know the field.
 func create(ctx context.Context, c *firecracker.Client, params firecracker.SnapshotCreateParams) error {
 	params.SyncSnapshotFiles = new(bool)
 	err := c.CreateSnapshot(ctx, params)
 	fault, ok := errors.AsType[*firecracker.APIError](err)
-	if errors.Is(err, firecracker.ErrNotSupported) || ok && strings.Contains(fault.Fault, "unknown field `sync_snapshot_files`") {
+	if errors.Is(err, firecracker.ErrNotSupported) || ok &&
+		strings.Contains(fault.Fault, "unknown field `sync_snapshot_files`") {
 		params.SyncSnapshotFiles = nil
 		err = c.CreateSnapshot(ctx, params)
 	}

@@ -27,7 +27,8 @@ import (
 	"push.rocks/smartvm/internal/vmm"
 )
 
-// fakeGuest is an agent that does nothing, and tells what it was asked for. It has as much memory to spare as its balloon leaves.
+// fakeGuest is an agent that does nothing, and tells what it was asked for. It has as much memory
+// to spare as its balloon leaves.
 type fakeGuest struct {
 	mu    sync.Mutex
 	log   []string       // what happened, in its order
@@ -154,7 +155,9 @@ func vm(t *testing.T, g *fakeGuest, faults map[string]fakefc.Fault) *capture.VM 
 	t.Cleanup(func() { _ = hold.Release() })
 	return &capture.VM{
 		Name: "web", Client: g.fc, Process: vmm.Attach(dir, ""), Root: dir, Running: true, Hold: hold, Balloon: true,
-		Agent: &agent.Client{Dial: dial("vsock")}, Forget: func() error { return nil }, Trace: func(step string) { g.did("- " + step) },
+		Agent: &agent.Client{Dial: dial("vsock")}, Forget: func() error {
+			return nil
+		}, Trace: func(step string) { g.did("- " + step) },
 	}
 }
 
@@ -163,7 +166,10 @@ var written = map[string]fakefc.Fault{"PUT /snapshot/create": {}}
 
 // Whatever goes wrong, and where, the guest goes on, has its memory back, and its hook hears of it.
 func TestCapture_GoesOn(t *testing.T) {
-	all := []string{"/hook freeze", "- freeze", "freeze true", "- inflate", "- pause", "- PUT /snapshot/create", "- resume", "- deflate", "- thaw", "thaw", "/hook thaw"}
+	all := []string{
+		"/hook freeze", "- freeze", "freeze true", "- inflate", "- pause", "- PUT /snapshot/create",
+		"- resume", "- deflate", "- thaw", "thaw", "/hook thaw",
+	}
 	but := func(left ...string) []string {
 		return slices.DeleteFunc(slices.Clone(all), func(s string) bool { return slices.Contains(left, s) })
 	}
@@ -174,12 +180,27 @@ func TestCapture_GoesOn(t *testing.T) {
 		err      string
 		warnings []string
 	}{
-		"well":         {faults: written, want: all},
-		"not written":  {faults: map[string]fakefc.Fault{"PUT /snapshot/create": {Status: 400, Message: "disk full"}}, want: all, err: "disk full"},
-		"no pause":     {faults: map[string]fakefc.Fault{"PATCH /vm": {Status: 400, Message: "not now"}}, want: but("- PUT /snapshot/create"), err: "not now"},
-		"no balloon":   {faults: map[string]fakefc.Fault{"PATCH /balloon": {Status: 400, Message: "not active"}, "PUT /snapshot/create": {}}, want: all, warnings: []string{"balloon: ", "VM web: its balloon may still"}},
-		"hook refuses": {exits: map[string]int{"freeze": 3}, want: []string{"/hook freeze", "- thaw", "thaw", "/hook thaw"}, err: "run /hook freeze in the guest: exit code 3"},
-		"hook fails":   {faults: written, exits: map[string]int{"thaw": 4}, want: all, warnings: []string{"VM web: run /hook thaw in the guest: exit code 4"}},
+		"well": {faults: written, want: all},
+		"not written": {
+			faults: map[string]fakefc.Fault{"PUT /snapshot/create": {Status: 400, Message: "disk full"}},
+			want:   all, err: "disk full",
+		},
+		"no pause": {
+			faults: map[string]fakefc.Fault{"PATCH /vm": {Status: 400, Message: "not now"}},
+			want:   but("- PUT /snapshot/create"), err: "not now",
+		},
+		"no balloon": {faults: map[string]fakefc.Fault{
+			"PATCH /balloon":       {Status: 400, Message: "not active"},
+			"PUT /snapshot/create": {},
+		}, want: all, warnings: []string{"balloon: ", "VM web: its balloon may still"}},
+		"hook refuses": {
+			exits: map[string]int{"freeze": 3}, want: []string{"/hook freeze", "- thaw", "thaw", "/hook thaw"},
+			err: "run /hook freeze in the guest: exit code 3",
+		},
+		"hook fails": {
+			faults: written, exits: map[string]int{"thaw": 4}, want: all,
+			warnings: []string{"VM web: run /hook thaw in the guest: exit code 4"},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := &fakeGuest{exits: tt.exits}
@@ -233,12 +254,14 @@ func TestCapture_Balloon(t *testing.T) {
 	// Nobody asked for it.
 	v.Forget = func() error { return nil }
 	g.log = nil
-	if r, err := v.Capture(t.Context(), t.TempDir(), capture.Options{}); err != nil || r.Balloon != nil || !slices.Contains(g.log, "freeze false") || slices.Contains(g.log, "- inflate") {
+	if r, err := v.Capture(t.Context(), t.TempDir(), capture.Options{}); err != nil || r.Balloon != nil ||
+		!slices.Contains(g.log, "freeze false") || slices.Contains(g.log, "- inflate") {
 		t.Errorf("%v, balloon %v, %q", err, r.Balloon, g.log)
 	}
 }
 
-// What a process noted that died in the middle of a snapshot is done by the next one, and that knows what the balloon had before.
+// What a process noted that died in the middle of a snapshot is done by the next one, and that
+// knows what the balloon had before.
 func TestCapture_AfterDeath(t *testing.T) {
 	g := &fakeGuest{}
 	v := vm(t, g, written)
@@ -257,7 +280,8 @@ func TestCapture_AfterDeath(t *testing.T) {
 	}
 }
 
-// A hook that cannot be asked is no reason to go on without, and a guest that cannot be told to drop its caches is mentioned.
+// A hook that cannot be asked is no reason to go on without, and a guest that cannot be told to
+// drop its caches is mentioned.
 func TestCapture_NobodyListens(t *testing.T) {
 	for name, change := range map[string]func(*capture.VM){
 		"no agent": func(v *capture.VM) { v.Agent = nil },
@@ -273,7 +297,8 @@ func TestCapture_NobodyListens(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if _, err := v.Capture(t.Context(), t.TempDir(), capture.Options{Hook: "/hook"}); err == nil || !strings.Contains(err.Error(), "/hook") {
+			if _, err := v.Capture(t.Context(), t.TempDir(), capture.Options{Hook: "/hook"}); err == nil ||
+				!strings.Contains(err.Error(), "/hook") {
 				t.Errorf("with a hook: %v", err)
 			}
 			if len(g.log) > 0 {
@@ -309,7 +334,8 @@ func TestRunHook_Hangs(t *testing.T) {
 	c := &agent.Client{Dial: func(ctx context.Context) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", l.Addr().String())
 	}}
-	if err := capture.RunHook(ctx, c, "/hook", capture.HookThaw); err == nil || !strings.Contains(err.Error(), "/hook thaw") {
+	if err := capture.RunHook(ctx, c, "/hook", capture.HookThaw); err == nil ||
+		!strings.Contains(err.Error(), "/hook thaw") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -340,13 +366,19 @@ func TestCorruptsDiffs(t *testing.T) {
 	}
 }
 
-// A VMM that can leaves the sync of its files for when the VM goes on again; one that cannot is asked for nothing that it does not know.
+// A VMM that can leaves the sync of its files for when the VM goes on again; one that cannot is
+// asked for nothing that it does not know.
 func TestCapture_LeavesSync(t *testing.T) {
 	const (
 		plain   = `{"snapshot_path":"snapshot.new/state","mem_file_path":"snapshot.new/memory","snapshot_type":"Full"}`
 		without = `{"snapshot_path":"snapshot.new/state","mem_file_path":"snapshot.new/memory","snapshot_type":"Full","sync_snapshot_files":false}`
 	)
-	unknown := map[string]fakefc.Fault{"PUT /snapshot/create": {Status: 400, Message: "unknown field `sync_snapshot_files`, expected one of `mem_file_path`"}}
+	unknown := map[string]fakefc.Fault{
+		"PUT /snapshot/create": {
+			Status:  400,
+			Message: "unknown field `sync_snapshot_files`, expected one of `mem_file_path`",
+		},
+	}
 	full := map[string]fakefc.Fault{"PUT /snapshot/create": {Status: 400, Message: "disk full"}}
 	for name, tt := range map[string]struct {
 		version string

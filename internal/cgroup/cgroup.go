@@ -1,5 +1,6 @@
-// Package cgroup uses control groups, version 2, as the identity of a set of processes: a process started in
-// a group of its own can be found and killed by the group's name, whatever becomes of its PID.
+// Package cgroup uses control groups, version 2, as the identity of a set of processes: a process
+// started in a group of its own can be found and killed by the group's name, whatever becomes of
+// its PID.
 package cgroup
 
 import (
@@ -18,15 +19,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Group is one control group. As an effect: Apply makes it, Revert kills what is in it and removes it. Its
-// parent is made when it is missing and removed when it is empty.
+// Group is one control group. As an effect: Apply makes it, Revert kills what is in it and removes
+// it. Its parent is made when it is missing and removed when it is empty.
 type Group struct {
 	Path string `json:"path"` // absolute directory
 }
 
-// Parent returns the directory in which this process may make groups: below the hierarchy's root for root,
-// below its own group for others, with name added. Returns "" where there is no such place: no version 2
-// hierarchy, or no right to write in it. A hybrid hierarchy's version 2 mount serves, without controllers too.
+// Parent returns the directory in which this process may make groups: below the hierarchy's root
+// for root, below its own group for others, with name added. Returns "" where there is no such
+// place: no version 2 hierarchy, or no right to write in it. A hybrid hierarchy's version 2 mount
+// serves, without controllers too.
 func Parent(name string) (string, error) {
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -117,13 +119,15 @@ func (g *Group) Revert(ctx context.Context) error {
 		// The last process is out of the group's count a moment before the group lets go of it.
 		pause(ctx, time.Millisecond)
 	}
-	if err := unix.Rmdir(filepath.Dir(g.Path)); err != nil && err != unix.EBUSY && err != unix.ENOTEMPTY && err != unix.ENOENT {
+	if err := unix.Rmdir(filepath.Dir(g.Path)); err != nil && err != unix.EBUSY && err != unix.ENOTEMPTY &&
+		err != unix.ENOENT {
 		return fmt.Errorf("remove cgroup: %w", err)
 	}
 	return nil
 }
 
-// Kill sends SIGKILL to every process in the group and waits until it is empty. That there is no group is success.
+// Kill sends SIGKILL to every process in the group and waits until it is empty. That there is no
+// group is success.
 func (g *Group) Kill(ctx context.Context) error {
 	if alive, err := g.Populated(); err != nil || !alive {
 		return err
@@ -134,7 +138,8 @@ func (g *Group) Kill(ctx context.Context) error {
 	return g.Wait(ctx)
 }
 
-// Signal sends SIGKILL to every process in the group, also to those that are being forked, and does not wait for their end.
+// Signal sends SIGKILL to every process in the group, also to those that are being forked, and does
+// not wait for their end.
 func (g *Group) Signal() error {
 	err := os.WriteFile(filepath.Join(g.Path, "cgroup.kill"), []byte("1"), 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -148,8 +153,8 @@ func (g *Group) Signal() error {
 	return nil
 }
 
-// signalEach signals by PID, but a PID that is in the group now. The group's list is read again until all in it have had
-// the signal: a process may have been forked meanwhile.
+// signalEach signals by PID, but a PID that is in the group now. The group's list is read again
+// until all in it have had the signal: a process may have been forked meanwhile.
 func (g *Group) signalEach() error {
 	for done := map[int]bool{}; ; {
 		pids, err := g.PIDs()
@@ -171,7 +176,8 @@ func (g *Group) signalEach() error {
 	}
 }
 
-// unlessGone returns the error of an access to one of the group's files, nil where that says that there is no group.
+// unlessGone returns the error of an access to one of the group's files, nil where that says that
+// there is no group.
 func (g *Group) unlessGone(err error) error {
 	switch {
 	case errors.Is(err, unix.ENODEV): // it was removed with the file open
@@ -182,8 +188,9 @@ func (g *Group) unlessGone(err error) error {
 	return err
 }
 
-// seen returns an error unless the nearest directory above the group that exists is in a version 2 hierarchy. Where that is
-// not mounted, as in a container, a missing group says nothing about its processes.
+// seen returns an error unless the nearest directory above the group that exists is in a version 2
+// hierarchy. Where that is not mounted, as in a container, a missing group says nothing about its
+// processes.
 func (g *Group) seen() error {
 	for dir := filepath.Dir(g.Path); ; dir = filepath.Dir(dir) {
 		var st unix.Statfs_t
@@ -219,8 +226,8 @@ func (g *Group) PIDs() ([]int, error) {
 	return pids, nil
 }
 
-// Populated says whether a process of the group, or of a group below it, is alive. Where there is no group, none is. Returns
-// an error where groups cannot be seen at all.
+// Populated says whether a process of the group, or of a group below it, is alive. Where there is
+// no group, none is. Returns an error where groups cannot be seen at all.
 func (g *Group) Populated() (bool, error) {
 	data, err := os.ReadFile(filepath.Join(g.Path, "cgroup.events"))
 	return g.populated(data, err)
@@ -236,7 +243,8 @@ func (g *Group) populated(events []byte, err error) (bool, error) {
 	return bytes.Contains(events, []byte("populated 1")), nil
 }
 
-// waitSlice bounds how late Wait sees its context's end. The kernel wakes it for the group's end at once.
+// waitSlice bounds how late Wait sees its context's end. The kernel wakes it for the group's end at
+// once.
 const waitSlice = 50 * time.Millisecond
 
 // Wait returns when no process of the group is alive, or with the context's cause.

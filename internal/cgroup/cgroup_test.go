@@ -90,7 +90,8 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	_ = cmd.Wait()
 }
 
-// Where groups cannot be seen, that there is none says nothing; where they can, it says that no process is alive.
+// Where groups cannot be seen, that there is none says nothing; where they can, it says that no
+// process is alive.
 func TestNoGroup(t *testing.T) {
 	real := group(t)
 	hidden := &cgroup.Group{Path: filepath.Join(t.TempDir(), "none", "vm")}

@@ -1,7 +1,7 @@
 // Package cli is the smartvm command line. Each command is a file and a struct of its settings.
 //
-// What a command gives goes to standard output: the guest's console as it is, else a table, or with -o json a
-// document whose fields are stable. All else goes to standard error.
+// What a command gives goes to standard output: the guest's console as it is, else a table, or with
+// -o json a document whose fields are stable. All else goes to standard error.
 package cli
 
 import (
@@ -158,7 +158,9 @@ func (a *app) root() *cobra.Command {
 func (a *app) imageShell() *images.Shell {
 	return &images.Shell{
 		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr,
-		JSON: func() bool { return a.json }, Terminal: func() bool { return terminal(a.Stderr) }, Screen: func() bool { return terminal(a.Stdout) },
+		JSON: func() bool {
+			return a.json
+		}, Terminal: func() bool { return terminal(a.Stderr) }, Screen: func() bool { return terminal(a.Stdout) },
 		Status: a.status, Host: a.peek, Takes: takes, Registry: a.global.registry.Pull,
 		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
 		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },
@@ -168,8 +170,13 @@ func (a *app) imageShell() *images.Shell {
 // guestShell is the same for those about what goes on in a VM.
 func (a *app) guestShell() *guest.Shell {
 	return &guest.Shell{
-		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr, Kill: a.Kill, Resized: a.Resized, Term: os.Getenv("TERM"), LookupEnv: os.LookupEnv,
-		JSON: func() bool { return a.json }, Terminal: func() bool { return terminal(a.Stdout) }, Status: a.status, Open: a.open, One: a.one, VMs: a.completeVMs, Takes: takes,
+		Stdin: a.Stdin, Stdout: a.Stdout, Stderr: a.Stderr, Kill: a.Kill, Resized: a.Resized, Term: os.Getenv("TERM"),
+		LookupEnv: os.LookupEnv,
+		JSON: func() bool {
+			return a.json
+		}, Terminal: func() bool {
+			return terminal(a.Stdout)
+		}, Status: a.status, Open: a.open, One: a.one, VMs: a.completeVMs, Takes: takes,
 		Usage:     func(err error, hint string) error { return &usageError{err: err, hint: hint} },
 		WriteJSON: func(v any) error { return writeJSON(a.Stdout, v) },
 		Exit: func(code int) error {

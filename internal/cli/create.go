@@ -67,7 +67,9 @@ func (c *createCommand) run(cmd *cobra.Command, args []string) error {
 }
 
 // build makes a VM's configuration. That it makes no sense is a usage error.
-func (a *app) build(ctx context.Context, flags *vmflags.Flags, args []string, pull *images.PullPolicy) (smartvm.Spec, error) {
+func (a *app) build(ctx context.Context, flags *vmflags.Flags, args []string,
+	pull *images.PullPolicy,
+) (smartvm.Spec, error) {
 	flags.LookupEnv = os.LookupEnv
 	vm, err := flags.Build(a.Stdin, args)
 	errs := flatten(err)

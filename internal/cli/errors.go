@@ -94,7 +94,8 @@ func flatten(err error) []error {
 // flagOf tells which flag sets a field, for those who never saw the file format.
 var flagOf = map[string]string{
 	"bootSource.kernelImagePath": "--kernel", "bootSource.initrdPath": "--initrd", "bootSource.bootArgs": "--append",
-	"machineConfig.vcpuCount": "--cpus", "machineConfig.memSizeMib": "--memory", "id": "--id", "name": "--name", "labels": "--label",
+	"machineConfig.vcpuCount": "--cpus", "machineConfig.memSizeMib": "--memory", "id": "--id", "name": "--name",
+	"labels": "--label",
 }
 
 func message(err error) string {
@@ -111,7 +112,8 @@ func message(err error) string {
 
 // asDocker are commands that docker has without a group.
 var asDocker = map[string]string{
-	"pull": "image pull", "images": "image ls", "rmi": "image rm", "tag": "image tag", "import": "image import", "history": "image history", "kill": "stop",
+	"pull": "image pull", "images": "image ls", "rmi": "image rm", "tag": "image tag", "import": "image import",
+	"history": "image history", "kill": "stop",
 }
 
 func unknownCommand(cmd *cobra.Command, name string) error {
@@ -162,7 +164,8 @@ func takes(least, most int, what string) cobra.PositionalArgs {
 	}
 }
 
-// wantsJSON looks for -o json in a command line that may not parse, so that the error of that is JSON too.
+// wantsJSON looks for -o json in a command line that may not parse, so that the error of that is
+// JSON too.
 func wantsJSON(args []string) bool {
 	for i, arg := range args {
 		switch arg {

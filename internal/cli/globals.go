@@ -41,11 +41,13 @@ type globals struct {
 func (g *globals) flags(root *cobra.Command) {
 	f := root.PersistentFlags()
 	f.SortFlags = false
-	f.StringVar(&g.runtimeDir, "runtime-dir", "", "where VMs are kept, a `dir` on tmpfs if possible [$SMARTVM_RUNTIME_DIR]")
+	f.StringVar(&g.runtimeDir, "runtime-dir", "",
+		"where VMs are kept, a `dir` on tmpfs if possible [$SMARTVM_RUNTIME_DIR]")
 	f.StringVar(&g.dataDir, "data-dir", "", "where what outlives them is kept, a `dir` [$SMARTVM_DATA_DIR]")
 	f.StringVar(&g.firecracker, "firecracker", "", "`path` of the VMM, if not in PATH [$SMARTVM_FIRECRACKER]")
 	f.StringVar(&g.version, "firecracker-version", "", "`version` of the VMM, of those installed")
-	f.StringVar(&g.releases, "firecracker-releases", "", "where releases of the VMM are, a `URL` [$SMARTVM_FIRECRACKER_RELEASES]")
+	f.StringVar(&g.releases, "firecracker-releases", "",
+		"where releases of the VMM are, a `URL` [$SMARTVM_FIRECRACKER_RELEASES]")
 	f.StringVar(&g.jailer, "jailer", "", "`path` of the jailer, if not beside the VMM [$SMARTVM_JAILER]")
 	f.StringVar(&g.launcher, "launcher", "", "`how` to start the VMM: jailer (what root gets) or direct")
 	f.BoolVar(&g.ephemeral, "ephemeral-writable-drives", true, "give each VM a copy of its writable drives")
@@ -53,9 +55,12 @@ func (g *globals) flags(root *cobra.Command) {
 	g.registry.Global(f, os.LookupEnv)
 	g.limits.Flags(f)
 	f.StringVar(&g.manifest, "base-manifest", "", "manifest of base:hosted, a `path` or URL [$SMARTVM_BASE_MANIFEST]")
-	f.StringVar(&g.bridge, "bridge", "", "`name` of the default network's bridge, "+network.DefaultBridge+" without it [$SMARTVM_BRIDGE]")
-	f.StringVar(&g.subnet, "subnet", "", "the default network's IPv4 `subnet`, "+network.DefaultSubnet+" without it [$SMARTVM_SUBNET]")
-	f.StringVar(&g.firewall, "firewall", "", "JSON `file` with what VMs may reach at most, on networks without a policy [$SMARTVM_FIREWALL]")
+	f.StringVar(&g.bridge, "bridge", "", "`name` of the default network's bridge, "+network.DefaultBridge+
+		" without it [$SMARTVM_BRIDGE]")
+	f.StringVar(&g.subnet, "subnet", "", "the default network's IPv4 `subnet`, "+network.DefaultSubnet+
+		" without it [$SMARTVM_SUBNET]")
+	f.StringVar(&g.firewall, "firewall", "",
+		"JSON `file` with what VMs may reach at most, on networks without a policy [$SMARTVM_FIREWALL]")
 	f.StringVarP(&g.output, "output", "o", "table", "`form` of the output: table or json")
 	f.StringVar(&g.logLevel, "log-level", "warn", "what to log on stderr: `level` debug, info, warn or error")
 	f.BoolVar(&g.verbose, "verbose", false, "the same as --log-level debug")
@@ -69,7 +74,8 @@ func (g *globals) flags(root *cobra.Command) {
 // finish checks what the flags were given, and asks the environment about those that were not.
 func (g *globals) finish(ctx context.Context, a *app) error {
 	for name, to := range map[string]*string{
-		"SMARTVM_RUNTIME_DIR": &g.runtimeDir, "SMARTVM_DATA_DIR": &g.dataDir, "SMARTVM_FIRECRACKER": &g.firecracker, "SMARTVM_JAILER": &g.jailer,
+		"SMARTVM_RUNTIME_DIR": &g.runtimeDir, "SMARTVM_DATA_DIR": &g.dataDir, "SMARTVM_FIRECRACKER": &g.firecracker,
+		"SMARTVM_JAILER": &g.jailer,
 		"SMARTVM_BRIDGE": &g.bridge, "SMARTVM_SUBNET": &g.subnet, "SMARTVM_FIREWALL": &g.firewall,
 		"SMARTVM_BASE_MANIFEST": &g.manifest, "SMARTVM_FIRECRACKER_RELEASES": &g.releases,
 	} {
@@ -148,8 +154,10 @@ func (g *globals) self(args ...string) []string {
 	program, _ := os.Executable() // what cannot be found cannot be started
 	all := []string{program}
 	for name, value := range map[string]string{
-		"runtime-dir": g.runtimeDir, "data-dir": g.dataDir, "firecracker": g.firecracker, "firecracker-version": g.version, "jailer": g.jailer,
-		"firecracker-releases": g.releases, "launcher": g.launcher, "bridge": g.bridge, "subnet": g.subnet, "firewall": g.firewall,
+		"runtime-dir": g.runtimeDir, "data-dir": g.dataDir, "firecracker": g.firecracker, "firecracker-version": g.version,
+		"jailer":               g.jailer,
+		"firecracker-releases": g.releases, "launcher": g.launcher, "bridge": g.bridge, "subnet": g.subnet,
+		"firewall": g.firewall,
 	} {
 		if value != "" {
 			all = append(all, "--"+name, value)
@@ -166,11 +174,16 @@ func (a *app) peek() (*smartvm.Host, error) {
 		dataDir = filepath.Join(home, "smartvm")
 	}
 	o := smartvm.Options{
-		RuntimeDir: g.runtimeDir, DataDir: dataDir, FirecrackerBinary: g.firecracker, FirecrackerVersion: g.version, JailerBinary: g.jailer,
-		BridgeName: g.bridge, Subnet: g.subnet, Firewall: g.policy, Launcher: smartvm.Launcher(g.launcher), EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
+		RuntimeDir: g.runtimeDir, DataDir: dataDir, FirecrackerBinary: g.firecracker, FirecrackerVersion: g.version,
+		JailerBinary: g.jailer,
+		BridgeName:   g.bridge, Subnet: g.subnet, Firewall: g.policy, Launcher: smartvm.Launcher(g.launcher),
+		EphemeralWritableDrives: &g.ephemeral, Log: g.log, Progress: a.copying.Set,
 		LookupEnv: os.LookupEnv,
 	}
-	o.Images = image.Options{Offline: g.offline, Limits: g.limits.Limits(), Progress: a.images.Progress, Waiting: a.images.Waiting}
+	o.Images = image.Options{
+		Offline: g.offline, Limits: g.limits.Limits(), Progress: a.images.Progress,
+		Waiting: a.images.Waiting,
+	}
 	o.Images.OCI = g.registry.Options(g.log)
 	o.Images.OCI.Stdin = a.Stdin
 	o.Install, o.Installed, o.Binaries.URL = true, a.images.Installed, g.releases

@@ -17,9 +17,12 @@ import (
 // atOnce is how many VMs one command works on at a time.
 const atOnce = 8
 
-// each finds the VMs that refs name and does something to all of them, some at a time. It prints the references
-// of those with which it went well, or with -o json what do returned, and returns what went wrong with the others.
-func (a *app) each(ctx context.Context, refs []string, what string, do func(context.Context, *smartvm.Host, *smartvm.Machine) (any, error)) error {
+// each finds the VMs that refs name and does something to all of them, some at a time. It prints
+// the references of those with which it went well, or with -o json what do returned, and returns
+// what went wrong with the others.
+func (a *app) each(ctx context.Context, refs []string, what string,
+	do func(context.Context, *smartvm.Host, *smartvm.Machine) (any, error),
+) error {
 	h, err := a.open(ctx)
 	if err != nil {
 		return err
@@ -89,7 +92,8 @@ func (a *app) one(ctx context.Context, ref string) (*smartvm.Host, *smartvm.Mach
 	return h, m, nil
 }
 
-// completeVMs offers the VMs there are: ids, and names where they have one. It finds none where anything is wrong.
+// completeVMs offers the VMs there are: ids, and names where they have one. It finds none where
+// anything is wrong.
 func (a *app) completeVMs(most int) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
 		if most >= 0 && len(args) >= most || a.global.finish(cmd.Context(), a) != nil {

@@ -16,9 +16,10 @@ func newPause(a *app) *cobra.Command {
 		Args:              takes(1, -1, "the VMs to pause"),
 		ValidArgsFunction: a.completeVMs(-1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.each(cmd.Context(), args, "pausing", func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
-				return entryOf(m), m.Pause(ctx)
-			})
+			return a.each(cmd.Context(), args, "pausing",
+				func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
+					return entryOf(m), m.Pause(ctx)
+				})
 		},
 	}
 }

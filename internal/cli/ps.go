@@ -60,7 +60,8 @@ func (c *psCommand) run(cmd *cobra.Command, _ []string) error {
 	return errors.Join(psview.Table(c.Stdout, c.Stderr, list), unread)
 }
 
-// look asks every VM how it is, newest first. VMs that are removed meanwhile are left out; an error is about those that could not be read.
+// look asks every VM how it is, newest first. VMs that are removed meanwhile are left out; an error
+// is about those that could not be read.
 func look(ctx context.Context, h *smartvm.Host) ([]*psview.VM, error) {
 	all, err := h.Machines(ctx)
 	list, errs := make([]*psview.VM, len(all)), make([]error, len(all))
@@ -77,7 +78,8 @@ func look(ctx context.Context, h *smartvm.Host) ([]*psview.VM, error) {
 			}
 			l := &psview.VM{
 				ID: m.ID(), Name: m.Name(), State: in.State, VCPUs: in.Spec.MachineConfig.VCPUCount,
-				MemoryMiB: in.Spec.MachineConfig.MemSizeMiB, Labels: in.Spec.Labels, Created: in.Created, Started: in.Started, Exit: in.Exit, Guest: in.Guest, Unsynced: in.Unsynced,
+				MemoryMiB: in.Spec.MachineConfig.MemSizeMiB, Labels: in.Spec.Labels, Created: in.Created, Started: in.Started,
+				Exit: in.Exit, Guest: in.Guest, Unsynced: in.Unsynced,
 			}
 			for _, i := range in.Interfaces {
 				if i.IP4.IsValid() {

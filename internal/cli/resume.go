@@ -16,9 +16,10 @@ func newResume(a *app) *cobra.Command {
 		Args:              takes(1, -1, "the VMs to resume"),
 		ValidArgsFunction: a.completeVMs(-1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.each(cmd.Context(), args, "resuming", func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
-				return entryOf(m), m.Resume(ctx)
-			})
+			return a.each(cmd.Context(), args, "resuming",
+				func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
+					return entryOf(m), m.Resume(ctx)
+				})
 		},
 	}
 }

@@ -31,21 +31,22 @@ func newRemove(a *app) *cobra.Command {
 }
 
 func (c *removeCommand) run(cmd *cobra.Command, args []string) error {
-	return c.each(cmd.Context(), args, "removing", func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
-		if c.force {
-			if _, err := m.Stop(ctx, smartvm.StopOptions{}); err != nil && !errors.Is(err, smartvm.ErrNotFound) && !c.discard {
-				return nil, err
+	return c.each(cmd.Context(), args, "removing",
+		func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
+			if c.force {
+				if _, err := m.Stop(ctx, smartvm.StopOptions{}); err != nil && !errors.Is(err, smartvm.ErrNotFound) && !c.discard {
+					return nil, err
+				}
 			}
-		}
-		if c.discard {
-			if err := m.Discard(); err != nil {
-				return nil, err
+			if c.discard {
+				if err := m.Discard(); err != nil {
+					return nil, err
+				}
 			}
-		}
-		err := supervise.Remove(ctx, m)
-		if errors.Is(err, smartvm.ErrState) && !c.force {
-			err = &advised{err, "stop it first, or kill and remove it with smartvm rm -f " + label(m)}
-		}
-		return entryOf(m), err
-	})
+			err := supervise.Remove(ctx, m)
+			if errors.Is(err, smartvm.ErrState) && !c.force {
+				err = &advised{err, "stop it first, or kill and remove it with smartvm rm -f " + label(m)}
+			}
+			return entryOf(m), err
+		})
 }

@@ -110,7 +110,8 @@ func (c *runCommand) pooled(cmd *cobra.Command, args []string) error {
 	})
 	switch {
 	case len(refused) > 0:
-		return usage("--pool %s: its VMs are made already, so %s has no effect: give it to pool create, or to exec", c.pool, strings.Join(refused, ", "))
+		return usage("--pool %s: its VMs are made already, so %s has no effect: give it to pool create, or to exec", c.pool,
+			strings.Join(refused, ", "))
 	case c.detach && len(args) > 0:
 		return usage("-d --pool %s takes no COMMAND: exec runs one in the VM", c.pool)
 	}
@@ -243,7 +244,8 @@ func drawID() string {
 // statusOf is the exit code that a VM's end gives.
 func statusOf(exit *smartvm.Exit) error {
 	switch {
-	case exit == nil, exit.Outcome == smartvm.OutcomeLost, exit.Outcome == smartvm.OutcomeFailed, exit.Outcome == smartvm.OutcomeCrashed:
+	case exit == nil, exit.Outcome == smartvm.OutcomeLost, exit.Outcome == smartvm.OutcomeFailed,
+		exit.Outcome == smartvm.OutcomeCrashed:
 		return exitStatus(exitFailed)
 	case exit.Outcome == smartvm.OutcomeKilled:
 		return exitStatus(exitSignal + int(unix.SignalNum(exit.Signal)))

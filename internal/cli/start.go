@@ -25,13 +25,14 @@ func newStart(a *app) *cobra.Command {
 		Args:              takes(1, -1, "the VMs to start"),
 		ValidArgsFunction: a.completeVMs(-1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.each(cmd.Context(), args, "starting", func(ctx context.Context, h *smartvm.Host, m *smartvm.Machine) (any, error) {
-				if err := a.supervise(ctx, h, m, false); err != nil {
-					return nil, err
-				}
-				g, err := a.guest.Ready(ctx, m, wait)
-				return started{entryOf(m), g}, err
-			})
+			return a.each(cmd.Context(), args, "starting",
+				func(ctx context.Context, h *smartvm.Host, m *smartvm.Machine) (any, error) {
+					if err := a.supervise(ctx, h, m, false); err != nil {
+						return nil, err
+					}
+					g, err := a.guest.Ready(ctx, m, wait)
+					return started{entryOf(m), g}, err
+				})
 		},
 	}
 	wait.Flag(cmd, "")

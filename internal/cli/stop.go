@@ -43,21 +43,22 @@ func newStop(a *app) *cobra.Command {
 }
 
 func (c *stopCommand) run(cmd *cobra.Command, args []string) error {
-	return c.each(cmd.Context(), args, "stopping", func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
-		// Who stops waiting does not mean the guest to be killed.
-		result := make(chan stopped, 1)
-		var err error
-		go func() {
-			down := context.WithoutCancel(ctx)
-			how, stopErr := m.Stop(down, smartvm.StopOptions{Timeout: time.Duration(c.timeout)})
-			err = errors.Join(stopErr, supervise.RemoveEnded(down, m))
-			result <- stopped{entryOf(m), how}
-		}()
-		select {
-		case r := <-result:
-			return r, err
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	})
+	return c.each(cmd.Context(), args, "stopping",
+		func(ctx context.Context, _ *smartvm.Host, m *smartvm.Machine) (any, error) {
+			// Who stops waiting does not mean the guest to be killed.
+			result := make(chan stopped, 1)
+			var err error
+			go func() {
+				down := context.WithoutCancel(ctx)
+				how, stopErr := m.Stop(down, smartvm.StopOptions{Timeout: time.Duration(c.timeout)})
+				err = errors.Join(stopErr, supervise.RemoveEnded(down, m))
+				result <- stopped{entryOf(m), how}
+			}()
+			select {
+			case r := <-result:
+				return r, err
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+		})
 }

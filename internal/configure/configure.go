@@ -27,8 +27,8 @@ func put[T any](path string, body T, method func(*firecracker.Client, context.Co
 	return Call{path, body, func(ctx context.Context, c *firecracker.Client) error { return method(c, ctx, body) }}
 }
 
-// Calls translates a Spec into requests to a VMM of version v, in an order in which the VMM takes them. Paths are those in
-// the VMM's working directory.
+// Calls translates a Spec into requests to a VMM of version v, in an order in which the VMM takes
+// them. Paths are those in the VMM's working directory.
 func Calls(s *spec.Spec, v firecracker.Version) []Call {
 	m := s.MachineConfig
 	boot := firecracker.BootSource{KernelImagePath: store.KernelFile, BootArgs: s.BootSource.BootArgs}
@@ -82,10 +82,12 @@ func storageCalls(s *spec.Spec, v firecracker.Version) []Call {
 	return list
 }
 
-// tryDiscard does without discard where the VMM does not know it: a build of what is to become 1.17, which says that it is that already.
+// tryDiscard does without discard where the VMM does not know it: a build of what is to become
+// 1.17, which says that it is that already.
 func tryDiscard(c *firecracker.Client, ctx context.Context, d firecracker.Drive) error {
 	err := c.PutDrive(ctx, d)
-	if fault, ok := errors.AsType[*firecracker.APIError](err); ok && d.Discard && strings.Contains(fault.Fault, "unknown field `discard`") {
+	if fault, ok := errors.AsType[*firecracker.APIError](err); ok && d.Discard &&
+		strings.Contains(fault.Fault, "unknown field `discard`") {
 		d.Discard = false
 		err = c.PutDrive(ctx, d)
 	}
@@ -145,7 +147,8 @@ func otherCalls(s *spec.Spec) []Call {
 }
 
 func metrics(m *spec.Metrics) Call {
-	return put("/metrics", firecracker.Metrics{MetricsPath: store.MetricsFIFO, EmitID: m.EmitID, Properties: m.Properties}, (*firecracker.Client).PutMetrics)
+	return put("/metrics", firecracker.Metrics{MetricsPath: store.MetricsFIFO, EmitID: m.EmitID, Properties: m.Properties},
+		(*firecracker.Client).PutMetrics)
 }
 
 // RateLimiter is r as the VMM has it, nil for nil.

@@ -21,7 +21,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// A build of what is to become 1.17 may not know discard yet: then a drive has none, unless its spec wants it.
+// A build of what is to become 1.17 may not know discard yet: then a drive has none, unless its
+// spec wants it.
 func TestCalls_DiscardUnknown(t *testing.T) {
 	path := testenv.Socket(t, filepath.Join(t.TempDir(), "s"))
 	l, err := net.Listen("unix", path)
@@ -42,12 +43,15 @@ func TestCalls_DiscardUnknown(t *testing.T) {
 			return
 		}
 		w.WriteHeader(http.StatusBadRequest) // as serde has it
-		_, _ = io.WriteString(w, "{\"fault_message\":\"An error occurred when deserializing the json body of a request: unknown field `discard`, expected one of `drive_id`, `partuuid` at line 1 column 99.\"}")
+		_, _ = io.WriteString(w,
+			"{\"fault_message\":\"An error occurred when deserializing the json body of a request: unknown field `discard`, expected one of `drive_id`, `partuuid` at line 1 column 99.\"}")
 	})}
 	go func() { _ = server.Serve(l) }()
 	defer server.Close()
 	v := firecracker.Version{Major: 1, Minor: 17}
-	c := firecracker.New(func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }, v)
+	c := firecracker.New(func(ctx context.Context) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}, v)
 	defer c.Close()
 	for name, tt := range map[string]struct {
 		drive spec.Drive
@@ -84,22 +88,33 @@ func whole() *spec.Spec {
 	}
 	limit := func(n uint64) *spec.RateLimiter { return &spec.RateLimiter{Bandwidth: bucket(n), Ops: bucket(n + 10)} }
 	return &spec.Spec{
-		BootSource:    spec.BootSource{KernelImagePath: "/images/vmlinux", InitrdPath: "/images/initrd", BootArgs: "quiet"},
-		MachineConfig: spec.MachineConfig{VCPUCount: 2, MemSizeMiB: 256, SMT: true, TrackDirtyPages: true, HugePages: "2M", CPUTemplate: "T2"},
-		CPUConfig:     json.RawMessage(`{"kvm_capabilities":["!171"]}`),
+		BootSource: spec.BootSource{KernelImagePath: "/images/vmlinux", InitrdPath: "/images/initrd", BootArgs: "quiet"},
+		MachineConfig: spec.MachineConfig{
+			VCPUCount: 2, MemSizeMiB: 256, SMT: true, TrackDirtyPages: true, HugePages: "2M",
+			CPUTemplate: "T2",
+		},
+		CPUConfig: json.RawMessage(`{"kvm_capabilities":["!171"]}`),
 		Drives: []spec.Drive{
-			{DriveID: "root", PathOnHost: "/images/root", IsRootDevice: true, IsReadOnly: true, PartUUID: "0eaa91a0-01", CacheType: "Writeback", IOEngine: "Async"},
+			{
+				DriveID: "root", PathOnHost: "/images/root", IsRootDevice: true, IsReadOnly: true, PartUUID: "0eaa91a0-01",
+				CacheType: "Writeback", IOEngine: "Async",
+			},
 			{DriveID: "data", PathOnHost: "/disks/data", RateLimiter: limit(1)},
 		},
-		Pmem:              []spec.Pmem{{ID: "pmem0", PathOnHost: "/disks/pmem", IsReadOnly: true}},
-		NetworkInterfaces: []spec.NetworkInterface{{IfaceID: "eth0", HostDevName: "tap0", GuestMAC: "06:00:00:00:00:01", MTU: 1400, RxRateLimiter: limit(20), TxRateLimiter: limit(40)}},
-		MMDS:              &spec.MMDS{NetworkInterfaces: []string{"eth0"}, IPv4Address: "169.254.169.254"},
-		Vsock:             &spec.Vsock{GuestCID: 3, UDSPath: "/somewhere/vsock"},
-		Balloon:           &spec.Balloon{AmountMiB: 8, DeflateOnOOM: true, StatsPollingIntervalS: 1},
-		Entropy:           &spec.Entropy{RateLimiter: limit(60)},
-		Serial:            &spec.Serial{RateLimiter: bucket(80)},
-		MemoryHotplug:     &spec.MemoryHotplug{TotalSizeMiB: 1024, SlotSizeMiB: 128, BlockSizeMiB: 2},
-		Metrics:           &spec.Metrics{MetricsPath: "/somewhere/metrics"},
+		Pmem: []spec.Pmem{{ID: "pmem0", PathOnHost: "/disks/pmem", IsReadOnly: true}},
+		NetworkInterfaces: []spec.NetworkInterface{
+			{
+				IfaceID: "eth0", HostDevName: "tap0", GuestMAC: "06:00:00:00:00:01", MTU: 1400, RxRateLimiter: limit(20),
+				TxRateLimiter: limit(40),
+			},
+		},
+		MMDS:          &spec.MMDS{NetworkInterfaces: []string{"eth0"}, IPv4Address: "169.254.169.254"},
+		Vsock:         &spec.Vsock{GuestCID: 3, UDSPath: "/somewhere/vsock"},
+		Balloon:       &spec.Balloon{AmountMiB: 8, DeflateOnOOM: true, StatsPollingIntervalS: 1},
+		Entropy:       &spec.Entropy{RateLimiter: limit(60)},
+		Serial:        &spec.Serial{RateLimiter: bucket(80)},
+		MemoryHotplug: &spec.MemoryHotplug{TotalSizeMiB: 1024, SlotSizeMiB: 128, BlockSizeMiB: 2},
+		Metrics:       &spec.Metrics{MetricsPath: "/somewhere/metrics"},
 	}
 }
 
@@ -130,7 +145,8 @@ func golden(t *testing.T, name, got string) {
 
 func TestCalls(t *testing.T) {
 	golden(t, "whole.txt", lines(t, configure.Calls(whole(), newest)))
-	golden(t, "least.txt", lines(t, configure.Calls(&spec.Spec{MachineConfig: spec.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}}, newest)))
+	golden(t, "least.txt",
+		lines(t, configure.Calls(&spec.Spec{MachineConfig: spec.MachineConfig{VCPUCount: 1, MemSizeMiB: 128}}, newest)))
 }
 
 // What is shown is what is sent, in that order, and a VMM of that version takes all of it.
@@ -169,7 +185,9 @@ func recorder(t *testing.T, v firecracker.Version, record func(path string, body
 	})}
 	go func() { _ = server.Serve(l) }()
 	t.Cleanup(func() { _ = server.Close() })
-	c := firecracker.New(func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }, v)
+	c := firecracker.New(func(ctx context.Context) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}, v)
 	t.Cleanup(func() { _ = c.Close() })
 	return c
 }
@@ -183,13 +201,16 @@ func restored() *configure.Restored {
 
 func TestRestoreCalls(t *testing.T) {
 	golden(t, "restored.txt", lines(t, configure.RestoreCalls(whole(), restored(), newest)))
-	golden(t, "restored-1.12.txt", lines(t, configure.RestoreCalls(whole(), restored(), firecracker.Version{Major: 1, Minor: 12})))
+	golden(t, "restored-1.12.txt",
+		lines(t, configure.RestoreCalls(whole(), restored(), firecracker.Version{Major: 1, Minor: 12})))
 	golden(t, "restored-least.txt", lines(t, configure.RestoreCalls(&spec.Spec{}, &configure.Restored{}, newest)))
 }
 
 // Metrics name their VM and have its properties, be it started anew or restored.
 func TestCalls_Metrics(t *testing.T) {
-	s := &spec.Spec{Metrics: &spec.Metrics{MetricsPath: "/m", EmitID: true, Properties: map[string]string{"b": "2", "a": "1"}}}
+	s := &spec.Spec{
+		Metrics: &spec.Metrics{MetricsPath: "/m", EmitID: true, Properties: map[string]string{"b": "2", "a": "1"}},
+	}
 	const want = `/metrics {"metrics_path":"metrics.fifo","emit_id":true,"properties":{"a":"1","b":"2"}}` + "\n"
 	for name, calls := range map[string][]configure.Call{
 		"started": configure.Calls(s, newest), "restored": configure.RestoreCalls(s, &configure.Restored{}, newest),
@@ -200,7 +221,8 @@ func TestCalls_Metrics(t *testing.T) {
 	}
 }
 
-// What a guest does with memory that is plugged in is said on its command line, unless its configuration says it.
+// What a guest does with memory that is plugged in is said on its command line, unless its
+// configuration says it.
 func TestCalls_HotplugState(t *testing.T) {
 	for args, want := range map[string]string{
 		"quiet":                             "quiet memhp_default_state=online_movable",

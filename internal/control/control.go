@@ -1,4 +1,5 @@
-// Package control lets a process ask the one that supervises a VM to take over what has changed in the VM's record.
+// Package control lets a process ask the one that supervises a VM to take over what has changed in
+// the VM's record.
 package control
 
 import (
@@ -25,8 +26,9 @@ const (
 	askTimeout = 30 * time.Second
 )
 
-// Listen calls changed for each process that asks, one after the other, and tells it the error, until ctx ends. It takes the place of a socket that a
-// process has left which died: the caller must hold the VM's lock.
+// Listen calls changed for each process that asks, one after the other, and tells it the error,
+// until ctx ends. It takes the place of a socket that a process has left which died: the caller
+// must hold the VM's lock.
 func Listen(ctx context.Context, dir, name string, changed func() error) error {
 	at, done, err := sockpath.At(dir, name)
 	if err != nil {

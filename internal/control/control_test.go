@@ -15,7 +15,8 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// Who asks is told what came of it, in a directory with a short path and in one whose sockets have none that fits; a socket that was left is no hindrance.
+// Who asks is told what came of it, in a directory with a short path and in one whose sockets have
+// none that fits; a socket that was left is no hindrance.
 func TestAsk(t *testing.T) {
 	for name, dir := range map[string]string{"Short": "d", "Long": strings.Repeat("long", 40)} {
 		t.Run(name, func(t *testing.T) {
@@ -43,7 +44,8 @@ func TestAsk(t *testing.T) {
 				for i, want := range answers {
 					var err error
 					for deadline := time.Now().Add(testenv.Patience(5 * time.Second)); ; {
-						if err = control.Ask(t.Context(), dir, "c.sock"); !errors.Is(err, control.ErrNobody) || time.Now().After(deadline) {
+						if err = control.Ask(t.Context(), dir, "c.sock"); !errors.Is(err, control.ErrNobody) ||
+							time.Now().After(deadline) {
 							break
 						}
 					}

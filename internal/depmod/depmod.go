@@ -1,4 +1,5 @@
-// Package depmod makes the lists of kernel modules that modprobe reads, of kmod and of busybox, as depmod(8) does.
+// Package depmod makes the lists of kernel modules that modprobe reads, of kmod and of busybox, as
+// depmod(8) does.
 package depmod
 
 import (
@@ -18,7 +19,8 @@ var ErrTooLarge = errors.New("too many dependencies of modules")
 
 const maxDependencies = 16 << 20 // bytes of modules.dep
 
-// Module is what a kernel module says of itself that modprobe wants to know. Names have underscores for hyphens.
+// Module is what a kernel module says of itself that modprobe wants to know. Names have underscores
+// for hyphens.
 type Module struct {
 	File     string   // relative to /lib/modules/RELEASE
 	Depends  []string // names
@@ -27,8 +29,8 @@ type Module struct {
 	Rank     uint32   // of modules with one alias the lower one counts first
 }
 
-// Lists returns the files that modprobe reads, by name: of all modules by their names, and of those that the kernel has
-// built in, with their aliases. Returns ErrTooLarge.
+// Lists returns the files that modprobe reads, by name: of all modules by their names, and of those
+// that the kernel has built in, with their aliases. Returns ErrTooLarge.
 func Lists(all map[string]*Module, builtin map[string][]string) (map[string][]byte, error) {
 	var dep, alias, softdep bytes.Buffer
 	var depIndex, aliasIndex, builtinIndex, builtinAliasIndex index
@@ -60,12 +62,14 @@ func Lists(all map[string]*Module, builtin map[string][]string) (map[string][]by
 	}
 	return map[string][]byte{
 		"modules.dep": dep.Bytes(), "modules.alias": alias.Bytes(), "modules.softdep": softdep.Bytes(),
-		"modules.dep.bin": depIndex.encode(), "modules.alias.bin": aliasIndex.encode(), "modules.builtin.bin": builtinIndex.encode(),
+		"modules.dep.bin": depIndex.encode(), "modules.alias.bin": aliasIndex.encode(),
+		"modules.builtin.bin":       builtinIndex.encode(),
 		"modules.builtin.alias.bin": builtinAliasIndex.encode(),
 	}, nil
 }
 
-// needs returns what a module depends on, each behind what it depends on itself; what is not there is built in.
+// needs returns what a module depends on, each behind what it depends on itself; what is not there
+// is built in.
 func needs(all map[string]*Module, name string) (order []string) {
 	seen := map[string]bool{name: true}
 	var visit func(name string)
@@ -83,7 +87,8 @@ func needs(all map[string]*Module, name string) (order []string) {
 	return order
 }
 
-// underscores spells an alias as modprobe looks for it: with underscores for hyphens, but in brackets.
+// underscores spells an alias as modprobe looks for it: with underscores for hyphens, but in
+// brackets.
 func underscores(alias string) string {
 	b, inside := []byte(alias), false
 	for i, c := range b {
@@ -95,8 +100,9 @@ func underscores(alias string) string {
 	return string(b)
 }
 
-// index is a file in which modprobe finds keys quickly: a tree of the keys' characters, in which a node has what its keys
-// share (the format is that of kmod's libkmod-index, version 2.1). Keys are ASCII.
+// index is a file in which modprobe finds keys quickly: a tree of the keys' characters, in which a
+// node has what its keys share (the format is that of kmod's libkmod-index, version 2.1). Keys are
+// ASCII.
 type index struct{ values map[string][]indexValue }
 
 type indexValue struct {
@@ -134,7 +140,8 @@ func (x *index) encode() []byte {
 	return out
 }
 
-// node writes the node of keys, which are sorted and equal in their first bytes, behind its children. It returns where it is.
+// node writes the node of keys, which are sorted and equal in their first bytes, behind its
+// children. It returns where it is.
 func (x *index) node(out *[]byte, keys []string, equal int) uint32 {
 	var prefix string
 	if len(keys) > 0 {
@@ -149,7 +156,9 @@ func (x *index) node(out *[]byte, keys []string, equal int) uint32 {
 	var values []indexValue
 	if len(keys) > 0 && len(keys[0]) == at {
 		values, keys = x.values[keys[0]], keys[1:]
-		slices.SortStableFunc(values, func(a, b indexValue) int { return cmp.Or(cmp.Compare(a.rank, b.rank), cmp.Compare(a.text, b.text)) })
+		slices.SortStableFunc(values, func(a, b indexValue) int {
+			return cmp.Or(cmp.Compare(a.rank, b.rank), cmp.Compare(a.text, b.text))
+		})
 	}
 	children := map[byte]uint32{}
 	for rest := keys; len(rest) > 0; {

@@ -49,7 +49,10 @@ func TestBring_Elsewhere(t *testing.T) {
 		{name: "one", places: []place{good}, asked: []int64{0}},
 		{name: "breaks off for good", places: []place{half(data), good}, asked: []int64{0, 500, 500, 500, 500, 500, 500}},
 		{name: "gives something else", places: []place{wrong, good}, asked: []int64{0, 0}},
-		{name: "gives half of something else", places: []place{half(other), good}, asked: []int64{0, 500, 500, 500, 500, 500, 500, 0}},
+		{
+			name: "gives half of something else", places: []place{half(other), good},
+			asked: []int64{0, 500, 500, 500, 500, 500, 500, 0},
+		},
 		{name: "gives too much", places: []place{
 			func(int64) (io.Reader, error) { return bytes.NewReader(append(data[:1000:1000], 0)), nil }, good,
 		}, asked: []int64{0, 0}},
@@ -61,7 +64,10 @@ func TestBring_Elsewhere(t *testing.T) {
 			name: "three are wrong in all ways", places: []place{half(other), wrong, half(other), good},
 			asked: []int64{0, 500, 500, 500, 500, 500, 500, 0, 0, 500, 500, 500, 500, 500, 500, 0},
 		},
-		{name: "all give something else", places: []place{wrong, wrong}, asked: []int64{0, 0}, want: new(download.DigestError)},
+		{
+			name: "all give something else", places: []place{wrong, wrong}, asked: []int64{0, 0},
+			want: new(download.DigestError),
+		},
 		{
 			name: "all break off", places: []place{half(data), half(data)}, want: errPlace, left: []string{"file.partial"},
 			asked: []int64{0, 500, 500, 500, 500, 500, 500, 500, 500, 500, 500, 500},

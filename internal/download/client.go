@@ -134,7 +134,8 @@ func (c *Client) do(ctx context.Context, method, rawURL string, header http.Head
 	}
 	switch code := resp.StatusCode; {
 	case code == http.StatusOK:
-	case header.Get("Range") != "" && (code == http.StatusPartialContent || code == http.StatusRequestedRangeNotSatisfiable):
+	case header.Get("Range") != "" &&
+		(code == http.StatusPartialContent || code == http.StatusRequestedRangeNotSatisfiable):
 	default:
 		_ = resp.Body.Close()
 		return nil, &StatusError{URL: name, Code: code}

@@ -12,7 +12,8 @@ var (
 	ErrRedirect = errors.New("bad redirect")
 	// ErrStalled says that a server sent nothing for too long.
 	ErrStalled = errors.New("the server sends nothing")
-	// ErrOffline says that something would have to be fetched, and must not: for packages that have such a switch.
+	// ErrOffline says that something would have to be fetched, and must not: for packages that have
+	// such a switch.
 	ErrOffline = errors.New("offline")
 )
 

@@ -239,7 +239,8 @@ func TestGet_BreaksOff(t *testing.T) {
 	}
 	s.requests, broken = nil, 100
 	var waits []time.Duration
-	if got, err := quick(&waits).Get(t.Context(), s.URL+"/?secret", 10); !errors.Is(err, io.ErrUnexpectedEOF) || len(waits) != 5 || strings.Contains(err.Error(), "secret") {
+	if got, err := quick(&waits).Get(t.Context(), s.URL+"/?secret", 10); !errors.Is(err, io.ErrUnexpectedEOF) ||
+		len(waits) != 5 || strings.Contains(err.Error(), "secret") {
 		t.Errorf("%q, %v after %d further tries", got, err, len(waits))
 	}
 }
@@ -331,7 +332,8 @@ func TestLocation(t *testing.T) {
 		}
 		return false
 	}
-	if got, err := quick(nil).Location(t.Context(), s.URL+"/releases/latest"); err != nil || got != s.URL+"/releases/tag/v1.16.1" {
+	if got, err := quick(nil).Location(t.Context(), s.URL+"/releases/latest"); err != nil ||
+		got != s.URL+"/releases/tag/v1.16.1" {
 		t.Errorf("%q, %v", got, err)
 	}
 	s.wantRequests(t, "HEAD  ", "HEAD  ")
@@ -406,7 +408,10 @@ func TestErrors_TellNoSecrets(t *testing.T) {
 	}
 	s.Close() // nobody answers
 	u.User, u.RawQuery, u.Fragment = url.UserPassword("user", "secret"), "token=secret", "secret"
-	for _, raw := range []string{u.String(), "http://user:secret@[/", "http://secret:secret@/x?secret", "http://host.invalid:secret/"} {
+	for _, raw := range []string{
+		u.String(), "http://user:secret@[/", "http://secret:secret@/x?secret",
+		"http://host.invalid:secret/",
+	} {
 		_, err := quick(nil).Get(t.Context(), raw, 10)
 		if err == nil || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%v", err)

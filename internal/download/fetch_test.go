@@ -76,7 +76,10 @@ func (s *server) wantRequests(t *testing.T, want ...string) {
 }
 
 func (s *server) file() download.File {
-	return download.File{URL: s.URL + "/file?secret=1", SHA256: digest(s.content), Size: int64(len(s.content)), MaxSize: 1 << 30}
+	return download.File{
+		URL: s.URL + "/file?secret=1", SHA256: digest(s.content), Size: int64(len(s.content)),
+		MaxSize: 1 << 30,
+	}
 }
 
 // part sends the first n bytes of a whole answer, and then breaks the connection.
@@ -132,7 +135,9 @@ func TestFetch(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
 	var last [2]int64
 	for range 2 { // the second finds it
-		if err := quick(nil).Fetch(t.Context(), s.file(), path, func(done, total int64) { last = [2]int64{done, total} }); err != nil {
+		if err := quick(nil).Fetch(t.Context(), s.file(), path, func(done, total int64) {
+			last = [2]int64{done, total}
+		}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -169,15 +174,25 @@ func TestFetch_Resumes(t *testing.T) {
 		want    []string
 	}{
 		{"a part", data[:400], nil, []string{"GET bytes=400- "}},
-		{"a part, the name of its content is known", data[:400], func(f *download.File, s *server) { f.ETag = s.etag }, []string{`GET bytes=400- "one"`}},
-		{"by name alone", data[:400], func(f *download.File, s *server) { f.SHA256, f.ETag = "", s.etag }, []string{`GET bytes=400- "one"`}},
-		{"another content now", data[:400], func(f *download.File, _ *server) { f.SHA256, f.ETag = "", `"old"` }, []string{`GET bytes=400- "old"`}},
+		{"a part, the name of its content is known", data[:400], func(f *download.File, s *server) {
+			f.ETag = s.etag
+		}, []string{`GET bytes=400- "one"`}},
+		{"by name alone", data[:400], func(f *download.File, s *server) {
+			f.SHA256, f.ETag = "", s.etag
+		}, []string{`GET bytes=400- "one"`}},
+		{"another content now", data[:400], func(f *download.File, _ *server) {
+			f.SHA256, f.ETag = "", `"old"`
+		}, []string{`GET bytes=400- "old"`}},
 		{"nothing says what it is of", data[:400], func(f *download.File, _ *server) { f.SHA256 = "" }, []string{"GET  "}},
 		{"all", data, nil, nil},
 		{"all, of unknown size", data, func(f *download.File, _ *server) { f.Size = 0 }, nil},
 		{"more than all", make([]byte, 1001), nil, []string{"GET  "}},
-		{"more than all, of unknown size", make([]byte, 1001), func(f *download.File, _ *server) { f.Size = 0 }, []string{"GET bytes=1001- ", "GET  "}},
-		{"more than there may be", make([]byte, 1001), func(f *download.File, _ *server) { f.Size, f.MaxSize = 0, 1000 }, []string{"GET  "}},
+		{"more than all, of unknown size", make([]byte, 1001), func(f *download.File, _ *server) {
+			f.Size = 0
+		}, []string{"GET bytes=1001- ", "GET  "}},
+		{"more than there may be", make([]byte, 1001), func(f *download.File, _ *server) {
+			f.Size, f.MaxSize = 0, 1000
+		}, []string{"GET  "}},
 		{"a part of another", make([]byte, 400), nil, []string{"GET bytes=400- ", "GET  "}},
 		{"all of another", make([]byte, 1000), nil, []string{"GET  "}},
 		{"an empty one", nil, nil, []string{"GET  "}},
@@ -252,7 +267,9 @@ func TestFetch_BadContent(t *testing.T) {
 		{"longer than it should be", func(f *download.File) { f.Size-- }, nil, new(download.SizeError)},
 		{"shorter than it should be", func(f *download.File) { f.Size++ }, nil, new(download.SizeError)},
 		{"longer than allowed", func(f *download.File) { f.Size, f.MaxSize = 0, 299_999 }, nil, new(download.SizeError)},
-		{"longer than allowed, unannounced", func(f *download.File) { f.Size, f.MaxSize = 0, 299_999 }, chunked(data), new(download.SizeError)},
+		{"longer than allowed, unannounced", func(f *download.File) {
+			f.Size, f.MaxSize = 0, 299_999
+		}, chunked(data), new(download.SizeError)},
 		{"size and bound", func(f *download.File) { f.MaxSize = 299_999 }, nil, new(download.SizeError)},
 		{"no digest", func(f *download.File) { f.SHA256 = "abc" }, nil, fs.ErrInvalid},
 		{"no bound", func(f *download.File) { f.MaxSize = 0 }, nil, fs.ErrInvalid},
@@ -280,13 +297,15 @@ func TestFetch_BadContent(t *testing.T) {
 	}
 }
 
-// What ends early without having said how long it is may come the next time; it is no other content.
+// What ends early without having said how long it is may come the next time; it is no other
+// content.
 func TestFetch_EndsEarly(t *testing.T) {
 	s := serve(t, content(1000))
 	dir := t.TempDir()
 	path := filepath.Join(dir, "file")
 	s.answer = func(w http.ResponseWriter, _ *http.Request, n int) bool { chunked(s.content[:400])(w); return true }
-	if err := quick(nil).Fetch(t.Context(), s.file(), path, nil); !errors.Is(err, io.ErrUnexpectedEOF) || !strings.Contains(err.Error(), s.URL) {
+	if err := quick(nil).Fetch(t.Context(), s.file(), path, nil); !errors.Is(err, io.ErrUnexpectedEOF) ||
+		!strings.Contains(err.Error(), s.URL) {
 		t.Errorf("%v, want io.ErrUnexpectedEOF of %s", err, s.URL)
 	}
 	wantNames(t, dir, "file.partial")
@@ -332,7 +351,8 @@ func chunked(data []byte) func(w http.ResponseWriter) {
 	}
 }
 
-// wantError compares by type where want is one of ours, and else by errors.Is. No error may tell secrets.
+// wantError compares by type where want is one of ours, and else by errors.Is. No error may tell
+// secrets.
 func wantError(t *testing.T, err, want error) {
 	t.Helper()
 	ok := errors.Is(err, want)

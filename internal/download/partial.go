@@ -15,8 +15,8 @@ import (
 // PartialSuffix ends the name of a file that is not whole yet.
 const PartialSuffix = ".partial"
 
-// OpenPartial makes or finds what there is of the file that is to be at path, and locks it, waiting as lock.Wait does. Another process may have
-// put the whole into its place meanwhile.
+// OpenPartial makes or finds what there is of the file that is to be at path, and locks it, waiting
+// as lock.Wait does. Another process may have put the whole into its place meanwhile.
 func OpenPartial(ctx context.Context, path string, waiting func()) (*os.File, error) {
 	name := path + PartialSuffix
 	for {

@@ -31,7 +31,9 @@ func TestMain(m *testing.M) {
 	}
 	data := content(1000)
 	f := download.File{URL: url, SHA256: digest(data), Size: int64(len(data)), MaxSize: 1000}
-	err := new(download.Client).Fetch(context.Background(), f, os.Getenv(childPath), func(done, _ int64) { fmt.Println(done) })
+	err := new(download.Client).Fetch(context.Background(), f, os.Getenv(childPath), func(done, _ int64) {
+		fmt.Println(done)
+	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

@@ -1,4 +1,5 @@
-// Package events is the ring of what happens on a host: every process appends to it, and any may follow it.
+// Package events is the ring of what happens on a host: every process appends to it, and any may
+// follow it.
 package events
 
 import (
@@ -20,7 +21,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Ring is a directory with the newest events, of the last one or two Limits. Its methods are safe for concurrent use.
+// Ring is a directory with the newest events, of the last one or two Limits. Its methods are safe
+// for concurrent use.
 type Ring struct {
 	Dir    string          // is made if need be
 	Limit  int64           // bytes of a file
@@ -59,7 +61,8 @@ const (
 // maxPending bounds what waits to be added. What is over is dropped.
 const maxPending = 4096
 
-// Append adds an event, which gets its time and an id, soon: what happens at the same time is added at once. Flush waits for it.
+// Append adds an event, which gets its time and an id, soon: what happens at the same time is added
+// at once. Flush waits for it.
 func (r *Ring) Append(e status.Event) {
 	e.Time = time.Now().UTC()
 	r.mu.Lock()
@@ -143,7 +146,8 @@ func (r *Ring) add(all []status.Event) (err error) {
 	return errors.Join(append(errs, err, f.Close())...)
 }
 
-// open opens the current file to be appended to, a new one if it is full, and returns the id of the last event. The caller has the lock.
+// open opens the current file to be appended to, a new one if it is full, and returns the id of the
+// last event. The caller has the lock.
 func (r *Ring) open() (*os.File, int64, error) {
 	path := filepath.Join(r.Dir, current)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND|unix.O_NOFOLLOW, 0)
@@ -182,8 +186,8 @@ func (r *Ring) open() (*os.File, int64, error) {
 	return f, last, err
 }
 
-// seek sets where the file ends. It reads what other processes have appended, and removes an incomplete line, which a full file
-// system leaves.
+// seek sets where the file ends. It reads what other processes have appended, and removes an
+// incomplete line, which a full file system leaves.
 func (r *Ring) seek(f *os.File) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
@@ -202,7 +206,8 @@ func (r *Ring) seek(f *os.File) error {
 	return err
 }
 
-// tail returns the last event's id of a file, or what its header says, and the file's size without a line that is not whole.
+// tail returns the last event's id of a file, or what its header says, and the file's size without
+// a line that is not whole.
 func tail(f *os.File, size int64) (last, complete int64, err error) {
 	from := max(0, size-2*maxLine)
 	data := make([]byte, size-from)
@@ -223,7 +228,8 @@ func tail(f *os.File, size int64) (last, complete int64, err error) {
 	return max(e.ID, e.After), size, nil
 }
 
-// reader reads the events of one file. A line that is not whole is read once it is, or another is in its place.
+// reader reads the events of one file. A line that is not whole is read once it is, or another is
+// in its place.
 type reader struct {
 	f     *os.File
 	off   int64  // of what is not read yet

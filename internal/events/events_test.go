@@ -26,7 +26,9 @@ func add(t *testing.T, r *events.Ring, name string) {
 }
 
 // read takes n events, or what is said in place of one.
-func read(ctx context.Context, r *events.Ring, since int64, n int) (got []status.Event, lost *status.LostError, err error) {
+func read(ctx context.Context, r *events.Ring, since int64, n int) (got []status.Event,
+	lost *status.LostError, err error,
+) {
 	for e, err := range r.Follow(ctx, since) {
 		if errors.As(err, &lost) {
 			continue
@@ -41,7 +43,8 @@ func read(ctx context.Context, r *events.Ring, since int64, n int) (got []status
 	return got, lost, nil
 }
 
-// Events of many processes come to each reader whole, once and in the order of their ids, across files that are replaced.
+// Events of many processes come to each reader whole, once and in the order of their ids, across
+// files that are replaced.
 func TestRing_Order(t *testing.T) {
 	testenv.NoLeaks(t)
 	r := ring(t, 1<<20)
@@ -84,7 +87,8 @@ func TestRing_Order(t *testing.T) {
 	}
 }
 
-// Processes that append in turns, one of which leaves an incomplete line as a full file system does, lose nothing of each other's.
+// Processes that append in turns, one of which leaves an incomplete line as a full file system
+// does, lose nothing of each other's.
 func TestRing_Turns(t *testing.T) {
 	a := ring(t, 1<<20)
 	b := &events.Ring{Dir: a.Dir, Limit: a.Limit, Failed: a.Failed}
@@ -115,7 +119,8 @@ func TestRing_Turns(t *testing.T) {
 	}
 }
 
-// A ring keeps the newest events; a reader that comes too late is told between which ids it has lost some, and ids go on.
+// A ring keeps the newest events; a reader that comes too late is told between which ids it has
+// lost some, and ids go on.
 func TestRing_Lost(t *testing.T) {
 	r := ring(t, 1000)
 	add(t, r, "first")
@@ -132,7 +137,8 @@ func TestRing_Lost(t *testing.T) {
 		t.Fatalf("from the oldest on: %+v, %v, %v", kept, lost, err)
 	}
 	got, lost, err := read(t.Context(), r, first[0].ID, 1)
-	if err != nil || lost == nil || lost.Since != first[0].ID || lost.Through < first[0].ID || got[0].ID != kept[0].ID || got[0].ID <= lost.Through {
+	if err != nil || lost == nil || lost.Since != first[0].ID || lost.Through < first[0].ID || got[0].ID != kept[0].ID ||
+		got[0].ID <= lost.Through {
 		t.Errorf("got %+v, %v, %v, want the loss and then %d", got, lost, err, kept[0].ID)
 	}
 	if got, lost, err := read(t.Context(), r, kept[0].ID, 1); err != nil || lost != nil || got[0].ID <= kept[0].ID {
@@ -178,7 +184,8 @@ func TestRing_Slow(t *testing.T) {
 	}
 }
 
-// What comes is told at once, and the end of the context ends it. A line that a full disk has cut off is no event and breaks none.
+// What comes is told at once, and the end of the context ends it. A line that a full disk has cut
+// off is no event and breaks none.
 func TestRing_Now(t *testing.T) {
 	r := ring(t, 1<<20)
 	add(t, r, "before")

@@ -15,9 +15,9 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Follow yields the events after the one with an id, and then those that come, until ctx ends, which is its last error. An id of 0 is
-// before all that are kept, Now before those that come. Where events were dropped before they were read, it yields a *status.LostError and
-// goes on.
+// Follow yields the events after the one with an id, and then those that come, until ctx ends,
+// which is its last error. An id of 0 is before all that are kept, Now before those that come.
+// Where events were dropped before they were read, it yields a *status.LostError and goes on.
 func (r *Ring) Follow(ctx context.Context, since int64) iter.Seq2[status.Event, error] {
 	return func(yield func(status.Event, error) bool) {
 		f := &follower{ring: r, since: since, yield: yield}

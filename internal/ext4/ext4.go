@@ -1,5 +1,5 @@
-// Package ext4 reads ext4 file systems that nobody has mounted, and trusts nothing in them. What it knows of the format is from
-// https://docs.kernel.org/filesystems/ext4/
+// Package ext4 reads ext4 file systems that nobody has mounted, and trusts nothing in them. What it
+// knows of the format is from https://docs.kernel.org/filesystems/ext4/
 package ext4
 
 import (
@@ -21,7 +21,8 @@ func malformed(format string, args ...any) error {
 const (
 	needsRecovery = 0x4 // its journal has to be replayed
 	has64Bits     = 0x80
-	// Types of files in directories, extents, MMP, flexible groups, seeds of checksums, large directories.
+	// Types of files in directories, extents, MMP, flexible groups, seeds of checksums, large
+	// directories.
 	readable = has64Bits | 0x2 | 0x40 | 0x100 | 0x200 | 0x2000 | 0x4000
 )
 
@@ -44,7 +45,8 @@ type FS struct {
 	descriptors               int64 // where they begin
 }
 
-// Open reads what describes the file system, and its journal, if that has to be replayed, which is done in memory. Errors are ErrFormat and those of r.
+// Open reads what describes the file system, and its journal, if that has to be replayed, which is
+// done in memory. Errors are ErrFormat and those of r.
 func Open(r io.ReaderAt) (*FS, error) {
 	b := make([]byte, 1024)
 	if _, err := r.ReadAt(b, superblock); err != nil {
@@ -61,7 +63,8 @@ func Open(r io.ReaderAt) (*FS, error) {
 		return nil, malformed("blocks of 2^%d KiB", shift)
 	}
 	f := &FS{
-		r: r, block: 1024 << le.Uint32(b[0x18:]), blocks: uint64(le.Uint32(b[4:])), inodes: le.Uint32(b), perGroup: le.Uint32(b[0x28:]),
+		r: r, block: 1024 << le.Uint32(b[0x18:]), blocks: uint64(le.Uint32(b[4:])), inodes: le.Uint32(b),
+		perGroup:  le.Uint32(b[0x28:]),
 		inodeSize: oldInode, descriptorSize: 32,
 	}
 	if le.Uint32(b[0x4c:]) > 0 {
@@ -127,7 +130,8 @@ func (f *FS) inode(number uint32) (*inode, error) {
 	}
 	i := &inode{
 		number: number, mode: le.Uint16(b), links: le.Uint16(b[0x1a:]), flags: le.Uint32(b[0x20:]), place: b[0x28:0x64],
-		uid: int(le.Uint16(b[2:])) | int(le.Uint16(b[0x78:]))<<16, gid: int(le.Uint16(b[0x18:])) | int(le.Uint16(b[0x7a:]))<<16,
+		uid:         int(le.Uint16(b[2:])) | int(le.Uint16(b[0x78:]))<<16,
+		gid:         int(le.Uint16(b[0x18:])) | int(le.Uint16(b[0x7a:]))<<16,
 		size:        int64(le.Uint32(b[4:])) | int64(le.Uint32(b[0x6c:]))<<32,
 		moreInBlock: uint64(le.Uint32(b[0x68:])) | uint64(le.Uint16(b[0x76:]))<<32,
 	}
@@ -156,7 +160,8 @@ type extent struct {
 	at           uint64 // of the file system's; 0: zeros
 }
 
-// maxExtents is how many runs of blocks a file may have, and how many blocks may say where they are.
+// maxExtents is how many runs of blocks a file may have, and how many blocks may say where they
+// are.
 const maxExtents = 1 << 20
 
 // mapping finds out where a file's content is.
@@ -185,7 +190,8 @@ func (f *FS) extents(i *inode) (all []extent, err error) {
 }
 
 func (m *mapping) add(e extent) error {
-	if n := len(m.all) - 1; n >= 0 && e.at != 0 && m.all[n].at != 0 && m.all[n].first+m.all[n].count == e.first && m.all[n].at+m.all[n].count == e.at {
+	if n := len(m.all) - 1; n >= 0 && e.at != 0 && m.all[n].at != 0 && m.all[n].first+m.all[n].count == e.first &&
+		m.all[n].at+m.all[n].count == e.at {
 		m.all[n].count += e.count
 		return nil
 	}
@@ -213,7 +219,10 @@ func (m *mapping) tree(node []byte, depth int) error {
 	for k := range n {
 		e := node[12*(k+1):]
 		if deep == 0 {
-			x := extent{first: uint64(le.Uint32(e)), count: uint64(le.Uint16(e[4:])), at: uint64(le.Uint16(e[6:]))<<32 | uint64(le.Uint32(e[8:]))}
+			x := extent{
+				first: uint64(le.Uint32(e)), count: uint64(le.Uint16(e[4:])),
+				at: uint64(le.Uint16(e[6:]))<<32 | uint64(le.Uint32(e[8:])),
+			}
 			if x.count > 1<<15 { // room that was never written
 				x.count, x.at = x.count-1<<15, 0
 			}

@@ -48,7 +48,8 @@ func described(h *tar.Header, content []byte) string {
 			attributes[name] = v
 		}
 	}
-	return fmt.Sprintf("%c %o %d:%d %d %s %d:%d %v %d %x", h.Typeflag, h.Mode, h.Uid, h.Gid, h.ModTime.Unix(), h.Linkname, h.Devmajor, h.Devminor, attributes, len(content), sum(content))
+	return fmt.Sprintf("%c %o %d:%d %d %s %d:%d %v %d %x", h.Typeflag, h.Mode, h.Uid, h.Gid, h.ModTime.Unix(), h.Linkname,
+		h.Devmajor, h.Devminor, attributes, len(content), sum(content))
 }
 
 func sum(content []byte) (n uint64) {
@@ -94,7 +95,10 @@ func inDir(t testing.TB, dir string) map[string]string {
 		if err != nil {
 			return err
 		}
-		h := &tar.Header{Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: fi.ModTime(), PAXRecords: map[string]string{}}
+		h := &tar.Header{
+			Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: fi.ModTime(),
+			PAXRecords: map[string]string{},
+		}
 		var content []byte
 		kinds := map[fs.FileMode]byte{
 			0: tar.TypeReg, fs.ModeDir: tar.TypeDir, fs.ModeSymlink: tar.TypeSymlink, fs.ModeNamedPipe: tar.TypeFifo,
@@ -138,7 +142,8 @@ func sample(t testing.TB) string {
 	dir := filepath.Join(t.TempDir(), "sample")
 	put := func(name string, content []byte) {
 		t.Helper()
-		if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755), os.WriteFile(filepath.Join(dir, name), content, 0o644)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755),
+			os.WriteFile(filepath.Join(dir, name), content, 0o644)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -167,19 +172,22 @@ func sample(t testing.TB) string {
 		os.Chtimes(filepath.Join(dir, "small"), time.Time{}, time.Unix(5_000_000_000, 0)))
 	if err == nil && os.Geteuid() == 0 {
 		err = errors.Join(unix.Mknod(filepath.Join(dir, "null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))),
-			unix.Mknod(filepath.Join(dir, "disk"), unix.S_IFBLK|0o600, int(unix.Mkdev(259, 70000))), os.Lchown(filepath.Join(dir, "long"), 70000, 80000))
+			unix.Mknod(filepath.Join(dir, "disk"), unix.S_IFBLK|0o600, int(unix.Mkdev(259, 70000))),
+			os.Lchown(filepath.Join(dir, "long"), 70000, 80000))
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	if os.Geteuid() == 0 {
 		capability := append([]byte{1, 0, 0, 2, 0, 4}, make([]byte, 14)...) // CAP_NET_BIND_SERVICE
-		if err := unix.Setxattr(filepath.Join(dir, "setuid"), "security.capability", capability, 0); err != nil && !errors.Is(err, unix.ENOTSUP) {
+		if err := unix.Setxattr(filepath.Join(dir, "setuid"), "security.capability", capability, 0); err != nil &&
+			!errors.Is(err, unix.ENOTSUP) {
 			t.Fatal(err)
 		}
 	}
 	for name, size := range map[string]int{"user.a": 10, "user.b": 300} {
-		if err := unix.Setxattr(filepath.Join(dir, "large"), name, bytes.Repeat([]byte("x"), size), 0); err != nil && !errors.Is(err, unix.ENOTSUP) {
+		if err := unix.Setxattr(filepath.Join(dir, "large"), name, bytes.Repeat([]byte("x"), size), 0); err != nil &&
+			!errors.Is(err, unix.ENOTSUP) {
 			t.Fatal(err)
 		}
 	}
@@ -193,10 +201,14 @@ func TestTar(t *testing.T) {
 	for name, text := range want {
 		want[name] = strings.ReplaceAll(text, " 5000000000 ", " 705032704 ") // mkfs.ext4 -d has 32 bits for it
 	}
-	for _, options := range []string{"", "-b 1024", "-b 65536", "-I 128", "-O ^extent,^64bit,^huge_file", "-O ^extent,^64bit -b 1024", "-O ^filetype", "-O ^metadata_csum,^dir_index"} {
+	for _, options := range []string{
+		"", "-b 1024", "-b 65536", "-I 128", "-O ^extent,^64bit,^huge_file",
+		"-O ^extent,^64bit -b 1024", "-O ^filetype", "-O ^metadata_csum,^dir_index",
+	} {
 		image := filepath.Join(t.TempDir(), "image")
 		args := append(strings.Fields(options), "-q", "-F", "-d", dir, image, "64M")
-		if out, err := exec.CommandContext(t.Context(), testenv.Fixture(t, fixtures.MkfsExt4), args...).CombinedOutput(); err != nil {
+		if out, err := exec.CommandContext(t.Context(), testenv.Fixture(t, fixtures.MkfsExt4),
+			args...).CombinedOutput(); err != nil {
 			t.Errorf("%s: %v\n%s", options, err, out)
 			continue
 		}
@@ -226,10 +238,12 @@ func TestTar_Unwritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	mkfs := testenv.Fixture(t, fixtures.MkfsExt4)
-	if out, err := exec.CommandContext(t.Context(), mkfs, "-q", "-F", "-E", "nodiscard", "-d", dir, image).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), mkfs, "-q", "-F", "-E", "nodiscard", "-d", dir,
+		image).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cmd := exec.CommandContext(t.Context(), filepath.Join(filepath.Dir(mkfs), "debugfs"), "-w", "-R", "fallocate holes 0 1279", "image")
+	cmd := exec.CommandContext(t.Context(), filepath.Join(filepath.Dir(mkfs), "debugfs"), "-w", "-R",
+		"fallocate holes 0 1279", "image")
 	cmd.Dir = filepath.Dir(image)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -296,7 +310,8 @@ func TestTar_Refused(t *testing.T) {
 	var image bytes.Buffer
 	w := tar.NewWriter(&image)
 	for _, name := range []string{"a", "b", "c"} {
-		if err := errors.Join(w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: 1000}), ignore(w.Write(make([]byte, 1000)))); err != nil {
+		if err := errors.Join(w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: 1000}),
+			ignore(w.Write(make([]byte, 1000)))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -363,10 +378,13 @@ func FuzzTar(f *testing.F) {
 	for n, options := range []string{"", "-b 1024 -O ^extent,^64bit"} {
 		image := filepath.Join(dir, fmt.Sprint(n))
 		src := filepath.Join(dir, fmt.Sprint("src", n))
-		if err := errors.Join(os.MkdirAll(filepath.Join(src, "d"), 0o755), os.WriteFile(filepath.Join(src, "d/f"), make([]byte, 50000), 0o600), os.Symlink("f", filepath.Join(src, "d/l"))); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Join(src, "d"), 0o755),
+			os.WriteFile(filepath.Join(src, "d/f"), make([]byte, 50000), 0o600),
+			os.Symlink("f", filepath.Join(src, "d/l"))); err != nil {
 			f.Fatal(err)
 		}
-		args := append(strings.Fields(options), "-q", "-F", "-N", "32", "-O", "^has_journal,^resize_inode", "-d", src, image, "256k")
+		args := append(strings.Fields(options), "-q", "-F", "-N", "32", "-O", "^has_journal,^resize_inode", "-d", src,
+			image, "256k")
 		if out, err := exec.Command(testenv.Fixture(f, fixtures.MkfsExt4), args...).CombinedOutput(); err != nil {
 			f.Fatalf("%v\n%s", err, out)
 		}

@@ -17,7 +17,8 @@ const (
 	journal64Bits    = 0x2
 	journalChecksum2 = 0x8
 	journalChecksum3 = 0x10
-	// journalReadable are revoked blocks, wide numbers, commits without a wait, and checksums, which are not looked at: nothing is trusted.
+	// journalReadable are revoked blocks, wide numbers, commits without a wait, and checksums, which
+	// are not looked at: nothing is trusted.
 	journalReadable = 0x1 | journal64Bits | 0x4 | journalChecksum2 | journalChecksum3
 
 	tagEscaped, tagSameUUID, tagLast = 1, 2, 8
@@ -32,7 +33,8 @@ type journal struct {
 	first, start      uint32
 	sequence          uint32
 	features, tagSize uint32
-	// newest is where what a block of the file system has now is in the journal; last is the transaction that revoked one.
+	// newest is where what a block of the file system has now is in the journal; last is the
+	// transaction that revoked one.
 	newest map[uint64]replacement
 	last   map[uint64]uint32
 }
@@ -114,7 +116,8 @@ func (j *journal) open() error {
 	}
 	be := binary.BigEndian
 	kind := be.Uint32(b[4:])
-	if be.Uint32(b) != journalMagic || kind != 3 && kind != 4 || int64(be.Uint32(b[12:])) != j.fs.block || be.Uint32(b[16:]) > uint32(len(j.at)) {
+	if be.Uint32(b) != journalMagic || kind != 3 && kind != 4 || int64(be.Uint32(b[12:])) != j.fs.block ||
+		be.Uint32(b[16:]) > uint32(len(j.at)) {
 		return malformed("its journal")
 	}
 	j.at = j.at[:be.Uint32(b[16:])]
@@ -156,8 +159,11 @@ func (j *journal) next(n uint32) uint32 {
 	return n
 }
 
-// walk calls see for what committed transactions before end have, and returns the first that was not committed.
-func (j *journal) walk(end uint32, see func(transaction uint32, kind uint32, b []byte, at uint32) (data uint32, err error)) (uint32, error) {
+// walk calls see for what committed transactions before end have, and returns the first that was
+// not committed.
+func (j *journal) walk(end uint32,
+	see func(transaction uint32, kind uint32, b []byte, at uint32) (data uint32, err error),
+) (uint32, error) {
 	be := binary.BigEndian
 	sequence, n := j.sequence, j.start
 	for seen := 0; seen <= len(j.at) && sequence != end; {

@@ -15,7 +15,8 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// The journal of one that is mounted still tells what e2fsck makes of it, transactions, revoked blocks and content like its marks included.
+// The journal of one that is mounted still tells what e2fsck makes of it, transactions, revoked
+// blocks and content like its marks included.
 func TestTar_Journal(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	testenv.Fixture(t, fixtures.MkfsExt4)
@@ -30,12 +31,14 @@ rm b20; mkdir last; printf '\300\073\071\230 marked' >last/marked; echo last >la
 cd ..; cp --sparse=always image live; cp live checked; umount mnt
 set +e; e2fsck -fy checked >log 2>&1; test $? -le 2 || { cat log; exit 1; }`
 	for name, o := range map[string]struct{ mkfs, mount string }{
-		"usual": {}, "no wide numbers": {"-O ^64bit", ""}, "no checksums": {"-O ^metadata_csum,^64bit", ""}, "small blocks": {"-b 1024", ""},
+		"usual": {}, "no wide numbers": {"-O ^64bit", ""}, "no checksums": {"-O ^metadata_csum,^64bit", ""},
+		"small blocks":    {"-b 1024", ""},
 		"a small journal": {"-J size=4", ""}, "data too": {"-J size=16", ",data=journal"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			if out, err := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-euc", strings.NewReplacer("$1", o.mkfs, "$2", o.mount).Replace(script), dir).CombinedOutput(); err != nil {
+			if out, err := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-euc",
+				strings.NewReplacer("$1", o.mkfs, "$2", o.mount).Replace(script), dir).CombinedOutput(); err != nil {
 				t.Fatalf("%v\n%s", err, out)
 			}
 			text := map[string][]byte{}

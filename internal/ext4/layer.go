@@ -20,9 +20,9 @@ const (
 	overlay = "SCHILY.xattr.trusted.overlay."
 )
 
-// Layer writes what is below a directory, which was the upper one of an overlay, as a layer of an OCI image: what overlayfs notes of names that
-// are gone and of directories that hide others is said as layers do. Leave says which names are left out. Errors are those of Tar, and
-// ErrLayer.
+// Layer writes what is below a directory, which was the upper one of an overlay, as a layer of an
+// OCI image: what overlayfs notes of names that are gone and of directories that hide others is
+// said as layers do. Leave says which names are left out. Errors are those of Tar, and ErrLayer.
 func (f *FS) Layer(ctx context.Context, w *tar.Writer, dir string, leave func(name string) bool, l Limits) error {
 	t := &archiver{fs: f, ctx: ctx, w: w, left: l, names: map[uint32]string{}, dirs: map[uint32]bool{}, leave: leave}
 	i, err := f.inode(rootInode)
@@ -74,7 +74,8 @@ func (t *archiver) inLayer(name string, i *inode) (done bool, err error) {
 	return false, nil
 }
 
-// noted takes what overlayfs has noted out of a header. Hides says that a directory hides what is below.
+// noted takes what overlayfs has noted out of a header. Hides says that a directory hides what is
+// below.
 func (t *archiver) noted(h *tar.Header) (hides bool, err error) {
 	if t.leave == nil {
 		return false, nil

@@ -23,7 +23,8 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// overlaid runs a script in an overlay of a directory and a scratch, in the directory $0, where it leaves lower.tar, merged.tar and the scratch.
+// overlaid runs a script in an overlay of a directory and a scratch, in the directory $0, where it
+// leaves lower.tar, merged.tar and the scratch.
 const overlaid = `
 unset CDPATH; cd "$0"; mkdir lower merged mnt
 cd lower; mkdir -p a/b gone kept/below usr/lib; echo 1 >a/one; echo 2 >a/b/two; echo 3 >gone/three; echo 4 >kept/below/four; echo 5 >five; ln five six
@@ -57,7 +58,8 @@ func layerOf(t testing.TB, scratch string, leave func(string) bool) ([]byte, err
 	return out.Bytes(), w.Close()
 }
 
-// Over what was below, a layer of what the kernel's overlay has noted comes to what the overlay showed.
+// Over what was below, a layer of what the kernel's overlay has noted comes to what the overlay
+// showed.
 func TestLayer(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	testenv.Fixture(t, fixtures.MkfsExt4)
@@ -75,7 +77,8 @@ func TestLayer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			if out, err := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-euc", overlaid+script+endOverlaid, dir).CombinedOutput(); err != nil {
+			if out, err := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-euc", overlaid+script+endOverlaid,
+				dir).CombinedOutput(); err != nil {
 				t.Fatalf("%v\n%s", err, out)
 			}
 			layer, err := layerOf(t, filepath.Join(dir, "scratch"), func(name string) bool { return name == "lost+found" })
@@ -131,14 +134,16 @@ func TestLayer_Refused(t *testing.T) {
 	mkfs := testenv.Fixture(t, fixtures.MkfsExt4)
 	dir := t.TempDir()
 	upper := filepath.Join(dir, "root/upper")
-	err := errors.Join(os.MkdirAll(filepath.Join(upper, "etc"), 0o755), os.WriteFile(filepath.Join(upper, "etc/hosts"), []byte("h"), 0o644),
+	err := errors.Join(os.MkdirAll(filepath.Join(upper, "etc"), 0o755),
+		os.WriteFile(filepath.Join(upper, "etc/hosts"), []byte("h"), 0o644),
 		os.WriteFile(filepath.Join(upper, ".wh.x"), nil, 0o644), os.Mkdir(filepath.Join(upper, "r"), 0o755),
 		unix.Setxattr(filepath.Join(upper, "r"), "trusted.overlay.redirect", []byte("/a"), 0))
 	if err != nil {
 		t.Fatal(err)
 	}
 	scratch := filepath.Join(dir, "scratch")
-	if out, err := exec.CommandContext(t.Context(), mkfs, "-q", "-d", filepath.Dir(upper), scratch, "16M").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), mkfs, "-q", "-d", filepath.Dir(upper), scratch,
+		"16M").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	for _, name := range []string{".wh.x", "r"} {

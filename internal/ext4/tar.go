@@ -39,8 +39,9 @@ const (
 	kindSocket = 0xc000
 )
 
-// Tar writes all files, directories before what is in them and names in order, so that the same file system gives the same bytes. Sockets are
-// left out, ACLs too, and an empty lost+found. Extended attributes are as GNU tar has them. Errors are ErrFormat, ErrTooLarge, and those of w.
+// Tar writes all files, directories before what is in them and names in order, so that the same
+// file system gives the same bytes. Sockets are left out, ACLs too, and an empty lost+found.
+// Extended attributes are as GNU tar has them. Errors are ErrFormat, ErrTooLarge, and those of w.
 func (f *FS) Tar(ctx context.Context, w *tar.Writer, l Limits) error {
 	t := &archiver{fs: f, ctx: ctx, w: w, left: l, names: map[uint32]string{}, dirs: map[uint32]bool{}}
 	root, err := f.inode(rootInode)
@@ -76,7 +77,10 @@ func (t *archiver) add(name string, i *inode) error {
 	if done, err := t.inLayer(name, i); done || err != nil {
 		return err
 	}
-	h := &tar.Header{Format: tar.FormatPAX, Name: name, Mode: int64(i.mode & 0o7777), Uid: i.uid, Gid: i.gid, ModTime: i.modified}
+	h := &tar.Header{
+		Format: tar.FormatPAX, Name: name, Mode: int64(i.mode & 0o7777), Uid: i.uid, Gid: i.gid,
+		ModTime: i.modified,
+	}
 	kind := i.mode & kindMask
 	if kind == kindSocket {
 		return nil

@@ -106,8 +106,11 @@ func TestServer_life(t *testing.T) {
 	fault(t, "late boot source", c.PutBootSource(ctx, boot), 400, "after starting")
 	fault(t, "no such drive", c.PatchDrive(ctx, firecracker.PartialDrive{DriveID: "x"}), 400, "not found")
 	info, err := c.GetInstanceInfo(ctx)
-	if want := (firecracker.InstanceInfo{ID: "vm", State: firecracker.StatePaused, VMMVersion: "1.16.1", AppName: "Firecracker"}); err != nil || info != want {
-		t.Errorf("%+v, %v, want %+v", info, err, want)
+	paused := firecracker.InstanceInfo{
+		ID: "vm", State: firecracker.StatePaused, VMMVersion: "1.16.1", AppName: "Firecracker",
+	}
+	if err != nil || info != paused {
+		t.Errorf("%+v, %v, want %+v", info, err, paused)
 	}
 	config, err := c.GetVMConfig(ctx)
 	if err != nil {
@@ -133,7 +136,8 @@ func TestServer_life(t *testing.T) {
 
 func TestServer_version(t *testing.T) {
 	_, c := serve(t, fakefc.Config{Version: "1.12.1"}, "1.16.1") // which is a lie
-	fault(t, "field", c.PutNetworkInterface(t.Context(), firecracker.NetworkInterface{IfaceID: "e", MTU: 1400}), 400, "mtu")
+	fault(t, "field", c.PutNetworkInterface(t.Context(), firecracker.NetworkInterface{IfaceID: "e", MTU: 1400}), 400,
+		"mtu")
 	fault(t, "endpoint", c.PutSerial(t.Context(), firecracker.SerialDevice{}), 400, "")
 	fault(t, "method", c.DeleteDrive(t.Context(), "d"), 400, "Unsupported HTTP method")
 	if v, err := c.GetVersion(t.Context()); err != nil || v.String() != "1.12.1" {
@@ -141,9 +145,12 @@ func TestServer_version(t *testing.T) {
 	}
 }
 
-// A guest hears its host after a pause, whatever the version. Those that need no help get none: it ends connections.
+// A guest hears its host after a pause, whatever the version. Those that need no help get none: it
+// ends connections.
 func TestServer_pause(t *testing.T) {
-	for version, helped := range map[string]bool{"1.7.0": false, "1.12.1": false, "1.15.1": false, "1.16.0": true, "1.16.1": true, "1.16.2": false, "1.17.0": false} {
+	for version, helped := range map[string]bool{
+		"1.7.0": false, "1.12.1": false, "1.15.1": false, "1.16.0": true, "1.16.1": true, "1.16.2": false, "1.17.0": false,
+	} {
 		server, c := serve(t, fakefc.Config{Version: version}, version)
 		ctx := t.Context()
 		if err := errors.Join(
@@ -162,7 +169,9 @@ func TestServer_pause(t *testing.T) {
 		}
 	}
 	// One that cannot answer is not resumed by half.
-	_, c := serve(t, fakefc.Config{Version: "1.16.1", Faults: map[string]fakefc.Fault{"PUT /snapshot/create": {Exit: &fakefc.Exit{}}}}, "1.16.1")
+	_, c := serve(t,
+		fakefc.Config{Version: "1.16.1", Faults: map[string]fakefc.Fault{"PUT /snapshot/create": {Exit: &fakefc.Exit{}}}},
+		"1.16.1")
 	if err := c.Resume(t.Context()); err == nil {
 		t.Error("resumed though the VMM has gone")
 	}
@@ -302,9 +311,13 @@ func TestMain_ends(t *testing.T) {
 		status int
 		stdout string
 	}{
-		"version":     {fakefc.Script{Version: "1.6.0"}, []string{"--version"}, 0, "Firecracker v1.6.0\n"},
-		"garbage":     {fakefc.Script{VersionOutput: "\x7fELF"}, []string{"--version"}, 0, "\x7fELF"},
-		"at once":     {fakefc.Script{ExitAtOnce: &fakefc.Exit{Status: 7, Message: "no KVM"}}, []string{"--api-sock", "s"}, 7, "no KVM\n"},
+		"version": {fakefc.Script{Version: "1.6.0"}, []string{"--version"}, 0, "Firecracker v1.6.0\n"},
+		"garbage": {fakefc.Script{VersionOutput: "\x7fELF"}, []string{"--version"}, 0, "\x7fELF"},
+		"at once": {
+			fakefc.Script{ExitAtOnce: &fakefc.Exit{Status: 7, Message: "no KVM"}},
+			[]string{"--api-sock", "s"},
+			7, "no KVM\n",
+		},
 		"bad flag":    {fakefc.Script{}, []string{"--api-sock=s"}, 153, ""},
 		"no value":    {fakefc.Script{}, []string{"--id", "--api-sock", "s"}, 153, ""},
 		"twice":       {fakefc.Script{}, []string{"--id", "a", "--id", "b"}, 153, ""},
@@ -365,7 +378,8 @@ func TestMain_dies(t *testing.T) {
 
 func TestMain_configFile(t *testing.T) {
 	config := filepath.Join(t.TempDir(), "vm.json")
-	if err := os.WriteFile(config, []byte(`{"boot-source":{"kernel_image_path":"k"},"drives":[],"shiny":1}`), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte(`{"boot-source":{"kernel_image_path":"k"},"drives":[],"shiny":1}`),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd, _ := start(t, fakefc.Script{}, "--api-sock", "s", "--config-file", config)

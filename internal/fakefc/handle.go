@@ -63,7 +63,10 @@ func (s *Server) handle(method, path string, body []byte) (any, error) {
 func (s *Server) get(path string) (any, error) {
 	switch path {
 	case "/":
-		return firecracker.InstanceInfo{ID: s.config.ID, State: s.state, VMMVersion: s.config.Version, AppName: "Firecracker"}, nil
+		return firecracker.InstanceInfo{
+			ID: s.config.ID, State: s.state, VMMVersion: s.config.Version,
+			AppName: "Firecracker",
+		}, nil
 	case "/version":
 		return map[string]string{"firecracker_version": s.config.Version}, nil
 	case "/vm/config":
@@ -291,7 +294,8 @@ func set[T any](s *Server, body []byte, to **T) error {
 	return nil
 }
 
-// merge stores the fields of a body of type P in the larger thing it changes, unless the VM's state forbids it.
+// merge stores the fields of a body of type P in the larger thing it changes, unless the VM's state
+// forbids it.
 func merge[P any](s *Server, body []byte, to any, state error) error {
 	if err := decode(s.version, body, new(P)); err != nil {
 		return err

@@ -32,8 +32,8 @@ type Script struct {
 	ConsoleBytes  int              `json:"console_bytes,omitempty"`  // printed, in lines, once the VM is started
 }
 
-// Install makes a program named firecracker in dir that is the running test binary, and behaves as script says. It
-// returns the program's path.
+// Install makes a program named firecracker in dir that is the running test binary, and behaves as
+// script says. It returns the program's path.
 func Install(dir string, script Script) (string, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -47,7 +47,8 @@ func Install(dir string, script Script) (string, error) {
 	if err := os.WriteFile(program+scriptSuffix, text, 0o600); err != nil {
 		return "", err
 	}
-	// Either can tell its own path however it is run. A test binary is large, but dir may be on another file system.
+	// Either can tell its own path however it is run. A test binary is large, but dir may be on
+	// another file system.
 	if os.Link(self, program) == nil {
 		return program, nil
 	}
@@ -127,7 +128,8 @@ func parseFlags(args []string) (map[string]string, error) {
 	for i := 0; i < len(args); i++ {
 		name, value := args[i], ""
 		switch name {
-		case "--version", "--snapshot-version", "--no-api", "--boot-timer", "--show-level", "--show-log-origin", "--enable-pci", "--no-seccomp":
+		case "--version", "--snapshot-version", "--no-api", "--boot-timer", "--show-level", "--show-log-origin",
+			"--enable-pci", "--no-seccomp":
 		case "--id", "--api-sock", "--config-file", "--metadata", "--log-path", "--level", "--module", "--metrics-path",
 			"--http-api-max-payload-size", "--mmds-size-limit", "--seccomp-filter",
 			"--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us":
@@ -207,7 +209,8 @@ func (p *program) run() int {
 	// Any file in its place is an error, and it is never unlinked.
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: p.flags["--api-sock"], Net: "unix"})
 	if err != nil {
-		return p.end(Exit{Status: 1, Message: "RunWithApiError error: Failed to bind and run the HTTP server: " + err.Error()})
+		return p.end(
+			Exit{Status: 1, Message: "RunWithApiError error: Failed to bind and run the HTTP server: " + err.Error()})
 	}
 	listener.SetUnlinkOnClose(false)
 	if p.script.ExitOnAccept != nil {

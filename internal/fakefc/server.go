@@ -1,8 +1,10 @@
-// Package fakefc is a fake Firecracker for what a real one cannot be made to do in a test: fail at a chosen moment,
-// hang, or be of another version. It boots nothing, and of the files it is told of it opens but those of snapshots.
+// Package fakefc is a fake Firecracker for what a real one cannot be made to do in a test: fail at
+// a chosen moment, hang, or be of another version. It boots nothing, and of the files it is told of
+// it opens but those of snapshots.
 //
-// A [Server] is the API alone, in the test's own process. To stand in for the program, a test binary runs itself as
-// one: [Install] puts a link to it named firecracker beside a [Script], and its TestMain begins with
+// A [Server] is the API alone, in the test's own process. To stand in for the program, a test
+// binary runs itself as one: [Install] puts a link to it named firecracker beside a [Script], and
+// its TestMain begins with
 //
 //	if fakefc.Called(os.Args) {
 //		os.Exit(fakefc.Main(os.Args, os.Stdout, os.Stderr))
@@ -23,7 +25,8 @@ import (
 	"push.rocks/smartvm/firecracker"
 )
 
-// DefaultVersion is the version of a fake that is not told another, and DefaultFormat that version's snapshot format.
+// DefaultVersion is the version of a fake that is not told another, and DefaultFormat that
+// version's snapshot format.
 const (
 	DefaultVersion = "1.12.1"
 	DefaultFormat  = "6.0.0"
@@ -66,8 +69,8 @@ type Request struct {
 	Method, Path, Body string
 }
 
-// Server is the API of one fake VMM. It keeps what it is configured with, and refuses what the real one would refuse
-// for its state or version, and bodies with unknown fields.
+// Server is the API of one fake VMM. It keeps what it is configured with, and refuses what the real
+// one would refuse for its state or version, and bodies with unknown fields.
 type Server struct {
 	config  Config
 	version firecracker.Version

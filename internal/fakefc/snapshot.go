@@ -8,8 +8,8 @@ import (
 	"push.rocks/smartvm/firecracker"
 )
 
-// The fake's state is a form of its own, of which nothing is like any VMM's but that other versions cannot read it: the snapshot
-// format, a newline, and a saved as JSON with its bits inverted.
+// The fake's state is a form of its own, of which nothing is like any VMM's but that other versions
+// cannot read it: the snapshot format, a newline, and a saved as JSON with its bits inverted.
 
 type saved struct {
 	VM         firecracker.FullVMConfiguration

@@ -1,9 +1,11 @@
-// Package guestagent is the whole of a guest's first program: it runs as process 1 of an initramfs, joins the image's
-// read-only root with a writable drive by overlayfs, and there runs the image's own init in its place, or a command below
-// itself. [push.rocks/smartvm/internal/agentproto] tells it what to do.
+// Package guestagent is the whole of a guest's first program: it runs as process 1 of an initramfs,
+// joins the image's read-only root with a writable drive by overlayfs, and there runs the image's
+// own init in its place, or a command below itself. [push.rocks/smartvm/internal/agentproto] tells
+// it what to do.
 //
-// It trusts the host and nothing in the image. Paths of the image are only used once the image is the root directory, so
-// that its links lead nowhere else. Whatever goes wrong is a line on the console, and the end of the VM.
+// It trusts the host and nothing in the image. Paths of the image are only used once the image is
+// the root directory, so that its links lead nowhere else. Whatever goes wrong is a line on the
+// console, and the end of the VM.
 package guestagent
 
 import (
@@ -24,7 +26,8 @@ import (
 const (
 	// devicePatience is how long drives may take to appear.
 	devicePatience = 10 * time.Second
-	// killPatience is how long killed processes may take to be gone, and the console to put out what it has.
+	// killPatience is how long killed processes may take to be gone, and the console to put out what
+	// it has.
 	killPatience = 2 * time.Second
 	// interval is that of looking again.
 	interval = time.Millisecond

@@ -64,7 +64,8 @@ func moduleName(file string) string {
 	return strings.ReplaceAll(name, "-", "_")
 }
 
-// insert inserts modules but those that unwanted has. Whether one that cannot be inserted is needed will show.
+// insert inserts modules but those that unwanted has. Whether one that cannot be inserted is needed
+// will show.
 func (m modules) insert(unwanted map[string]bool) {
 	for _, file := range m {
 		if unwanted[moduleName(file)] {
@@ -84,8 +85,8 @@ const (
 	virtioVsock   = 19
 )
 
-// unwanted are modules of no use to this guest: each one takes the kernel longer to load than all that we do ourselves. Sys lists
-// devices and drives, as in /sys.
+// unwanted are modules of no use to this guest: each one takes the kernel longer to load than all
+// that we do ourselves. Sys lists devices and drives, as in /sys.
 func unwanted(b *guest.Boot, sys string) map[string]bool {
 	kinds := map[int]bool{}
 	devices, _ := filepath.Glob(filepath.Join(sys, "bus/virtio/devices/*/device"))
@@ -105,9 +106,11 @@ func unwanted(b *guest.Boot, sys string) map[string]bool {
 	more := len(drives) > known // which may have any file system
 	return map[string]bool{
 		"failover": !kinds[virtioNet], "net_failover": !kinds[virtioNet], "virtio_net": !kinds[virtioNet],
-		"vsock": !kinds[virtioVsock], "vmw_vsock_virtio_transport_common": !kinds[virtioVsock], "vmw_vsock_virtio_transport": !kinds[virtioVsock],
-		"rng_core": !kinds[virtioRNG], "virtio_rng": !kinds[virtioRNG], "virtio_balloon": !kinds[virtioBalloon],
-		"squashfs": b.RootType != guest.Squashfs && !more, "erofs": b.RootType != guest.Erofs && !more,
+		"vsock": !kinds[virtioVsock], "vmw_vsock_virtio_transport_common": !kinds[virtioVsock],
+		"vmw_vsock_virtio_transport": !kinds[virtioVsock],
+		"rng_core":                   !kinds[virtioRNG], "virtio_rng": !kinds[virtioRNG],
+		"virtio_balloon": !kinds[virtioBalloon],
+		"squashfs":       b.RootType != guest.Squashfs && !more, "erofs": b.RootType != guest.Erofs && !more,
 		"overlay": b.ScratchDevice == "",
 	}
 }
@@ -141,8 +144,8 @@ func readModuleList(r io.Reader) (modules, error) {
 	return paths, s.Err()
 }
 
-// findBoot looks at all drives that are small enough. A drive of the image that pretends to be ours does not make it
-// past this: then there are two.
+// findBoot looks at all drives that are small enough. A drive of the image that pretends to be ours
+// does not make it past this: then there are two.
 func findBoot(sys, dev string) (*guest.Boot, error) {
 	drives, err := filepath.Glob(filepath.Join(sys, "vd*"))
 	if err != nil {
@@ -236,7 +239,8 @@ func (g *system) mountRoot(b *guest.Boot) error {
 func mountReadOnly(b *guest.Boot, target string) error {
 	f := filesystem{kind: b.RootType, source: b.RootDevice, target: target, flags: unix.MS_RDONLY}
 	if b.RootType == guest.Ext4 {
-		// Without this a journal that was left unfinished would have to be played back, which needs a writable drive.
+		// Without this a journal that was left unfinished would have to be played back, which needs a
+		// writable drive.
 		f.data = "noload"
 		if mount(f) == nil {
 			return nil
@@ -246,8 +250,8 @@ func mountReadOnly(b *guest.Boot, target string) error {
 	return mount(f)
 }
 
-// joinScratch lays the scratch over the root. Their own mounts are detached then: the overlay holds the layers, and the
-// image sees neither.
+// joinScratch lays the scratch over the root. Their own mounts are detached then: the overlay holds
+// the layers, and the image sees neither.
 func (g *system) joinScratch(b *guest.Boot) error {
 	if err := awaitDevice(b.ScratchDevice); err != nil {
 		return err
@@ -255,7 +259,11 @@ func (g *system) joinScratch(b *guest.Boot) error {
 	if err := mountReadOnly(b, lowerDir); err != nil {
 		return err
 	}
-	if err := mount(filesystem{kind: guest.Ext4, source: b.ScratchDevice, target: scratchDir, data: disk.Options("/sys", b.ScratchDevice)}); err != nil {
+	if err := mount(
+		filesystem{
+			kind: guest.Ext4, source: b.ScratchDevice, target: scratchDir,
+			data: disk.Options("/sys", b.ScratchDevice),
+		}); err != nil {
 		return err
 	}
 	upper, work := filepath.Join(scratchDir, guest.UpperDir), filepath.Join(scratchDir, "work")
@@ -265,7 +273,9 @@ func (g *system) joinScratch(b *guest.Boot) error {
 		}
 	}
 	hide(lowerDir, upper, "lost+found")
-	err := mount(filesystem{kind: "overlay", target: newRoot, data: "lowerdir=" + lowerDir + ",upperdir=" + upper + ",workdir=" + work})
+	err := mount(
+		filesystem{kind: "overlay", target: newRoot, data: "lowerdir=" + lowerDir + ",upperdir=" + upper +
+			",workdir=" + work})
 	switch {
 	case err == nil:
 		err = g.keepWritable(scratchDir)
@@ -276,7 +286,8 @@ func (g *system) joinScratch(b *guest.Boot) error {
 	return errors.Join(err, detach(lowerDir), detach(scratchDir))
 }
 
-// hide puts into the upper layer that an empty directory of the lower one is not there: that of ext4 is no image's.
+// hide puts into the upper layer that an empty directory of the lower one is not there: that of
+// ext4 is no image's.
 func hide(lower, upper, name string) {
 	if entries, err := os.ReadDir(filepath.Join(lower, name)); err == nil && len(entries) == 0 {
 		_ = unix.Mknod(filepath.Join(upper, name), unix.S_IFCHR, 0) // a guest may have made its own there
@@ -300,7 +311,8 @@ func (g *system) keepWritable(target string) error {
 	return nil
 }
 
-// makeReadOnly finishes a file system's journal. Unlike mount(2), fspick(2) does not mind that it is mounted nowhere.
+// makeReadOnly finishes a file system's journal. Unlike mount(2), fspick(2) does not mind that it
+// is mounted nowhere.
 func makeReadOnly(fd int) error {
 	context, err := unix.Fspick(fd, "", unix.FSPICK_EMPTY_PATH|unix.FSPICK_CLOEXEC)
 	if err == nil {
@@ -315,8 +327,8 @@ func makeReadOnly(fd int) error {
 	return nil
 }
 
-// switchRoot makes newRoot the root directory, and frees the memory of the initramfs. Our own program stays, like any that
-// is running.
+// switchRoot makes newRoot the root directory, and frees the memory of the initramfs. Our own
+// program stays, like any that is running.
 func switchRoot() error {
 	var st unix.Statfs_t
 	if err := unix.Statfs("/", &st); err != nil {
@@ -402,7 +414,8 @@ func mountDefaults(b *guest.Boot) error {
 	return nil
 }
 
-// mountOver mounts f over a directory, and brings into it what the image has there. What cannot be brought is said.
+// mountOver mounts f over a directory, and brings into it what the image has there. What cannot be
+// brought is said.
 func mountOver(f filesystem, o fill.Options) error {
 	from, missing := os.OpenRoot(f.target)
 	if missing == nil {
@@ -434,7 +447,8 @@ func mountModules(device string) error {
 }
 
 func rewrite(path, text string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644) // an image's FIFO does not hold us up
+	// an image's FIFO does not hold us up
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644)
 	if err != nil {
 		return err
 	}

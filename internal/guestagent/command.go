@@ -18,7 +18,8 @@ import (
 	"push.rocks/smartvm/internal/guestagent/server"
 )
 
-// openConsole opens what a program of the image has as its standard streams, and says whether that is a terminal.
+// openConsole opens what a program of the image has as its standard streams, and says whether that
+// is a terminal.
 func openConsole() (console *os.File, terminal bool, err error) {
 	for _, path := range []string{"/dev/console", os.DevNull} {
 		console, err = os.OpenFile(path, os.O_RDWR|syscall.O_NOCTTY, 0)
@@ -77,7 +78,10 @@ func execInit(b *guest.Boot) error {
 
 // ownInit is the init of an image that says nothing of what to run, where kernels look for it.
 func ownInit() (string, error) {
-	inits := []string{"/sbin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/etc/init", "/bin/init", "/bin/sh"}
+	inits := []string{
+		"/sbin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/etc/init",
+		"/bin/init", "/bin/sh",
+	}
 	for _, path := range inits {
 		if _, err := os.Stat(path); err == nil {
 			return path, nil
@@ -121,7 +125,9 @@ func (g *system) runCommand(b *guest.Boot, srv *server.Server) (agentproto.Exit,
 	if err != nil {
 		return agentproto.Exit{}, err
 	}
-	pid, done, err := g.reaper.Start(func() (int, error) { return start(b.Command, dir, process.Environment(b.Env, u.Home), u) })
+	pid, done, err := g.reaper.Start(func() (int, error) {
+		return start(b.Command, dir, process.Environment(b.Env, u.Home), u)
+	})
 	if err != nil {
 		err = fmt.Errorf("run %q: %w", b.Command[0], err)
 		say("%v", err)

@@ -49,8 +49,9 @@ echo "cgroup $(grep -c ' /sys/fs/cgroup cgroup2 ' /proc/mounts)"
 exit 7
 `
 
-// A command is run as whom the configuration says. What one boot leaves in the scratch is there in the next. How a guest that is root's
-// writes over a squashfs, the root package's TestLinuxGuest shows.
+// A command is run as whom the configuration says. What one boot leaves in the scratch is there in
+// the next. How a guest that is root's writes over a squashfs, the root package's TestLinuxGuest
+// shows.
 func TestLinuxGuest_Command(t *testing.T) {
 	for name, c := range map[string]struct {
 		makeRoot func(*testing.T) string
@@ -79,7 +80,8 @@ func TestLinuxGuest_Command(t *testing.T) {
 				b.User = user
 				console := start(t, drive{path: root}, drive{upper, true}, drive{path: config(t, b)}).wait(t)
 				has(t, console, who, "env 1 "+home+" vt100 /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-					"cwd /srv/new", "host web-1 web-1", "tty /dev/console", "kept "+kept, "parent 1", "lo 0x9", "cgroup 1", "descriptors",
+					"cwd /srv/new", "host web-1 web-1", "tty /dev/console", "kept "+kept, "parent 1", "lo 0x9", "cgroup 1",
+					"descriptors",
 					"root "+c.listing, "smartvm: command ended with exit code 7")
 				kept = "second" // by root
 				if !regexp.MustCompile(`(?m)^mounts \d+$`).MatchString(console) {
@@ -101,7 +103,10 @@ func TestLinuxGuest_NoScratch(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			watch(t)
 			root := image{}.ext4(t)
-			b := guest.Boot{RootDevice: "/dev/vdb", RootType: guest.Ext4, Command: []string{"/bin/sh", "-c", script}, User: "12:logs"}
+			b := guest.Boot{
+				RootDevice: "/dev/vdb", RootType: guest.Ext4, Command: []string{"/bin/sh", "-c", script},
+				User: "12:logs",
+			}
 			if writable {
 				b.User = "" // the image is root's
 			}
@@ -119,8 +124,8 @@ func TestLinuxGuest_NoScratch(t *testing.T) {
 	}
 }
 
-// Signals from within do not end process 1, nor does any of them leave zombies. All that a command writes comes out, also just
-// before its end.
+// Signals from within do not end process 1, nor does any of them leave zombies. All that a command
+// writes comes out, also just before its end.
 func TestLinuxGuest_SignalsAndOutput(t *testing.T) {
 	watch(t)
 	// An orphan that is gone was reaped by process 1, after the signals.
@@ -144,7 +149,10 @@ func TestLinuxGuest_CtrlAltDel(t *testing.T) {
 		script, signal string
 		want           []string
 	}{
-		"Heeded":  {"trap 'echo asked; exit 3' USR1", "SIGUSR1", []string{"asked", "smartvm: command ended with exit code 3"}},
+		"Heeded": {
+			"trap 'echo asked; exit 3' USR1", "SIGUSR1",
+			[]string{"asked", "smartvm: command ended with exit code 3"},
+		},
 		"Default": {":", "", []string{"smartvm: command ended with exit code 143"}},
 		"Ignored": {"trap '' TERM", "15", []string{"smartvm: command ended with exit code 137"}},
 	} {
@@ -195,7 +203,8 @@ echo "volumes $(stat -c %a:%u:%F /data/db) $(cat /file)"
 cat /run/app/pid
 `
 
-// What the image has in /run is there, below /var/run too, and its volumes. An init finds the directories alone.
+// What the image has in /run is there, below /var/run too, and its volumes. An init finds the
+// directories alone.
 func TestLinuxGuest_Run(t *testing.T) {
 	for name, c := range map[string]struct {
 		init bool
@@ -207,17 +216,21 @@ func TestLinuxGuest_Run(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			watch(t)
 			root := image{
-				"run/app/pid": "pid 1\n", "run/lock/": "", "run/systemd/system/": "", "var/run": "->/run", "file": "a file", "report": runReport,
+				"run/app/pid": "pid 1\n", "run/lock/": "", "run/systemd/system/": "", "var/run": "->/run", "file": "a file",
+				"report":     runReport,
 				"sbin/first": "#!/bin/sh\n. /report\nexec /bin/busybox reboot -f\n",
 			}.changed(t, func(dir string) error {
-				return errors.Join(os.Chown(filepath.Join(dir, "run/app"), 999, 0), os.Chmod(filepath.Join(dir, "run/app"), 0o777|fs.ModeSticky),
+				return errors.Join(os.Chown(filepath.Join(dir, "run/app"), 999, 0),
+					os.Chmod(filepath.Join(dir, "run/app"), 0o777|fs.ModeSticky),
 					os.Chown(filepath.Join(dir, "run/app/pid"), 999, 0), os.Chmod(filepath.Join(dir, "run/app/pid"), 0o640))
 			})
 			b := over(guest.Ext4, "first")
 			b.Init, b.Directories = c.init, []string{"/data/db", "/file"}
 			console := start(t, drive{path: root}, drive{scratch(t), true}, drive{path: config(t, b)}).wait(t)
-			has(t, console, append(c.want, "/run 755 0 directory", "/run/app 1777 999 directory", "/var/run/app 1777 999 directory", "/run/lock 755 0 directory", "1",
-				"volumes 755:0:directory a file")...)
+			has(t, console,
+				append(c.want, "/run 755 0 directory", "/run/app 1777 999 directory", "/var/run/app 1777 999 directory",
+					"/run/lock 755 0 directory", "1",
+					"volumes 755:0:directory a file")...)
 			if c.init == strings.Contains(console, "/run/systemd 755") {
 				t.Errorf("/run/systemd is there only for a command:\n%s", console)
 			}
@@ -243,7 +256,10 @@ func TestLinuxGuest_Faults(t *testing.T) {
 		config func(*testing.T) string
 		want   []string
 	}{
-		"Damaged": {nil, damaged, []string{"smartvm-agent: find the boot configuration: drive vdc: invalid boot configuration: .*"}},
+		"Damaged": {
+			nil, damaged,
+			[]string{"smartvm-agent: find the boot configuration: drive vdc: invalid boot configuration: .*"},
+		},
 		"NoScratch": {
 			nil, with(func(b *guest.Boot) { b.ScratchDevice = "/dev/vdz" }),
 			[]string{"smartvm-agent: wait for drive /dev/vdz: it did not appear"},
@@ -269,7 +285,11 @@ func TestLinuxGuest_Faults(t *testing.T) {
 			with(func(b *guest.Boot) { b.User = "web" }),
 			[]string{`smartvm-agent: find user "web": read /etc/passwd: more than 67108864 bytes`},
 		},
-		"ProcElsewhere": {image{"proc": "->/../../nowhere"}, fine, []string{"smartvm-agent: mount proc on /proc: mkdir /proc: file exists"}},
+		"ProcElsewhere": {
+			image{"proc": "->/../../nowhere"},
+			fine,
+			[]string{"smartvm-agent: mount proc on /proc: mkdir /proc: file exists"},
+		},
 		"NoSuchInit": {
 			nil, with(func(b *guest.Boot) { b.Command, b.Init = []string{"/sbin/init"}, true }),
 			[]string{"smartvm-agent: run /sbin/init: no such file or directory"},

@@ -18,8 +18,8 @@ import (
 	"push.rocks/smartvm/internal/guestagent/rtnl"
 )
 
-// identify makes a restored guest who it shall be: others have been restored from the same snapshot. Network first, since
-// the names in /etc/hosts are of its addresses.
+// identify makes a restored guest who it shall be: others have been restored from the same
+// snapshot. Network first, since the names in /etc/hosts are of its addresses.
 func identify(b *guest.Boot, id *agentproto.Identity) (errs []error) {
 	for _, i := range id.Interfaces {
 		if err := rekey(i); err != nil {
@@ -61,8 +61,9 @@ func identify(b *guest.Boot, id *agentproto.Identity) (errs []error) {
 	return errs
 }
 
-// forgetNames has the programs that keep answers for names forget them, which they do at a SIGUSR2 (systemd-resolved(8)): to what those say a
-// policy may let nothing through here before it is asked for. Programs that would end by the signal do not get it.
+// forgetNames has the programs that keep answers for names forget them, which they do at a SIGUSR2
+// (systemd-resolved(8)): to what those say a policy may let nothing through here before it is asked
+// for. Programs that would end by the signal do not get it.
 func forgetNames(programs ...string) {
 	if !slices.ContainsFunc(programs, func(p string) bool { return unix.Access(p, unix.X_OK) == nil }) {
 		return // most images have none
@@ -79,7 +80,8 @@ func forgetNames(programs ...string) {
 	}
 }
 
-// expects says whether a process, that has a directory in /proc, has a handler for a signal, or blocks it to wait for it.
+// expects says whether a process, that has a directory in /proc, has a handler for a signal, or
+// blocks it to wait for it.
 func expects(dir string, s unix.Signal) bool {
 	status, err := os.ReadFile(filepath.Join(dir, "status"))
 	if err != nil {
@@ -97,8 +99,9 @@ func expects(dir string, s unix.Signal) bool {
 	return false
 }
 
-// nameGuest writes the guest's names into files that images carry from the machine that they were made on, and that their init
-// reads. What is written over an image is the VM's own; a root without that stays as it is.
+// nameGuest writes the guest's names into files that images carry from the machine that they were
+// made on, and that their init reads. What is written over an image is the VM's own; a root without
+// that stays as it is.
 func nameGuest(b *guest.Boot) (errs []error) {
 	if b.ScratchDevice == "" {
 		return nil
@@ -114,8 +117,8 @@ func nameGuest(b *guest.Boot) (errs []error) {
 	return errs
 }
 
-// forgetNeighbours has the guest ask again who has which address: that of its gateway may have moved. The kernel forgets it all when
-// an interface stops and begins to ask.
+// forgetNeighbours has the guest ask again who has which address: that of its gateway may have
+// moved. The kernel forgets it all when an interface stops and begins to ask.
 func forgetNeighbours() error {
 	all, err := net.Interfaces()
 	if err != nil {

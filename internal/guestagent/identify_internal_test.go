@@ -9,7 +9,8 @@ import (
 	"testing"
 )
 
-// A program that keeps answers for names is told to forget them if it waits for that; one that would end by it, and one that is another, are not.
+// A program that keeps answers for names is told to forget them if it waits for that; one that
+// would end by it, and one that is another, are not.
 func TestForgetNames(t *testing.T) {
 	shell, err := os.ReadFile("/bin/sh")
 	if err != nil {

@@ -17,8 +17,8 @@ import (
 	"push.rocks/smartvm/internal/guestagent/rtnl"
 )
 
-// setNetwork gives the guest's interfaces their addresses and routes, and says what it could not: a guest without a part of
-// its network is better than none.
+// setNetwork gives the guest's interfaces their addresses and routes, and says what it could not: a
+// guest without a part of its network is better than none.
 func setNetwork(b *guest.Boot) {
 	for _, i := range b.Interfaces {
 		link, err := awaitLink(i.MAC)
@@ -40,14 +40,16 @@ func putNetwork(b *guest.Boot) {
 	putHosts(b)
 }
 
-// putHosts writes under which address a command finds the guest's own name, and what else the guest is told of names.
+// putHosts writes under which address a command finds the guest's own name, and what else the guest
+// is told of names.
 func putHosts(b *guest.Boot) {
 	if len(b.Interfaces) > 0 && !b.HasInit() || len(b.Hosts) > 0 {
 		put("/etc/hosts", etc.Hosts(b), b.ScratchDevice != "")
 	}
 }
 
-// put makes a file of the image this text: in place of what is there, or, where nothing can be written, over it.
+// put makes a file of the image this text: in place of what is there, or, where nothing can be
+// written, over it.
 func put(name, text string, writable bool) {
 	target := name
 	if !writable {
@@ -99,7 +101,8 @@ func setInterface(c rtnl.Conn, link net.Interface, i guest.Interface) error {
 			name = i.Name
 		}
 	}
-	// A router that is none of ours is not for the guest. Where there is no such file there is no IPv6.
+	// A router that is none of ours is not for the guest. Where there is no such file there is no
+	// IPv6.
 	ipv6 := setIPv6(name, "accept_ra", map[bool]string{true: "2", false: "0"}[i.Routers])
 	if i.Routers && ipv6 { // the host lets through such addresses alone as are made of the MAC
 		setIPv6(name, "addr_gen_mode", "0")

@@ -52,7 +52,9 @@ func TestSetInterface(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := rtnl.With(func(c rtnl.Conn) error { return setInterface(c, link, networkBoot().Interfaces[0]) }); err != nil {
+		if err := rtnl.With(func(c rtnl.Conn) error {
+			return setInterface(c, link, networkBoot().Interfaces[0])
+		}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -39,11 +39,14 @@ func TestReadModuleList(t *testing.T) {
 	}
 }
 
-// A guest gets the modules of what it has: first those of drives, then those of its other devices and of the file systems that may be on its drives.
+// A guest gets the modules of what it has: first those of drives, then those of its other devices
+// and of the file systems that may be on its drives.
 func TestModules(t *testing.T) {
 	all := modules{
-		"/m/virtio_ring.ko", "/m/virtio.ko", "/m/virtio_mmio.ko", "/m/virtio_blk.ko", "/m/failover.ko", "/m/net_failover.ko", "/m/virtio_net.ko",
-		"/m/vsock.ko", "/m/vmw_vsock_virtio_transport_common.ko", "/m/vmw_vsock_virtio_transport.ko", "/m/rng-core.ko.xz", "/m/virtio-rng.ko.xz", "/m/virtio_balloon.ko",
+		"/m/virtio_ring.ko", "/m/virtio.ko", "/m/virtio_mmio.ko", "/m/virtio_blk.ko", "/m/failover.ko", "/m/net_failover.ko",
+		"/m/virtio_net.ko",
+		"/m/vsock.ko", "/m/vmw_vsock_virtio_transport_common.ko", "/m/vmw_vsock_virtio_transport.ko", "/m/rng-core.ko.xz",
+		"/m/virtio-rng.ko.xz", "/m/virtio_balloon.ko",
 		"/m/squashfs.ko", "/m/libcrc32c.ko", "/m/erofs.ko", "/m/overlay.ko", "/m/ext4.ko",
 	}
 	first, rest := all.split()
@@ -59,9 +62,19 @@ func TestModules(t *testing.T) {
 		drives int
 		want   string
 	}{
-		"least":      {guest.Boot{RootType: guest.Ext4}, []int{2}, 2, "libcrc32c ext4"},
-		"usual":      {guest.Boot{RootType: guest.Ext4, ScratchDevice: "/dev/vdb"}, []int{2, 2, 2, 19}, 3, "vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libcrc32c overlay ext4"},
-		"network":    {guest.Boot{RootType: guest.Squashfs}, []int{1, 4}, 2, "failover net_failover virtio_net rng_core virtio_rng squashfs libcrc32c ext4"},
+		"least": {guest.Boot{RootType: guest.Ext4}, []int{2}, 2, "libcrc32c ext4"},
+		"usual": {
+			guest.Boot{RootType: guest.Ext4, ScratchDevice: "/dev/vdb"},
+			[]int{2, 2, 2, 19},
+			3,
+			"vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport libcrc32c overlay ext4",
+		},
+		"network": {
+			guest.Boot{RootType: guest.Squashfs},
+			[]int{1, 4},
+			2,
+			"failover net_failover virtio_net rng_core virtio_rng squashfs libcrc32c ext4",
+		},
 		"balloon":    {guest.Boot{RootType: guest.Ext4}, []int{5}, 2, "virtio_balloon libcrc32c ext4"},
 		"erofs":      {guest.Boot{RootType: guest.Erofs}, nil, 2, "libcrc32c erofs ext4"},
 		"modules":    {guest.Boot{RootType: guest.Ext4, ModulesDevice: "/dev/vdc"}, nil, 3, "libcrc32c ext4"},
@@ -75,7 +88,8 @@ func TestModules(t *testing.T) {
 		}
 		for i, kind := range tt.kinds {
 			dir := filepath.Join(sys, "bus/virtio/devices", fmt.Sprintf("virtio%d", i))
-			if err := errors.Join(os.MkdirAll(dir, 0o700), os.WriteFile(filepath.Join(dir, "device"), fmt.Appendf(nil, "0x%04x\n", kind), 0o600)); err != nil {
+			if err := errors.Join(os.MkdirAll(dir, 0o700),
+				os.WriteFile(filepath.Join(dir, "device"), fmt.Appendf(nil, "0x%04x\n", kind), 0o600)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -168,7 +182,8 @@ func TestFindBoot(t *testing.T) {
 func TestFits(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
-	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Symlink(dir, filepath.Join(dir, "link")), os.Symlink("nowhere", filepath.Join(dir, "dangling"))); err != nil {
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Symlink(dir, filepath.Join(dir, "link")),
+		os.Symlink("nowhere", filepath.Join(dir, "dangling"))); err != nil {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct {
@@ -197,7 +212,8 @@ func TestFits(t *testing.T) {
 	}
 }
 
-// An image may have anything where the secrets go: what it has stays, but for what has the name of one, and no link is followed.
+// An image may have anything where the secrets go: what it has stays, but for what has the name of
+// one, and no link is followed.
 func TestStoreSecrets(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	runtime.LockOSThread() // for good: the thread has mounts of its own, and ends with the test
@@ -213,14 +229,16 @@ func TestStoreSecrets(t *testing.T) {
 	for name, prepare := range map[string]func() error{
 		"Nothing": func() error { return nil },
 		"Directory": func() error {
-			return errors.Join(os.Mkdir("/run/secrets", 0o700), os.Chown("/run/secrets", 7, 7), os.Symlink("/run/victim", "/run/secrets/key"),
+			return errors.Join(os.Mkdir("/run/secrets", 0o700), os.Chown("/run/secrets", 7, 7),
+				os.Symlink("/run/victim", "/run/secrets/key"),
 				os.WriteFile("/run/secrets/own", []byte("the image's"), 0o644))
 		},
 		"Link": func() error { return os.Symlink("/run/victim", "/run/secrets") },
 		"File": func() error { return os.WriteFile("/run/secrets", nil, 0o600) },
 	} {
 		// No subtest: that would be another goroutine, and another thread.
-		if err := errors.Join(os.RemoveAll("/run/secrets"), os.WriteFile("/run/victim", []byte("victim"), 0o600), prepare()); err != nil {
+		if err := errors.Join(os.RemoveAll("/run/secrets"), os.WriteFile("/run/victim", []byte("victim"), 0o600),
+			prepare()); err != nil {
 			t.Fatal(err)
 		}
 		if err := storeSecrets(new(guest.Boot), map[string][]byte{"key": []byte("value")}); err != nil {
@@ -240,7 +258,8 @@ func TestStoreSecrets(t *testing.T) {
 			data, _ := os.ReadFile(path)
 			*to = string(data)
 		}
-		if value, err := os.ReadFile("/run/secrets/key"); err != nil || string(value) != "value" || victim != "victim" || (own != "") != (name == "Directory") {
+		if value, err := os.ReadFile("/run/secrets/key"); err != nil || string(value) != "value" || victim != "victim" ||
+			(own != "") != (name == "Directory") {
 			t.Errorf("%s: key %q, %v, own %q, victim %q", name, value, err, own, victim)
 		}
 		if err := os.WriteFile("/run/secrets/more", nil, 0o600); !errors.Is(err, unix.EROFS) {

@@ -17,7 +17,8 @@ import (
 	"push.rocks/smartvm/internal/guestagent/server"
 )
 
-// storeSecrets puts files where the command finds them: in memory, to be read by its user and nobody else.
+// storeSecrets puts files where the command finds them: in memory, to be read by its user and
+// nobody else.
 func storeSecrets(b *guest.Boot, files map[string][]byte) error {
 	u, err := process.Find(b.User)
 	if err != nil {
@@ -30,7 +31,8 @@ func storeSecrets(b *guest.Boot, files map[string][]byte) error {
 		}
 	}
 	// What the image has there stays, but for what has the name of a secret.
-	if err := mountOver(filesystem{kind: "tmpfs", target: agentproto.SecretDir, flags: flags, data: "mode=755"}, fill.Options{}); err != nil {
+	if err := mountOver(filesystem{kind: "tmpfs", target: agentproto.SecretDir, flags: flags, data: "mode=755"},
+		fill.Options{}); err != nil {
 		return err
 	}
 	if err := errors.Join(os.Chown(agentproto.SecretDir, 0, 0), os.Chmod(agentproto.SecretDir, 0o755)); err != nil {
@@ -86,7 +88,8 @@ func (g *system) hearSecrets(b *guest.Boot) error {
 	return err
 }
 
-// The environment that the host has told may be longer than a boot configuration. It has its own place behind that.
+// The environment that the host has told may be longer than a boot configuration. It has its own
+// place behind that.
 const (
 	envOffset = guest.MaxSize
 	maxEnv    = 4 << 20

@@ -46,8 +46,8 @@ func (l fromHost) Accept() (net.Conn, error) {
 	}
 }
 
-// hostConn is a connection that says who has ended it. When the VMM does, as it does to all when it makes a snapshot, the kernel leaves an
-// error with the socket, though reading only gives io.EOF.
+// hostConn is a connection that says who has ended it. When the VMM does, as it does to all when it
+// makes a snapshot, the kernel leaves an error with the socket, though reading only gives io.EOF.
 type hostConn struct{ *vsock.Conn }
 
 func (c hostConn) Read(p []byte) (int, error) {
@@ -64,7 +64,9 @@ func (c hostConn) failed() bool {
 		return false
 	}
 	state := 0
-	return raw.Control(func(fd uintptr) { state, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR) }) == nil && err == nil && state != 0
+	return raw.Control(func(fd uintptr) {
+		state, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+	}) == nil && err == nil && state != 0
 }
 
 func listenHost() (net.Listener, error) {
@@ -89,8 +91,9 @@ func listen(s *server.Server) error {
 	return nil
 }
 
-// Verbs of the agent where it is not process 1. As a service of a system that boots by itself it only serves. Beside the init of an image that we
-// have booted one process serves, with the boot configuration, and the other starts it again when it has died.
+// Verbs of the agent where it is not process 1. As a service of a system that boots by itself it
+// only serves. Beside the init of an image that we have booted one process serves, with the boot
+// configuration, and the other starts it again when it has died.
 const (
 	ServeVerb = "serve"
 	KeepVerb  = "keep"
@@ -190,7 +193,8 @@ func Run(verb string, child <-chan os.Signal) error {
 // ErrVerb means that the agent was asked for what it does not know.
 var ErrVerb = errors.New("run it as a service of a VM's guest: smartvm-agent serve")
 
-// Serve answers the host. Without a boot configuration, programs run as in an image that says nothing. Child is SIGCHLD.
+// Serve answers the host. Without a boot configuration, programs run as in an image that says
+// nothing. Child is SIGCHLD.
 func Serve(b *guest.Boot, child <-chan os.Signal) error {
 	begun := uptime()
 	if b == nil {

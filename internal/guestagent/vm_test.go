@@ -51,7 +51,8 @@ const initramfsFile = "initramfs"
 func makeInitramfs(t *testing.T, dir string) string {
 	t.Helper()
 	agent := filepath.Join(dir, "agent")
-	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags=-s -w", "-o", agent, "push.rocks/smartvm/cmd/smartvm-agent")
+	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags=-s -w", "-o", agent,
+		"push.rocks/smartvm/cmd/smartvm-agent")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -70,7 +71,8 @@ func makeInitramfs(t *testing.T, dir string) string {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	err = initramfs.Build(f, initramfs.Options{Agent: program, Modules: os.DirFS(modules), Release: filepath.Base(modules)})
+	err = initramfs.Build(f,
+		initramfs.Options{Agent: program, Modules: os.DirFS(modules), Release: filepath.Base(modules)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,14 +101,15 @@ const passwd = "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1001:web:/home/web:/bi
 
 const group = "root:x:0:\nweb:x:1001:\nlogs:x:1002:web,other\n"
 
-// image is a busybox root file system: contents by path. A path that ends in a slash is a directory; a content that begins
-// with "->" makes a symbolic link.
+// image is a busybox root file system: contents by path. A path that ends in a slash is a
+// directory; a content that begins with "->" makes a symbolic link.
 type image map[string]string
 
 // complete returns the image with what it does not have itself.
 func (i image) complete() image {
 	all := image{
-		"etc/passwd": passwd, "etc/group": group, "proc/": "", "sys/": "", "dev/": "", "run/": "", "tmp/": "", "home/web/": "",
+		"etc/passwd": passwd, "etc/group": group, "proc/": "", "sys/": "", "dev/": "", "run/": "", "tmp/": "",
+		"home/web/": "",
 	}
 	for path, content := range i {
 		delete(all, path+"/")
@@ -144,10 +147,12 @@ func (i image) write(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "bin"), 0o755), os.WriteFile(filepath.Join(dir, "bin/busybox"), busybox, 0o755)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "bin"), 0o755),
+		os.WriteFile(filepath.Join(dir, "bin/busybox"), busybox, 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	for _, applet := range strings.Fields("sh cat id echo hostname ls tty sleep seq kill ps reboot env pwd stat touch grep setsid") {
+	for _, applet := range strings.Fields(
+		"sh cat id echo hostname ls tty sleep seq kill ps reboot env pwd stat touch grep setsid") {
 		if err := os.Symlink("busybox", filepath.Join(dir, "bin", applet)); err != nil && !errors.Is(err, os.ErrExist) {
 			t.Fatal(err)
 		}
@@ -255,7 +260,8 @@ func start(t *testing.T, drives ...drive) *vm {
 	}
 	var list []object
 	for i, d := range drives {
-		list = append(list, object{"drive_id": fmt.Sprint("d", i), "path_on_host": d.path, "is_root_device": false, "is_read_only": !d.writable})
+		list = append(list,
+			object{"drive_id": fmt.Sprint("d", i), "path_on_host": d.path, "is_root_device": false, "is_read_only": !d.writable})
 	}
 	doc["drives"] = list
 	data, err := json.Marshal(doc)
@@ -315,7 +321,8 @@ func (v *vm) pressKeys(t *testing.T) {
 			return new(net.Dialer).DialContext(ctx, "unix", v.socket)
 		},
 	}}
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://vm/actions", strings.NewReader(`{"action_type":"SendCtrlAltDel"}`))
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://vm/actions",
+		strings.NewReader(`{"action_type":"SendCtrlAltDel"}`))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,13 +18,18 @@ import (
 // volumeDir is where the drives of volumes are mounted until the volumes are where they belong.
 const volumeDir = "/run/smartvm/volumes"
 
-// mountVolumes puts the host's volumes into the image. What is laid over what is kept by the kernel: afterwards nobody sees the drives.
+// mountVolumes puts the host's volumes into the image. What is laid over what is kept by the
+// kernel: afterwards nobody sees the drives.
 func (g *system) mountVolumes(b *guest.Boot) error {
 	if b.ChangesDevice != "" {
 		if err := awaitDevice(b.ChangesDevice); err != nil {
 			return err
 		}
-		if err := mount(filesystem{kind: guest.Ext4, source: b.ChangesDevice, target: guest.ChangesDir, data: disk.Options("/sys", b.ChangesDevice)}); err != nil {
+		if err := mount(
+			filesystem{
+				kind: guest.Ext4, source: b.ChangesDevice, target: guest.ChangesDir,
+				data: disk.Options("/sys", b.ChangesDevice),
+			}); err != nil {
 			return err
 		}
 		if err := g.keepWritable(guest.ChangesDir); err != nil {
@@ -43,7 +48,11 @@ func (g *system) mountVolumes(b *guest.Boot) error {
 	if err := awaitDevice(b.VolumeDevice); err != nil {
 		return err
 	}
-	if err := mount(filesystem{kind: guest.Ext4, source: b.VolumeDevice, target: volumeDir, flags: unix.MS_RDONLY, data: "noload"}); err != nil {
+	if err := mount(
+		filesystem{
+			kind: guest.Ext4, source: b.VolumeDevice, target: volumeDir, flags: unix.MS_RDONLY,
+			data: "noload",
+		}); err != nil {
 		return err
 	}
 	for i, v := range b.Volumes {
@@ -69,7 +78,9 @@ type place struct {
 
 // mountAll mounts what is in another place after that.
 func mountAll(places []place) error {
-	slices.SortStableFunc(places, func(a, b place) int { return strings.Count(a.target, "/") - strings.Count(b.target, "/") })
+	slices.SortStableFunc(places, func(a, b place) int {
+		return strings.Count(a.target, "/") - strings.Count(b.target, "/")
+	})
 	for _, p := range places {
 		if err := p.mount(); err != nil {
 			return fmt.Errorf("volume %s: %w", p.target, err)
@@ -78,13 +89,15 @@ func mountAll(places []place) error {
 	return nil
 }
 
-// mountDisk mounts a disk that outlives the guest. One that is new gets what the image has in its place.
+// mountDisk mounts a disk that outlives the guest. One that is new gets what the image has in its
+// place.
 func (g *system) mountDisk(number int, d guest.Disk) error {
 	if err := awaitDevice(d.Device); err != nil {
 		return err
 	}
 	at := fmt.Sprintf("/run/smartvm/disk-%d", number)
-	if err := mount(filesystem{kind: guest.Ext4, source: d.Device, target: at, data: disk.Options("/sys", d.Device)}); err != nil {
+	if err := mount(
+		filesystem{kind: guest.Ext4, source: d.Device, target: at, data: disk.Options("/sys", d.Device)}); err != nil {
 		return err
 	}
 	if err := g.keepWritable(at); err != nil {
@@ -128,7 +141,8 @@ func mountVolume(number string, v guest.Volume) error {
 		f.target = volumeDir + "-" + number
 	}
 	// What is written is whole, for the host to read.
-	f.data = "lowerdir=" + lower + ",upperdir=" + upper + ",workdir=" + filepath.Join(filepath.Dir(upper), "work") + ",redirect_dir=off,metacopy=off"
+	f.data = "lowerdir=" + lower + ",upperdir=" + upper + ",workdir=" + filepath.Join(filepath.Dir(upper), "work") +
+		",redirect_dir=off,metacopy=off"
 	if err := mount(f); err != nil || !v.IsFile {
 		return err
 	}

@@ -1,4 +1,5 @@
-// Package guestwatch follows what a VM's guest says of itself, in the process that supervises the VM, and writes it down for all others.
+// Package guestwatch follows what a VM's guest says of itself, in the process that supervises the
+// VM, and writes it down for all others.
 package guestwatch
 
 import (
@@ -19,7 +20,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// How often an agent that does not answer is asked again: of a guest that boots, and of one that has, or takes too long.
+// How often an agent that does not answer is asked again: of a guest that boots, and of one that
+// has, or takes too long.
 const (
 	BootingPause = 20 * time.Millisecond
 	BootingTime  = time.Minute
@@ -27,7 +29,8 @@ const (
 	strangePause = 10 * time.Second // of a guest that may have no agent
 )
 
-// Watch follows what the guest of a VM's run says of itself. Its fields are set before Listen and not changed by others.
+// Watch follows what the guest of a VM's run says of itself. Its fields are set before Listen and
+// not changed by others.
 type Watch struct {
 	Record    *plan.Record
 	Agent     *agent.Client
@@ -45,7 +48,8 @@ type Watch struct {
 	command  *guest.Exit // of the image's command; nil: it is not known
 }
 
-// Listen returns when the guest's command has ended, or ctx, or the VMM. It returns how the command ended, nil if it is not known.
+// Listen returns when the guest's command has ended, or ctx, or the VMM. It returns how the command
+// ended, nil if it is not known.
 func (w *Watch) Listen(ctx context.Context, ended <-chan struct{}) *guest.Exit {
 	if w.Record.Spec.Vsock == nil {
 		return nil
@@ -129,7 +133,10 @@ func (w *Watch) report(e agentproto.Event) {
 	w.reported = true
 	g := &w.state
 	wasReady := g.Ready()
-	for phase, to := range map[agentproto.Phase]*time.Duration{agentproto.PhaseAgent: &g.Agent, agentproto.PhaseCommand: &g.Command} {
+	for phase, to := range map[agentproto.Phase]*time.Duration{
+		agentproto.PhaseAgent:   &g.Agent,
+		agentproto.PhaseCommand: &g.Command,
+	} {
 		if at := e.Phases[phase]; at > 0 && *to == 0 {
 			*to = w.Booted.Sub(w.Started) + at
 		}
@@ -169,7 +176,10 @@ const identifyTime = time.Minute
 func (w *Watch) identify(ctx context.Context) {
 	rec := w.Record
 	b := rec.Boot.Guest
-	who := &agentproto.Identity{Hostname: b.Hostname, MachineID: b.MachineID, Interfaces: attach.Rekey(rec.Restored.Was, rec.Interfaces), DNS: b.DNS, Hosts: b.Hosts}
+	who := &agentproto.Identity{
+		Hostname: b.Hostname, MachineID: b.MachineID,
+		Interfaces: attach.Rekey(rec.Restored.Was, rec.Interfaces), DNS: b.DNS, Hosts: b.Hosts,
+	}
 	var warnings []string
 	err := capture.Retry(ctx, func() (err error) {
 		short, cancel := context.WithTimeout(ctx, identifyTime)

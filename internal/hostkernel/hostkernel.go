@@ -1,4 +1,5 @@
-// Package hostkernel finds the files of the kernel that this machine runs, and those of a kernel's modules.
+// Package hostkernel finds the files of the kernel that this machine runs, and those of a kernel's
+// modules.
 package hostkernel
 
 import (
@@ -35,8 +36,9 @@ type Machine struct {
 	Release string // of the kernel that runs; "": the kernel is asked
 }
 
-// Find returns the machine's kernel and its modules. Distributions that keep one kernel alone name its file after no
-// release: such a file counts if it says that it is of the kernel that runs. Returns ErrNone, with the release.
+// Find returns the machine's kernel and its modules. Distributions that keep one kernel alone name
+// its file after no release: such a file counts if it says that it is of the kernel that runs.
+// Returns ErrNone, with the release.
 func (m Machine) Find() (h Files, err error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
@@ -47,7 +49,10 @@ func (m Machine) Find() (h Files, err error) {
 	if fi, err := os.Stat(m.Root + modules); err == nil && fi.IsDir() {
 		h.Modules = m.Root + modules
 	}
-	paths := []string{"/boot/vmlinuz-" + h.Release, modules + "/vmlinuz", "/boot/vmlinux-" + h.Release, "/boot/Image-" + h.Release, "/boot/kernel-" + h.Release}
+	paths := []string{
+		"/boot/vmlinuz-" + h.Release, modules + "/vmlinuz", "/boot/vmlinux-" + h.Release,
+		"/boot/Image-" + h.Release, "/boot/kernel-" + h.Release,
+	}
 	var unreadable error
 	for i, path := range append(paths, m.nameless()...) {
 		path = m.Root + path
@@ -69,7 +74,8 @@ func (m Machine) Find() (h Files, err error) {
 	if unreadable != nil {
 		err := fmt.Errorf("read this machine's kernel: %w: %w", ErrNone, unreadable)
 		if denied, ok := errors.AsType[*fs.PathError](unreadable); ok && errors.Is(denied, fs.ErrPermission) {
-			err = hint.Add(err, "import a copy that you may read: sudo cat %s >vmlinuz; smartvm image import --kernel vmlinuz --modules %s kernel",
+			err = hint.Add(err,
+				"import a copy that you may read: sudo cat %s >vmlinuz; smartvm image import --kernel vmlinuz --modules %s kernel",
 				denied.Path, m.Root+modules)
 		}
 		return h, err
@@ -78,7 +84,8 @@ func (m Machine) Find() (h Files, err error) {
 		"import one of a distribution: smartvm image import --kernel VMLINUZ --modules DIR kernel")
 }
 
-// nameless are files of kernels that may be of any release: /boot/vmlinuz-linux, -lts, -virt and the like.
+// nameless are files of kernels that may be of any release: /boot/vmlinuz-linux, -lts, -virt and
+// the like.
 func (m Machine) nameless() (paths []string) {
 	for _, pattern := range []string{"/boot/vmlinuz*", "/boot/EFI/Linux/*.efi", "/efi/EFI/Linux/*.efi"} {
 		found, _ := filepath.Glob(m.Root + pattern)
@@ -136,8 +143,11 @@ func OpenModules(dir, release string) (*os.Root, error) {
 	case len(found) == 1:
 		return root.OpenRoot(found[0])
 	case len(found) == 0:
-		return nil, imagename.Invalid("neither it nor a directory in it has a kernel's modules: no modules.dep, modules.order or modules.builtin")
+		return nil, imagename.Invalid(
+			"neither it nor a directory in it has a kernel's modules: no modules.dep, modules.order or modules.builtin")
 	}
-	return nil, hint.Add(imagename.Invalid("there are those of %s, and which of them are the kernel's is not known", strings.Join(found, ", ")),
+	return nil, hint.Add(
+		imagename.Invalid("there are those of %s, and which of them are the kernel's is not known",
+			strings.Join(found, ", ")),
 		"name one: --modules %s", filepath.Join(dir, found[0]))
 }

@@ -1,5 +1,5 @@
-// Package human says things the way people like to read them: sizes, ages, and on a terminal one line about what takes
-// its time.
+// Package human says things the way people like to read them: sizes, ages, and on a terminal one
+// line about what takes its time.
 package human
 
 import (
@@ -16,8 +16,8 @@ const (
 	clearLine   = "\r\x1b[K"
 )
 
-// Status shows one line of text on the terminal w, and shows it anew when it changes, until done is called. What
-// is over within a second is not worth a line. A text of "" shows nothing.
+// Status shows one line of text on the terminal w, and shows it anew when it changes, until done is
+// called. What is over within a second is not worth a line. A text of "" shows nothing.
 func Status(w io.Writer, text func(elapsed time.Duration) string) (done func()) {
 	var wg sync.WaitGroup
 	stop := make(chan struct{})

@@ -46,7 +46,8 @@ func TestProgress(t *testing.T) {
 
 func TestAgo(t *testing.T) {
 	for d, want := range map[time.Duration]string{
-		-time.Hour: "moments", 0: "moments", time.Second: "1s", 90 * time.Second: "1m", 47 * time.Hour: "47h", 49 * time.Hour: "2d",
+		-time.Hour: "moments", 0: "moments", time.Second: "1s", 90 * time.Second: "1m", 47 * time.Hour: "47h",
+		49 * time.Hour: "2d",
 	} {
 		if got := human.Ago(d); got != want {
 			t.Errorf("%v: got %q, want %q", d, got, want)
@@ -55,7 +56,10 @@ func TestAgo(t *testing.T) {
 }
 
 func TestShort(t *testing.T) {
-	for n, want := range map[uint64]string{0: "0B", 999: "999B", 1000: "1.0K", 1024: "1.0K", 512 << 20: "512M", 1023 << 20: "1.0G", 1536 << 20: "1.5G", 10 << 30: "10G", 1<<64 - 1: "16E"} {
+	for n, want := range map[uint64]string{
+		0: "0B", 999: "999B", 1000: "1.0K", 1024: "1.0K", 512 << 20: "512M",
+		1023 << 20: "1.0G", 1536 << 20: "1.5G", 10 << 30: "10G", 1<<64 - 1: "16E",
+	} {
 		if got := human.Short(n); got != want {
 			t.Errorf("%d: got %s, want %s", n, got, want)
 		}

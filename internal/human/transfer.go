@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// Transfer is how far something is that has steps, each so many bytes long. The zero value is one that has not begun.
+// Transfer is how far something is that has steps, each so many bytes long. The zero value is one
+// that has not begun.
 type Transfer struct {
 	mu    sync.Mutex
 	step  string
@@ -42,7 +43,8 @@ func (t *Transfer) Text(time.Duration) string {
 		return fmt.Sprintf("%-14.14s %s  %s/s", t.step, Size(t.done), Size(int64(rate)))
 	}
 	full := int(barWidth * min(t.done, t.total) / t.total)
-	text := fmt.Sprintf("%-14.14s [%s%s] %s of %s  %s/s", t.step, strings.Repeat("#", full), strings.Repeat(".", barWidth-full),
+	text := fmt.Sprintf("%-14.14s [%s%s] %s of %s  %s/s", t.step, strings.Repeat("#", full),
+		strings.Repeat(".", barWidth-full),
 		Size(t.done), Size(t.total), Size(int64(rate)))
 	if left := float64(t.total-t.done) / max(rate, 1); rate > 0 && left >= 1 && left < 1e6 {
 		text += "  " + Ago(time.Duration(left*float64(time.Second))) + " left"

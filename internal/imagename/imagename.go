@@ -12,13 +12,17 @@ import (
 // maxName is the most bytes of a new name: base64 of it and some more are a file's name.
 const maxName = 150
 
-// namePattern is what people may call an image: it looks like a reference without being a path or one of the schemes.
+// namePattern is what people may call an image: it looks like a reference without being a path or
+// one of the schemes.
 var namePattern = regexp.MustCompile(`^[a-z0-9][A-Za-z0-9._/:@-]*$`)
 
 // Valid says whether an image can be given a name.
 func Valid(name string) error {
-	if !namePattern.MatchString(name) || len(name) > maxName || strings.Contains(name, "..") || strings.Contains(name, "//") {
-		return Invalid("image name %.300q: want at most %d letters, digits and ._-/:@, beginning with a small letter or digit", name, maxName)
+	if !namePattern.MatchString(name) || len(name) > maxName || strings.Contains(name, "..") ||
+		strings.Contains(name, "//") {
+		return Invalid(
+			"image name %.300q: want at most %d letters, digits and ._-/:@, beginning with a small letter or digit",
+			name, maxName)
 	}
 	return nil
 }
@@ -32,7 +36,8 @@ func Own(name string) error {
 	return err
 }
 
-// Familiar is a name as a pull has it: Docker Hub's host is left out, and what it has for official images.
+// Familiar is a name as a pull has it: Docker Hub's host is left out, and what it has for official
+// images.
 func Familiar(name string) string {
 	for _, host := range []string{"docker.io/", "index.docker.io/"} {
 		name = strings.TrimPrefix(name, host)

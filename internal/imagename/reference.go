@@ -31,7 +31,8 @@ func OfPath(path string) string {
 	return base
 }
 
-// Given is what people call an image of a name that a file gives it, or one without, with base as repository then.
+// Given is what people call an image of a name that a file gives it, or one without, with base as
+// repository then.
 func Given(given, base string) string {
 	if strings.ContainsAny(given, ":/") {
 		if ref, err := name.ParseReference(given); err == nil {
@@ -57,8 +58,8 @@ func OfText(s string) string {
 // maxPlain is how long a part of a name may be: so much has every tool.
 const maxPlain = 128
 
-// plain makes of any text one that repositories and tags can be called: letters and digits with single ".", "_" and "-"
-// between them.
+// plain makes of any text one that repositories and tags can be called: letters and digits with
+// single ".", "_" and "-" between them.
 func plain(s string) string {
 	var b strings.Builder
 	gap := ""

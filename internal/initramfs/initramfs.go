@@ -1,4 +1,5 @@
-// Package initramfs puts the guest's first program and the kernel modules that it needs into an initramfs.
+// Package initramfs puts the guest's first program and the kernel modules that it needs into an
+// initramfs.
 package initramfs
 
 import (
@@ -13,17 +14,19 @@ import (
 	"push.rocks/smartvm/internal/kernel"
 )
 
-// Options are what goes into an initramfs. Each half may be made alone: the kernel takes one archive behind the other.
+// Options are what goes into an initramfs. Each half may be made alone: the kernel takes one
+// archive behind the other.
 type Options struct {
 	Agent []byte // smartvm-agent, a static program for the guest's architecture; nil: no program
-	// Modules is an unpacked /lib/modules/<Release>, of which the modules that a guest may need are taken; nil: the
-	// kernel has them built in. If it is foreign, pass an os.Root's FS.
+	// Modules is an unpacked /lib/modules/<Release>, of which the modules that a guest may need are
+	// taken; nil: the kernel has them built in. If it is foreign, pass an os.Root's FS.
 	Modules fs.FS
 	Release string
 }
 
-// modules returns what a guest may need, in the order of insertion, and which of it must be there. crc32c_generic is what
-// ext4, and libcrc32c for erofs, ask for by an alias, where it is not part of the kernel's library.
+// modules returns what a guest may need, in the order of insertion, and which of it must be there.
+// crc32c_generic is what ext4, and libcrc32c for erofs, ask for by an alias, where it is not part
+// of the kernel's library.
 func modules() (names []string, essential map[string]bool) {
 	names = []string{
 		"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "ipv6", "failover", "net_failover", "virtio_net",
@@ -40,8 +43,8 @@ func Fingerprint() string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// Build writes an initramfs, uncompressed. The same options give the same bytes. Returns the errors of
-// kernel.Archive's AddModulesThere, and those of w.
+// Build writes an initramfs, uncompressed. The same options give the same bytes. Returns the errors
+// of kernel.Archive's AddModulesThere, and those of w.
 func Build(w io.Writer, o Options) error {
 	var a kernel.Archive
 	var entries []kernel.Entry
@@ -59,7 +62,8 @@ func Build(w io.Writer, o Options) error {
 		if err != nil {
 			return fmt.Errorf("build initramfs: %w", err)
 		}
-		entries = append(entries, kernel.Entry{Path: guest.ModuleList, Mode: 0o644, Content: []byte(strings.Join(paths, "\n"))})
+		entries = append(entries,
+			kernel.Entry{Path: guest.ModuleList, Mode: 0o644, Content: []byte(strings.Join(paths, "\n"))})
 	}
 	for _, e := range entries {
 		if err := a.Add(e); err != nil {

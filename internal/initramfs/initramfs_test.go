@@ -60,7 +60,8 @@ func TestBuild_Agent(t *testing.T) {
 	}
 }
 
-// tree is a kernel's that has some modules, and others built in. With modules.dep, what modules hold is not looked at.
+// tree is a kernel's that has some modules, and others built in. With modules.dep, what modules
+// hold is not looked at.
 func tree(builtin string, dep string) fstest.MapFS {
 	m := fstest.MapFS{"modules.builtin": {Data: []byte(builtin)}, "modules.dep": {Data: []byte(dep)}}
 	for line := range strings.Lines(dep) {
@@ -90,12 +91,14 @@ func TestBuild_Modules(t *testing.T) {
 	}
 }
 
-// What is asked for by an alias alone is there before what asks: libcrc32c does not load without a crc32c.
+// What is asked for by an alias alone is there before what asks: libcrc32c does not load without a
+// crc32c.
 func TestBuild_Alias(t *testing.T) {
 	o := initramfs.Options{Release: "6.1", Modules: tree("kernel/fs/overlay.ko\nkernel/fs/ext4.ko\n",
 		dep+"k/erofs.ko: k/libcrc32c.ko\nk/libcrc32c.ko:\nk/crc32c_generic.ko:\n")}
 	got := content(t, build(t, o))["modules"]
-	if want := "/k/crc32c_generic.ko\n/lib/modules/6.1/k/libcrc32c.ko\n/lib/modules/6.1/k/erofs.ko"; !strings.HasSuffix(got, want) {
+	if want := "/k/crc32c_generic.ko\n/lib/modules/6.1/k/libcrc32c.ko\n/lib/modules/6.1/k/erofs.ko"; !strings.HasSuffix(
+		got, want) {
 		t.Errorf("got %q", got)
 	}
 }
@@ -120,7 +123,8 @@ func TestBuild_BadTree(t *testing.T) {
 		"Gone":  {fstest.MapFS{"modules.dep": {Data: []byte(dep)}}, fs.ErrNotExist},
 		"Dots":  {fstest.MapFS{"modules.dep": {Data: []byte("../../etc/x.ko:\n")}}, kernel.ErrCorrupt},
 	} {
-		if err := initramfs.Build(io.Discard, initramfs.Options{Modules: c.modules, Release: "6.1"}); !errors.Is(err, c.want) {
+		if err := initramfs.Build(io.Discard, initramfs.Options{Modules: c.modules, Release: "6.1"}); !errors.Is(err,
+			c.want) {
 			t.Errorf("%s: got error %v, want %v", name, err, c.want)
 		}
 	}
@@ -137,7 +141,12 @@ func TestBuild_Distribution(t *testing.T) {
 		}
 		names = append(names, strings.TrimSuffix(path.Base(p), ".ko"))
 	}
-	for _, pair := range [][2]string{{"virtio", "virtio_mmio"}, {"virtio_ring", "virtio_blk"}, {"net_failover", "virtio_net"}, {"vsock", "vmw_vsock_virtio_transport"}} {
+	for _, pair := range [][2]string{
+		{"virtio", "virtio_mmio"},
+		{"virtio_ring", "virtio_blk"},
+		{"net_failover", "virtio_net"},
+		{"vsock", "vmw_vsock_virtio_transport"},
+	} {
 		if i, j := slices.Index(names, pair[0]), slices.Index(names, pair[1]); i < 0 || j < i {
 			t.Errorf("%s must come before %s: %v", pair[0], pair[1], names)
 		}

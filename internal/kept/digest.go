@@ -20,9 +20,10 @@ import (
 // piece is how much of a file has one digest of its own.
 const piece = 1 << 20 // bytes
 
-// Digest returns the digest of a file and its size: the SHA-256, in hexadecimal, of the SHA-256 sums of its pieces of
-// 1 MiB, the last of which may be shorter. So several pieces are hashed at a time, and those that hold only zeros, most
-// of a young disk or guest, cost next to nothing; holes are not read. Progress may be nil.
+// Digest returns the digest of a file and its size: the SHA-256, in hexadecimal, of the SHA-256
+// sums of its pieces of 1 MiB, the last of which may be shorter. So several pieces are hashed at a
+// time, and those that hold only zeros, most of a young disk or guest, cost next to nothing; holes
+// are not read. Progress may be nil.
 func Digest(ctx context.Context, path string, progress func(done, total int64)) (digest string, size int64, err error) {
 	f, err := OpenPlain(path)
 	if err != nil {
@@ -115,7 +116,8 @@ var (
 	zeroSum = sha256.Sum256(zeros[:])
 )
 
-// take returns the next piece before end and whether it lies in a hole; -1 when there is none, or an error.
+// take returns the next piece before end and whether it lies in a hole; -1 when there is none, or
+// an error.
 func (h *hasher) take(ctx context.Context, end int64) (i int64, hole bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

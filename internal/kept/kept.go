@@ -1,5 +1,5 @@
-// Package kept has what stores of files that never change have in common: which VMs use them, and whether they are
-// what was stored.
+// Package kept has what stores of files that never change have in common: which VMs use them, and
+// whether they are what was stored.
 package kept
 
 import (
@@ -12,12 +12,12 @@ import (
 	"syscall"
 )
 
-// UsersDir is in a stored directory. In it a VM says that it uses what is there, by a symbolic link to its own directory.
-// When that is gone, so is its claim.
+// UsersDir is in a stored directory. In it a VM says that it uses what is there, by a symbolic link
+// to its own directory. When that is gone, so is its claim.
 const UsersDir = "users"
 
-// Users returns the directories of the VMs that use what is in dirs, each once. Links of VMs that are gone are taken
-// away, if alone says that nobody is making a VM now.
+// Users returns the directories of the VMs that use what is in dirs, each once. Links of VMs that
+// are gone are taken away, if alone says that nobody is making a VM now.
 func Users(alone bool, dirs ...string) ([]string, error) {
 	var all []string
 	for _, dir := range dirs {
@@ -48,8 +48,9 @@ func Users(alone bool, dirs ...string) ([]string, error) {
 	return slices.Compact(all), nil
 }
 
-// Stamp changes when the file at path does. That is for noticing accidents: who can write here can do as he likes. The
-// time of the inode's last change is not part of it, since a hard link, as into a VM's jail, changes that.
+// Stamp changes when the file at path does. That is for noticing accidents: who can write here can
+// do as he likes. The time of the inode's last change is not part of it, since a hard link, as into
+// a VM's jail, changes that.
 func Stamp(path string) (string, error) {
 	fi, err := os.Lstat(path)
 	if err != nil {
@@ -61,7 +62,8 @@ func Stamp(path string) (string, error) {
 	return fmt.Sprint(fi.Sys().(*syscall.Stat_t).Ino, " ", fi.Size(), " ", fi.ModTime().UnixNano()), nil
 }
 
-// Usage is how many bytes a file or directory takes of its disk, holes not counted. Returns fs.ErrNotExist.
+// Usage is how many bytes a file or directory takes of its disk, holes not counted. Returns
+// fs.ErrNotExist.
 func Usage(path string) (int64, error) {
 	var sum int64
 	err := filepath.WalkDir(path, func(below string, d fs.DirEntry, err error) error {

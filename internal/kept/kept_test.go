@@ -46,9 +46,11 @@ func TestDigest(t *testing.T) {
 		data     []byte
 		at, size int64
 	}{
-		"Empty": {nil, 0, 0}, "Byte": {[]byte{1}, 0, 1}, "Piece": {random[:1<<20], 0, 1 << 20}, "PieceAndByte": {random[:1<<20+1], 0, 1<<20 + 1},
-		"Zeros": {make([]byte, 1<<20+5), 0, 1<<20 + 5}, "Hole": {nil, 0, 5 << 20}, "OddHole": {nil, 0, 5<<20 + 3},
-		"DataInHole": {random, 7<<20 + 12345, 20 << 20}, "DataAtEnd": {random[:3], 9<<20 - 3, 9 << 20}, "Random": {random, 0, 3 << 20},
+		"Empty": {nil, 0, 0}, "Byte": {[]byte{1}, 0, 1}, "Piece": {random[:1<<20], 0, 1 << 20},
+		"PieceAndByte": {random[:1<<20+1], 0, 1<<20 + 1},
+		"Zeros":        {make([]byte, 1<<20+5), 0, 1<<20 + 5}, "Hole": {nil, 0, 5 << 20}, "OddHole": {nil, 0, 5<<20 + 3},
+		"DataInHole": {random, 7<<20 + 12345, 20 << 20}, "DataAtEnd": {random[:3], 9<<20 - 3, 9 << 20},
+		"Random":     {random, 0, 3 << 20},
 		"ManyPieces": {random[:10], 4097 << 20, 4099 << 20},
 	} {
 		write(t, path, c.data, c.at, c.size)

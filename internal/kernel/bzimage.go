@@ -29,7 +29,8 @@ const (
 // releasePattern is what uname -r can be; the file is not trusted with more.
 var releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]*$`)
 
-// maxRelease is what the kernel has room for, in bytes. A bound in the pattern would cost every process memory.
+// maxRelease is what the kernel has room for, in bytes. A bound in the pattern would cost every
+// process memory.
 const maxRelease = 64
 
 func validRelease(s string) bool { return len(s) <= maxRelease && releasePattern.MatchString(s) }

@@ -14,7 +14,8 @@ type Extracted struct {
 	Target string `json:"target"` // in a directory of ours, which exists
 }
 
-// Apply extracts. It returns an error that is fs.ErrExist if Target is there, else those of Extract.
+// Apply extracts. It returns an error that is fs.ErrExist if Target is there, else those of
+// Extract.
 func (e *Extracted) Apply(ctx context.Context) (err error) {
 	src, err := os.Open(e.Source)
 	if err != nil {

@@ -24,7 +24,8 @@ func checkELF(r io.ReaderAt, size int64) error {
 	}
 	u16 := func(b []byte) uint64 { return uint64(binary.LittleEndian.Uint16(b)) }
 	u64 := binary.LittleEndian.Uint64
-	if string(h[:4]) != elf.ELFMAG || elf.Class(h[elf.EI_CLASS]) != elf.ELFCLASS64 || elf.Data(h[elf.EI_DATA]) != elf.ELFDATA2LSB {
+	if string(h[:4]) != elf.ELFMAG || elf.Class(h[elf.EI_CLASS]) != elf.ELFCLASS64 ||
+		elf.Data(h[elf.EI_DATA]) != elf.ELFDATA2LSB {
 		return fmt.Errorf("%w: not a 64-bit little-endian ELF", ErrFormat)
 	}
 	if m := elf.Machine(u16(h[18:])); m != elf.EM_X86_64 {
@@ -36,7 +37,8 @@ func checkELF(r io.ReaderAt, size int64) error {
 	phoff, phentsize, phnum := u64(h[32:]), u16(h[54:]), u16(h[56:])
 	if phentsize != progHeaderSize || phnum == 0 || phnum > maxProgHeaders ||
 		phoff > uint64(size) || phoff+phnum*progHeaderSize > uint64(size) {
-		return fmt.Errorf("ELF of %d bytes with %d program headers of %d bytes at %d: %w", size, phnum, phentsize, phoff, ErrCorrupt)
+		return fmt.Errorf("ELF of %d bytes with %d program headers of %d bytes at %d: %w", size, phnum, phentsize,
+			phoff, ErrCorrupt)
 	}
 	table := make([]byte, phnum*progHeaderSize)
 	if err := readAt(r, table, int64(phoff)); err != nil {

@@ -16,9 +16,9 @@ import (
 
 var le = binary.LittleEndian
 
-// vmlinux returns a 64-bit ELF with one segment that holds calls to one
-// function, which is what the x86 filter of xz rewrites.
-// testdata/vmlinux.xz is this, through xz --check=crc32 --x86 --lzma2=dict=32MiB, and vmlinux.bz2 through bzip2 -9.
+// vmlinux returns a 64-bit ELF with one segment that holds calls to one function, which is what the
+// x86 filter of xz rewrites. testdata/vmlinux.xz is this, through xz --check=crc32 --x86
+// --lzma2=dict=32MiB, and vmlinux.bz2 through bzip2 -9.
 func vmlinux() []byte {
 	const segment = 120
 	b := make([]byte, segment, 16<<10)

@@ -152,7 +152,10 @@ type cpioWriter struct {
 
 func (c *cpioWriter) add(name string, e Entry) error {
 	c.inode++
-	h := header{name: name, inode: c.inode, mode: unixMode(e.Mode), uid: e.UID, gid: e.GID, nlink: 1, major: e.Major, minor: e.Minor}
+	h := header{
+		name: name, inode: c.inode, mode: unixMode(e.Mode), uid: e.UID, gid: e.GID, nlink: 1, major: e.Major,
+		minor: e.Minor,
+	}
 	var content io.Reader = strings.NewReader(e.Target)
 	h.size = int64(len(e.Target))
 	switch {

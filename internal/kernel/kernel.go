@@ -26,7 +26,8 @@ const MaxSize = 1 << 30
 var (
 	// ErrFormat says that a file is no kernel image that Firecracker boots or
 	// Extract can turn into one.
-	ErrFormat = errors.New("not a 64-bit x86 ELF vmlinux, a bzImage or an arm64 Image, nor one of them compressed or in an EFI image")
+	ErrFormat = errors.New(
+		"not a 64-bit x86 ELF vmlinux, a bzImage or an arm64 Image, nor one of them compressed or in an EFI image")
 	// ErrCorrupt says that a file begins as it should and contradicts itself later.
 	ErrCorrupt = errors.New("corrupt data")
 	// ErrTooLarge says that a file exceeds a limit of this package.

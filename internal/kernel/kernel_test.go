@@ -84,7 +84,10 @@ func TestExtract_asIs(t *testing.T) {
 		image []byte
 		want  kernel.Info
 	}{
-		"vmlinux":    {vmlinux(), kernel.Info{Format: kernel.ELF, Arch: "amd64", Compression: "none", Size: int64(len(vmlinux()))}},
+		"vmlinux": {
+			vmlinux(),
+			kernel.Info{Format: kernel.ELF, Arch: "amd64", Compression: "none", Size: int64(len(vmlinux()))},
+		},
 		"tiny guest": {guest, kernel.Info{Format: kernel.ELF, Arch: "amd64", Compression: "none", Size: int64(len(guest))}},
 		"arm64":      {arm, kernel.Info{Format: kernel.Image, Arch: "arm64", Compression: "none", Size: 5000}},
 	} {

@@ -57,7 +57,9 @@ func (a *Archive) AddModules(tree fs.FS, release string, names ...string) ([]str
 // AddModulesThere is AddModules, but leaves out modules that the kernel does not
 // have, or has without something that they depend on, unless needed says
 // otherwise: that is a *MissingError.
-func (a *Archive) AddModulesThere(tree fs.FS, release string, needed func(name string) bool, names ...string) ([]string, error) {
+func (a *Archive) AddModulesThere(tree fs.FS, release string, needed func(name string) bool,
+	names ...string,
+) ([]string, error) {
 	if !validRelease(release) {
 		return nil, fmt.Errorf("add modules of kernel %q: %w release", release, fs.ErrInvalid)
 	}

@@ -119,7 +119,10 @@ func TestArchive_AddModules_compressed(t *testing.T) {
 		".zst": {zst.Bytes(), content},
 		".xz":  {xz, vmlinux()},
 	} {
-		for list, text := range map[string]string{"modules.dep": "kernel/m.ko" + suffix + ":\n", "modules.order": "kernel/m.ko\n"} {
+		for list, text := range map[string]string{
+			"modules.dep":   "kernel/m.ko" + suffix + ":\n",
+			"modules.order": "kernel/m.ko\n",
+		} {
 			if list == "modules.order" && suffix == ".xz" {
 				continue // vmlinux has no .modinfo
 			}
@@ -156,20 +159,27 @@ func TestArchive_AddModules_refuses(t *testing.T) {
 		"no lists":           {files: fstest.MapFS{"modules.order": {}}, want: fs.ErrNotExist},
 		"not listed":         {files: listed("modules.dep", "kernel/core.ko:\n"), want: kernel.ErrNoModule},
 		"unknown dependency": {files: listed("modules.dep", "kernel/top.ko: kernel/gone.ko\n"), want: kernel.ErrNoModule},
-		"cycle":              {files: listed("modules.dep", "kernel/top.ko: kernel/core.ko\nkernel/core.ko: kernel/top.ko\n"), want: kernel.ErrCorrupt},
-		"itself":             {files: listed("modules.dep", "kernel/top.ko: kernel/top.ko\n"), want: kernel.ErrCorrupt},
-		"file gone":          {files: fstest.MapFS{"kernel/top.ko": {}}, want: fs.ErrNotExist},
-		"escape":             {files: listed("modules.dep", "../../top.ko:\n"), want: kernel.ErrCorrupt},
-		"absolute":           {files: listed("modules.dep", "/etc/top.ko:\n"), want: kernel.ErrCorrupt},
-		"no module":          {files: listed("modules.dep", "kernel/top.text:\n"), want: kernel.ErrCorrupt},
-		"no colon":           {files: listed("modules.dep", "kernel/top.ko\n"), want: kernel.ErrCorrupt},
-		"colon":              {files: listed("modules.order", "kernel/top.ko:\n"), want: kernel.ErrCorrupt},
-		"list a directory":   {files: fstest.MapFS{"modules.dep": {Mode: fs.ModeDir, Data: []byte{0}}}, want: kernel.ErrCorrupt},
-		"list too large":     {files: listed("modules.dep", strings.Repeat("\n", 16<<20+1)), want: kernel.ErrTooLarge},
-		"no ELF":             {files: listed("kernel/top.ko", "\x7fELF, or not"), want: kernel.ErrCorrupt},
-		"no modinfo":         {files: listed("kernel/top.ko", string(bytes.ReplaceAll(ko(), []byte(".modinfo"), []byte(".whatnot")))), want: kernel.ErrCorrupt},
-		"garbage":            {files: listed("kernel/top.ko", "garbage"), want: &kernel.CompressionError{Name: "unknown"}},
-		"bad gzip":           {files: listed("kernel/top.ko", "\x1f\x8b????????????"), want: kernel.ErrCorrupt},
+		"cycle": {
+			files: listed("modules.dep", "kernel/top.ko: kernel/core.ko\nkernel/core.ko: kernel/top.ko\n"),
+			want:  kernel.ErrCorrupt,
+		},
+		"itself":    {files: listed("modules.dep", "kernel/top.ko: kernel/top.ko\n"), want: kernel.ErrCorrupt},
+		"file gone": {files: fstest.MapFS{"kernel/top.ko": {}}, want: fs.ErrNotExist},
+		"escape":    {files: listed("modules.dep", "../../top.ko:\n"), want: kernel.ErrCorrupt},
+		"absolute":  {files: listed("modules.dep", "/etc/top.ko:\n"), want: kernel.ErrCorrupt},
+		"no module": {files: listed("modules.dep", "kernel/top.text:\n"), want: kernel.ErrCorrupt},
+		"no colon":  {files: listed("modules.dep", "kernel/top.ko\n"), want: kernel.ErrCorrupt},
+		"colon":     {files: listed("modules.order", "kernel/top.ko:\n"), want: kernel.ErrCorrupt},
+		"list a directory": {
+			files: fstest.MapFS{"modules.dep": {Mode: fs.ModeDir, Data: []byte{0}}},
+			want:  kernel.ErrCorrupt,
+		},
+		"list too large": {files: listed("modules.dep", strings.Repeat("\n", 16<<20+1)), want: kernel.ErrTooLarge},
+		"no ELF":         {files: listed("kernel/top.ko", "\x7fELF, or not"), want: kernel.ErrCorrupt},
+		"no modinfo": {files: listed("kernel/top.ko",
+			string(bytes.ReplaceAll(ko(), []byte(".modinfo"), []byte(".whatnot")))), want: kernel.ErrCorrupt},
+		"garbage":  {files: listed("kernel/top.ko", "garbage"), want: &kernel.CompressionError{Name: "unknown"}},
+		"bad gzip": {files: listed("kernel/top.ko", "\x1f\x8b????????????"), want: kernel.ErrCorrupt},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tree := modules()
@@ -242,7 +252,8 @@ func FuzzArchive_AddModules(f *testing.F) {
 		var a kernel.Archive
 		paths, err := a.AddModules(tree, "6.1", "top", "core")
 		for _, path := range paths {
-			if !strings.HasPrefix(path, "/lib/modules/6.1/") || !strings.HasSuffix(path, ".ko") || strings.Contains(path, "/../") {
+			if !strings.HasPrefix(path, "/lib/modules/6.1/") || !strings.HasSuffix(path, ".ko") ||
+				strings.Contains(path, "/../") {
 				t.Errorf("path %q", path)
 			}
 		}
@@ -265,7 +276,8 @@ func (o opened) Open(name string) (fs.File, error) {
 
 func (o opened) Stat(name string) (fs.FileInfo, error) { return fs.Stat(o.FS, name) }
 
-// What the kernel lacks, or has without its dependencies, is left out and leaves nothing of it behind; the tree is read once.
+// What the kernel lacks, or has without its dependencies, is left out and leaves nothing of it
+// behind; the tree is read once.
 func TestArchive_AddModulesThere(t *testing.T) {
 	tree := modules()
 	tree["modules.dep"] = &fstest.MapFile{Data: []byte("kernel/core.ko:\nkernel/base-x.ko: kernel/core.ko\n" +

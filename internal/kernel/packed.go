@@ -12,7 +12,8 @@ import (
 
 const (
 	// zbootOffsetAt and zbootLengthAt say where an EFI zboot image has its payload, both u32: Linux
-	// drivers/firmware/efi/libstub/zboot-header.S. The length leaves out the size behind the streams that do not end in it.
+	// drivers/firmware/efi/libstub/zboot-header.S. The length leaves out the size behind the streams
+	// that do not end in it.
 	zbootOffsetAt = 8
 	zbootLengthAt = 12
 
@@ -30,12 +31,14 @@ func isZboot(head []byte) bool {
 
 func isPE(head []byte) bool { return len(head) >= peHeaderAt+4 && string(head[:2]) == "MZ" }
 
-// locateZboot finds what an EFI zboot image unpacks, which is how arm64 distributions ship an Image.
+// locateZboot finds what an EFI zboot image unpacks, which is how arm64 distributions ship an
+// Image.
 func locateZboot(head []byte, r io.ReaderAt, size int64) (located, error) {
 	offset := int64(binary.LittleEndian.Uint32(head[zbootOffsetAt:]))
 	length := int64(binary.LittleEndian.Uint32(head[zbootLengthAt:]))
 	if length == 0 || offset+length > size {
-		return located{}, fmt.Errorf("EFI zboot image of %d bytes with its payload at %d to %d: %w", size, offset, offset+length, ErrCorrupt)
+		return located{},
+			fmt.Errorf("EFI zboot image of %d bytes with its payload at %d to %d: %w", size, offset, offset+length, ErrCorrupt)
 	}
 	magic := make([]byte, min(length, 8))
 	if err := readAt(r, magic, offset); err != nil {
@@ -53,8 +56,9 @@ func locateZboot(head []byte, r io.ReaderAt, size int64) (located, error) {
 	return l, nil
 }
 
-// locateLinuxSection finds the kernel in a unified kernel image: in the PE section of its name, a bzImage or whatever
-// else is a kernel by itself (https://uapi-group.org/specifications/specs/unified_kernel_image/).
+// locateLinuxSection finds the kernel in a unified kernel image: in the PE section of its name, a
+// bzImage or whatever else is a kernel by itself
+// (https://uapi-group.org/specifications/specs/unified_kernel_image/).
 func locateLinuxSection(head []byte, r io.ReaderAt, size int64) (located, error) {
 	at := int64(binary.LittleEndian.Uint32(head[peHeaderAt:]))
 	pe := make([]byte, peHeaderSize)
@@ -84,7 +88,8 @@ func locateLinuxSection(head []byte, r io.ReaderAt, size int64) (located, error)
 		// In the file a section is padded; its size in memory is what it holds.
 		offset, length := u32(20), min(u32(8), u32(16))
 		if offset+length > size {
-			return located{}, fmt.Errorf("EFI image of %d bytes with its kernel at %d to %d: %w", size, offset, offset+length, ErrCorrupt)
+			return located{},
+				fmt.Errorf("EFI image of %d bytes with its kernel at %d to %d: %w", size, offset, offset+length, ErrCorrupt)
 		}
 		kernel := io.NewSectionReader(r, offset, length)
 		head, err := readHead(kernel, length)
@@ -117,8 +122,8 @@ func locateStream(compression string, r io.Reader, length int64) (located, error
 	return l, l.identify(bytes.NewReader(head), head)
 }
 
-// identify tells from r, of which head is the beginning, which kernel is there uncompressed, and checks that. In a
-// bzImage it is always a vmlinux.
+// identify tells from r, of which head is the beginning, which kernel is there uncompressed, and
+// checks that. In a bzImage it is always a vmlinux.
 func (l *located) identify(r io.ReaderAt, head []byte) error {
 	switch {
 	case len(head) == 0:

@@ -69,7 +69,8 @@ func pe(sections ...section) []byte {
 }
 
 func uki(kernel []byte) []byte {
-	return pe(section{".text", []byte("stub")}, section{".uname", []byte("6.1")}, section{".linux", kernel}, section{".initrd", []byte("070701")})
+	return pe(section{".text", []byte("stub")}, section{".uname", []byte("6.1")}, section{".linux", kernel},
+		section{".initrd", []byte("070701")})
 }
 
 // What distributions call a kernel, with something around it.
@@ -77,7 +78,10 @@ func TestExtract_packed(t *testing.T) {
 	elf := append(vmlinux(), "Linux version 6.1.0-57-amd64 (debian-kernel@lists.debian.org) (gcc-12"...)
 	arm := arm64Image()
 	info := func(f kernel.Format, compression string) kernel.Info {
-		i := kernel.Info{Format: f, Arch: "amd64", Compression: compression, Packed: true, Release: "6.1.0-57-amd64", Size: int64(len(elf))}
+		i := kernel.Info{
+			Format: f, Arch: "amd64", Compression: compression, Packed: true, Release: "6.1.0-57-amd64",
+			Size: int64(len(elf)),
+		}
 		if f == kernel.Image {
 			i.Arch, i.Release, i.Size = "arm64", "6.8.0-31-generic", int64(len(arm))
 		}
@@ -87,19 +91,24 @@ func TestExtract_packed(t *testing.T) {
 		image []byte
 		want  kernel.Info
 	}{
-		"vmlinux.gz":                {stream(t, "gzip", elf), info(kernel.ELF, "gzip")},
-		"vmlinux.zst":               {stream(t, "zstd", elf), info(kernel.ELF, "zstd")},
-		"Image.gz":                  {stream(t, "gzip", arm), info(kernel.Image, "gzip")},
-		"Image.lz4":                 {stream(t, "lz4", arm), info(kernel.Image, "lz4")},
-		"zboot gzip":                {zboot(t, "gzip", arm), info(kernel.Image, "gzip")},
-		"zboot zstd":                {zboot(t, "zstd", arm), info(kernel.Image, "zstd")},
-		"zboot lz4":                 {zboot(t, "lz4", arm), info(kernel.Image, "lz4")},
-		"unified bzImage":           {uki(bzImage(compress(t, "zstd", elf), "6.1.0-57-amd64 (x@y)")), info(kernel.BzImage, "zstd")},
-		"unified vmlinux":           {uki(elf), info(kernel.ELF, "none")},
-		"unified Image":             {uki(arm), info(kernel.Image, "none")},
-		"unified zboot":             {uki(zboot(t, "zstd", arm)), info(kernel.Image, "zstd")},
-		"bzImage of no version":     {bzImage(compress(t, "gzip", elf), ""), info(kernel.BzImage, "gzip")},
-		"bzImage that is PE inside": {edit(bzImage(compress(t, "gzip", elf), ""), func(b []byte) { copy(b, "MZ") }), info(kernel.BzImage, "gzip")},
+		"vmlinux.gz":  {stream(t, "gzip", elf), info(kernel.ELF, "gzip")},
+		"vmlinux.zst": {stream(t, "zstd", elf), info(kernel.ELF, "zstd")},
+		"Image.gz":    {stream(t, "gzip", arm), info(kernel.Image, "gzip")},
+		"Image.lz4":   {stream(t, "lz4", arm), info(kernel.Image, "lz4")},
+		"zboot gzip":  {zboot(t, "gzip", arm), info(kernel.Image, "gzip")},
+		"zboot zstd":  {zboot(t, "zstd", arm), info(kernel.Image, "zstd")},
+		"zboot lz4":   {zboot(t, "lz4", arm), info(kernel.Image, "lz4")},
+		"unified bzImage": {
+			uki(bzImage(compress(t, "zstd", elf), "6.1.0-57-amd64 (x@y)")),
+			info(kernel.BzImage, "zstd"),
+		},
+		"unified vmlinux":       {uki(elf), info(kernel.ELF, "none")},
+		"unified Image":         {uki(arm), info(kernel.Image, "none")},
+		"unified zboot":         {uki(zboot(t, "zstd", arm)), info(kernel.Image, "zstd")},
+		"bzImage of no version": {bzImage(compress(t, "gzip", elf), ""), info(kernel.BzImage, "gzip")},
+		"bzImage that is PE inside": {edit(bzImage(compress(t, "gzip", elf), ""), func(b []byte) {
+			copy(b, "MZ")
+		}), info(kernel.BzImage, "gzip")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			detected, err := kernel.Detect(bytes.NewReader(c.image), int64(len(c.image)))
@@ -124,7 +133,8 @@ func TestExtract_packed(t *testing.T) {
 	}
 }
 
-// A kernel says its release wherever that stands, be it across two reads; what only looks like one does not count.
+// A kernel says its release wherever that stands, be it across two reads; what only looks like one
+// does not count.
 func TestExtract_release(t *testing.T) {
 	at := func(offset int, text string) []byte {
 		b := append(vmlinux(), make([]byte, 3<<20)...)
@@ -174,13 +184,16 @@ func TestDetect_refusesPacked(t *testing.T) {
 		"zboot cut":        {z[:len(z)-600], kernel.ErrCorrupt},
 		"zboot header cut": {z[:12], kernel.ErrFormat},
 
-		"EFI program":             {pe(section{".text", []byte("stub")}), kernel.ErrFormat},
-		"EFI without sections":    {pe(), kernel.ErrFormat},
-		"EFI of too many":         {edit(u, func(b []byte) { le.PutUint16(b[0x86:], 65535) }), kernel.ErrCorrupt},
-		"EFI table outside":       {edit(u, func(b []byte) { le.PutUint16(b[0x94:], 65535) }), kernel.ErrCorrupt},
-		"EFI header outside":      {edit(u, func(b []byte) { le.PutUint32(b[0x3c:], 1<<32-1) }), kernel.ErrFormat},
-		"EFI kernel outside":      {edit(u, func(b []byte) { le.PutUint32(b[linux+20:], 1<<32-1) }), kernel.ErrCorrupt},
-		"EFI kernel too long":     {edit(u, func(b []byte) { le.PutUint32(b[linux+8:], 1<<31); le.PutUint32(b[linux+16:], 1<<31) }), kernel.ErrCorrupt},
+		"EFI program":          {pe(section{".text", []byte("stub")}), kernel.ErrFormat},
+		"EFI without sections": {pe(), kernel.ErrFormat},
+		"EFI of too many":      {edit(u, func(b []byte) { le.PutUint16(b[0x86:], 65535) }), kernel.ErrCorrupt},
+		"EFI table outside":    {edit(u, func(b []byte) { le.PutUint16(b[0x94:], 65535) }), kernel.ErrCorrupt},
+		"EFI header outside":   {edit(u, func(b []byte) { le.PutUint32(b[0x3c:], 1<<32-1) }), kernel.ErrFormat},
+		"EFI kernel outside":   {edit(u, func(b []byte) { le.PutUint32(b[linux+20:], 1<<32-1) }), kernel.ErrCorrupt},
+		"EFI kernel too long": {edit(u, func(b []byte) {
+			le.PutUint32(b[linux+8:], 1<<31)
+			le.PutUint32(b[linux+16:], 1<<31)
+		}), kernel.ErrCorrupt},
 		"EFI kernel empty":        {edit(u, func(b []byte) { le.PutUint32(b[linux+8:], 0) }), kernel.ErrFormat},
 		"EFI kernel is text":      {uki([]byte("no kernel")), kernel.ErrFormat},
 		"unified image in itself": {uki(u), kernel.ErrFormat},
@@ -233,7 +246,8 @@ func TestExtract_packedBomb(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := io.Copy(z, io.MultiReader(bytes.NewReader(arm64Image()), io.LimitReader(zeros{}, kernel.MaxSize))); err != nil {
+	if _, err := io.Copy(z,
+		io.MultiReader(bytes.NewReader(arm64Image()), io.LimitReader(zeros{}, kernel.MaxSize))); err != nil {
 		t.Fatal(err)
 	}
 	if err := z.Close(); err != nil {

@@ -51,26 +51,32 @@ func packed(t testing.TB, tree fs.FS) map[string]string {
 // Where depmod has been run its lists are taken; else they are made.
 func TestWriteModules(t *testing.T) {
 	tree := modules()
-	tree["kernel/alone.ko"] = &fstest.MapFile{Data: ko("name=alone", "alias=char-major-10-200", "alias=pci:v0000[0-9]d*", "softdep=pre: core")}
+	tree["kernel/alone.ko"] = &fstest.MapFile{
+		Data: ko("name=alone", "alias=char-major-10-200", "alias=pci:v0000[0-9]d*", "softdep=pre: core"),
+	}
 	tree["updates/core.ko"] = &fstest.MapFile{Data: ko("name=core")}
 	tree["kernel/bad.ko"] = &fstest.MapFile{Data: []byte("no module")}
 	got := packed(t, tree)
 	wantDep := "kernel/alone.ko:\nkernel/base-x.ko: updates/core.ko\nupdates/core.ko:\nkernel/not-listed.ko:\nkernel/top.ko: kernel/base-x.ko updates/core.ko\n"
 	wantAlias := "alias char-major-10-200 alone\nalias pci:v0000[0-9]d* alone\n"
-	if got["modules.dep"] != wantDep || got["modules.alias"] != wantAlias || got["modules.softdep"] != "softdep alone pre: core\n" {
-		t.Errorf("got modules.dep\n%s, modules.alias\n%s, modules.softdep\n%s", got["modules.dep"], got["modules.alias"], got["modules.softdep"])
+	if got["modules.dep"] != wantDep || got["modules.alias"] != wantAlias ||
+		got["modules.softdep"] != "softdep alone pre: core\n" {
+		t.Errorf("got modules.dep\n%s, modules.alias\n%s, modules.softdep\n%s", got["modules.dep"], got["modules.alias"],
+			got["modules.softdep"])
 	}
 	for _, name := range []string{"modules.dep.bin", "modules.alias.bin", "modules.builtin.bin"} {
 		if !strings.HasPrefix(got[name], "\xb0\x07\xf4\x57") {
 			t.Errorf("%s begins with %.4q", name, got[name])
 		}
 	}
-	if _, ok := got["kernel/loose/readme.text"]; ok || got["kernel/bad.ko"] != "no module" || got["modules.builtin"] == "" {
+	if _, ok := got["kernel/loose/readme.text"]; ok || got["kernel/bad.ko"] != "no module" ||
+		got["modules.builtin"] == "" {
 		t.Errorf("files: %v", slices.Sorted(maps.Keys(got)))
 	}
 	tree["modules.dep"] = &fstest.MapFile{Data: []byte("mine")}
 	tree["modules.dep.bin"] = &fstest.MapFile{Data: []byte("mine too")}
-	if got := packed(t, tree); got["modules.dep"] != "mine" || got["modules.dep.bin"] != "mine too" || got["modules.alias"] != "" {
+	if got := packed(t, tree); got["modules.dep"] != "mine" || got["modules.dep.bin"] != "mine too" ||
+		got["modules.alias"] != "" {
 		t.Errorf("with depmod's own lists: %q, %q, %q", got["modules.dep"], got["modules.dep.bin"], got["modules.alias"])
 	}
 }
@@ -80,7 +86,8 @@ func TestWriteModules_TooLarge(t *testing.T) {
 	tree := fstest.MapFS{}
 	var names []string
 	for i := range 3000 { // each of which needs those before: 3000² / 2 file names
-		name := "module" + strings.Repeat("x", 20) + string(rune('a'+i/676)) + string(rune('a'+i/26%26)) + string(rune('a'+i%26))
+		name := "module" + strings.Repeat("x", 20) + string(rune('a'+i/676)) + string(rune('a'+i/26%26)) +
+			string(rune('a'+i%26))
 		fields := []string{"name=" + name}
 		if len(names) > 0 {
 			fields = append(fields, "depends="+names[len(names)-1])
@@ -101,13 +108,16 @@ func TestModulesRelease(t *testing.T) {
 		tree fstest.MapFS
 		want string
 	}{
-		"Usual":      {fstest.MapFS{"kernel/a/x.ko": magic("6.1.0-57-amd64")}, "6.1.0-57-amd64"},
-		"OwnFirst":   {fstest.MapFS{"extra/x.ko": magic("5.14.0"), "kernel/a/x.ko": magic("5.14.1")}, "5.14.1"},
-		"Elsewhere":  {fstest.MapFS{"extra/x.ko": magic("5.14.0")}, "5.14.0"},
-		"SomeSilent": {fstest.MapFS{"kernel/a.ko": {Data: ko()}, "kernel/b.ko": {Data: []byte("rubbish")}, "kernel/c.ko": magic("6.1")}, "6.1"},
-		"Silent":     {fstest.MapFS{"kernel/a.ko": {Data: ko()}}, ""},
-		"NoModules":  {fstest.MapFS{"modules.order": {}}, ""},
-		"NoRelease":  {fstest.MapFS{"kernel/a.ko": magic("../6.1")}, ""},
+		"Usual":     {fstest.MapFS{"kernel/a/x.ko": magic("6.1.0-57-amd64")}, "6.1.0-57-amd64"},
+		"OwnFirst":  {fstest.MapFS{"extra/x.ko": magic("5.14.0"), "kernel/a/x.ko": magic("5.14.1")}, "5.14.1"},
+		"Elsewhere": {fstest.MapFS{"extra/x.ko": magic("5.14.0")}, "5.14.0"},
+		"SomeSilent": {fstest.MapFS{
+			"kernel/a.ko": {Data: ko()}, "kernel/b.ko": {Data: []byte("rubbish")},
+			"kernel/c.ko": magic("6.1"),
+		}, "6.1"},
+		"Silent":    {fstest.MapFS{"kernel/a.ko": {Data: ko()}}, ""},
+		"NoModules": {fstest.MapFS{"modules.order": {}}, ""},
+		"NoRelease": {fstest.MapFS{"kernel/a.ko": magic("../6.1")}, ""},
 	} {
 		if got, err := kernel.ModulesRelease(c.tree); got != c.want || err != nil {
 			t.Errorf("%s: got %q, %v; want %q", name, got, err, c.want)
@@ -160,7 +170,10 @@ func TestWriteModules_Depmod(t *testing.T) {
 	}
 	for name, args := range map[string][]string{
 		"Dependencies": append([]string{"-a", "--show-depends"}, all...),
-		"Aliases":      {"-R", "pci:v00001AF4d00001000sv00001AF4sd00000001bc02sc00i00", "nft-chain-2-nat", "char-major-10-200", "net-pf-16-proto-12"},
+		"Aliases": {
+			"-R", "pci:v00001AF4d00001000sv00001AF4sd00000001bc02sc00i00", "nft-chain-2-nat",
+			"char-major-10-200", "net-pf-16-proto-12",
+		},
 	} {
 		if name == "Aliases" {
 			for _, alias := range args[1:] {

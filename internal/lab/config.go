@@ -17,7 +17,10 @@ func (c Config) withDefaults() (Config, error) {
 	invalid := func(format string, args ...any) (Config, error) {
 		return Config{}, fmt.Errorf("%w: %s", ErrConfig, fmt.Sprintf(format, args...))
 	}
-	for name, path := range map[string]*string{"kernel": &c.Kernel, "modules": &c.Modules, "busybox": &c.Busybox, "QEMU": &c.QEMU} {
+	for name, path := range map[string]*string{
+		"kernel": &c.Kernel, "modules": &c.Modules, "busybox": &c.Busybox,
+		"QEMU": &c.QEMU,
+	} {
 		abs, err := filepath.Abs(*path)
 		if *path == "" || err != nil {
 			return invalid("no %s", name)
@@ -87,7 +90,8 @@ func (c Config) find(name string) (string, error) {
 		}
 		for _, dir := range filepath.SplitList(list) {
 			path := filepath.Join(dir, name)
-			if info, err := os.Stat(path); err == nil && filepath.IsAbs(path) && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+			if info, err := os.Stat(path); err == nil && filepath.IsAbs(path) && info.Mode().IsRegular() &&
+				info.Mode()&0o111 != 0 {
 				return path, nil
 			}
 		}

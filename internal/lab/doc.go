@@ -26,7 +26,8 @@ import (
 // InLabVariable is "1" in the environment of what runs in a lab.
 const InLabVariable = "SMARTVM_IN_LAB"
 
-// Defaults of Config. One processor is as fast as two, and cannot wait for another for ever: see docs/lab.md.
+// Defaults of Config. One processor is as fast as two, and cannot wait for another for ever: see
+// docs/lab.md.
 const (
 	DefaultMemoryMiB = 4096
 	DefaultCPUs      = 1
@@ -112,13 +113,15 @@ func (e *ConsoleError) Error() string {
 // Unwrap returns Err.
 func (e *ConsoleError) Unwrap() error { return e.Err }
 
-// LargePages is what guests in the lab should have for memory, in the words of the VMM's machine configuration. Where an
-// interrupt meets a page that the guest's guest has not touched yet, the emulator forgets the interrupt, or writes its frame to
-// a wrong place, and the guest stops or dies. With pages of 2 MiB that is rare. The lab has 1280 MiB of them.
+// LargePages is what guests in the lab should have for memory, in the words of the VMM's machine
+// configuration. Where an interrupt meets a page that the guest's guest has not touched yet, the
+// emulator forgets the interrupt, or writes its frame to a wrong place, and the guest stops or
+// dies. With pages of 2 MiB that is rare. The lab has 1280 MiB of them.
 const LargePages = "2M"
 
-// Niceness is QEMU's nice value, where we may set it. A processor that is emulated and preempted between two looks at its interrupts may take
-// one of them twice, which the guest does not survive: see docs/lab.md.
+// Niceness is QEMU's nice value, where we may set it. A processor that is emulated and preempted
+// between two looks at its interrupts may take one of them twice, which the guest does not survive:
+// see docs/lab.md.
 const Niceness = -5
 
 // Run boots a lab, runs the command in it and returns the command's exit

@@ -51,7 +51,10 @@ func launch(ctx context.Context, c Config) (*host, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, context.Cause(ctx)
 	}
-	h := &host{marker: rand.Text(), begun: time.Now(), booted: c.Booted, stdout: c.Stdout, stderr: c.Stderr, output: c.Console}
+	h := &host{
+		marker: rand.Text(), begun: time.Now(), booted: c.Booted, stdout: c.Stdout, stderr: c.Stderr,
+		output: c.Console,
+	}
 	initramfs, err := c.initramfs(h.marker)
 	if err != nil {
 		return nil, err
@@ -62,7 +65,10 @@ func launch(ctx context.Context, c Config) (*host, error) {
 			_ = f.Close()
 		}
 	}()
-	for _, ours := range []**os.File{&h.lines.control, &h.lines.stdout, &h.lines.stderr, &h.lines.console, &h.lines.monitor} {
+	for _, ours := range []**os.File{
+		&h.lines.control, &h.lines.stdout, &h.lines.stderr, &h.lines.console,
+		&h.lines.monitor,
+	} {
 		near, far, err := socketPair()
 		if err != nil {
 			h.lines.close()
@@ -124,14 +130,15 @@ const (
 func (c Config) arguments() []string {
 	args := []string{
 		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
-		// With nested paging a guest boots in two thirds of the time. Without AVX2 what looks for it (Go, for one) copies memory six times as
-		// fast, and compares it ten times as fast. See docs/lab.md.
+		// With nested paging a guest boots in two thirds of the time. Without AVX2 what looks for it (Go,
+		// for one) copies memory six times as fast, and compares it ten times as fast. See docs/lab.md.
 		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,-avx2,check=off",
 		"-smp", strconv.Itoa(c.CPUs), "-m", strconv.Itoa(c.MemoryMiB),
 		"-kernel", c.Kernel, "-initrd", fmt.Sprintf("/proc/self/fd/%d", fdInitramfs),
-		// Without timers of high resolution tests take half the time: QEMU takes a lock and wakes its main thread each time that one is set.
-		// A tick that never stops repairs what an interrupt that QEMU has lost would stop for ever: see docs/lab.md.
-		// On a busy machine the kernel does not see its timer tick in the time that it gives it, and panics, unless it is not to check.
+		// Without timers of high resolution tests take half the time: QEMU takes a lock and wakes its
+		// main thread each time that one is set. A tick that never stops repairs what an interrupt that
+		// QEMU has lost would stop for ever: see docs/lab.md. On a busy machine the kernel does not see
+		// its timer tick in the time that it gives it, and panics, unless it is not to check.
 		"-append", "console=ttyS0 quiet panic=-1 mitigations=off highres=off nohz=off no_timer_check",
 		"-chardev", fmt.Sprintf("socket,id=console,fd=%d", fdConsole), "-serial", "chardev:console",
 		"-chardev", fmt.Sprintf("socket,id=monitor,fd=%d", fdMonitor), "-mon", "chardev=monitor",
@@ -143,7 +150,8 @@ func (c Config) arguments() []string {
 			"-device", fmt.Sprintf("virtserialport,name=%s,chardev=%s", name, name))
 	}
 	for i, dir := range c.Share {
-		args = append(args, "-virtfs", fmt.Sprintf("local,path=%s,mount_tag=share%d,security_model=none,multidevs=remap", dir, i))
+		args = append(args, "-virtfs",
+			fmt.Sprintf("local,path=%s,mount_tag=share%d,security_model=none,multidevs=remap", dir, i))
 	}
 	return args
 }

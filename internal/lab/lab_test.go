@@ -57,7 +57,8 @@ func TestRun(t *testing.T) {
 	}
 	want := strings.Join([]string{
 		filepath.Base(c.Modules), "smartvm-lab", c.Dir, "'\"$x\\ \t", "it's $HOME\nand `more`", "1",
-		private, "devices", "cpuset cpu io memory hugetlb pids rdma misc", "0x9", "tmpfs", "overlayfs", "tmpfs", "modprobe", "",
+		private, "devices", "cpuset cpu io memory hugetlb pids rdma misc", "0x9", "tmpfs", "overlayfs", "tmpfs",
+		"modprobe", "",
 	}, "\n")
 	if got := stdout.String(); got != want {
 		t.Errorf("stdout: got %q, want %q", got, want)
@@ -80,7 +81,8 @@ func TestRun(t *testing.T) {
 // TestRun_Output pushes more than 10 MB, with bytes of every kind, through both
 // streams, of a command that a signal ends then.
 func TestRun_Output(t *testing.T) {
-	c := shell(t, `i=0; while [ $i -lt 20 ]; do cat "$1"; i=$((i+1)); done & i=0; while [ $i -lt 20 ]; do cat "$1" >&2; i=$((i+1)); done; wait; kill -TERM $$`)
+	c := shell(t,
+		`i=0; while [ $i -lt 20 ]; do cat "$1"; i=$((i+1)); done & i=0; while [ $i -lt 20 ]; do cat "$1" >&2; i=$((i+1)); done; wait; kill -TERM $$`)
 	file := filepath.Join(t.TempDir(), "data")
 	var chunk bytes.Buffer
 	for i := range 70_000 {
@@ -100,7 +102,10 @@ func TestRun_Output(t *testing.T) {
 		t.Fatalf("%d bytes are too few", len(want))
 	}
 	// The lab's shell says how the command ended.
-	for name, got := range map[string][]byte{"stdout": stdout.Bytes(), "stderr": bytes.TrimSuffix(stderr.Bytes(), []byte("Terminated\n"))} {
+	for name, got := range map[string][]byte{
+		"stdout": stdout.Bytes(),
+		"stderr": bytes.TrimSuffix(stderr.Bytes(), []byte("Terminated\n")),
+	} {
 		if !bytes.Equal(got, want) {
 			t.Errorf("%s: %d bytes that differ from the %d written", name, len(got), len(want))
 		}
@@ -198,7 +203,8 @@ func TestRun_NoQEMU(t *testing.T) {
 
 func TestRun_Config(t *testing.T) {
 	good := lab.Config{
-		Kernel: "/k", Modules: "/m", Busybox: "/b", QEMU: "/q", Dir: "/", Command: []string{"true"}, Env: []string{"PATH=/usr/bin:/bin"},
+		Kernel: "/k", Modules: "/m", Busybox: "/b", QEMU: "/q", Dir: "/", Command: []string{"true"},
+		Env: []string{"PATH=/usr/bin:/bin"},
 	}
 	tests := map[string]func(*lab.Config){
 		"no kernel":            func(c *lab.Config) { c.Kernel = "" },

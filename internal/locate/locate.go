@@ -28,11 +28,13 @@ type VMM struct {
 	format  string // of snapshots; empty until it was asked for
 }
 
-// Finder finds VMMs and asks each for its version and snapshot format once. It is safe for concurrent use.
+// Finder finds VMMs and asks each for its version and snapshot format once. It is safe for
+// concurrent use.
 type Finder struct {
 	Binary  string // of that path or name in PATH; if empty:
 	Version string // of this version among those installed; if empty, "firecracker" in PATH or else the newest installed
-	// Installed returns the path of an installed version, of the newest for "", or an error that is fs.ErrNotExist. It may install one.
+	// Installed returns the path of an installed version, of the newest for "", or an error that is
+	// fs.ErrNotExist. It may install one.
 	Installed func(ctx context.Context, version string) (string, error)
 
 	mu    sync.Mutex
@@ -64,7 +66,9 @@ func (f *Finder) At(ctx context.Context, path string) (b VMM, err error) {
 		return VMM{}, hint.Add(err, "is it Firecracker? "+advice, firecracker.MinVersion)
 	}
 	if !b.Version.AtLeast(firecracker.MinVersion) {
-		return VMM{}, hint.Add(fmt.Errorf("%s is Firecracker %s: %w", path, b.Version, spec.ErrNotSupported), advice, firecracker.MinVersion)
+		return VMM{},
+			hint.Add(fmt.Errorf("%s is Firecracker %s: %w", path, b.Version, spec.ErrNotSupported), advice,
+				firecracker.MinVersion)
 	}
 	f.remember(b)
 	return b, nil
@@ -121,7 +125,8 @@ func (f *Finder) find(ctx context.Context) (string, error) {
 	return program(path)
 }
 
-// Jailer finds the jailer of a VMM: of a path or name, if that is not empty, else beside the VMM, else in PATH.
+// Jailer finds the jailer of a VMM: of a path or name, if that is not empty, else beside the VMM,
+// else in PATH.
 func Jailer(b VMM, name string) (string, error) {
 	if os.Geteuid() != 0 {
 		return "", hint.Add(fmt.Errorf("jail VMM: %w", fs.ErrPermission), "the jailer needs root; --launcher direct does not")
@@ -138,7 +143,8 @@ func Jailer(b VMM, name string) (string, error) {
 	}
 	path, err := program(name)
 	if err != nil {
-		return "", hint.Add(fmt.Errorf("find jailer: %w", err), "it comes with Firecracker; name it with --jailer, or do without: --launcher direct")
+		return "", hint.Add(fmt.Errorf("find jailer: %w", err),
+			"it comes with Firecracker; name it with --jailer, or do without: --launcher direct")
 	}
 	return path, nil
 }

@@ -24,7 +24,8 @@ import (
 func program(t *testing.T, path, version string) string {
 	t.Helper()
 	text := fmt.Sprintf("#!/bin/sh\necho asked >>\"$0.asked\"\necho Firecracker v%s\n", version)
-	err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path+".new", []byte(text), 0o755), os.Rename(path+".new", path))
+	err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path+".new", []byte(text), 0o755),
+		os.Rename(path+".new", path))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +74,8 @@ func TestFinder_VMM(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(locate.VMM{Path: path, Version: version}, got, cmpopts.IgnoreUnexported(locate.VMM{})); diff != "" {
+		if diff := cmp.Diff(locate.VMM{Path: path, Version: version}, got,
+			cmpopts.IgnoreUnexported(locate.VMM{})); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
 		}
 		if n := asked(path); n != times {
@@ -91,8 +93,11 @@ func TestFinder_VMMRefused(t *testing.T) {
 		version, err, hint string
 		unsupported        bool
 	}{
-		"too old": {"1.6.0", "is Firecracker 1.6.0: not supported", "install Firecracker " + firecracker.MinVersion.String(), true},
-		"no VMM":  {"Next", "vNext", "is it Firecracker? install Firecracker", false},
+		"too old": {
+			"1.6.0", "is Firecracker 1.6.0: not supported",
+			"install Firecracker " + firecracker.MinVersion.String(), true,
+		},
+		"no VMM": {"Next", "vNext", "is it Firecracker? install Firecracker", false},
 	} {
 		f := &locate.Finder{Binary: program(t, filepath.Join(dir(t), "firecracker"), tt.version), Installed: none}
 		got, err := f.VMM(t.Context())
@@ -105,7 +110,8 @@ func TestFinder_VMMRefused(t *testing.T) {
 	}
 }
 
-// A path or a name in PATH comes first, then a version that is wanted, then "firecracker" in PATH, then the newest installed.
+// A path or a name in PATH comes first, then a version that is wanted, then "firecracker" in PATH,
+// then the newest installed.
 func TestFinder_Find(t *testing.T) {
 	d := dir(t)
 	inPath := program(t, filepath.Join(d, "bin", "firecracker"), "1.12.1")
@@ -135,18 +141,22 @@ func TestFinder_Find(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Setenv("PATH", filepath.Join(d, tt.path))
 			version := "-"
-			f := &locate.Finder{Binary: tt.binary, Version: tt.version, Installed: func(_ context.Context, v string) (string, error) {
-				version = v
-				if tt.installed == nil {
-					return "", fs.ErrNotExist
-				}
-				return tt.installed(v)
-			}}
+			f := &locate.Finder{
+				Binary: tt.binary, Version: tt.version,
+				Installed: func(_ context.Context, v string) (string, error) {
+					version = v
+					if tt.installed == nil {
+						return "", fs.ErrNotExist
+					}
+					return tt.installed(v)
+				},
+			}
 			got, err := f.Find(t.Context())
 			if got != tt.want || !errors.Is(err, tt.wantErr) || version != tt.installedVersion {
 				t.Errorf("%q, %v, asked for %q, want %q, %v, %q", got, err, version, tt.want, tt.wantErr, tt.installedVersion)
 			}
-			if err != nil && (!strings.HasPrefix(err.Error(), "find Firecracker: ") || !strings.Contains(hintOf(err), "--firecracker")) {
+			if err != nil &&
+				(!strings.HasPrefix(err.Error(), "find Firecracker: ") || !strings.Contains(hintOf(err), "--firecracker")) {
 				t.Errorf("%v, hint %q", err, hintOf(err))
 			}
 		})
@@ -192,16 +202,20 @@ func TestJailer_NotRoot(t *testing.T) {
 	if os.Geteuid() == 0 {
 		t.Skip("we are root")
 	}
-	if _, err := locate.Jailer(locate.VMM{Path: "/bin/firecracker"}, ""); !errors.Is(err, fs.ErrPermission) || !strings.Contains(hintOf(err), "--launcher direct") {
+	if _, err := locate.Jailer(locate.VMM{Path: "/bin/firecracker"}, ""); !errors.Is(err, fs.ErrPermission) ||
+		!strings.Contains(hintOf(err), "--launcher direct") {
 		t.Errorf("%v, want fs.ErrPermission", err)
 	}
 }
 
-// install makes a program that says which Firecracker it is, and writes a line into the file asked for each question.
+// install makes a program that says which Firecracker it is, and writes a line into the file asked
+// for each question.
 func install(t *testing.T, dir, version, format string) (path string) {
 	t.Helper()
 	path = filepath.Join(dir, "firecracker")
-	script := fmt.Sprintf("#!/bin/sh\necho \"$*\" >> '%s/asked'\ncase $1 in --version) echo Firecracker v%s;; *) echo v%s;; esac\n", dir, version, format)
+	script := fmt.Sprintf(
+		"#!/bin/sh\necho \"$*\" >> '%s/asked'\ncase $1 in --version) echo Firecracker v%s;; *) echo v%s;; esac\n", dir,
+		version, format)
 	if err := os.WriteFile(path+".new", []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}

@@ -17,8 +17,8 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// file makes one to be locked, and returns a function that opens it once more: descriptors that are opened apart exclude
-// each other in one process as in two.
+// file makes one to be locked, and returns a function that opens it once more: descriptors that are
+// opened apart exclude each other in one process as in two.
 func file(t *testing.T) (again func() *os.File) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "file")
@@ -117,7 +117,8 @@ func askers(t *testing.T, open func() *os.File) {
 	}
 }
 
-// However many ask whether a lock is held, none that takes it is refused, though two of them exclude each other.
+// However many ask whether a lock is held, none that takes it is refused, though two of them
+// exclude each other.
 func TestHeld_RefusesNone(t *testing.T) {
 	open := file(t)
 	askers(t, open)

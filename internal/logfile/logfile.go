@@ -1,5 +1,6 @@
-// Package logfile keeps the newest part of an endless stream in two files, so that a guest that writes without
-// end cannot fill the host's disk or memory, and follows such a stream from another process.
+// Package logfile keeps the newest part of an endless stream in two files, so that a guest that
+// writes without end cannot fill the host's disk or memory, and follows such a stream from another
+// process.
 package logfile
 
 import (
@@ -18,7 +19,8 @@ import (
 // Suffix is added to a log's name for its older half.
 const Suffix = ".1"
 
-// Writer appends to a file and, whenever that is full, moves it aside to path+Suffix, replacing what was there.
+// Writer appends to a file and, whenever that is full, moves it aside to path+Suffix, replacing
+// what was there.
 type Writer struct {
 	path string
 	half int64
@@ -38,8 +40,8 @@ func CreateTimed(path string, limit int64) (*Writer, error) {
 	return w, nil
 }
 
-// Create opens the log at path for appending and keeps at most limit bytes, in two halves. What is there already is a
-// file or a character device, as /dev/null, which is never moved aside.
+// Create opens the log at path for appending and keeps at most limit bytes, in two halves. What is
+// there already is a file or a character device, as /dev/null, which is never moved aside.
 func Create(path string, limit int64) (*Writer, error) {
 	w := &Writer{path: path, half: limit / 2}
 	return w, w.open()
@@ -127,7 +129,8 @@ type Reader struct {
 	f     *os.File // the newer half, nil while it is not there
 }
 
-// Open returns a reader of the log at path; one that is not there yet is empty. The caller closes it.
+// Open returns a reader of the log at path; one that is not there yet is empty. The caller closes
+// it.
 func Open(path string) *Reader {
 	r := &Reader{path: path}
 	// The newer half first: if it becomes the older one meanwhile, it is only there twice.
@@ -200,11 +203,12 @@ func (r *Reader) Close() error {
 	return errors.Join(errs...)
 }
 
-// followPoll is how often Follow looks for more. A notification descriptor would cost its closing 15-23 ms.
+// followPoll is how often Follow looks for more. A notification descriptor would cost its closing
+// 15-23 ms.
 const followPoll = 20 * time.Millisecond
 
-// Follow copies the log to w until done is closed and all that was written before is copied, or the context
-// ends, which is its error.
+// Follow copies the log to w until done is closed and all that was written before is copied, or the
+// context ends, which is its error.
 func (r *Reader) Follow(ctx context.Context, w io.Writer, done <-chan struct{}) error {
 	tick := time.NewTicker(followPoll)
 	defer tick.Stop()

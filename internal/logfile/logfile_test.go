@@ -99,7 +99,10 @@ func TestTail(t *testing.T) {
 	for _, text := range []string{"0123456789", "abcdef"} {
 		write(t, w, text)
 	}
-	for n, want := range map[int64]string{0: "", 3: "def", 6: "abcdef", 8: "89abcdef", 16: "0123456789abcdef", 99: "0123456789abcdef"} {
+	for n, want := range map[int64]string{
+		0: "", 3: "def", 6: "abcdef", 8: "89abcdef", 16: "0123456789abcdef",
+		99: "0123456789abcdef",
+	} {
 		if got := logfile.Tail(path, n); got != want {
 			t.Errorf("last %d: %q, want %q", n, got, want)
 		}
@@ -109,7 +112,8 @@ func TestTail(t *testing.T) {
 func TestSymbolicLinksAreRefused(t *testing.T) {
 	dir := t.TempDir()
 	secret, path := filepath.Join(dir, "secret"), filepath.Join(dir, "log")
-	if err := errors.Join(os.WriteFile(secret, []byte("secret"), 0o600), os.Symlink(secret, path), os.Symlink(secret, path+logfile.Suffix)); err != nil {
+	if err := errors.Join(os.WriteFile(secret, []byte("secret"), 0o600), os.Symlink(secret, path),
+		os.Symlink(secret, path+logfile.Suffix)); err != nil {
 		t.Fatal(err)
 	}
 	if w, err := logfile.Create(path, 100); !errors.Is(err, unix.ELOOP) {

@@ -14,11 +14,13 @@ import (
 	"time"
 )
 
-// TimesSuffix is added to the name of a log's file, or of its older half, for the times at which it was written.
+// TimesSuffix is added to the name of a log's file, or of its older half, for the times at which it
+// was written.
 const TimesSuffix = ".times"
 
-// The times are marks: so far had the file come at that moment. What was written between two marks was written within an interval after
-// the first; or, if that is thinned, any time before the second.
+// The times are marks: so far had the file come at that moment. What was written between two marks
+// was written within an interval after the first; or, if that is thinned, any time before the
+// second.
 const (
 	markSize     = 16 // bytes: an offset, thinned or not, and nanoseconds since 1970, big-endian
 	thinned      = 1 << 63
@@ -124,7 +126,8 @@ func readTimes(path string) (marks []mark) {
 	for ; len(data) >= markSize; data = data[markSize:] {
 		offset := binary.BigEndian.Uint64(data)
 		m := mark{int64(offset &^ thinned), time.Unix(0, int64(binary.BigEndian.Uint64(data[8:]))), offset&thinned != 0}
-		if fi, err := os.Stat(path); err != nil || m.offset > fi.Size() || len(marks) > 0 && m.offset < marks[len(marks)-1].offset {
+		if fi, err := os.Stat(path); err != nil || m.offset > fi.Size() || len(marks) > 0 &&
+			m.offset < marks[len(marks)-1].offset {
 			return nil
 		}
 		marks = append(marks, m)
@@ -132,7 +135,8 @@ func readTimes(path string) (marks []mark) {
 	return marks
 }
 
-// since returns from where on a file was written at that time or later; where nobody knows, its beginning.
+// since returns from where on a file was written at that time or later; where nobody knows, its
+// beginning.
 func since(path string, at time.Time) int64 {
 	marks := readTimes(path)
 	if len(marks) == 0 {
@@ -151,8 +155,8 @@ func since(path string, at time.Time) int64 {
 	return marks[i].offset
 }
 
-// OpenSince is Open of what was written at a time or later, from the beginning of a line on. Only CreateTimed's logs know; others are read from their
-// beginning.
+// OpenSince is Open of what was written at a time or later, from the beginning of a line on. Only
+// CreateTimed's logs know; others are read from their beginning.
 func OpenSince(path string, at time.Time) (*Reader, error) {
 	r := Open(path)
 	for _, half := range []struct {
@@ -197,7 +201,8 @@ func seekLine(f *os.File, offset int64) error {
 	return err
 }
 
-// Remove removes logs in a directory, with all that belongs to them. Mostly there are none, which one look tells.
+// Remove removes logs in a directory, with all that belongs to them. Mostly there are none, which
+// one look tells.
 func Remove(dir string, names ...string) error {
 	there, err := os.ReadDir(dir)
 	if err != nil {

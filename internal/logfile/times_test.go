@@ -62,7 +62,8 @@ func TestOpenSince(t *testing.T) {
 				t.Errorf("since line %d: %q", i, got)
 			}
 			// What came a moment before may be told too, nothing else.
-			if got := readSince(t, path, at.Add(time.Second)); i < 59 && !strings.HasPrefix(got, fmt.Sprintf("line %02d", i+1)) || i == 59 && got != "" {
+			if got := readSince(t, path, at.Add(time.Second)); i < 59 &&
+				!strings.HasPrefix(got, fmt.Sprintf("line %02d", i+1)) || i == 59 && got != "" {
 				t.Errorf("after line %d: %q", i, got)
 			}
 		}
@@ -79,7 +80,8 @@ func TestOpenSince(t *testing.T) {
 	})
 }
 
-// However long a log is written, and however little at a time, its times take some room and no more.
+// However long a log is written, and however little at a time, its times take some room and no
+// more.
 func TestOpenSince_Bounds(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {

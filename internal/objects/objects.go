@@ -1,5 +1,6 @@
-// Package objects stores directories of files that never change, each once, named by what is in it: drafted beside, put in place
-// whole, and compared with their digests before they are used. What they are is up to who stores them.
+// Package objects stores directories of files that never change, each once, named by what is in it:
+// drafted beside, put in place whole, and compared with their digests before they are used. What
+// they are is up to who stores them.
 package objects
 
 import (
@@ -34,7 +35,8 @@ type File struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"` // bytes
 	SHA256 string `json:"sha256"`
-	// Seen is the file's inode, size and time when its digest was last found right. While they stay, it is.
+	// Seen is the file's inode, size and time when its digest was last found right. While they stay,
+	// it is.
 	Seen string `json:"seen"`
 }
 
@@ -81,14 +83,16 @@ func (s *Store) Get(id string) (*Object, error) {
 	if err != nil {
 		return nil, err
 	}
-	if o.ID != id || len(o.Files) == 0 || slices.ContainsFunc(o.Files, func(f File) bool { return f.Name != filepath.Base(f.Name) }) {
+	if o.ID != id || len(o.Files) == 0 || slices.ContainsFunc(o.Files, func(f File) bool {
+		return f.Name != filepath.Base(f.Name)
+	}) {
 		return nil, fmt.Errorf("object %s: its description: %w", id, ErrCorrupt)
 	}
 	return &o, nil
 }
 
-// Use checks that an object's files are what was stored: by digest where they have changed since they last were looked
-// at, or where full says so.
+// Use checks that an object's files are what was stored: by digest where they have changed since
+// they last were looked at, or where full says so.
 func (s *Store) Use(ctx context.Context, id string, full bool) (*Object, error) {
 	o, err := s.Get(id)
 	if err != nil {
@@ -193,8 +197,9 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// ReadJSON reads a document of at most limit bytes. The error is ErrCorrupt, and spec.ErrNotSupported too where another version of smartvm
-// has written more than is known here: what can be made or fetched again is.
+// ReadJSON reads a document of at most limit bytes. The error is ErrCorrupt, and
+// spec.ErrNotSupported too where another version of smartvm has written more than is known here:
+// what can be made or fetched again is.
 func ReadJSON[T any](path string, limit int) (v T, err error) {
 	data, err := atomicfile.Read(path, int64(limit))
 	if err != nil {
@@ -281,8 +286,9 @@ func (s *Store) Build(ctx context.Context, fill func(dir string) (*Object, error
 	return d.Object, errors.Join(s.Place(d), d.Close())
 }
 
-// seal describes a draft's files, of which only the names are known, makes them read-only, and has all on disk. Those that
-// know a file's digest give it; with an id that ends in a dash, the first file's digest completes it.
+// seal describes a draft's files, of which only the names are known, makes them read-only, and has
+// all on disk. Those that know a file's digest give it; with an id that ends in a dash, the first
+// file's digest completes it.
 func (s *Store) seal(ctx context.Context, d *Draft) error {
 	for i := range d.Files {
 		f := &d.Files[i]
@@ -293,7 +299,8 @@ func (s *Store) seal(ctx context.Context, d *Draft) error {
 				return fmt.Errorf("store %s: %w", f.Name, err)
 			}
 		}
-		// Readable to all, since a VMM in a jail is another user; the directory above is nobody's but ours.
+		// Readable to all, since a VMM in a jail is another user; the directory above is nobody's but
+		// ours.
 		if err := errors.Join(syncFile(path), os.Chmod(path, 0o444)); err != nil {
 			return fmt.Errorf("store %s: %w", f.Name, err)
 		}
@@ -304,7 +311,8 @@ func (s *Store) seal(ctx context.Context, d *Draft) error {
 	if strings.HasSuffix(d.ID, "-") {
 		d.ID += addressOf(d.Object)
 	}
-	err := errors.Join(atomicfile.WriteJSON(filepath.Join(d.dir, objectFile), d.Object), os.Mkdir(filepath.Join(d.dir, kept.UsersDir), 0o700),
+	err := errors.Join(atomicfile.WriteJSON(filepath.Join(d.dir, objectFile), d.Object),
+		os.Mkdir(filepath.Join(d.dir, kept.UsersDir), 0o700),
 		os.Chmod(d.dir, 0o700), atomicfile.SyncDir(d.dir))
 	if err != nil {
 		return fmt.Errorf("store image: %w", err)
@@ -312,8 +320,8 @@ func (s *Store) seal(ctx context.Context, d *Draft) error {
 	return nil
 }
 
-// Place moves a draft to where objects are, or finds that it is there, whole. The caller holds the store until something
-// refers to it.
+// Place moves a draft to where objects are, or finds that it is there, whole. The caller holds the
+// store until something refers to it.
 func (s *Store) Place(d *Draft) error {
 	to := s.Dir(d.ID)
 	err := os.Rename(d.dir, to)
@@ -327,7 +335,8 @@ func (s *Store) Place(d *Draft) error {
 		for _, f := range d.Files {
 			err = errors.Join(err, os.Rename(filepath.Join(d.dir, f.Name), filepath.Join(to, f.Name)))
 		}
-		err = errors.Join(err, os.MkdirAll(filepath.Join(to, kept.UsersDir), 0o700), atomicfile.WriteJSON(filepath.Join(to, objectFile), d.Object))
+		err = errors.Join(err, os.MkdirAll(filepath.Join(to, kept.UsersDir), 0o700),
+			atomicfile.WriteJSON(filepath.Join(to, objectFile), d.Object))
 	}
 	if err != nil {
 		return fmt.Errorf("store image: %w", err)
@@ -335,16 +344,17 @@ func (s *Store) Place(d *Draft) error {
 	return atomicfile.SyncDir(s.Path)
 }
 
-// sameAs says whether the object in a draft's place is what it should be. What an id is made of may be the files' digests:
-// then they must fit it.
+// sameAs says whether the object in a draft's place is what it should be. What an id is made of may
+// be the files' digests: then they must fit it.
 func (s *Store) sameAs(d *Draft) bool {
 	old, err := s.Get(d.ID)
 	if err != nil {
 		return false
 	}
 	byContent := strings.HasSuffix(d.ID, "-"+addressOf(d.Object))
-	return (!byContent || strings.HasSuffix(d.ID, "-"+addressOf(old))) && !slices.ContainsFunc(old.Files, func(f File) bool {
-		seen, err := kept.Stamp(filepath.Join(s.Dir(d.ID), f.Name))
-		return err != nil || seen != f.Seen
-	})
+	return (!byContent || strings.HasSuffix(d.ID, "-"+addressOf(old))) &&
+		!slices.ContainsFunc(old.Files, func(f File) bool {
+			seen, err := kept.Stamp(filepath.Join(s.Dir(d.ID), f.Name))
+			return err != nil || seen != f.Seen
+		})
 }

@@ -12,8 +12,8 @@ import (
 	"push.rocks/smartvm/network/bridged"
 )
 
-// Effects lists every kind of side effect that a VM can have on a host. docs/effects.md explains them and is
-// checked against this list.
+// Effects lists every kind of side effect that a VM can have on a host. docs/effects.md explains
+// them and is checked against this list.
 var Effects = journal.Kinds{
 	"lease":   func() journal.Effect { return new(store.Lease) },
 	"tree":    func() journal.Effect { return new(stage.Tree) },

@@ -36,9 +36,13 @@ type Input struct {
 	owners   map[string]*stage.Owner // of those, by path, which must be lent to the jail's user
 }
 
-// Look asks the host about what the record names. With a jailer it proposes a user id where the record has none yet.
+// Look asks the host about what the record names. With a jailer it proposes a user id where the
+// record has none yet.
 func (h Host) Look(rec *Record) (*Input, error) {
-	in := &Input{Record: rec, Host: h, reflinks: map[string]bool{}, inodes: map[string]string{}, owners: map[string]*stage.Owner{}}
+	in := &Input{
+		Record: rec, Host: h, reflinks: map[string]bool{}, inodes: map[string]string{},
+		owners: map[string]*stage.Owner{},
+	}
 	if r := rec.Restored; r != nil {
 		in.StageDir = r.StageDir // not every process has the data directory in its options
 	}
@@ -70,8 +74,8 @@ func (h Host) Look(rec *Record) (*Input, error) {
 	return in, nil
 }
 
-// Lease takes what other VMs may take first, and completes the record by it: the jail's user id, and addresses, of which the guest
-// is told. It comes before Plan.
+// Lease takes what other VMs may take first, and completes the record by it: the jail's user id,
+// and addresses, of which the guest is told. It comes before Plan.
 func (in *Input) Lease(ctx context.Context, do attach.Do) error {
 	if in.Jailer != "" {
 		err := do(ctx, in.leaseUID())
@@ -101,16 +105,21 @@ func (in *Input) Lease(ctx context.Context, do attach.Do) error {
 	return attach.Tell(&in.Spec, guest, in.Interfaces)
 }
 
-// readdress looks at the addresses that a restored VM has got. A guest without an agent cannot be told of others.
+// readdress looks at the addresses that a restored VM has got. A guest without an agent cannot be
+// told of others.
 func (in *Input) readdress() error {
 	for i := range in.Spec.NetworkInterfaces {
 		n := &in.Spec.NetworkInterfaces[i]
-		if at := slices.IndexFunc(in.Interfaces, func(i attach.Interface) bool { return i.ID == n.IfaceID }); at >= 0 && !n.Namespace {
+		if at := slices.IndexFunc(in.Interfaces, func(i attach.Interface) bool {
+			return i.ID == n.IfaceID
+		}); at >= 0 && !n.Namespace {
 			n.GuestMAC = in.Interfaces[at].MAC
 		}
 	}
 	if len(attach.Rekey(in.Restored.Was, in.Interfaces)) > 0 && !in.HasAgent() {
-		return hint.Add(fmt.Errorf("%w: another VM has the addresses of this one, and no agent in its guest can be told of others", spec.ErrNotSupported),
+		return hint.Add(
+			fmt.Errorf("%w: another VM has the addresses of this one, and no agent in its guest can be told of others",
+				spec.ErrNotSupported),
 			"stop the other; or make VMs of which there are to be several with --net netns: there addresses may be the same")
 	}
 	return nil

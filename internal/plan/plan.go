@@ -18,8 +18,8 @@ import (
 	"push.rocks/smartvm/snapshot"
 )
 
-// Plan is what making and starting a VM does to the host, in order, and what the VMM is told. Making a plan has
-// no effects.
+// Plan is what making and starting a VM does to the host, in order, and what the VMM is told.
+// Making a plan has no effects.
 type Plan struct {
 	Create []journal.Effect
 	Run    []journal.Effect
@@ -33,7 +33,9 @@ type Plan struct {
 func (in *Input) Plan() *Plan {
 	s, dir, uid := &in.Spec, in.Store.Dir(in.ID), -1
 	run := filepath.Join(dir, store.RunDir)
-	pl := &Plan{Config: vmm.Config{ID: in.ID, Binary: in.Binary, Dir: run, Cgroup: in.Cgroup, PCI: s.PCI, Log: vmm.LogOptions{}}}
+	pl := &Plan{
+		Config: vmm.Config{ID: in.ID, Binary: in.Binary, Dir: run, Cgroup: in.Cgroup, PCI: s.PCI, Log: vmm.LogOptions{}},
+	}
 	if in.Jailer != "" {
 		uid = in.UID
 		pl.Config.Jailer = &vmm.Jailer{Binary: in.Jailer, UID: uid}
@@ -51,7 +53,10 @@ func (in *Input) Plan() *Plan {
 	}
 	*copies = append(*copies, in.trees(devices)...)
 	if len(s.Volumes) > 0 {
-		image := &share.Image{Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes, Named: s.NamedVolumes, Limits: in.Limits}
+		image := &share.Image{
+			Path: filepath.Join(dir, store.VolumeFile), Volumes: s.Volumes, Named: s.NamedVolumes,
+			Limits: in.Limits,
+		}
 		if share.Synced(s.Volumes) {
 			image.Copied = filepath.Join(dir, store.CopiedFile)
 		}
@@ -141,7 +146,11 @@ func (in *Input) boot() (all []journal.Effect) {
 	}
 	if in.Boot.Guest != nil && in.Restored == nil { // a restored guest has read it
 		block, _ := in.Boot.Guest.Encode() // was done before
-		all = append(all, &stage.Content{Path: filepath.Join(dir, store.GuestFile), Text: string(bytes.TrimRight(block, "\x00")), Size: int64(len(block))})
+		all = append(all,
+			&stage.Content{
+				Path: filepath.Join(dir, store.GuestFile), Text: string(bytes.TrimRight(block, "\x00")),
+				Size: int64(len(block)),
+			})
 	}
 	return all
 }

@@ -1,4 +1,5 @@
-// Package plan says what making and starting a VM does to its host, from what was asked for and what the host offers.
+// Package plan says what making and starting a VM does to its host, from what was asked for and
+// what the host offers.
 package plan
 
 import (
@@ -21,8 +22,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Record is machine.json: what was asked for and what was decided when the VM was made. Only an update of the VM changes
-// anything in it; whether the VM runs is not in it.
+// Record is machine.json: what was asked for and what was decided when the VM was made. Only an
+// update of the VM changes anything in it; whether the VM runs is not in it.
 type Record struct {
 	Version       int       `json:"version"` // Version
 	ID            string    `json:"id"`
@@ -65,7 +66,8 @@ type Restored struct {
 // Version is that of records.
 const Version = 1
 
-// AgentCID is a guest's context id for its agent, where the spec asks for no other: the VMM keeps those of different VMs apart.
+// AgentCID is a guest's context id for its agent, where the spec asks for no other: the VMM keeps
+// those of different VMs apart.
 const AgentCID = 3
 
 // New begins the record of a new VM. If id is empty, it gets a random one.
@@ -92,8 +94,9 @@ func (r *Record) VMM() firecracker.Version {
 	return v
 }
 
-// Read reads the record of a VM. Returns fs.ErrNotExist, and ErrNotSupported for one that another version of smartvm has written.
-// Fields that are unknown are ignored: a newer smartvm of the same version of records may have more.
+// Read reads the record of a VM. Returns fs.ErrNotExist, and ErrNotSupported for one that another
+// version of smartvm has written. Fields that are unknown are ignored: a newer smartvm of the same
+// version of records may have more.
 func Read(st *store.Store, id string) (*Record, error) {
 	path := filepath.Join(st.Dir(id), store.MachineFile)
 	r, err := atomicfile.ReadJSON[Record](path, maxRecord, Version)

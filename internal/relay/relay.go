@@ -1,4 +1,5 @@
-// Package relay leads what programs of the host send to its loopback address on to a guest, where the kernel does not.
+// Package relay leads what programs of the host send to its loopback address on to a guest, where
+// the kernel does not.
 package relay
 
 import (
@@ -11,7 +12,8 @@ import (
 	"time"
 )
 
-// Bounds of one port: what is more waits (TCP), or has another's place that was silent for longest (UDP).
+// Bounds of one port: what is more waits (TCP), or has another's place that was silent for longest
+// (UDP).
 const (
 	maxConns    = 512
 	maxSessions = 256
@@ -20,7 +22,8 @@ const (
 	maxDatagram = 65535
 )
 
-// TCP leads connections on to an address until ctx ends, then closes l and all of them. It ends those that did not come by the loopback.
+// TCP leads connections on to an address until ctx ends, then closes l and all of them. It ends
+// those that did not come by the loopback.
 func TCP(ctx context.Context, l *net.TCPListener, to netip.AddrPort) {
 	var work sync.WaitGroup
 	defer work.Wait()
@@ -107,7 +110,8 @@ type datagrams struct {
 	all map[netip.AddrPort]*session
 }
 
-// UDP leads datagrams on to an address, and answers back, until ctx ends, then closes c. It drops those that do not come from the loopback.
+// UDP leads datagrams on to an address, and answers back, until ctx ends, then closes c. It drops
+// those that do not come from the loopback.
 func UDP(ctx context.Context, c *net.UDPConn, to netip.AddrPort) {
 	d := &datagrams{from: c, to: to, all: map[netip.AddrPort]*session{}}
 	defer d.end()

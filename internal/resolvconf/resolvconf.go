@@ -10,7 +10,8 @@ import (
 	"time"
 )
 
-// Path is the host's own file. Stub is one that systemd-resolved keeps beside it, of the servers that it asks itself.
+// Path is the host's own file. Stub is one that systemd-resolved keeps beside it, of the servers
+// that it asks itself.
 const (
 	Path = "/etc/resolv.conf"
 	Stub = "/run/systemd/resolve/resolv.conf"

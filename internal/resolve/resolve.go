@@ -18,8 +18,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// Spec makes the paths of s absolute and checks s against the host and the VMM's version. It reports everything at
-// once. Extract says that the kernel is packed: a bzImage, say.
+// Spec makes the paths of s absolute and checks s against the host and the VMM's version. It
+// reports everything at once. Extract says that the kernel is packed: a bzImage, say.
 func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, err error) {
 	r := resolver{}
 	s.BootSource.KernelImagePath = r.file("bootSource.kernelImagePath", s.BootSource.KernelImagePath, unix.R_OK)
@@ -40,12 +40,14 @@ func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, er
 		if d.CacheType == "" && !d.IsReadOnly && !stage.Wanted(ephemeral, d.IsReadOnly, d.Ephemeral) {
 			d.CacheType = "Writeback" // what the guest has synced outlives the host's crash too
 		}
-		d.PathOnHost = r.file(fmt.Sprintf("drives[%d].pathOnHost", i), d.PathOnHost, access(ephemeral, d.IsReadOnly, d.Ephemeral))
+		d.PathOnHost = r.file(fmt.Sprintf("drives[%d].pathOnHost", i), d.PathOnHost,
+			access(ephemeral, d.IsReadOnly, d.Ephemeral))
 	}
 	s.Pmem = append([]spec.Pmem(nil), s.Pmem...)
 	for i := range s.Pmem {
 		d := &s.Pmem[i]
-		d.PathOnHost = r.file(fmt.Sprintf("pmem[%d].pathOnHost", i), d.PathOnHost, access(ephemeral, d.IsReadOnly, d.Ephemeral))
+		d.PathOnHost = r.file(fmt.Sprintf("pmem[%d].pathOnHost", i), d.PathOnHost,
+			access(ephemeral, d.IsReadOnly, d.Ephemeral))
 	}
 	if s.Vsock != nil {
 		vsock := *s.Vsock
@@ -65,7 +67,8 @@ func Spec(s *spec.Spec, v firecracker.Version, ephemeral bool) (extract bool, er
 		s.Metrics = &m
 	}
 	if need := (firecracker.Version{Major: 1, Minor: 13}); s.PCI && !v.AtLeast(need) {
-		r.errs = append(r.errs, tooOld(fmt.Errorf("%w: pci needs Firecracker %s or newer, this is %s", spec.ErrNotSupported, need, v)))
+		r.errs = append(r.errs,
+			tooOld(fmt.Errorf("%w: pci needs Firecracker %s or newer, this is %s", spec.ErrNotSupported, need, v)))
 	}
 	for _, c := range configure.Calls(s, v) {
 		r.errs = append(r.errs, versionErrors(c, v)...)

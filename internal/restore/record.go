@@ -48,17 +48,22 @@ type Options struct {
 func (o *Origin) Record(v Options) (*plan.Record, error) {
 	s, rec := o.Saved, plan.New(v.ID)
 	rec.Ephemeral = true
-	rec.Restored = &plan.Restored{Snapshot: o.Snapshot.ID, Dir: o.Snapshot.Dir(), StageDir: o.Host.StageDir, Was: s.Interfaces, Hook: s.Hook}
+	rec.Restored = &plan.Restored{
+		Snapshot: o.Snapshot.ID, Dir: o.Snapshot.Dir(), StageDir: o.Host.StageDir,
+		Was: s.Interfaces, Hook: s.Hook,
+	}
 	load := &rec.Restored.Load
 	load.Paused, load.Balloon, load.HugePages = v.Paused, s.Balloon, v.HugePages
 	params := firecracker.SnapshotLoadParams{HugePages: firecracker.HugePages(v.HugePages)}
 	if err := firecracker.CheckVersion(o.Firecracker, params); err != nil {
-		return nil, hint.Add(fmt.Errorf("%w: %w", spec.ErrNotSupported, err), "without a choice of huge pages it has those of the snapshot's VM")
+		return nil, hint.Add(fmt.Errorf("%w: %w", spec.ErrNotSupported, err),
+			"without a choice of huge pages it has those of the snapshot's VM")
 	}
 	if v.UFFD {
 		load.MemorySocket = store.MemorySocket
 		if !o.Firecracker.AtLeast(firecracker.Version{Major: 1, Minor: 12}) { // it would hang with its server, not end
-			return nil, fmt.Errorf("%w: memory by userfaultfd with Firecracker %s, which is older than 1.12", spec.ErrNotSupported, o.Firecracker)
+			return nil, fmt.Errorf("%w: memory by userfaultfd with Firecracker %s, which is older than 1.12",
+				spec.ErrNotSupported, o.Firecracker)
 		}
 	}
 	rec.Spec = o.spec(rec.ID, v)
@@ -92,8 +97,9 @@ func (o *Origin) spec(id string, v Options) spec.Spec {
 	if v.Policy != nil {
 		s.Policy = v.Policy
 	}
-	s.Logger, s.Metrics = nil, nil                                        // files of the user's, which are another VM's
-	s.Volumes, s.NamedVolumes, s.Secrets, s.EnvFiles = nil, nil, nil, nil // what was in them is in the memory and the drives
+	s.Logger, s.Metrics = nil, nil // files of the user's, which are another VM's
+	// what was in them is in the memory and the drives
+	s.Volumes, s.NamedVolumes, s.Secrets, s.EnvFiles = nil, nil, nil, nil
 	if s.Vsock != nil {
 		s.Vsock = &spec.Vsock{GuestCID: s.Vsock.GuestCID}
 	}
@@ -114,7 +120,8 @@ func (o *Origin) spec(id string, v Options) spec.Spec {
 	return s
 }
 
-// validate checks what is new. The rest was checked when the snapshot's VM was made, and has been completed since.
+// validate checks what is new. The rest was checked when the snapshot's VM was made, and has been
+// completed since.
 func validate(s *spec.Spec) error {
 	fresh := spec.Spec{
 		ID: s.ID, Name: s.Name, Hostname: s.Hostname, Labels: s.Labels, Ports: s.Ports, Policy: s.Policy,
@@ -131,7 +138,8 @@ func (o *Origin) interfaces(rec *plan.Record, anew bool) (err error) {
 	was := rec.Restored.Was
 	taps := attach.Anew(&rec.Spec, was)
 	rec.Restored.Load.Taps = taps
-	rec.Interfaces, err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: o.Host.Store}, &rec.Spec, o.Networks)
+	rec.Interfaces,
+		err = attach.Resolve(attach.VM{ID: rec.ID, Nonce: rec.Nonce, Store: o.Host.Store}, &rec.Spec, o.Networks)
 	if err != nil {
 		return err
 	}
@@ -150,7 +158,8 @@ func (o *Origin) interfaces(rec *plan.Record, anew bool) (err error) {
 	}
 	load := firecracker.SnapshotLoadParams{NetworkOverrides: make([]firecracker.NetworkOverride, 1)}
 	if err := firecracker.CheckVersion(o.Firecracker, load); err != nil {
-		return hint.Add(fmt.Errorf("%w: %w", spec.ErrNotSupported, err), "make VMs of which there are to be snapshots with --net netns: there the name is always the same")
+		return hint.Add(fmt.Errorf("%w: %w", spec.ErrNotSupported, err),
+			"make VMs of which there are to be snapshots with --net netns: there the name is always the same")
 	}
 	return nil
 }

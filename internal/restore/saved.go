@@ -1,4 +1,5 @@
-// Package restore has what a snapshot keeps of its VM, what of that is trusted, and makes the record of a new VM of it.
+// Package restore has what a snapshot keeps of its VM, what of that is trusted, and makes the
+// record of a new VM of it.
 package restore
 
 import (
@@ -33,8 +34,8 @@ type Saved struct {
 	Balloon    *uint32            `json:"balloon,omitempty"` // MiB that it is to have: it took more for the snapshot
 }
 
-// Read reads it. The error is snapshot.ErrDamaged, or spec.ErrNotSupported where another version of smartvm has written more than is known
-// here: the VM would lack that.
+// Read reads it. The error is snapshot.ErrDamaged, or spec.ErrNotSupported where another version of
+// smartvm has written more than is known here: the VM would lack that.
 func Read(sn *snapshot.Snapshot) (*Saved, error) {
 	s, err := atomicfile.DecodeStrict[Saved](sn.Machine, snapshot.MaxMachine)
 	switch {
@@ -46,7 +47,8 @@ func Read(sn *snapshot.Snapshot) (*Saved, error) {
 	return &s, err
 }
 
-// Describe completes a snapshot's manifest, and s, of which it becomes a part, by what its VM is and where its files are.
+// Describe completes a snapshot's manifest, and s, of which it becomes a part, by what its VM is
+// and where its files are.
 func (s *Saved) Describe(m *snapshot.Manifest, rec *plan.Record, data Data) (err error) {
 	s.Spec, s.Interfaces = rec.Spec, rec.Interfaces
 	if rec.HasAgent() {
@@ -112,7 +114,8 @@ func (d Data) local(path string) string {
 	return filepath.Join(string(d), path)
 }
 
-// Refer says in the image of a snapshot's VM that the snapshot needs it. The VM that it was made of does so too.
+// Refer says in the image of a snapshot's VM that the snapshot needs it. The VM that it was made of
+// does so too.
 func (d Data) Refer(sn *snapshot.Snapshot) error {
 	s, err := Read(sn)
 	if err != nil {
@@ -149,7 +152,8 @@ func (d Data) Unrefer(snapshots []string) error {
 // reference is the name by which a snapshot says in an image that it needs it.
 func reference(id string) string { return "snapshot-" + id }
 
-// Missing says what of this host VMs of a snapshot would read that is not here, and what to do about it.
+// Missing says what of this host VMs of a snapshot would read that is not here, and what to do
+// about it.
 func (d Data) Missing(s *Saved) error {
 	var errs []error
 	look := func(id, path string) {
@@ -159,9 +163,11 @@ func (d Data) Missing(s *Saved) error {
 		_, err := os.Stat(d.local(path))
 		switch {
 		case err != nil && id == spec.ModulesDrive:
-			err = hint.Add(fmt.Errorf("the kernel's modules are not here, or not the same: drive %s: %w", id, err), "smartvm image import --kernel VMLINUZ --modules DIR kernel, with those of its kernel")
+			err = hint.Add(fmt.Errorf("the kernel's modules are not here, or not the same: drive %s: %w", id, err),
+				"smartvm image import --kernel VMLINUZ --modules DIR kernel, with those of its kernel")
 		case err != nil && !filepath.IsAbs(path) && s.Spec.Image != "":
-			err = hint.Add(fmt.Errorf("image %s is not here, or not the same: drive %s: %w", s.Spec.Image, id, err), "smartvm image pull %s", s.Spec.Image)
+			err = hint.Add(fmt.Errorf("image %s is not here, or not the same: drive %s: %w", s.Spec.Image, id, err),
+				"smartvm image pull %s", s.Spec.Image)
 		case err != nil:
 			err = hint.Add(fmt.Errorf("drive %s: %w", id, err), "bring it back: the guest has it open")
 		}

@@ -13,8 +13,9 @@ import (
 	"push.rocks/smartvm/snapshot"
 )
 
-// Check says which devices make no sense: their ids are names of files, and relative paths are below the data directory. Files says whether
-// the snapshot has a file. The error is snapshot.ErrDamaged.
+// Check says which devices make no sense: their ids are names of files, and relative paths are
+// below the data directory. Files says whether the snapshot has a file. The error is
+// snapshot.ErrDamaged.
 func (s *Saved) Check(files map[string]snapshot.File) error {
 	var ids []string
 	paths := slices.Clone(s.Images)
@@ -47,17 +48,20 @@ func (s *Saved) Check(files map[string]snapshot.File) error {
 
 // inImages says whether a path, below the data directory, is that of an image.
 func inImages(path string) bool {
-	return filepath.IsLocal(path) && filepath.Clean(path) == path && (strings.HasPrefix(path, store.ImageDir+"/objects/") || strings.HasPrefix(path, store.BaseDir+"/"))
+	return filepath.IsLocal(path) && filepath.Clean(path) == path &&
+		(strings.HasPrefix(path, store.ImageDir+"/objects/") || strings.HasPrefix(path, store.BaseDir+"/"))
 }
 
 // isUsers says whether a path, below the data directory, is where users of an image say so.
 func isUsers(path string) bool { return inImages(path) && filepath.Base(path) == kept.UsersDir }
 
-// CheckUntrusted says what an imported snapshot would have of this host that its maker could have chosen.
+// CheckUntrusted says what an imported snapshot would have of this host that its maker could have
+// chosen.
 func (s *Saved) CheckUntrusted(jailed bool) error {
 	var errs []error
 	if !jailed {
-		errs = append(errs, errors.New("its VMM can open any file that this user can; in a jail, which root can make, it cannot"))
+		errs = append(errs,
+			errors.New("its VMM can open any file that this user can; in a jail, which root can make, it cannot"))
 	}
 	outside := func(id, path string, readOnly bool) {
 		if !slices.Contains(s.Drives, id) && !(readOnly && inImages(path)) {

@@ -1,5 +1,5 @@
-// Package sealed has JSON objects tell whether they are what was written: a bit may flip in them as in any other file, and what comes of it
-// may still make sense.
+// Package sealed has JSON objects tell whether they are what was written: a bit may flip in them as
+// in any other file, and what comes of it may still make sense.
 package sealed
 
 import (

@@ -1,5 +1,5 @@
-// Package secret reads what a guest is told that nobody else is to see: files, and variables for its command. What was read is
-// in memory alone; printed or logged, a guest.Secrets says nothing.
+// Package secret reads what a guest is told that nobody else is to see: files, and variables for
+// its command. What was read is in memory alone; printed or logged, a guest.Secrets says nothing.
 package secret
 
 import (
@@ -41,7 +41,8 @@ type Options struct {
 	Plain bool
 }
 
-// Check finds what Load would find wrong, as far as that can be known without reading what can be read once.
+// Check finds what Load would find wrong, as far as that can be known without reading what can be
+// read once.
 func Check(s spec.Spec) error {
 	err := Absolute(&s)
 	if err == nil {
@@ -50,7 +51,8 @@ func Check(s spec.Spec) error {
 	return err
 }
 
-// Absolute makes the paths in a spec absolute. Links in them stay: they may lead elsewhere next time.
+// Absolute makes the paths in a spec absolute. Links in them stay: they may lead elsewhere next
+// time.
 func Absolute(s *spec.Spec) error {
 	s.EnvFiles, s.Secrets = slices.Clone(s.EnvFiles), slices.Clone(s.Secrets)
 	var errs []error
@@ -67,8 +69,8 @@ func Absolute(s *spec.Spec) error {
 	return errors.Join(errs...)
 }
 
-// Load reads what a spec names, nil if that is nothing. Of a variable that Env of the spec has too, that one counts. All that
-// is wrong is reported at once, as joined *spec.FieldErrors.
+// Load reads what a spec names, nil if that is nothing. Of a variable that Env of the spec has too,
+// that one counts. All that is wrong is reported at once, as joined *spec.FieldErrors.
 func Load(s *spec.Spec, o Options) (*guest.Secrets, error) {
 	if len(s.Secrets)+len(s.EnvFiles) == 0 {
 		return nil, nil
@@ -164,14 +166,15 @@ func ReadEnv(paths []string, o Options) (env []string, err error) {
 	return env, errors.Join(errs...)
 }
 
-// Variables reads what -e was given, as docker does: NAME=VALUE, or NAME alone for the value that lookup finds; it is left out where that
-// finds none. Errors show no values.
+// Variables reads what -e was given, as docker does: NAME=VALUE, or NAME alone for the value that
+// lookup finds; it is left out where that finds none. Errors show no values.
 func Variables(texts []string, lookup func(string) (string, bool)) (env []string, err error) {
 	var errs []error
 	for n, text := range texts {
 		name, _, given := strings.Cut(text, "=")
 		if name == "" {
-			errs = append(errs, fmt.Errorf("-e: variable %d has no name before =: want NAME=VALUE, or NAME for the value that it has here", n+1))
+			errs = append(errs,
+				fmt.Errorf("-e: variable %d has no name before =: want NAME=VALUE, or NAME for the value that it has here", n+1))
 			continue
 		}
 		if !given && lookup != nil {
@@ -188,9 +191,10 @@ func Variables(texts []string, lookup func(string) (string, bool)) (env []string
 	return env, errors.Join(errs...)
 }
 
-// Parse reads an env file as docker does: NAME=VALUE a line, the value as it stands, quotes too; NAME alone has the value that
-// lookup finds, and is left out where that finds none; empty lines and those that begin with # are nothing. So is a byte order mark, also
-// where files were joined. Errors tell lines, not what is in them.
+// Parse reads an env file as docker does: NAME=VALUE a line, the value as it stands, quotes too;
+// NAME alone has the value that lookup finds, and is left out where that finds none; empty lines
+// and those that begin with # are nothing. So is a byte order mark, also where files were joined.
+// Errors tell lines, not what is in them.
 func Parse(data []byte, lookup func(string) (string, bool)) (env []string, err error) {
 	var errs []error
 	lines := bufio.NewScanner(bytes.NewReader(data))

@@ -32,11 +32,15 @@ func lookup(name string) (string, bool) {
 }
 
 func TestParse(t *testing.T) {
-	got, err := secret.Parse([]byte("\ufeff# comment\n\n  A=1\nB=two words # no comment \nC=\"quoted\"\nCALLER\n EMPTY \nNOBODY\n\t#\nD=\nE=a=b\r\nno_newline=x"), lookup)
+	got, err := secret.Parse(
+		[]byte("\ufeff# comment\n\n  A=1\nB=two words # no comment \nC=\"quoted\"\nCALLER\n EMPTY \nNOBODY\n\t#\nD=\nE=a=b\r\nno_newline=x"), lookup)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"A=1", "B=two words # no comment ", "C=\"quoted\"", "CALLER=value of the caller", "EMPTY=", "D=", "E=a=b", "no_newline=x"}
+	want := []string{
+		"A=1", "B=two words # no comment ", "C=\"quoted\"", "CALLER=value of the caller", "EMPTY=", "D=",
+		"E=a=b", "no_newline=x",
+	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
@@ -44,7 +48,10 @@ func TestParse(t *testing.T) {
 		t.Errorf("nobody to ask: %q, %v", got, err)
 	}
 	_, err = secret.Parse([]byte("GOOD=secret\n=secret\nA B=secret\nC=\xff secret\nD=sec\x00ret\nA B"), lookup)
-	want = []string{"line 2 has no name before =", "line 3 has blanks in its name", "line 4 is no text", "line 5 is no text", "line 6 has blanks in its name"}
+	want = []string{
+		"line 2 has no name before =", "line 3 has blanks in its name", "line 4 is no text",
+		"line 5 is no text", "line 6 has blanks in its name",
+	}
 	if err == nil || err.Error() != strings.Join(want, "\n") {
 		t.Errorf("got %v", err)
 	}
@@ -70,7 +77,10 @@ func TestVariables(t *testing.T) {
 		t.Errorf("nobody to ask: %q, %v", got, err)
 	}
 	_, err = secret.Variables([]string{"A=1", "=secret", "", "B=\xff secret", "C=sec\x00ret"}, lookup)
-	for _, want := range []string{"-e: variable 2 has no name before =", "-e: variable 3 has no name", "-e B: its value is no text", "-e C: its value is no text"} {
+	for _, want := range []string{
+		"-e: variable 2 has no name before =", "-e: variable 3 has no name",
+		"-e B: its value is no text", "-e C: its value is no text",
+	} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %q", err, want)
 		}
@@ -135,7 +145,8 @@ func TestLoad(t *testing.T) {
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "secrets", got)
 	slog.New(slog.NewTextHandler(&log, nil)).Info("x", "secrets", got)
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "secrets", *got)
-	if text := fmt.Sprintf("%v %+v %#v %v %+v %#v %s", got, got, got, *got, *got, *got, &log); strings.Contains(text, "file") || strings.Contains(text, "key") {
+	if text := fmt.Sprintf("%v %+v %#v %v %+v %#v %s", got, got, got, *got, *got, *got, &log); strings.Contains(text,
+		"file") || strings.Contains(text, "key") {
 		t.Errorf("printed: %s", text)
 	}
 }
@@ -145,7 +156,9 @@ func TestLoad_Errors(t *testing.T) {
 	dir := t.TempDir()
 	large := write(t, dir, "large", bytes.Repeat([]byte("secret"), secret.MaxFile/6+1))
 	half := write(t, dir, "half", bytes.Repeat([]byte("s"), secret.MaxFile))
-	s := &spec.Spec{EnvFiles: []string{dir, "/no/such", write(t, dir, "env", []byte("A=secret\nB C=secret\n")), "/dev/zero"}}
+	s := &spec.Spec{
+		EnvFiles: []string{dir, "/no/such", write(t, dir, "env", []byte("A=secret\nB C=secret\n")), "/dev/zero"},
+	}
 	for i, path := range []string{dir + "/none", large, dir, "/dev/zero", half, half, half, half, half} {
 		s.Secrets = append(s.Secrets, spec.Secret{Name: fmt.Sprint("s", i), Path: path})
 	}
@@ -154,9 +167,11 @@ func TestLoad_Errors(t *testing.T) {
 		t.Fatalf("got %v, %v", set, err)
 	}
 	want := []string{
-		`secrets[0].path: no such file or directory`, `secrets[1].path: has more than 524288 bytes`, `secrets[2].path: is a directory`,
+		`secrets[0].path: no such file or directory`, `secrets[1].path: has more than 524288 bytes`,
+		`secrets[2].path: is a directory`,
 		`secrets[3].path: has more than 524288 bytes`, `secrets[8].path: has more than 2097152 bytes together`,
-		`envFiles[0]: is a directory`, `envFiles[1]: no such file or directory`, `envFiles[2]: line 2 has blanks in its name`, `envFiles[3]: has more than 131072 bytes`,
+		`envFiles[0]: is a directory`, `envFiles[1]: no such file or directory`, `envFiles[2]: line 2 has blanks in its name`,
+		`envFiles[3]: has more than 131072 bytes`,
 	}
 	var field *spec.FieldError
 	lines := strings.Split(err.Error(), "\n")

@@ -159,13 +159,17 @@ func (t *tree) as(name string) string {
 	return path.Join(strconv.Itoa(t.n), name)
 }
 
-// add writes a file, or a directory and what is in it. Errors are the archive's: what cannot be read is left out.
+// add writes a file, or a directory and what is in it. Errors are the archive's: what cannot be
+// read is left out.
 func (c *copier) add(t *tree, name string, fi fs.FileInfo) error {
 	if c.ctx.Err() != nil {
 		return context.Cause(c.ctx)
 	}
 	st := fi.Sys().(*syscall.Stat_t)
-	h := &tar.Header{Format: tar.FormatPAX, Name: t.as(name), Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: fi.ModTime()}
+	h := &tar.Header{
+		Format: tar.FormatPAX, Name: t.as(name), Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid),
+		Gid: int(st.Gid), ModTime: fi.ModTime(),
+	}
 	if len(h.Name) > maxPath {
 		t.out.add(name, unix.ENAMETOOLONG)
 		return nil
@@ -230,7 +234,8 @@ func (c *copier) children(t *tree, name string) error {
 	return nil
 }
 
-// file writes a regular file as it is now. It may have become something else, or change while it is read.
+// file writes a regular file as it is now. It may have become something else, or change while it is
+// read.
 func (c *copier) file(t *tree, name string, h *tar.Header) error {
 	// Nonblocking: it may have become a FIFO.
 	f, err := t.root.OpenFile(name, unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
@@ -288,14 +293,16 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
-// Bounds of extended attributes: what Linux lists of a file's, and what ext4 holds, which has a block for them.
+// Bounds of extended attributes: what Linux lists of a file's, and what ext4 holds, which has a
+// block for them.
 const (
 	maxXattrs  = 64 << 10
 	xattrBlock = 4096 - 64
 	xattrHead  = 16 + 6
 )
 
-// xattrs adds a file's extended attributes. Only names serve for all kinds of files: a symbolic link cannot be opened.
+// xattrs adds a file's extended attributes. Only names serve for all kinds of files: a symbolic
+// link cannot be opened.
 func (t *tree) xattrs(name string, h *tar.Header) {
 	dir, err := t.root.Open(path.Dir(name))
 	if err != nil {

@@ -22,7 +22,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// copies are what a guest finds in the volume at source, by name, and what was said of it. It wants an image to be made of it, too.
+// copies are what a guest finds in the volume at source, by name, and what was said of it. It wants
+// an image to be made of it, too.
 func copies(t *testing.T, source string) (map[string]string, map[string]*tar.Header, string) {
 	t.Helper()
 	var archive, log bytes.Buffer
@@ -107,7 +108,8 @@ func TestImage_Unreadable(t *testing.T) {
 	says(t, said, "-v "+top+"/p:/d", "pg: permission denied", "secret: permission denied", "count=2", "readable")
 	chmod(t, top, map[string]fs.FileMode{"p/secret": 0o600, "p/pg": 0o700})
 	files, _, said = copies(t, top+"/p")
-	if diff := cmp.Diff(map[string]string{"a": "a", "z": "z", "secret": "s", "pg/data": "d"}, files); diff != "" || said != "" {
+	if diff := cmp.Diff(map[string]string{"a": "a", "z": "z", "secret": "s", "pg/data": "d"}, files); diff != "" ||
+		said != "" {
 		t.Error(diff, said)
 	}
 }
@@ -138,7 +140,8 @@ func TestImage_Attributes(t *testing.T) {
 	dir := inMemory(t)
 	put(t, dir, map[string]string{"f": "f"})
 	for name, n := range map[string]int{"user.small": 10, "user.big": 3000, "user.big2": 3000} {
-		if err := unix.Setxattr(dir+"/f", name, bytes.Repeat([]byte("x"), n), 0); errors.Is(err, unix.ENOTSUP) || errors.Is(err, unix.ENOSPC) {
+		if err := unix.Setxattr(dir+"/f", name, bytes.Repeat([]byte("x"), n), 0); errors.Is(err, unix.ENOTSUP) ||
+			errors.Is(err, unix.ENOSPC) {
 			t.Skipf("the file system of the test's directory has no such attributes: %v", err)
 		} else if err != nil {
 			t.Fatal(err)
@@ -146,13 +149,15 @@ func TestImage_Attributes(t *testing.T) {
 	}
 	files, headers, said := copies(t, dir)
 	records := headers["f"].PAXRecords
-	if files["f"] != "f" || len(records["SCHILY.xattr.user.small"]) != 10 || len(records["SCHILY.xattr.user.big"])+len(records["SCHILY.xattr.user.big2"]) != 3000 {
+	if files["f"] != "f" || len(records["SCHILY.xattr.user.small"]) != 10 ||
+		len(records["SCHILY.xattr.user.big"])+len(records["SCHILY.xattr.user.big2"]) != 3000 {
 		t.Errorf("%q, %v", files, records)
 	}
 	says(t, said, "f: extended attributes (user.big", "more than", "setfattr")
 }
 
-// Mounted files are themselves, though their inode numbers are another file's; mounted directories are left out.
+// Mounted files are themselves, though their inode numbers are another file's; mounted directories
+// are left out.
 func TestImage_Mounts(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	testenv.Turn(t) // others look at the mounts of this machine
@@ -201,9 +206,13 @@ func TestImage_TooMany(t *testing.T) {
 		files[fmt.Sprintf("many/%d", i)] = ""
 	}
 	put(t, top, files)
-	i := &share.Image{Path: top + "/volumes", Volumes: []spec.Volume{{Source: top + "/few", Target: "/a"}, {Source: top + "/many", Target: "/b"}}}
+	i := &share.Image{
+		Path:    top + "/volumes",
+		Volumes: []spec.Volume{{Source: top + "/few", Target: "/a"}, {Source: top + "/many", Target: "/b"}},
+	}
 	i.Limits.MaxEntries = 100
-	if err := i.Apply(t.Context()); !errors.As(err, new(*flatten.LimitError)) || !strings.Contains(err.Error(), "-v "+top+"/many:/b: ") {
+	if err := i.Apply(t.Context()); !errors.As(err, new(*flatten.LimitError)) ||
+		!strings.Contains(err.Error(), "-v "+top+"/many:/b: ") {
 		t.Errorf("%v, want a LimitError of the second volume", err)
 	}
 	if err := i.Revert(t.Context()); err != nil {

@@ -26,13 +26,15 @@ type Image struct {
 	Limits flatten.Limits `json:"limits,omitzero"`
 	// Named are mounted in the guest too, maybe in one of Volumes.
 	Named []spec.NamedVolume `json:"named,omitempty"`
-	// Copied is the file in which it is noted what was copied, for Merge. It outlives the image, in a directory of ours. "": it is not noted.
+	// Copied is the file in which it is noted what was copied, for Merge. It outlives the image, in a
+	// directory of ours. "": it is not noted.
 	Copied string `json:"copied,omitempty"`
 	// Log is told what is left out. If nil, nothing is.
 	Log *slog.Logger `json:"-"`
 }
 
-// Apply makes it. It is refused before it would fill its file system. What cannot be copied is left out.
+// Apply makes it. It is refused before it would fill its file system. What cannot be copied is left
+// out.
 func (i *Image) Apply(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {
@@ -124,7 +126,8 @@ func (i *Image) inside(n int) (dirs []string) {
 	return dirs
 }
 
-// space says whether there is room for what is in trees. That more comes meanwhile shows when it does not fit.
+// space says whether there is room for what is in trees. That more comes meanwhile shows when it
+// does not fit.
 func (i *Image) space(c *copier) error {
 	need, err := c.size()
 	if err != nil {

@@ -44,22 +44,32 @@ func oldSparse(t *testing.T, name string, size uint64) []byte {
 // paxSparse is the same as a PAX archive has it.
 func paxSparse(t *testing.T, name string, size int64) []byte {
 	var records bytes.Buffer
-	for _, r := range []string{"GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=0/upper/" + name, fmt.Sprint("GNU.sparse.realsize=", size)} {
+	for _, r := range []string{
+		"GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=0/upper/" + name,
+		fmt.Sprint("GNU.sparse.realsize=", size),
+	} {
 		n := len(r) + 2
 		for n != len(fmt.Sprint(n))+len(r)+2 {
 			n = len(fmt.Sprint(n)) + len(r) + 2
 		}
 		fmt.Fprintf(&records, "%d %s\n", n, r)
 	}
-	extended := header(t, tar.Header{Typeflag: tar.TypeReg, Name: "pax", Size: int64(records.Len())}, func(b []byte) { b[156] = tar.TypeXHeader })
+	extended := header(t, tar.Header{Typeflag: tar.TypeReg, Name: "pax", Size: int64(records.Len())}, func(b []byte) {
+		b[156] = tar.TypeXHeader
+	})
 	body := make([]byte, (records.Len()+511)/512*512)
 	copy(body, records.Bytes())
 	regions := make([]byte, 512)
 	copy(regions, "0\n")
-	return bytes.Join([][]byte{extended, body, header(t, tar.Header{Typeflag: tar.TypeReg, Name: "x", Size: 512}, func([]byte) {}), regions}, nil)
+	return bytes.Join(
+		[][]byte{
+			extended, body, header(t, tar.Header{Typeflag: tar.TypeReg, Name: "x", Size: 512}, func([]byte) {}),
+			regions,
+		}, nil)
 }
 
-// What comes back has no more than its limit, holes included, whatever an archive says of itself; what fits comes.
+// What comes back has no more than its limit, holes included, whatever an archive says of itself;
+// what fits comes.
 func TestMerge_Limits(t *testing.T) {
 	large := archive(t, file("large", strings.Repeat("x", 4<<20))...).Bytes()
 	large = large[:len(large)-1024] // its end
@@ -67,10 +77,13 @@ func TestMerge_Limits(t *testing.T) {
 		hostile         []byte
 		failures, other int
 	}{
-		"sizes that overflow":    {joined(oldSparse(t, "s1", 1<<62), oldSparse(t, "s2", 1<<62), large), 1, 2},
-		"a large hole":           {paxSparse(t, "s", 1<<60), 1, 0},
-		"a hole that is taken":   {paxSparse(t, "s", 1<<19), 0, 0},
-		"many holes":             {joined(paxSparse(t, "s", 1<<19), paxSparse(t, "s2", 1<<19), paxSparse(t, "s3", 1<<19)), 1, 0},
+		"sizes that overflow":  {joined(oldSparse(t, "s1", 1<<62), oldSparse(t, "s2", 1<<62), large), 1, 2},
+		"a large hole":         {paxSparse(t, "s", 1<<60), 1, 0},
+		"a hole that is taken": {paxSparse(t, "s", 1<<19), 0, 0},
+		"many holes": {
+			joined(paxSparse(t, "s", 1<<19), paxSparse(t, "s2", 1<<19), paxSparse(t, "s3", 1<<19)), 1,
+			0,
+		},
 		"a file of nothing":      {nil, 0, 0},
 		"more than all may have": {large, 1, 0},
 	} {
@@ -79,7 +92,8 @@ func TestMerge_Limits(t *testing.T) {
 			put(t, source, map[string]string{"a": "old"})
 			all := volumes(source)
 			merge := share.Merge{Volumes: all, Told: share.Guest(all), Copied: taken(t, source), MaxBytes: 1<<20 + 8}
-			report, err := merge.Apply(t.Context(), bytes.NewReader(joined(test.hostile, archive(t, file("a", "new")...).Bytes())))
+			report, err := merge.Apply(t.Context(),
+				bytes.NewReader(joined(test.hostile, archive(t, file("a", "new")...).Bytes())))
 			if err != nil || report.Failures != test.failures || report.Left != test.other {
 				t.Fatalf("%+v, %v", report, err)
 			}

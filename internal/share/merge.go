@@ -79,10 +79,12 @@ func (m Merge) Check() error {
 	return errors.Join(u.open(), u.close())
 }
 
-// Apply copies back what the archive in r has: the layers of overlayfs in which the guest has written, which it made and which is not
-// trusted. Nothing is written outside the volumes' sources, no link is followed, no device made, no set-user-id bit set. Files that exist keep their owners, new ones
-// belong to who owns their directory. What cannot be copied back is left, and told in the report; an error means that the rest may come
-// when Apply is called again, which changes nothing that is done already.
+// Apply copies back what the archive in r has: the layers of overlayfs in which the guest has
+// written, which it made and which is not trusted. Nothing is written outside the volumes' sources,
+// no link is followed, no device made, no set-user-id bit set. Files that exist keep their owners,
+// new ones belong to who owns their directory. What cannot be copied back is left, and told in the
+// report; an error means that the rest may come when Apply is called again, which changes nothing
+// that is done already.
 func (m Merge) Apply(ctx context.Context, r io.Reader) (report Report, err error) {
 	u := &merger{Merge: m, report: &report, roots: map[int]*target{}, ours: map[stamp]bool{}}
 	defer func() { err = errors.Join(err, u.restore(), u.close()) }()
@@ -128,7 +130,8 @@ func (s *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// fatal says whether an error will be another file's too, and may be mended: what is lacking is not given up then.
+// fatal says whether an error will be another file's too, and may be mended: what is lacking is not
+// given up then.
 func (u *merger) fatal(err error) bool {
 	for _, e := range []error{unix.ENOSPC, unix.EDQUOT, unix.EIO, unix.ESTALE, unix.ENOMEM, unix.EMFILE, unix.ENFILE} {
 		if errors.Is(err, e) {
@@ -182,7 +185,8 @@ func (u *merger) open() (err error) {
 	return u.there()
 }
 
-// there says whether the sources are still where they were, and can be written, if need be after their owner has made them so.
+// there says whether the sources are still where they were, and can be written, if need be after
+// their owner has made them so.
 func (u *merger) there() error {
 	for _, t := range u.roots {
 		here, err := t.root.Stat(".")
@@ -319,7 +323,8 @@ func (t *target) now(name string) string {
 	return name
 }
 
-// plainParents refuses to go through a symbolic link, though it may lead back into the volume, and makes the way writable.
+// plainParents refuses to go through a symbolic link, though it may lead back into the volume, and
+// makes the way writable.
 func (u *merger) plainParents(t *target, name string) error {
 	if err := u.lend(t, "."); err != nil {
 		return err

@@ -22,7 +22,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// put makes files: a name that ends with a slash is a directory, a text that begins with "-> " a link.
+// put makes files: a name that ends with a slash is a directory, a text that begins with "-> " a
+// link.
 func put(t *testing.T, dir string, files map[string]string) {
 	t.Helper()
 	for name, text := range files {
@@ -107,7 +108,10 @@ func file(name, text string) []any {
 }
 
 func dir(name string, records map[string]string) tar.Header {
-	return tar.Header{Typeflag: tar.TypeDir, Name: "0/upper/" + name + "/", Mode: 0o755, PAXRecords: records, Format: tar.FormatPAX}
+	return tar.Header{
+		Typeflag: tar.TypeDir, Name: "0/upper/" + name + "/", Mode: 0o755, PAXRecords: records,
+		Format: tar.FormatPAX,
+	}
 }
 
 func white(name string) tar.Header {
@@ -141,7 +145,8 @@ func apply(t *testing.T, source, copied string, entries ...any) (share.Report, e
 }
 
 var before = map[string]string{
-	"a": "a", "changed": "old", "gone": "x", "dir/x": "x", "dir/sub/y": "y", "whole/1": "1", "whole/2": "2", "link": "-> a", "wasdir/f": "f", "wasfile": "f", "theirs": "old", "theirs too": "old",
+	"a": "a", "changed": "old", "gone": "x", "dir/x": "x", "dir/sub/y": "y", "whole/1": "1", "whole/2": "2",
+	"link": "-> a", "wasdir/f": "f", "wasfile": "f", "theirs": "old", "theirs too": "old",
 }
 
 func TestMerge(t *testing.T) {
@@ -151,20 +156,34 @@ func TestMerge(t *testing.T) {
 		t.Fatal(err)
 	}
 	copied := taken(t, source)
-	put(t, source, map[string]string{"theirs": "host's", "theirs too": "the same", "dir/new": "host's", "whole/3": "host's"})
+	put(t, source,
+		map[string]string{"theirs": "host's", "theirs too": "the same", "dir/new": "host's", "whole/3": "host's"})
 	entries := slices.Concat(
-		[]any{tar.Header{Typeflag: tar.TypeDir, Name: "0/upper/"}}, file("changed", "new"), []any{white("gone")}, file("made", "made"), []any{dir("new", nil)}, file("new/deep", "deep"),
+		[]any{tar.Header{Typeflag: tar.TypeDir, Name: "0/upper/"}}, file("changed", "new"), []any{white("gone")},
+		file("made", "made"), []any{dir("new", nil)}, file("new/deep", "deep"),
 		[]any{white("dir")}, []any{dir("whole", opaque)}, file("whole/1", "again"),
-		[]any{tar.Header{Typeflag: tar.TypeSymlink, Name: "0/upper/link", Linkname: "/etc/passwd"}}, file("wasdir", "file now"),
-		[]any{dir("wasfile", nil)}, file("wasfile/f", "dir now"), file("theirs", "guest's"), file("theirs too", "the same"), file("a", "a"),
+		[]any{tar.Header{Typeflag: tar.TypeSymlink, Name: "0/upper/link", Linkname: "/etc/passwd"}},
+		file("wasdir", "file now"),
+		[]any{dir("wasfile", nil)}, file("wasfile/f", "dir now"), file("theirs", "guest's"), file("theirs too", "the same"),
+		file("a", "a"),
 		[]any{tar.Header{Typeflag: tar.TypeLink, Name: "0/upper/hard", Linkname: "0/upper/made"}},
-		[]any{tar.Header{Typeflag: tar.TypeFifo, Name: "0/upper/fifo"}, tar.Header{Typeflag: tar.TypeBlock, Name: "0/upper/disk", Devmajor: 8}, tar.Header{Typeflag: tar.TypeChar, Name: "0/upper/null", Devmajor: 1, Devminor: 3}},
+		[]any{
+			tar.Header{Typeflag: tar.TypeFifo, Name: "0/upper/fifo"},
+			tar.Header{Typeflag: tar.TypeBlock, Name: "0/upper/disk", Devmajor: 8},
+			tar.Header{Typeflag: tar.TypeChar, Name: "0/upper/null", Devmajor: 1, Devminor: 3},
+		},
 		[]any{tar.Header{Typeflag: tar.TypeReg, Name: "0/upper/suid", Mode: 0o6755}},
-		[]any{tar.Header{Typeflag: tar.TypeReg, Name: "0/work/no"}, tar.Header{Typeflag: tar.TypeReg, Name: "1/upper/no"}, tar.Header{Typeflag: tar.TypeDir, Name: "lost+found/"}},
+		[]any{
+			tar.Header{Typeflag: tar.TypeReg, Name: "0/work/no"},
+			tar.Header{Typeflag: tar.TypeReg, Name: "1/upper/no"},
+			tar.Header{Typeflag: tar.TypeDir, Name: "lost+found/"},
+		},
 	)
 	want := map[string]string{
-		"a": "a", "changed": "new", "made": "made", "new/": "", "new/deep": "deep", "dir/": "", "dir/new": "host's", "whole/": "", "whole/1": "again",
-		"whole/3": "host's", "link": "-> /etc/passwd", "wasdir": "file now", "wasfile/": "", "wasfile/f": "dir now", "theirs": "host's",
+		"a": "a", "changed": "new", "made": "made", "new/": "", "new/deep": "deep", "dir/": "", "dir/new": "host's",
+		"whole/": "", "whole/1": "again",
+		"whole/3": "host's", "link": "-> /etc/passwd", "wasdir": "file now", "wasfile/": "", "wasfile/f": "dir now",
+		"theirs":          "host's",
 		"theirs.guest-vm": "guest's", "theirs too": "the same", "hard": "made", "suid": "",
 	}
 	for try := range 2 { // the second time there is nothing to do
@@ -214,7 +233,10 @@ func TestMerge_Owners(t *testing.T) {
 	if _, err := apply(t, source, copied, entries...); err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]string{"old": "1236:1237", "new": "1234:1235", "d": "1234:1235", "d/f": "1234:1235"} {
+	for name, want := range map[string]string{
+		"old": "1236:1237", "new": "1234:1235", "d": "1234:1235",
+		"d/f": "1234:1235",
+	} {
 		fi, err := os.Lstat(filepath.Join(source, name))
 		if err != nil {
 			t.Fatal(err)
@@ -229,11 +251,12 @@ func TestMerge_Owners(t *testing.T) {
 // A hostile guest writes nothing outside, and goes through no link.
 func TestMerge_Hostile(t *testing.T) {
 	for name, entries := range map[string][]any{
-		"up":                  file("../escaped", "x"),
-		"deep up":             file("a/../../escaped", "x"),
-		"absolute":            {tar.Header{Typeflag: tar.TypeReg, Name: "0/upper//etc/escaped"}},
-		"dot":                 file("./a", "x"),
-		"by a link of theirs": append([]any{tar.Header{Typeflag: tar.TypeSymlink, Name: "0/upper/l", Linkname: ".."}}, file("l/escaped", "x")...),
+		"up":       file("../escaped", "x"),
+		"deep up":  file("a/../../escaped", "x"),
+		"absolute": {tar.Header{Typeflag: tar.TypeReg, Name: "0/upper//etc/escaped"}},
+		"dot":      file("./a", "x"),
+		"by a link of theirs": append([]any{tar.Header{Typeflag: tar.TypeSymlink, Name: "0/upper/l", Linkname: ".."}},
+			file("l/escaped", "x")...),
 		"by a link of ours":   file("out/escaped", "x"),
 		"by one within":       file("in/escaped", "x"),
 		"removal by a link":   {white("out/keep")},
@@ -243,7 +266,10 @@ func TestMerge_Hostile(t *testing.T) {
 		"hard link by a link": {tar.Header{Typeflag: tar.TypeLink, Name: "0/upper/h", Linkname: "0/upper/out/keep"}},
 		"hard link elsewhere": {tar.Header{Typeflag: tar.TypeLink, Name: "0/upper/h", Linkname: "/etc/passwd"}},
 		"hard link to a link": {tar.Header{Typeflag: tar.TypeLink, Name: "0/upper/h", Linkname: "0/upper/out"}},
-		"too much":            {tar.Header{Typeflag: tar.TypeReg, Name: "0/upper/large", Size: 2 << 20}, strings.Repeat("x", 2<<20)},
+		"too much": {
+			tar.Header{Typeflag: tar.TypeReg, Name: "0/upper/large", Size: 2 << 20},
+			strings.Repeat("x", 2<<20),
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			top := t.TempDir()
@@ -270,7 +296,8 @@ func TestMerge_File(t *testing.T) {
 	top := t.TempDir()
 	put(t, top, map[string]string{"conf": "old", "other": "other"})
 	copied := taken(t, top+"/conf")
-	entries := slices.Concat(file("file", "new"), file("other", "bad"), []any{white("other"), dir("d", nil), tar.Header{Typeflag: tar.TypeSymlink, Name: "0/upper/file", Linkname: "x"}})
+	entries := slices.Concat(file("file", "new"), file("other", "bad"),
+		[]any{white("other"), dir("d", nil), tar.Header{Typeflag: tar.TypeSymlink, Name: "0/upper/file", Linkname: "x"}})
 	report, err := apply(t, top+"/conf", copied, entries...)
 	if err != nil || report.Written != 1 {
 		t.Errorf("%+v, %v", report, err)
@@ -285,7 +312,10 @@ func TestMerge_Short(t *testing.T) {
 	source := filepath.Join(t.TempDir(), "source")
 	put(t, source, map[string]string{"a": "old"})
 	whole := archive(t, file("a", strings.Repeat("new", 1000))...).Bytes()
-	_, err := share.Merge{Volumes: []spec.Volume{{Source: source, Sync: true}}, Told: make([]guest.Volume, 1), Copied: taken(t, source), MaxBytes: 1 << 20}.Apply(t.Context(), bytes.NewReader(whole[:1000]))
+	_, err := share.Merge{
+		Volumes: []spec.Volume{{Source: source, Sync: true}}, Told: make([]guest.Volume, 1),
+		Copied: taken(t, source), MaxBytes: 1 << 20,
+	}.Apply(t.Context(), bytes.NewReader(whole[:1000]))
 	if !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("got %v", err)
 	}
@@ -306,7 +336,10 @@ func FuzzMerge(f *testing.F) {
 			_ = w.Flush()
 		}
 		_ = w.Close()
-		_, _ = share.Merge{Volumes: []spec.Volume{{Source: top + "/source", Sync: true}}, Told: make([]guest.Volume, 1), MaxBytes: 1 << 10}.Apply(t.Context(), &b)
+		_, _ = share.Merge{
+			Volumes: []spec.Volume{{Source: top + "/source", Sync: true}}, Told: make([]guest.Volume, 1),
+			MaxBytes: 1 << 10,
+		}.Apply(t.Context(), &b)
 		entries, err := os.ReadDir(top)
 		if err != nil || len(entries) != 2 {
 			t.Errorf("outside: %v, %v", entries, err)

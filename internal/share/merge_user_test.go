@@ -39,14 +39,16 @@ func modes(t *testing.T, dir string, want map[string]fs.FileMode) {
 
 func readOnly(h tar.Header) tar.Header { h.Mode = 0o555; return h }
 
-// What a guest changes in directories that their owner may not write comes back, and they stay so, however often it is interrupted.
+// What a guest changes in directories that their owner may not write comes back, and they stay so,
+// however often it is interrupted.
 func TestMerge_ReadOnlyDirectories(t *testing.T) {
 	top := asUser(t, func(string) {})
 	if top == "" {
 		return
 	}
 	entries := slices.Concat(
-		[]any{readOnly(dir("m", nil)), white("m/f")}, file("m/g", "2"), []any{readOnly(dir("m/deep", nil))}, file("m/deep/x", "new"),
+		[]any{readOnly(dir("m", nil)), white("m/f")}, file("m/g", "2"), []any{readOnly(dir("m/deep", nil))},
+		file("m/deep/x", "new"),
 		[]any{readOnly(dir("n", nil))}, file("n/h", "3"), []any{readOnly(dir("n/o", nil))}, file("n/o/p", "4"),
 		[]any{white("gone"), readOnly(dir("hidden", opaque))}, file("hidden/1", "again"), file("z", "z"),
 	)
@@ -78,7 +80,8 @@ func TestMerge_ReadOnlyDirectories(t *testing.T) {
 		if diff := cmp.Diff(want, tree(t, source)); diff != "" {
 			t.Fatalf("after %d bytes: %s", cut, diff)
 		}
-		modes(t, source, map[string]fs.FileMode{"m": 0o555, "m/deep": 0o555, "n": 0o555, "n/o": 0o555, "hidden": 0o555, "m/kept": 0o644})
+		modes(t, source,
+			map[string]fs.FileMode{"m": 0o555, "m/deep": 0o555, "n": 0o555, "n/o": 0o555, "hidden": 0o555, "m/kept": 0o644})
 		for _, name := range []string{"m/deep", "m", "n/o", "n", "hidden"} { // so that it can be removed
 			chmod(t, source, map[string]fs.FileMode{name: 0o755})
 		}
@@ -92,7 +95,8 @@ func TestMerge_OthersDirectory(t *testing.T) {
 	}
 	top := asUser(t, func(dir string) {
 		put(t, dir, map[string]string{"s/foreign/f": "1", "s/a": "old"})
-		if err := errors.Join(os.Chown(dir+"/s", nobody, nobody), os.Chown(dir+"/s/a", nobody, nobody), os.Chmod(dir+"/s/foreign", 0o755), os.Chmod(dir+"/s/foreign/f", 0o644)); err != nil {
+		if err := errors.Join(os.Chown(dir+"/s", nobody, nobody), os.Chown(dir+"/s/a", nobody, nobody),
+			os.Chmod(dir+"/s/foreign", 0o755), os.Chmod(dir+"/s/foreign/f", 0o644)); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -100,7 +104,8 @@ func TestMerge_OthersDirectory(t *testing.T) {
 		return
 	}
 	source := top + "/s"
-	entries := slices.Concat([]any{dir("foreign", nil)}, file("foreign/f", "2"), file("foreign/g", "2"), []any{white("foreign/h")}, file("a", "new"), file("z", "z"))
+	entries := slices.Concat([]any{dir("foreign", nil)}, file("foreign/f", "2"), file("foreign/g", "2"),
+		[]any{white("foreign/h")}, file("a", "new"), file("z", "z"))
 	report, err := apply(t, source, taken(t, source), entries...)
 	if err != nil {
 		t.Fatal(err)
@@ -115,12 +120,14 @@ func TestMerge_OthersDirectory(t *testing.T) {
 	if diff := cmp.Diff([]string{source + "/foreign/f", source + "/foreign/g"}, names); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff(map[string]string{"foreign/": "", "foreign/f": "1", "a": "new", "z": "z"}, tree(t, source)); diff != "" {
+	if diff := cmp.Diff(map[string]string{"foreign/": "", "foreign/f": "1", "a": "new", "z": "z"},
+		tree(t, source)); diff != "" {
 		t.Error(diff)
 	}
 }
 
-// Nothing is lost where the volume itself cannot be written any more: that is an error, and may be mended.
+// Nothing is lost where the volume itself cannot be written any more: that is an error, and may be
+// mended.
 func TestMerge_SourceGone(t *testing.T) {
 	source := filepath.Join(t.TempDir(), "s")
 	put(t, source, map[string]string{"a": "old"})
@@ -128,25 +135,29 @@ func TestMerge_SourceGone(t *testing.T) {
 	if err := os.Rename(source, source+".away"); err != nil {
 		t.Fatal(err)
 	}
-	if report, err := apply(t, source, copied, file("a", "new")...); !errors.Is(err, fs.ErrNotExist) || report.Failures > 0 {
+	if report, err := apply(t, source, copied, file("a", "new")...); !errors.Is(err, fs.ErrNotExist) ||
+		report.Failures > 0 {
 		t.Errorf("%+v, %v", report, err)
 	}
 	if err := os.Rename(source+".away", source); err != nil {
 		t.Fatal(err)
 	}
-	if report, err := apply(t, source, copied, file("a", "new")...); err != nil || report.Written != 1 || len(report.Conflicts) > 0 {
+	if report, err := apply(t, source, copied, file("a", "new")...); err != nil || report.Written != 1 ||
+		len(report.Conflicts) > 0 {
 		t.Errorf("%+v, %v", report, err)
 	}
 }
 
-// Names that are too long with what is added to them in a conflict are cut, and stay different and the same each time.
+// Names that are too long with what is added to them in a conflict are cut, and stay different and
+// the same each time.
 func TestMerge_LongNames(t *testing.T) {
 	source := filepath.Join(t.TempDir(), "s")
 	long, dirName := strings.Repeat("x", 240), strings.Repeat("é", 124)
 	put(t, source, map[string]string{long + "1": "old", long + "2": "old", dirName: "old", "after": "old"})
 	copied := taken(t, source)
 	put(t, source, map[string]string{long + "1": "host's", long + "2": "host's", dirName: "host's"})
-	entries := slices.Concat(file(long+"1", "guest's 1"), file(long+"2", "guest's 2"), []any{dir(dirName, nil)}, file(dirName+"/f", "deep"), file("after", "new"))
+	entries := slices.Concat(file(long+"1", "guest's 1"), file(long+"2", "guest's 2"), []any{dir(dirName, nil)},
+		file(dirName+"/f", "deep"), file("after", "new"))
 	var first map[string]string
 	for try := range 2 {
 		report, err := apply(t, source, copied, entries...)
@@ -168,12 +179,14 @@ func TestMerge_LongNames(t *testing.T) {
 		}
 	}
 	slices.Sort(texts)
-	if diff := cmp.Diff([]string{"", "deep", "guest's 1", "guest's 2", "host's", "host's", "host's", "new"}, texts); diff != "" {
+	if diff := cmp.Diff([]string{"", "deep", "guest's 1", "guest's 2", "host's", "host's", "host's", "new"},
+		texts); diff != "" {
 		t.Error(diff)
 	}
 }
 
-// Who changed a file is not asked of clocks: what the host puts in a file's place is its own, however old.
+// Who changed a file is not asked of clocks: what the host puts in a file's place is its own,
+// however old.
 func TestMerge_OlderFiles(t *testing.T) {
 	source := filepath.Join(t.TempDir(), "s")
 	put(t, source, map[string]string{"d/f": "one", "d/gone": "one", "other/f": "two", "other/gone": "two"})
@@ -183,11 +196,15 @@ func TestMerge_OlderFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	report, err := apply(t, source, copied, slices.Concat([]any{dir("d", nil)}, file("d/f", "new"), []any{white("d/gone")})...)
+	report, err := apply(t, source, copied,
+		slices.Concat([]any{dir("d", nil)}, file("d/f", "new"), []any{white("d/gone")})...)
 	if err != nil || len(report.Conflicts) != 2 {
 		t.Errorf("%+v, %v", report, err)
 	}
-	want := map[string]string{"d/": "", "d/f": "two", "d/f.guest-vm": "new", "d/gone": "two", "other/": "", "other/f": "one", "other/gone": "one"}
+	want := map[string]string{
+		"d/": "", "d/f": "two", "d/f.guest-vm": "new", "d/gone": "two", "other/": "",
+		"other/f": "one", "other/gone": "one",
+	}
 	if diff := cmp.Diff(want, tree(t, source)); diff != "" {
 		t.Error(diff)
 	}
@@ -211,7 +228,8 @@ func TestMerge_HardLinks(t *testing.T) {
 	if err != nil || len(report.Conflicts) != 1 || report.Failures > 0 {
 		t.Errorf("%+v, %v", report, err)
 	}
-	if diff := cmp.Diff(map[string]string{"b": "new", "c": "new", "theirs": "host's", "theirs too": "host's"}, tree(t, source)); diff != "" {
+	if diff := cmp.Diff(map[string]string{"b": "new", "c": "new", "theirs": "host's", "theirs too": "host's"},
+		tree(t, source)); diff != "" {
 		t.Error(diff)
 	}
 	b, bErr := os.Stat(source + "/b")

@@ -55,7 +55,8 @@ func ReadPending(path string) (*Pending, error) {
 	return &p, nil
 }
 
-// PutOff says whether copying back has failed, and whether it is not to be tried yet by a process that was not asked to, which log is told then.
+// PutOff says whether copying back has failed, and whether it is not to be tried yet by a process
+// that was not asked to, which log is told then.
 func PutOff(path string, log *slog.Logger) (failed, later bool) {
 	p, err := ReadPending(path)
 	if p == nil || err != nil || p.Tries == 0 {
@@ -74,7 +75,8 @@ const maxError = 4096
 
 // Failed notes in its file that a try ended with an error.
 func (p *Pending) Failed(path string, why error) error {
-	p.Tries, p.Tried, p.Error = p.Tries+1, time.Now(), strings.ToValidUTF8(why.Error()[:min(len(why.Error()), maxError)], "?")
+	p.Tries, p.Tried, p.Error = p.Tries+1, time.Now(),
+		strings.ToValidUTF8(why.Error()[:min(len(why.Error()), maxError)], "?")
 	return errors.Join(why, atomicfile.WriteJSON(path, p))
 }
 

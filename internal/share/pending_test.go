@@ -14,7 +14,8 @@ import (
 	"push.rocks/smartvm/internal/share"
 )
 
-// What has failed is not tried again by each command, and less often each time; what has not is not put off.
+// What has failed is not tried again by each command, and less often each time; what has not is not
+// put off.
 func TestPending(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pending.json")
 	var log bytes.Buffer
@@ -38,7 +39,8 @@ func TestPending(t *testing.T) {
 			t.Fatal(err)
 		}
 		log.Reset()
-		if failed, later := share.PutOff(path, logger); !failed || !later || strings.Count(log.String(), "\n") != 1 || !strings.Contains(log.String(), "no room") {
+		if failed, later := share.PutOff(path, logger); !failed || !later || strings.Count(log.String(), "\n") != 1 ||
+			!strings.Contains(log.String(), "no room") {
 			t.Errorf("%v, %v: %s", failed, later, &log)
 		}
 		pause := p.Due().Sub(p.Tried)

@@ -30,14 +30,16 @@ func (u *merger) conflict(t *target, name string) {
 // maxName is of a file, in bytes.
 const maxName = 255
 
-// beside is where the guest's version goes when the host's keeps the name. It is the same each time.
+// beside is where the guest's version goes when the host's keeps the name. It is the same each
+// time.
 func (u *merger) beside(t *target, name string) string {
 	dir, base := path.Split(name)
 	if len(base)+len(u.Suffix) > maxName {
 		sum := sha256.Sum256([]byte(base)) // names that begin alike stay different
 		tag := "~" + hex.EncodeToString(sum[:4])
 		base = base[:maxName-len(u.Suffix)-len(tag)]
-		for r, n := utf8.DecodeLastRuneInString(base); r == utf8.RuneError && n == 1; r, n = utf8.DecodeLastRuneInString(base) {
+		for r, n := utf8.DecodeLastRuneInString(base); r == utf8.RuneError &&
+			n == 1; r, n = utf8.DecodeLastRuneInString(base) {
 			base = base[:len(base)-1]
 		}
 		base += tag
@@ -79,7 +81,8 @@ func (u *merger) remove(t *target, name string) error {
 	return err
 }
 
-// replace does what takes a file's name away. If it has others, that is no change of the host's in them.
+// replace does what takes a file's name away. If it has others, that is no change of the host's in
+// them.
 func (u *merger) replace(t *target, name string, fi fs.FileInfo, do func() error) error {
 	if fi == nil || !fi.Mode().IsRegular() || fi.Sys().(*syscall.Stat_t).Nlink < 2 {
 		return do()
@@ -200,7 +203,8 @@ func (u *merger) clear(t *target, name string) error {
 	})
 }
 
-// tolerate takes it that a file system has no owners, modes or times, or does not let us set them: content matters more.
+// tolerate takes it that a file system has no owners, modes or times, or does not let us set them:
+// content matters more.
 func tolerate(err error) error {
 	for _, e := range []error{unix.EPERM, unix.ENOTSUP, unix.EINVAL} {
 		if errors.Is(err, e) {
@@ -263,8 +267,8 @@ func tempName() string {
 	return ".smartvm-" + hex.EncodeToString(b)
 }
 
-// way is where something goes: to its name, from which old gives way, or beside it, if the host has changed old. What it replaces is
-// returned too, or nil.
+// way is where something goes: to its name, from which old gives way, or beside it, if the host has
+// changed old. What it replaces is returned too, or nil.
 func (u *merger) way(t *target, name string, old fs.FileInfo) (string, fs.FileInfo, error) {
 	switch {
 	case old == nil:
@@ -288,7 +292,8 @@ func (u *merger) way(t *target, name string, old fs.FileInfo) (string, fs.FileIn
 	return name, nil, nil
 }
 
-// place gives what was written its name: unless it is what is there, which then stays, or the host has changed that.
+// place gives what was written its name: unless it is what is there, which then stays, or the host
+// has changed that.
 func (u *merger) place(t *target, temp, name string, h *tar.Header) error {
 	old, err := t.root.Lstat(name)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -317,7 +322,8 @@ func (u *merger) place(t *target, temp, name string, h *tar.Header) error {
 		return err
 	}
 	if h.Typeflag == tar.TypeReg {
-		if err := errors.Join(tolerate(t.root.Chmod(temp, mode)), tolerate(t.root.Chtimes(temp, h.ModTime, h.ModTime))); err != nil {
+		if err := errors.Join(tolerate(t.root.Chmod(temp, mode)),
+			tolerate(t.root.Chtimes(temp, h.ModTime, h.ModTime))); err != nil {
 			return err
 		}
 	}

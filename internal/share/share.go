@@ -1,8 +1,10 @@
-// Package share gives a guest copies of directories and files of the host, and brings back what the guest has changed in them.
+// Package share gives a guest copies of directories and files of the host, and brings back what the
+// guest has changed in them.
 //
-// The copies are an image of a file system of their own; what the guest writes lies on another drive, as layers of overlayfs. So what has
-// changed is known without comparing anything, and the host never mounts, or reads, a file system that a guest has written: a VM
-// does that, and sends it as a tar archive.
+// The copies are an image of a file system of their own; what the guest writes lies on another
+// drive, as layers of overlayfs. So what has changed is known without comparing anything, and the
+// host never mounts, or reads, a file system that a guest has written: a VM does that, and sends it
+// as a tar archive.
 package share
 
 import (
@@ -18,8 +20,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// Resolve makes the volumes of a spec absolute, without symbolic links, and returns what is wrong with them as *spec.FieldErrors. The
-// slice is made anew.
+// Resolve makes the volumes of a spec absolute, without symbolic links, and returns what is wrong
+// with them as *spec.FieldErrors. The slice is made anew.
 func Resolve(s *spec.Spec) (errs []error) {
 	s.Volumes = append([]spec.Volume(nil), s.Volumes...)
 	for i := range s.Volumes {
@@ -29,7 +31,8 @@ func Resolve(s *spec.Spec) (errs []error) {
 			if pe, ok := errors.AsType[*fs.PathError](err); ok { // its path is the value
 				reason = pe.Err
 			}
-			errs = append(errs, &spec.FieldError{Path: fmt.Sprintf("volumes[%d].source", i), Value: v.Source, Reason: reason.Error(), Err: err})
+			errs = append(errs,
+				&spec.FieldError{Path: fmt.Sprintf("volumes[%d].source", i), Value: v.Source, Reason: reason.Error(), Err: err})
 		}
 	}
 	return errs

@@ -23,10 +23,16 @@ func TestResolve(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Chdir(dir)
-	given := []spec.Volume{{Source: "d", Target: "/a"}, {Source: "link/f", Target: "/b", Sync: true}, {Source: "none", Target: "/c"}, {Source: "fifo", Target: "/d"}}
+	given := []spec.Volume{
+		{Source: "d", Target: "/a"},
+		{Source: "link/f", Target: "/b", Sync: true},
+		{Source: "none", Target: "/c"},
+		{Source: "fifo", Target: "/d"},
+	}
 	s := &spec.Spec{Volumes: given}
 	errs := share.Resolve(s)
-	if len(errs) != 2 || errs[0].Error() != `volumes[2].source: no such file or directory (got "none")` || !strings.HasPrefix(errs[1].Error(), "volumes[3].source: neither a directory nor a file") {
+	if len(errs) != 2 || errs[0].Error() != `volumes[2].source: no such file or directory (got "none")` ||
+		!strings.HasPrefix(errs[1].Error(), "volumes[3].source: neither a directory nor a file") {
 		t.Errorf("got %v", errs)
 	}
 	if given[0].Source != "d" {
@@ -39,7 +45,8 @@ func TestResolve(t *testing.T) {
 	if s.Volumes[0].Source != real+"/d" || s.Volumes[1].Source != real+"/d/f" {
 		t.Errorf("got %+v", s.Volumes)
 	}
-	if diff := cmp.Diff([]guest.Volume{{Target: "/a"}, {Target: "/b", IsFile: true}}, share.Guest(s.Volumes[:2])); diff != "" {
+	if diff := cmp.Diff([]guest.Volume{{Target: "/a"}, {Target: "/b", IsFile: true}},
+		share.Guest(s.Volumes[:2])); diff != "" {
 		t.Error(diff)
 	}
 	if !share.Synced(s.Volumes) || share.Synced(s.Volumes[:1]) {
@@ -62,7 +69,10 @@ func TestImage_Space(t *testing.T) {
 	})
 	dir := t.TempDir()
 	put(t, dir, map[string]string{"a/f": strings.Repeat("x", 700<<10), "b/f": strings.Repeat("x", 700<<10)})
-	i := &share.Image{Path: small + "/volumes", Volumes: []spec.Volume{{Source: dir + "/a", Target: "/a"}, {Source: dir + "/b", Target: "/b"}}}
+	i := &share.Image{
+		Path:    small + "/volumes",
+		Volumes: []spec.Volume{{Source: dir + "/a", Target: "/a"}, {Source: dir + "/b", Target: "/b"}},
+	}
 	if err := i.Apply(t.Context()); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "1 MiB") {
 		t.Errorf("got %v", err)
 	}

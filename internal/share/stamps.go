@@ -13,8 +13,8 @@ import (
 	"syscall"
 )
 
-// stamp tells whether a file is still what it was. Nobody can set a file's time of change, and it is compared with itself only: no two
-// clocks need agree.
+// stamp tells whether a file is still what it was. Nobody can set a file's time of change, and it
+// is compared with itself only: no two clocks need agree.
 type stamp struct {
 	Inode         uint64
 	Changed, Size int64 // nanoseconds since 1970, bytes
@@ -36,13 +36,15 @@ func keyOf(volume int, name string) fileKey {
 // stamps are those of the files that were copied, as they were then.
 type stamps map[fileKey]stamp
 
-// A file of stamps is stampsMagic and records of stampSize bytes: a key, and the stamp's numbers as they stand in it, little-endian.
+// A file of stamps is stampsMagic and records of stampSize bytes: a key, and the stamp's numbers as
+// they stand in it, little-endian.
 const (
 	stampsMagic = "smartvm copied 1\n"
 	stampSize   = 40
 )
 
-// readStamps reads what a stampWriter wrote. If it is not there, or ends early, it has noted the less: then more of the host's files count as changed.
+// readStamps reads what a stampWriter wrote. If it is not there, or ends early, it has noted the
+// less: then more of the host's files count as changed.
 func readStamps(path string) (stamps, error) {
 	all := stamps{}
 	f, err := os.Open(path)
@@ -66,7 +68,8 @@ func readStamps(path string) (stamps, error) {
 			return all, ignoreEnd(err)
 		}
 		all[fileKey(buf[:16])] = stamp{
-			binary.LittleEndian.Uint64(buf[16:]), int64(binary.LittleEndian.Uint64(buf[24:])), int64(binary.LittleEndian.Uint64(buf[32:])),
+			binary.LittleEndian.Uint64(buf[16:]), int64(binary.LittleEndian.Uint64(buf[24:])),
+			int64(binary.LittleEndian.Uint64(buf[32:])),
 		}
 	}
 }

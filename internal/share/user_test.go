@@ -13,8 +13,8 @@ const asUserDir = "SMARTVM_TEST_USER_DIR"
 // nobody is an ordinary user.
 const nobody = 65534
 
-// asUser runs the rest of the test as an ordinary user, in a directory of its own that prepare has filled before: in another process, if this
-// is root. It returns "" where there is no more to do.
+// asUser runs the rest of the test as an ordinary user, in a directory of its own that prepare has
+// filled before: in another process, if this is root. It returns "" where there is no more to do.
 func asUser(t *testing.T, prepare func(dir string)) string {
 	t.Helper()
 	if dir := os.Getenv(asUserDir); dir != "" {

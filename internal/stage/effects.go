@@ -82,8 +82,9 @@ func (l *Link) Revert(context.Context) error {
 	return nil
 }
 
-// Owner lends a user's file to a VMM that runs as another user. The file is looked at and changed by one descriptor: the
-// owner of its directory may put another file, or a link, in its place at any time.
+// Owner lends a user's file to a VMM that runs as another user. The file is looked at and changed
+// by one descriptor: the owner of its directory may put another file, or a link, in its place at
+// any time.
 type Owner struct {
 	Path   string `json:"path"`           // not a symbolic link
 	File   string `json:"file,omitempty"` // as store.DriveName tells; "" in journals of older versions
@@ -96,8 +97,8 @@ type Owner struct {
 // ErrReplaced says that at a drive's path is another file than the one that was leased.
 var ErrReplaced = errors.New("it has been replaced by another file")
 
-// NewOwner describes giving the file at path, called file by store.DriveName, to the user uid and the group of the same
-// number, and who has it now. Returns ErrReplaced.
+// NewOwner describes giving the file at path, called file by store.DriveName, to the user uid and
+// the group of the same number, and who has it now. Returns ErrReplaced.
 func NewOwner(path, file string, uid int) (*Owner, error) {
 	o := &Owner{Path: path, File: file, UID: uid, GID: uid}
 	f, st, err := o.open()
@@ -117,8 +118,8 @@ func (o *Owner) open() (*os.File, *syscall.Stat_t, error) {
 	return f, fi.Sys().(*syscall.Stat_t), nil
 }
 
-// openPath opens what is at path, whatever that is, not to read it. Returns ErrReplaced if it is not called file by
-// store.DriveName; it may be anything if file is empty.
+// openPath opens what is at path, whatever that is, not to read it. Returns ErrReplaced if it is
+// not called file by store.DriveName; it may be anything if file is empty.
 func openPath(path string, flags int, file string) (*os.File, fs.FileInfo, error) {
 	f, err := os.OpenFile(path, unix.O_PATH|flags, 0)
 	if err != nil {

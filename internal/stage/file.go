@@ -1,5 +1,5 @@
-// Package stage brings files to where a VM can use them: copies of its own for drives that are thrown away,
-// and entries in the directory, or the jail, that its VMM runs in.
+// Package stage brings files to where a VM can use them: copies of its own for drives that are
+// thrown away, and entries in the directory, or the jail, that its VMM runs in.
 package stage
 
 import (
@@ -46,8 +46,8 @@ func (e *SpaceError) Error() string {
 
 func (e *SpaceError) Unwrap() error { return unix.ENOSPC }
 
-// Apply makes the copy: by reflink where source and target share a file system that can, else block by block. Returns disklock.ErrBusy while
-// the source is being changed.
+// Apply makes the copy: by reflink where source and target share a file system that can, else block
+// by block. Returns disklock.ErrBusy while the source is being changed.
 func (f *File) Apply(ctx context.Context) error {
 	src, err := f.open()
 	if err != nil {
@@ -147,7 +147,8 @@ func (f *File) copy(ctx context.Context, dst, src *os.File) error {
 	return nil
 }
 
-// CheckSpace returns a *SpaceError if what is to be put into dst, a copy of source, does not fit there.
+// CheckSpace returns a *SpaceError if what is to be put into dst, a copy of source, does not fit
+// there.
 func CheckSpace(source string, dst *os.File, need int64) error {
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(dst.Fd()), &st); err != nil {
@@ -198,8 +199,8 @@ func Extents(f *os.File, size int64) ([]Extent, error) {
 	return all, nil
 }
 
-// CanReflink says whether a copy of source in dir, or in a directory below it that is not a mount of its own,
-// would share its blocks. It leaves nothing behind.
+// CanReflink says whether a copy of source in dir, or in a directory below it that is not a mount
+// of its own, would share its blocks. It leaves nothing behind.
 func CanReflink(source, dir string) bool {
 	src, err := os.Open(source)
 	if err != nil {
@@ -214,7 +215,8 @@ func CanReflink(source, dir string) bool {
 	return unix.IoctlFileClone(fd, int(src.Fd())) == nil
 }
 
-// Wanted is the original's rule of who gets a copy, but that a device's own wish wins over the host's switch.
+// Wanted is the original's rule of who gets a copy, but that a device's own wish wins over the
+// host's switch.
 func Wanted(host, readOnly bool, own *bool) bool {
 	if own != nil {
 		return *own

@@ -156,7 +156,9 @@ func TestFile_CancelledMidway(t *testing.T) {
 	makeSparse(t, source, 20<<20, piece{0, 20 << 20})
 	gone := errors.New("gone")
 	ctx, cancel := context.WithCancelCause(t.Context())
-	f := &stage.File{Source: source, Target: filepath.Join(dir, "target"), UID: -1, Progress: func(int64, int64) { cancel(gone) }}
+	f := &stage.File{Source: source, Target: filepath.Join(dir, "target"), UID: -1, Progress: func(int64, int64) {
+		cancel(gone)
+	}}
 	if err := f.Apply(ctx); f.Method == stage.Copy && !errors.Is(err, gone) {
 		t.Errorf("%v, want %v", err, gone)
 	}
@@ -216,7 +218,8 @@ func TestFile_NoSpace(t *testing.T) {
 	if space.Need != 8<<20 || space.Free > 4<<20 || space.Free < 3<<20 || space.Source != source {
 		t.Errorf("%+v", space)
 	}
-	if !strings.Contains(err.Error(), "needs 8 MiB, 4 MiB are free") && !strings.Contains(err.Error(), "needs 8 MiB, 3 MiB are free") {
+	if !strings.Contains(err.Error(), "needs 8 MiB, 4 MiB are free") &&
+		!strings.Contains(err.Error(), "needs 8 MiB, 3 MiB are free") {
 		t.Errorf("message %q", err)
 	}
 	if got := allocated(t, f.Target); got > 0 {

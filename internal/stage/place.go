@@ -47,9 +47,9 @@ func PlaceLinks(root string, items []Item) error {
 	return nil
 }
 
-// PlaceJailed gives a VMM that runs as uid its items below root, the jail: by hard link, or a device node; else
-// by a bind mount, for which it returns the list and leaves an empty file to mount on; else, where the
-// VMM's user may not read the file, by a copy. Returns ErrReplaced.
+// PlaceJailed gives a VMM that runs as uid its items below root, the jail: by hard link, or a
+// device node; else by a bind mount, for which it returns the list and leaves an empty file to
+// mount on; else, where the VMM's user may not read the file, by a copy. Returns ErrReplaced.
 func PlaceJailed(ctx context.Context, root string, uid int, items []Item) ([]Bind, error) {
 	var binds []Bind
 	for _, it := range items {
@@ -58,7 +58,8 @@ func PlaceJailed(ctx context.Context, root string, uid int, items []Item) ([]Bin
 			return nil, fmt.Errorf("place %s: %w", it.Source, err)
 		}
 		if bind {
-			binds = append(binds, Bind{Source: it.Source, Target: filepath.Join(root, it.Name), ReadOnly: !it.Writable, File: it.File})
+			binds = append(binds,
+				Bind{Source: it.Source, Target: filepath.Join(root, it.Name), ReadOnly: !it.Writable, File: it.File})
 		}
 	}
 	return binds, nil
@@ -70,7 +71,8 @@ func placeJailed(ctx context.Context, root string, uid int, it Item) (bind bool,
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return false, err
 	}
-	// The VMM's user goes through it, whatever our umask is. The root itself the jailer gives to that user.
+	// The VMM's user goes through it, whatever our umask is. The root itself the jailer gives to that
+	// user.
 	if dir != filepath.Clean(root) {
 		if err := os.Chmod(dir, 0o755); err != nil {
 			return false, err

@@ -59,7 +59,8 @@ func fileName(t *testing.T, path string) string {
 	return store.DriveName(fi)
 }
 
-// swap puts a file of root's in the place of the one at path, as the owner of its directory can: by a name or by a link.
+// swap puts a file of root's in the place of the one at path, as the owner of its directory can: by
+// a name or by a link.
 func swap(t *testing.T, path string, byLink bool) (roots string) {
 	t.Helper()
 	roots = path + "-of-root"
@@ -75,7 +76,8 @@ func swap(t *testing.T, path string, byLink bool) (roots string) {
 	return roots
 }
 
-// Whoever owns a drive's directory cannot have root give a VMM another file than the one that was leased.
+// Whoever owns a drive's directory cannot have root give a VMM another file than the one that was
+// leased.
 func TestOwner_Swapped(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	for name, byLink := range map[string]bool{"by name": false, "by link": true} {
@@ -103,7 +105,8 @@ func TestOwner_Swapped(t *testing.T) {
 				t.Error(err)
 			}
 			wantOwner(t, roots, vmmUser)
-			// A journal of an older version does not tell which file it was: then it is known by its owner, links apart.
+			// A journal of an older version does not tell which file it was: then it is known by its owner,
+			// links apart.
 			o.File = ""
 			if err := o.Revert(t.Context()); err != nil {
 				t.Error(err)
@@ -199,10 +202,12 @@ func TestPlaceJailed(t *testing.T) {
 	if st := fi.Sys().(*syscall.Stat_t); fi.Mode() != fs.ModeDevice|0o600 || st.Rdev != unix.Mkdev(7, 200) {
 		t.Errorf("device node: mode %v, device %x", fi.Mode(), st.Rdev)
 	}
-	if _, err := stage.PlaceJailed(t.Context(), root, vmmUser, []stage.Item{{Source: path("public"), Name: "kernel"}}); !errors.Is(err, fs.ErrExist) {
+	if _, err := stage.PlaceJailed(t.Context(), root, vmmUser,
+		[]stage.Item{{Source: path("public"), Name: "kernel"}}); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("placed twice: %v", err)
 	}
-	if _, err := stage.PlaceJailed(t.Context(), root, vmmUser, []stage.Item{{Source: path("missing"), Name: "x"}}); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := stage.PlaceJailed(t.Context(), root, vmmUser,
+		[]stage.Item{{Source: path("missing"), Name: "x"}}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no source: %v", err)
 	}
 }

@@ -13,8 +13,8 @@ import (
 // sparseBlock is the least that becomes a hole, in bytes.
 const sparseBlock = 64 << 10
 
-// Sparse makes holes of what is zero in a file of ours: its contents stay as they are, and it takes less of its disk. A file system
-// without holes is left alone.
+// Sparse makes holes of what is zero in a file of ours: its contents stay as they are, and it takes
+// less of its disk. A file system without holes is left alone.
 func Sparse(ctx context.Context, path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {

@@ -13,20 +13,22 @@ import (
 	"push.rocks/smartvm/internal/lock"
 )
 
-// Hold says that a process holds a VM still for a while. One that dies leaves its file, unlocked, for others to see.
+// Hold says that a process holds a VM still for a while. One that dies leaves its file, unlocked,
+// for others to see.
 type Hold struct {
 	f    *os.File
 	keep bool
 }
 
-// Hold marks a VM as held. Returns ErrLocked where another process holds it, fs.ErrNotExist without the VM.
+// Hold marks a VM as held. Returns ErrLocked where another process holds it, fs.ErrNotExist without
+// the VM.
 func (s *Store) Hold(id string) (*Hold, error) { return s.hold(id, os.O_CREATE) }
 
-// Abandoned takes over the hold of a process that has died. Returns fs.ErrNotExist where there is none of which anything
-// is to be taken over, ErrLocked.
+// Abandoned takes over the hold of a process that has died. Returns fs.ErrNotExist where there is
+// none of which anything is to be taken over, ErrLocked.
 func (s *Store) Abandoned(id string) (*Hold, error) {
-	// Between the making of the file and its locking a hold looks abandoned. Nothing is noted in it then: left alone, its
-	// maker is not refused.
+	// Between the making of the file and its locking a hold looks abandoned. Nothing is noted in it
+	// then: left alone, its maker is not refused.
 	fi, err := os.Stat(filepath.Join(s.Dir(id), HoldFile))
 	if err == nil && fi.Size() == 0 {
 		err = fs.ErrNotExist
@@ -47,7 +49,8 @@ func (s *Store) hold(id string, create int) (*Hold, error) {
 		if err := lock.Try(f, lock.Sole); err != nil {
 			return nil, errors.Join(fmt.Errorf("hold VM: %w", err), f.Close())
 		}
-		// The process that had it may have released it in between, and its file is no longer the one that others find.
+		// The process that had it may have released it in between, and its file is no longer the one that
+		// others find.
 		if lock.StillAt(f, path) {
 			return &Hold{f: f}, nil
 		}

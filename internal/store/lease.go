@@ -14,8 +14,9 @@ import (
 	"push.rocks/smartvm/internal/disklock"
 )
 
-// Lease is the claim of one VM to a name that may be used once: a VM's second name, a user id, a drive that
-// is written in place. It is a symbolic link whose target is the owner's id: made whole by one call, or not.
+// Lease is the claim of one VM to a name that may be used once: a VM's second name, a user id, a
+// drive that is written in place. It is a symbolic link whose target is the owner's id: made whole
+// by one call, or not.
 type Lease struct {
 	Dir   string `json:"dir"`
 	Kind  string `json:"kind"` // "name", "uid", "drive"
@@ -54,7 +55,8 @@ func (e *TakenError) Error() string {
 
 func (e *TakenError) Unwrap() error { return fs.ErrExist }
 
-// Apply takes the lease. Returns *TakenError if it is taken, be it by the owner itself, and disklock.ErrBusy.
+// Apply takes the lease. Returns *TakenError if it is taken, be it by the owner itself, and
+// disklock.ErrBusy.
 func (l *Lease) Apply(ctx context.Context) error {
 	err := os.Symlink(l.Owner, l.path())
 	if errors.Is(err, fs.ErrExist) {

@@ -1,6 +1,7 @@
 package store
 
-// Every file name we use below a runtime directory. docs/layout.md explains them and is checked against this list.
+// Every file name we use below a runtime directory. docs/layout.md explains them and is checked
+// against this list.
 const (
 	// LeaseDir holds a symbolic link for each name that is taken, "kind.name" -> id of its VM.
 	LeaseDir = ".leases"

@@ -6,7 +6,8 @@ import (
 	"path/filepath"
 )
 
-// Nonce tells a VM from another that has had its id. A whole record takes ten times as long to read.
+// Nonce tells a VM from another that has had its id. A whole record takes ten times as long to
+// read.
 func (s *Store) Nonce(id string) (string, error) {
 	var now struct {
 		Nonce string `json:"nonce"`

@@ -1,5 +1,5 @@
-// Package store keeps a directory for each VM, says which process supervises it (a lock), and hands out names that must
-// be unique (leases). Many processes share one store.
+// Package store keeps a directory for each VM, says which process supervises it (a lock), and hands
+// out names that must be unique (leases). Many processes share one store.
 package store
 
 import (
@@ -23,7 +23,8 @@ type Store struct {
 	dir string
 }
 
-// Errors of this package. fs.ErrNotExist and fs.ErrExist tell of VM directories that are not there or are.
+// Errors of this package. fs.ErrNotExist and fs.ErrExist tell of VM directories that are not there
+// or are.
 var (
 	ErrUnsafe = errors.New("unsafe directory")
 	ErrLocked = lock.ErrHeld
@@ -39,10 +40,11 @@ func Open(dir string) (*Store, error) {
 	return &Store{dir: dir}, nil
 }
 
-// Secure makes dir, and the parents it lacks, with mode 0700, and checks that it is ours alone: not a symbolic
-// link, our own, mode 0700, and that nobody but us and root can put another in its place: every parent is
-// ours or root's, and one that others may write is sticky, as /tmp is. Root's own group, and for another user than root the
-// primary group, which is often the user's alone, are not others. Errors of those checks are ErrUnsafe.
+// Secure makes dir, and the parents it lacks, with mode 0700, and checks that it is ours alone: not
+// a symbolic link, our own, mode 0700, and that nobody but us and root can put another in its
+// place: every parent is ours or root's, and one that others may write is sticky, as /tmp is.
+// Root's own group, and for another user than root the primary group, which is often the user's
+// alone, are not others. Errors of those checks are ErrUnsafe.
 func Secure(dir string) error {
 	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -121,8 +123,9 @@ func (s *Store) List() ([]string, error) {
 // Dir is where a VM's files are, whether or not they are there.
 func (s *Store) Dir(id string) string { return filepath.Join(s.dir, id) }
 
-// Lock is the right to supervise one VM. It goes with the process that holds it, but a child process that
-// was forked and has not yet called exec keeps it too, so whoever gets a lock finds no half-started VMM.
+// Lock is the right to supervise one VM. It goes with the process that holds it, but a child
+// process that was forked and has not yet called exec keeps it too, so whoever gets a lock finds no
+// half-started VMM.
 type Lock struct {
 	f *os.File
 }
@@ -138,7 +141,8 @@ func (s *Store) Create(id string) (*Lock, error) {
 	if err := os.Mkdir(s.Dir(id), 0o700); err != nil {
 		return nil, fmt.Errorf("create VM directory: %w", err)
 	}
-	// Locked before it gets its name: a process that finds it unlocked takes the VM for a dead maker's.
+	// Locked before it gets its name: a process that finds it unlocked takes the VM for a dead
+	// maker's.
 	path := filepath.Join(s.Dir(id), LockFile)
 	temp := path + atomicfile.TempSuffix
 	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -151,7 +155,8 @@ func (s *Store) Create(id string) (*Lock, error) {
 	return nil, errors.Join(fmt.Errorf("lock VM: %w", err), os.Remove(s.Dir(id)))
 }
 
-// TryLock takes a VM's lock, or returns ErrLocked at once. Returns fs.ErrNotExist when the VM is gone.
+// TryLock takes a VM's lock, or returns ErrLocked at once. Returns fs.ErrNotExist when the VM is
+// gone.
 func (s *Store) TryLock(id string) (*Lock, error) {
 	f, path, err := s.openLock(id, os.O_RDWR)
 	if err != nil {
@@ -172,7 +177,8 @@ func (s *Store) locked(f *os.File, path string, err error) (*Lock, error) {
 	return &Lock{f}, nil
 }
 
-// Lock waits for a VM's lock. Returns fs.ErrNotExist when the VM is gone, ErrLocked with the context's cause when ctx ends.
+// Lock waits for a VM's lock. Returns fs.ErrNotExist when the VM is gone, ErrLocked with the
+// context's cause when ctx ends.
 func (s *Store) Lock(ctx context.Context, id string) (*Lock, error) {
 	f, path, err := s.openLock(id, os.O_RDWR)
 	if err != nil {
@@ -191,7 +197,8 @@ func (s *Store) openLock(id string, how int) (f *os.File, path string, err error
 	return f, path, err
 }
 
-// Locked says whether a process holds a VM's lock, and leaves the lock alone. A VM that is gone has none.
+// Locked says whether a process holds a VM's lock, and leaves the lock alone. A VM that is gone has
+// none.
 func (s *Store) Locked(id string) (bool, error) {
 	f, _, err := s.openLock(id, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -237,8 +244,8 @@ func (s *Store) Remove(id string, l *Lock) error {
 	return errors.Join(os.RemoveAll(s.Dir(id)), l.Unlock())
 }
 
-// Reap removes a VM's directory if it has no lock file: its maker or remover died between two calls.
-// Where there is a lock file, it does nothing.
+// Reap removes a VM's directory if it has no lock file: its maker or remover died between two
+// calls. Where there is a lock file, it does nothing.
 func (s *Store) Reap(id string) error {
 	root, err := s.lockRoot(lock.Exclusive)
 	if err != nil {
@@ -246,7 +253,8 @@ func (s *Store) Reap(id string) error {
 	}
 	defer root.Close()
 	// Nobody is making a VM now: this is of one who died.
-	if err := os.Remove(filepath.Join(s.Dir(id), LockFile+atomicfile.TempSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(filepath.Join(s.Dir(id), LockFile+atomicfile.TempSuffix)); err != nil &&
+		!errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove VM directory %s: %w", id, err)
 	}
 	// Fails on any directory that is not empty, which is what we want.

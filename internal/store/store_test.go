@@ -44,14 +44,22 @@ func TestSecure(t *testing.T) {
 		{"there", "", false, func(dir string) error { return os.Mkdir(dir, 0o700) }},
 		{"below sticky", "", false, func(dir string) error { return os.Chmod(filepath.Dir(dir), 0o777|fs.ModeSticky) }},
 		{"below a group's", "", false, func(dir string) error { return os.Chmod(filepath.Dir(dir), 0o775) }},
-		{"a symbolic link", "is a symbolic link", false, func(dir string) error { return os.Symlink(filepath.Dir(dir), dir) }},
-		{"a symbolic link to nothing", "is a symbolic link", false, func(dir string) error { return os.Symlink("none", dir) }},
+		{"a symbolic link", "is a symbolic link", false, func(dir string) error {
+			return os.Symlink(filepath.Dir(dir), dir)
+		}},
+		{"a symbolic link to nothing", "is a symbolic link", false, func(dir string) error {
+			return os.Symlink("none", dir)
+		}},
 		{"a file", "is not a directory", false, func(dir string) error { return os.WriteFile(dir, nil, 0o700) }},
-		{"readable to others", "has mode 0755", false, func(dir string) error { return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o755)) }},
+		{"readable to others", "has mode 0755", false, func(dir string) error {
+			return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o755))
+		}},
 		{"another's", "belongs to user 65534", true, func(dir string) error {
 			return errors.Join(os.Mkdir(dir, 0o700), os.Chown(dir, 65534, 65534))
 		}},
-		{"below another's", "above it, belongs to user 65534", true, func(dir string) error { return os.Chown(filepath.Dir(dir), 65534, 0) }},
+		{"below another's", "above it, belongs to user 65534", true, func(dir string) error {
+			return os.Chown(filepath.Dir(dir), 65534, 0)
+		}},
 		{"below another group's", "above it, can be written by group 12345", true, func(dir string) error {
 			return errors.Join(os.Chown(filepath.Dir(dir), 0, 12345), os.Chmod(filepath.Dir(dir), 0o2775))
 		}},
@@ -61,7 +69,9 @@ func TestSecure(t *testing.T) {
 		{"below another group's that only it may read", "", true, func(dir string) error {
 			return errors.Join(os.Chown(filepath.Dir(dir), 0, 12345), os.Chmod(filepath.Dir(dir), 0o755))
 		}},
-		{"below anybody's", "can be written by anybody", false, func(dir string) error { return os.Chmod(filepath.Dir(dir), 0o777) }},
+		{"below anybody's", "can be written by anybody", false, func(dir string) error {
+			return os.Chmod(filepath.Dir(dir), 0o777)
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.root {
@@ -195,7 +205,8 @@ func TestCreate_NothingLeft(t *testing.T) {
 	}
 }
 
-// Whether a VM is locked can be asked at any time: no process that tries to lock it is refused, or kept waiting.
+// Whether a VM is locked can be asked at any time: no process that tries to lock it is refused, or
+// kept waiting.
 func TestLocked(t *testing.T) {
 	s := open(t)
 	lock, err := s.Create("vm")
@@ -294,7 +305,8 @@ func TestHold_Unnoted(t *testing.T) {
 	}
 }
 
-// Everybody makes, locks, removes and reaps the same VM: never do two hold it, and a hold is on what is there.
+// Everybody makes, locks, removes and reaps the same VM: never do two hold it, and a hold is on
+// what is there.
 func TestRaces(t *testing.T) {
 	s := open(t)
 	var holders, made, removed atomic.Int32
@@ -436,7 +448,8 @@ func TestLease_OddNames(t *testing.T) {
 	}
 }
 
-// A VM that is released is nobody's; if something is still to be done for it, others take that over with what is noted.
+// A VM that is released is nobody's; if something is still to be done for it, others take that over
+// with what is noted.
 func TestHold_Keep(t *testing.T) {
 	s := open(t)
 	lock, err := s.Create("vm")

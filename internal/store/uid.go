@@ -2,8 +2,9 @@ package store
 
 import "hash/fnv"
 
-// The user ids that VMMs get in jails. systemd's list of ranges leaves what is above its containers' free
-// (systemd.io/UIDS-GIDS). A runtime directory has a part of it, chosen by its path.
+// The user ids that VMMs get in jails. systemd's list of ranges leaves what is above its
+// containers' free (systemd.io/UIDS-GIDS). A runtime directory has a part of it, chosen by its
+// path.
 const (
 	firstUID = 1_900_000_000
 	uidSlots = 2000

@@ -1,5 +1,6 @@
-// Package storelock has the locks of a directory in which many processes keep things that never change: those that use them
-// share it, those that remove some have it alone, and those that make some lock only what they make.
+// Package storelock has the locks of a directory in which many processes keep things that never
+// change: those that use them share it, those that remove some have it alone, and those that make
+// some lock only what they make.
 package storelock
 
 import (
@@ -25,8 +26,9 @@ type Dir struct {
 	Waiting func(what string)
 }
 
-// Share keeps others from having the directory alone until it is released. Who shares it must not share it again, since a
-// process that waits for having it alone comes first. What is said to be waited for.
+// Share keeps others from having the directory alone until it is released. Who shares it must not
+// share it again, since a process that waits for having it alone comes first. What is said to be
+// waited for.
 func (d *Dir) Share(ctx context.Context, what string) (release func() error, err error) {
 	return d.enter(ctx, lock.Shared, what)
 }
@@ -43,8 +45,9 @@ func (d *Dir) Alone(ctx context.Context, what string) (release func() error, err
 	return release, nil
 }
 
-// enter takes the store's lock by way of another, which who waits has alone: so those that come one after the other, each
-// before the last has gone, do not keep out for good who wants the store alone.
+// enter takes the store's lock by way of another, which who waits has alone: so those that come one
+// after the other, each before the last has gone, do not keep out for good who wants the store
+// alone.
 func (d *Dir) enter(ctx context.Context, how lock.Mode, what string) (release func() error, err error) {
 	gate, err := d.Lock(ctx, d.Gate, how, what)
 	if err != nil {
@@ -109,8 +112,8 @@ func (d *Dir) Lock(ctx context.Context, path string, how lock.Mode, what string)
 	return release, nil
 }
 
-// One makes the making of one thing exclusive: one process does, others wait. The lock's file stays until the store is
-// tidied.
+// One makes the making of one thing exclusive: one process does, others wait. The lock's file stays
+// until the store is tidied.
 func (d *Dir) One(ctx context.Context, kind, key, what string) (release func() error, err error) {
 	sum := sha256.Sum256([]byte(key))
 	path := filepath.Join(d.Temp, "lock-"+kind+"-"+hex.EncodeToString(sum[:]))
@@ -131,8 +134,8 @@ func (d *Dir) One(ctx context.Context, kind, key, what string) (release func() e
 	}
 }
 
-// Work is a directory in which something is made. It is locked, so that nobody takes it for what a process that died has
-// left: who makes something need not hold the store meanwhile.
+// Work is a directory in which something is made. It is locked, so that nobody takes it for what a
+// process that died has left: who makes something need not hold the store meanwhile.
 type Work struct {
 	Dir  string
 	lock *os.File

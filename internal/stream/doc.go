@@ -1,2 +1,3 @@
-// Package stream unpacks streams, whoever has packed them, and carries them from one goroutine to another.
+// Package stream unpacks streams, whoever has packed them, and carries them from one goroutine to
+// another.
 package stream

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// OrLeave calls f, and when the context has ended does not wait long for it: who reads a pipe may have stopped, or who writes it, and
-// then f ends with the process.
+// OrLeave calls f, and when the context has ended does not wait long for it: who reads a pipe may
+// have stopped, or who writes it, and then f ends with the process.
 func OrLeave(ctx context.Context, f func() error) error {
 	done := make(chan error, 1)
 	go func() { done <- f() }()

@@ -10,8 +10,8 @@ const (
 	blocksAhead = 4
 )
 
-// Pipe carries bytes from one goroutine to another in large blocks, so that both have work. One writes and calls Finish,
-// one reads and calls Stop. The context's end ends both.
+// Pipe carries bytes from one goroutine to another in large blocks, so that both have work. One
+// writes and calls Finish, one reads and calls Stop. The context's end ends both.
 type Pipe struct {
 	ctx  context.Context
 	full chan []byte
@@ -26,7 +26,10 @@ type Pipe struct {
 
 // NewPipe makes a pipe that ends with its context.
 func NewPipe(ctx context.Context) *Pipe {
-	p := &Pipe{ctx: ctx, full: make(chan []byte, blocksAhead), free: make(chan []byte, blocksAhead), gone: make(chan struct{})}
+	p := &Pipe{
+		ctx: ctx, full: make(chan []byte, blocksAhead), free: make(chan []byte, blocksAhead),
+		gone: make(chan struct{}),
+	}
 	for range blocksAhead {
 		p.free <- make([]byte, 0, blockSize)
 	}

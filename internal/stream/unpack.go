@@ -16,15 +16,17 @@ import (
 	"push.rocks/smartvm/internal/hint"
 )
 
-// ErrPacking says that a stream is packed in a way that is not known here, or known and too demanding.
+// ErrPacking says that a stream is packed in a way that is not known here, or known and too
+// demanding.
 var ErrPacking = errors.New("cannot be unpacked here")
 
-// maxWindow bounds the memory that a zstd or xz stream makes us take. The zstd program takes as much unless it is told more
-// (https://github.com/facebook/zstd/blob/dev/programs/zstd.1.md, --memory), and "zstd --long" and "--ultra -22" ask for it.
+// maxWindow bounds the memory that a zstd or xz stream makes us take. The zstd program takes as
+// much unless it is told more (https://github.com/facebook/zstd/blob/dev/programs/zstd.1.md,
+// --memory), and "zstd --long" and "--ultra -22" ask for it.
 const maxWindow = 128 << 20
 
-// Unpack copies r to w, unpacked by what it begins with: gzip, zstd, xz, bzip2 or nothing known, which stays as it is. Packings
-// that are known but not taken are ErrPacking.
+// Unpack copies r to w, unpacked by what it begins with: gzip, zstd, xz, bzip2 or nothing known,
+// which stays as it is. Packings that are known but not taken are ErrPacking.
 func Unpack(w io.Writer, r io.Reader) error {
 	b := bufio.NewReaderSize(r, 128<<10)
 	u, err := unpacker(b)
@@ -59,7 +61,8 @@ func unpacker(b *bufio.Reader) (io.Reader, error) {
 	case "gzip":
 		return gzip.NewReader(b)
 	case "zstd":
-		return zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		return zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(maxWindow))
 	case "xz":
 		r, err := xz.NewReader(b, maxWindow)
 		return r, tooDemanding(err)
@@ -68,7 +71,8 @@ func unpacker(b *bufio.Reader) (io.Reader, error) {
 	case "":
 		return b, nil
 	default:
-		return nil, hint.Add(fmt.Errorf("%s: %w", packing, ErrPacking), "unpack it first, or pack it with gzip, zstd, xz or bzip2")
+		return nil, hint.Add(fmt.Errorf("%s: %w", packing, ErrPacking),
+			"unpack it first, or pack it with gzip, zstd, xz or bzip2")
 	}
 }
 
@@ -79,7 +83,8 @@ func tooDemanding(err error) error {
 		return hint.Add(fmt.Errorf("zstd: its window is larger than %d MiB: %w", maxWindow>>20, ErrPacking),
 			"unpack it with zstd -d --long=31 first, or pack it with zstd --long=27")
 	case errors.Is(err, xz.ErrMemlimit):
-		return hint.Add(fmt.Errorf("xz: its dictionary is larger than %d MiB: %w", maxWindow>>20, ErrPacking), "unpack it with xz -d first")
+		return hint.Add(fmt.Errorf("xz: its dictionary is larger than %d MiB: %w", maxWindow>>20, ErrPacking),
+			"unpack it with xz -d first")
 	}
 	return err
 }
@@ -99,8 +104,8 @@ var packings = []struct{ name, magic string }{
 	{"qcow2", "QFI\xfb"},
 }
 
-// Packing names what a stream is packed with, "gzip", "zstd", "xz" or "bzip2", or what Unpack does not take; "" is plain. It takes
-// nothing off the stream.
+// Packing names what a stream is packed with, "gzip", "zstd", "xz" or "bzip2", or what Unpack does
+// not take; "" is plain. It takes nothing off the stream.
 func Packing(b *bufio.Reader) string {
 	head, _ := b.Peek(262) // shorter ones are no tars
 	if bytes.HasSuffix(head, []byte("ustar")) {

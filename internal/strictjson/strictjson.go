@@ -1,8 +1,9 @@
-// Package strictjson decodes JSON that people write by hand: it refuses what encoding/json lets pass in silence
-// (unknown and duplicate keys, keys in another case, null for a plain value, bytes that are not UTF-8) and
-// reports every problem at once, each with its JSON path.
+// Package strictjson decodes JSON that people write by hand: it refuses what encoding/json lets
+// pass in silence (unknown and duplicate keys, keys in another case, null for a plain value, bytes
+// that are not UTF-8) and reports every problem at once, each with its JSON path.
 //
-// It is a check in front of encoding/json: what it accepts, encoding/json accepts with the same value.
+// It is a check in front of encoding/json: what it accepts, encoding/json accepts with the same
+// value.
 package strictjson
 
 import (
@@ -37,12 +38,13 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Path + ": " + e.Reason }
 
-// Unmarshal decodes a document of at most maxBytes bytes into a T. Any failure is an errors.Join of one or more
-// *Error, in document order, and comes with the zero T.
+// Unmarshal decodes a document of at most maxBytes bytes into a T. Any failure is an errors.Join of
+// one or more *Error, in document order, and comes with the zero T.
 //
-// Structs match their keys exactly. Null stands for absence where T has a pointer, slice or map, and is refused
-// elsewhere. Types that decode themselves (json.RawMessage, time.Time) are taken as encoding/json takes them, and
-// so are interfaces, floats and arrays. T must not embed structs, hold a []byte or use the "string" tag option.
+// Structs match their keys exactly. Null stands for absence where T has a pointer, slice or map,
+// and is refused elsewhere. Types that decode themselves (json.RawMessage, time.Time) are taken as
+// encoding/json takes them, and so are interfaces, floats and arrays. T must not embed structs,
+// hold a []byte or use the "string" tag option.
 func Unmarshal[T any](data []byte, maxBytes int) (T, error) {
 	var c checker
 	if c.document(data, maxBytes) {
@@ -69,7 +71,8 @@ func (c *checker) add(path string, value any, format string, args ...any) {
 	c.errs = append(c.errs, &Error{Path: cmp.Or(path, "$"), Value: value, Reason: fmt.Sprintf(format, args...)})
 }
 
-// document checks what does not depend on the wanted type. Nothing else may be checked unless it returns true.
+// document checks what does not depend on the wanted type. Nothing else may be checked unless it
+// returns true.
 func (c *checker) document(data []byte, maxBytes int) bool {
 	var syntax *json.SyntaxError
 	switch {
@@ -281,8 +284,8 @@ func clip(s string) string {
 	return strings.ToValidUTF8(s[:maxText], "") + "…"
 }
 
-// hint names the field that key was most likely meant to be, or is "". Case, "_" and "-" count for nothing: the
-// VMM's own JSON writes vcpu_count where ours has vcpuCount.
+// hint names the field that key was most likely meant to be, or is "". Case, "_" and "-" count for
+// nothing: the VMM's own JSON writes vcpu_count where ours has vcpuCount.
 func hint(key string, names []string) string {
 	fold := func(s string) string { return strings.ToLower(strings.NewReplacer("_", "", "-", "").Replace(s)) }
 	best, bestDistance := "", 3

@@ -114,7 +114,10 @@ func TestUnmarshal_Refuses(t *testing.T) {
 		{`{"count":"5"}`, "count", "must be a number, not a string", "5"},
 		{`{"count":null}`, "count", "must be a number, not null", nil},
 		{`{"count":true}`, "count", "must be a number, not a boolean", true},
-		{`{"count":1.5}`, "count", "must be a whole number from -9223372036854775808 to 9223372036854775807", json.Number("1.5")},
+		{
+			`{"count":1.5}`, "count", "must be a whole number from -9223372036854775808 to 9223372036854775807",
+			json.Number("1.5"),
+		},
 		{`{"count":1e2}`, "count", "must be a whole number", json.Number("1e2")},
 		{`{"small":128}`, "small", "must be a whole number from -128 to 127", json.Number("128")},
 		{`{"port":65536}`, "port", "must be a whole number from 0 to 65535", json.Number("65536")},
@@ -185,12 +188,14 @@ func TestUnmarshal_BoundsItsReport(t *testing.T) {
 	}
 }
 
-// FuzzUnmarshal holds Unmarshal to its promise: what it accepts, encoding/json accepts with the same value, and
-// what it refuses it refuses with typed problems.
+// FuzzUnmarshal holds Unmarshal to its promise: what it accepts, encoding/json accepts with the
+// same value, and what it refuses it refuses with typed problems.
 func FuzzUnmarshal(f *testing.F) {
 	for _, seed := range []string{
-		`{}`, `null`, `{"name":"a","parts":[{"partId":"x"}],"labels":{"k":"v"},"raw":[1,{}],"port":1}`, `{"raw":null,"opt":null}`,
-		`{"count":-0}`, `{"big":-0}`, `{"name":"\ud800"}`, `{"a":1,"a":1}`, "{\"\u017fmall\":1}", `{"when":null,"any":{"a":1}}`,
+		`{}`, `null`, `{"name":"a","parts":[{"partId":"x"}],"labels":{"k":"v"},"raw":[1,{}],"port":1}`,
+		`{"raw":null,"opt":null}`,
+		`{"count":-0}`, `{"big":-0}`, `{"name":"\ud800"}`, `{"a":1,"a":1}`, "{\"\u017fmall\":1}",
+		`{"when":null,"any":{"a":1}}`,
 		`{"opt":{"self":{"self":{"on":true}}}}`, `[[[[`, `{"name":"x"}}`, `{"rate":1e5,"pair":[1,2,3]}`,
 	} {
 		f.Add([]byte(seed))

@@ -12,7 +12,8 @@ import (
 // Failure is an error that goes from one process to another, or to a program that reads JSON.
 type Failure struct {
 	Message string `json:"message"`
-	// Code is the error's kind: the original package's name for it where it has one, else one of the codes below.
+	// Code is the error's kind: the original package's name for it where it has one, else one of the
+	// codes below.
 	Code   string  `json:"code"`
 	Text   string  `json:"hint,omitempty"`   // what to do about it
 	Fields []Field `json:"fields,omitempty"` // what is wrong with a machine configuration
@@ -40,7 +41,8 @@ const (
 
 func (f *Failure) Error() string { return f.Message }
 
-// sentinels are the errors that a code stands for. Of those that have none, the type tells more than another process learns.
+// sentinels are the errors that a code stands for. Of those that have none, the type tells more
+// than another process learns.
 var sentinels = map[string]error{
 	CodeNotFound:     smartvm.ErrNotFound,
 	CodeExists:       smartvm.ErrExists,
@@ -51,10 +53,12 @@ var sentinels = map[string]error{
 	CodeOffline:      image.ErrOffline,
 }
 
-// codeNoClient is the original's name of the state in which there is no VMM to talk to: see smartvm.StateError.
+// codeNoClient is the original's name of the state in which there is no VMM to talk to: see
+// smartvm.StateError.
 const codeNoClient = "NO_CLIENT"
 
-// Is says whether target is what the code stands for: errors.Is serves in the process that reads a Failure, too.
+// Is says whether target is what the code stands for: errors.Is serves in the process that reads a
+// Failure, too.
 func (f *Failure) Is(target error) bool {
 	sentinel, ok := sentinels[f.Code]
 	return ok && target == sentinel

@@ -58,7 +58,8 @@ func Sweep(ctx context.Context, h *smartvm.Host) error {
 // holdTimeout is how long Remove waits for a Hold.
 const holdTimeout = 10 * time.Second
 
-// Hold keeps Remove waiting for a moment after m has ended, so that the caller can read how. Release lets go.
+// Hold keeps Remove waiting for a moment after m has ended, so that the caller can read how.
+// Release lets go.
 func Hold(m *smartvm.Machine) (release func(), err error) {
 	f, err := os.Open(machineFile(m))
 	if err != nil {
@@ -70,7 +71,8 @@ func Hold(m *smartvm.Machine) (release func(), err error) {
 	return func() { _ = f.Close() }, nil
 }
 
-// Remove removes m, but not before those who hold it have seen how it ended. That it is gone is success.
+// Remove removes m, but not before those who hold it have seen how it ended. That it is gone is
+// success.
 func Remove(ctx context.Context, m *smartvm.Machine) error {
 	patience, cancel := context.WithTimeout(ctx, holdTimeout)
 	defer cancel()

@@ -23,9 +23,9 @@ const (
 	endTimeout = 5 * time.Second // for a process that is told to give up, before it is killed
 )
 
-// Spawn starts a process for c that outlives this one, and returns when its VM runs. Program is this
-// program. The error is what went wrong in that process, as a *Failure, or that there is none. When ctx ends first, the
-// process gives up its start, or stops the VM that it has just started.
+// Spawn starts a process for c that outlives this one, and returns when its VM runs. Program is
+// this program. The error is what went wrong in that process, as a *Failure, or that there is none.
+// When ctx ends first, the process gives up its start, or stops the VM that it has just started.
 func (c Config) Spawn(ctx context.Context, program string) error {
 	c.ready = true
 	r, w, err := os.Pipe()

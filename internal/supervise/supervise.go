@@ -1,6 +1,6 @@
-// Package supervise is a detached VM's own process. It starts the VM (or takes up one whose process died), looks
-// after it until it ends, removes it then if that was asked for, and exits. Whoever starts that process with
-// Config.Spawn learns whether the VM runs, and why not.
+// Package supervise is a detached VM's own process. It starts the VM (or takes up one whose process
+// died), looks after it until it ends, removes it then if that was asked for, and exits. Whoever
+// starts that process with Config.Spawn learns whether the VM runs, and why not.
 package supervise
 
 import (
@@ -95,7 +95,8 @@ func Parse(args []string) (*Config, error) {
 // logLimit is how much is kept of such a process's own log, in bytes.
 const logLimit = 128 << 10
 
-// Run is the process's life. It returns when the VM has ended. When ctx ends, it stops the VM first.
+// Run is the process's life. It returns when the VM has ended. When ctx ends, it stops the VM
+// first.
 func Run(ctx context.Context, c *Config) error {
 	// It lives as long as its VM and does next to nothing: memory is worth more than time.
 	debug.SetGCPercent(25)
@@ -151,7 +152,9 @@ func (c *Config) open(log io.Writer) (*smartvm.Host, error) {
 }
 
 // start starts the VM, or adopts it.
-func (c *Config) start(ctx context.Context, h *smartvm.Host, out *lateWriter) (*smartvm.Machine, *logfile.Writer, error) {
+func (c *Config) start(ctx context.Context, h *smartvm.Host, out *lateWriter) (*smartvm.Machine,
+	*logfile.Writer, error,
+) {
 	m, err := h.Machine(ctx, c.ID)
 	if err != nil {
 		return nil, nil, err
@@ -207,7 +210,8 @@ func reportReady(err error, warnings []string) error {
 	return f.Close()
 }
 
-// lateWriter drops what comes before it is given where to put it, and keeps the warnings of the start.
+// lateWriter drops what comes before it is given where to put it, and keeps the warnings of the
+// start.
 type lateWriter struct {
 	mu       sync.Mutex
 	to       io.Writer

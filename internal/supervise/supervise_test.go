@@ -71,12 +71,15 @@ func await(t *testing.T, what string, is func() bool) {
 func TestConfig_Spawn(t *testing.T) {
 	c := supervise.Config{RuntimeDir: t.TempDir(), ID: "a-1"}
 	for name, tt := range map[string]struct{ script, want string }{
-		"well":         {`echo '{}' >&3`, ""},
-		"failure":      {`echo '{"error":{"message":"no kernel","code":"FAILED"}}' >&3`, "no kernel"},
-		"dies":         {`exit 3`, "its supervisor ended: exit status 3"},
-		"is killed":    {`kill -9 $$`, "its supervisor ended: signal: killed"},
-		"stops short":  {`printf '{"err' >&3`, "its supervisor ended: exit status 0"},
-		"says garbage": {`echo garbage >&3; while kill -0 $PPID; do sleep 0.01; done`, "its supervisor ended: invalid character"},
+		"well":        {`echo '{}' >&3`, ""},
+		"failure":     {`echo '{"error":{"message":"no kernel","code":"FAILED"}}' >&3`, "no kernel"},
+		"dies":        {`exit 3`, "its supervisor ended: exit status 3"},
+		"is killed":   {`kill -9 $$`, "its supervisor ended: signal: killed"},
+		"stops short": {`printf '{"err' >&3`, "its supervisor ended: exit status 0"},
+		"says garbage": {
+			`echo garbage >&3; while kill -0 $PPID; do sleep 0.01; done`,
+			"its supervisor ended: invalid character",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := c.Spawn(t.Context(), program(t, tt.script))
@@ -148,14 +151,35 @@ func TestDescribe(t *testing.T) {
 				Fields: []supervise.Field{{Path: "drives[0].pathOnHost", Reason: "is not there"}},
 			},
 		},
-		"sentinel":  {fmt.Errorf("a: %w", smartvm.ErrExists), supervise.Failure{Message: "a: already exists", Code: "ALREADY_EXISTS"}},
-		"no client": {&smartvm.StateError{ID: "a", Op: "pause", State: smartvm.Stopped, Want: []smartvm.State{smartvm.Running}}, supervise.Failure{Message: "pause VM a: it is stopped, not running", Code: "NO_CLIENT"}},
+		"sentinel": {
+			fmt.Errorf("a: %w", smartvm.ErrExists),
+			supervise.Failure{Message: "a: already exists", Code: "ALREADY_EXISTS"},
+		},
+		"no client": {
+			&smartvm.StateError{
+				ID: "a", Op: "pause", State: smartvm.Stopped,
+				Want: []smartvm.State{smartvm.Running},
+			},
+			supervise.Failure{Message: "pause VM a: it is stopped, not running", Code: "NO_CLIENT"},
+		},
 		"cancelled": {context.Canceled, supervise.Failure{Message: "context canceled", Code: "INTERRUPTED"}},
-		"not found": {fmt.Errorf("a: %w", smartvm.ErrNotFound), supervise.Failure{Message: "a: not found", Code: "NOT_FOUND"}},
-		"state":     {fmt.Errorf("a: %w", smartvm.ErrState), supervise.Failure{Message: "a: wrong state", Code: "INVALID_STATE"}},
-		"too old":   {fmt.Errorf("a: %w", smartvm.ErrNotSupported), supervise.Failure{Message: "a: not supported", Code: "NOT_SUPPORTED"}},
-		"offline":   {fmt.Errorf("a: %w", image.ErrOffline), supervise.Failure{Message: "a: " + image.ErrOffline.Error(), Code: "OFFLINE"}},
-		"unknown":   {errors.New("x"), supervise.Failure{Message: "x", Code: "FAILED"}},
+		"not found": {
+			fmt.Errorf("a: %w", smartvm.ErrNotFound),
+			supervise.Failure{Message: "a: not found", Code: "NOT_FOUND"},
+		},
+		"state": {
+			fmt.Errorf("a: %w", smartvm.ErrState),
+			supervise.Failure{Message: "a: wrong state", Code: "INVALID_STATE"},
+		},
+		"too old": {
+			fmt.Errorf("a: %w", smartvm.ErrNotSupported),
+			supervise.Failure{Message: "a: not supported", Code: "NOT_SUPPORTED"},
+		},
+		"offline": {
+			fmt.Errorf("a: %w", image.ErrOffline),
+			supervise.Failure{Message: "a: " + image.ErrOffline.Error(), Code: "OFFLINE"},
+		},
+		"unknown": {errors.New("x"), supervise.Failure{Message: "x", Code: "FAILED"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got := supervise.Describe(tt.err)
@@ -175,7 +199,8 @@ func TestDescribe(t *testing.T) {
 				t.Errorf("-sent +received:\n%s", diff)
 			}
 			for _, sentinel := range []error{
-				smartvm.ErrNotFound, smartvm.ErrExists, smartvm.ErrState, smartvm.ErrNotSupported, context.Canceled, image.ErrOffline,
+				smartvm.ErrNotFound, smartvm.ErrExists, smartvm.ErrState, smartvm.ErrNotSupported, context.Canceled,
+				image.ErrOffline,
 			} {
 				if want, got := errors.Is(tt.err, sentinel), errors.Is(fmt.Errorf("start: %w", &back), sentinel); got != want {
 					t.Errorf("it is %q there: %v, want %v", sentinel, got, want)

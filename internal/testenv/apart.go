@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Apart runs the calling test in a mount namespace of its own, where it may mount what it likes, and says whether it is
-// there. It needs root.
+// Apart runs the calling test in a mount namespace of its own, where it may mount what it likes,
+// and says whether it is there. It needs root.
 func Apart(t *testing.T) bool {
 	t.Helper()
 	const variable = "SMARTVM_TEST_APART"

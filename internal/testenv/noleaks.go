@@ -18,7 +18,8 @@ var settleTime = 20 * time.Second
 const (
 	// turnTime is how long other packages' tests may keep us waiting.
 	turnTime = 15 * time.Minute
-	// turnDir and queueDir are the same for all on the machine, unlike TMPDIR. Who holds turnDir has the turn; who holds queueDir is next.
+	// turnDir and queueDir are the same for all on the machine, unlike TMPDIR. Who holds turnDir has
+	// the turn; who holds queueDir is next.
 	turnDir  = "/tmp"
 	queueDir = "/"
 	// worthTelling is a wait that a test's output tells of.
@@ -83,7 +84,8 @@ func (l *turnLock) take() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.held == 0 {
-		// Who has just given a turn back waits behind who is next, so that a package of many such tests does not keep the others out.
+		// Who has just given a turn back waits behind who is next, so that a package of many such tests
+		// does not keep the others out.
 		next, err := lockDir(queueDir)
 		if err != nil {
 			return err

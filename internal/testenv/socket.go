@@ -10,8 +10,9 @@ import (
 // maxSocketPath is what fits into a socket's address.
 const maxSocketPath = 107
 
-// Socket returns an address of the Unix socket at path, whose directory exists. A path that is too long for one is reached
-// through a descriptor of that directory, until the test ends: TMPDIR may be long, and a test's name is in the path too.
+// Socket returns an address of the Unix socket at path, whose directory exists. A path that is too
+// long for one is reached through a descriptor of that directory, until the test ends: TMPDIR may
+// be long, and a test's name is in the path too.
 func Socket(t testing.TB, path string) string {
 	t.Helper()
 	if len(path) <= maxSocketPath {

@@ -127,9 +127,11 @@ func Fixture(t testing.TB, name fixtures.Name) string {
 	owner := map[fixtures.Name]Capability{
 		fixtures.GuestKernel: LinuxGuest, fixtures.GuestModules: LinuxGuest, fixtures.Busybox: LinuxGuest,
 		fixtures.LabKernel: Lab, fixtures.LabModules: Lab, fixtures.QEMU: Lab, fixtures.MkfsBtrfs: Lab,
-		fixtures.Umoci: Lab, fixtures.Skopeo: Lab, fixtures.Bzip2: Lab, fixtures.XZ: Lab, fixtures.Zstd: Lab, fixtures.Mksquashfs: Lab,
-		fixtures.Depmod: LinuxGuest, fixtures.MkfsXFS: Lab, fixtures.MkfsExt4: Lab, fixtures.NFT: Lab, fixtures.IPTables: Lab,
-		fixtures.Minimal: Lab, fixtures.Debian: Lab, fixtures.OpenRC: Lab, fixtures.Docker: Lab,
+		fixtures.Umoci: Lab, fixtures.Skopeo: Lab, fixtures.Bzip2: Lab, fixtures.XZ: Lab, fixtures.Zstd: Lab,
+		fixtures.Mksquashfs: Lab,
+		fixtures.Depmod:     LinuxGuest, fixtures.MkfsXFS: Lab, fixtures.MkfsExt4: Lab, fixtures.NFT: Lab,
+		fixtures.IPTables: Lab,
+		fixtures.Minimal:  Lab, fixtures.Debian: Lab, fixtures.OpenRC: Lab, fixtures.Docker: Lab,
 	}[name]
 	if owner == "" {
 		owner = KVM

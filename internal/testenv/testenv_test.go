@@ -71,13 +71,31 @@ func TestRequire(t *testing.T) {
 		skip, failed string
 	}{
 		{"LabInLab", testenv.Lab, map[string]string{"SMARTVM_IN_LAB": "1"}, "lab is missing: this is the lab", ""},
-		{"LabWithoutFixtures", testenv.Lab, map[string]string{"SMARTVM_FIXTURES": "/nonexistent"}, "go run ./internal/tools/fixtures lab-kernel", ""},
-		{"LabRequired", testenv.Lab, map[string]string{"SMARTVM_IN_LAB": "1", "SMARTVM_REQUIRE": "kvm, lab"}, "", "SMARTVM_REQUIRE asks for it: this is the lab"},
+		{
+			"LabWithoutFixtures", testenv.Lab,
+			map[string]string{"SMARTVM_FIXTURES": "/nonexistent"},
+			"go run ./internal/tools/fixtures lab-kernel", "",
+		},
+		{
+			"LabRequired", testenv.Lab,
+			map[string]string{"SMARTVM_IN_LAB": "1", "SMARTVM_REQUIRE": "kvm, lab"},
+			"",
+			"SMARTVM_REQUIRE asks for it: this is the lab",
+		},
 		{"LinuxInLab", testenv.LinuxGuest, map[string]string{"SMARTVM_IN_LAB": "1"}, "", ""},
-		{"LinuxNotHere", testenv.LinuxGuest, map[string]string{"SMARTVM_LAB": "always", "SMARTVM_REQUIRE": "kvm,lab"}, "linux is missing", ""},
+		{
+			"LinuxNotHere", testenv.LinuxGuest,
+			map[string]string{"SMARTVM_LAB": "always", "SMARTVM_REQUIRE": "kvm,lab"},
+			"linux is missing", "",
+		},
 		{"LinuxByDecree", testenv.LinuxGuest, map[string]string{"SMARTVM_LAB": "never"}, "", ""},
 		{"BadMode", testenv.LinuxGuest, map[string]string{"SMARTVM_LAB": "perhaps"}, `SMARTVM_LAB is "perhaps"`, ""},
-		{"UnknownRequired", testenv.Lab, map[string]string{"SMARTVM_IN_LAB": "1", "SMARTVM_REQUIRE": "kvn"}, "", `"kvn" is unknown`},
+		{
+			"UnknownRequired", testenv.Lab,
+			map[string]string{"SMARTVM_IN_LAB": "1", "SMARTVM_REQUIRE": "kvn"},
+			"",
+			`"kvn" is unknown`,
+		},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -219,7 +237,8 @@ func TestNoLeaks_Turns(t *testing.T) {
 	}
 }
 
-// TestTurn_Fair has another process wait while we take one turn after another, as packages with many such tests do: it comes before our next ones.
+// TestTurn_Fair has another process wait while we take one turn after another, as packages with
+// many such tests do: it comes before our next ones.
 func TestTurn_Fair(t *testing.T) {
 	if os.Getenv(turnVariable) != "" {
 		fmt.Println("starting")

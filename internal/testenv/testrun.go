@@ -11,8 +11,9 @@ import (
 
 // Variables by which the program that runs the tests (internal/tools/testrun) tells them things.
 const (
-	// DataVariable names a directory of the package's own. TestPrepareLab makes in it, on this machine, what the package's tests of
-	// real Linux guests need in the lab, where making it takes long.
+	// DataVariable names a directory of the package's own. TestPrepareLab makes in it, on this
+	// machine, what the package's tests of real Linux guests need in the lab, where making it takes
+	// long.
 	DataVariable = "SMARTVM_TEST_DATA"
 	// PaceVariable is how many times slower than a quiet machine this one is.
 	PaceVariable = "SMARTVM_TEST_PACE"
@@ -32,8 +33,8 @@ func Patience(d time.Duration) time.Duration {
 // defaultPace is for tests that somebody runs by hand.
 const defaultPace = 2
 
-// PlainBinary returns the calling package's tests, compiled without the race detector, for children of a test that are
-// many or slow. It is gone when the test ends.
+// PlainBinary returns the calling package's tests, compiled without the race detector, for children
+// of a test that are many or slow. It is gone when the test ends.
 func PlainBinary(t *testing.T) string {
 	t.Helper()
 	if binary := os.Getenv(PlainVariable); binary != "" {

@@ -18,15 +18,17 @@ import (
 
 // PackOptions say how a tree becomes an archive.
 type PackOptions struct {
-	// Sparse has only the sizes of large holes written, as GNU tar's format 1.0 has it, which not every tool reads.
+	// Sparse has only the sizes of large holes written, as GNU tar's format 1.0 has it, which not
+	// every tool reads.
 	Sparse bool
-	// Left is told of what is left out, and why: what is neither a file, a directory nor a link, and what cannot be read. If
-	// nil, what cannot be read ends the archive, and of the others only sockets are left out.
+	// Left is told of what is left out, and why: what is neither a file, a directory nor a link, and
+	// what cannot be read. If nil, what cannot be read ends the archive, and of the others only
+	// sockets are left out.
 	Left func(name string, why error)
 }
 
-// Pack writes the file or tree at name as an archive whose entries are called top and what is below it; "." is the tree's
-// contents. What goes away meanwhile is not in it.
+// Pack writes the file or tree at name as an archive whose entries are called top and what is below
+// it; "." is the tree's contents. What goes away meanwhile is not in it.
 func Pack(w io.Writer, name, top string, o PackOptions) error {
 	p := &packer{w: w, o: o, tw: tar.NewWriter(w), links: map[[2]uint64]string{}, buf: make([]byte, bufferSize)}
 	err := filepath.WalkDir(name, func(at string, d fs.DirEntry, err error) error {
@@ -94,7 +96,8 @@ type packer struct {
 }
 
 const (
-	// bufferSize is of pieces of files. They are large, so that buffers around us pass them on as they are.
+	// bufferSize is of pieces of files. They are large, so that buffers around us pass them on as they
+	// are.
 	bufferSize = 256 << 10
 	// maxUnsized is how much is read of a file that says that it is empty, as those of /proc do.
 	maxUnsized = 16 << 20
@@ -162,7 +165,8 @@ func (p *packer) pack(at, as string, d fs.DirEntry) error {
 	return err
 }
 
-// content writes a file. How long a short one is, is what can be read of it: those of /proc and /sys say something else.
+// content writes a file. How long a short one is, is what can be read of it: those of /proc and
+// /sys say something else.
 func (p *packer) content(f io.Reader, h *tar.Header) error {
 	if h.Size < bufferSize {
 		n, err := io.ReadFull(f, p.buf)

@@ -9,11 +9,12 @@ import (
 	"strings"
 )
 
-// Contents says whether a source means what is in the directory, not itself: "." and what ends in "/.".
+// Contents says whether a source means what is in the directory, not itself: "." and what ends in
+// "/.".
 func Contents(name string) bool { return name == "." || strings.HasSuffix(name, "/.") }
 
-// Source finds what is to be packed. A link is followed if follow says so, or if the name ends in "/" or "/.", as everywhere: then it
-// must be a directory.
+// Source finds what is to be packed. A link is followed if follow says so, or if the name ends in
+// "/" or "/.", as everywhere: then it must be a directory.
 func Source(name string, follow bool) (string, error) {
 	if !Contents(name) && !strings.HasSuffix(name, "/") {
 		_, err := os.Lstat(name)
@@ -34,8 +35,8 @@ func Source(name string, follow bool) (string, error) {
 	return real, nil
 }
 
-// Target finds where a copy goes: into dir, under its own name if top is "", else called top. A link at the end of the name is followed, as
-// by cp. What is there must be a file or a directory.
+// Target finds where a copy goes: into dir, under its own name if top is "", else called top. A
+// link at the end of the name is followed, as by cp. What is there must be a file or a directory.
 func Target(name string) (dir, top string, err error) {
 	fi, err := os.Stat(name)
 	switch {

@@ -14,7 +14,8 @@ import (
 const (
 	// minHoles is from how many bytes of holes on a file is written without them.
 	minHoles = 1 << 20
-	// maxPieces bounds the map of a file, which archive/tar reads up to 1 MiB of. The last piece has all that follows.
+	// maxPieces bounds the map of a file, which archive/tar reads up to 1 MiB of. The last piece has
+	// all that follows.
 	maxPieces = 10_000
 
 	tarBlock = 512
@@ -85,14 +86,16 @@ func (p *packer) withHoles(f *os.File, h *tar.Header) error {
 	if _, err := p.w.Write(append(block, records.Bytes()...)); err != nil {
 		return err
 	}
-	// What does not fit into a plain header's numbers does into one of GNU's; records of its own would be in place of those.
+	// What does not fit into a plain header's numbers does into one of GNU's; records of its own would
+	// be in place of those.
 	format, total := tar.FormatUSTAR, int64(where.Len())+size
 	if total > maxOctal || h.Uid > maxID || h.Gid > maxID {
 		format = tar.FormatGNU
 	}
 	err = p.tw.WriteHeader(&tar.Header{
-		Format: format, Typeflag: tar.TypeReg, Name: "GNUSparseFile.0", Mode: h.Mode, Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime.Truncate(1e9),
-		Size: total,
+		Format: format, Typeflag: tar.TypeReg, Name: "GNUSparseFile.0", Mode: h.Mode, Uid: h.Uid, Gid: h.Gid,
+		ModTime: h.ModTime.Truncate(1e9),
+		Size:    total,
 	})
 	if err == nil {
 		_, err = p.tw.Write(where.Bytes())
@@ -113,7 +116,11 @@ func pad(b *bytes.Buffer) {
 // extended is the header of records of so many bytes for the entry that follows.
 func extended(size int64) ([]byte, error) {
 	var b bytes.Buffer
-	if err := tar.NewWriter(&b).WriteHeader(&tar.Header{Format: tar.FormatUSTAR, Typeflag: tar.TypeReg, Name: "PaxHeaders.0", Mode: 0o644, Size: size}); err != nil {
+	if err := tar.NewWriter(&b).WriteHeader(
+		&tar.Header{
+			Format: tar.FormatUSTAR, Typeflag: tar.TypeReg, Name: "PaxHeaders.0", Mode: 0o644,
+			Size: size,
+		}); err != nil {
 		return nil, err
 	}
 	// The sum of the header's bytes is six octal digits, at most 0377 * 512.

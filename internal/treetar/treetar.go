@@ -1,5 +1,6 @@
-// Package treetar turns trees of files into tar archives and back. Whoever made an archive need not be trusted: nothing is
-// written outside the directory that it is unpacked in, and no devices are made.
+// Package treetar turns trees of files into tar archives and back. Whoever made an archive need not
+// be trusted: nothing is written outside the directory that it is unpacked in, and no devices are
+// made.
 package treetar
 
 import (
@@ -21,19 +22,24 @@ import (
 
 // Options say how an archive is unpacked.
 type Options struct {
-	// Top is what the first part of each name becomes, whatever it is called; "" leaves names as they are, "." drops it.
+	// Top is what the first part of each name becomes, whatever it is called; "" leaves names as they
+	// are, "." drops it.
 	Top string
 	// NoLink refuses a symbolic link as Top itself.
 	NoLink bool
-	// NoFollow goes by no symbolic link below the directory that is unpacked in, as cp does: a link is in the way of a directory.
+	// NoFollow goes by no symbolic link below the directory that is unpacked in, as cp does: a link is
+	// in the way of a directory.
 	NoFollow bool
 	// Owners are kept, and set-user-id bits. Otherwise everything is the caller's.
 	Owners bool
-	// MaxHoles is how many bytes of holes the files of an archive may have together, which cost its sender nothing; 0 means DefaultMaxHoles.
+	// MaxHoles is how many bytes of holes the files of an archive may have together, which cost its
+	// sender nothing; 0 means DefaultMaxHoles.
 	MaxHoles int64
-	// Odd makes what is neither a file, a directory nor a link, before it gets its attributes. If nil, that is ErrUnsafe.
+	// Odd makes what is neither a file, a directory nor a link, before it gets its attributes. If nil,
+	// that is ErrUnsafe.
 	Odd func(h *tar.Header) error
-	// Left is told of what is left out, and why; the rest is unpacked all the same. If nil, the first ends it.
+	// Left is told of what is left out, and why; the rest is unpacked all the same. If nil, the first
+	// ends it.
 	Left func(name string, why error)
 	// Progress is told how many bytes of files have been written.
 	Progress func(int64)
@@ -56,12 +62,14 @@ var (
 
 const (
 	maxPath = 4095 // bytes of a name
-	// maxDirs bounds what is remembered of directories: the bytes of their names, and of what goes with each.
+	// maxDirs bounds what is remembered of directories: the bytes of their names, and of what goes
+	// with each.
 	maxDirs, perDir = 256 << 20, 256
 )
 
-// Unpack unpacks an archive in root. Files and links that are there are replaced, directories filled, and nothing else is touched.
-// Returns ErrUnsafe, ErrInTheWay, ErrTopLink, ErrEmpty, and what os.Root returns for names that lead out of it.
+// Unpack unpacks an archive in root. Files and links that are there are replaced, directories
+// filled, and nothing else is touched. Returns ErrUnsafe, ErrInTheWay, ErrTopLink, ErrEmpty, and
+// what os.Root returns for names that lead out of it.
 func Unpack(r io.Reader, root *os.Root, o Options) error {
 	u := &unpacker{root: root, o: o, buf: make([]byte, bufferSize), in: &counter{r: r}, known: map[string]bool{".": true}}
 	tr := tar.NewReader(u.in)
@@ -86,7 +94,11 @@ func Unpack(r io.Reader, root *os.Root, o Options) error {
 
 // fatal says whether an error is not of one entry alone.
 func fatal(err error) bool {
-	return slices.ContainsFunc([]error{errArchive, errTooMuch, ErrTopLink, unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EIO, unix.EMFILE, unix.ENFILE, unix.ENOMEM},
+	return slices.ContainsFunc(
+		[]error{
+			errArchive, errTooMuch, ErrTopLink, unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EIO, unix.EMFILE,
+			unix.ENFILE, unix.ENOMEM,
+		},
 		func(e error) bool { return errors.Is(err, e) })
 }
 
@@ -168,7 +180,8 @@ func (u *unpacker) entry(h *tar.Header, r io.Reader) error {
 		if err := u.remember(name); err != nil {
 			return err
 		}
-		u.dirs = append(u.dirs, &tar.Header{Name: name, Typeflag: h.Typeflag, Mode: h.Mode, Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime})
+		u.dirs = append(u.dirs,
+			&tar.Header{Name: name, Typeflag: h.Typeflag, Mode: h.Mode, Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime})
 		return u.directory(name, 0o700)
 	}
 	if h.Typeflag == tar.TypeSymlink && u.o.NoLink && name == path.Clean(u.o.Top) {
@@ -261,13 +274,15 @@ func (u *unpacker) clear(name string) error {
 // inTheWay says why something of a mode is not replaced.
 func inTheWay(mode fs.FileMode, name, by string) error {
 	what := map[fs.FileMode]string{
-		0: "a file", fs.ModeDir: "a directory", fs.ModeSymlink: "a symbolic link", fs.ModeNamedPipe: "a FIFO", fs.ModeSocket: "a socket",
+		0: "a file", fs.ModeDir: "a directory", fs.ModeSymlink: "a symbolic link", fs.ModeNamedPipe: "a FIFO",
+		fs.ModeSocket: "a socket",
 		fs.ModeDevice: "a device", fs.ModeDevice | fs.ModeCharDevice: "a device",
 	}[mode.Type()]
 	return fmt.Errorf("%q is %s, which %s does not replace: %w", name, cmp.Or(what, "something else"), by, ErrInTheWay)
 }
 
-// WriteFile writes a new file of so many bytes, with mode 0600, and leaves holes where there are only zeros.
+// WriteFile writes a new file of so many bytes, with mode 0600, and leaves holes where there are
+// only zeros.
 func WriteFile(root *os.Root, name string, size int64, r io.Reader) error {
 	u := &unpacker{root: root, buf: make([]byte, blockSize*16)}
 	return u.file(name, size, r)

@@ -43,7 +43,8 @@ func archive(t testing.TB, headers ...tar.Header) []byte {
 
 func file(name string) tar.Header { return tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644} }
 
-// unpack unpacks in a directory beside a file that is not to be touched, and says whether it went well.
+// unpack unpacks in a directory beside a file that is not to be touched, and says whether it went
+// well.
 func unpack(t testing.TB, data []byte, o treetar.Options) (dir string, err error) {
 	t.Helper()
 	outside := t.TempDir()
@@ -85,25 +86,36 @@ func TestUnpack_Hostile(t *testing.T) {
 		want    string // in the error
 		headers []tar.Header
 	}{
-		"parent":              {unsafe, []tar.Header{file("../secret")}},
-		"deep parent":         {unsafe, []tar.Header{file("a/../../secret")}},
-		"link and through":    {escapes, []tar.Header{link(tar.TypeSymlink, "out", ".."), file("out/secret")}},
-		"absolute link":       {escapes, []tar.Header{link(tar.TypeSymlink, "out", "/"), file("out/tmp/secret")}},
-		"link in the middle":  {escapes, []tar.Header{link(tar.TypeSymlink, "a", "../"), file("a/b/c")}},
-		"hard link":           {unsafe, []tar.Header{link(tar.TypeLink, "mine", "../secret")}},
-		"hard link by a link": {escapes, []tar.Header{link(tar.TypeSymlink, "out", ".."), link(tar.TypeLink, "mine", "out/secret")}},
-		"directory is a link": {escapes, []tar.Header{link(tar.TypeSymlink, "out", ".."), {Typeflag: tar.TypeDir, Name: "out/", Mode: 0o777}}},
-		"device":              {unsafe, []tar.Header{{Typeflag: tar.TypeChar, Name: "null", Devmajor: 1, Devminor: 3, Mode: 0o666}}},
-		"FIFO":                {unsafe, []tar.Header{{Typeflag: tar.TypeFifo, Name: "fifo", Mode: 0o666}}},
+		"parent":             {unsafe, []tar.Header{file("../secret")}},
+		"deep parent":        {unsafe, []tar.Header{file("a/../../secret")}},
+		"link and through":   {escapes, []tar.Header{link(tar.TypeSymlink, "out", ".."), file("out/secret")}},
+		"absolute link":      {escapes, []tar.Header{link(tar.TypeSymlink, "out", "/"), file("out/tmp/secret")}},
+		"link in the middle": {escapes, []tar.Header{link(tar.TypeSymlink, "a", "../"), file("a/b/c")}},
+		"hard link":          {unsafe, []tar.Header{link(tar.TypeLink, "mine", "../secret")}},
+		"hard link by a link": {
+			escapes,
+			[]tar.Header{link(tar.TypeSymlink, "out", ".."), link(tar.TypeLink, "mine", "out/secret")},
+		},
+		"directory is a link": {
+			escapes,
+			[]tar.Header{link(tar.TypeSymlink, "out", ".."), {Typeflag: tar.TypeDir, Name: "out/", Mode: 0o777}},
+		},
+		"device": {
+			unsafe,
+			[]tar.Header{{Typeflag: tar.TypeChar, Name: "null", Devmajor: 1, Devminor: 3, Mode: 0o666}},
+		},
+		"FIFO": {unsafe, []tar.Header{{Typeflag: tar.TypeFifo, Name: "fifo", Mode: 0o666}}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := unpack(t, archive(t, c.headers...), treetar.Options{Owners: os.Getuid() == 0}); err == nil || !strings.Contains(err.Error(), c.want) {
+			if _, err := unpack(t, archive(t, c.headers...), treetar.Options{Owners: os.Getuid() == 0}); err == nil ||
+				!strings.Contains(err.Error(), c.want) {
 				t.Errorf("got %v", err)
 			}
 		})
 	}
 	// A link that was there may be replaced, but is not followed.
-	dir, err := unpack(t, archive(t, link(tar.TypeSymlink, "f", "../secret"), file("f"), file("/absolute")), treetar.Options{})
+	dir, err := unpack(t, archive(t, link(tar.TypeSymlink, "f", "../secret"), file("f"), file("/absolute")),
+		treetar.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +124,8 @@ func TestUnpack_Hostile(t *testing.T) {
 			t.Errorf("%s: %v, %v", name, fi, err)
 		}
 	}
-	dir, err = unpack(t, archive(t, tar.Header{Typeflag: tar.TypeReg, Name: "s", Mode: 0o4755, Uid: 7, Gid: 7}), treetar.Options{})
+	dir, err = unpack(t, archive(t, tar.Header{Typeflag: tar.TypeReg, Name: "s", Mode: 0o4755, Uid: 7, Gid: 7}),
+		treetar.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,16 +145,20 @@ func FuzzUnpack(f *testing.F) {
 	})
 }
 
-// Holes take no room in an archive, and what is between them comes whole; more holes than anybody has are refused at once.
+// Holes take no room in an archive, and what is between them comes whole; more holes than anybody
+// has are refused at once.
 func TestPackSparse(t *testing.T) {
 	for name, test := range map[string]struct {
 		size   int64
 		data   map[int64]string
 		refuse bool
 	}{
-		"all a hole":       {size: 5 << 20},
-		"one byte":         {size: 5<<20 + 1, data: map[int64]string{5 << 20: "x"}},
-		"pieces":           {size: 40 << 20, data: map[int64]string{0: "begin", 10 << 20: strings.Repeat("middle", 10_000), 39 << 20: "end"}},
+		"all a hole": {size: 5 << 20},
+		"one byte":   {size: 5<<20 + 1, data: map[int64]string{5 << 20: "x"}},
+		"pieces": {
+			size: 40 << 20,
+			data: map[int64]string{0: "begin", 10 << 20: strings.Repeat("middle", 10_000), 39 << 20: "end"},
+		},
 		"more than anyone": {size: 1 << 40, data: map[int64]string{0: "x"}, refuse: true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -157,7 +174,8 @@ func TestPackSparse(t *testing.T) {
 				}
 			}
 			when := time.Unix(1600000000, 123456789)
-			if err := errors.Join(f.Truncate(test.size), os.WriteFile(filepath.Join(from, "z"), []byte("z"), 0o640), f.Chmod(0o604), os.Chtimes(f.Name(), when, when)); err != nil {
+			if err := errors.Join(f.Truncate(test.size), os.WriteFile(filepath.Join(from, "z"), []byte("z"), 0o640),
+				f.Chmod(0o604), os.Chtimes(f.Name(), when, when)); err != nil {
 				t.Fatal(err)
 			}
 			var b bytes.Buffer
@@ -205,7 +223,10 @@ func (w *onWrite) Write(p []byte) (int, error) {
 func TestPack_Changes(t *testing.T) {
 	dir := t.TempDir()
 	large := bytes.Repeat([]byte("large"), 200_000)
-	for name, data := range map[string][]byte{"a": []byte("first"), "cut": large, "gone": []byte("gone"), "grows": []byte("1"), "z": []byte("last")} {
+	for name, data := range map[string][]byte{
+		"a": []byte("first"), "cut": large, "gone": []byte("gone"),
+		"grows": []byte("1"), "z": []byte("last"),
+	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -214,7 +235,8 @@ func TestPack_Changes(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := &onWrite{do: func() {
-		err := errors.Join(os.Remove(filepath.Join(dir, "gone")), os.RemoveAll(filepath.Join(dir, "lost")), os.WriteFile(filepath.Join(dir, "grows"), []byte("123"), 0o600))
+		err := errors.Join(os.Remove(filepath.Join(dir, "gone")), os.RemoveAll(filepath.Join(dir, "lost")),
+			os.WriteFile(filepath.Join(dir, "grows"), []byte("123"), 0o600))
 		if err != nil {
 			t.Error(err)
 		}
@@ -248,10 +270,12 @@ func TestPack_Changes(t *testing.T) {
 		}
 		got[h.Name] = int(n)
 	}
-	if diff := cmp.Diff(map[string]int{"a": 5, "cut": len(large), "grows": 3, "z": 4}, got); diff != "" || cut != len(large) {
+	if diff := cmp.Diff(map[string]int{"a": 5, "cut": len(large), "grows": 3, "z": 4}, got); diff != "" ||
+		cut != len(large) {
 		t.Error(diff)
 	}
-	if err := left.Err(); err == nil || err.Error() != `left out "cut": became shorter while it was read, and is filled up with zeros` {
+	if err := left.Err(); err == nil ||
+		err.Error() != `left out "cut": became shorter while it was read, and is filled up with zeros` {
 		t.Errorf("got %v", err)
 	}
 }
@@ -265,13 +289,17 @@ func TestUnpack_Private(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	headers := []tar.Header{{Typeflag: tar.TypeDir, Name: "d/", Mode: 0o755}, {Typeflag: tar.TypeFifo, Name: "d/f", Mode: 0o600}}
+	headers := []tar.Header{
+		{Typeflag: tar.TypeDir, Name: "d/", Mode: 0o755},
+		{Typeflag: tar.TypeFifo, Name: "d/f", Mode: 0o600},
+	}
 	err = treetar.Unpack(bytes.NewReader(archive(t, headers...)), root, treetar.Options{Odd: func(*tar.Header) error {
 		fi, err := os.Stat(filepath.Join(dir, "d"))
 		seen = fi.Mode().Perm()
 		return errors.Join(err, syscall.Mkfifo(filepath.Join(dir, "d/f"), 0o600))
 	}})
-	if fi, statErr := os.Stat(filepath.Join(dir, "d")); err != nil || statErr != nil || fi.Mode().Perm() != 0o755 || seen != 0o700 {
+	if fi, statErr := os.Stat(filepath.Join(dir, "d")); err != nil || statErr != nil || fi.Mode().Perm() != 0o755 ||
+		seen != 0o700 {
 		t.Errorf("meanwhile %v, then %v, %v, %v", seen, fi, statErr, err)
 	}
 }

@@ -57,7 +57,8 @@ func handler(args []string) error {
 
 const page = 4096
 
-// fakeVMM has memory of the size args[1] in two regions, connects to args[0], and does what its input says, a line each:
+// fakeVMM has memory of the size args[1] in two regions, connects to args[0], and does what its
+// input says, a line each:
 //
 //	read PAGE      answers with the page's first bytes as text
 //	write PAGE     writes to it
@@ -200,7 +201,10 @@ func newUserfaultfd(memory []byte) (int, error) {
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, 0xc018aa3f, uintptr(unsafe.Pointer(&api))); errno != 0 {
 		return -1, errno
 	}
-	register := struct{ start, n, mode, ioctls uint64 }{uint64(uintptr(unsafe.Pointer(unsafe.SliceData(memory)))), uint64(len(memory)), 1, 0}
+	register := struct{ start, n, mode, ioctls uint64 }{
+		uint64(uintptr(unsafe.Pointer(unsafe.SliceData(memory)))),
+		uint64(len(memory)), 1, 0,
+	}
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, 0xc020aa00, uintptr(unsafe.Pointer(&register))); errno != 0 {
 		return -1, errno
 	}
@@ -259,7 +263,8 @@ func startAs(t testing.TB, uid int, what string, args ...string) *vmm {
 	if uid != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 	}
-	cmd.Env = append(os.Environ(), childVariable+"="+what, childArgs+"="+strings.Join(args, "\n"), "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(os.Environ(), childVariable+"="+what, childArgs+"="+strings.Join(args, "\n"),
+		"GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	in, ierr := cmd.StdinPipe()
 	out, oerr := cmd.StdoutPipe()

@@ -28,8 +28,8 @@ func peerOf(conn *net.UnixConn) (p peer, uid int, err error) {
 			return
 		}
 		p.pid, uid = int(cred.Pid), int(cred.Uid)
-		// Before Linux 6.5 the process may be another by now, if it is gone and its number is given again; the caller
-		// finds it gone by the connection's end.
+		// Before Linux 6.5 the process may be another by now, if it is gone and its number is given
+		// again; the caller finds it gone by the connection's end.
 		if p.pidfd, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD); err != nil {
 			p.pidfd, err = unix.PidfdOpen(p.pid, 0)
 		}
@@ -40,13 +40,15 @@ func peerOf(conn *net.UnixConn) (p peer, uid int, err error) {
 	return p, uid, errors.Join(err, cerr)
 }
 
-// errNoGuard says that the VMM does not hold its end of the connection, as Firecracker before 1.12 does not.
+// errNoGuard says that the VMM does not hold its end of the connection, as Firecracker before 1.12
+// does not.
 var errNoGuard = errors.New("the VMM has closed its connection")
 
-// guard makes the kernel kill the VMM when our end of the connection closes, so also when this process is killed. A
-// socket can have a signal sent to a process when something happens to it (fcntl's O_ASYNC, F_SETOWN, F_SETSIG); here it is
-// the VMM's own end that signals the VMM. What was sent has been read, so nothing but the end is left to happen. For us to
-// set this up the descriptor is borrowed (pidfd_getfd: we are root, or the VMM's parent).
+// guard makes the kernel kill the VMM when our end of the connection closes, so also when this
+// process is killed. A socket can have a signal sent to a process when something happens to it
+// (fcntl's O_ASYNC, F_SETOWN, F_SETSIG); here it is the VMM's own end that signals the VMM. What
+// was sent has been read, so nothing but the end is left to happen. For us to set this up the
+// descriptor is borrowed (pidfd_getfd: we are root, or the VMM's parent).
 //
 // PR_SET_PDEATHSIG would not do: the jailer's change of user clears it.
 func (p peer) guard(conn *net.UnixConn) error {

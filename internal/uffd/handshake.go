@@ -29,7 +29,8 @@ type region struct {
 	base, size, offset uint64 // bytes
 }
 
-// message is an element of what the VMM sends. Firecracker until 1.11 has page_size_kib only, in bytes all the same.
+// message is an element of what the VMM sends. Firecracker until 1.11 has page_size_kib only, in
+// bytes all the same.
 type message struct {
 	Base        uint64 `json:"base_host_virt_addr"`
 	Size        uint64 `json:"size"`
@@ -102,8 +103,8 @@ func closeAll(fds []int) {
 	}
 }
 
-// userfaultfd makes a file of a descriptor that somebody has sent, if it is a userfaultfd. Reads of it must not block,
-// and do so under the runtime's poller.
+// userfaultfd makes a file of a descriptor that somebody has sent, if it is a userfaultfd. Reads of
+// it must not block, and do so under the runtime's poller.
 func userfaultfd(fd int) (*os.File, error) {
 	name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
 	if err != nil {
@@ -140,13 +141,17 @@ func parseRegions(data []byte, size int64) (regions []region, pageSize int64, er
 			return nil, 0, fmt.Errorf("%w: pages of %d bytes", ErrProtocol, page)
 		}
 		r := region{base: m.Base, size: m.Size, offset: m.Offset}
-		if r.size == 0 || (r.base|r.size|r.offset)%page != 0 || r.base+r.size < r.base || r.offset > uint64(size) || r.size > uint64(size)-r.offset {
-			return nil, 0, fmt.Errorf("%w: %d bytes at %#x, from %d of a file of %d", ErrProtocol, r.size, r.base, r.offset, size)
+		if r.size == 0 || (r.base|r.size|r.offset)%page != 0 || r.base+r.size < r.base || r.offset > uint64(size) ||
+			r.size > uint64(size)-r.offset {
+			return nil, 0,
+				fmt.Errorf("%w: %d bytes at %#x, from %d of a file of %d", ErrProtocol, r.size, r.base, r.offset, size)
 		}
 		regions = append(regions, r)
 		sum += r.size
 	}
-	if overlap(regions, func(r region) uint64 { return r.base }) || overlap(regions, func(r region) uint64 { return r.offset }) {
+	if overlap(regions, func(r region) uint64 {
+		return r.base
+	}) || overlap(regions, func(r region) uint64 { return r.offset }) {
 		return nil, 0, fmt.Errorf("%w: regions overlap", ErrProtocol)
 	}
 	if sum != uint64(size) {

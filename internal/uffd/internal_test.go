@@ -19,23 +19,29 @@ func TestParseRegions(t *testing.T) {
 		size int64
 		ok   bool
 	}{
-		"Good":           {good, 12288, true},
-		"OldPageSize":    {`[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size_kib":4096}]`, 4096, true},
-		"HugePages":      {`[{"base_host_virt_addr":4194304,"size":2097152,"offset":0,"page_size":2097152}]`, 2 << 20, true},
-		"LargerFile":     {good, 16384, false},
-		"SmallerFile":    {good, 8192, false},
-		"Empty":          {`[]`, 4096, false},
-		"Object":         {`{}`, 4096, false},
-		"NoPageSize":     {`[{"base_host_virt_addr":4096,"size":4096,"offset":0}]`, 4096, false},
-		"OddPageSize":    {`[{"base_host_virt_addr":8192,"size":8192,"offset":0,"page_size":8192}]`, 8192, false},
-		"TwoPageSizes":   {`[{"base_host_virt_addr":4194304,"size":2097152,"offset":0,"page_size":4096},{"base_host_virt_addr":8388608,"size":2097152,"offset":2097152,"page_size":2097152}]`, 4 << 20, false},
-		"Negative":       {`[{"base_host_virt_addr":4096,"size":-4096,"offset":0,"page_size":4096}]`, 4096, false},
-		"NoSize":         {`[{"base_host_virt_addr":4096,"size":0,"offset":0,"page_size":4096}]`, 4096, false},
-		"OddBase":        {`[{"base_host_virt_addr":4097,"size":4096,"offset":0,"page_size":4096}]`, 4096, false},
-		"OddSize":        {`[{"base_host_virt_addr":4096,"size":4095,"offset":0,"page_size":4096}]`, 4095, false},
-		"AddressWraps":   {`[{"base_host_virt_addr":18446744073709547520,"size":8192,"offset":0,"page_size":4096}]`, 8192, false},
-		"OffsetOutside":  {`[{"base_host_virt_addr":4096,"size":4096,"offset":4096,"page_size":4096}]`, 4096, false},
-		"OffsetWraps":    {`[{"base_host_virt_addr":4096,"size":4096,"offset":18446744073709547520,"page_size":4096}]`, 4096, false},
+		"Good":         {good, 12288, true},
+		"OldPageSize":  {`[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size_kib":4096}]`, 4096, true},
+		"HugePages":    {`[{"base_host_virt_addr":4194304,"size":2097152,"offset":0,"page_size":2097152}]`, 2 << 20, true},
+		"LargerFile":   {good, 16384, false},
+		"SmallerFile":  {good, 8192, false},
+		"Empty":        {`[]`, 4096, false},
+		"Object":       {`{}`, 4096, false},
+		"NoPageSize":   {`[{"base_host_virt_addr":4096,"size":4096,"offset":0}]`, 4096, false},
+		"OddPageSize":  {`[{"base_host_virt_addr":8192,"size":8192,"offset":0,"page_size":8192}]`, 8192, false},
+		"TwoPageSizes": {`[{"base_host_virt_addr":4194304,"size":2097152,"offset":0,"page_size":4096},{"base_host_virt_addr":8388608,"size":2097152,"offset":2097152,"page_size":2097152}]`, 4 << 20, false},
+		"Negative":     {`[{"base_host_virt_addr":4096,"size":-4096,"offset":0,"page_size":4096}]`, 4096, false},
+		"NoSize":       {`[{"base_host_virt_addr":4096,"size":0,"offset":0,"page_size":4096}]`, 4096, false},
+		"OddBase":      {`[{"base_host_virt_addr":4097,"size":4096,"offset":0,"page_size":4096}]`, 4096, false},
+		"OddSize":      {`[{"base_host_virt_addr":4096,"size":4095,"offset":0,"page_size":4096}]`, 4095, false},
+		"AddressWraps": {
+			`[{"base_host_virt_addr":18446744073709547520,"size":8192,"offset":0,"page_size":4096}]`, 8192,
+			false,
+		},
+		"OffsetOutside": {`[{"base_host_virt_addr":4096,"size":4096,"offset":4096,"page_size":4096}]`, 4096, false},
+		"OffsetWraps": {
+			`[{"base_host_virt_addr":4096,"size":4096,"offset":18446744073709547520,"page_size":4096}]`, 4096,
+			false,
+		},
 		"SameAddress":    {`[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096},{"base_host_virt_addr":4096,"size":4096,"offset":4096,"page_size":4096}]`, 8192, false},
 		"AddressOverlap": {`[{"base_host_virt_addr":4096,"size":8192,"offset":0,"page_size":4096},{"base_host_virt_addr":8192,"size":4096,"offset":8192,"page_size":4096}]`, 12288, false},
 		"OffsetOverlap":  {`[{"base_host_virt_addr":4096,"size":8192,"offset":0,"page_size":4096},{"base_host_virt_addr":65536,"size":4096,"offset":4096,"page_size":4096}]`, 12288, false},
@@ -51,7 +57,8 @@ func TestParseRegions(t *testing.T) {
 // What is taken for regions lies in the file and covers it.
 func FuzzParseRegions(f *testing.F) {
 	f.Add([]byte(`[{"base_host_virt_addr":4096,"size":8192,"offset":0,"page_size":4096}]`), int64(8192))
-	f.Add([]byte(`[{"base_host_virt_addr":4096,"size":4096,"offset":4096,"page_size":4096},{"base_host_virt_addr":65536,"size":4096,"offset":0,"page_size_kib":4096}]`), int64(8192))
+	f.Add([]byte(
+		`[{"base_host_virt_addr":4096,"size":4096,"offset":4096,"page_size":4096},{"base_host_virt_addr":65536,"size":4096,"offset":0,"page_size_kib":4096}]`), int64(8192))
 	f.Fuzz(func(t *testing.T, data []byte, size int64) {
 		if size <= 0 || size > 1<<20 {
 			return // the file is ours
@@ -90,10 +97,14 @@ func TestSet(t *testing.T) {
 		}
 	}
 	for name, text := range map[string]string{
-		"Empty": "", "Other": "something else\n", "NoSizes": setHeader + "\n", "OddSize": setHeader + "\n4096 5000\n", "OddPage": setHeader + "\n1000 5000\n",
-		"Outside": setHeader + "\n4096 8192\n1 2\n", "Negative": setHeader + "\n4096 8192\n-1 2\n", "None": setHeader + "\n4096 8192\n0 0\n",
-		"Overlap": setHeader + "\n4096 8192\n0 1\n0 1\n", "Words": setHeader + "\n4096 8192\nzero one\n", "Huge": setHeader + "\n4096 8192\n0 9223372036854775807\n",
-		"Wraps": setHeader + "\n4096 9223372036854771712\n1 9223372036854775807\n", "More": setHeader + "\n4096 8192\n0 1 1\n", "Line": setHeader + "\n4096 8192\n" + strings.Repeat("1", 70_000),
+		"Empty": "", "Other": "something else\n", "NoSizes": setHeader + "\n", "OddSize": setHeader + "\n4096 5000\n",
+		"OddPage": setHeader + "\n1000 5000\n",
+		"Outside": setHeader + "\n4096 8192\n1 2\n", "Negative": setHeader + "\n4096 8192\n-1 2\n",
+		"None":    setHeader + "\n4096 8192\n0 0\n",
+		"Overlap": setHeader + "\n4096 8192\n0 1\n0 1\n", "Words": setHeader + "\n4096 8192\nzero one\n",
+		"Huge":  setHeader + "\n4096 8192\n0 9223372036854775807\n",
+		"Wraps": setHeader + "\n4096 9223372036854771712\n1 9223372036854775807\n",
+		"More":  setHeader + "\n4096 8192\n0 1 1\n", "Line": setHeader + "\n4096 8192\n" + strings.Repeat("1", 70_000),
 		"Large": setHeader + "\n4096 8192\n" + strings.Repeat("\n", maxSetFile),
 	} {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {

@@ -32,8 +32,8 @@ func parseEvent(b []byte) event {
 	return e
 }
 
-// copyPages fills missing pages. Done is how many bytes came to be there, also where it fails; EAGAIN without any is that
-// an event of removal waits to be read.
+// copyPages fills missing pages. Done is how many bytes came to be there, also where it fails;
+// EAGAIN without any is that an event of removal waits to be read.
 func copyPages(fd int, dst, src, n uint64) (done uint64, err error) {
 	arg := struct {
 		dst, src, n, mode uint64

@@ -38,12 +38,15 @@ func load(vm *bare.VM, state, socket string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	return vm.LoadSnapshot(ctx, firecracker.SnapshotLoadParams{
-		SnapshotPath: state, MemBackend: &firecracker.MemBackend{BackendType: firecracker.MemBackendUffd, BackendPath: socket},
+		SnapshotPath: state,
+		MemBackend:   &firecracker.MemBackend{BackendType: firecracker.MemBackendUffd, BackendPath: socket},
 	})
 }
 
 func TestReal_GoesOn(t *testing.T) {
-	state, memory := realSnapshot(t, tinyguest.Guest{Then: tinyguest.Count}, 128, func(vm *bare.VM) bool { return len(vm.Counts()) > 5 })
+	state, memory := realSnapshot(t, tinyguest.Guest{Then: tinyguest.Count}, 128, func(vm *bare.VM) bool {
+		return len(vm.Counts()) > 5
+	})
 	dir := t.TempDir()
 	testenv.NoLeaks(t)
 	s := uffd.NewServer(nil)
@@ -51,7 +54,11 @@ func TestReal_GoesOn(t *testing.T) {
 		a := make(alarm, 1)
 		vm := bare.Start(t, dir, "api")
 		must(t, os.RemoveAll(filepath.Join(dir, "memory.socket")))
-		session, err := s.Listen(uffd.Options{Socket: filepath.Join(dir, "memory.socket"), Memory: memory, UID: os.Getuid(), GID: os.Getgid(), Failed: a.tell})
+		session, err := s.Listen(
+			uffd.Options{
+				Socket: filepath.Join(dir, "memory.socket"), Memory: memory, UID: os.Getuid(), GID: os.Getgid(),
+				Failed: a.tell,
+			})
 		must(t, err)
 		must(t, load(vm, state, "memory.socket"))
 		must(t, vm.Resume(t.Context()))
@@ -74,7 +81,8 @@ func TestReal_GoesOn(t *testing.T) {
 	must(t, s.Close())
 }
 
-// A guest that touches 16,000 pages waits at least ten times less often when they were recorded once.
+// A guest that touches 16,000 pages waits at least ten times less often when they were recorded
+// once.
 func TestReal_RecordedSet(t *testing.T) {
 	const pages = 16_000
 	dots := func(vm *bare.VM) bool { return strings.Count(vm.Output(), ".") > 1 }
@@ -83,7 +91,8 @@ func TestReal_RecordedSet(t *testing.T) {
 	restore := func(set *uffd.Set) (uffd.Stats, *uffd.Set) {
 		dir := t.TempDir()
 		vm := bare.Start(t, dir, "api")
-		session, err := s.Listen(uffd.Options{Socket: filepath.Join(dir, "m"), Memory: memory, UID: os.Getuid(), GID: os.Getgid(), Prefetch: set})
+		session, err := s.Listen(
+			uffd.Options{Socket: filepath.Join(dir, "m"), Memory: memory, UID: os.Getuid(), GID: os.Getgid(), Prefetch: set})
 		must(t, err)
 		must(t, load(vm, state, "m"))
 		await(t, "what is prefetched", session.Ready())
@@ -111,7 +120,9 @@ func TestReal_RecordedSet(t *testing.T) {
 
 // The handler of a real VMM is killed: so is the VMM, although nobody is there to do it.
 func TestReal_HandlerKilled(t *testing.T) {
-	state, memory := realSnapshot(t, tinyguest.Guest{Then: tinyguest.Count}, 64, func(vm *bare.VM) bool { return len(vm.Counts()) > 1 })
+	state, memory := realSnapshot(t, tinyguest.Guest{Then: tinyguest.Count}, 64, func(vm *bare.VM) bool {
+		return len(vm.Counts()) > 1
+	})
 	dir := t.TempDir()
 	h := startChild(t, "handler", filepath.Join(dir, "m"), memory)
 	h.want("listening")
@@ -126,11 +137,14 @@ func TestReal_HandlerKilled(t *testing.T) {
 // The memory file of a running VM becomes shorter: the alarm comes, and the VMM does not hang.
 func TestReal_MemoryTruncated(t *testing.T) {
 	const pages = 8000
-	state, memory := realSnapshot(t, tinyguest.Guest{Pages: pages, Then: tinyguest.Sweep}, 128, func(vm *bare.VM) bool { return strings.Contains(vm.Output(), ".") })
+	state, memory := realSnapshot(t, tinyguest.Guest{Pages: pages, Then: tinyguest.Sweep}, 128, func(vm *bare.VM) bool {
+		return strings.Contains(vm.Output(), ".")
+	})
 	dir := t.TempDir()
 	s := newServer(t)
 	a := make(alarm, 1)
-	session, err := s.Listen(uffd.Options{Socket: filepath.Join(dir, "m"), Memory: memory, UID: os.Getuid(), GID: os.Getgid(), Failed: a.tell})
+	session, err := s.Listen(
+		uffd.Options{Socket: filepath.Join(dir, "m"), Memory: memory, UID: os.Getuid(), GID: os.Getgid(), Failed: a.tell})
 	must(t, err)
 	vm := bare.Start(t, dir, "api")
 	must(t, load(vm, state, "m"))
@@ -145,7 +159,9 @@ func TestReal_MemoryTruncated(t *testing.T) {
 // In a jail the VMM is another user in another root, and is served and guarded all the same.
 func TestReal_Jailed(t *testing.T) {
 	const uid = 1_900_000_001
-	state, memory := realSnapshot(t, tinyguest.Guest{Then: tinyguest.Count}, 64, func(vm *bare.VM) bool { return len(vm.Counts()) > 3 })
+	state, memory := realSnapshot(t, tinyguest.Guest{Then: tinyguest.Count}, 64, func(vm *bare.VM) bool {
+		return len(vm.Counts()) > 3
+	})
 	s := newServer(t)
 	var session *uffd.Session
 	vm := bare.StartJailed(t, t.TempDir(), uid, func(root string) {
@@ -153,7 +169,8 @@ func TestReal_Jailed(t *testing.T) {
 		must(t, err)
 		must(t, os.WriteFile(filepath.Join(root, "state"), data, 0o600))
 		must(t, os.Chmod(filepath.Join(root, "state"), 0o444)) //nolint:gosec // another user reads it
-		session, err = s.Listen(uffd.Options{Socket: filepath.Join(root, "memory.socket"), Memory: memory, UID: uid, GID: uid})
+		session, err = s.Listen(
+			uffd.Options{Socket: filepath.Join(root, "memory.socket"), Memory: memory, UID: uid, GID: uid})
 		must(t, err)
 	})
 	must(t, load(vm, "state", "memory.socket"))
@@ -187,7 +204,8 @@ func TestLinuxHuge_Real(t *testing.T) {
 	requireUFFD(t)
 	dir := t.TempDir()
 	vm := bare.Start(t, dir, "api")
-	vm.Boot(t, tinyguest.Guest{Pages: pages, Then: tinyguest.Sweep}, firecracker.MachineConfiguration{VCPUCount: 1, MemSizeMiB: mib, HugePages: firecracker.HugePages2M})
+	vm.Boot(t, tinyguest.Guest{Pages: pages, Then: tinyguest.Sweep},
+		firecracker.MachineConfiguration{VCPUCount: 1, MemSizeMiB: mib, HugePages: firecracker.HugePages2M})
 	dots := func(vm *bare.VM) bool {
 		return strings.Count(vm.Output(), ".") > 1 || strings.Contains(vm.Output(), "!")
 	}
@@ -198,7 +216,11 @@ func TestLinuxHuge_Real(t *testing.T) {
 
 	s := newServer(t)
 	to := t.TempDir()
-	session, err := s.Listen(uffd.Options{Socket: filepath.Join(to, "m"), Memory: filepath.Join(dir, "memory"), UID: os.Getuid(), GID: os.Getgid()})
+	session, err := s.Listen(
+		uffd.Options{
+			Socket: filepath.Join(to, "m"), Memory: filepath.Join(dir, "memory"), UID: os.Getuid(),
+			GID: os.Getgid(),
+		})
 	must(t, err)
 	other := bare.Start(t, to, "api")
 	must(t, load(other, filepath.Join(dir, "state"), "m"))

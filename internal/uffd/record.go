@@ -5,18 +5,21 @@ import (
 	"time"
 )
 
-// recordTime is for how long after its start a VM's page faults are recorded, for VMs that start later.
+// recordTime is for how long after its start a VM's page faults are recorded, for VMs that start
+// later.
 const recordTime = 10 * time.Second
 
-// Recording is a Session whose first page faults are recorded in a file, unless they have been before.
+// Recording is a Session whose first page faults are recorded in a file, unless they have been
+// before.
 type Recording struct {
 	*Session
 	timer  *time.Timer // runs record; nil if there is nothing to record
 	record func()
 }
 
-// Record listens for a VM of a snapshot. Set is the file with the pages that VMs of the snapshot have touched at their start: they
-// are fetched before the VM touches them. If there is none, it is written for VMs that start later.
+// Record listens for a VM of a snapshot. Set is the file with the pages that VMs of the snapshot
+// have touched at their start: they are fetched before the VM touches them. If there is none, it is
+// written for VMs that start later.
 func (s *Server) Record(o Options, set string, log *slog.Logger) (*Recording, error) {
 	var err error
 	if o.Prefetch, err = ReadSet(set); err != nil { // that costs page faults, no more

@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// chunk is how much a fault brings at most: pages that are neighbours are mostly wanted soon, and each fault costs a VM
-// two changes of context and a system call of ours.
+// chunk is how much a fault brings at most: pages that are neighbours are mostly wanted soon, and
+// each fault costs a VM two changes of context and a system call of ours.
 const chunk = 256 << 10 // bytes
 
 const (
@@ -127,7 +127,8 @@ func (v *serving) read(wait bool) error {
 	}
 }
 
-// take notes an event. Faults are answered when all that there is has been read, so that removals come first.
+// take notes an event. Faults are answered when all that there is has been read, so that removals
+// come first.
 func (v *serving) take(e event) error {
 	switch e.kind {
 	case eventPagefault:
@@ -285,7 +286,8 @@ func (v *serving) prefetch() (again bool, err error) {
 	return false, nil
 }
 
-// regionOf finds the region that a page of the file is in, and where it ends. All of the file is in one.
+// regionOf finds the region that a page of the file is in, and where it ends. All of the file is in
+// one.
 func (v *serving) regionOf(page int64) (r region, end int64) {
 	for _, r = range v.regions {
 		if end = int64(r.offset+r.size) / v.pageSize; page >= int64(r.offset)/v.pageSize && page < end {

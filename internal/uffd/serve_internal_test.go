@@ -11,8 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A fault is read before the removal that came before it, as the kernel gives them. It has to wait for that, and finds
-// zeros. Here the test itself is the guest: it touches memory by system calls only, as no goroutine may stop elsewhere.
+// A fault is read before the removal that came before it, as the kernel gives them. It has to wait
+// for that, and finds zeros. Here the test itself is the guest: it touches memory by system calls
+// only, as no goroutine may stop elsewhere.
 func TestServing_RemovalPending(t *testing.T) {
 	const page, pages = 4096, 8
 	guest, err := unix.Mmap(-1, 0, pages*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
@@ -20,11 +21,15 @@ func TestServing_RemovalPending(t *testing.T) {
 	defer func() { must(t, unix.Munmap(guest)) }()
 	base := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(guest))))
 	fd := openUserfaultfd(t, base, pages*page)
-	s := &Session{server: NewServer(nil), memory: &memory{data: bytes.Repeat([]byte("x"), pages*page)}, ready: make(chan struct{})}
+	s := &Session{
+		server: NewServer(nil), memory: &memory{data: bytes.Repeat([]byte("x"), pages*page)},
+		ready: make(chan struct{}),
+	}
 	f, err := userfaultfd(fd)
 	must(t, err)
 	defer f.Close()
-	v := s.newServing(&handshake{fd: fd, file: f, regions: []region{{base: base, size: pages * page}}, pageSize: page}, false)
+	v := s.newServing(&handshake{fd: fd, file: f, regions: []region{{base: base, size: pages * page}}, pageSize: page},
+		false)
 
 	r, w, err := os.Pipe()
 	must(t, err)
@@ -82,11 +87,15 @@ func TestServing_ThereAlready(t *testing.T) {
 	defer func() { must(t, unix.Munmap(guest)) }()
 	base := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(guest))))
 	fd := openUserfaultfd(t, base, pages*page)
-	s := &Session{server: NewServer(nil), memory: &memory{data: bytes.Repeat([]byte("x"), pages*page)}, ready: make(chan struct{})}
+	s := &Session{
+		server: NewServer(nil), memory: &memory{data: bytes.Repeat([]byte("x"), pages*page)},
+		ready: make(chan struct{}),
+	}
 	f, err := userfaultfd(fd)
 	must(t, err)
 	defer f.Close()
-	v := s.newServing(&handshake{fd: fd, file: f, regions: []region{{base: base, size: pages * page}}, pageSize: page}, false)
+	v := s.newServing(&handshake{fd: fd, file: f, regions: []region{{base: base, size: pages * page}}, pageSize: page},
+		false)
 	// Behind its back, pages 2 and 5 come to be there.
 	for _, i := range []uint64{2, 5} {
 		_, err := copyPages(fd, base+i*page, address(s.memory.data), page)

@@ -17,17 +17,19 @@ import (
 
 // Options say for which VM a Session is. Socket and Memory are required.
 type Options struct {
-	// Socket is the path of the socket, made for the time until the VMM has connected. The directory must be ours or its
-	// VMM's alone.
+	// Socket is the path of the socket, made for the time until the VMM has connected. The directory
+	// must be ours or its VMM's alone.
 	Socket string
-	// UID and GID are who the VMM runs as: nobody else may connect, and the socket is given to them. Zero: root.
+	// UID and GID are who the VMM runs as: nobody else may connect, and the socket is given to them.
+	// Zero: root.
 	UID, GID int
 	// Memory is the path of the memory file, which does not change.
 	Memory string
-	// Prefetch are pages to bring before they are touched. A set of another file or page size is not used. It may be nil.
+	// Prefetch are pages to bring before they are touched. A set of another file or page size is not
+	// used. It may be nil.
 	Prefetch *Set
-	// Failed is told, at once and once, if the VM cannot be served any more: it is being killed. It may be nil. It is not
-	// called when the VMM ends by itself or the session is closed.
+	// Failed is told, at once and once, if the VM cannot be served any more: it is being killed. It
+	// may be nil. It is not called when the VMM ends by itself or the session is closed.
 	Failed func(error)
 }
 
@@ -86,7 +88,8 @@ func (s *Server) Listen(o Options) (*Session, error) {
 	return session, nil
 }
 
-// listen binds the socket by way of its directory, since a path into a jail may be longer than an address.
+// listen binds the socket by way of its directory, since a path into a jail may be longer than an
+// address.
 func listen(o Options) (*net.UnixListener, error) {
 	dir, err := unix.Open(filepath.Dir(o.Socket), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -130,13 +133,14 @@ func (s *Session) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return Stats{
-		Faults: s.faults.Load(), Copied: s.copied.Load(), Prefetched: s.prefetched.Load(), Zeroed: s.zeroed.Load(), Removed: s.removed.Load(), Retries: s.again.Load(),
+		Faults: s.faults.Load(), Copied: s.copied.Load(), Prefetched: s.prefetched.Load(), Zeroed: s.zeroed.Load(),
+		Removed: s.removed.Load(), Retries: s.again.Load(),
 		PageSize: s.size, Guarded: s.guarded,
 	}
 }
 
-// Touched are the pages that the VM has had so far: those of its faults, with the ones around them, and those that were
-// prefetched. Nil until the VMM has connected.
+// Touched are the pages that the VM has had so far: those of its faults, with the ones around them,
+// and those that were prefetched. Nil until the VMM has connected.
 func (s *Session) Touched() *Set {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -146,8 +150,8 @@ func (s *Session) Touched() *Set {
 	return &Set{PageSize: s.size, Size: s.pages * s.size, Ranges: s.touched.ranges(s.pages)}
 }
 
-// Close ends the session, and kills the VMM if it still runs, as it would hang. It waits until nothing of the session is
-// left but a call of Failed, and is idempotent.
+// Close ends the session, and kills the VMM if it still runs, as it would hang. It waits until
+// nothing of the session is left but a call of Failed, and is idempotent.
 func (s *Session) Close() error {
 	s.interrupt()
 	<-s.done

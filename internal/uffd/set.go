@@ -37,8 +37,8 @@ const (
 // ErrSet says that a file holds no set of pages.
 var ErrSet = errors.New("no set of pages")
 
-// WriteSet replaces a file with a set, as text: a line that says what it is, one with the size of a page and that of the
-// file, and one for each range, its first page and how many.
+// WriteSet replaces a file with a set, as text: a line that says what it is, one with the size of a
+// page and that of the file, and one for each range, its first page and how many.
 func WriteSet(path string, s *Set) error {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "%s\n%d %d\n", setHeader, s.PageSize, s.Size)
@@ -104,7 +104,8 @@ func twoNumbers(lines *bufio.Scanner) (a, b int64, err error) {
 		}
 		return 0, 0, fmt.Errorf("%w: %w", ErrSet, io.EOF)
 	}
-	if n, err := fmt.Sscanf(lines.Text(), "%d %d", &a, &b); n != 2 || err != nil || a < 0 || b < 0 || fmt.Sprintf("%d %d", a, b) != lines.Text() {
+	if n, err := fmt.Sscanf(lines.Text(), "%d %d", &a, &b); n != 2 || err != nil || a < 0 || b < 0 ||
+		fmt.Sprintf("%d %d", a, b) != lines.Text() {
 		return 0, 0, fmt.Errorf("%w: a line that is no two numbers", ErrSet)
 	}
 	return a, b, nil

@@ -137,7 +137,9 @@ func TestSession_Serves(t *testing.T) {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	touched := session.Touched()
-	if diff := cmp.Diff(&uffd.Set{PageSize: page, Size: testPages * page, Ranges: []uffd.Range{{First: 0, Pages: testPages}}}, touched); diff != "" {
+	if diff := cmp.Diff(
+		&uffd.Set{PageSize: page, Size: testPages * page, Ranges: []uffd.Range{{First: 0, Pages: testPages}}},
+		touched); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	if err := errors.Join(session.Err(), session.Close(), session.Close(), s.Close()); err != nil {
@@ -146,7 +148,8 @@ func TestSession_Serves(t *testing.T) {
 	if len(s.Sessions()) > 0 {
 		t.Error("it is still a session")
 	}
-	if _, err := s.Listen(uffd.Options{Memory: filepath.Join(dir, "memory"), Socket: filepath.Join(dir, "s")}); !errors.Is(err, uffd.ErrClosed) {
+	if _, err := s.Listen(uffd.Options{Memory: filepath.Join(dir, "memory"), Socket: filepath.Join(dir, "s")}); !errors.Is(
+		err, uffd.ErrClosed) {
 		t.Errorf("listen after close: %v", err)
 	}
 }
@@ -181,7 +184,8 @@ func TestSession_Prefetch(t *testing.T) {
 	if after.Faults != 0 || after.Prefetched != before.Copied || after.Copied != before.Copied {
 		t.Errorf("with a set: %+v, without: %+v", after, before)
 	}
-	if diff := cmp.Diff(first.Touched(), second.Touched()); diff != "" || len(set.Ranges) != kept || set.Pages() != before.Copied {
+	if diff := cmp.Diff(first.Touched(), second.Touched()); diff != "" || len(set.Ranges) != kept ||
+		set.Pages() != before.Copied {
 		t.Errorf("the set has become another: %s, %+v", diff, set)
 	}
 	// One of another memory is of no use, and does no harm.
@@ -220,7 +224,8 @@ func TestSession_Removed(t *testing.T) {
 	a.silent(t)
 }
 
-// A thread gives pages back while another touches one of them: it finds what was there or zeros, and both go on.
+// A thread gives pages back while another touches one of them: it finds what was there or zeros,
+// and both go on.
 func TestSession_RemovedMeanwhile(t *testing.T) {
 	s := newServer(t)
 	session, vm, a := serve(t, s, uffd.Options{Memory: memoryFile(t, t.TempDir())})

@@ -25,8 +25,9 @@ import (
 	"push.rocks/smartvm/network/wireguard"
 )
 
-// Add logs what a guest of the VM with that directory tries, has the other guests of a network know where this one is, if they reach it, and starts
-// its DNS proxy, on the port that the guest has, or one that it then has. From a network that nothing leaves, questions do not either.
+// Add logs what a guest of the VM with that directory tries, has the other guests of a network know
+// where this one is, if they reach it, and starts its DNS proxy, on the port that the guest has, or
+// one that it then has. From a network that nothing leaves, questions do not either.
 func (u *Upkeep) Add(vmDir string, g *network.Guest, all []attach.Interface, log *slog.Logger) error {
 	n := slices.IndexFunc(all, func(i attach.Interface) bool { return i.Tap == g.Tap })
 	if n >= 0 && all[n].Network.Bridged() {
@@ -46,7 +47,9 @@ func (u *Upkeep) Add(vmDir string, g *network.Guest, all []attach.Interface, log
 	if tried := u.tried; tried != nil {
 		c.Answered = tried.Answered
 		c.Refused = func(name, kind string, by int) {
-			tried.Refused(of.Name, map[filter.Layer]string{filter.OfNetwork: flowlog.OfNetwork, filter.Own: flowlog.OfVM}[filter.Layer(by)], name, kind)
+			tried.Refused(of.Name,
+				map[filter.Layer]string{filter.OfNetwork: flowlog.OfNetwork, filter.Own: flowlog.OfVM}[filter.Layer(by)], name,
+				kind)
 		}
 	}
 	if of.Mutual {
@@ -121,7 +124,8 @@ func (s *servers) all() (all []netip.AddrPort) {
 	return all
 }
 
-// Adopt starts the proxies of the guests among the effects of a VM's run, where they were, and reserves their ports again.
+// Adopt starts the proxies of the guests among the effects of a VM's run, where they were, and
+// reserves their ports again.
 func (u *Upkeep) Adopt(vm attach.VM, effects []journal.Effect, all []attach.Interface, log *slog.Logger) {
 	for _, e := range effects {
 		g, ok := e.(*network.Guest)

@@ -15,7 +15,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// Follow has a VM that runs, as its journal says, be as a spec says in what may be changed: its policy and its ports, all or nothing.
+// Follow has a VM that runs, as its journal says, be as a spec says in what may be changed: its
+// policy and its ports, all or nothing.
 func (u *Upkeep) Follow(ctx context.Context, vm attach.VM, j *journal.Journal, s *spec.Spec) error {
 	first := true
 	for _, e := range j.Effects() {
@@ -84,7 +85,9 @@ func (u *Upkeep) followOne(ctx context.Context, vm attach.VM, g *network.Guest, 
 }
 
 // leaseAndPublish is publish of a port that was not leased before.
-func (u *Upkeep) leaseAndPublish(ctx context.Context, vm attach.VM, g *network.Guest, p *filter.Port, do attach.Do) (err error) {
+func (u *Upkeep) leaseAndPublish(ctx context.Context, vm attach.VM, g *network.Guest, p *filter.Port,
+	do attach.Do,
+) (err error) {
 	if p.Host == 0 {
 		return u.publish(ctx, vm, g, p, do)
 	}
@@ -117,7 +120,8 @@ func unlease(ctx context.Context, vm attach.VM, p filter.Port) (err error) {
 	return err
 }
 
-// match says which ports stay, of those that are published, and which are new. One of the host that is left open is that which was chosen.
+// match says which ports stay, of those that are published, and which are new. One of the host that
+// is left open is that which was chosen.
 func match(now, want []filter.Port) (stay, fresh []filter.Port) {
 	left := slices.Clone(now)
 	take := func(is func(filter.Port) bool) bool {

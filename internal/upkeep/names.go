@@ -14,7 +14,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// names are what the policies of a guest and of its network say of names, as they are at the time, and what the guest may reach because of that.
+// names are what the policies of a guest and of its network say of names, as they are at the time,
+// and what the guest may reach because of that.
 type names struct {
 	guest filter.Names
 
@@ -36,7 +37,8 @@ type reach struct{ since, until time.Time }
 const (
 	// maxReached is how many addresses of a domain a guest reaches at a time.
 	maxReached = 1024
-	// knownTime is how long what was let through need not be let through again, whoever may have removed it meanwhile.
+	// knownTime is how long what was let through need not be let through again, whoever may have
+	// removed it meanwhile.
 	knownTime = 10 * time.Second
 )
 
@@ -83,7 +85,8 @@ func (n *names) followOwn(own *policy.Policy) error {
 	return n.follow(network, own)
 }
 
-// forget lets all addresses through again when they are asked for: the tables do not have them any more.
+// forget lets all addresses through again when they are asked for: the tables do not have them any
+// more.
 func (n *names) forget() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -105,10 +108,15 @@ func (n *names) of(layer filter.Layer, p *policy.Policy) (of dnsproxy.Names, err
 		}
 	}
 	// One that allows addresses alone says nothing of names; one that allows nothing at all does.
-	of.Closed = p.DefaultAction == policy.Deny && (of.Domains != nil || !slices.ContainsFunc(rules, func(r policy.Compiled) bool { return r.Allow }))
+	of.Closed = p.DefaultAction == policy.Deny &&
+		(of.Domains != nil || !slices.ContainsFunc(rules, func(r policy.Compiled) bool {
+			return r.Allow
+		}))
 	// Addresses that the policy names itself are no surprise.
 	of.Local = func(a netip.Addr) bool {
-		return slices.ContainsFunc(rules, func(r policy.Compiled) bool { return r.Allow && r.Prefix.Bits() > 0 && r.Prefix.Contains(a) })
+		return slices.ContainsFunc(rules, func(r policy.Compiled) bool {
+			return r.Allow && r.Prefix.Bits() > 0 && r.Prefix.Contains(a)
+		})
 	}
 	of.Allow = func(_ context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error {
 		for _, d := range domains {

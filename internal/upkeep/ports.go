@@ -14,8 +14,10 @@ import (
 	"push.rocks/smartvm/network/filter"
 )
 
-// Publish takes the ports of a guest from the host's other programs until Close, and chooses those that are 0. Leases of the others have been taken.
-// Where the guest's network is up it leads what comes to ::1 on to the guest. Returns an error that is EADDRINUSE where something listens at a port.
+// Publish takes the ports of a guest from the host's other programs until Close, and chooses those
+// that are 0. Leases of the others have been taken. Where the guest's network is up it leads what
+// comes to ::1 on to the guest. Returns an error that is EADDRINUSE where something listens at a
+// port.
 func (u *Upkeep) Publish(ctx context.Context, vm attach.VM, g *network.Guest, do attach.Do) error {
 	if len(g.Ports) == 0 {
 		return nil
@@ -28,7 +30,9 @@ func (u *Upkeep) Publish(ctx context.Context, vm attach.VM, g *network.Guest, do
 }
 
 // publish takes one port, or chooses it.
-func (u *Upkeep) publish(ctx context.Context, vm attach.VM, g *network.Guest, p *filter.Port, do attach.Do) (err error) {
+func (u *Upkeep) publish(ctx context.Context, vm attach.VM, g *network.Guest, p *filter.Port,
+	do attach.Do,
+) (err error) {
 	switch {
 	case p.Address.Is6() && !p.Address.IsLoopback() && !g.IP6.IsValid():
 		err = errors.New("the VM's network has no IPv6")
@@ -57,7 +61,8 @@ func (u *Upkeep) take(vm attach.VM, g *network.Guest, p filter.Port) error {
 	return nil
 }
 
-// maxTries is how many free ports are tried: one may be free for one address or protocol and not for the other, or be a stopped host's VM's.
+// maxTries is how many free ports are tried: one may be free for one address or protocol and not
+// for the other, or be a stopped host's VM's.
 const maxTries = 32
 
 // choose takes a port that is free, of those that the kernel gives programs which ask for none.

@@ -41,7 +41,12 @@ func newSite(t *testing.T) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	nettest.New(t).Connect(nettest.Link{Name: "uplink", Addresses: []netip.Prefix{netip.MustParsePrefix("198.51.100.1/24"), netip.MustParsePrefix("2001:db8::1/64")}}, nettest.Link{Name: "eth0"})
+	nettest.New(t).Connect(
+		nettest.Link{
+			Name:      "uplink",
+			Addresses: []netip.Prefix{netip.MustParsePrefix("198.51.100.1/24"), netip.MustParsePrefix("2001:db8::1/64")},
+		},
+		nettest.Link{Name: "eth0"})
 	return &site{t, st}
 }
 
@@ -102,8 +107,9 @@ func (l listener) listen() (io.Closer, error) {
 	return config.Listen(context.Background(), l.network, at)
 }
 
-// What a service of the host has is not published, whatever address it has it on and in whatever way; what another address or protocol has is. And a
-// service that comes later does not get what is published.
+// What a service of the host has is not published, whatever address it has it on and in whatever
+// way; what another address or protocol has is. And a service that comes later does not get what is
+// published.
 func TestPublish_Held(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -133,12 +139,36 @@ func TestPublish_Held(t *testing.T) {
 				{proto + "6", up6, 0, unix.SO_REUSEPORT},
 				{proto + "4", every4, 0, unix.SO_BINDTODEVICE},
 			}, nil},
-			{every4, []listener{{proto + "4", local4, 0, 0}, {proto, "", 0, 0}}, []listener{{proto + "6", every6, 0, 0}, {proto + "6", local6, 0, 0}}},
-			{every6, []listener{{proto + "6", local6, 0, 0}, {proto, "", 0, 0}}, []listener{{proto + "4", every4, 0, 0}, {proto + "4", local4, 0, 0}}},
-			{local4, []listener{{proto + "4", local4, 0, 0}, {proto + "4", every4, 0, 0}, {proto, "", 0, 0}}, []listener{{proto + "4", up4, 0, 0}, {proto + "6", every6, 0, 0}}},
-			{up4, []listener{{proto + "4", up4, 0, 0}, {proto + "4", every4, 0, 0}, {proto, "", 0, 0}}, []listener{{proto + "4", local4, 0, 0}}},
-			{local6, []listener{{proto + "6", local6, 0, 0}, {proto + "6", every6, 0, 0}, {proto, "", 0, 0}}, []listener{{proto + "6", up6, 0, 0}, {proto + "4", every4, 0, 0}}},
-			{up6, []listener{{proto + "6", up6, 0, 0}, {proto + "6", every6, 0, 0}, {proto, "", 0, 0}}, []listener{{proto + "6", local6, 0, 0}, {proto + "4", up4, 0, 0}}},
+			{
+				every4,
+				[]listener{{proto + "4", local4, 0, 0}, {proto, "", 0, 0}},
+				[]listener{{proto + "6", every6, 0, 0}, {proto + "6", local6, 0, 0}},
+			},
+			{
+				every6,
+				[]listener{{proto + "6", local6, 0, 0}, {proto, "", 0, 0}},
+				[]listener{{proto + "4", every4, 0, 0}, {proto + "4", local4, 0, 0}},
+			},
+			{
+				local4,
+				[]listener{{proto + "4", local4, 0, 0}, {proto + "4", every4, 0, 0}, {proto, "", 0, 0}},
+				[]listener{{proto + "4", up4, 0, 0}, {proto + "6", every6, 0, 0}},
+			},
+			{
+				up4,
+				[]listener{{proto + "4", up4, 0, 0}, {proto + "4", every4, 0, 0}, {proto, "", 0, 0}},
+				[]listener{{proto + "4", local4, 0, 0}},
+			},
+			{
+				local6,
+				[]listener{{proto + "6", local6, 0, 0}, {proto + "6", every6, 0, 0}, {proto, "", 0, 0}},
+				[]listener{{proto + "6", up6, 0, 0}, {proto + "4", every4, 0, 0}},
+			},
+			{
+				up6,
+				[]listener{{proto + "6", up6, 0, 0}, {proto + "6", every6, 0, 0}, {proto, "", 0, 0}},
+				[]listener{{proto + "6", local6, 0, 0}, {proto + "4", up4, 0, 0}},
+			},
 		} {
 			for i, l := range slices.Concat(tt.services, tt.others) {
 				port++
@@ -222,7 +252,8 @@ func TestPublish_TimeWait(t *testing.T) {
 	}
 }
 
-// Free ports are each VM's own, of those that the kernel gives programs, and known to who looks while the VM runs.
+// Free ports are each VM's own, of those that the kernel gives programs, and known to who looks
+// while the VM runs.
 func TestPublish_Free(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -244,7 +275,8 @@ func TestPublish_Free(t *testing.T) {
 	}
 	seen := map[uint16]bool{40003: true, 40005: true}
 	for i := range 3 {
-		vm, g := s.vm("vm"+strconv.Itoa(i), true, filter.Port{Guest: 80, Protocol: "tcp"}, filter.Port{Guest: 81, Protocol: "tcp"})
+		vm, g := s.vm("vm"+strconv.Itoa(i), true, filter.Port{Guest: 80, Protocol: "tcp"},
+			filter.Port{Guest: 81, Protocol: "tcp"})
 		if _, err := s.publish(vm, g); err != nil {
 			t.Fatal(err)
 		}
@@ -277,7 +309,8 @@ func TestPublish_Free(t *testing.T) {
 	}
 }
 
-// One VM has a port on all addresses, another on one of them: neither gets in the other's way, supervised or not.
+// One VM has a port on all addresses, another on one of them: neither gets in the other's way,
+// supervised or not.
 func TestPublish_Overlapping(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -288,7 +321,8 @@ func TestPublish_Overlapping(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := s.publish(s.vm("second", true, filter.Port{Address: local, Host: 8080, Guest: 80, Protocol: "tcp"}))
-	if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "publish port 127.0.0.1:8080:80: it is taken by VM first") {
+	if !errors.Is(err, unix.EADDRINUSE) ||
+		!strings.Contains(err.Error(), "publish port 127.0.0.1:8080:80: it is taken by VM first") {
 		t.Errorf("got %v", err)
 	}
 	for _, p := range []filter.Port{
@@ -319,12 +353,16 @@ func TestPublish_Families(t *testing.T) {
 		}
 		u.Close()
 	}
-	if _, err := s.publish(s.vm("elsewhere", true, filter.Port{Address: netip.MustParseAddr("203.0.113.1"), Host: 8080, Guest: 80, Protocol: "tcp"})); !errors.Is(err, unix.EADDRNOTAVAIL) {
+	if _, err := s.publish(
+		s.vm("elsewhere", true,
+			filter.Port{Address: netip.MustParseAddr("203.0.113.1"), Host: 8080, Guest: 80, Protocol: "tcp"})); !errors.Is(err,
+		unix.EADDRNOTAVAIL) {
 		t.Errorf("an address that the host does not have: %v", err)
 	}
 }
 
-// What a program sends to ::1 comes to the guest, and back, by TCP with its end and by UDP; what cannot be reached is refused; nobody else is let in.
+// What a program sends to ::1 comes to the guest, and back, by TCP with its end and by UDP; what
+// cannot be reached is refused; nobody else is let in.
 func TestPublish_Loopback(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -334,8 +372,10 @@ func TestPublish_Loopback(t *testing.T) {
 	if err := nettest.Serve(t, "127.0.0.7:80", "web"); err != nil {
 		t.Fatal(err)
 	}
-	vm, g := s.vm("vm", false, filter.Port{Host: 8080, Guest: 80, Protocol: "tcp"}, filter.Port{Host: 8080, Guest: 80, Protocol: "udp"},
-		filter.Port{Address: netip.IPv6Loopback(), Host: 8081, Guest: 80, Protocol: "tcp"}, filter.Port{Host: 8082, Guest: 81, Protocol: "tcp"})
+	vm, g := s.vm("vm", false, filter.Port{Host: 8080, Guest: 80, Protocol: "tcp"},
+		filter.Port{Host: 8080, Guest: 80, Protocol: "udp"},
+		filter.Port{Address: netip.IPv6Loopback(), Host: 8081, Guest: 80, Protocol: "tcp"},
+		filter.Port{Host: 8082, Guest: 81, Protocol: "tcp"})
 	u, err := s.publish(vm, g)
 	if err != nil {
 		t.Fatal(err)
@@ -393,13 +433,15 @@ func TestPublish_Loopback(t *testing.T) {
 	}
 }
 
-// A service that has come while nobody supervised the VM is told of, and the port is the VM's alone again when it is gone.
+// A service that has come while nobody supervised the VM is told of, and the port is the VM's alone
+// again when it is gone.
 func TestUpkeep_AdoptShadowed(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
 	}
 	s := newSite(t)
-	vm, g := s.vm("vm", true, filter.Port{Host: 8080, Guest: 80, Protocol: "tcp"}, filter.Port{Host: 8081, Guest: 80, Protocol: "tcp"})
+	vm, g := s.vm("vm", true, filter.Port{Host: 8080, Guest: 80, Protocol: "tcp"},
+		filter.Port{Host: 8081, Guest: 80, Protocol: "tcp"})
 	if err := os.WriteFile(filepath.Join(s.store.Dir(vm.ID), store.RunJournal), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -420,7 +462,8 @@ func TestUpkeep_AdoptShadowed(t *testing.T) {
 		}
 	}
 	shadows(false, true)
-	if !strings.Contains(log.String(), "something else listens at a published port") || !strings.Contains(log.String(), "port=8081:80") {
+	if !strings.Contains(log.String(), "something else listens at a published port") ||
+		!strings.Contains(log.String(), "port=8081:80") {
 		t.Errorf("logged: %s", &log)
 	}
 	if err := u.Heal(t.Context(), nil); err != nil {

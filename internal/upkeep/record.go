@@ -12,7 +12,8 @@ import (
 	"push.rocks/smartvm/network/flowlog"
 )
 
-// sure logs that nothing of a guest is logged, where that is so. Its tables are of this version, as somebody has looked.
+// sure logs that nothing of a guest is logged, where that is so. Its tables are of this version, as
+// somebody has looked.
 func (u *Upkeep) sure(g *network.Guest) error {
 	of, unsure := u.unsure[g.Tap]
 	if !unsure {
@@ -45,7 +46,8 @@ func (u *Upkeep) record(vmDir string, own *names, of *network.Config, log *slog.
 	}
 	u.unsure[own.guest.Tap] = of.Name
 	c := flowlog.Config{
-		Dir: network.LogDir(filepath.Join(filepath.Dir(vmDir), store.NetworkDir), of.Name), Table: of.Table(), MAC: strings.ToLower(own.guest.MAC), Log: log,
+		Dir: network.LogDir(filepath.Join(filepath.Dir(vmDir), store.NetworkDir), of.Name), Table: of.Table(),
+		MAC: strings.ToLower(own.guest.MAC), Log: log,
 		Event: func(e flowlog.Event) {
 			// The guest's own policy has the last word.
 			if e.Verdict == flowlog.Allowed && e.Policy == flowlog.OfNetwork && own.own() {

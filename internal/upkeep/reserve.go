@@ -22,15 +22,17 @@ import (
 	"push.rocks/smartvm/network/filter"
 )
 
-// reserved is a socket by which no other program of the host gets a port. What is sent there goes to the guest before it comes to the socket, but
-// for what is sent to ::1: the socket gets that where all of IPv6, or ::1, is published.
+// reserved is a socket by which no other program of the host gets a port. What is sent there goes
+// to the guest before it comes to the socket, but for what is sent to ::1: the socket gets that
+// where all of IPv6, or ::1, is published.
 type reserved struct {
 	io.Closer
 	port uint16
 }
 
-// reserve reserves a port on its addresses. Port 0: one that is free on all of them. Where nothing says which addresses, those of IPv6 may be missing, as
-// the host may have none. With an error it returns those that were made before.
+// reserve reserves a port on its addresses. Port 0: one that is free on all of them. Where nothing
+// says which addresses, those of IPv6 may be missing, as the host may have none. With an error it
+// returns those that were made before.
 func reserve(p filter.Port) (all []reserved, err error) {
 	for _, a := range attach.SpecPort(p).Addresses() {
 		at := netip.AddrPortFrom(a, p.Host)
@@ -110,7 +112,8 @@ func bind(at netip.AddrPort) (r reserved, err error) {
 			r, err = reserved{}, fmt.Errorf("reserve %s: %w", at, err)
 		}
 	}()
-	// Connections that a program had there which is gone (TIME_WAIT) are in nobody's way, but sockets that are bound later are in ours.
+	// Connections that a program had there which is gone (TIME_WAIT) are in nobody's way, but sockets
+	// that are bound later are in ours.
 	err = unix.SetsockoptInt(s, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	if err == nil && domain == unix.AF_INET6 {
 		err = unix.SetsockoptInt(s, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
@@ -164,7 +167,8 @@ func (u *Upkeep) adopt(vm attach.VM, g *network.Guest, log *slog.Logger) error {
 			continue
 		}
 		release(sockets)
-		log.Warn("something else listens at a published port: what is sent there goes to the VM", "vm", vm.ID, "port", attach.Flag(p), "err", err)
+		log.Warn("something else listens at a published port: what is sent there goes to the VM", "vm", vm.ID, "port",
+			attach.Flag(p), "err", err)
 		u.ports = append(u.ports, attach.NewPort(p, true))
 		u.lost = func() error { return u.regain(vm, g) }
 	}

@@ -25,8 +25,9 @@ import (
 	"push.rocks/smartvm/network/watch"
 )
 
-// Upkeep is what the process that supervises a VM does for its networks: it answers DNS queries, keeps published ports from other
-// programs, and repairs what others have removed. Its zero value serves.
+// Upkeep is what the process that supervises a VM does for its networks: it answers DNS queries,
+// keeps published ports from other programs, and repairs what others have removed. Its zero value
+// serves.
 type Upkeep struct {
 	cancel   []context.CancelFunc
 	work     sync.WaitGroup
@@ -47,15 +48,20 @@ type socket struct {
 	syscall.Conn
 }
 
-// quietTime is how long after the first change it is told: somebody who removes a network removes more than one thing.
+// quietTime is how long after the first change it is told: somebody who removes a network removes
+// more than one thing.
 const quietTime = 5 * time.Millisecond
 
-// partTime is how often a VM's own part is looked at, at most, where others change rules again and again, or undo what is repaired.
+// partTime is how often a VM's own part is looked at, at most, where others change rules again and
+// again, or undo what is repaired.
 const partTime = time.Second
 
-// Look tells when to Heal: at intervals, when somebody has changed something, and, with the VM's directory, when a process asks by that, until ctx
-// ends. What comes by the first channel wants to know what came of it. By the second it tells when to HealPart.
-func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, every time.Duration, log *slog.Logger) (<-chan func(error), <-chan struct{}) {
+// Look tells when to Heal: at intervals, when somebody has changed something, and, with the VM's
+// directory, when a process asks by that, until ctx ends. What comes by the first channel wants to
+// know what came of it. By the second it tells when to HealPart.
+func (u *Upkeep) Look(ctx context.Context, dir string, all []attach.Interface, every time.Duration,
+	log *slog.Logger,
+) (<-chan func(error), <-chan struct{}) {
 	now, part := make(chan func(error), 1), make(chan struct{}, 1)
 	tell := func() {
 		select {
@@ -154,7 +160,8 @@ func ask(ctx context.Context, now chan<- func(error)) error {
 	}
 }
 
-// await tells at each tick, and when something has changed: then it is over, as a bridge that was removed will be another. Listen nil: no changes.
+// await tells at each tick, and when something has changed: then it is over, as a bridge that was
+// removed will be another. Listen nil: no changes.
 func await(ctx context.Context, tick <-chan time.Time, listen func(context.Context, func()) error, tell func()) error {
 	var work sync.WaitGroup
 	defer work.Wait()
@@ -181,13 +188,14 @@ func await(ctx context.Context, tick <-chan time.Time, listen func(context.Conte
 	}
 }
 
-// Heal restores a VM's part in its networks when those had to be restored themselves, or when others have removed or changed it. Effects are those of
-// its run.
+// Heal restores a VM's part in its networks when those had to be restored themselves, or when
+// others have removed or changed it. Effects are those of its run.
 func (u *Upkeep) Heal(ctx context.Context, effects []journal.Effect) error {
 	return u.heal(ctx, effects, false)
 }
 
-// HealPart does so without a look at the networks themselves, for which it need not wait for those who do, unless more is amiss than the guest's own part.
+// HealPart does so without a look at the networks themselves, for which it need not wait for those
+// who do, unless more is amiss than the guest's own part.
 func (u *Upkeep) HealPart(ctx context.Context, effects []journal.Effect) error {
 	if u.heal(ctx, effects, true) == nil {
 		return nil
@@ -264,7 +272,8 @@ func (u *Upkeep) hold(ctx context.Context, e *network.Use) error {
 	return err
 }
 
-// announce has the other guests of a network know where this one is. It does not hold up the start: without it they find it later.
+// announce has the other guests of a network know where this one is. It does not hold up the start:
+// without it they find it later.
 func (u *Upkeep) announce(g *network.Guest, log *slog.Logger) {
 	bridge, text, addresses := g.Bridge(), g.MAC, []netip.Addr{g.IP4, g.IP6}
 	u.work.Go(func() {
@@ -295,7 +304,8 @@ func (u *Upkeep) rebind(bridge string) error {
 	return nil
 }
 
-// Close ends the DNS proxies, gives up ports, and waits for Look to end. Names have no addresses then until another process supervises the VM.
+// Close ends the DNS proxies, gives up ports, and waits for Look to end. Names have no addresses
+// then until another process supervises the VM.
 func (u *Upkeep) Close() {
 	for _, cancel := range u.cancel {
 		cancel()

@@ -17,8 +17,10 @@ type Limits struct {
 
 // Flags adds them.
 func (l *Limits) Flags(f *pflag.FlagSet) {
-	f.Var(&l.size, "max-image-size", "what an image, or all -v of a VM, may hold: `size` in MiB, or like 64G; 32G without it [$SMARTVM_MAX_IMAGE_SIZE]")
-	f.Int64Var(&l.entries, "max-image-entries", 0, "`how many` files and directories, 524288 without it [$SMARTVM_MAX_IMAGE_ENTRIES]")
+	f.Var(&l.size, "max-image-size",
+		"what an image, or all -v of a VM, may hold: `size` in MiB, or like 64G; 32G without it [$SMARTVM_MAX_IMAGE_SIZE]")
+	f.Int64Var(&l.entries, "max-image-entries", 0,
+		"`how many` files and directories, 524288 without it [$SMARTVM_MAX_IMAGE_ENTRIES]")
 }
 
 // Finish asks the environment about those that were not given, and checks them.

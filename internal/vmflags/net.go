@@ -13,7 +13,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// networks sets the interfaces. A guest of an image gets one unless it is told otherwise, where one can be made.
+// networks sets the interfaces. A guest of an image gets one unless it is told otherwise, where one
+// can be made.
 func (s *Flags) networks(vm *spec.Spec) error {
 	nets := s.nets
 	if nets == nil && vm.Image != "" && vm.NetworkInterfaces == nil && os.Geteuid() == 0 {
@@ -52,12 +53,15 @@ func (s *Flags) address(vm *spec.Spec) error {
 		return nil
 	}
 	a, err := netip.ParseAddr(s.ip)
-	ours := slices.DeleteFunc(slices.Clone(vm.NetworkInterfaces), func(n spec.NetworkInterface) bool { return n.HostDevName != "" })
+	ours := slices.DeleteFunc(slices.Clone(vm.NetworkInterfaces), func(n spec.NetworkInterface) bool {
+		return n.HostDevName != ""
+	})
 	switch {
 	case err != nil:
 		return fmt.Errorf("--ip %q: want an IPv4 address", s.ip)
 	case len(ours) != 1:
-		return fmt.Errorf("--ip %s: the VM is on %d networks, and it says not on which: want --net NAME,ip=%s", s.ip, len(ours), s.ip)
+		return fmt.Errorf("--ip %s: the VM is on %d networks, and it says not on which: want --net NAME,ip=%s", s.ip,
+			len(ours), s.ip)
 	}
 	for i := range vm.NetworkInterfaces {
 		if n := &vm.NetworkInterfaces[i]; n.HostDevName == "" {
@@ -108,8 +112,8 @@ func addNet(vm *spec.Spec, text string) error {
 // PublishForms are those that ParsePorts takes.
 const PublishForms = "[[IP:][HOST]:]GUEST[/udp]"
 
-// ParsePorts takes [[IP:][HOST]:]GUEST[/udp], with an IPv6 address in brackets. Without HOST it is a free one of the host. HOST and GUEST may be
-// ranges of as many ports, FIRST-LAST.
+// ParsePorts takes [[IP:][HOST]:]GUEST[/udp], with an IPv6 address in brackets. Without HOST it is
+// a free one of the host. HOST and GUEST may be ranges of as many ports, FIRST-LAST.
 func ParsePorts(text string) (all []spec.Port, err error) {
 	rest, protocol, _ := strings.Cut(text, "/")
 	protocol = strings.ToLower(protocol)
@@ -130,10 +134,12 @@ func ParsePorts(text string) (all []spec.Port, err error) {
 		first, last, ok = portRange(host)
 	}
 	if !ok {
-		return nil, fmt.Errorf("-p %s: want %s, ports from 1 to 65535, or ranges of them such as 8000-8009", text, PublishForms)
+		return nil, fmt.Errorf("-p %s: want %s, ports from 1 to 65535, or ranges of them such as 8000-8009",
+			text, PublishForms)
 	}
 	if last-first != guestLast-guestFirst {
-		return nil, fmt.Errorf("-p %s: %d ports of the host lead to %d of the guest", text, last-first+1, guestLast-guestFirst+1)
+		return nil, fmt.Errorf("-p %s: %d ports of the host lead to %d of the guest", text, last-first+1,
+			guestLast-guestFirst+1)
 	}
 	for n := 0; first+n <= last; n++ {
 		p := spec.Port{HostIP: at, GuestPort: uint16(guestFirst + n), Protocol: protocol}
@@ -155,7 +161,8 @@ func parseHost(text string) (h spec.ExtraHost, err error) {
 		h.IP, err = netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(ip, "["), "]"))
 	}
 	if err != nil || h.Name == "" {
-		return h, fmt.Errorf("--add-host %q: want NAME:IP, such as db.example:192.0.2.7 or db.example:[2001:db8::7], or NAME:host-gateway", text)
+		return h, fmt.Errorf(
+			"--add-host %q: want NAME:IP, such as db.example:192.0.2.7 or db.example:[2001:db8::7], or NAME:host-gateway", text)
 	}
 	return h, nil
 }

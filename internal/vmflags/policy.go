@@ -40,10 +40,12 @@ type Policy struct {
 
 // Add adds the flags to f.
 func (s *Policy) Add(f *pflag.FlagSet) {
-	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow", "let the guest reach a `destination`: [PROTOCOL:]TO[:PORTS], PROTOCOL tcp, udp or icmp, TO an address, CIDR, name or *; may be repeated, and the first rule that matches decides")
+	f.Var(&ruleFlag{&s.rules, policy.Allow}, "allow",
+		"let the guest reach a `destination`: [PROTOCOL:]TO[:PORTS], PROTOCOL tcp, udp or icmp, TO an address, CIDR, name or *; may be repeated, and the first rule that matches decides")
 	f.Var(&ruleFlag{&s.rules, policy.Deny}, "deny", "keep the guest from a `destination`, likewise")
 	f.StringVar(&s.fallback, "default", "", "what is done where no rule matches: `action` allow (without this) or deny")
-	f.StringVar(&s.egress, "egress", "", "`public`: of what no rule is about, let the guest reach the internet alone: no private network, no cloud's services for its machines")
+	f.StringVar(&s.egress, "egress", "",
+		"`public`: of what no rule is about, let the guest reach the internet alone: no private network, no cloud's services for its machines")
 	f.BoolVar(&s.host, "allow-host", false, "let the guest reach the host's own addresses")
 	f.StringVar(&s.file, "policy", "", "JSON `file` with the rules; those of --allow and --deny go before them")
 }

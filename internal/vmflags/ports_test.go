@@ -14,10 +14,13 @@ import (
 func TestParsePorts(t *testing.T) {
 	local := netip.MustParseAddr("127.0.0.1")
 	for text, want := range map[string][]spec.Port{
-		"8080:80":                 {{HostPort: 8080, GuestPort: 80}},
-		"127.0.0.1:53:5353/udp":   {{HostIP: local, HostPort: 53, GuestPort: 5353, Protocol: "udp"}},
-		"[::1]:1:65535/tcp":       {{HostIP: netip.IPv6Loopback(), HostPort: 1, GuestPort: 65535, Protocol: "tcp"}},
-		"8000-8001:80-81/udp":     {{HostPort: 8000, GuestPort: 80, Protocol: "udp"}, {HostPort: 8001, GuestPort: 81, Protocol: "udp"}},
+		"8080:80":               {{HostPort: 8080, GuestPort: 80}},
+		"127.0.0.1:53:5353/udp": {{HostIP: local, HostPort: 53, GuestPort: 5353, Protocol: "udp"}},
+		"[::1]:1:65535/tcp":     {{HostIP: netip.IPv6Loopback(), HostPort: 1, GuestPort: 65535, Protocol: "tcp"}},
+		"8000-8001:80-81/udp": {
+			{HostPort: 8000, GuestPort: 80, Protocol: "udp"},
+			{HostPort: 8001, GuestPort: 81, Protocol: "udp"},
+		},
 		"80":                      {{GuestPort: 80}},
 		"53/udp":                  {{GuestPort: 53, Protocol: "udp"}},
 		"53:53/UDP":               {{HostPort: 53, GuestPort: 53, Protocol: "udp"}},
@@ -34,7 +37,11 @@ func TestParsePorts(t *testing.T) {
 			t.Errorf("%s: %s", text, diff)
 		}
 	}
-	for _, text := range []string{"", ":80", "::80", "[::1]:80", "127.0.0.1:80", "0", "127.0.0.1::", "8000-8010:80", "80:", "0:80", "80:0", "65536:80", "8001-8000:80-81", "8000-8009:80", "8000-8009:80-88", "host:80:80", "1-2-3:1-2-3", "-1:80", "80-:80-81"} {
+	for _, text := range []string{
+		"", ":80", "::80", "[::1]:80", "127.0.0.1:80", "0", "127.0.0.1::", "8000-8010:80", "80:",
+		"0:80", "80:0", "65536:80", "8001-8000:80-81", "8000-8009:80", "8000-8009:80-88", "host:80:80", "1-2-3:1-2-3",
+		"-1:80", "80-:80-81",
+	} {
 		if got, err := vmflags.ParsePorts(text); err == nil {
 			t.Errorf("%q: got %+v", text, got)
 		}

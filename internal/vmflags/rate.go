@@ -9,8 +9,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// ParseRate parses bytes a second, such as 512K or 10M (powers of 1024), or bits a second, such as 100mbit (of 1000). 0 is no
-// limit.
+// ParseRate parses bytes a second, such as 512K or 10M (powers of 1024), or bits a second, such as
+// 100mbit (of 1000). 0 is no limit.
 func ParseRate(text string) (*spec.RateLimiter, error) {
 	want := errors.New("want bytes a second, such as 512K or 10M, bits, such as 100mbit, or 0 for no limit")
 	lower := strings.ToLower(text)

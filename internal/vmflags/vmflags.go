@@ -59,42 +59,62 @@ func (s *Flags) Add(f *pflag.FlagSet) {
 	f.SortFlags = false
 	s.memory = defaultMemory
 	f.StringVarP(&s.file, "file", "f", "", "JSON `file` with the configuration, - for stdin; other flags override it")
-	f.StringVarP(&s.kernel, "kernel", "k", "", "vmlinux or bzImage at `path`; of an image, also the name of one with a kernel, or host")
+	f.StringVarP(&s.kernel, "kernel", "k", "",
+		"vmlinux or bzImage at `path`; of an image, also the name of one with a kernel, or host")
 	f.StringVar(&s.initrd, "initrd", "", "initramfs at `path`")
 	f.StringVar(&s.append, "append", "", "kernel command `line`; without it: \""+spec.DefaultBootArgs+"\"")
 	f.IntVarP(&s.cpus, "cpus", "c", defaultCPUs, "`number` of CPUs")
-	f.VarP(&s.memory, "memory", "m", fmt.Sprintf("`size` in MiB, or like 512M or 2G; of an image %d without it", imageMemory))
-	f.StringArrayVar(&s.drives, "drive", nil, "disk `image`: PATH[:ro][,root][,id=NAME] [,ephemeral=BOOL]; may be repeated")
+	f.VarP(&s.memory, "memory", "m",
+		fmt.Sprintf("`size` in MiB, or like 512M or 2G; of an image %d without it", imageMemory))
+	f.StringArrayVar(&s.drives, "drive", nil,
+		"disk `image`: PATH[:ro][,root][,id=NAME] [,ephemeral=BOOL]; may be repeated")
 	f.StringVar(&s.name, "name", "", "a second `handle` for the VM")
 	f.StringVar(&s.id, "id", "", "the VM's `id`; without it one is drawn")
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "`key=value` to keep with the VM; may be repeated")
-	f.StringArrayVar(&s.nets, "net", nil, "`network` to be on: bridge (an image's without this, for root), a network's name, bridge:DEV for a bridge of yours, netns[:NAME] for a namespace of its own, tap:DEV or none; then any of ,id=NAME ,ip=ADDRESS ,mac=ADDRESS ,rx=RATE ,tx=RATE; may be repeated")
-	f.StringVar(&s.ip, "ip", "", "IPv4 `address` that it has on its network; where it is on several: --net NAME,ip=ADDRESS")
-	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `"+PublishForms+"`, or ranges of as many; without HOST a free one, see smartvm port; may be repeated")
-	f.BoolVarP(&s.publishAll, "publish-all", "P", false, "of an image: publish each port that it exposes at a free one of the host")
-	f.StringArrayVar(&s.dns, "dns", nil, "`address` of a server that answers the guest for names, in place of the host's; may be repeated")
-	f.StringArrayVar(&s.search, "dns-search", nil, "of an image: `domain` in which its guest looks for names that are not whole; may be repeated")
-	f.StringArrayVar(&s.hosts, "add-host", nil, "of an image: `NAME:IP` to have in its guest's /etc/hosts, or NAME:host-gateway for the host's address on the network; may be repeated")
+	f.StringArrayVar(&s.nets, "net", nil,
+		"`network` to be on: bridge (an image's without this, for root), a network's name, bridge:DEV for a bridge of yours, netns[:NAME] for a namespace of its own, tap:DEV or none; then any of ,id=NAME ,ip=ADDRESS ,mac=ADDRESS ,rx=RATE ,tx=RATE; may be repeated")
+	f.StringVar(&s.ip, "ip", "",
+		"IPv4 `address` that it has on its network; where it is on several: --net NAME,ip=ADDRESS")
+	f.StringArrayVarP(&s.publish, "publish", "p", nil, "port of the host that leads to the guest's: `"+PublishForms+
+		"`, or ranges of as many; without HOST a free one, see smartvm port; may be repeated")
+	f.BoolVarP(&s.publishAll, "publish-all", "P", false,
+		"of an image: publish each port that it exposes at a free one of the host")
+	f.StringArrayVar(&s.dns, "dns", nil,
+		"`address` of a server that answers the guest for names, in place of the host's; may be repeated")
+	f.StringArrayVar(&s.search, "dns-search", nil,
+		"of an image: `domain` in which its guest looks for names that are not whole; may be repeated")
+	f.StringArrayVar(&s.hosts, "add-host", nil,
+		"of an image: `NAME:IP` to have in its guest's /etc/hosts, or NAME:host-gateway for the host's address on the network; may be repeated")
 	s.policy.Add(f)
 	f.StringVar(&s.vsock, "vsock", "", "vsock device with its `socket` at PATH[,cid=N]")
-	f.StringArrayVarP(&s.env, "env", "e", nil, "of an image: `NAME=VALUE` for what runs in it, or NAME for the value that it has here; may be repeated")
-	f.StringArrayVar(&s.envFiles, "env-file", nil, "of an image: `file` with NAME=VALUE lines, kept secret; may be repeated, -e counts before it")
-	f.StringArrayVar(&s.secrets, "secret", nil, "of an image: `NAME=FILE` to have the file as /run/secrets/NAME in it; may be repeated")
-	f.StringArrayVarP(&s.volumes, "volume", "v", nil, "of an image: give it a copy of a directory or file at each start, `HOST:GUEST[:ro|:sync]`; what is written goes when it stops, or with sync is copied back; NAME:GUEST[:ro], without a slash or dot in front: a disk of that name, which stays; may be repeated")
-	f.Var(&s.volumeSize, "volume-size", fmt.Sprintf("`size` of the disks that -v NAME:GUEST makes, in MiB or like 10G (default %dG)", spec.DefaultVolumeMiB>>10))
+	f.StringArrayVarP(&s.env, "env", "e", nil,
+		"of an image: `NAME=VALUE` for what runs in it, or NAME for the value that it has here; may be repeated")
+	f.StringArrayVar(&s.envFiles, "env-file", nil,
+		"of an image: `file` with NAME=VALUE lines, kept secret; may be repeated, -e counts before it")
+	f.StringArrayVar(&s.secrets, "secret", nil,
+		"of an image: `NAME=FILE` to have the file as /run/secrets/NAME in it; may be repeated")
+	f.StringArrayVarP(&s.volumes, "volume", "v", nil,
+		"of an image: give it a copy of a directory or file at each start, `HOST:GUEST[:ro|:sync]`; what is written goes when it stops, or with sync is copied back; NAME:GUEST[:ro], without a slash or dot in front: a disk of that name, which stays; may be repeated")
+	f.Var(&s.volumeSize, "volume-size",
+		fmt.Sprintf("`size` of the disks that -v NAME:GUEST makes, in MiB or like 10G (default %dG)",
+			spec.DefaultVolumeMiB>>10))
 	f.BoolVar(&s.sync, "sync", false, "the same as :sync for all volumes without :ro")
-	f.StringVar(&s.entrypoint, "entrypoint", "", "of an image: `program` to run in place of its own; \"\" for none, nor its command")
-	f.StringVar(&s.systemd, "systemd", spec.SystemdTrue, "of an image: `when` its command is an init, and boots as process 1: true where it is systemd or /sbin/init, false or always")
+	f.StringVar(&s.entrypoint, "entrypoint", "",
+		"of an image: `program` to run in place of its own; \"\" for none, nor its command")
+	f.StringVar(&s.systemd, "systemd", spec.SystemdTrue,
+		"of an image: `when` its command is an init, and boots as process 1: true where it is systemd or /sbin/init, false or always")
 	f.StringVarP(&s.user, "user", "u", "", "of an image: `user` that runs it, NAME or UID, and optionally :GROUP")
 	f.StringVarP(&s.workdir, "workdir", "w", "", "of an image: `dir` to run it in")
 	f.StringVar(&s.hostname, "hostname", "", "of an image: the guest's `name`, if not the VM's")
-	f.Var(&s.scratch, "scratch", fmt.Sprintf("of an image: `size` of the disk that takes what is written, in MiB or like 10G (default %dG)", spec.DefaultScratchMiB>>10))
+	f.Var(&s.scratch, "scratch",
+		fmt.Sprintf("of an image: `size` of the disk that takes what is written, in MiB or like 10G (default %dG)",
+			spec.DefaultScratchMiB>>10))
 	f.StringVar(&s.keep, "keep", "", "of an image: keep that disk under a `name`, for the next VM that names it")
 }
 
-// Build makes the configuration. Everything wrong with the flags is reported at once, joined; what is wrong with
-// the file as *spec.FieldErrors. Stdin is read when that is the file. The arguments are an image and a command for
-// it, or none.
+// Build makes the configuration. Everything wrong with the flags is reported at once, joined; what
+// is wrong with the file as *spec.FieldErrors. Stdin is read when that is the file. The arguments
+// are an image and a command for it, or none.
 func (s *Flags) Build(stdin io.Reader, args []string) (spec.Spec, error) {
 	vm := spec.Spec{MachineConfig: spec.MachineConfig{VCPUCount: defaultCPUs, MemSizeMiB: defaultMemory}}
 	if s.file != "" {

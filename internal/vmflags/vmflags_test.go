@@ -40,15 +40,19 @@ func TestBuild(t *testing.T) {
 		"everything": {
 			args: []string{
 				"-k", "vmlinux", "--initrd", "i.cpio", "--append", "quiet", "-c", "4", "-m", "2G", "--name", "web", "--id", "x",
-				"-l", "a=b=c", "-l", "empty", "--drive", "a,b", "--vsock", "v.sock,cid=7", "--net", "tap:tap0", "--net", "tap:tap1,id=lan,mac=06:00:00:00:00:01",
+				"-l", "a=b=c", "-l", "empty", "--drive", "a,b", "--vsock", "v.sock,cid=7", "--net", "tap:tap0", "--net",
+				"tap:tap1,id=lan,mac=06:00:00:00:00:01",
 			},
 			want: spec.Spec{
 				ID: "x", Name: "web", Labels: map[string]string{"a": "b=c", "empty": ""},
-				BootSource:        spec.BootSource{KernelImagePath: "vmlinux", InitrdPath: "i.cpio", BootArgs: "quiet"},
-				MachineConfig:     spec.MachineConfig{VCPUCount: 4, MemSizeMiB: 2048},
-				Drives:            []spec.Drive{{DriveID: "drive0", PathOnHost: "a"}},
-				Vsock:             &spec.Vsock{GuestCID: 7, UDSPath: "v.sock"},
-				NetworkInterfaces: []spec.NetworkInterface{{IfaceID: "eth0", HostDevName: "tap0"}, {IfaceID: "lan", HostDevName: "tap1", GuestMAC: "06:00:00:00:00:01"}},
+				BootSource:    spec.BootSource{KernelImagePath: "vmlinux", InitrdPath: "i.cpio", BootArgs: "quiet"},
+				MachineConfig: spec.MachineConfig{VCPUCount: 4, MemSizeMiB: 2048},
+				Drives:        []spec.Drive{{DriveID: "drive0", PathOnHost: "a"}},
+				Vsock:         &spec.Vsock{GuestCID: 7, UDSPath: "v.sock"},
+				NetworkInterfaces: []spec.NetworkInterface{
+					{IfaceID: "eth0", HostDevName: "tap0"},
+					{IfaceID: "lan", HostDevName: "tap1", GuestMAC: "06:00:00:00:00:01"},
+				},
 			},
 		},
 		"an address and a free port": {
@@ -73,7 +77,10 @@ func TestBuild(t *testing.T) {
 		"a file that flags override": {
 			stdin: `{"name":"old","machineConfig":{"vcpuCount":2,"memSizeMib":64},
 				"drives":[{"driveId":"drive1","pathOnHost":"one","isRootDevice":true},{"driveId":"data","pathOnHost":"two","isRootDevice":false}]}`,
-			args: []string{"-f", "-", "-m", "96MiB", "--drive", "three:ro", "--drive", "four:rw,id=data,root,ephemeral=false", "--drive", "five"},
+			args: []string{
+				"-f", "-", "-m", "96MiB", "--drive", "three:ro", "--drive", "four:rw,id=data,root,ephemeral=false",
+				"--drive", "five",
+			},
 			want: spec.Spec{
 				Name: "old", MachineConfig: spec.MachineConfig{VCPUCount: 2, MemSizeMiB: 96},
 				Drives: []spec.Drive{
@@ -119,24 +126,28 @@ func TestBuild_Entrypoint(t *testing.T) {
 			t.Errorf("%s: systemd is %q, want what the file says", name, got.Systemd)
 		}
 	}
-	if got, err := build(t, "", "--systemd", "false"); err != nil || got.Systemd != spec.SystemdFalse || got.Entrypoint != nil {
+	if got, err := build(t, "", "--systemd", "false"); err != nil || got.Systemd != spec.SystemdFalse ||
+		got.Entrypoint != nil {
 		t.Errorf("%+v, %v", got, err)
 	}
 }
 
 func TestBuild_Env(t *testing.T) {
-	got, err := build(t, `{"image":"a","machineConfig":{"vcpuCount":1,"memSizeMib":64},"env":["FILE=1"]}`, "-f", "-", "-e", "A=1", "-e", "HERE", "-e", "NOWHERE")
+	got, err := build(t, `{"image":"a","machineConfig":{"vcpuCount":1,"memSizeMib":64},"env":["FILE=1"]}`, "-f", "-", "-e",
+		"A=1", "-e", "HERE", "-e", "NOWHERE")
 	if diff := cmp.Diff([]string{"FILE=1", "A=1", "HERE=from here"}, got.Env); diff != "" || err != nil {
 		t.Errorf("%v, -want +got:\n%s", err, diff)
 	}
-	if _, err := build(t, "", "-e", "A=1", "-e", "=x"); err == nil || !strings.HasPrefix(err.Error(), "-e: variable 2 has no name") {
+	if _, err := build(t, "", "-e", "A=1", "-e", "=x"); err == nil ||
+		!strings.HasPrefix(err.Error(), "-e: variable 2 has no name") {
 		t.Errorf("got %v", err)
 	}
 }
 
 func TestBuild_ExtraHosts(t *testing.T) {
 	six := netip.MustParseAddr("2001:db8::7")
-	got, err := build(t, "", "--add-host", "a.example:192.0.2.7", "--add-host", "b:2001:db8::7", "--add-host", "c=[2001:db8::7]", "--add-host", "d:::1",
+	got, err := build(t, "", "--add-host", "a.example:192.0.2.7", "--add-host", "b:2001:db8::7", "--add-host",
+		"c=[2001:db8::7]", "--add-host", "d:::1",
 		"--add-host", "host.docker.internal:host-gateway")
 	want := []spec.ExtraHost{
 		{Name: "a.example", IP: netip.MustParseAddr("192.0.2.7")},
@@ -148,7 +159,8 @@ func TestBuild_ExtraHosts(t *testing.T) {
 	if diff := cmp.Diff(want, got.ExtraHosts, cmpopts.EquateComparable(netip.Addr{})); diff != "" || err != nil {
 		t.Errorf("%v, -want +got:\n%s", err, diff)
 	}
-	_, err = build(t, "", "--add-host", "a", "--add-host", ":192.0.2.7", "--add-host", "a:b", "--add-host", "192.0.2.7", "--add-host", "::1")
+	_, err = build(t, "", "--add-host", "a", "--add-host", ":192.0.2.7", "--add-host", "a:b", "--add-host", "192.0.2.7",
+		"--add-host", "::1")
 	for _, text := range []string{"a", ":192.0.2.7", "a:b", "192.0.2.7", "::1"} {
 		if want := "--add-host \"" + text + "\": want NAME:IP"; err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %q", err, want)
@@ -182,7 +194,10 @@ func TestMemory(t *testing.T) {
 			t.Errorf("%q: got %d, %v, want %d", text, got.MachineConfig.MemSizeMiB, err, want)
 		}
 	}
-	for _, text := range []string{"", "M", "-1", "1.5G", "1K", "1T", "2147483648", "2097152G", "99999999999999999999", "1GG", "1 G"} {
+	for _, text := range []string{
+		"", "M", "-1", "1.5G", "1K", "1T", "2147483648", "2097152G", "99999999999999999999",
+		"1GG", "1 G",
+	} {
 		if got, err := build(t, "", "-m", text); err == nil {
 			t.Errorf("%q was taken for %d MiB", text, got.MachineConfig.MemSizeMiB)
 		}
@@ -190,7 +205,10 @@ func TestMemory(t *testing.T) {
 }
 
 func TestSeconds(t *testing.T) {
-	for text, want := range map[string]time.Duration{"0": 0, "10": 10 * time.Second, "0.5": time.Second / 2, "1m30s": 90 * time.Second} {
+	for text, want := range map[string]time.Duration{
+		"0": 0, "10": 10 * time.Second, "0.5": time.Second / 2,
+		"1m30s": 90 * time.Second,
+	} {
 		var got vmflags.Seconds
 		if err := got.Set(text); err != nil || time.Duration(got) != want {
 			t.Errorf("%q: got %v, %v, want %v", text, got.String(), err, want)

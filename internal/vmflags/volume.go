@@ -9,8 +9,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// volume sets what the guest has of the host's directories and named volumes. As with docker, what could be a name is one: a directory here is
-// ./name.
+// volume sets what the guest has of the host's directories and named volumes. As with docker, what
+// could be a name is one: a directory here is ./name.
 func (s *Flags) volume(vm *spec.Spec) error {
 	var errs []error
 	for _, text := range s.volumes {
@@ -51,9 +51,11 @@ func (s *Flags) addVolume(vm *spec.Spec, text string) error {
 		target = strings.TrimRight(target, "/")
 	}
 	if isNamed {
-		vm.NamedVolumes = append(vm.NamedVolumes, spec.NamedVolume{Name: source, Target: target, ReadOnly: option == "ro", SizeMiB: int(s.volumeSize)})
+		vm.NamedVolumes = append(vm.NamedVolumes,
+			spec.NamedVolume{Name: source, Target: target, ReadOnly: option == "ro", SizeMiB: int(s.volumeSize)})
 	} else {
-		vm.Volumes = append(vm.Volumes, spec.Volume{Source: source, Target: target, ReadOnly: option == "ro", Sync: option == "sync"})
+		vm.Volumes = append(vm.Volumes,
+			spec.Volume{Source: source, Target: target, ReadOnly: option == "ro", Sync: option == "sync"})
 	}
 	return nil
 }

@@ -17,10 +17,11 @@ import (
 // hungPause is the time between the two looks of Hung.
 const hungPause = 100 * time.Millisecond
 
-// Hung says whether the guest has ended and the VMM never will: when a guest ends while a request is served,
-// Firecracker's main thread may wait for the API's thread, and that one for an answer (seen in 1.12.1). Such a VMM
-// has a VM but no vCPU threads, and all threads that it has wait for each other. It can only be killed. One look reads
-// the threads one after the other, so there are two, between which none of them has run.
+// Hung says whether the guest has ended and the VMM never will: when a guest ends while a request
+// is served, Firecracker's main thread may wait for the API's thread, and that one for an answer
+// (seen in 1.12.1). Such a VMM has a VM but no vCPU threads, and all threads that it has wait for
+// each other. It can only be killed. One look reads the threads one after the other, so there are
+// two, between which none of them has run.
 func (p *Process) Hung(ctx context.Context) bool {
 	was := p.standstill()
 	if was == "" {
@@ -36,7 +37,8 @@ func (p *Process) Hung(ctx context.Context) bool {
 	}
 }
 
-// standstill describes a VMM that seems to hang: the same again tells that nothing in it has run. It is empty for any other.
+// standstill describes a VMM that seems to hang: the same again tells that nothing in it has run.
+// It is empty for any other.
 func (p *Process) standstill() string {
 	pids, err := p.PIDs()
 	if err != nil {
@@ -66,8 +68,8 @@ func hasVM(descriptors string) bool {
 	})
 }
 
-// waiting describes for what the threads of a process wait, and how often each has run; it is false unless there are two at
-// least, none a vCPU's, and all wait for others.
+// waiting describes for what the threads of a process wait, and how often each has run; it is false
+// unless there are two at least, none a vCPU's, and all wait for others.
 func waiting(tasks string) (waits string, ok bool) {
 	entries, err := os.ReadDir(tasks)
 	if err != nil || len(entries) < 2 {
@@ -97,7 +99,8 @@ func waiting(tasks string) (waits string, ok bool) {
 // hungLook is how often EndIfHung looks.
 const hungLook = time.Second
 
-// EndIfHung kills a VMM that hangs, which would otherwise never answer, until the function that it returns is called or ctx ends.
+// EndIfHung kills a VMM that hangs, which would otherwise never answer, until the function that it
+// returns is called or ctx ends.
 func (p *Process) EndIfHung(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup

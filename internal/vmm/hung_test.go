@@ -32,7 +32,8 @@ const (
 	waking    = "waking"     // with a VM, and one of its threads goes on now and then
 )
 
-// standStill does not return. It opens nothing that the runtime would wait for by a thread of its own.
+// standStill does not return. It opens nothing that the runtime would wait for by a thread of its
+// own.
 func standStill(how string) {
 	if how != withoutVM {
 		kvm, err := unix.Open("/dev/kvm", unix.O_RDWR|unix.O_CLOEXEC, 0)
@@ -59,7 +60,8 @@ func standStill(how string) {
 	wait(nil)
 }
 
-// A VMM is said to hang if its instance was started and none of its threads goes on between two looks.
+// A VMM is said to hang if its instance was started and none of its threads goes on between two
+// looks.
 func TestProcess_Hung(t *testing.T) {
 	testenv.Require(t, testenv.KVM)
 	program := testenv.PlainBinary(t) // the race detector's has a thread that wakes

@@ -16,10 +16,11 @@ import (
 	"push.rocks/smartvm/internal/store"
 )
 
-// Where there is no control group, a VMM is the process whose root is the jail of its run, or whose working directory is
-// that of its run and whose standard output is the run's console: a shell may stand in that directory too. What it executes
-// says less: the program may be a script, or have been replaced by a newer one since. Directories are compared by inode: of a
-// process in a mount namespace of its own, as a jailed one is, the paths say nothing.
+// Where there is no control group, a VMM is the process whose root is the jail of its run, or whose
+// working directory is that of its run and whose standard output is the run's console: a shell may
+// stand in that directory too. What it executes says less: the program may be a script, or have
+// been replaced by a newer one since. Directories are compared by inode: of a process in a mount
+// namespace of its own, as a jailed one is, the paths say nothing.
 
 // identityPoll is how often the end of such a process is looked for.
 const identityPoll = 20 * time.Millisecond
@@ -67,7 +68,9 @@ func placesOf(dir string) *places {
 func (r *places) has(pid int) bool {
 	at := func(link string, places ...fs.FileInfo) bool {
 		fi, err := os.Stat(filepath.Join("/proc", strconv.Itoa(pid), link))
-		return err == nil && slices.ContainsFunc(places, func(place fs.FileInfo) bool { return place != nil && os.SameFile(fi, place) })
+		return err == nil && slices.ContainsFunc(places, func(place fs.FileInfo) bool {
+			return place != nil && os.SameFile(fi, place)
+		})
 	}
 	return at("root", r.homes...) || at("cwd", r.homes...) && at("fd/1", r.console)
 }

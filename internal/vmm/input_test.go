@@ -15,7 +15,8 @@ import (
 
 func TestOpenInput(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := vmm.OpenInput(dir); !errors.Is(err, status.ErrState) || !strings.Contains(err.Error(), "started without") {
+	if _, err := vmm.OpenInput(dir); !errors.Is(err, status.ErrState) ||
+		!strings.Contains(err.Error(), "started without") {
 		t.Errorf("of a run without: %v, want ErrState", err)
 	}
 	if err := syscall.Mkfifo(filepath.Join(dir, store.InputFIFO), 0o600); err != nil {

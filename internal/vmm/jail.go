@@ -10,15 +10,16 @@ import (
 	"push.rocks/smartvm/internal/stage"
 )
 
-// startJailed starts cmd, a jailer, with binds mounted in a mount namespace that only it has: the host's
-// mount table stays as it is, and the mounts vanish with the VM. The namespace is that of an OS thread that
-// is given up afterwards; the child is forked from it.
+// startJailed starts cmd, a jailer, with binds mounted in a mount namespace that only it has: the
+// host's mount table stays as it is, and the mounts vanish with the VM. The namespace is that of an
+// OS thread that is given up afterwards; the child is forked from it.
 func startJailed(cmd *exec.Cmd, jail string, binds []stage.Bind) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(jail, &st); err != nil {
 		return fmt.Errorf("look at jail: %w", err)
 	}
-	// A distribution's /dev/shm allows no device nodes, and the jail has /dev/kvm; some allow no programs.
+	// A distribution's /dev/shm allows no device nodes, and the jail has /dev/kvm; some allow no
+	// programs.
 	remount := st.Flags&(unix.ST_NODEV|unix.ST_NOEXEC) != 0
 	if !remount && len(binds) == 0 {
 		return cmd.Start()

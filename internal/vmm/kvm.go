@@ -16,7 +16,8 @@ func CheckKVM() error {
 	case err == nil:
 		return f.Close()
 	case errors.Is(err, fs.ErrPermission):
-		return hint.Add(fmt.Errorf("use KVM: %w", err), "add yourself to the group of /dev/kvm (usermod -aG kvm USER) and log in again")
+		return hint.Add(fmt.Errorf("use KVM: %w", err),
+			"add yourself to the group of /dev/kvm (usermod -aG kvm USER) and log in again")
 	case errors.Is(err, fs.ErrNotExist):
 		return hint.Add(fmt.Errorf("use KVM: %w", err),
 			"switch on virtualization in the firmware (nested virtualization in a VM) and load kvm_intel or kvm_amd")

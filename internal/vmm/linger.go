@@ -14,11 +14,12 @@ const (
 	endTime    = 2 * time.Second
 )
 
-// Linger gives a VMM of this process, that failed a call by err, the moment it takes to end, so that its exit status can be told. It says
-// whether it has.
+// Linger gives a VMM of this process, that failed a call by err, the moment it takes to end, so
+// that its exit status can be told. It says whether it has.
 func (p *Process) Linger(err error) bool {
 	wait := lingerTime
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) ||
+		errors.Is(err, unix.EPIPE) {
 		wait = endTime
 	}
 	select {

@@ -49,15 +49,15 @@ type LogOptions struct {
 	ShowOrigin bool
 }
 
-// Streams take what the VMM writes, each from one goroutine. A writer that blocks makes the VMM drop output, never wait.
-// They are closed when the VMM has ended and all it wrote has been passed on. A writer that still blocks then does not keep
-// the VMM: it is closed whenever it returns.
+// Streams take what the VMM writes, each from one goroutine. A writer that blocks makes the VMM
+// drop output, never wait. They are closed when the VMM has ended and all it wrote has been passed
+// on. A writer that still blocks then does not keep the VMM: it is closed whenever it returns.
 type Streams struct {
 	Console io.WriteCloser
 	Log     io.WriteCloser
 	Metrics io.WriteCloser // if nil, no metrics FIFO is made
-	// Lost, if not nil, is called for the first write to each stream that fails, with the path of its FIFO. Later ones are
-	// lost in silence.
+	// Lost, if not nil, is called for the first write to each stream that fails, with the path of its
+	// FIFO. Later ones are lost in silence.
 	Lost func(path string, err error)
 }
 
@@ -86,7 +86,8 @@ func Root(dir, id, binary string, jailed bool) string {
 	return filepath.Join(dir, store.RootDir)
 }
 
-// Argv is the command line of the process to start. Options of the VMM come last, after "--" of the jailer.
+// Argv is the command line of the process to start. Options of the VMM come last, after "--" of the
+// jailer.
 func (c *Config) Argv() []string {
 	level := c.Log.Level
 	if level == "" {
@@ -113,13 +114,15 @@ func (c *Config) Argv() []string {
 	if c.NetNS != "" {
 		jail = append(jail, "--netns", c.NetNS)
 	}
-	// Nothing about cgroups: the VMM is spawned into its own, and asked for version 2 the jailer takes 1 ms to read
-	// the mount table, and moves its process if there is a group of the program's name, which takes 10.
+	// Nothing about cgroups: the VMM is spawned into its own, and asked for version 2 the jailer takes
+	// 1 ms to read the mount table, and moves its process if there is a group of the program's name,
+	// which takes 10.
 	return append(append(jail, "--"), args...)
 }
 
-// Process is a VMM that runs, or ran. As an effect, Apply starts it and Revert kills it. It is identified by
-// its control group, or where there is none by its root or working directory: never by its PID.
+// Process is a VMM that runs, or ran. As an effect, Apply starts it and Revert kills it. It is
+// identified by its control group, or where there is none by its root or working directory: never
+// by its PID.
 type Process struct {
 	Dir    string `json:"dir"`
 	Cgroup string `json:"cgroup,omitempty"`
@@ -177,8 +180,9 @@ func (p *Process) exec(root string, binds []stage.Bind, pumps []*pump, stdio [3]
 	cmd := &exec.Cmd{
 		Path: argv[0], Args: argv, Dir: root, Env: []string{}, Stdin: stdio[0], Stdout: stdio[1], Stderr: stdio[2],
 	}
-	// What is typed at our terminal is not for it. Nor is it a session: a kernel that gives each session as much of the
-	// processor as another (autogroup) would give us, who start many, no more than one of them.
+	// What is typed at our terminal is not for it. Nor is it a session: a kernel that gives each
+	// session as much of the processor as another (autogroup) would give us, who start many, no more
+	// than one of them.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	child, err := p.spawn(cmd, binds)
 	for _, f := range stdio {
@@ -266,7 +270,8 @@ func (p *Process) pump(pumps []*pump) {
 	go func() { wg.Wait(); close(p.pumped) }()
 }
 
-// Release leaves the streams to another process, and returns when nothing more is read of them. Done still tells of the VMM's end.
+// Release leaves the streams to another process, and returns when nothing more is read of them.
+// Done still tells of the VMM's end.
 func (p *Process) Release() {
 	for _, pump := range p.pumps {
 		_ = pump.f.SetReadDeadline(time.Unix(1, 0))
@@ -277,8 +282,8 @@ func (p *Process) Release() {
 	}
 }
 
-// drainTimeout bounds how long the end of a VMM is held up by a stream that another process keeps open, and then by a writer
-// that blocks.
+// drainTimeout bounds how long the end of a VMM is held up by a stream that another process keeps
+// open, and then by a writer that blocks.
 const drainTimeout = time.Second
 
 func (p *Process) drain() {
@@ -294,7 +299,8 @@ func (p *Process) drain() {
 	close(p.done)
 }
 
-// Attach finds the VMM of a run that this process did not start, to kill it, wait for it or ask whether it lives.
+// Attach finds the VMM of a run that this process did not start, to kill it, wait for it or ask
+// whether it lives.
 func Attach(dir, group string) *Process { return &Process{Dir: dir, Cgroup: group} }
 
 // Adopt takes over a VMM whose starter died: its streams are passed on again and Done tells of its
@@ -333,7 +339,8 @@ func Adopt(cfg *Config) (*Process, error) {
 	return p, nil
 }
 
-// Done is closed when the VMM has ended and all it wrote has been passed on. Nil for an attached process.
+// Done is closed when the VMM has ended and all it wrote has been passed on. Nil for an attached
+// process.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
 // Exit tells how the VMM ended, once Done is closed.

@@ -249,7 +249,8 @@ func TestProcess_CannotStart(t *testing.T) {
 			t.Skip("no control groups")
 		}
 		s.Process = vmm.New(&vmm.Config{
-			ID: "vm-1", Binary: s.config.Binary, Dir: s.config.Dir, Cgroup: s.config.Cgroup + "-missing", Streams: s.config.Streams,
+			ID: "vm-1", Binary: s.config.Binary, Dir: s.config.Dir, Cgroup: s.config.Cgroup + "-missing",
+			Streams: s.config.Streams,
 		})
 		if err := s.Apply(t.Context()); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%v, want fs.ErrNotExist", err)
@@ -258,7 +259,8 @@ func TestProcess_CannotStart(t *testing.T) {
 	t.Run("FIFO taken", func(t *testing.T) {
 		s := newStand(t, "")
 		root := s.config.Root()
-		if err := errors.Join(os.Mkdir(root, 0o700), os.WriteFile(filepath.Join(root, store.LogFIFO), nil, 0o600)); err != nil {
+		if err := errors.Join(os.Mkdir(root, 0o700),
+			os.WriteFile(filepath.Join(root, store.LogFIFO), nil, 0o600)); err != nil {
 			t.Fatal(err)
 		}
 		if err := s.Apply(t.Context()); !errors.Is(err, fs.ErrExist) {
@@ -359,12 +361,14 @@ func within(t *testing.T, what string, f func()) {
 	}
 }
 
-// immortal is a control group whose processes take no notice of signals, as those that wait for a dead disk.
+// immortal is a control group whose processes take no notice of signals, as those that wait for a
+// dead disk.
 func immortal(t *testing.T) (group string, signalled func() bool) {
 	t.Helper()
 	group = t.TempDir()
 	kill := filepath.Join(group, "cgroup.kill")
-	err := errors.Join(os.WriteFile(kill, nil, 0o600), os.WriteFile(filepath.Join(group, "cgroup.events"), []byte("populated 1\nfrozen 0\n"), 0o600))
+	err := errors.Join(os.WriteFile(kill, nil, 0o600),
+		os.WriteFile(filepath.Join(group, "cgroup.events"), []byte("populated 1\nfrozen 0\n"), 0o600))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -530,7 +534,8 @@ func TestProcess_Dial(t *testing.T) {
 func TestProcess_DialWhatEnds(t *testing.T) {
 	s := newStand(t, "exit 7")
 	s.start(t)
-	if _, err := s.Dial(t.Context(), store.SocketFile); err == nil || !strings.Contains(err.Error(), "VMM has ended: exit status 7") {
+	if _, err := s.Dial(t.Context(), store.SocketFile); err == nil ||
+		!strings.Contains(err.Error(), "VMM has ended: exit status 7") {
 		t.Errorf("dial: %v", err)
 	}
 }
@@ -576,7 +581,8 @@ func TestDialSocket(t *testing.T) {
 			}
 			// What the VMM may have put there: it does not lead to other sockets.
 			other := t.TempDir()
-			err = errors.Join(os.Symlink(filepath.Join(dir, name), filepath.Join(other, "link")), os.WriteFile(filepath.Join(other, "file"), nil, 0o600))
+			err = errors.Join(os.Symlink(filepath.Join(dir, name), filepath.Join(other, "link")),
+				os.WriteFile(filepath.Join(other, "file"), nil, 0o600))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -589,12 +595,14 @@ func TestDialSocket(t *testing.T) {
 	}
 }
 
-// Where there is no control group, a VMM is known by where it is at home, and its neighbours are let be.
+// Where there is no control group, a VMM is known by where it is at home, and its neighbours are
+// let be.
 func TestAttach_WithoutGroup(t *testing.T) {
 	s := newStand(t, forever)
 	s.Process = vmm.New(&vmm.Config{ID: "vm-1", Binary: s.config.Binary, Dir: s.config.Dir, Streams: s.config.Streams})
 	neighbour := vmm.New(&vmm.Config{
-		ID: "vm-1", Binary: s.config.Binary, Dir: s.config.Dir + "-2", Streams: vmm.Streams{Console: new(sink), Log: new(sink)},
+		ID: "vm-1", Binary: s.config.Binary, Dir: s.config.Dir + "-2",
+		Streams: vmm.Streams{Console: new(sink), Log: new(sink)},
 	})
 	if err := errors.Join(os.Mkdir(s.config.Dir+"-2", 0o700), neighbour.Apply(t.Context())); err != nil {
 		t.Fatal(err)

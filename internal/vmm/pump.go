@@ -20,7 +20,8 @@ type pump struct {
 // pumpBuffer is all that a stream costs in memory.
 const pumpBuffer = 4 << 10
 
-// openPump opens the FIFO at path for reading. The directory may be the VMM's own, so what is there is checked.
+// openPump opens the FIFO at path for reading. The directory may be the VMM's own, so what is there
+// is checked.
 func openPump(path string, to io.WriteCloser, lost func(string, error)) (*pump, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -33,8 +34,8 @@ func openPump(path string, to io.WriteCloser, lost func(string, error)) (*pump, 
 	return &pump{path: path, f: f, to: to, lost: lost}, nil
 }
 
-// run returns at the stream's end, or at the read deadline. What cannot be passed on is dropped: the stream
-// must not stop because a disk is full.
+// run returns at the stream's end, or at the read deadline. What cannot be passed on is dropped:
+// the stream must not stop because a disk is full.
 func (p *pump) run() {
 	defer p.close()
 	buf := make([]byte, pumpBuffer)

@@ -14,9 +14,10 @@ import (
 	"push.rocks/smartvm/internal/osthread"
 )
 
-// Share lets a VMM that runs find the directory dir, of any file system, under a name in its working directory root, until the
-// function it returns is called: by a symbolic link, or in a jail by a mount in the VMM's own mount namespace, which the host does not
-// see and which goes with the VMM. Needs Linux ≥ 5.2.
+// Share lets a VMM that runs find the directory dir, of any file system, under a name in its
+// working directory root, until the function it returns is called: by a symbolic link, or in a jail
+// by a mount in the VMM's own mount namespace, which the host does not see and which goes with the
+// VMM. Needs Linux ≥ 5.2.
 func (p *Process) Share(root, name, dir string, jailed bool) (unshare func() error, err error) {
 	path := filepath.Join(root, name)
 	if !jailed {

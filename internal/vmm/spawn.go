@@ -35,9 +35,10 @@ func (p *Process) spawn(cmd *exec.Cmd, binds []stage.Bind) (*os.Process, error) 
 	return cmd.Process, nil
 }
 
-// startAlone starts cmd in a network namespace, this process's for "", with none of the descriptors that this process has
-// inherited or opened so that its children inherit them: that is the program's business, but they are not for the VMM. It forks
-// from a thread with a copy of the table of descriptors, in which all are closed by exec. Linux < 5.11 cannot do that.
+// startAlone starts cmd in a network namespace, this process's for "", with none of the descriptors
+// that this process has inherited or opened so that its children inherit them: that is the
+// program's business, but they are not for the VMM. It forks from a thread with a copy of the table
+// of descriptors, in which all are closed by exec. Linux < 5.11 cannot do that.
 func startAlone(path string, cmd *exec.Cmd) (*os.Process, error) {
 	var pid int
 	start := func() error {

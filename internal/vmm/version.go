@@ -36,7 +36,9 @@ func SnapshotFormat(ctx context.Context, path string) (string, error) {
 }
 
 // ask runs the program at path with one flag and parses what it prints.
-func ask(ctx context.Context, path, flag string, parse func([]byte) (firecracker.Version, error)) (firecracker.Version, error) {
+func ask(ctx context.Context, path, flag string, parse func([]byte) (firecracker.Version, error)) (firecracker.Version,
+	error,
+) {
 	ctx, cancel := context.WithTimeoutCause(ctx, versionTimeout, fmt.Errorf("no answer within %s", versionTimeout))
 	defer cancel()
 	var out head

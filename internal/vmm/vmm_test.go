@@ -52,8 +52,9 @@ func TestConfig_Argv(t *testing.T) {
 		{
 			"jailed without a group",
 			vmm.Config{
-				ID: "vm-1", Binary: "/usr/bin/firecracker", Dir: "/run/vm-1/run", Jailer: &vmm.Jailer{Binary: "/usr/bin/jailer", UID: 1234},
-				Log: vmm.LogOptions{Level: "Off"}, PCI: true,
+				ID: "vm-1", Binary: "/usr/bin/firecracker", Dir: "/run/vm-1/run",
+				Jailer: &vmm.Jailer{Binary: "/usr/bin/jailer", UID: 1234},
+				Log:    vmm.LogOptions{Level: "Off"}, PCI: true,
 			},
 			"/usr/bin/jailer --id vm-1 --exec-file /usr/bin/firecracker --uid 1234 --gid 1234 --chroot-base-dir /run/vm-1/run/jail" +
 				" -- --api-sock firecracker.socket --log-path log.fifo --level Off --enable-pci",
@@ -93,7 +94,11 @@ func TestVersion(t *testing.T) {
 		{"development", "echo Firecracker v1.17.0-dev", firecracker.Version{Major: 1, Minor: 17}, ""},
 		{"errors aside", "echo oh >&2; echo Firecracker v1.7.0", firecracker.Version{Major: 1, Minor: 7}, ""},
 		{"asked rightly", `[ "$*" = --version ] && echo Firecracker v1.7.0`, firecracker.Version{Major: 1, Minor: 7}, ""},
-		{"nothing of ours inherited", `[ -z "$HOME" ] && echo Firecracker v1.7.0`, firecracker.Version{Major: 1, Minor: 7}, ""},
+		{
+			"nothing of ours inherited", `[ -z "$HOME" ] && echo Firecracker v1.7.0`,
+			firecracker.Version{Major: 1, Minor: 7},
+			"",
+		},
 		{"the jailer", "echo Jailer v1.12.1", firecracker.Version{}, "want \"Firecracker"},
 		{"silent", "", firecracker.Version{}, "--version"},
 		{"garbage", `printf '\033[31m\0\377'`, firecracker.Version{}, "--version"},
@@ -148,14 +153,20 @@ func TestReal_SnapshotFormat(t *testing.T) {
 		t.Fatal(err)
 	}
 	format, err := vmm.SnapshotFormat(t.Context(), path)
-	if want := map[int]string{12: "6.0.0", 13: "8.0.0", 14: "8.0.0", 15: "9.0.0", 16: "10.0.0"}[version.Minor]; err != nil || format != want {
+	if want := map[int]string{
+		12: "6.0.0", 13: "8.0.0", 14: "8.0.0", 15: "9.0.0",
+		16: "10.0.0",
+	}[version.Minor]; err != nil || format != want {
 		t.Errorf("Firecracker %s: format %q, %v, want %q", version, format, err, want)
 	}
 }
 
 // A program that hangs, or talks without end, is left when the caller leaves.
 func TestVersion_Endless(t *testing.T) {
-	for name, script := range map[string]string{"hangs": "exec sleep 1000", "floods": "while :; do echo Firecracker v1.12.1; done"} {
+	for name, script := range map[string]string{
+		"hangs":  "exec sleep 1000",
+		"floods": "while :; do echo Firecracker v1.12.1; done",
+	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, errGone)
 			defer cancel()

@@ -11,7 +11,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Call talks to the VMM of a started VM, if op, one of Operations, is allowed. Name is what the caller called.
+// Call talks to the VMM of a started VM, if op, one of Operations, is allowed. Name is what the
+// caller called.
 func (v *VM) Call(ctx context.Context, op, name string, f func(*firecracker.Client) error) error {
 	if err := v.Allowed(ctx, op, name); err != nil {
 		return err
@@ -30,10 +31,12 @@ func (v *VM) Call(ctx context.Context, op, name string, f func(*firecracker.Clie
 	return nil
 }
 
-// listenTime is how long a process that has just begun to supervise a VM may take until it can be asked.
+// listenTime is how long a process that has just begun to supervise a VM may take until it can be
+// asked.
 const listenTime = 5 * time.Second
 
-// NotifySupervisor has the process that supervises the VM, if one does, look at its record, and returns what came of it.
+// NotifySupervisor has the process that supervises the VM, if one does, look at its record, and
+// returns what came of it.
 func (v *VM) NotifySupervisor(ctx context.Context) error {
 	for begun := time.Now(); ; {
 		err := control.Ask(ctx, v.Dir(), store.ControlSocket)

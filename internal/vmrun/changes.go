@@ -22,7 +22,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// renewChanges makes ready what the guest writes in volumes: what it wrote in its last run is copied back, or gone.
+// renewChanges makes ready what the guest writes in volumes: what it wrote in its last run is
+// copied back, or gone.
 func (v *VM) renewChanges(ctx context.Context) error {
 	rec := v.Record()
 	i := slices.IndexFunc(rec.Spec.Drives, func(d spec.Drive) bool { return d.DriveID == spec.ChangesDrive })
@@ -45,7 +46,8 @@ const (
 	syncBoot    = 2 * time.Minute
 )
 
-// syncBack copies back what the guest has changed in volumes, if that is not done. The VM has ended, and the caller has the lock.
+// syncBack copies back what the guest has changed in volumes, if that is not done. The VM has
+// ended, and the caller has the lock.
 func (v *VM) syncBack(ctx context.Context) error {
 	pending, err := share.ReadPending(v.Path(store.PendingFile))
 	if pending == nil {
@@ -60,7 +62,8 @@ func (v *VM) syncBack(ctx context.Context) error {
 		return fmt.Errorf("copy back: %w", err)
 	}
 	merge := share.Merge{
-		Volumes: rec.Spec.Volumes, Told: rec.Boot.Guest.Volumes, Copied: v.Path(store.CopiedFile), Suffix: ".guest-" + rec.ID, MaxBytes: fi.Size(),
+		Volumes: rec.Spec.Volumes, Told: rec.Boot.Guest.Volumes, Copied: v.Path(store.CopiedFile), Suffix: ".guest-" + rec.ID,
+		MaxBytes: fi.Size(),
 	}
 	var report share.Report
 	if err = merge.Check(); err == nil { // before a VM is made for it
@@ -81,7 +84,8 @@ func (v *VM) forgetChanges() error {
 	return share.Forget(v.Path(store.PendingFile), v.Path(store.CopiedFile))
 }
 
-// Discard forgets what the guest of a VM that does not run has changed in volumes and could not be copied back.
+// Discard forgets what the guest of a VM that does not run has changed in volumes and could not be
+// copied back.
 func (v *VM) Discard() error {
 	lock, err := v.env.Store.TryLock(v.Record().ID)
 	if err != nil {
@@ -90,8 +94,8 @@ func (v *VM) Discard() error {
 	return errors.Join(v.forgetChanges(), lock.Unlock())
 }
 
-// readChanges gives take, as an archive, what the guest has written on its drive of changes. Another VM reads that: what a guest has written
-// is not for the host's kernel to mount.
+// readChanges gives take, as an archive, what the guest has written on its drive of changes.
+// Another VM reads that: what a guest has written is not for the host's kernel to mount.
 func (v *VM) readChanges(ctx context.Context, changes string, take func(io.Reader) error) (err error) {
 	in, err := v.env.Look(v.reader(changes))
 	if err != nil {
@@ -112,7 +116,8 @@ func (v *VM) readChanges(ctx context.Context, changes string, take func(io.Reade
 	}()
 	r, w := io.Pipe()
 	go func() {
-		up, cancel := context.WithTimeoutCause(ctx, syncBoot, fmt.Errorf("the VM that reads what has changed is not up within %s", syncBoot))
+		up, cancel := context.WithTimeoutCause(ctx, syncBoot,
+			fmt.Errorf("the VM that reads what has changed is not up within %s", syncBoot))
 		defer cancel()
 		err := run.onceUp(up, func(c *agent.Client) error { _, err := c.Stats(up); return err })
 		if err == nil {
@@ -128,16 +133,21 @@ func (v *VM) readChanges(ctx context.Context, changes string, take func(io.Reade
 	return err
 }
 
-// reader describes a VM that shows what is on a drive of changes: the image's, with no command in it and no network.
+// reader describes a VM that shows what is on a drive of changes: the image's, with no command in
+// it and no network.
 func (v *VM) reader(changes string) *plan.Record {
 	was, no, yes := v.Record(), false, true
-	scratch := was.Spec.Drives[slices.IndexFunc(was.Spec.Drives, func(d spec.Drive) bool { return d.DriveID == spec.ChangesDrive })]
+	scratch := was.Spec.Drives[slices.IndexFunc(was.Spec.Drives, func(d spec.Drive) bool {
+		return d.DriveID == spec.ChangesDrive
+	})]
 	scratch.DriveID, scratch.Ephemeral = spec.ScratchDrive, &yes
 	rec := plan.New("")
-	rec.Attached, rec.Binary, rec.BinaryVersion, rec.Jailer, rec.Extract = true, was.Binary, was.BinaryVersion, was.Jailer, was.Extract
+	rec.Attached, rec.Binary, rec.BinaryVersion, rec.Jailer, rec.Extract = true, was.Binary, was.BinaryVersion,
+		was.Jailer, was.Extract
 	rec.Spec = spec.Spec{
-		ID: rec.ID, Labels: map[string]string{"reads": was.ID}, BootSource: was.Spec.BootSource, MachineConfig: was.Spec.MachineConfig,
-		Vsock: &spec.Vsock{GuestCID: plan.AgentCID},
+		ID: rec.ID, Labels: map[string]string{"reads": was.ID}, BootSource: was.Spec.BootSource,
+		MachineConfig: was.Spec.MachineConfig,
+		Vsock:         &spec.Vsock{GuestCID: plan.AgentCID},
 		Drives: []spec.Drive{
 			was.Spec.Drives[0], scratch,
 			{DriveID: spec.ChangesDrive, PathOnHost: changes, Ephemeral: &no},

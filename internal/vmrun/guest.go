@@ -19,7 +19,8 @@ func (v *VM) Guest() (*guest.State, error) {
 	return guestwatch.Read(v.Path(store.GuestStateFile))
 }
 
-// Command runs the image's command, which waits for that, as soon as the guest has come so far, and logs its output.
+// Command runs the image's command, which waits for that, as soon as the guest has come so far, and
+// logs its output.
 func (r *Run) Command(ctx context.Context, cmd guest.Cmd) (exit guest.Exit, err error) {
 	log, err := logfile.CreateTimed(r.vm.Path(store.CommandLog), consoleLimit)
 	if err != nil {

@@ -17,7 +17,8 @@ const poll = 10 * time.Millisecond
 // acquireTimeout bounds how long an operation waits for another one on the same VM to be done.
 const acquireTimeout = 10 * time.Second
 
-// Acquire takes the VM's lock for op, if its state allows op, and finishes a run that ended while it was unsupervised.
+// Acquire takes the VM's lock for op, if its state allows op, and finishes a run that ended while
+// it was unsupervised.
 func (v *VM) Acquire(ctx context.Context, op string) (*store.Lock, error) {
 	id, call := v.Record().ID, ctx
 	ctx, cancel := context.WithTimeoutCause(ctx, acquireTimeout, errors.New("another operation on it does not end"))
@@ -69,7 +70,8 @@ func (v *VM) acquired(ctx context.Context, op string, lock *store.Lock) (*store.
 	return lock, nil
 }
 
-// Freeze keeps other processes from making a snapshot of the VM, pausing or resuming it meanwhile. Op is what for.
+// Freeze keeps other processes from making a snapshot of the VM, pausing or resuming it meanwhile.
+// Op is what for.
 func (v *VM) Freeze(op string) (*store.Hold, error) {
 	id := v.Record().ID
 	hold, err := v.env.Store.Hold(id)
@@ -84,7 +86,8 @@ func (v *VM) Freeze(op string) (*store.Hold, error) {
 	return hold, nil
 }
 
-// freezeSoon is Freeze that waits until a snapshot is made: what it writes down must not change meanwhile.
+// freezeSoon is Freeze that waits until a snapshot is made: what it writes down must not change
+// meanwhile.
 func (v *VM) freezeSoon(ctx context.Context) (*store.Hold, error) {
 	for {
 		hold, err := v.Freeze("stop")

@@ -19,8 +19,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Make makes the VM that a record describes. It returns the new VM's lock. After an error nothing of it is left. Returns ErrExists
-// where its id or another name is taken.
+// Make makes the VM that a record describes. It returns the new VM's lock. After an error nothing
+// of it is left. Returns ErrExists where its id or another name is taken.
 func (e *Env) Make(ctx context.Context, in *plan.Input) (*VM, *store.Lock, error) {
 	v := e.VM(in.Record)
 	lock, err := e.Store.Create(in.ID)
@@ -60,7 +60,8 @@ func (v *VM) make(ctx context.Context, in *plan.Input) (err error) {
 			file.Progress = func(done, total int64) { v.env.Progress(filepath.Base(file.Target), done, total) }
 		}
 		if err := j.Do(ctx, e); errors.Is(err, unix.ENOSPC) {
-			return hint.Add(err, "free space there, name another --runtime-dir, keep the image and --data-dir on one XFS or btrfs, or write in place with \"ephemeral\": false")
+			return hint.Add(err,
+				"free space there, name another --runtime-dir, keep the image and --data-dir on one XFS or btrfs, or write in place with \"ephemeral\": false")
 		} else if err != nil {
 			return err
 		}
@@ -125,7 +126,8 @@ func (v *VM) Erase(ctx context.Context, lock *store.Lock) error {
 	return v.env.Store.Remove(id, lock)
 }
 
-// checkJournals says what keeps the VM's effects from being undone here: another version of smartvm may have made them.
+// checkJournals says what keeps the VM's effects from being undone here: another version of smartvm
+// may have made them.
 func (v *VM) checkJournals() error {
 	var errs []error
 	for _, name := range []string{store.CreateJournal, store.RunJournal} {

@@ -9,7 +9,8 @@ import (
 	"push.rocks/smartvm/snapshot"
 )
 
-// serveMemory serves a restored VM's page faults, if that is how it gets its memory. Otherwise it returns nil.
+// serveMemory serves a restored VM's page faults, if that is how it gets its memory. Otherwise it
+// returns nil.
 func (v *VM) serveMemory() (*uffd.Recording, error) {
 	rec := v.Record()
 	from := rec.Restored
@@ -28,7 +29,8 @@ func (v *VM) serveMemory() (*uffd.Recording, error) {
 	return v.env.Memory().Record(o, filepath.Join(from.Dir, store.TouchedFile), log)
 }
 
-// MemoryStats tells what serving its memory took so far. It returns false for a VM whose memory this process does not serve.
+// MemoryStats tells what serving its memory took so far. It returns false for a VM whose memory
+// this process does not serve.
 func (v *VM) MemoryStats() (stats uffd.Stats, ok bool) {
 	r := v.current()
 	if r == nil || r.memory == nil {

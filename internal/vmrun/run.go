@@ -20,7 +20,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Run is a VM's life from start to stop, in the process that supervises it. Its goroutine is supervise.
+// Run is a VM's life from start to stop, in the process that supervises it. Its goroutine is
+// supervise.
 type Run struct {
 	vm       *VM
 	lock     *store.Lock
@@ -44,13 +45,19 @@ type Run struct {
 func (v *VM) newRun(lock *store.Lock, started time.Time) *Run {
 	released := make(chan struct{})
 	return &Run{
-		vm: v, lock: lock, started: started, released: released, release: sync.OnceFunc(func() { close(released) }), done: make(chan struct{}),
-		guest:    guestwatch.Watch{Record: v.Record(), Agent: v.Agent(), File: v.Path(store.GuestStateFile), Log: v.env.Log, Started: started, Event: v.Event},
+		vm: v, lock: lock, started: started, released: released, release: sync.OnceFunc(func() {
+			close(released)
+		}), done: make(chan struct{}),
+		guest: guestwatch.Watch{
+			Record: v.Record(), Agent: v.Agent(), File: v.Path(store.GuestStateFile), Log: v.env.Log,
+			Started: started, Event: v.Event,
+		},
 		listened: make(chan *guest.Exit, 1),
 	}
 }
 
-// begin has the run supervised, now that the VM runs; if the Env is closed by now, it is released at once.
+// begin has the run supervised, now that the VM runs; if the Env is closed by now, it is released
+// at once.
 func (r *Run) begin() {
 	if !r.vm.env.supervising(r.vm, true) {
 		r.release()
@@ -59,7 +66,8 @@ func (r *Run) begin() {
 	go r.supervise()
 }
 
-// Done is closed when the run has ended and is undone, or this process no longer supervises it. Then Result says how.
+// Done is closed when the run has ended and is undone, or this process no longer supervises it.
+// Then Result says how.
 func (r *Run) Done() <-chan struct{} { return r.done }
 
 // Result is how the run ended, and what went wrong with undoing it.
@@ -91,8 +99,8 @@ func (r *Run) supervise() {
 	r.err = errors.Join(r.err, r.lock.Unlock())
 }
 
-// attend repairs what others damage until the VM has ended, or is released. A repair may take long: it is a goroutine of its own, and is cut
-// short then.
+// attend repairs what others damage until the VM has ended, or is released. A repair may take long:
+// it is a goroutine of its own, and is cut short then.
 func (r *Run) attend(ctx context.Context) (ended bool) {
 	v := r.vm
 	ctx, stop := context.WithCancel(ctx)
@@ -150,8 +158,8 @@ func (r *Run) finish(ctx context.Context, stopListening func()) {
 	}
 }
 
-// repair mends what others have done to a VM that runs: the rules of its networks were flushed, or a process died while it had the VM
-// frozen.
+// repair mends what others have done to a VM that runs: the rules of its networks were flushed, or
+// a process died while it had the VM frozen.
 func (r *Run) repair(ctx context.Context) error {
 	v := r.vm
 	err := r.follow(ctx)

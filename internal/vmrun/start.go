@@ -26,9 +26,10 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Start starts the VM and returns when its guest runs; the guest's own boot takes longer. This process supervises it from then on,
-// until it ends or the Env is closed. It takes over the VM's lock. Console, if not nil, receives what the guest writes as it comes. If
-// the start fails, all of it is undone.
+// Start starts the VM and returns when its guest runs; the guest's own boot takes longer. This
+// process supervises it from then on, until it ends or the Env is closed. It takes over the VM's
+// lock. Console, if not nil, receives what the guest writes as it comes. If the start fails, all of
+// it is undone.
 func (v *VM) Start(ctx context.Context, lock *store.Lock, console io.Writer) (*Run, error) {
 	if v.env.isClosed() {
 		return nil, errors.Join(fmt.Errorf("start VM %s: %w", v.Record().ID, status.ErrClosed), lock.Unlock())
@@ -45,7 +46,10 @@ func (v *VM) Start(ctx context.Context, lock *store.Lock, console io.Writer) (*R
 		v.Event(status.EventStarted)
 		return r, nil
 	}
-	exit := &status.Exit{Outcome: status.OutcomeFailed, Code: -1, Started: r.started, Ended: time.Now().UTC(), Error: err.Error()}
+	exit := &status.Exit{
+		Outcome: status.OutcomeFailed, Code: -1, Started: r.started, Ended: time.Now().UTC(),
+		Error: err.Error(),
+	}
 	var ended *status.Exit
 	if r.proc != nil && r.proc.Linger(err) {
 		ended = exitOf(r.proc.Exit())
@@ -66,7 +70,8 @@ func (v *VM) Start(ctx context.Context, lock *store.Lock, console io.Writer) (*R
 	return nil, errors.Join(append(errs, lock.Unlock())...)
 }
 
-// launch brings the VM up and says at which stage it failed. What it did is in r for the caller to undo.
+// launch brings the VM up and says at which stage it failed. What it did is in r for the caller to
+// undo.
 func (r *Run) launch(ctx context.Context, console io.Writer) (stage string, err error) {
 	v := r.vm
 	if err := vmm.CheckKVM(); err != nil {
@@ -79,7 +84,8 @@ func (r *Run) launch(ctx context.Context, console io.Writer) (stage string, err 
 	if err != nil {
 		return "start", err
 	}
-	err = logfile.Remove(v.Dir(), store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.VMMLog, store.CommandLog, store.LastSnapshot)
+	err = logfile.Remove(v.Dir(), store.ExitFile, store.GuestStateFile, store.ConsoleLog, store.VMMLog, store.CommandLog,
+		store.LastSnapshot)
 	if err != nil {
 		return "start", err
 	}
@@ -115,12 +121,15 @@ func (r *Run) launch(ctx context.Context, console io.Writer) (stage string, err 
 // configure tells the VMM what it shall be, and boots or restores its guest.
 func (r *Run) configure(ctx context.Context, pl *plan.Plan) (stage string, err error) {
 	v := r.vm
-	ctx, cancel := context.WithTimeoutCause(ctx, v.env.StartTimeout, fmt.Errorf("the VMM did not take its configuration within %s", v.env.StartTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, v.env.StartTimeout,
+		fmt.Errorf("the VMM did not take its configuration within %s", v.env.StartTimeout))
 	defer cancel()
 	if r.memory, err = v.serveMemory(); err != nil {
 		return "serve memory", err
 	}
-	r.client = firecracker.New(func(ctx context.Context) (net.Conn, error) { return r.proc.Dial(ctx, store.SocketFile) }, v.Record().VMM())
+	r.client = firecracker.New(func(ctx context.Context) (net.Conn, error) {
+		return r.proc.Dial(ctx, store.SocketFile)
+	}, v.Record().VMM())
 	for _, c := range pl.Calls {
 		v.TraceCall("PUT " + c.Path)
 		if err := c.Send(ctx, r.client); err != nil {
@@ -134,8 +143,9 @@ func (r *Run) configure(ctx context.Context, pl *plan.Plan) (stage string, err e
 	return "boot", r.client.InstanceStart(ctx)
 }
 
-// complete adds to an effect what is known only now: which user has a file that is to be lent (until its lease was taken, another VM
-// may have had it); where a guest's DNS proxy is, and at which ports it is published.
+// complete adds to an effect what is known only now: which user has a file that is to be lent
+// (until its lease was taken, another VM may have had it); where a guest's DNS proxy is, and at
+// which ports it is published.
 func (r *Run) complete(ctx context.Context, e journal.Effect) (journal.Effect, error) {
 	v := r.vm
 	switch e := e.(type) {
@@ -145,7 +155,8 @@ func (r *Run) complete(ctx context.Context, e journal.Effect) (journal.Effect, e
 		e.Log = v.env.Log.With("vm", v.Record().ID)
 	case *network.Guest:
 		vm := attach.VM{ID: v.Record().ID, Store: v.env.Store}
-		return e, errors.Join(r.upkeep.Publish(ctx, vm, e, r.journal.Do), r.upkeep.Add(v.Dir(), e, v.Record().Interfaces, v.env.Log))
+		return e, errors.Join(r.upkeep.Publish(ctx, vm, e, r.journal.Do),
+			r.upkeep.Add(v.Dir(), e, v.Record().Interfaces, v.env.Log))
 	}
 	return e, nil
 }
@@ -157,7 +168,8 @@ const (
 	metricsLimit = 16 << 20
 )
 
-// streams opens the files that take what the VMM writes. Console, if not nil, receives the guest's part as it comes.
+// streams opens the files that take what the VMM writes. Console, if not nil, receives the guest's
+// part as it comes.
 func (v *VM) streams(console io.Writer) (s vmm.Streams, err error) {
 	if console == nil && v.env.Console != nil {
 		console = v.env.Console(v.Record().ID)
@@ -194,7 +206,8 @@ func (v *VM) streams(console io.Writer) (s vmm.Streams, err error) {
 	return s, nil
 }
 
-// Secrets reads the files that the Spec's Secrets and EnvFiles name, nil if there are none. A start does so by itself.
+// Secrets reads the files that the Spec's Secrets and EnvFiles name, nil if there are none. A start
+// does so by itself.
 func (v *VM) Secrets() (*guest.Secrets, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()

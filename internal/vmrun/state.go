@@ -23,7 +23,10 @@ var transitions = map[string][]status.State{
 	"pause":  {status.Running},
 	"resume": {status.Paused},
 	// Of a VM that has ended there is nothing to do.
-	"stop":   {status.Stopped, status.Starting, status.Running, status.Paused, status.Stopping, status.Failed, status.Lost},
+	"stop": {
+		status.Stopped, status.Starting, status.Running, status.Paused, status.Stopping,
+		status.Failed, status.Lost,
+	},
 	"remove": {status.Stopped, status.Failed, status.Lost},
 	"call":   {status.Running, status.Paused}, // everything that talks to the VMM of a started VM
 }
@@ -31,7 +34,8 @@ var transitions = map[string][]status.State{
 // Operations are the entries of the table of what may be done in which state.
 func Operations() []string { return slices.Sorted(maps.Keys(transitions)) }
 
-// Allow returns a *status.StateError if op, one of Operations, may not be done in a state. Call names it to the user.
+// Allow returns a *status.StateError if op, one of Operations, may not be done in a state. Call
+// names it to the user.
 func Allow(id, op, call string, s status.State) error {
 	if want := transitions[op]; !slices.Contains(want, s) {
 		return &status.StateError{ID: id, Op: call, State: s, Want: want}
@@ -48,8 +52,8 @@ func (v *VM) Allowed(ctx context.Context, op, call string) error {
 	return err
 }
 
-// State derives where the VM is. If its VMM does not answer within a second, it counts as Running, or as Starting where its guest is not
-// known to have run. Returns ErrNotFound once it is removed.
+// State derives where the VM is. If its VMM does not answer within a second, it counts as Running,
+// or as Starting where its guest is not known to have run. Returns ErrNotFound once it is removed.
 func (v *VM) State(ctx context.Context) (status.State, error) {
 	state, _, err := v.Look(ctx)
 	return state, err
@@ -99,7 +103,8 @@ func (v *VM) Look(ctx context.Context) (state status.State, sure bool, err error
 	return status.Stopping, true, nil
 }
 
-// Supervised says whether a process supervises the VM. Without one it goes on, but what its guest writes is lost.
+// Supervised says whether a process supervises the VM. Without one it goes on, but what its guest
+// writes is lost.
 func (v *VM) Supervised() (bool, error) {
 	held, err := v.env.Store.Locked(v.Record().ID)
 	if err != nil {
@@ -125,7 +130,9 @@ func (v *VM) atRest() (status.State, error) {
 // askTimeout bounds how long State waits for a VMM that does not answer.
 const askTimeout = time.Second
 
-func (v *VM) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process) (state status.State, sure bool, err error) {
+func (v *VM) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process) (state status.State,
+	sure bool, err error,
+) {
 	short, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	info, err := c.GetInstanceInfo(short)

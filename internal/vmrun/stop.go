@@ -105,8 +105,8 @@ func (v *VM) askAgentToStop(ctx context.Context) error {
 	return v.Agent().Stop(asking, left-min(left/shutdownPart, maxShutdownPart))
 }
 
-// awaitCleanup waits until the supervisor of the ended VM has undone its run, and does it itself if there is none. A
-// VMM that was only about to be started meanwhile is killed.
+// awaitCleanup waits until the supervisor of the ended VM has undone its run, and does it itself if
+// there is none. A VMM that was only about to be started meanwhile is killed.
 func (v *VM) awaitCleanup(ctx context.Context) error {
 	for {
 		if done, err := v.cleanUp(ctx); done || err != nil {
@@ -121,7 +121,8 @@ func (v *VM) awaitCleanup(ctx context.Context) error {
 // cleanUpWait is how long cleanUp waits for the process that has locked the VM.
 const cleanUpWait = 100 * time.Millisecond
 
-// cleanUp undoes the run of an ended VM unless another process has locked it, which may be starting it again.
+// cleanUp undoes the run of an ended VM unless another process has locked it, which may be starting
+// it again.
 func (v *VM) cleanUp(ctx context.Context) (done bool, err error) {
 	patience, cancel := context.WithTimeout(ctx, cleanUpWait)
 	defer cancel()
@@ -137,8 +138,9 @@ func (v *VM) cleanUp(ctx context.Context) (done bool, err error) {
 	return false, nil
 }
 
-// FinishLost undoes a run that ended while it was unsupervised, and copies back what its guest has changed. The caller has the lock.
-// Nothing is done, and it returns ErrNotSupported, where only another version of smartvm can undo the VM's effects.
+// FinishLost undoes a run that ended while it was unsupervised, and copies back what its guest has
+// changed. The caller has the lock. Nothing is done, and it returns ErrNotSupported, where only
+// another version of smartvm can undo the VM's effects.
 func (v *VM) FinishLost(ctx context.Context) error {
 	if err := v.checkJournals(); err != nil {
 		return fmt.Errorf("VM %s: %w", v.Record().ID, err)
@@ -184,8 +186,9 @@ func (v *VM) writeExit(exit *status.Exit) error {
 	return err
 }
 
-// Wait returns when the VM's run has ended and is undone, how it ended, and what could not be undone. Returns at once if it does not
-// run, ErrNotFound if it is removed meanwhile, ErrState if it has never run, ErrClosed if this process supervised it and its Env is closed.
+// Wait returns when the VM's run has ended and is undone, how it ended, and what could not be
+// undone. Returns at once if it does not run, ErrNotFound if it is removed meanwhile, ErrState if
+// it has never run, ErrClosed if this process supervised it and its Env is closed.
 func (v *VM) Wait(ctx context.Context) (*status.Exit, error) {
 	if r := v.current(); r != nil {
 		select {

@@ -1,5 +1,5 @@
-// Package vmrun makes VMs, runs them in the process that supervises them, and lets all processes of the host look at them, stop them and
-// remove them.
+// Package vmrun makes VMs, runs them in the process that supervises them, and lets all processes of
+// the host look at them, stop them and remove them.
 package vmrun
 
 import (
@@ -29,7 +29,8 @@ import (
 	"push.rocks/smartvm/status"
 )
 
-// Env is what the VMs of a host share in this process. Its fields are not changed once there are VMs.
+// Env is what the VMs of a host share in this process. Its fields are not changed once there are
+// VMs.
 type Env struct {
 	plan.Host
 	Log          *slog.Logger
@@ -49,7 +50,8 @@ type Env struct {
 	calls   sync.WaitGroup // clients that are being closed
 }
 
-// VM is one VM. Whichever process started it supervises it; all others can use it as well. It is safe for concurrent use.
+// VM is one VM. Whichever process started it supervises it; all others can use it as well. It is
+// safe for concurrent use.
 type VM struct {
 	env    *Env
 	record atomic.Pointer[plan.Record] // see SetRecord
@@ -67,7 +69,8 @@ func (e *Env) VM(rec *plan.Record) *VM {
 	return v
 }
 
-// Open returns a VM that is there: the same as long as this process supervises it. Returns ErrNotFound.
+// Open returns a VM that is there: the same as long as this process supervises it. Returns
+// ErrNotFound.
 func (e *Env) Open(id string) (*VM, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -84,8 +87,8 @@ func (e *Env) Open(id string) (*VM, error) {
 	return e.VM(rec), nil
 }
 
-// Close releases the VMs that this process supervises and leaves them running. It waits for the undoing of runs that have ended. No VM is started
-// or adopted afterwards.
+// Close releases the VMs that this process supervises and leaves them running. It waits for the
+// undoing of runs that have ended. No VM is started or adopted afterwards.
 func (e *Env) Close() error {
 	e.mu.Lock()
 	owned := slices.Collect(maps.Values(e.running))
@@ -107,7 +110,8 @@ func (e *Env) isClosed() bool {
 	return e.closed
 }
 
-// supervising says that this process supervises a VM, or no longer does. It returns false if it must not, as the Env is closed.
+// supervising says that this process supervises a VM, or no longer does. It returns false if it
+// must not, as the Env is closed.
 func (e *Env) supervising(v *VM, yes bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -124,7 +128,8 @@ func (e *Env) supervising(v *VM, yes bool) bool {
 	return !e.closed
 }
 
-// closeLater closes a client without waiting for an answer that is still due: see firecracker.Client. Close waits, and of a closed Env this does.
+// closeLater closes a client without waiting for an answer that is still due: see
+// firecracker.Client. Close waits, and of a closed Env this does.
 func (e *Env) closeLater(c *firecracker.Client) {
 	e.mu.Lock()
 	later := !e.closed
@@ -172,7 +177,9 @@ func (v *VM) Dial() *firecracker.Client {
 
 // Agent returns a client of the agent in the VM's guest.
 func (v *VM) Agent() *agent.Client {
-	return &agent.Client{Dial: func(ctx context.Context) (net.Conn, error) { return vmm.DialSocket(ctx, v.Root(), store.VsockFile) }}
+	return &agent.Client{Dial: func(ctx context.Context) (net.Conn, error) {
+		return vmm.DialSocket(ctx, v.Root(), store.VsockFile)
+	}}
 }
 
 // Event says what has happened to the VM. Attributes are names and values by turns.

@@ -26,13 +26,15 @@ type Member struct {
 	f    *os.File // not nil: this process has it locked
 }
 
-// memberFile is the name of a member's file: ".POOL.ID". What is in it is the runtime directory that the VM is in, as several may share a
-// data directory; and, once the VM goes on, usedMark: who pauses it then does not give it back.
+// memberFile is the name of a member's file: ".POOL.ID". What is in it is the runtime directory
+// that the VM is in, as several may share a data directory; and, once the VM goes on, usedMark: who
+// pauses it then does not give it back.
 var memberFile = regexp.MustCompile(`^\.(.+)\.([0-9a-f]{12})$`)
 
 const usedMark = "\x00used" // no path has that
 
-// Enlist draws the id of a VM that is to be made, so that somebody removes the VM if this process dies before it is the pool's.
+// Enlist draws the id of a VM that is to be made, so that somebody removes the VM if this process
+// dies before it is the pool's.
 func (s *Store) Enlist(pool string) (*Member, error) {
 	for range enlistTries {
 		id := make([]byte, 6)
@@ -61,7 +63,8 @@ const enlistTries = 100
 
 // members are those of a pool, or of all as "*".
 func (s *Store) members(pool string) ([]*Member, error) {
-	paths, err := filepath.Glob(filepath.Join(escape(s.dir), "."+pool+".*")) // pools' names have nothing that a pattern would
+	// pools' names have nothing that a pattern would
+	paths, err := filepath.Glob(filepath.Join(escape(s.dir), "."+pool+".*"))
 	if err != nil {
 		return nil, err
 	}
@@ -142,7 +145,8 @@ func (s *Store) isReady(ctx context.Context, b *Member) bool {
 	return err == nil && info.State == firecracker.StatePaused
 }
 
-// askPatience is how long a VMM may take to say so: one that is only slow, as its host is busy, is not ended.
+// askPatience is how long a VMM may take to say so: one that is only slow, as its host is busy, is
+// not ended.
 const askPatience = 10 * time.Second
 
 // fate is what came of a member.

@@ -1,8 +1,10 @@
-// Package warm keeps pools of VMs that are restored from a snapshot and paused, so that one that is wanted goes on at once.
+// Package warm keeps pools of VMs that are restored from a snapshot and paused, so that one that is
+// wanted goes on at once.
 //
-// A pool is a file in the data directory. A VM of it is one like any other, with a file beside that, a Member, from before it is made
-// until it has ended or somebody has it for good. Who makes or takes the VM has the file locked meanwhile. So one whose file nobody has
-// locked and that is not paused, or was to go on once, was left by a process that died.
+// A pool is a file in the data directory. A VM of it is one like any other, with a file beside
+// that, a Member, from before it is made until it has ended or somebody has it for good. Who makes
+// or takes the VM has the file locked meanwhile. So one whose file nobody has locked and that is
+// not paused, or was to go on once, was left by a process that died.
 package warm
 
 import (
@@ -149,10 +151,12 @@ func (s *Store) store(ctx context.Context, p Pool) error {
 	if err := s.Free(p.Name); err != nil {
 		return err
 	}
-	return errors.Join(atomicfile.WriteJSON(s.file(p.Name), p), os.Symlink(s.file(p.Name), filepath.Join(sn.UsersDir(), "pool-"+p.Name)))
+	return errors.Join(atomicfile.WriteJSON(s.file(p.Name), p),
+		os.Symlink(s.file(p.Name), filepath.Join(sn.UsersDir(), "pool-"+p.Name)))
 }
 
-// Fill makes VMs until the pool is full. Those in it that are not ready and that nobody is about to take are removed.
+// Fill makes VMs until the pool is full. Those in it that are not ready and that nobody is about to
+// take are removed.
 func (s *Store) Fill(ctx context.Context, name string) error {
 	unlock, err := s.lockFill(ctx, name)
 	if err != nil {
@@ -289,7 +293,8 @@ func (s *Store) Take(ctx context.Context, name string) (*Taken, error) {
 	return &Taken{m, b}, nil
 }
 
-// Taken is a VM that somebody has taken. Keep or End; if his process dies before, it ends with the next Fill or Sweep.
+// Taken is a VM that somebody has taken. Keep or End; if his process dies before, it ends with the
+// next Fill or Sweep.
 type Taken struct {
 	*smartvm.Machine
 	member *Member
@@ -318,8 +323,8 @@ func End(ctx context.Context, m *smartvm.Machine) error {
 	return err
 }
 
-// List returns all pools, by name. An error is about pools that cannot be read, which another version of smartvm may have made: all
-// others are returned with it.
+// List returns all pools, by name. An error is about pools that cannot be read, which another
+// version of smartvm may have made: all others are returned with it.
 func (s *Store) List(ctx context.Context) ([]Listed, error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -355,7 +360,8 @@ func (s *Store) List(ctx context.Context) ([]Listed, error) {
 	return all, errors.Join(errs...)
 }
 
-// Remove removes a pool, its VMs that nobody has taken, and its snapshot unless others have started from it.
+// Remove removes a pool, its VMs that nobody has taken, and its snapshot unless others have started
+// from it.
 func (s *Store) Remove(ctx context.Context, name string) error {
 	unlock, err := s.lockFill(ctx, name)
 	if err != nil {
@@ -384,7 +390,8 @@ func (s *Store) Remove(ctx context.Context, name string) error {
 	return errors.Join(append(errs, err)...)
 }
 
-// Sweep ends what processes have left that died while they filled pools, or had taken a VM. It returns the ids of those VMs.
+// Sweep ends what processes have left that died while they filled pools, or had taken a VM. It
+// returns the ids of those VMs.
 func (s *Store) Sweep(ctx context.Context) (removed []string, err error) {
 	members, err := s.members("*")
 	errs := []error{err}

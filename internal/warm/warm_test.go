@@ -20,7 +20,8 @@ import (
 	"push.rocks/smartvm/internal/warm"
 )
 
-// childVariable makes the test program do what its value says, at the site in childDir, with the VMM in childVMM.
+// childVariable makes the test program do what its value says, at the site in childDir, with the
+// VMM in childVMM.
 const (
 	childVariable = "SMARTVM_TEST_WARM"
 	childDir      = "SMARTVM_TEST_WARM_DIR"
@@ -34,7 +35,9 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	s := &site{dir: os.Getenv(childDir), vmm: os.Getenv(childVMM)}
-	if err := s.with(func(h *smartvm.Host, all *warm.Store) error { return childMain(context.Background(), what, h, all) }); err != nil {
+	if err := s.with(func(h *smartvm.Host, all *warm.Store) error {
+		return childMain(context.Background(), what, h, all)
+	}); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -96,7 +99,8 @@ type site struct {
 
 func (s *site) with(f func(*smartvm.Host, *warm.Store) error) error {
 	h, err := smartvm.Open(smartvm.Options{
-		RuntimeDir: filepath.Join(s.dir, "runtime"), DataDir: filepath.Join(s.dir, "data"), FirecrackerBinary: s.vmm, Launcher: smartvm.LaunchDirect,
+		RuntimeDir: filepath.Join(s.dir, "runtime"), DataDir: filepath.Join(s.dir, "data"), FirecrackerBinary: s.vmm,
+		Launcher: smartvm.LaunchDirect,
 	})
 	if err != nil {
 		return err
@@ -117,8 +121,10 @@ func newSite(t *testing.T) *site {
 	s := &site{dir: dir, vmm: testenv.Firecracker(t), binary: testenv.PlainBinary(t)}
 	must(t, s.with(func(h *smartvm.Host, _ *warm.Store) error { // which makes directories that stay
 		_, err := h.Snapshots()
-		return errors.Join(err, os.MkdirAll(filepath.Join(h.RuntimeDir(), ".networks"), 0o700), os.MkdirAll(filepath.Join(h.RuntimeDir(), ".slots"), 0o700),
-			os.MkdirAll(filepath.Join(h.RuntimeDir(), ".leases"), 0o700), os.MkdirAll(filepath.Join(h.DataDir(), "staging"), 0o700))
+		return errors.Join(err, os.MkdirAll(filepath.Join(h.RuntimeDir(), ".networks"), 0o700),
+			os.MkdirAll(filepath.Join(h.RuntimeDir(), ".slots"), 0o700),
+			os.MkdirAll(filepath.Join(h.RuntimeDir(), ".leases"), 0o700),
+			os.MkdirAll(filepath.Join(h.DataDir(), "staging"), 0o700))
 	}))
 	testenv.NoLeaks(t, dir)
 	t.Cleanup(func() {
@@ -163,8 +169,8 @@ func (s *site) do(t *testing.T, what string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// wantFull checks that the pool has as many VMs as it should, all of which are ready, and that there are others (by id), of which some
-// are kept, and no more.
+// wantFull checks that the pool has as many VMs as it should, all of which are ready, and that
+// there are others (by id), of which some are kept, and no more.
 func (s *site) wantFull(t *testing.T, when string, kept int, others ...string) {
 	t.Helper()
 	err := s.with(func(h *smartvm.Host, all *warm.Store) error {
@@ -312,7 +318,8 @@ func (h *held) id(t *testing.T) string {
 	return strings.TrimSpace(line)
 }
 
-// A VM whose taker died while he used it is removed, and not before; he may have paused it, and others do not get it for that.
+// A VM whose taker died while he used it is removed, and not before; he may have paused it, and
+// others do not get it for that.
 func TestTake_Dies(t *testing.T) {
 	for _, next := range []string{"sweep", "fill"} {
 		t.Run(next, func(t *testing.T) {
@@ -333,8 +340,8 @@ func TestTake_Dies(t *testing.T) {
 	}
 }
 
-// Killed at each of the steps by which it changes the file system, a filler or taker leaves nothing that the next fill does not put
-// right, or the next sweep.
+// Killed at each of the steps by which it changes the file system, a filler or taker leaves nothing
+// that the next fill does not put right, or the next sweep.
 func TestKilled(t *testing.T) {
 	for _, what := range []string{"fill", "take"} {
 		t.Run(what, func(t *testing.T) {

@@ -1,8 +1,10 @@
-// Package bridged is what a guest has on a bridge that is not ours, such as one to the host's LAN: a port that cannot forge addresses. Of the bridge
-// itself, its other ports, and how the host forwards, it changes nothing.
+// Package bridged is what a guest has on a bridge that is not ours, such as one to the host's LAN:
+// a port that cannot forge addresses. Of the bridge itself, its other ports, and how the host
+// forwards, it changes nothing.
 //
-// All that there is belongs to one guest: two tables of nftables and an entry of the bridge at its port. So guests of several hosts of ours, and the
-// ports of others, have nothing in common that one of them could undo.
+// All that there is belongs to one guest: two tables of nftables and an entry of the bridge at its
+// port. So guests of several hosts of ours, and the ports of others, have nothing in common that
+// one of them could undo.
 package bridged
 
 import (
@@ -28,13 +30,15 @@ import (
 	"push.rocks/smartvm/network/rtnl"
 )
 
-// Guest is a guest's interface on a bridge of somebody else's, as an effect on the host. Its tap is there already.
+// Guest is a guest's interface on a bridge of somebody else's, as an effect on the host. Its tap is
+// there already.
 type Guest struct {
 	Tap    string `json:"tap"`
 	Bridge string `json:"bridge"`
 	MAC    string `json:"mac"` // as net.ParseMAC takes it
-	// IP4 is the only IPv4 address that it may send from. Zero: any. Of IPv6 it may have those whose lower half is made of its MAC (RFC 4291,
-	// appendix A), in whatever networks the LAN's routers have.
+	// IP4 is the only IPv4 address that it may send from. Zero: any. Of IPv6 it may have those whose
+	// lower half is made of its MAC (RFC 4291, appendix A), in whatever networks the LAN's routers
+	// have.
 	IP4  netip.Addr `json:"ip4,omitzero"`
 	Host bool       `json:"host,omitempty"` // it reaches the host, and by way of it others
 }
@@ -45,25 +49,32 @@ var ErrMAC = errors.New("the bridge has its MAC at another port")
 // Table is the name of the tables of a tap.
 func Table(tap string) string { return filter.TablePrefix + tap }
 
-// Find returns a bridge that guests of ours may be joined to, by its name. Otherwise the error says why they may not.
+// Find returns a bridge that guests of ours may be joined to, by its name. Otherwise the error says
+// why they may not.
 func Find(name string) (netlink.Link, error) {
 	link, err := netlink.LinkByName(name)
 	switch {
 	case errors.As(err, new(netlink.LinkNotFoundError)):
-		return nil, hint.Add(fmt.Errorf("bridge %s: no such interface", name), "make it first (ip link add %s type bridge), or name another: ip link show type bridge lists them", name)
+		return nil, hint.Add(fmt.Errorf("bridge %s: no such interface", name),
+			"make it first (ip link add %s type bridge), or name another: ip link show type bridge lists them", name)
 	case err != nil:
 		return nil, fmt.Errorf("find bridge %s: %w", name, err)
 	case link.Type() != "bridge":
-		return nil, hint.Add(fmt.Errorf("interface %s is no bridge: it is of type %s", name, link.Type()), "make a bridge, and %s its port (ip link set %s master BRIDGE)", name, name)
+		return nil, hint.Add(fmt.Errorf("interface %s is no bridge: it is of type %s", name, link.Type()),
+			"make a bridge, and %s its port (ip link set %s master BRIDGE)", name, name)
 	case link.Attrs().Group == filter.Group:
-		return nil, hint.Add(fmt.Errorf("bridge %s is that of a network of smartvm", name), "smartvm network ls names it for --net NAME")
+		return nil, hint.Add(fmt.Errorf("bridge %s is that of a network of smartvm", name),
+			"smartvm network ls names it for --net NAME")
 	}
 	return link, nil
 }
 
 // Filtered says whether the IP rules of the host see what a bridge passes from port to port.
 func Filtered(bridge string) bool {
-	for _, path := range []string{"/proc/sys/net/bridge/bridge-nf-call-iptables", "/sys/class/net/" + bridge + "/bridge/nf_call_iptables"} {
+	for _, path := range []string{
+		"/proc/sys/net/bridge/bridge-nf-call-iptables",
+		"/sys/class/net/" + bridge + "/bridge/nf_call_iptables",
+	} {
 		if data, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(data)) == "1" {
 			return true
 		}
@@ -71,7 +82,8 @@ func Filtered(bridge string) bool {
 	return false
 }
 
-// Apply makes the tables and the entry. Returns an error that is fs.ErrExist where tables of the name are there, ErrMAC, filter.ErrTooOld.
+// Apply makes the tables and the entry. Returns an error that is fs.ErrExist where tables of the
+// name are there, ErrMAC, filter.ErrTooOld.
 func (g *Guest) Apply(context.Context) error {
 	if err := g.make(false); err != nil {
 		return fmt.Errorf("add guest %s to bridge %s: %w", g.Tap, g.Bridge, err)
@@ -110,7 +122,11 @@ func (g *Guest) make(replace bool) error {
 	for _, c := range chains {
 		conn.AddChain(&c.Chain)
 		for _, r := range c.rules {
-			conn.AddRule(&nftables.Rule{Table: c.Table, Chain: &c.Chain, Exprs: r, UserData: userdata.AppendString(nil, userdata.TypeComment, c.text)})
+			conn.AddRule(
+				&nftables.Rule{
+					Table: c.Table, Chain: &c.Chain, Exprs: r,
+					UserData: userdata.AppendString(nil, userdata.TypeComment, c.text),
+				})
 		}
 	}
 	switch err := conn.Flush(); {
@@ -147,16 +163,23 @@ func (g *Guest) enter(mac net.HardwareAddr) error {
 		return fmt.Errorf("list what the bridge knows: %w", err)
 	}
 	for _, n := range all {
-		// What it has learned may be of the time before; what is there for good is a machine's of this host.
-		if n.MasterIndex == bridge && n.LinkIndex != port && n.HardwareAddr.String() == mac.String() && n.State&(netlink.NUD_PERMANENT|netlink.NUD_NOARP) != 0 {
-			return hint.Add(fmt.Errorf("%s: %w", mac, ErrMAC), "bridge fdb show br %s lists them; without mac= the VM gets one of its own", g.Bridge)
+		// What it has learned may be of the time before; what is there for good is a machine's of this
+		// host.
+		if n.MasterIndex == bridge && n.LinkIndex != port && n.HardwareAddr.String() == mac.String() &&
+			n.State&(netlink.NUD_PERMANENT|netlink.NUD_NOARP) != 0 {
+			return hint.Add(fmt.Errorf("%s: %w", mac, ErrMAC),
+				"bridge fdb show br %s lists them; without mac= the VM gets one of its own", g.Bridge)
 		}
 	}
 	return set(port, mac)
 }
 
 func set(port int, mac net.HardwareAddr) error {
-	return netlink.NeighSet(&netlink.Neigh{LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER | rtnl.Sticky, HardwareAddr: mac})
+	return netlink.NeighSet(
+		&netlink.Neigh{
+			LinkIndex: port, Family: unix.AF_BRIDGE, State: netlink.NUD_NOARP,
+			Flags: netlink.NTF_MASTER | rtnl.Sticky, HardwareAddr: mac,
+		})
 }
 
 // Repair makes again what somebody has removed or changed, or all in any case.
@@ -208,7 +231,8 @@ func (g *Guest) leave() error {
 	if port == 0 || err != nil {
 		return err
 	}
-	err = netlink.NeighDel(&netlink.Neigh{LinkIndex: port, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, HardwareAddr: mac})
+	err = netlink.NeighDel(
+		&netlink.Neigh{LinkIndex: port, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, HardwareAddr: mac})
 	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) && !lacks(err) {
 		return fmt.Errorf("remove guest %s from bridge %s: %w", g.Tap, g.Bridge, err)
 	}

@@ -17,7 +17,8 @@ type LAN struct {
 	Last  netip.Addr `json:"last,omitzero"`
 }
 
-// Validate returns all that is wrong, joined. A subnet of the LAN's that is zero says that guests get their addresses from the LAN.
+// Validate returns all that is wrong, joined. A subnet of the LAN's that is zero says that guests
+// get their addresses from the LAN.
 func (l *LAN) Validate(of netip.Prefix) error {
 	if !of.IsValid() {
 		if l.Gateway.IsValid() || l.First.IsValid() || l.Last.IsValid() {
@@ -32,7 +33,8 @@ func (l *LAN) Validate(of netip.Prefix) error {
 	if l.Gateway.IsValid() && !IsHost(of, l.Gateway) {
 		errs = append(errs, fmt.Errorf("gateway %s: must be of %s", l.Gateway, of))
 	}
-	if (l.First.IsValid() || l.Last.IsValid()) && !(IsHost(of, l.First) && IsHost(of, l.Last) && l.First.Compare(l.Last) <= 0) {
+	if (l.First.IsValid() || l.Last.IsValid()) &&
+		!(IsHost(of, l.First) && IsHost(of, l.Last) && l.First.Compare(l.Last) <= 0) {
 		errs = append(errs, fmt.Errorf("range %s-%s: must be two addresses of %s, the lower one first", l.First, l.Last, of))
 	}
 	return errors.Join(errs...)

@@ -18,12 +18,13 @@ import (
 	"push.rocks/smartvm/network/subnet"
 )
 
-// Store keeps the networks that somebody has made, a file each, and knows the default one, which is always there, and whose
-// policy is that of networks without one.
+// Store keeps the networks that somebody has made, a file each, and knows the default one, which is
+// always there, and whose policy is that of networks without one.
 type Store struct {
 	Dir     string // made when it is needed
 	Default network.Config
-	// Changed receives each network that was changed, afterwards: "create", "update" or "remove", and its name. It may be nil.
+	// Changed receives each network that was changed, afterwards: "create", "update" or "remove", and
+	// its name. It may be nil.
 	Changed func(action, name string)
 }
 
@@ -43,8 +44,8 @@ const maxConfig = 1 << 20
 
 func (s *Store) path(name string) string { return filepath.Join(s.Dir, name+".json") }
 
-// Get returns a network. Returns ErrNotFound, and spec.ErrNotSupported for one that another version of smartvm has written and that has
-// settings that are unknown here: they may be limits.
+// Get returns a network. Returns ErrNotFound, and spec.ErrNotSupported for one that another version
+// of smartvm has written and that has settings that are unknown here: they may be limits.
 func (s *Store) Get(name string) (network.Config, error) {
 	if name == s.Default.Name {
 		c := s.Default
@@ -63,7 +64,9 @@ func (s *Store) Get(name string) (network.Config, error) {
 	}
 	c, err := atomicfile.ReadStrict[network.Config](s.path(name), maxConfig)
 	if strings.Contains(name, "/") || errors.Is(err, fs.ErrNotExist) {
-		return network.Config{}, hint.Add(fmt.Errorf("network %q: %w", name, ErrNotFound), "smartvm network ls lists them; smartvm network create %s makes it", name)
+		return network.Config{},
+			hint.Add(fmt.Errorf("network %q: %w", name, ErrNotFound),
+				"smartvm network ls lists them; smartvm network create %s makes it", name)
 	}
 	if err == nil && c.Name != name {
 		err = fmt.Errorf("file is of network %q", c.Name)
@@ -105,8 +108,8 @@ func Refresher(open func() (*Store, error)) func(*network.Config) error {
 	}
 }
 
-// Update gives a network other settings, for VMs that start from now on: see also Update for one that is up. Returns ErrNotFound, and all that is wrong
-// with them, joined.
+// Update gives a network other settings, for VMs that start from now on: see also Update for one
+// that is up. Returns ErrNotFound, and all that is wrong with them, joined.
 func (s *Store) Update(name string, change func(*network.Settings)) (network.Config, error) {
 	unlock, err := network.Lock(s.Dir)
 	if err != nil {
@@ -133,8 +136,8 @@ func (s *Store) Update(name string, change func(*network.Settings)) (network.Con
 	return c, s.changed(err, "update", name)
 }
 
-// List returns all networks by name, the default one first. An error is about networks that cannot be read, which another version of
-// smartvm may have made: all others are returned with it.
+// List returns all networks by name, the default one first. An error is about networks that cannot
+// be read, which another version of smartvm may have made: all others are returned with it.
 func (s *Store) List() ([]network.Config, error) {
 	var all []network.Config
 	var errs []error
@@ -161,8 +164,9 @@ func (s *Store) List() ([]network.Config, error) {
 	return all, errors.Join(errs...)
 }
 
-// Create keeps a new network. What c leaves open is chosen: a bridge of its name, a subnet that no other has. Returns an
-// error that is fs.ErrExist where its name, bridge or subnet are another network's.
+// Create keeps a new network. What c leaves open is chosen: a bridge of its name, a subnet that no
+// other has. Returns an error that is fs.ErrExist where its name, bridge or subnet are another
+// network's.
 func (s *Store) Create(c network.Config) (network.Config, error) {
 	unlock, err := network.Lock(s.Dir)
 	if err != nil {

@@ -13,7 +13,8 @@ import (
 	"push.rocks/smartvm/spec"
 )
 
-// A network that another version of smartvm has written hides no other, and is not used without what is unknown of it.
+// A network that another version of smartvm has written hides no other, and is not used without
+// what is unknown of it.
 func TestStore_OtherVersions(t *testing.T) {
 	standard, err := network.NewDefault("", "")
 	if err != nil {
@@ -35,7 +36,8 @@ func TestStore_OtherVersions(t *testing.T) {
 		t.Fatal(err)
 	}
 	all, err := s.List()
-	if !errors.Is(err, spec.ErrNotSupported) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "quarantine") {
+	if !errors.Is(err, spec.ErrNotSupported) || !strings.Contains(err.Error(), path) ||
+		!strings.Contains(err.Error(), "quarantine") {
 		t.Errorf("%v, want ErrNotSupported of %s", err, path)
 	}
 	var names []string
@@ -56,7 +58,9 @@ func TestStore_OtherVersions(t *testing.T) {
 	if _, err := s.Create(delta); !errors.Is(err, spec.ErrNotSupported) {
 		t.Errorf("create: %v, want ErrNotSupported", err)
 	}
-	if _, err := s.Update("beta", func(c *network.Settings) { c.MaxConnections = 9 }); !errors.Is(err, spec.ErrNotSupported) {
+	if _, err := s.Update("beta", func(c *network.Settings) {
+		c.MaxConnections = 9
+	}); !errors.Is(err, spec.ErrNotSupported) {
 		t.Errorf("update: %v, want ErrNotSupported", err)
 	}
 	if after, err := os.ReadFile(path); err != nil || string(after) != newer {

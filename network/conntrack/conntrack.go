@@ -1,5 +1,6 @@
-// Package conntrack has the kernel forget connections that it knows, in the calling thread's network: what it knows is let through, whatever rules
-// there are now, and whoever has an address next is neither to go on with it nor to be reached by it.
+// Package conntrack has the kernel forget connections that it knows, in the calling thread's
+// network: what it knows is let through, whatever rules there are now, and whoever has an address
+// next is neither to go on with it nor to be reached by it.
 package conntrack
 
 import (
@@ -18,7 +19,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// Flow is a connection: who began it, to whom it leads, and whom that asked for: another, where it was led elsewhere.
+// Flow is a connection: who began it, to whom it leads, and whom that asked for: another, where it
+// was led elsewhere.
 type Flow struct {
 	From  netip.Addr
 	To    policy.Target
@@ -33,13 +35,15 @@ const (
 	attribute = 4 // struct nlattr
 )
 
-// maxDumps is how often all connections are looked at, while the kernel says that some may have been left out.
+// maxDumps is how often all connections are looked at, while the kernel says that some may have
+// been left out.
 const maxDumps = 3
 
 // Most is how many connections the kernel can know.
 func Most() int {
 	const unknown = 1 << 18 // a kernel's default, while it does not track any
-	// Without what makes a file of the kernel's one that can be waited for, which takes longer than to read it.
+	// Without what makes a file of the kernel's one that can be waited for, which takes longer than to
+	// read it.
 	fd, err := unix.Open("/proc/sys/net/netfilter/nf_conntrack_max", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return unknown
@@ -57,8 +61,9 @@ func Most() int {
 	return most
 }
 
-// Forget has the kernel forget the connections that one of some addresses has a part in, translated or not. All that it knows are looked at once,
-// of IPv4 and IPv6: 100,000 take about a tenth of a second. A kernel that tells nobody of them (no NF_CT_NETLINK) is no error: a guest must go all
+// Forget has the kernel forget the connections that one of some addresses has a part in, translated
+// or not. All that it knows are looked at once, of IPv4 and IPv6: 100,000 take about a tenth of a
+// second. A kernel that tells nobody of them (no NF_CT_NETLINK) is no error: a guest must go all
 // the same.
 func Forget(of func(netip.Addr) bool) error {
 	return forget(func(c connection) bool {
@@ -71,7 +76,8 @@ func Forget(of func(netip.Addr) bool) error {
 	})
 }
 
-// ForgetFlows has the kernel forget some connections. Of one that is not, but goes on, the next packet is one that begins a connection.
+// ForgetFlows has the kernel forget some connections. Of one that is not, but goes on, the next
+// packet is one that begins a connection.
 func ForgetFlows(some func(Flow) bool) error {
 	return forget(func(c connection) bool {
 		to := policy.Target{Address: c.answers.source.Addr(), Protocol: c.asked.protocol, Port: c.answers.source.Port()}
@@ -200,7 +206,8 @@ func attributes(b []byte) iter.Seq2[uint16, []byte] {
 	return func(yield func(uint16, []byte) bool) {
 		for len(b) >= attribute {
 			n := int(binary.NativeEndian.Uint16(b))
-			if n < attribute || n > len(b) || !yield(binary.NativeEndian.Uint16(b[2:])&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER), b[:n]) {
+			if n < attribute || n > len(b) ||
+				!yield(binary.NativeEndian.Uint16(b[2:])&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER), b[:n]) {
 				return
 			}
 			b = b[min((n+3)&^3, len(b)):]

@@ -1,8 +1,10 @@
-// Package dnsproxy answers one guest's DNS queries by asking the servers that its host has at the time. Where a policy has rules about names, the
-// addresses in an answer are let through before the guest has it, and a name that no rule is about is not asked for where all else is denied.
+// Package dnsproxy answers one guest's DNS queries by asking the servers that its host has at the
+// time. Where a policy has rules about names, the addresses in an answer are let through before the
+// guest has it, and a name that no rule is about is not asked for where all else is denied.
 //
-// Both sides are foreign: what comes in is parsed, and what goes out is made anew from what was understood. Records of types that nobody here
-// knows go on as they are, with signatures among them, so that a guest can validate (DNSSEC), but for names that a rule is about: their answers
+// Both sides are foreign: what comes in is parsed, and what goes out is made anew from what was
+// understood. Records of types that nobody here knows go on as they are, with signatures among
+// them, so that a guest can validate (DNSSEC), but for names that a rule is about: their answers
 // are chosen from. The proxy itself validates nothing, and never says that it did (AD).
 package dnsproxy
 
@@ -35,16 +37,18 @@ type Config struct {
 	Upstreams func() []netip.AddrPort
 	// Control is that of net.Dialer, for the sockets by which they are asked. It may be nil.
 	Control func(network, address string, socket syscall.RawConn) error
-	// Local are the addresses of who has a name on the guest's own network, none if nobody has. It may be nil.
+	// Local are the addresses of who has a name on the guest's own network, none if nobody has. It may
+	// be nil.
 	Local func(name string) []netip.Addr
-	// Names are what policies say at the time, each of which must allow a name and what it leads to. Nil or none: all is asked for, of whatever type.
+	// Names are what policies say at the time, each of which must allow a name and what it leads to.
+	// Nil or none: all is asked for, of whatever type.
 	Names func() []Names
 	// Rate bounds the guest's questions: more are dropped by UDP, and wait by TCP.
 	Rate Rate
 	// Dropped counts the questions that were not answered because there were too many. It may be nil.
 	Dropped *atomic.Uint64
-	// Answered is called with the addresses of a name before the guest has them, Refused with what one of Names, of that index, does not allow. Both may be
-	// nil.
+	// Answered is called with the addresses of a name before the guest has them, Refused with what one
+	// of Names, of that index, does not allow. Both may be nil.
 	Answered func(name string, addresses []netip.Addr)
 	Refused  func(name, kind string, by int)
 	Log      *slog.Logger // nil: nobody
@@ -52,15 +56,17 @@ type Config struct {
 
 // Names is what one policy says of names.
 type Names struct {
-	// Domains are those of rules, as policy.Compiled has them. Closed: other names are not there (NXDOMAIN: a resolver gives up at
-	// once, where it would ask again after a refusal), and nobody is asked for them, so that questions tell nobody anything.
+	// Domains are those of rules, as policy.Compiled has them. Closed: other names are not there
+	// (NXDOMAIN: a resolver gives up at once, where it would ask again after a refusal), and nobody is
+	// asked for them, so that questions tell nobody anything.
 	Domains []string
 	Closed  bool
-	// Local says that an address may be in the answer for a domain of Domains though it is no public one. Nil: none. Other such
-	// addresses are left out: whoever has the name must not choose who of the host's neighbours is let through (DNS rebinding).
+	// Local says that an address may be in the answer for a domain of Domains though it is no public
+	// one. Nil: none. Other such addresses are left out: whoever has the name must not choose who of
+	// the host's neighbours is let through (DNS rebinding).
 	Local func(netip.Addr) bool
-	// Allow lets addresses through for a time, because of domains, which are indices into Domains. It is called before the guest
-	// has the answer, and if it errs the guest has none.
+	// Allow lets addresses through for a time, because of domains, which are indices into Domains. It
+	// is called before the guest has the answer, and if it errs the guest has none.
 	Allow func(ctx context.Context, domains []int, addresses []netip.Addr, ttl time.Duration) error
 }
 
@@ -77,9 +83,11 @@ const (
 	maxRecords  = 256 // of an answer, and of what a guest sends besides its question
 	minTTL      = 5 * time.Second
 	maxTTL      = time.Hour
-	// guestTTL is how long a guest may keep an answer: after its network was mended, or it was restored, what it keeps leads nowhere.
+	// guestTTL is how long a guest may keep an answer: after its network was mended, or it was
+	// restored, what it keeps leads nowhere.
 	guestTTL = time.Minute
-	// grace is how much longer than its TTL an address is let through: the guest's own caches count from later.
+	// grace is how much longer than its TTL an address is let through: the guest's own caches count
+	// from later.
 	grace = time.Minute
 )
 
@@ -92,7 +100,10 @@ func Serve(ctx context.Context, c Config) error {
 	if c.Dropped == nil {
 		c.Dropped = new(atomic.Uint64)
 	}
-	p := &proxy{Config: c, slots: make(chan struct{}, maxQueries), conns: make(chan struct{}, maxConns), bucket: newBucket(c.Rate)}
+	p := &proxy{
+		Config: c, slots: make(chan struct{}, maxQueries), conns: make(chan struct{}, maxConns),
+		bucket: newBucket(c.Rate),
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer p.work.Wait()
 	defer cancel()
@@ -152,9 +163,11 @@ func (p *proxy) serveUDP(ctx context.Context) error {
 	}
 }
 
-// drop counts a question that has no answer. A refusal would be worse: glibc (resolv/res_send.c), c-ares (ares_process.c) and systemd-resolved
-// (resolved-dns-transaction.c) ask the next server at once, or the same, which makes more questions of too many, and soon tell their
-// program that the name cannot be found; musl (res_msend.c) takes no notice. When nothing comes all of them wait, and ask again.
+// drop counts a question that has no answer. A refusal would be worse: glibc (resolv/res_send.c),
+// c-ares (ares_process.c) and systemd-resolved (resolved-dns-transaction.c) ask the next server at
+// once, or the same, which makes more questions of too many, and soon tell their program that the
+// name cannot be found; musl (res_msend.c) takes no notice. When nothing comes all of them wait,
+// and ask again.
 func (p *proxy) drop() {
 	n := p.Dropped.Add(1)
 	if now := time.Now(); now.Sub(p.warned) >= warnEvery {
@@ -363,7 +376,12 @@ const localTTL = 5 * time.Second
 // localRecords are the addresses of the kind that is asked for.
 func localRecords(q dnsmessage.Question, addresses []netip.Addr) (records []dnsmessage.Resource) {
 	for _, a := range addresses {
-		r := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: dnsmessage.ClassINET, TTL: uint32(localTTL / time.Second)}}
+		r := dnsmessage.Resource{
+			Header: dnsmessage.ResourceHeader{
+				Name: q.Name, Type: q.Type, Class: dnsmessage.ClassINET,
+				TTL: uint32(localTTL / time.Second),
+			},
+		}
 		switch {
 		case a.Is4() && q.Type == dnsmessage.TypeA:
 			r.Body = &dnsmessage.AResource{A: a.As4()}

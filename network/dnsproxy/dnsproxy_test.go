@@ -143,7 +143,8 @@ func serve(t *testing.T, change func(*dnsproxy.Config), upstreams ...netip.AddrP
 	g := &guest{t: t, address: tcp.Addr().String()}
 	c := dnsproxy.Config{
 		UDP: udp, TCP: tcp, Upstreams: func() []netip.AddrPort { return upstreams },
-		Names: always(dnsproxy.Names{Domains: []string{"example.com", "*.example.org"}, Closed: true, Allow: g.allow("exact", "wild")}),
+		Names: always(
+			dnsproxy.Names{Domains: []string{"example.com", "*.example.org"}, Closed: true, Allow: g.allow("exact", "wild")}),
 	}
 	if change != nil {
 		change(&c)
@@ -216,7 +217,8 @@ func (g *guest) exchange(network string, q dnsmessage.Message) (m dnsmessage.Mes
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	if err := m.Unpack(answer); err != nil || m.ID != q.ID || !m.Response || len(m.Questions) != 1 || m.Questions[0] != q.Questions[0] {
+	if err := m.Unpack(answer); err != nil || m.ID != q.ID || !m.Response || len(m.Questions) != 1 ||
+		m.Questions[0] != q.Questions[0] {
 		g.t.Fatalf("answer %+v, %v", m, err)
 	}
 	return m
@@ -259,7 +261,8 @@ const (
 	no  = dnsmessage.RCodeNameError
 )
 
-// A name is answered and its addresses are let through; its neighbours are not there, and nobody is asked for them.
+// A name is answered and its addresses are let through; its neighbours are not there, and nobody is
+// asked for them.
 func TestServe(t *testing.T) {
 	asked := make(chan string, 100)
 	server := upstream(t, func(q dnsmessage.Question) dnsmessage.Message {
@@ -317,13 +320,31 @@ func TestServe_Policies(t *testing.T) {
 		answer  []string
 		allowed []string
 	}{
-		{"Both", dnsproxy.Names{Domains: []string{"*.com"}, Closed: true}, "example.com.", yes, []string{"192.0.2.1"}, []string{"exact 192.0.2.1 6m0s", "second 192.0.2.1 6m0s"}},
-		{"BothLocal", dnsproxy.Names{Domains: []string{"*.com"}, Closed: true, Local: ten}, "example.com.", yes, []string{"192.0.2.1", "10.0.0.1"}, []string{
-			"exact 192.0.2.1 6m0s", "exact 10.0.0.1 6m0s", "second 192.0.2.1 6m0s", "second 10.0.0.1 6m0s",
-		}},
+		{
+			"Both",
+			dnsproxy.Names{Domains: []string{"*.com"}, Closed: true},
+			"example.com.", yes,
+			[]string{"192.0.2.1"},
+			[]string{"exact 192.0.2.1 6m0s", "second 192.0.2.1 6m0s"},
+		},
+		{
+			"BothLocal",
+			dnsproxy.Names{Domains: []string{"*.com"}, Closed: true, Local: ten},
+			"example.com.", yes,
+			[]string{"192.0.2.1", "10.0.0.1"},
+			[]string{
+				"exact 192.0.2.1 6m0s", "exact 10.0.0.1 6m0s", "second 192.0.2.1 6m0s", "second 10.0.0.1 6m0s",
+			},
+		},
 		{"FirstAlone", dnsproxy.Names{Domains: []string{"other.com"}, Closed: true}, "example.com.", no, nil, nil},
 		{"SecondAlone", dnsproxy.Names{Domains: []string{"other.com"}, Closed: true}, "other.com.", no, nil, nil},
-		{"SecondOpen", dnsproxy.Names{Domains: []string{"other.com"}}, "example.com.", yes, []string{"192.0.2.1", "10.0.0.1"}, []string{"exact 192.0.2.1 6m0s", "exact 10.0.0.1 6m0s"}},
+		{
+			"SecondOpen",
+			dnsproxy.Names{Domains: []string{"other.com"}},
+			"example.com.", yes,
+			[]string{"192.0.2.1", "10.0.0.1"},
+			[]string{"exact 192.0.2.1 6m0s", "exact 10.0.0.1 6m0s"},
+		},
 		{"SecondNothing", dnsproxy.Names{Closed: true}, "example.com.", no, nil, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -358,7 +379,10 @@ func TestServe_Alias(t *testing.T) {
 // A name's owner cannot open the way to the host's neighbours.
 func TestServe_Rebinding(t *testing.T) {
 	var records []dnsmessage.Resource
-	for _, a := range []string{"127.0.0.1", "10.0.0.1", "172.30.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255", "192.0.2.9"} {
+	for _, a := range []string{
+		"127.0.0.1", "10.0.0.1", "172.30.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+		"0.0.0.0", "224.0.0.1", "255.255.255.255", "192.0.2.9",
+	} {
 		records = append(records, record("example.com.", a))
 	}
 	server := upstream(t, names(records...), false)
@@ -367,7 +391,8 @@ func TestServe_Rebinding(t *testing.T) {
 	g.wantAllowed("exact 192.0.2.9 6m0s")
 	six := serve(t, nil, upstream(t, names(
 		record("example.com.", "::1"), record("example.com.", "fd00::1"), record("example.com.", "fe80::1"),
-		record("example.com.", "::ffff:10.0.0.1"), record("example.com.", "::ffff:192.0.2.1"), record("example.com.", "2001:db8::9"),
+		record("example.com.", "::ffff:10.0.0.1"), record("example.com.", "::ffff:192.0.2.1"),
+		record("example.com.", "2001:db8::9"),
 	), false))
 	if _, got := six.ask("udp", "example.com.", dnsmessage.TypeAAAA); !slices.Equal(got, []string{"2001:db8::9"}) {
 		t.Errorf("IPv6: got %q", got)
@@ -392,11 +417,17 @@ func TestServe_Upstreams(t *testing.T) {
 			return dnsmessage.Message{Header: dnsmessage.Header{RCode: dnsmessage.RCodeRefused}}
 		}, false),
 		"OtherID": upstream(t, func(dnsmessage.Question) dnsmessage.Message {
-			return dnsmessage.Message{Header: dnsmessage.Header{ID: 1}, Answers: []dnsmessage.Resource{record("example.com.", "192.0.2.66")}}
+			return dnsmessage.Message{
+				Header:  dnsmessage.Header{ID: 1},
+				Answers: []dnsmessage.Resource{record("example.com.", "192.0.2.66")},
+			}
 		}, false),
 		"OtherQuestion": upstream(t, func(q dnsmessage.Question) dnsmessage.Message {
 			q.Name = dnsmessage.MustNewName("evil.test.")
-			return dnsmessage.Message{Questions: []dnsmessage.Question{q}, Answers: []dnsmessage.Resource{record("example.com.", "192.0.2.66")}}
+			return dnsmessage.Message{
+				Questions: []dnsmessage.Question{q},
+				Answers:   []dnsmessage.Resource{record("example.com.", "192.0.2.66")},
+			}
 		}, false),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -410,7 +441,8 @@ func TestServe_Upstreams(t *testing.T) {
 	}
 }
 
-// Without policies whatever is asked is answered, types that nobody here knows too; by EDNS where it was asked so.
+// Without policies whatever is asked is answered, types that nobody here knows too; by EDNS where
+// it was asked so.
 func TestServe_NoPolicy(t *testing.T) {
 	const caa = dnsmessage.Type(257)
 	body := &dnsmessage.UnknownResource{Type: caa, Data: []byte("\x00\x05issueca.example")}
@@ -528,15 +560,21 @@ func TestServe_NotAllowed(t *testing.T) {
 	g.want("udp", "example.com.", dnsmessage.RCodeServerFailure)
 }
 
-// Whatever comes, the proxy lives, and nothing is let through that was not answered for a domain of its.
+// Whatever comes, the proxy lives, and nothing is let through that was not answered for a domain of
+// its.
 func FuzzServe(f *testing.F) {
-	q := dnsmessage.Message{Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName("example.com."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}}}
+	q := dnsmessage.Message{
+		Questions: []dnsmessage.Question{
+			{Name: dnsmessage.MustNewName("example.com."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
+		},
+	}
 	packed, err := q.Pack()
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(packed, packed)
-	q.Response, q.Answers = true, []dnsmessage.Resource{record("example.com.", "192.0.2.1"), record("example.com.", "x.test.")}
+	q.Response, q.Answers = true,
+		[]dnsmessage.Resource{record("example.com.", "192.0.2.1"), record("example.com.", "x.test.")}
 	answer, err := q.Pack()
 	if err != nil {
 		f.Fatal(err)

@@ -15,7 +15,8 @@ const (
 	typeNSEC  = dnsmessage.Type(47)
 )
 
-// signedZone has an address for www.example.com and nothing else. It says that it has validated all of it, and signs it for who asks so.
+// signedZone has an address for www.example.com and nothing else. It says that it has validated all
+// of it, and signs it for who asks so.
 func signedZone(t *testing.T) func(dnsmessage.Message, bool) []byte {
 	return func(m dnsmessage.Message, _ bool) []byte {
 		q := m.Questions[0]
@@ -28,7 +29,8 @@ func signedZone(t *testing.T) func(dnsmessage.Message, bool) []byte {
 			h := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(name), Class: dnsmessage.ClassINET, TTL: ttl}
 			*section = append(*section, dnsmessage.Resource{Header: h, Body: body})
 			if signed {
-				*section = append(*section, dnsmessage.Resource{Header: h, Body: &dnsmessage.UnknownResource{Type: typeRRSIG, Data: []byte("of " + name)}})
+				*section = append(*section,
+					dnsmessage.Resource{Header: h, Body: &dnsmessage.UnknownResource{Type: typeRRSIG, Data: []byte("of " + name)}})
 			}
 		}
 		name := q.Name.String()
@@ -69,8 +71,9 @@ func kinds(t *testing.T, section []dnsmessage.Resource) (all []dnsmessage.Type) 
 	return all
 }
 
-// A guest that validates gets signatures, and proofs that a name is not there; one that does not gets what lets it keep an answer. For names that
-// a rule is about there are none, since records may be left out. The proxy never says that it has validated what it hands on.
+// A guest that validates gets signatures, and proofs that a name is not there; one that does not
+// gets what lets it keep an answer. For names that a rule is about there are none, since records
+// may be left out. The proxy never says that it has validated what it hands on.
 func TestServe_Signed(t *testing.T) {
 	const a, soa = dnsmessage.TypeA, dnsmessage.TypeSOA
 	up := server(t, signedZone(t))
@@ -91,11 +94,20 @@ func TestServe_Signed(t *testing.T) {
 		{"EDNS", open, "www.example.com.", a, true, false, yes, []dnsmessage.Type{a}, nil},
 		{"Signed", open, "www.example.com.", a, true, true, yes, []dnsmessage.Type{a, typeRRSIG}, nil},
 		{"NoName", open, "no.example.com.", a, false, false, no, nil, []dnsmessage.Type{soa}},
-		{"NoNameSigned", open, "no.example.com.", a, true, true, no, nil, []dnsmessage.Type{soa, typeRRSIG, typeNSEC, typeRRSIG}},
-		{"NoData", open, "www.example.com.", dnsmessage.TypeAAAA, true, true, yes, nil, []dnsmessage.Type{soa, typeRRSIG, typeNSEC, typeRRSIG}},
+		{
+			"NoNameSigned", open, "no.example.com.", a, true, true, no, nil,
+			[]dnsmessage.Type{soa, typeRRSIG, typeNSEC, typeRRSIG},
+		},
+		{
+			"NoData", open, "www.example.com.", dnsmessage.TypeAAAA, true, true, yes, nil,
+			[]dnsmessage.Type{soa, typeRRSIG, typeNSEC, typeRRSIG},
+		},
 		{"OddName", open, "odd.example.com.", a, false, false, no, nil, nil},
 		{"Ruled", ruled, "www.example.com.", a, true, true, yes, []dnsmessage.Type{a}, nil},
-		{"BesideRule", ruled, "no.example.com.", a, true, true, no, nil, []dnsmessage.Type{soa, typeRRSIG, typeNSEC, typeRRSIG}},
+		{
+			"BesideRule", ruled, "no.example.com.", a, true, true, no, nil,
+			[]dnsmessage.Type{soa, typeRRSIG, typeNSEC, typeRRSIG},
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			q := question(tt.ask, tt.kind)
@@ -113,7 +125,8 @@ func TestServe_Signed(t *testing.T) {
 			if got := kinds(t, m.Authorities); !slices.Equal(got, tt.authorities) {
 				t.Errorf("authorities %v, want %v", got, tt.authorities)
 			}
-			if tt.edns && (len(m.Additionals) != 1 || m.Additionals[0].Header.DNSSECAllowed() != tt.signed) || !tt.edns && len(m.Additionals) != 0 {
+			if tt.edns && (len(m.Additionals) != 1 || m.Additionals[0].Header.DNSSECAllowed() != tt.signed) || !tt.edns &&
+				len(m.Additionals) != 0 {
 				t.Errorf("additional records %+v", m.Additionals)
 			}
 		})
@@ -127,7 +140,8 @@ func TestServe_NoEDNS(t *testing.T) {
 		if len(m.Additionals) == 0 {
 			return zone(m, stream)
 		}
-		packed, err := (&dnsmessage.Message{Header: dnsmessage.Header{ID: m.ID, Response: true, RCode: dnsmessage.RCodeFormatError}}).Pack()
+		header := dnsmessage.Header{ID: m.ID, Response: true, RCode: dnsmessage.RCodeFormatError}
+		packed, err := (&dnsmessage.Message{Header: header}).Pack()
 		if err != nil {
 			t.Error(err)
 		}

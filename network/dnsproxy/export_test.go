@@ -13,7 +13,8 @@ func ParseQuery(message []byte) {
 	}
 }
 
-// ParseAnswer parses a server's message, with the number that it has itself, and returns the addresses that are let through.
+// ParseAnswer parses a server's message, with the number that it has itself, and returns the
+// addresses that are let through.
 func ParseAnswer(message []byte, q dnsmessage.Question) []netip.Addr {
 	var id uint16
 	if len(message) > 1 {

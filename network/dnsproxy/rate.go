@@ -11,7 +11,8 @@ type Rate struct {
 	Burst     int // at once, after some time without; 0: DefaultBurst
 }
 
-// The defaults of Rate are far above what programs ask, and far below what keeps a host's resolver busy.
+// The defaults of Rate are far above what programs ask, and far below what keeps a host's resolver
+// busy.
 const (
 	DefaultPerSecond = 200
 	DefaultBurst     = 400

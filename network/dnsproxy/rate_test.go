@@ -56,8 +56,8 @@ func (w *wire) SetDeadline(time.Time) error      { return nil }
 func (w *wire) SetReadDeadline(time.Time) error  { return nil }
 func (w *wire) SetWriteDeadline(time.Time) error { return nil }
 
-// Questions over the rate have no answer by UDP, are counted, and that is logged, once a minute; by TCP they wait. When the guest asks less it is
-// answered as before.
+// Questions over the rate have no answer by UDP, are counted, and that is logged, once a minute; by
+// TCP they wait. When the guest asks less it is answered as before.
 func TestServe_Rate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var dropped atomic.Uint64
@@ -68,7 +68,8 @@ func TestServe_Rate(t *testing.T) {
 		done := make(chan error)
 		go func() {
 			done <- dnsproxy.Serve(ctx, dnsproxy.Config{
-				UDP: w, TCP: w, Rate: dnsproxy.Rate{PerSecond: 10, Burst: 20}, Dropped: &dropped, Log: slog.New(slog.NewTextHandler(&log, nil)),
+				UDP: w, TCP: w, Rate: dnsproxy.Rate{PerSecond: 10, Burst: 20}, Dropped: &dropped,
+				Log:   slog.New(slog.NewTextHandler(&log, nil)),
 				Local: func(string) []netip.Addr { return []netip.Addr{netip.MustParseAddr("172.30.0.2")} },
 			})
 		}()

@@ -20,22 +20,27 @@ type reason struct {
 // known are the types whose records are understood.
 func known(t dnsmessage.Type) bool {
 	switch t {
-	case dnsmessage.TypeA, dnsmessage.TypeAAAA, dnsmessage.TypeCNAME, dnsmessage.TypeMX, dnsmessage.TypeNS, dnsmessage.TypePTR,
+	case dnsmessage.TypeA, dnsmessage.TypeAAAA, dnsmessage.TypeCNAME, dnsmessage.TypeMX, dnsmessage.TypeNS,
+		dnsmessage.TypePTR,
 		dnsmessage.TypeSOA, dnsmessage.TypeSRV, dnsmessage.TypeTXT:
 		return true
 	}
 	return false
 }
 
-// choose returns the records that answer the question: what its name has, and what the names have that it stands for. Of those
-// the addresses, and for how long they hold. What a policy lets nobody choose that allows the name is left out.
-func choose(q dnsmessage.Question, all []dnsmessage.Resource, because []reason) (records []dnsmessage.Resource, addresses []netip.Addr, ttl time.Duration) {
+// choose returns the records that answer the question: what its name has, and what the names have
+// that it stands for. Of those the addresses, and for how long they hold. What a policy lets nobody
+// choose that allows the name is left out.
+func choose(q dnsmessage.Question, all []dnsmessage.Resource, because []reason) (records []dnsmessage.Resource,
+	addresses []netip.Addr, ttl time.Duration,
+) {
 	ttl = maxTTL
 	name := q.Name.String()
 	for range maxChain {
 		next := ""
 		for _, r := range all {
-			if !strings.EqualFold(r.Header.Name.String(), name) || r.Header.Type != q.Type && r.Header.Type != dnsmessage.TypeCNAME {
+			if !strings.EqualFold(r.Header.Name.String(), name) || r.Header.Type != q.Type &&
+				r.Header.Type != dnsmessage.TypeCNAME {
 				continue
 			}
 			switch body := r.Body.(type) {
@@ -91,11 +96,13 @@ func (r reply) capped() reply {
 	return r
 }
 
-// reply packs an answer. One that is too long says so in place of its records: the guest asks again by TCP.
+// reply packs an answer. One that is too long says so in place of its records: the guest asks again
+// by TCP.
 func (q query) reply(r reply) []byte {
 	m := dnsmessage.Message{
 		Header: dnsmessage.Header{
-			ID: q.id, Response: true, RecursionDesired: q.desired, RecursionAvailable: true, CheckingDisabled: q.unchecked, RCode: r.code,
+			ID: q.id, Response: true, RecursionDesired: q.desired, RecursionAvailable: true, CheckingDisabled: q.unchecked,
+			RCode: r.code,
 		},
 		Answers: r.answers, Authorities: r.authorities,
 	}

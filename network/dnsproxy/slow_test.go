@@ -15,8 +15,8 @@ import (
 	"push.rocks/smartvm/network/dnsproxy"
 )
 
-// A guest that opens connections and says next to nothing takes neither more than some of them nor its own names by UDP, and has them for a while
-// only, however often it says a byte.
+// A guest that opens connections and says next to nothing takes neither more than some of them nor
+// its own names by UDP, and has them for a while only, however often it says a byte.
 func TestServe_Slow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &wire{questions: make(chan []byte), conns: make(chan net.Conn)}

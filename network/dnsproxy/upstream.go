@@ -21,7 +21,8 @@ var errUnusable = errors.New("unusable answer")
 // errTooMany is an answer with more records than anything real has.
 var errTooMany = fmt.Errorf("more than %d records", maxRecords)
 
-// ask asks the upstreams in turn, and once more: a datagram may be lost, and a guest's resolver takes a failure for an answer.
+// ask asks the upstreams in turn, and once more: a datagram may be lost, and a guest's resolver
+// takes a failure for an answer.
 func (p *proxy) ask(ctx context.Context, q query) (r reply, err error) {
 	ctx, cancel := context.WithTimeout(ctx, allTimeout)
 	defer cancel()
@@ -58,7 +59,9 @@ func (p *proxy) askOne(ctx context.Context, server netip.AddrPort, q query) (r r
 }
 
 // exchange asks one server, from a port and with a number that are hard to guess.
-func (p *proxy) exchange(ctx context.Context, network string, server netip.AddrPort, q query) (r reply, truncated bool, err error) {
+func (p *proxy) exchange(ctx context.Context, network string, server netip.AddrPort, q query) (r reply,
+	truncated bool, err error,
+) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	conn, err := (&net.Dialer{Control: p.Control}).DialContext(ctx, network, server.String())
@@ -108,8 +111,8 @@ func (p *proxy) exchange(ctx context.Context, network string, server netip.AddrP
 	}
 }
 
-// parseAnswer returns the records of an answer. Returns errUnusable for what is no answer to the question, errTooMany for one that is too long:
-// a part of a name's records is none (RFC 2181, 9).
+// parseAnswer returns the records of an answer. Returns errUnusable for what is no answer to the
+// question, errTooMany for one that is too long: a part of a name's records is none (RFC 2181, 9).
 func parseAnswer(message []byte, id uint16, q dnsmessage.Question) (r reply, truncated bool, err error) {
 	var parser dnsmessage.Parser
 	h, err := parser.Start(message)
@@ -136,14 +139,18 @@ func parseAnswer(message []byte, id uint16, q dnsmessage.Question) (r reply, tru
 	}
 	r.authorities, err = section(parser.AuthorityHeader, parser.Authority, parser.SkipAuthority)
 	if errors.Is(err, errUnusable) {
-		// A name such as a.b\.example, which the parser does not read, may stand in a SOA; the answer is one without it.
+		// A name such as a.b\.example, which the parser does not read, may stand in a SOA; the answer is
+		// one without it.
 		return r, false, nil
 	}
 	return r, false, err
 }
 
-// section reads the records of a section of a message, but for those that are of no use to anybody here.
-func section(header func() (dnsmessage.ResourceHeader, error), read func() (dnsmessage.Resource, error), skip func() error) (records []dnsmessage.Resource, err error) {
+// section reads the records of a section of a message, but for those that are of no use to anybody
+// here.
+func section(header func() (dnsmessage.ResourceHeader, error), read func() (dnsmessage.Resource, error),
+	skip func() error,
+) (records []dnsmessage.Resource, err error) {
 	for {
 		h, err := header()
 		if errors.Is(err, dnsmessage.ErrSectionDone) {

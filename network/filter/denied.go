@@ -12,7 +12,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// forgetDenied ends the connections of guests that the network's policy does not allow: what is known is let through.
+// forgetDenied ends the connections of guests that the network's policy does not allow: what is
+// known is let through.
 func (t *Tables) forgetDenied(conn *nftables.Conn, l *layout) error {
 	if t.Egress == nil {
 		return nil
@@ -27,7 +28,8 @@ func (t *Tables) forgetDenied(conn *nftables.Conn, l *layout) error {
 	})
 }
 
-// forgetDenied ends those of the guest that its own policy does not allow, or that lead to it by ports that it has not published.
+// forgetDenied ends those of the guest that its own policy does not allow, or that lead to it by
+// ports that it has not published.
 func (g *Guest) forgetDenied(conn *nftables.Conn, l *layout) error {
 	own := g.Policy
 	if own == nil {
@@ -64,7 +66,8 @@ func (g *Guest) forgetDenied(conn *nftables.Conn, l *layout) error {
 	})
 }
 
-// allows returns what a policy allows, with the names that guests have asked for: a guest's own, or with no tap the network's.
+// allows returns what a policy allows, with the names that guests have asked for: a guest's own, or
+// with no tap the network's.
 func (l *layout) allows(conn *nftables.Conn, tap string, p *policy.Policy) (func(conntrack.Flow) bool, error) {
 	compiled, err := p.Compile()
 	if err != nil {

@@ -50,8 +50,8 @@ type member struct {
 	absent   bool // they are not there, as the guest is now
 }
 
-// Apply adds the guest's elements and chain, all or none. Returns an error that is fs.ErrNotExist where the tables are
-// gone.
+// Apply adds the guest's elements and chain, all or none. Returns an error that is fs.ErrNotExist
+// where the tables are gone.
 func (g *Guest) Apply(context.Context) error {
 	conn, err := nft.Open()
 	if err != nil {
@@ -69,7 +69,8 @@ func (g *Guest) Apply(context.Context) error {
 	return nil
 }
 
-// Replace puts what the guest is now in place of what it was, at once. Connections end that are not allowed any more. Returns what Apply does.
+// Replace puts what the guest is now in place of what it was, at once. Connections end that are not
+// allowed any more. Returns what Apply does.
 func (g *Guest) Replace(context.Context) error {
 	conn, closeLater, err := nft.OpenOnce()
 	if err != nil {
@@ -115,7 +116,10 @@ func (g *Guest) chains(l *layout, compiled []policy.Compiled) []nft.Ruled {
 	if g.Policy == nil {
 		return nil
 	}
-	rules := policyRules{layout: l, chain: g.chain(), tap: g.Tap, allowed: g.Policy.DefaultAction != policy.Deny, allow: expr.VerdictAccept}
+	rules := policyRules{
+		layout: l, chain: g.chain(), tap: g.Tap, allowed: g.Policy.DefaultAction != policy.Deny,
+		allow: expr.VerdictAccept,
+	}
 	if g.Routed {
 		rules.near = g.Bridge()
 	}
@@ -160,7 +164,8 @@ func (g *Guest) add(conn *nftables.Conn, l *layout) error {
 // Revert removes what Apply or Replace added, as far as it is there.
 func (g *Guest) Revert(context.Context) error { return Remove([]*Guest{g}) }
 
-// Remove removes guests at once: the kernel takes as long for one as for many. What they had is looked for: it may have been replaced.
+// Remove removes guests at once: the kernel takes as long for one as for many. What they had is
+// looked for: it may have been replaced.
 func Remove(guests []*Guest) error {
 	conn, closeLater, err := nft.OpenOnce()
 	if err != nil {
@@ -206,7 +211,8 @@ func Remove(guests []*Guest) error {
 	return conntrack.Forget(func(a netip.Addr) bool { return addresses[a] })
 }
 
-// remove adds all before it removes it: what is not there cannot be removed, and would undo the whole batch. Sets of names to keep stay.
+// remove adds all before it removes it: what is not there cannot be removed, and would undo the
+// whole batch. Sets of names to keep stay.
 func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, keep []*nftables.Set) error {
 	elements := map[*nftables.Set][]nftables.SetElement{}
 	addresses := map[string][]netip.Addr{} // by table
@@ -265,7 +271,8 @@ func remove(conn *nftables.Conn, layouts map[string]*layout, guests []*Guest, ke
 	return nil
 }
 
-// theirs are the elements of guests that come and go while they run: published ports, and with names the addresses of the network's names.
+// theirs are the elements of guests that come and go while they run: published ports, and with
+// names the addresses of the network's names.
 func (l *layout) theirs(conn *nftables.Conn, addresses []netip.Addr, names bool) (all []member, err error) {
 	find := func(set *nftables.Set, of func(nftables.SetElement) []byte, bytes int) error {
 		elements, err := conn.GetSetElements(set)
@@ -283,7 +290,8 @@ func (l *layout) theirs(conn *nftables.Conn, addresses []netip.Addr, names bool)
 	}
 	leadsTo := func(e nftables.SetElement) []byte { return e.Val }
 	from := func(e nftables.SetElement) []byte { return e.Key }
-	err = errors.Join(find(l.ports4, leadsTo, 4), find(l.portsAt4, leadsTo, 4), find(l.ports6, leadsTo, 16), find(l.portsAt6, leadsTo, 16))
+	err = errors.Join(find(l.ports4, leadsTo, 4), find(l.portsAt4, leadsTo, 4), find(l.ports6, leadsTo, 16),
+		find(l.portsAt6, leadsTo, 16))
 	if err != nil || !names {
 		return all, err
 	}
@@ -316,7 +324,11 @@ func (g *Guest) members(l *layout) ([]member, error) {
 	if g.IP6.IsValid() {
 		addresses, addresses6 = append(addresses, g.IP6), append(addresses6, g.IP6)
 	}
-	all := []member{{l.macs, element(sender), false}, {l.senders4, from(g.IP4), false}, {l.senders6, from(addresses6...), false}}
+	all := []member{
+		{l.macs, element(sender), false},
+		{l.senders4, from(g.IP4), false},
+		{l.senders6, from(addresses6...), false},
+	}
 	all = append(all, member{l.policies, g.decided(mac, g.Policy != nil), false})
 	for _, a := range addresses {
 		hosts, metadata, dns, resolver := l.host4, l.metadata4, l.dns4, l.resolver4
@@ -334,7 +346,8 @@ func (g *Guest) members(l *layout) ([]member, error) {
 	return all, nil
 }
 
-// decided is the element that says which policy decides about a guest: its own, or none. Of whom there is none nothing passes.
+// decided is the element that says which policy decides about a guest: its own, or none. Of whom
+// there is none nothing passes.
 func (g *Guest) decided(mac []byte, own bool) []nftables.SetElement {
 	verdict := &expr.Verdict{Kind: expr.VerdictContinue}
 	if own {
@@ -383,5 +396,9 @@ func (p Port) member(l *layout, to netip.Addr) member {
 
 // LinkLocal is the address that a guest's kernel makes from a MAC (RFC 4291, appendix A).
 func LinkLocal(mac net.HardwareAddr) netip.Addr {
-	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: mac[0] ^ 2, 9: mac[1], 10: mac[2], 11: 0xff, 12: 0xfe, 13: mac[3], 14: mac[4], 15: mac[5]})
+	return netip.AddrFrom16(
+		[16]byte{
+			0: 0xfe, 1: 0x80, 8: mac[0] ^ 2, 9: mac[1], 10: mac[2], 11: 0xff, 12: 0xfe, 13: mac[3],
+			14: mac[4], 15: mac[5],
+		})
 }

@@ -45,7 +45,8 @@ var endingChains = []struct {
 	{newConnections, "end-new-connections", flowlog.Over},
 }
 
-// end is what becomes of a packet. Refusing tells the guest, so that it need not wait for who does not answer.
+// end is what becomes of a packet. Refusing tells the guest, so that it need not wait for who does
+// not answer.
 func end(v flowlog.Verdict) nft.Exprs {
 	if v == flowlog.Allowed {
 		return nft.Accept()
@@ -86,22 +87,28 @@ func (t *Tables) endings(l *layout) (all []nft.Ruled) {
 	return all
 }
 
-// A guest's beginnings are logged up to so many a second: one that floods costs the host little, and takes nothing from the log of others.
+// A guest's beginnings are logged up to so many a second: one that floods costs the host little,
+// and takes nothing from the log of others.
 const (
 	logRate = 200
 	logTime = time.Minute // after which nothing is known of a guest that begins nothing
 )
 
-// logged is a chain in which what is about to end so is logged. What is known goes by no such chain.
+// logged is a chain in which what is about to end so is logged. What is known goes by no such
+// chain.
 func (l *layout) logged(name string, reason flowlog.Reason, end nft.Exprs) nft.Ruled {
 	set := l.logDenied
 	if reason.Verdict == flowlog.Allowed {
 		set = l.logAllowed
 	}
 	limit := &expr.Limit{Type: expr.LimitTypePkts, Rate: logRate, Unit: expr.LimitTimeSecond, Burst: logRate}
-	some := &expr.Dynset{SrcRegKey: nft.Reg, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_UPDATE, Exprs: []expr.Any{limit}}
+	some := &expr.Dynset{
+		SrcRegKey: nft.Reg, SetName: set.Name, SetID: set.ID, Operation: unix.NFT_DYNSET_OP_UPDATE,
+		Exprs: []expr.Any{limit},
+	}
 	return nft.Chain(nftables.Chain{Table: l.inet, Name: name}, nft.Plain(
-		nft.Join(nft.Exprs{nft.Load(nft.EtherSource, nft.Reg), some}, nft.Log(flowlog.Group(l.inet.Name), reason.Prefix()), end), end))
+		nft.Join(nft.Exprs{nft.Load(nft.EtherSource, nft.Reg), some},
+			nft.Log(flowlog.Group(l.inet.Name), reason.Prefix()), end), end))
 }
 
 // Logs says whether what begins in a network is logged: the kernel may have no nft_log.

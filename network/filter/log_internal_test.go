@@ -14,7 +14,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// A kernel that has no nft_log refuses the whole transaction: then there are the same rules without. Guests and changes come after that.
+// A kernel that has no nft_log refuses the whole transaction: then there are the same rules
+// without. Guests and changes come after that.
 func TestWithLog_Unsupported(t *testing.T) {
 	if !nettest.Alone(t) {
 		return
@@ -26,7 +27,10 @@ func TestWithLog_Unsupported(t *testing.T) {
 		}
 		return p
 	}
-	tables := &Tables{Name: "smartvm-svbr0", Owner: "me", Bridge: "svbr0", Taps: "svbr0-", Subnet: netip.MustParsePrefix("10.0.0.0/24"), Egress: rules("192.0.2.1")}
+	tables := &Tables{
+		Name: "smartvm-svbr0", Owner: "me", Bridge: "svbr0", Taps: "svbr0-",
+		Subnet: netip.MustParsePrefix("10.0.0.0/24"), Egress: rules("192.0.2.1"),
+	}
 	conn, err := nft.Open()
 	if err != nil {
 		t.Fatal(err)
@@ -62,7 +66,10 @@ func TestWithLog_Unsupported(t *testing.T) {
 		return names
 	}
 	has(false)
-	g := &Guest{Table: tables.Name, Tap: "svbr0-a", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("10.0.0.2"), Policy: rules("192.0.2.1")}
+	g := &Guest{
+		Table: tables.Name, Tap: "svbr0-a", MAC: "02:00:00:00:00:01", IP4: netip.MustParseAddr("10.0.0.2"),
+		Policy: rules("192.0.2.1"),
+	}
 	if err := g.Apply(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +92,11 @@ func TestWithLog_Unsupported(t *testing.T) {
 		want         string
 	}{
 		{[]string{"192.0.2.1"}, nil, "egress.0 egress.1 guest-svbr0-a guest-svbr0-a.0"},
-		{[]string{"192.0.2.1", "192.0.2.2"}, []string{"192.0.2.1"}, "egress.0 egress.1 egress.2 guest-svbr0-a guest-svbr0-a.0 guest-svbr0-a.1"},
+		{
+			[]string{"192.0.2.1", "192.0.2.2"},
+			[]string{"192.0.2.1"},
+			"egress.0 egress.1 egress.2 guest-svbr0-a guest-svbr0-a.0 guest-svbr0-a.1",
+		},
 		{nil, []string{"192.0.2.1", "192.0.2.2"}, "egress.0 guest-svbr0-a guest-svbr0-a.0 guest-svbr0-a.1 guest-svbr0-a.2"},
 	} {
 		tables.Egress, g.Policy = rules(step.network...), rules(step.own...)

@@ -18,7 +18,8 @@ import (
 	"push.rocks/smartvm/network/policy"
 )
 
-// Names tells whose rules about names are meant: those of a network, for a guest's address, or a guest's own.
+// Names tells whose rules about names are meant: those of a network, for a guest's address, or a
+// guest's own.
 type Layer int
 
 // The layers, in the order in which a packet must pass them.
@@ -27,8 +28,8 @@ const (
 	Own
 )
 
-// nameSets returns the names of the sets that hold, by guest, the addresses of a domain: of those of a guest's own policy, or with no tap of the
-// network's.
+// nameSets returns the names of the sets that hold, by guest, the addresses of a domain: of those
+// of a guest's own policy, or with no tap of the network's.
 func nameSets(tap, domain string) (ip4, ip6 string) {
 	sum := sha256.Sum256([]byte(domain))
 	name := networkNames
@@ -68,10 +69,14 @@ func (l *layout) names(tap, name string, kind nftables.SetDatatype) *nftables.Se
 	if tap == "" {
 		size = maxNetworkNames
 	}
-	return &nftables.Set{Table: l.inet, Name: name, KeyType: nftables.MustConcatSetType(kind, kind), HasTimeout: true, Size: size}
+	return &nftables.Set{
+		Table: l.inet, Name: name, KeyType: nftables.MustConcatSetType(kind, kind),
+		HasTimeout: true, Size: size,
+	}
 }
 
-// Names is a guest that reaches addresses of names, by a connection of its own, which the caller closes.
+// Names is a guest that reaches addresses of names, by a connection of its own, which the caller
+// closes.
 type Names struct {
 	Guest
 	conn nft.Lasting
@@ -99,7 +104,10 @@ func (g *Names) Allow(of Layer, domain string, addresses []netip.Addr, ttl time.
 			}
 			element := []nftables.SetElement{{Key: append(from.AsSlice(), a.AsSlice()...), Timeout: ttl}}
 			// An element that is there keeps its old end unless it is made anew.
-			for _, do := range []func(*nftables.Set, []nftables.SetElement) error{conn.SetAddElements, conn.SetDeleteElements, conn.SetAddElements} {
+			for _, do := range []func(*nftables.Set, []nftables.SetElement) error{
+				conn.SetAddElements, conn.SetDeleteElements,
+				conn.SetAddElements,
+			} {
 				if err := do(set, element); err != nil {
 					return fmt.Errorf("allow %s: %w", a, err)
 				}
@@ -119,7 +127,8 @@ type policyRules struct {
 	tap     string           // whose it is; "": the network's
 	allowed bool             // what no rule is about
 	allow   expr.VerdictKind // what "allow" means
-	near    string           // where others of a routed network are: what is about the internet is not about them; "": none are
+	// where others of a routed network are: what is about the internet is not about them; "": none are
+	near string
 }
 
 // decision is what the i-th rule does, or what is done when none matches.
@@ -178,14 +187,24 @@ func (p policyRules) of(compiled []policy.Compiled) (all []nft.Rule) {
 				if p.near != "" {
 					beyond = nft.OifNot(p.near)
 				}
-				all = append(all, nft.Rule{Exprs: nft.Join(beyond, nft.Nfproto(fam), nft.Exprs{nft.Load(to, nft.Reg), nft.InSet(set.Set)}, end.Exprs), Text: end.Text, Set: set})
+				all = append(all,
+					nft.Rule{Exprs: nft.Join(beyond, nft.Nfproto(fam), nft.Exprs{nft.Load(to, nft.Reg), nft.InSet(set.Set)},
+						end.Exprs), Text: end.Text, Set: set})
 			}
 			continue
 		case c.Domain != "":
 			ip4, ip6 := nameSets(p.tap, c.Domain)
 			where = []nft.Exprs{
-				nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.Exprs{nft.Load(nft.Source4, nft.Reg), nft.Load(nft.Dest4, nft.Reg+1), &expr.Lookup{SourceRegister: nft.Reg, SetName: ip4}}),
-				nft.Join(nft.Nfproto(unix.NFPROTO_IPV6), nft.Exprs{nft.Load(nft.Source6, nft.Reg), nft.Load(nft.Dest6, nft.Reg+4), &expr.Lookup{SourceRegister: nft.Reg, SetName: ip6}}),
+				nft.Join(nft.Nfproto(unix.NFPROTO_IPV4),
+					nft.Exprs{
+						nft.Load(nft.Source4, nft.Reg), nft.Load(nft.Dest4, nft.Reg+1),
+						&expr.Lookup{SourceRegister: nft.Reg, SetName: ip4},
+					}),
+				nft.Join(nft.Nfproto(unix.NFPROTO_IPV6),
+					nft.Exprs{
+						nft.Load(nft.Source6, nft.Reg), nft.Load(nft.Dest6, nft.Reg+4),
+						&expr.Lookup{SourceRegister: nft.Reg, SetName: ip6},
+					}),
 			}
 		case c.Prefix.IsValid():
 			where = []nft.Exprs{nft.ToPrefix(c.Prefix)}

@@ -12,8 +12,9 @@ import (
 	"push.rocks/smartvm/network/internal/nft"
 )
 
-// Repair puts the guest's part in place again where somebody has removed or changed some of it, and says whether it did; connections that are not allowed
-// end. It looks for what is the guest's alone, however many others there are. Returns what Apply does.
+// Repair puts the guest's part in place again where somebody has removed or changed some of it, and
+// says whether it did; connections that are not allowed end. It looks for what is the guest's
+// alone, however many others there are. Returns what Apply does.
 func (g *Guest) Repair(ctx context.Context) (done bool, err error) {
 	complete, _, err := g.look()
 	if complete || err != nil {
@@ -46,8 +47,8 @@ func clear(conn *nftables.Conn, guests []*Guest) error {
 	return conn.Flush()
 }
 
-// look says whether all that the guest adds is there, and no more under its own keys, and what is there with other data. A chain is told by its rules'
-// comments.
+// look says whether all that the guest adds is there, and no more under its own keys, and what is
+// there with other data. A chain is told by its rules' comments.
 func (g *Guest) look() (complete bool, wrong []member, err error) {
 	l := newLayout(g.Table)
 	members, err := g.members(l)

@@ -33,8 +33,9 @@ type Tables struct {
 	Via     string         `json:"via,omitempty"`      // the one interface by which guests leave; "": any
 	Tunnel  bool           `json:"tunnel,omitempty"`   // Via is ours, in the host's network for guests alone
 	Egress  *policy.Policy `json:"policy,omitempty"`   // what all guests may reach at most
-	// Connections is how many the kernel may know of each guest, of IPv4 and of IPv6, and NewConnections how many may begin in a second; what
-	// would be over is refused. 0: as many as there are.
+	// Connections is how many the kernel may know of each guest, of IPv4 and of IPv6, and
+	// NewConnections how many may begin in a second; what would be over is refused. 0: as many as
+	// there are.
 	Connections    int `json:"connections,omitempty"`
 	NewConnections int `json:"newConnections,omitempty"`
 }
@@ -45,7 +46,8 @@ var ErrTooOld = errors.New("nftables of this kernel is too old or not there: Lin
 // Names of chains and sets in both tables.
 const (
 	ownerPrefix = "owner-"
-	// Rules of an earlier version are replaced when somebody looks who has these. Later ones stay: they have all sets of the earlier.
+	// Rules of an earlier version are replaced when somebody looks who has these. Later ones stay:
+	// they have all sets of the earlier.
 	versionPrefix = "rules "
 	version       = 9
 	fromGuest     = "from-guest"
@@ -70,7 +72,8 @@ type layout struct {
 	policies             *nftables.Set // MAC -> the chain of its own policy, or on to the next rule
 	host4, host6         *nftables.Set // sources that may reach the host
 	metadata4, metadata6 *nftables.Set // sources that may reach link-local and metadata addresses
-	dns4, dns6           *nftables.Set // source -> the port of its DNS proxy, whomever it asks, as its own policy has names
+	// source -> the port of its DNS proxy, whomever it asks, as its own policy has names
+	dns4, dns6           *nftables.Set
 	resolver4, resolver6 *nftables.Set // source -> the port of its DNS proxy
 	ports4, ports6       *nftables.Set // protocol . port -> guest . port
 	portsAt4, portsAt6   *nftables.Set // address . protocol . port -> guest . port
@@ -117,10 +120,12 @@ func newLayout(name string) *layout {
 		{&l.logAllowed, l.inet, "log-allowed", nftables.TypeEtherAddr, nftables.SetDatatype{}},
 		{&l.logDenied, l.inet, logDenied, nftables.TypeEtherAddr, nftables.SetDatatype{}},
 	} {
-		*s.set = &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.data.Bytes > 0 || s.data.Name != ""}
+		*s.set = &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data, IsMap: s.data.Bytes > 0 ||
+			s.data.Name != ""}
 		l.all = append(l.all, *s.set)
 	}
-	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6, l.logAllowed, l.logDenied} { // rules add to it
+	// rules add to it
+	for _, s := range []*nftables.Set{l.counted4, l.counted6, l.paced4, l.paced6, l.logAllowed, l.logDenied} {
 		s.Dynamic, s.Size = true, 1<<16
 	}
 	for _, s := range []*nftables.Set{l.logAllowed, l.logDenied} {
@@ -138,11 +143,13 @@ func (l *layout) sets() []*nftables.Set {
 	if l.logs {
 		return l.all
 	}
-	return slices.DeleteFunc(slices.Clone(l.all), func(s *nftables.Set) bool { return s == l.logAllowed || s == l.logDenied })
+	return slices.DeleteFunc(slices.Clone(l.all), func(s *nftables.Set) bool {
+		return s == l.logAllowed || s == l.logDenied
+	})
 }
 
-// Apply makes both tables at once. Returns an error that is fs.ErrExist if either is there, ErrTooOld where the kernel lacks
-// something.
+// Apply makes both tables at once. Returns an error that is fs.ErrExist if either is there,
+// ErrTooOld where the kernel lacks something.
 func (t *Tables) Apply(context.Context) error {
 	conn, err := nft.Open()
 	if err != nil {
@@ -151,9 +158,10 @@ func (t *Tables) Apply(context.Context) error {
 	return withLog(t.Name, func(l *layout) error { return t.make(conn, l) })
 }
 
-// Replace makes both tables anew, in place of what is left of them: at no time is there less. Guests must add their part again. Where rules were missing
-// it has the kernel forget the guests' connections, as some may have begun that the rules do not allow. Returns what Apply does, where a table of the
-// name is somebody else's.
+// Replace makes both tables anew, in place of what is left of them: at no time is there less.
+// Guests must add their part again. Where rules were missing it has the kernel forget the guests'
+// connections, as some may have begun that the rules do not allow. Returns what Apply does, where a
+// table of the name is somebody else's.
 func (t *Tables) Replace(context.Context) error {
 	was, err := t.state()
 	if err != nil {
@@ -175,8 +183,9 @@ func (t *Tables) Replace(context.Context) error {
 	return conntrack.Forget(func(a netip.Addr) bool { return t.Subnet.Contains(a) || t.Subnet6.Contains(a) })
 }
 
-// Renew puts the rules of these settings in place of those of others, at once, where the tables are whole but for that, and says whether they are. The
-// guests' parts stay, and connections end that are not allowed any more.
+// Renew puts the rules of these settings in place of those of others, at once, where the tables are
+// whole but for that, and says whether they are. The guests' parts stay, and connections end that
+// are not allowed any more.
 func (t *Tables) Renew(context.Context) (done bool, err error) {
 	is, err := t.state()
 	if err != nil || is != otherSettings {
@@ -276,7 +285,8 @@ func (t *Tables) make(conn *nftables.Conn, l *layout) error {
 	switch err := conn.Flush(); {
 	case errors.Is(err, unix.EEXIST):
 		return fmt.Errorf("make table %s: %w", t.Name, fs.ErrExist)
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EPROTONOSUPPORT):
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT),
+		errors.Is(err, unix.EPROTONOSUPPORT):
 		return fmt.Errorf("make table %s: %w: %w", t.Name, ErrTooOld, err)
 	case err != nil:
 		return fmt.Errorf("make table %s: %w", t.Name, err)
@@ -324,7 +334,8 @@ func (t *Tables) owns(conn *nftables.Conn, table *nftables.Table) (bool, error) 
 	}), nil
 }
 
-// There says whether both tables are, and are this network's, with the rules of this version or a later one and of these settings.
+// There says whether both tables are, and are this network's, with the rules of this version or a
+// later one and of these settings.
 func (t *Tables) There(context.Context) (bool, error) {
 	is, err := t.state()
 	return is == current, err
@@ -346,9 +357,10 @@ func (t *Tables) state() (tablesState, error) {
 	if err != nil {
 		return missing, err
 	}
-	// A flush leaves tables and chains: a table without rules lets everything through. That the first rule names the owner is quick to see: other
-	// chains are many, or long.
-	entries, err := nft.Comments(&nftables.Chain{Table: l.inet, Name: entry(l.inet)}, &nftables.Chain{Table: l.bridge, Name: entry(l.bridge)})
+	// A flush leaves tables and chains: a table without rules lets everything through. That the first
+	// rule names the owner is quick to see: other chains are many, or long.
+	entries, err := nft.Comments(&nftables.Chain{Table: l.inet, Name: entry(l.inet)},
+		&nftables.Chain{Table: l.bridge, Name: entry(l.bridge)})
 	if err != nil {
 		return missing, err
 	}

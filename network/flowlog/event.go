@@ -21,17 +21,22 @@ type Event struct {
 	Protocol    string     `json:"protocol,omitempty"`
 	Destination netip.Addr `json:"destination,omitzero"`
 	Port        uint16     `json:"port,omitempty"` // of TCP and UDP
-	// Host is the name that the guest asked for, or the last that it was told Destination has. It is the guest's, or a stranger's: any bytes.
-	Host  string `json:"host,omitempty"`
-	Type  string `json:"type,omitempty"`  // of records that it asked for
-	Count uint64 `json:"count,omitempty"` // Lost: of how many at least nothing is known; else of how many, since Since, this is the last
+	// Host is the name that the guest asked for, or the last that it was told Destination has. It is
+	// the guest's, or a stranger's: any bytes.
+	Host string `json:"host,omitempty"`
+	Type string `json:"type,omitempty"` // of records that it asked for
+	// Lost: of how many at least nothing is known; else of how many, since Since, this is the last
+	Count uint64 `json:"count,omitempty"`
 	// Since is when the event was of which this is a repetition, and was logged last.
 	Since time.Time `json:"since,omitzero"`
 }
 
 // Unlogged says that what guests of a network begin is not logged, as the kernel cannot.
 func Unlogged(network string) Event {
-	return Event{Time: time.Now().UTC(), Network: network, Reason: Reason{Verdict: None, Rule: "the kernel has no nft_log or nfnetlink_log: only names are logged"}}
+	return Event{
+		Time: time.Now().UTC(), Network: network,
+		Reason: Reason{Verdict: None, Rule: "the kernel has no nft_log or nfnetlink_log: only names are logged"},
+	}
 }
 
 // maxEvent bounds one as a line of JSON, in bytes.
@@ -47,7 +52,8 @@ func parse(line []byte) (e Event, ok bool) {
 
 // String is an event as a line for people, safe for terminals.
 func (e Event) String() string {
-	text := fmt.Sprintf("%s %-12s %-7s", e.Time.Format("2006-01-02T15:04:05.000Z07:00"), printable(cmp.Or(e.Name, e.VM, "-")), printable(string(e.Verdict)))
+	text := fmt.Sprintf("%s %-12s %-7s", e.Time.Format("2006-01-02T15:04:05.000Z07:00"),
+		printable(cmp.Or(e.Name, e.VM, "-")), printable(string(e.Verdict)))
 	if e.Verdict == Lost {
 		return fmt.Sprintf("%s at least %d more, too fast for the log", text, e.Count)
 	}

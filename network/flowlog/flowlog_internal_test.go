@@ -58,10 +58,16 @@ func TestLog(t *testing.T) {
 	l.Answered("one.example", []netip.Addr{to})
 	const flood = 2000
 	for i := range flood {
-		l.Add(Event{Time: time.Now(), Network: "lan", Reason: Reason{Verdict: Denied, Rule: "r"}, Protocol: "tcp", Destination: to, Port: uint16(i)})
+		l.Add(Event{
+			Time: time.Now(), Network: "lan", Reason: Reason{Verdict: Denied, Rule: "r"}, Protocol: "tcp",
+			Destination: to, Port: uint16(i),
+		})
 		l.Refused("lan", OfVM, strings.Repeat("\xff", 250)+strconv.Itoa(i), "A")
 	}
-	l.Add(Event{Time: time.Now(), Network: "lan", Reason: Reason{Verdict: Allowed, Rule: "r"}, Protocol: "tcp", Destination: to})
+	l.Add(Event{
+		Time: time.Now(), Network: "lan", Reason: Reason{Verdict: Allowed, Rule: "r"}, Protocol: "tcp",
+		Destination: to,
+	})
 	for i := range 3 * maxNames { // no more is known than that
 		l.Answered("other.example", []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})})
 	}
@@ -89,7 +95,8 @@ func TestLog(t *testing.T) {
 	}
 }
 
-// What comes again and again is an event when it begins, and then one every few seconds that says how often; what is another is one of its own.
+// What comes again and again is an event when it begins, and then one every few seconds that says
+// how often; what is another is one of its own.
 func TestLog_Repeats(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
 	synctest.Test(t, func(t *testing.T) {
@@ -98,7 +105,10 @@ func TestLog_Repeats(t *testing.T) {
 			t.Fatal(err)
 		}
 		try := func(port uint16) {
-			l.Add(Event{Time: time.Now().UTC(), Reason: Reason{Denied, OfVM, "default deny"}, Protocol: "tcp", Destination: netip.MustParseAddr("192.0.2.1"), Port: port})
+			l.Add(Event{
+				Time: time.Now().UTC(), Reason: Reason{Denied, OfVM, "default deny"}, Protocol: "tcp",
+				Destination: netip.MustParseAddr("192.0.2.1"), Port: port,
+			})
 		}
 		try(443)
 		for range 400 {
@@ -141,9 +151,14 @@ func TestReader_Strange(t *testing.T) {
 }
 
 func TestEvent_String(t *testing.T) {
-	e := Event{Time: time.Unix(0, 0).UTC(), Name: "a\x1b[2J", Reason: Reason{Denied, OfVM, "r\r"}, Protocol: dns, Host: "\x9b\n\u202e", Type: "A"}
+	e := Event{
+		Time: time.Unix(0, 0).UTC(), Name: "a\x1b[2J", Reason: Reason{Denied, OfVM, "r\r"}, Protocol: dns,
+		Host: "\x9b\n\u202e", Type: "A",
+	}
 	got := e.String()
-	if strings.ContainsFunc(got, func(r rune) bool { return r < ' ' || r > '~' }) || !strings.Contains(got, `\x9b\n\u202e`) {
+	if strings.ContainsFunc(got, func(r rune) bool {
+		return r < ' ' || r > '~'
+	}) || !strings.Contains(got, `\x9b\n\u202e`) {
 		t.Errorf("got %q", got)
 	}
 }
@@ -161,7 +176,8 @@ func message(prefix string, packet []byte) []byte {
 }
 
 func TestParseMessage(t *testing.T) {
-	ip4 := append([]byte{0x46, 0, 0, 40, 0, 0, 0, 0, 64, unix.IPPROTO_TCP, 0, 0, 10, 0, 0, 2, 192, 0, 2, 1, 1, 1, 1, 1}, 0x80, 0, 0, 22)
+	ip4 := append([]byte{0x46, 0, 0, 40, 0, 0, 0, 0, 64, unix.IPPROTO_TCP, 0, 0, 10, 0, 0, 2, 192, 0, 2, 1, 1, 1, 1, 1},
+		0x80, 0, 0, 22)
 	fragment := bytes.Clone(ip4)
 	fragment[7] = 1
 	ip6 := func(next byte, rest ...byte) []byte {
@@ -178,11 +194,14 @@ func TestParseMessage(t *testing.T) {
 		"options":        {"denied|vm|deny 1.2.3.4|5", ip4, "tcp 192.0.2.1:22: deny 1.2.3.4|5 of the VM"},
 		"later fragment": {"denied||r", fragment, "tcp 192.0.2.1: r"},
 		"extension":      {"over||r", ip6(unix.IPPROTO_HOPOPTS, append(hop, 0, 1, 0, 53)...), "udp [2001:db8::1]:53: r"},
-		"cut extension":  {"denied||r", ip6(unix.IPPROTO_HOPOPTS, unix.IPPROTO_UDP, 255, 1, 4, 0, 0, 0, 0), "udp 2001:db8::1: r"},
-		"other":          {"allowed||r", ip6(132), "132 2001:db8::1: r"},
-		"no packet":      {"allowed||r", nil, " : r"},
-		"of others":      {"IN=eth0", ip4, ""},
-		"verdict":        {"lost||r", ip4, ""},
+		"cut extension": {
+			"denied||r", ip6(unix.IPPROTO_HOPOPTS, unix.IPPROTO_UDP, 255, 1, 4, 0, 0, 0, 0),
+			"udp 2001:db8::1: r",
+		},
+		"other":     {"allowed||r", ip6(132), "132 2001:db8::1: r"},
+		"no packet": {"allowed||r", nil, " : r"},
+		"of others": {"IN=eth0", ip4, ""},
+		"verdict":   {"lost||r", ip4, ""},
 	} {
 		sender, e, ok := parseMessage(message(c.prefix, c.packet))
 		if ok != (c.want != "") {
@@ -256,7 +275,9 @@ func TestFollow(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- Follow(ctx, Config{Dir: dir, Table: table, MAC: mac, Event: func(e Event) { heard <- e }, Log: slog.New(slog.NewTextHandler(lines, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+		ended <- Follow(ctx, Config{Dir: dir, Table: table, MAC: mac, Event: func(e Event) {
+			heard <- e
+		}, Log: slog.New(slog.NewTextHandler(lines, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 	}()
 	if line := <-lines; !strings.Contains(line, errTaken.Error()) {
 		t.Fatal(line)

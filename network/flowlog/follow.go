@@ -19,7 +19,8 @@ import (
 
 // Config says whose packets Follow gets.
 type Config struct {
-	// Dir has the sockets of those who follow guests of a network, each under its guest's MAC. It is made if what it is in is there.
+	// Dir has the sockets of those who follow guests of a network, each under its guest's MAC. It is
+	// made if what it is in is there.
 	Dir   string
 	Table string // the network's
 	MAC   string // the guest's, as net.HardwareAddr has it
@@ -27,13 +28,15 @@ type Config struct {
 	Log   *slog.Logger
 }
 
-// retry is how long another waits at most to take the place of a process that listened and was killed.
+// retry is how long another waits at most to take the place of a process that listened and was
+// killed.
 const retry = 5 * time.Second
 
 // maxDatagram bounds what is passed on at once, in bytes.
 const maxDatagram = 64 << 10
 
-// Follow calls Event with what a guest of the calling thread's network begins, until ctx ends. Returns ErrNotSupported.
+// Follow calls Event with what a guest of the calling thread's network begins, until ctx ends.
+// Returns ErrNotSupported.
 func Follow(ctx context.Context, c Config) error {
 	if err := os.Mkdir(c.Dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("follow guest %s: %w", c.MAC, err)

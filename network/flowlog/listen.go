@@ -34,7 +34,8 @@ const (
 // listener hears what rules log to a group.
 type listener struct{ conn *netlink.Conn }
 
-// listen returns a listener of the calling thread's network. Returns errTaken where there is one, ErrNotSupported.
+// listen returns a listener of the calling thread's network. Returns errTaken where there is one,
+// ErrNotSupported.
 func listen(group uint16) (*listener, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -52,12 +53,17 @@ func listen(group uint16) (*listener, error) {
 	}
 	if err == nil {
 		data := append(binary.BigEndian.AppendUint16([]byte{unix.AF_UNSPEC, unix.NFNETLINK_V0}, group), config...)
-		_, err = conn.Execute(netlink.Message{Header: netlink.Header{Type: messageConfig, Flags: netlink.Request | netlink.Acknowledge}, Data: data})
+		_, err = conn.Execute(
+			netlink.Message{
+				Header: netlink.Header{Type: messageConfig, Flags: netlink.Request | netlink.Acknowledge},
+				Data:   data,
+			})
 	}
 	switch {
 	case err == nil:
 		return &listener{conn}, nil
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST): // EPERM is the group's too: it is another socket's
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):
+		// EPERM is the group's too: it is another socket's
 		err = fmt.Errorf("%w: %w", errTaken, err)
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
 		err = fmt.Errorf("%w: %w", ErrNotSupported, err)

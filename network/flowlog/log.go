@@ -23,8 +23,9 @@ const (
 	maxRepeats = 256             // of them are known at a time
 )
 
-// Log keeps the newest of what a guest tried in a file. What is the same as a moment ago is counted, and so is what comes too fast, each kind by itself, so
-// that a flood of one hides no other.
+// Log keeps the newest of what a guest tried in a file. What is the same as a moment ago is
+// counted, and so is what comes too fast, each kind by itself, so that a flood of one hides no
+// other.
 type Log struct {
 	mu      sync.Mutex
 	file    *logfile.Writer // nil: closed
@@ -50,7 +51,8 @@ type bucket struct {
 	at   time.Time
 }
 
-// repeat is how often an event has come again since it was logged, of which it is the key without a time.
+// repeat is how often an event has come again since it was logged, of which it is the key without a
+// time.
 type repeat struct {
 	since, last time.Time
 	count       uint64
@@ -82,7 +84,10 @@ func (l *Log) Answered(name string, addresses []netip.Addr) {
 
 // Refused logs a question for a name that a policy does not allow.
 func (l *Log) Refused(network, of, name, kind string) {
-	l.Add(Event{Time: time.Now().UTC(), Network: network, Reason: Reason{Denied, of, "default deny"}, Protocol: dns, Host: name, Type: kind})
+	l.Add(Event{
+		Time: time.Now().UTC(), Network: network, Reason: Reason{Denied, of, "default deny"}, Protocol: dns,
+		Host: name, Type: kind,
+	})
 }
 
 // Add logs an event, with the name that its destination has for the guest.
@@ -134,7 +139,8 @@ func (l *Log) writeRepeats() {
 	}
 }
 
-// admit logs an event that stands for some, unless there were too many of its kind, and says whether it did.
+// admit logs an event that stands for some, unless there were too many of its kind, and says
+// whether it did.
 func (l *Log) admit(e Event, count uint64) bool {
 	k := kind{e.Verdict, e.Protocol == dns}
 	b := l.buckets[k]

@@ -23,9 +23,13 @@ const (
 // dns is Event.Protocol of questions for names.
 const dns = "dns"
 
-var protocols = map[byte]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMP: "icmp", unix.IPPROTO_ICMPV6: "icmpv6"}
+var protocols = map[byte]string{
+	unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMP: "icmp",
+	unix.IPPROTO_ICMPV6: "icmpv6",
+}
 
-// parseMessage reads what the kernel says of a packet, behind the header of its messages: who sent it, by its MAC, and what it was.
+// parseMessage reads what the kernel says of a packet, behind the header of its messages: who sent
+// it, by its MAC, and what it was.
 func parseMessage(data []byte) (sender string, e Event, ok bool) {
 	if len(data) < 4 {
 		return "", e, false
@@ -54,7 +58,8 @@ func parseMessage(data []byte) (sender string, e Event, ok bool) {
 	}
 	e.Time = e.Time.UTC()
 	e.parsePacket(payload)
-	// Whoever has IPv6 asks all for routers and says to whom it listens: that is nothing that it tries.
+	// Whoever has IPv6 asks all for routers and says to whom it listens: that is nothing that it
+	// tries.
 	return sender, e, !(e.Protocol == "icmpv6" && e.Destination.IsMulticast())
 }
 

@@ -15,7 +15,8 @@ type Reader struct {
 	rest  []byte
 }
 
-// Open returns a reader of the log at path; one that is not there yet is empty. The caller closes it.
+// Open returns a reader of the log at path; one that is not there yet is empty. The caller closes
+// it.
 func Open(path string, since time.Time) (*Reader, error) {
 	if since.IsZero() {
 		return &Reader{log: logfile.Open(path)}, nil

@@ -48,7 +48,8 @@ func parsePrefix(prefix string) (r Reason, ok bool) {
 	return r, r.Verdict == Allowed || r.Verdict == Denied || r.Verdict == Over
 }
 
-// Group is that of nfnetlink_log to which the rules of a network's table tell what begins. One process of a network namespace can listen to a group.
+// Group is that of nfnetlink_log to which the rules of a network's table tell what begins. One
+// process of a network namespace can listen to a group.
 func Group(table string) uint16 {
 	h := fnv.New32a()
 	_, _ = h.Write([]byte(table)) // never fails

@@ -1,11 +1,13 @@
 // Package forward has a host forward for our guests and, if it did not before, for nobody else.
 //
-// Linux decides by the interface at which a packet comes in: where forwarding is off for all, it is switched on for each interface by which
-// answers to guests may come, and rules drop what comes in there for others than guests (Narrow). The variable for all stays as it
-// is, so that whoever sets it is seen: then nothing is dropped, and nothing is switched off in the end.
+// Linux decides by the interface at which a packet comes in: where forwarding is off for all, it is
+// switched on for each interface by which answers to guests may come, and rules drop what comes in
+// there for others than guests (Narrow). The variable for all stays as it is, so that whoever sets
+// it is seen: then nothing is dropped, and nothing is switched off in the end.
 //
-// IPv6 has that since Linux 6.17. Before, forwarding is on for all or none. Whoever switches it on for all also has it on for new interfaces
-// (default/forwarding); we set that back at once, so that it tells whether somebody else wants it.
+// IPv6 has that since Linux 6.17. Before, forwarding is on for all or none. Whoever switches it on
+// for all also has it on for new interfaces (default/forwarding); we set that back at once, so that
+// it tells whether somebody else wants it.
 package forward
 
 import (
@@ -44,9 +46,12 @@ func State() string {
 	return strings.Join([]string{readSysctl(all4), readSysctl(all6), readSysctl(new6)}, " ")
 }
 
-// Ensure has the host forward what comes from networks and what goes to them. The journal, of Sysctls alone, says what was done for that
-// already. It returns where the host forwards for them alone, and whether something had to be done.
-func Ensure(ctx context.Context, j *journal.Journal, networks []*filter.Tables) (narrow Narrow, changed bool, err error) {
+// Ensure has the host forward what comes from networks and what goes to them. The journal, of
+// Sysctls alone, says what was done for that already. It returns where the host forwards for them
+// alone, and whether something had to be done.
+func Ensure(ctx context.Context, j *journal.Journal, networks []*filter.Tables) (narrow Narrow,
+	changed bool, err error,
+) {
 	ipv6 := false
 	for _, t := range networks { // who switches it off for all does so here too
 		ipv6 = ipv6 || t.Subnet6.IsValid()
@@ -108,8 +113,8 @@ func needed(ipv6 bool) (all []journal.Effect, err error) {
 	if !off6 || alone6 {
 		return all, nil
 	}
-	// A host that forwards drops what routers have advertised, its own way out, unless it is told to take that all the same. And it makes
-	// all interfaces alike.
+	// A host that forwards drops what routers have advertised, its own way out, unless it is told to
+	// take that all the same. And it makes all interfaces alike.
 	for _, name := range interfaces {
 		conf := "ipv6/conf/" + name
 		if readSysctl(conf+"/accept_ra") == "1" {
@@ -128,14 +133,16 @@ func from(bridge string) error {
 		if readSysctl(name) != "0" {
 			continue
 		}
-		if err := (&Sysctl{Name: name, Value: "1"}).Apply(context.Background()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := (&Sysctl{Name: name, Value: "1"}).Apply(context.Background()); err != nil &&
+			!errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
 	return nil
 }
 
-// unspread gives interfaces back what forwarding for all has set there. They stay what they were, hosts or routers.
+// unspread gives interfaces back what forwarding for all has set there. They stay what they were,
+// hosts or routers.
 func unspread(ctx context.Context, effects []journal.Effect) error {
 	for _, e := range append(effects, &Sysctl{Name: new6, Value: "0"}) {
 		if s := e.(*Sysctl); s.Value == s.Old || s.Name == new6 {
@@ -147,7 +154,8 @@ func unspread(ctx context.Context, effects []journal.Effect) error {
 	return nil
 }
 
-// others lists the host's interfaces by which packets from elsewhere come in: neither its loopback nor our bridges, nor the ports of any.
+// others lists the host's interfaces by which packets from elsewhere come in: neither its loopback
+// nor our bridges, nor the ports of any.
 func others() (names []string, err error) {
 	links, err := rtnl.Whole(netlink.LinkList)
 	if err != nil {

@@ -17,7 +17,8 @@ import (
 	"push.rocks/smartvm/network/internal/nft"
 )
 
-// Narrow says where the host forwards only for guests: what comes in there, and goes to no network of ours, is dropped.
+// Narrow says where the host forwards only for guests: what comes in there, and goes to no network
+// of ours, is dropped.
 type Narrow struct {
 	IP4, IP6 []string // by what interfaces it comes in
 	AllIP6   bool     // or IPv6 by any that is no network of ours

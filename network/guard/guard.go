@@ -1,5 +1,5 @@
-// Package guard keeps guests from everything while the rules of their network are gone: nobody but the process that holds a guard can remove it, not by a
-// flush of all rules either (Linux 6.9).
+// Package guard keeps guests from everything while the rules of their network are gone: nobody but
+// the process that holds a guard can remove it, not by a flush of all rules either (Linux 6.9).
 package guard
 
 import (
@@ -22,7 +22,8 @@ import (
 	"push.rocks/smartvm/network/internal/nft"
 )
 
-// Flags of tables, of linux/netfilter/nf_tables.h. One that persists goes on when who owns it ends, and may be owned by another then.
+// Flags of tables, of linux/netfilter/nf_tables.h. One that persists goes on when who owns it ends,
+// and may be owned by another then.
 const (
 	owned    = 1 << 1
 	persists = 1 << 2
@@ -38,7 +39,8 @@ type Guard struct {
 const priority = 10
 
 func (g *Guard) table() *nftables.Table {
-	return &nftables.Table{Name: filter.TablePrefix + "guard/" + g.Bridge, Family: nftables.TableFamilyINet} // no interface has a slash
+	// no interface has a slash
+	return &nftables.Table{Name: filter.TablePrefix + "guard/" + g.Bridge, Family: nftables.TableFamilyINet}
 }
 
 func (g *Guard) owner() *nftables.Chain {
@@ -49,8 +51,12 @@ func (g *Guard) owner() *nftables.Chain {
 func (g *Guard) add(conn *nftables.Conn) error {
 	t := g.table()
 	conn.AddChain(g.owner())
-	for name, hook := range map[string]*nftables.ChainHook{"forward": nftables.ChainHookForward, "input": nftables.ChainHookInput} {
-		chain := nft.Chain(nft.Base(t, name, hook, nftables.ChainPriorityRef(priority)), nft.Plain(nft.Join(nft.Iif(g.Bridge), nft.NotPassed(), nft.Drop())))
+	for name, hook := range map[string]*nftables.ChainHook{
+		"forward": nftables.ChainHookForward,
+		"input":   nftables.ChainHookInput,
+	} {
+		chain := nft.Chain(nft.Base(t, name, hook, nftables.ChainPriorityRef(priority)),
+			nft.Plain(nft.Join(nft.Iif(g.Bridge), nft.NotPassed(), nft.Drop())))
 		conn.AddChain(&chain.Chain)
 		conn.FlushChain(&chain.Chain)
 		if err := chain.AddRules(conn); err != nil {
@@ -65,10 +71,14 @@ func missing(err error) bool {
 	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL)
 }
 
-// open makes the guard, with flags, or takes over one that is there, and returns the connection that holds it.
+// open makes the guard, with flags, or takes over one that is there, and returns the connection
+// that holds it.
 func (g *Guard) open(flags netlink.HeaderFlags) (conn *nftables.Conn, err error) {
 	var raw *netlink.Conn
-	conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error { raw = c; return nil }))
+	conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		raw = c
+		return nil
+	}))
 	if err != nil {
 		return nil, err
 	}
@@ -95,11 +105,15 @@ func (g *Guard) own(conn *netlink.Conn, flags netlink.HeaderFlags) error {
 	}
 	message := func(kind uint16, flags netlink.HeaderFlags, family uint8, resource uint16, data []byte) netlink.Message {
 		header := binary.BigEndian.AppendUint16([]byte{family, unix.NFNETLINK_V0}, resource)
-		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request | flags}, Data: append(header, data...)}
+		return netlink.Message{
+			Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request | flags},
+			Data:   append(header, data...),
+		}
 	}
 	_, err = conn.SendMessages([]netlink.Message{
 		message(unix.NFNL_MSG_BATCH_BEGIN, 0, 0, unix.NFNL_SUBSYS_NFTABLES, nil),
-		message(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWTABLE, netlink.Acknowledge|netlink.Create|flags, unix.NFPROTO_INET, 0, attributes),
+		message(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWTABLE, netlink.Acknowledge|netlink.Create|flags,
+			unix.NFPROTO_INET, 0, attributes),
 		message(unix.NFNL_MSG_BATCH_END, 0, 0, unix.NFNL_SUBSYS_NFTABLES, nil),
 	})
 	if err == nil {
@@ -108,7 +122,8 @@ func (g *Guard) own(conn *netlink.Conn, flags netlink.HeaderFlags) error {
 	return err
 }
 
-// Apply makes the guard, which nobody holds yet. Returns an error that is fs.ErrExist where a table of its name is there.
+// Apply makes the guard, which nobody holds yet. Returns an error that is fs.ErrExist where a table
+// of its name is there.
 func (g *Guard) Apply(context.Context) error {
 	conn, err := g.open(netlink.Excl)
 	if err == nil {
@@ -163,7 +178,9 @@ func (g *Guard) there(conn *nftables.Conn) (bool, error) {
 		return false, fmt.Errorf("look for guard of bridge %s: %w", g.Bridge, err)
 	}
 	own := g.owner()
-	return slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == own.Table.Name && c.Name == own.Name }), nil
+	return slices.ContainsFunc(chains, func(c *nftables.Chain) bool {
+		return c.Table.Name == own.Table.Name && c.Name == own.Name
+	}), nil
 }
 
 // Keeper holds guards for one process. Its zero value serves. It is safe for concurrent use.
@@ -177,7 +194,8 @@ type hold struct {
 	by   map[string]bool
 }
 
-// Hold has the process hold a guard, made if need be, for somebody, until Release. It says whether the process does: another may, or the kernel has none.
+// Hold has the process hold a guard, made if need be, for somebody, until Release. It says whether
+// the process does: another may, or the kernel has none.
 func (k *Keeper) Hold(g Guard, by string) (bool, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

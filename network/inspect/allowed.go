@@ -11,8 +11,8 @@ import (
 	"push.rocks/smartvm/network/internal/nft"
 )
 
-// Allowed says whether this process may look at rules, as who may not may not change them either. Returns an error that is fs.ErrPermission, or
-// filter.ErrTooOld.
+// Allowed says whether this process may look at rules, as who may not may not change them either.
+// Returns an error that is fs.ErrPermission, or filter.ErrTooOld.
 func Allowed() error {
 	conn, err := nft.Open()
 	if err != nil {

@@ -22,8 +22,9 @@ type Count struct {
 	Bytes   uint64 `json:"bytes"`
 }
 
-// Counts returns what the rules of a policy have matched, in their order: a guest's, by its tap, or with an empty one the
-// network's own, and what was over its bounds. It is empty where there is no policy.
+// Counts returns what the rules of a policy have matched, in their order: a guest's, by its tap, or
+// with an empty one the network's own, and what was over its bounds. It is empty where there is no
+// policy.
 func Counts(table, tap string) ([]Count, error) {
 	conn, err := nft.Open()
 	if err != nil {
@@ -55,5 +56,7 @@ func Counts(table, tap string) ([]Count, error) {
 		}
 	}
 	// Bounds are of interest where something was over them.
-	return slices.DeleteFunc(all, func(c Count) bool { return c.Packets == 0 && strings.HasPrefix(c.Rule, filter.OverPrefix) }), nil
+	return slices.DeleteFunc(all, func(c Count) bool {
+		return c.Packets == 0 && strings.HasPrefix(c.Rule, filter.OverPrefix)
+	}), nil
 }

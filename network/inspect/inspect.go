@@ -1,4 +1,5 @@
-// Package inspect tells what rules do to guests: the policies that are theirs, and the firewalls of others.
+// Package inspect tells what rules do to guests: the policies that are theirs, and the firewalls of
+// others.
 package inspect
 
 import (
@@ -12,8 +13,9 @@ import (
 	"push.rocks/smartvm/network/filter"
 )
 
-// Blockers lists chains of others that drop what is forwarded, or what comes to the host itself, unless a rule of theirs accepts it, by their
-// policy (Docker's, ufw's) or a last rule (firewalld's): "FAMILY TABLE CHAIN". Those of iptables-legacy are in no table of nftables.
+// Blockers lists chains of others that drop what is forwarded, or what comes to the host itself,
+// unless a rule of theirs accepts it, by their policy (Docker's, ufw's) or a last rule
+// (firewalld's): "FAMILY TABLE CHAIN". Those of iptables-legacy are in no table of nftables.
 func Blockers(hook *nftables.ChainHook) ([]string, error) {
 	conn, err := nftables.New()
 	if err != nil {
@@ -23,7 +25,10 @@ func Blockers(hook *nftables.ChainHook) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list chains: %w", err)
 	}
-	families := map[nftables.TableFamily]string{nftables.TableFamilyINet: "inet", nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6"}
+	families := map[nftables.TableFamily]string{
+		nftables.TableFamilyINet: "inet", nftables.TableFamilyIPv4: "ip",
+		nftables.TableFamilyIPv6: "ip6",
+	}
 	var all []string
 	for _, c := range chains {
 		family := families[c.Table.Family]
@@ -48,7 +53,10 @@ func Blockers(hook *nftables.ChainHook) ([]string, error) {
 			return nil, fmt.Errorf("look at rules of iptables-legacy: %w", err)
 		}
 		if blocks {
-			all = append(all, l.family+" filter "+map[nftables.ChainHook]string{*nftables.ChainHookInput: "INPUT", *nftables.ChainHookForward: "FORWARD"}[*hook]+" (iptables-legacy)")
+			all = append(all,
+				l.family+" filter "+
+					map[nftables.ChainHook]string{*nftables.ChainHookInput: "INPUT", *nftables.ChainHookForward: "FORWARD"}[*hook]+
+					" (iptables-legacy)")
 		}
 	}
 	slices.Sort(all)

@@ -11,13 +11,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// legacy is how the kernel's older rules of one protocol are read (linux/netfilter/x_tables.h, ip_tables.h, ip6_tables.h).
+// legacy is how the kernel's older rules of one protocol are read (linux/netfilter/x_tables.h,
+// ip_tables.h, ip6_tables.h).
 type legacy struct {
 	family string // as nftables has it
 	tables string // names those that are there: to ask for another makes the kernel make it
 	domain int
 	level  int
-	target int // where a rule says where its target begins: behind what it matches, which is as long as the protocol's addresses are
+	// where a rule says where its target begins: behind what it matches, which is as long as the
+	// protocol's addresses are
+	target int
 }
 
 var legacies = []legacy{
@@ -29,7 +32,8 @@ const (
 	getInfo    = 64 // IPT_SO_GET_INFO and IP6T_SO_GET_INFO
 	getEntries = 65
 	nameLen    = 32
-	// infoLen is that of a name, the valid hooks, for each of five where its rules begin and where its policy is, their number and size.
+	// infoLen is that of a name, the valid hooks, for each of five where its rules begin and where its
+	// policy is, their number and size.
 	infoLen, policyAt, sizeAt = 84, nameLen + 4 + 5*4, infoLen - 4
 	rulesAt                   = 40 // behind a name and a size
 	verdictAt                 = 32 // in a target
@@ -37,7 +41,8 @@ const (
 	drop                      = -1 // -NF_DROP - 1
 )
 
-// blocks says whether the policy of a hook (NF_INET_FORWARD and the like) is to drop. There may be no such rules.
+// blocks says whether the policy of a hook (NF_INET_FORWARD and the like) is to drop. There may be
+// no such rules.
 func (l legacy) blocks(hook int) (bool, error) {
 	names, err := os.ReadFile(l.tables)
 	if err != nil || !slices.Contains(strings.Fields(string(names)), "filter") {
@@ -74,7 +79,8 @@ func (l legacy) blocks(hook int) (bool, error) {
 
 func getsockopt(fd, level, option int, value []byte) error {
 	length := uint32(len(value))
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option), uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&length)), 0)
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option),
+		uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&length)), 0)
 	if errno != 0 {
 		return errno
 	}

@@ -12,7 +12,8 @@ import (
 	"push.rocks/smartvm/network/internal/nft"
 )
 
-// Inner is the table of a namespace with one guest in it, whose addresses there are always the same: outside it has others.
+// Inner is the table of a namespace with one guest in it, whose addresses there are always the
+// same: outside it has others.
 type Inner struct {
 	Tap, Uplink      string
 	Inside4, Inside6 netip.Addr
@@ -39,13 +40,23 @@ func (n *Inner) Apply(context.Context) error {
 			if to.Is6() {
 				fam = unix.NFPROTO_IPV6
 			}
-			return nft.Exprs{&expr.Immediate{Register: nft.Reg, Data: to.AsSlice()}, &expr.NAT{Type: kind, Family: fam, RegAddrMin: nft.Reg}}
+			return nft.Exprs{
+				&expr.Immediate{Register: nft.Reg, Data: to.AsSlice()},
+				&expr.NAT{Type: kind, Family: fam, RegAddrMin: nft.Reg},
+			}
 		}
-		in = append(in, nft.Join(nft.Iif(n.Uplink), nft.Family(a.outside), nft.Is(a.dest, a.outside.AsSlice()), to(a.inside, expr.NATTypeDestNAT)))
-		out = append(out, nft.Join(nft.Oif(n.Uplink), nft.Family(a.inside), nft.Is(a.source, a.inside.AsSlice()), to(a.outside, expr.NATTypeSourceNAT)))
-		forward = append(forward, nft.Join(nft.Iif(n.Tap), nft.Oif(n.Uplink), nft.Family(a.inside), nft.Is(a.source, a.inside.AsSlice()), nft.Accept()))
+		in = append(in,
+			nft.Join(nft.Iif(n.Uplink), nft.Family(a.outside), nft.Is(a.dest, a.outside.AsSlice()),
+				to(a.inside, expr.NATTypeDestNAT)))
+		out = append(out,
+			nft.Join(nft.Oif(n.Uplink), nft.Family(a.inside), nft.Is(a.source, a.inside.AsSlice()),
+				to(a.outside, expr.NATTypeSourceNAT)))
+		forward = append(forward,
+			nft.Join(nft.Iif(n.Tap), nft.Oif(n.Uplink), nft.Family(a.inside), nft.Is(a.source, a.inside.AsSlice()),
+				nft.Accept()))
 	}
-	forward = append(forward, nft.Join(nft.Iif(n.Uplink), nft.Known(), nft.Accept()), nft.Join(nft.Iif(n.Uplink), nft.Redirected(), nft.Accept()), nft.Drop())
+	forward = append(forward, nft.Join(nft.Iif(n.Uplink), nft.Known(), nft.Accept()),
+		nft.Join(nft.Iif(n.Uplink), nft.Redirected(), nft.Accept()), nft.Drop())
 	icmp := func(kind byte) nft.Exprs {
 		return nft.Join(nft.L4(unix.IPPROTO_ICMPV6), nft.Is(nft.ICMPType, []byte{kind}), nft.Accept())
 	}
@@ -55,8 +66,10 @@ func (n *Inner) Apply(context.Context) error {
 		nft.Join(nft.Nfproto(unix.NFPROTO_IPV4), nft.L4(unix.IPPROTO_ICMP), nft.Is(nft.ICMPType, []byte{8}), nft.Accept()),
 		nft.Drop())
 	err = nft.AddChains(conn, []nft.Ruled{
-		nft.Chain(nft.NAT(table, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest), nft.Plain(in...)),
-		nft.Chain(nft.NAT(table, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource), nft.Plain(out...)),
+		nft.Chain(nft.NAT(table, "prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest),
+			nft.Plain(in...)),
+		nft.Chain(nft.NAT(table, "postrouting", nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource),
+			nft.Plain(out...)),
 		nft.Chain(nft.Base(table, "forward", nftables.ChainHookForward, nftables.ChainPriorityFilter), nft.Plain(forward...)),
 		nft.Chain(nft.Base(table, "input", nftables.ChainHookInput, nftables.ChainPriorityFilter), input),
 	})

@@ -13,8 +13,8 @@ import (
 	"push.rocks/smartvm/internal/osthread"
 )
 
-// Namespace is a network. It is there as long as anybody has it open, or works in it, or it has a file, and so are the
-// interfaces in it.
+// Namespace is a network. It is there as long as anybody has it open, or works in it, or it has a
+// file, and so are the interfaces in it.
 type Namespace struct{ file *os.File }
 
 // New makes a network with nothing but its loopback, which is up. The caller closes it.
@@ -49,7 +49,8 @@ func Open(path string) (*Namespace, error) {
 	return &Namespace{f}, nil
 }
 
-// Keep gives the network a file, by which it is there until Drop. Returns an error that is fs.ErrExist where one is.
+// Keep gives the network a file, by which it is there until Drop. Returns an error that is
+// fs.ErrExist where one is.
 func (n *Namespace) Keep(path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -66,7 +67,8 @@ func (n *Namespace) Keep(path string) error {
 
 // Drop removes a network's file. It is no error that there is none.
 func Drop(path string) error {
-	if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+	if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) &&
+		!errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("drop network namespace %s: %w", path, err)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -81,8 +83,8 @@ func (n *Namespace) Close() error { return n.file.Close() }
 // Fd is its descriptor, as setns(2) and netlink take it.
 func (n *Namespace) Fd() uintptr { return n.file.Fd() }
 
-// Do runs f in the namespace, and returns its error. Sockets that it opens stay there, and processes that it starts. Goroutines
-// are elsewhere.
+// Do runs f in the namespace, and returns its error. Sockets that it opens stay there, and
+// processes that it starts. Goroutines are elsewhere.
 func (n *Namespace) Do(f func() error) error {
 	return osthread.Do(func() error {
 		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {

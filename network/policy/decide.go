@@ -12,7 +12,8 @@ type Target struct {
 	Port     uint16 // of TCP and UDP
 }
 
-// Allows says what rules say of a target, or byDefault where none does. Named says whether a domain is known to have the target's address.
+// Allows says what rules say of a target, or byDefault where none does. Named says whether a domain
+// is known to have the target's address.
 func Allows(rules []Compiled, byDefault Action, to Target, named func(domain string) bool) bool {
 	for i := range rules {
 		if rules[i].matches(to, named) {
@@ -26,11 +27,15 @@ func (c *Compiled) matches(to Target, named func(domain string) bool) bool {
 	if len(c.Protocols) > 0 && !slices.Contains(c.Protocols, to.Protocol) {
 		return false
 	}
-	if len(c.Ports) > 0 && !slices.ContainsFunc(c.Ports, func(r PortRange) bool { return r.First <= to.Port && to.Port <= r.Last }) {
+	if len(c.Ports) > 0 && !slices.ContainsFunc(c.Ports, func(r PortRange) bool {
+		return r.First <= to.Port && to.Port <= r.Last
+	}) {
 		return false
 	}
 	within := func(p netip.Prefix) bool {
-		return p.Contains(to.Address) || !c.Allow && slices.ContainsFunc(Embedding(p), func(e netip.Prefix) bool { return e.Contains(to.Address) })
+		return p.Contains(to.Address) || !c.Allow && slices.ContainsFunc(Embedding(p), func(e netip.Prefix) bool {
+			return e.Contains(to.Address)
+		})
 	}
 	switch {
 	case c.Prefixes != nil:

@@ -1,5 +1,5 @@
-// Package policy says what guests may reach: egress rules as people write them, in JSON and on a command line, and as
-// tables of a kernel need them. It does nothing to a host.
+// Package policy says what guests may reach: egress rules as people write them, in JSON and on a
+// command line, and as tables of a kernel need them. It does nothing to a host.
 package policy
 
 import (
@@ -33,15 +33,18 @@ const (
 type Policy struct {
 	DefaultAction Action `json:"defaultAction,omitempty"` // Allow, which it is if empty, or Deny
 	Rules         []Rule `json:"rules,omitempty"`
-	// Egress is EgressPublic or empty: of what no rule is about, only what can be a host of the internet's is allowed (Public).
+	// Egress is EgressPublic or empty: of what no rule is about, only what can be a host of the
+	// internet's is allowed (Public).
 	Egress string `json:"egress,omitempty"`
-	// AllowHost lets guests reach the host's own addresses, AllowMetadata those behind which clouds keep credentials (Metadata). Rules are not
-	// consulted for the host's addresses; they still apply to metadata addresses.
+	// AllowHost lets guests reach the host's own addresses, AllowMetadata those behind which clouds
+	// keep credentials (Metadata). Rules are not consulted for the host's addresses; they still apply
+	// to metadata addresses.
 	AllowHost     bool `json:"allowHost,omitempty"`
 	AllowMetadata bool `json:"allowMetadata,omitempty"`
 }
 
-// EgressPublic keeps a guest from private networks, the host's LAN and others', and from what clouds have for their machines alone.
+// EgressPublic keeps a guest from private networks, the host's LAN and others', and from what
+// clouds have for their machines alone.
 const EgressPublic = "public"
 
 // Rule matches what a guest sends by all that it names.
@@ -49,8 +52,8 @@ type Rule struct {
 	Action      Action `json:"action"`
 	Protocol    string `json:"protocol,omitempty"`    // "tcp", "udp", "icmp" (of either IP version); empty: any
 	Destination string `json:"destination,omitempty"` // an address or CIDR of either version; empty: any
-	// Domain is a name, or "*." and the name that others end with. Only Allow can have one: a name that is denied has
-	// addresses all the same. In place of Destination.
+	// Domain is a name, or "*." and the name that others end with. Only Allow can have one: a name
+	// that is denied has addresses all the same. In place of Destination.
 	Domain string `json:"domain,omitempty"`
 	Ports  Ports  `json:"ports,omitempty"` // of TCP and UDP; empty: all
 }
@@ -111,7 +114,8 @@ func (p *Policy) Validate() []*FieldError {
 	return wrong
 }
 
-// Names says whether a policy, which may be nil, allows names, so that their addresses must be known.
+// Names says whether a policy, which may be nil, allows names, so that their addresses must be
+// known.
 func (p *Policy) Names() bool {
 	return p != nil && slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Domain != "" })
 }
@@ -127,7 +131,8 @@ type Compiled struct {
 	Text      string         // the rule as Rule.String has it
 }
 
-// Compile returns the rules in order, for IP addresses and names alike. It errs where Validate does.
+// Compile returns the rules in order, for IP addresses and names alike. It errs where Validate
+// does.
 func (p *Policy) Compile() ([]Compiled, error) {
 	all, wrong := p.compile()
 	if len(wrong) > 0 {
@@ -173,7 +178,8 @@ func (p *Policy) compile() (all []Compiled, wrong []*FieldError) {
 			case r.Destination != "":
 				add(at+"domain", r.Domain, "must not be there beside destination")
 			case r.Action != Allow:
-				add(at+"domain", r.Domain, "only allow can have a name: what is denied has addresses all the same; deny by default, and allow the others")
+				add(at+"domain", r.Domain,
+					"only allow can have a name: what is denied has addresses all the same; deny by default, and allow the others")
 			}
 		}
 		switch {
@@ -216,8 +222,8 @@ func parseDestination(text string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// ascii is a name as DNS has it, without a final dot: names in other scripts become what IDNA makes of them (xn--). What is none stays for
-// wrongDomain.
+// ascii is a name as DNS has it, without a final dot: names in other scripts become what IDNA makes
+// of them (xn--). What is none stays for wrongDomain.
 func ascii(name string) string {
 	rest, wild := strings.CutPrefix(strings.TrimSuffix(name, "."), "*.")
 	if strings.ContainsFunc(rest, func(r rune) bool { return r > unicode.MaxASCII }) {
@@ -303,7 +309,8 @@ func ParsePorts(text string) (ports Ports, err error) {
 		from, errFrom := strconv.ParseUint(first, 10, 16)
 		to, errTo := strconv.ParseUint(last, 10, 16)
 		if errFrom != nil || errTo != nil || from == 0 || from > to || len(ports) > maxRanges {
-			return nil, fmt.Errorf("ports %.100q: want like 80, 1000-2000 or 80,443, from 1 to 65535, at most %d", text, maxRanges)
+			return nil, fmt.Errorf("ports %.100q: want like 80, 1000-2000 or 80,443, from 1 to 65535, at most %d",
+				text, maxRanges)
 		}
 		ports = append(ports, PortRange{uint16(from), uint16(to)})
 	}
@@ -338,8 +345,9 @@ func (p *Ports) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// ParseRule takes what --allow and --deny do: [PROTOCOL:]DESTINATION[:PORTS], where a protocol is tcp, udp or icmp, and a
-// destination an address, a CIDR, a name or "*"; one of IPv6 is in brackets if ports follow, or a protocol goes before it.
+// ParseRule takes what --allow and --deny do: [PROTOCOL:]DESTINATION[:PORTS], where a protocol is
+// tcp, udp or icmp, and a destination an address, a CIDR, a name or "*"; one of IPv6 is in brackets
+// if ports follow, or a protocol goes before it.
 func ParseRule(action Action, text string) (Rule, error) {
 	r := Rule{Action: action}
 	rest := text
@@ -383,7 +391,9 @@ func ParseRule(action Action, text string) (Rule, error) {
 }
 
 func ruleError(text string) error {
-	return fmt.Errorf("rule %.200q: want [PROTOCOL:]DESTINATION[:PORTS], such as tcp:example.com:443, 10.0.0.0/8 or udp:[fd00::/8]:53", text)
+	return fmt.Errorf(
+		"rule %.200q: want [PROTOCOL:]DESTINATION[:PORTS], such as tcp:example.com:443, 10.0.0.0/8 or udp:[fd00::/8]:53",
+		text)
 }
 
 // String is the rule as ParseRule takes it, with its action before it.

@@ -34,9 +34,18 @@ func TestLoad(t *testing.T) {
 	}
 	want := []policy.Compiled{
 		{Prefix: netip.MustParsePrefix("10.1.0.0/16"), Text: "deny 10.1.0.0/16"},
-		{Allow: true, Protocols: []uint8{6}, Prefix: netip.MustParsePrefix("10.0.0.0/8"), Ports: []policy.PortRange{{22, 22}, {443, 443}, {8000, 8081}}, Text: "allow tcp:10.0.0.0/8:443,8000-8080,8081,22"},
-		{Allow: true, Protocols: []uint8{17}, Prefix: netip.MustParsePrefix("2001:db8::1/128"), Ports: []policy.PortRange{{53, 53}}, Text: "allow udp:[2001:db8::1]:53"},
-		{Allow: true, Protocols: []uint8{6, 17}, Domain: "*.example.com", Ports: []policy.PortRange{{80, 80}}, Text: "allow *.Example.com.:80"},
+		{
+			Allow: true, Protocols: []uint8{6}, Prefix: netip.MustParsePrefix("10.0.0.0/8"),
+			Ports: []policy.PortRange{{22, 22}, {443, 443}, {8000, 8081}}, Text: "allow tcp:10.0.0.0/8:443,8000-8080,8081,22",
+		},
+		{
+			Allow: true, Protocols: []uint8{17}, Prefix: netip.MustParsePrefix("2001:db8::1/128"),
+			Ports: []policy.PortRange{{53, 53}}, Text: "allow udp:[2001:db8::1]:53",
+		},
+		{
+			Allow: true, Protocols: []uint8{6, 17}, Domain: "*.example.com", Ports: []policy.PortRange{{80, 80}},
+			Text: "allow *.Example.com.:80",
+		},
 		{Allow: true, Protocols: []uint8{1, 58}, Text: "allow icmp:*"},
 	}
 	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); diff != "" {
@@ -46,27 +55,29 @@ func TestLoad(t *testing.T) {
 
 func TestLoad_Wrong(t *testing.T) {
 	for in, want := range map[string]string{
-		`{"defaultAction": "reject"}`:                                                                                    "defaultAction: must be allow or deny",
-		`{"rules": [{"destination": "10.0.0.0/8"}]}`:                                                                     "rules[0].action: must be allow or deny",
-		`{"rules": [{"action": "deny", "protocol": "sctp"}]}`:                                                            "rules[0].protocol: must be",
-		`{"rules": [{"action": "deny", "destination": "10.0.0.1/8"}]}`:                                                   "host bits: 10.0.0.0/8 is meant?",
-		`{"rules": [{"action": "deny", "destination": "::ffff:10.0.0.1"}]}`:                                              "must be an IP address",
-		`{"rules": [{"action": "deny", "domain": "example.com"}]}`:                                                       "only allow can have a name",
-		`{"rules": [{"action": "allow", "domain": "a..b"}]}`:                                                             "must be like example.com",
-		`{"rules": [{"action": "allow", "domain": "bü cher.example"}]}`:                                                  "must be like example.com",
-		`{"rules": [{"action": "allow", "domain": "443"}]}`:                                                              "as in tcp:*:443",
-		`{"rules": [{"action": "allow", "domain": "10.0.0"}]}`:                                                           "as 10.0.0.1",
-		`{"rules": [{"action": "allow", "domain": "10.0.0.256"}]}`:                                                       "no name ends with a number",
-		`{"rules": [{"action": "allow", "domain": "*"}]}`:                                                                "must be like example.com",
-		`{"rules": [{"action": "allow", "domain": "10.0.0.1"}]}`:                                                         "is an address",
-		`{"rules": [{"action": "allow", "domain": "a.b", "destination": "10.0.0.1"}]}`:                                   "beside destination",
-		`{"rules": [{"action": "allow", "protocol": "icmp", "ports": 1}]}`:                                               "beside icmp",
-		`{"rules": [{"action": "allow", "ports": 0}]}`:                                                                   "want like 80",
-		`{"rules": [{"action": "allow", "ports": "9-8"}]}`:                                                               "want like 80",
-		`{"rules": [{"action": "allow", "ports": 65536}]}`:                                                               "want like 80",
-		`{"rules": [{"action": "allow", "port": 1}]}`:                                                                    "rules[0].port",
-		`{"rules": [` + strings.Repeat(`{"action":"deny"},`, 256) + `{"action":"deny"}]}`:                                "at most 256",
-		`{"rules": [` + strings.Repeat(`{"action":"allow","domain":"a.b"},`, 64) + `{"action":"allow","domain":"a.b"}]}`: "at most 64 with a domain",
+		`{"defaultAction": "reject"}`:                                                  "defaultAction: must be allow or deny",
+		`{"rules": [{"destination": "10.0.0.0/8"}]}`:                                   "rules[0].action: must be allow or deny",
+		`{"rules": [{"action": "deny", "protocol": "sctp"}]}`:                          "rules[0].protocol: must be",
+		`{"rules": [{"action": "deny", "destination": "10.0.0.1/8"}]}`:                 "host bits: 10.0.0.0/8 is meant?",
+		`{"rules": [{"action": "deny", "destination": "::ffff:10.0.0.1"}]}`:            "must be an IP address",
+		`{"rules": [{"action": "deny", "domain": "example.com"}]}`:                     "only allow can have a name",
+		`{"rules": [{"action": "allow", "domain": "a..b"}]}`:                           "must be like example.com",
+		`{"rules": [{"action": "allow", "domain": "bü cher.example"}]}`:                "must be like example.com",
+		`{"rules": [{"action": "allow", "domain": "443"}]}`:                            "as in tcp:*:443",
+		`{"rules": [{"action": "allow", "domain": "10.0.0"}]}`:                         "as 10.0.0.1",
+		`{"rules": [{"action": "allow", "domain": "10.0.0.256"}]}`:                     "no name ends with a number",
+		`{"rules": [{"action": "allow", "domain": "*"}]}`:                              "must be like example.com",
+		`{"rules": [{"action": "allow", "domain": "10.0.0.1"}]}`:                       "is an address",
+		`{"rules": [{"action": "allow", "domain": "a.b", "destination": "10.0.0.1"}]}`: "beside destination",
+		`{"rules": [{"action": "allow", "protocol": "icmp", "ports": 1}]}`:             "beside icmp",
+		`{"rules": [{"action": "allow", "ports": 0}]}`:                                 "want like 80",
+		`{"rules": [{"action": "allow", "ports": "9-8"}]}`:                             "want like 80",
+		`{"rules": [{"action": "allow", "ports": 65536}]}`:                             "want like 80",
+		`{"rules": [{"action": "allow", "port": 1}]}`:                                  "rules[0].port",
+		`{"rules": [` + strings.Repeat(`{"action":"deny"},`, 256) +
+			`{"action":"deny"}]}`: "at most 256",
+		`{"rules": [` + strings.Repeat(`{"action":"allow","domain":"a.b"},`, 64) +
+			`{"action":"allow","domain":"a.b"}]}`: "at most 64 with a domain",
 	} {
 		if _, err := policy.Load(strings.NewReader(in)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.100s: got %v, want %q", in, err, want)
@@ -97,7 +108,10 @@ func TestParseRule(t *testing.T) {
 			t.Errorf("%s: %s", in, diff)
 		}
 	}
-	for _, in := range []string{"", "tcp:", ":80", "10.0.0.0/8:", "[::1", "[::1]80", "a b", "icmp:*:1", "example.com:0", "10.0.0.1/8", "tcp:443", "10.0.0", "10.0.0.256"} {
+	for _, in := range []string{
+		"", "tcp:", ":80", "10.0.0.0/8:", "[::1", "[::1]80", "a b", "icmp:*:1", "example.com:0",
+		"10.0.0.1/8", "tcp:443", "10.0.0", "10.0.0.256",
+	} {
 		if r, err := policy.ParseRule(policy.Allow, in); err == nil {
 			t.Errorf("%q: got %+v", in, r)
 		}
@@ -110,7 +124,8 @@ func TestParseRule(t *testing.T) {
 // Names in other scripts are what DNS has of them.
 func TestCompile_IDNA(t *testing.T) {
 	for in, want := range map[string]string{
-		"bücher.example": "xn--bcher-kva.example", "*.BÜCHER.example.": "*.xn--bcher-kva.example", "例え.テスト": "xn--r8jz45g.xn--zckzah",
+		"bücher.example": "xn--bcher-kva.example", "*.BÜCHER.example.": "*.xn--bcher-kva.example",
+		"例え.テスト":                "xn--r8jz45g.xn--zckzah",
 		"xn--bcher-kva.example": "xn--bcher-kva.example", "_dmarc.Example.com": "_dmarc.example.com",
 	} {
 		p := policy.Policy{Rules: []policy.Rule{{Action: policy.Allow, Domain: in}}}
@@ -140,7 +155,10 @@ func TestMatchDomain(t *testing.T) {
 }
 
 func FuzzParseRule(f *testing.F) {
-	for _, seed := range []string{"tcp:example.com:443", "udp:[fd00::/8]:53-60,7", "10.0.0.0/8", "*:1", "icmp:*", "[::1]:1", "tcp:tcp:1"} {
+	for _, seed := range []string{
+		"tcp:example.com:443", "udp:[fd00::/8]:53-60,7", "10.0.0.0/8", "*:1", "icmp:*",
+		"[::1]:1", "tcp:tcp:1",
+	} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, in string) {

@@ -75,7 +75,8 @@ func SetPort(index int, attributes map[int]bool) error {
 	return request(unix.RTM_SETLINK, msg, port)
 }
 
-// Port returns the attributes of a bridge's port (IFLA_BRPORT_*) that are a byte, by the port's index: none where it is no port.
+// Port returns the attributes of a bridge's port (IFLA_BRPORT_*) that are a byte, by the port's
+// index: none where it is no port.
 func Port(index int) (map[int]byte, error) {
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Index = int32(index)

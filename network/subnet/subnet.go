@@ -34,9 +34,10 @@ func (e *OverlapError) Error() string {
 // Code is the original's word for it.
 func (*OverlapError) Code() string { return "INVALID_SUBNET" }
 
-// Free says whether a host, but for one of its bridges, needs addresses of subnets for something else: routes into them, neighbours, gateways, DNS
-// servers. Then it returns an *OverlapError. Routes to more than that by way of gateways (a VPN's, a company's) serve for all else as before; they
-// are returned as shadowed.
+// Free says whether a host, but for one of its bridges, needs addresses of subnets for something
+// else: routes into them, neighbours, gateways, DNS servers. Then it returns an *OverlapError.
+// Routes to more than that by way of gateways (a VPN's, a company's) serve for all else as before;
+// they are returned as shadowed.
 func Free(bridge string, subnets ...netip.Prefix) (shadowed []string, err error) {
 	host, err := lookAtHost(bridge)
 	if err != nil {
@@ -48,7 +49,8 @@ func Free(bridge string, subnets ...netip.Prefix) (shadowed []string, err error)
 		}
 		s, err := host.free(subnet)
 		if err != nil {
-			return nil, hint.Add(err, "name another subnet with --subnet, such as 172.30.77.0/24, or use a network of your own: smartvm network create")
+			return nil, hint.Add(err,
+				"name another subnet with --subnet, such as 172.30.77.0/24, or use a network of your own: smartvm network create")
 		}
 		shadowed = append(shadowed, s...)
 	}
@@ -67,10 +69,12 @@ type destination struct {
 	directly bool   // its neighbours are there
 }
 
-// lookAtHost lists the host's, of all tables, but for what a bridge has, if it is there already: that is said better elsewhere.
+// lookAtHost lists the host's, of all tables, but for what a bridge has, if it is there already:
+// that is said better elsewhere.
 func lookAtHost(bridge string) (*destinations, error) {
 	routes, err := rtnl.Whole(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC},
+			netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("look at routes: %w", err)
@@ -104,7 +108,8 @@ func lookAtHost(bridge string) (*destinations, error) {
 		}
 		a, ok := netip.AddrFromSlice(r.Dst.IP)
 		if bits, _ := r.Dst.Mask.Size(); ok && bits > 0 {
-			directly := r.Gw == nil && len(r.MultiPath) == 0 && r.Type == unix.RTN_UNICAST && link.Flags&net.FlagPointToPoint == 0
+			directly := r.Gw == nil && len(r.MultiPath) == 0 && r.Type == unix.RTN_UNICAST &&
+				link.Flags&net.FlagPointToPoint == 0
 			h.routes = append(h.routes, destination{netip.PrefixFrom(a.Unmap(), bits), link.Name, directly})
 		}
 	}
@@ -130,8 +135,9 @@ func (h *destinations) free(subnet netip.Prefix) (shadowed []string, err error) 
 	return shadowed, nil
 }
 
-// Choose finds a /24 that is not taken and that the host does not need: below 172.30.0.0/16, far from those that clouds give their networks
-// (172.31.0.0/16 is AWS's, and has its DNS server). It shadows a route of the host's only if there is no other. It is invalid if there is none.
+// Choose finds a /24 that is not taken and that the host does not need: below 172.30.0.0/16, far
+// from those that clouds give their networks (172.31.0.0/16 is AWS's, and has its DNS server). It
+// shadows a route of the host's only if there is no other. It is invalid if there is none.
 func Choose(taken func(netip.Prefix) bool) (netip.Prefix, error) {
 	host, err := lookAtHost("")
 	if err != nil {
@@ -173,7 +179,8 @@ func Local(bridge string) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom16(a), 64)
 }
 
-// Inner is what a guest in a namespace of its own is in, with its gateway there: where that were the network's too, it would not be reached.
+// Inner is what a guest in a namespace of its own is in, with its gateway there: where that were
+// the network's too, it would not be reached.
 var Inner = netip.MustParsePrefix("10.255.255.0/30")
 
 // Validate returns a *Error if guests cannot have addresses of p.

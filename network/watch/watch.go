@@ -33,12 +33,15 @@ type Port struct {
 	Addresses    []netip.Addr // of the guest
 }
 
-// Watch calls event when somebody has removed rules of tables or of routes, bridges or their addresses, or has changed whether the host forwards, and waits until
-// ctx ends: what comes after an event of tables or one of links is not heard any more, as a flush is thousands of messages to each who listens. It
-// calls ready when it begins to hear, which may be more than once: what was before that is for who looks then.
+// Watch calls event when somebody has removed rules of tables or of routes, bridges or their
+// addresses, or has changed whether the host forwards, and waits until ctx ends: what comes after
+// an event of tables or one of links is not heard any more, as a flush is thousands of messages to
+// each who listens. It calls ready when it begins to hear, which may be more than once: what was
+// before that is for who looks then.
 //
-// It calls part each time that a port of a guest, or an entry of its bridge or its host for it, has changed, by whomever; and that another program has changed
-// any rules: elements that are a guest's are not told apart, as the kernel tells of them in one message with others.
+// It calls part each time that a port of a guest, or an entry of its bridge or its host for it, has
+// changed, by whomever; and that another program has changed any rules: elements that are a guest's
+// are not told apart, as the kernel tells of them in one message with others.
 func Watch(ctx context.Context, of Of, ready, event, part func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -57,8 +60,9 @@ func Watch(ctx context.Context, of Of, ready, event, part func()) error {
 	return errors.Join(errs...)
 }
 
-// All messages about an interface have its index behind four bytes of their own header. A neighbour's has its address behind that header and an
-// attribute's; the one of forwarding has an attribute there, whose value is negative where it is about no interface of its own.
+// All messages about an interface have its index behind four bytes of their own header. A
+// neighbour's has its address behind that header and an attribute's; the one of forwarding has an
+// attribute there, whose value is negative where it is about no interface of its own.
 const index, value, neighbour = 16 + 4, 16 + 4 + 4, 16 + 12 + 4
 
 func load(offset, size int) bpf.Instruction {
@@ -75,7 +79,8 @@ var pass, ignore = bpf.RetConstant{Val: 1 << 20}, bpf.RetConstant{}
 // ofPort passes what is about a port, or about where its guest is.
 func ofPort(port, bridge int, addresses []netip.Addr) (program []bpf.Instruction) {
 	for _, kind := range []uint16{unix.RTM_NEWLINK, unix.RTM_DELLINK, unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH} {
-		program = append(program, load(4, 2), unless(networkOrder16(kind), 3), load(index, 4), unless(networkOrder32(uint32(port)), 1), pass)
+		program = append(program, load(4, 2), unless(networkOrder16(kind), 3), load(index, 4),
+			unless(networkOrder32(uint32(port)), 1), pass)
 		if kind != unix.RTM_NEWNEIGH && kind != unix.RTM_DELNEIGH {
 			continue
 		}
@@ -85,7 +90,8 @@ func ofPort(port, bridge int, addresses []netip.Addr) (program []bpf.Instruction
 			for i := range words {
 				is = append(is, load(neighbour+4*i, 4), unless(binary.BigEndian.Uint32(a.AsSlice()[4*i:]), 2*(words-i)-1))
 			}
-			program = append(program, load(4, 2), unless(networkOrder16(kind), 2*words+3), load(index, 4), unless(networkOrder32(uint32(bridge)), 2*words+1))
+			program = append(program, load(4, 2), unless(networkOrder16(kind), 2*words+3), load(index, 4),
+				unless(networkOrder32(uint32(bridge)), 2*words+1))
 			program = append(append(program, is...), pass)
 		}
 	}
@@ -94,7 +100,8 @@ func ofPort(port, bridge int, addresses []netip.Addr) (program []bpf.Instruction
 
 // watchLinks sees what becomes of bridges, of ports, of forwarding, and of rules of routes.
 func watchLinks(ctx context.Context, of Of, ready, event, part func()) error {
-	// Each tap of others is told of too. Rules of routes are few, and changed seldom: whoever has some looks at them.
+	// Each tap of others is told of too. Rules of routes are few, and changed seldom: whoever has some
+	// looks at them.
 	program := []bpf.Instruction{load(4, 2), unless(networkOrder16(unix.RTM_DELRULE), 1), pass}
 	ports := map[uint32]bool{}
 	for _, p := range of.Ports {
@@ -120,14 +127,17 @@ func watchLinks(ctx context.Context, of Of, ready, event, part func()) error {
 			continue // whoever looks will make it
 		}
 		for _, n := range []uint16{unix.RTM_DELLINK, unix.RTM_NEWLINK, unix.RTM_DELADDR} {
-			program = append(program, load(4, 2), unless(networkOrder16(n), 3), load(index, 4), unless(networkOrder32(uint32(bridge)), 1), pass)
+			program = append(program, load(4, 2), unless(networkOrder16(n), 3), load(index, 4),
+				unless(networkOrder32(uint32(bridge)), 1), pass)
 		}
 	}
 	const all, byDefault = ^uint32(0), ^uint32(1) // NETCONFA_IFINDEX_ALL and _DEFAULT
 	program = append(program, load(4, 2), unless(networkOrder16(unix.RTM_NEWNETCONF), 4), load(value, 4),
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder32(all), SkipTrue: 1}, unless(networkOrder32(byDefault), 1), pass, ignore)
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder32(all), SkipTrue: 1},
+		unless(networkOrder32(byDefault), 1), pass, ignore)
 	groups := []uint32{
-		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
+		unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_NETCONF,
+		unix.RTNLGRP_IPV6_NETCONF,
 		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_NEIGH,
 	}
 	return listen(ctx, subject{unix.NETLINK_ROUTE, groups, program}, ready, func(m netlink.Message) bool {
@@ -145,38 +155,43 @@ func watchLinks(ctx context.Context, of Of, ready, event, part func()) error {
 	})
 }
 
-// watchTables sees tables and rules go that are those of a network, and none of its guests alone; and that another program has changed something.
+// watchTables sees tables and rules go that are those of a network, and none of its guests alone;
+// and that another program has changed something.
 func watchTables(ctx context.Context, tables []string, ready, event, part func()) error {
 	kinds := []uint16{unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE}
 	others, err := byOthers()
 	if err != nil {
 		return err
 	}
-	// The kernel tells every socket of each element that any guest has. Those whose table's name does not begin as ours do are none of ours:
-	// it is the first attribute, behind a header of 4 bytes.
-	program := append([]bpf.Instruction{load(4, 2), unless(networkOrder16(nftMessage(unix.NFT_MSG_NEWGEN)), len(others))}, others...)
+	// The kernel tells every socket of each element that any guest has. Those whose table's name does
+	// not begin as ours do are none of ours: it is the first attribute, behind a header of 4 bytes.
+	program := append([]bpf.Instruction{load(4, 2), unless(networkOrder16(nftMessage(unix.NFT_MSG_NEWGEN)), len(others))},
+		others...)
 	program = append(program, load(4, 2))
 	for i, k := range kinds {
-		program = append(program, bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder16(nftMessage(k)), SkipTrue: uint8(len(kinds) - i)})
+		program = append(program,
+			bpf.JumpIf{Cond: bpf.JumpEqual, Val: networkOrder16(nftMessage(k)), SkipTrue: uint8(len(kinds) - i)})
 	}
 	program = append(program, ignore,
 		load(24, 4), unless(binary.BigEndian.Uint32([]byte(filter.TablePrefix)), 3),
 		load(28, 4), unless(binary.BigEndian.Uint32([]byte(filter.TablePrefix[4:])), 1), pass, ignore)
-	return listen(ctx, subject{unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, program}, ready, func(m netlink.Message) bool {
-		if uint16(m.Header.Type) == nftMessage(unix.NFT_MSG_NEWGEN) {
-			part()
-			return false
-		}
-		if len(m.Data) > 0 && !concerns(m, tables) {
-			return false
-		}
-		event()
-		return true
-	})
+	return listen(ctx, subject{unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}, program}, ready,
+		func(m netlink.Message) bool {
+			if uint16(m.Header.Type) == nftMessage(unix.NFT_MSG_NEWGEN) {
+				part()
+				return false
+			}
+			if len(m.Data) > 0 && !concerns(m, tables) {
+				return false
+			}
+			event()
+			return true
+		})
 }
 
-// byOthers passes the message with which each change of rules ends, unless the program is called as this one is: what our processes do to the parts of
-// their own guests is none of another's. Behind two numbers it has the program's name, as ps shows it.
+// byOthers passes the message with which each change of rules ends, unless the program is called as
+// this one is: what our processes do to the parts of their own guests is none of another's. Behind
+// two numbers it has the program's name, as ps shows it.
 func byOthers() (program []bpf.Instruction, err error) {
 	const name = 16 + 4 + 8 + 8 + 4
 	own, err := os.ReadFile("/proc/self/comm")
@@ -229,8 +244,8 @@ type subject struct {
 	program  []bpf.Instruction // lets through what it is about
 }
 
-// listen calls ready, and then message with what the kernel tells until that returns true, and waits until ctx ends. What was lost comes as a message
-// without data.
+// listen calls ready, and then message with what the kernel tells until that returns true, and
+// waits until ctx ends. What was lost comes as a message without data.
 func listen(ctx context.Context, to subject, ready func(), message func(netlink.Message) bool) error {
 	assembled, err := bpf.Assemble(to.program)
 	if err != nil {

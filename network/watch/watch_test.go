@@ -38,7 +38,10 @@ func TestWatch_Lost(t *testing.T) {
 	defer stop()
 	listens, read, event, done := make(chan struct{}, 2), make(chan struct{}), make(chan struct{}, 1), make(chan error, 1)
 	go func() {
-		done <- watch.Watch(ctx, watch.Of{Tables: []string{filter.TableName("own")}}, func() { listens <- struct{}{}; <-read }, func() { event <- struct{}{} }, func() {})
+		done <- watch.Watch(ctx, watch.Of{Tables: []string{filter.TableName("own")}}, func() {
+			listens <- struct{}{}
+			<-read
+		}, func() { event <- struct{}{} }, func() {})
 	}()
 	<-listens // to tables, and to links
 	<-listens
@@ -67,7 +70,9 @@ func TestWatch_RouteRule(t *testing.T) {
 		ctx, stop := context.WithTimeout(t.Context(), time.Minute)
 		listens, event, done := make(chan struct{}, 2), make(chan struct{}, 1), make(chan error, 1)
 		go func() {
-			done <- watch.Watch(ctx, watch.Of{Tables: []string{filter.TableName("own")}}, func() { listens <- struct{}{} }, func() { event <- struct{}{} }, func() {})
+			done <- watch.Watch(ctx, watch.Of{Tables: []string{filter.TableName("own")}}, func() {
+				listens <- struct{}{}
+			}, func() { event <- struct{}{} }, func() {})
 		}()
 		<-listens
 		<-listens

@@ -1,5 +1,5 @@
-// Package wireguard lets the guests of a network leave by a WireGuard interface alone: one that it makes of a configuration as
-// wg-quick has it, or one that is there.
+// Package wireguard lets the guests of a network leave by a WireGuard interface alone: one that it
+// makes of a configuration as wg-quick has it, or one that is there.
 //
 // Needs Linux ≥ 5.6 with WireGuard.
 package wireguard
@@ -65,7 +65,8 @@ var ErrConfig = errors.New("invalid WireGuard configuration")
 // hooks are what wg-quick would run: a file from elsewhere must not run programs here.
 var hooks = []string{"preup", "postup", "predown", "postdown"}
 
-// Parse reads a configuration. Returns all that is wrong, joined, each an ErrConfig with its line; no key is in it.
+// Parse reads a configuration. Returns all that is wrong, joined, each an ErrConfig with its line;
+// no key is in it.
 func Parse(r io.Reader) (*Config, error) {
 	p := parser{config: new(Config), seen: map[string]int{}}
 	lines := bufio.NewScanner(io.LimitReader(r, maxConfig+1))
@@ -218,7 +219,8 @@ func (p *parser) set(key, value string) {
 	}
 }
 
-// parseKey tells nothing of what it was given. Where it may be none, a key of zeros is none, as for wg.
+// parseKey tells nothing of what it was given. Where it may be none, a key of zeros is none, as for
+// wg.
 func parseKey(text string, none bool) (wgtypes.Key, error) {
 	k, err := wgtypes.ParseKey(text)
 	if err != nil || !none && k == (wgtypes.Key{}) {

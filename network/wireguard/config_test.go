@@ -48,13 +48,18 @@ func TestParse(t *testing.T) {
 	}
 	prefix := netip.MustParsePrefix
 	want := &wireguard.Config{
-		Addresses: []netip.Prefix{prefix("10.7.0.2/32"), prefix("fd07::2/128")}, MTU: 1380, DNS: []netip.Addr{netip.MustParseAddr("10.7.0.1")},
+		Addresses: []netip.Prefix{prefix("10.7.0.2/32"), prefix("fd07::2/128")}, MTU: 1380,
+		DNS: []netip.Addr{netip.MustParseAddr("10.7.0.1")},
 		Peers: []wireguard.Peer{
-			{Allowed: []netip.Prefix{prefix("0.0.0.0/0"), prefix("::/0")}, Endpoint: "vpn.example.com:51820", Keepalive: 25 * time.Second},
+			{
+				Allowed: []netip.Prefix{prefix("0.0.0.0/0"), prefix("::/0")}, Endpoint: "vpn.example.com:51820",
+				Keepalive: 25 * time.Second,
+			},
 			{Allowed: []netip.Prefix{prefix("10.8.0.0/16")}, Endpoint: "[2001:db8::1]:51820"},
 		},
 	}
-	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{}), cmpopts.IgnoreUnexported(wireguard.Config{}, wireguard.Peer{})); diff != "" {
+	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{}),
+		cmpopts.IgnoreUnexported(wireguard.Config{}, wireguard.Peer{})); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -84,7 +89,8 @@ func TestParse_Generated(t *testing.T) {
 		if c.Addresses[0] != netip.MustParsePrefix("10.7.0.2/32") || len(c.DNS) > 0 || c.ListenPort != 0 {
 			t.Errorf("%s: got %+v", name, c)
 		}
-		if want := strings.Count(in, "10.7.0.0/24"); len(c.Peers) > 0 && (len(c.Peers[0].Allowed) != want || c.Peers[0].Keepalive != 0) {
+		if want := strings.Count(in, "10.7.0.0/24"); len(c.Peers) > 0 &&
+			(len(c.Peers[0].Allowed) != want || c.Peers[0].Keepalive != 0) {
 			t.Errorf("%s: got %+v, want %d prefixes", name, c.Peers[0], want)
 		}
 	}

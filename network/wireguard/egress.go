@@ -15,11 +15,12 @@ import (
 	"push.rocks/smartvm/network/rtnl"
 )
 
-// Egress leads what comes from a bridge to an interface and nowhere else, as an effect on the host. What WireGuard itself sends
-// comes from no bridge, and goes by the host's own routes.
+// Egress leads what comes from a bridge to an interface and nowhere else, as an effect on the host.
+// What WireGuard itself sends comes from no bridge, and goes by the host's own routes.
 //
-// When the interface goes, so does the route by it; what then stands in the table is that nothing can be reached. The network's
-// tables must besides drop what would leave another way, since for a moment no route may be there at all.
+// When the interface goes, so does the route by it; what then stands in the table is that nothing
+// can be reached. The network's tables must besides drop what would leave another way, since for a
+// moment no route may be there at all.
 type Egress struct {
 	Bridge    string `json:"bridge"`
 	Interface string `json:"interface"`
@@ -38,10 +39,16 @@ const (
 )
 
 func (e *Egress) routes(index int) (all []*netlink.Route) {
-	for _, zero := range []*net.IPNet{{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, {IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}} {
+	for _, zero := range []*net.IPNet{
+		{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)},
+		{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)},
+	} {
 		all = append(all,
 			&netlink.Route{Dst: zero, Table: e.Table, Protocol: routeProtocol, Type: unix.RTN_UNREACHABLE, Priority: lastMetric},
-			&netlink.Route{Dst: zero, Table: e.Table, Protocol: routeProtocol, LinkIndex: index, Priority: 1, Scope: netlink.SCOPE_LINK})
+			&netlink.Route{
+				Dst: zero, Table: e.Table, Protocol: routeProtocol, LinkIndex: index, Priority: 1,
+				Scope: netlink.SCOPE_LINK,
+			})
 	}
 	return all
 }
@@ -52,7 +59,8 @@ func (e *Egress) rules() (all []*netlink.Rule) {
 		r.Family, r.Priority, r.IifName, r.Table = family, rulePriority, e.Bridge, e.Table
 		// What answers somebody who came to a published port goes where he is.
 		answer := netlink.NewRule()
-		answer.Family, answer.Priority, answer.IifName, answer.Mark, answer.Table = family, rulePriority-1, e.Bridge, filter.AnswerMark, unix.RT_TABLE_MAIN
+		answer.Family, answer.Priority, answer.IifName, answer.Mark, answer.Table = family, rulePriority-1, e.Bridge,
+			filter.AnswerMark, unix.RT_TABLE_MAIN
 		all = append(all, r, answer)
 	}
 	for _, p := range e.Local {
@@ -79,7 +87,8 @@ func (e *Egress) Apply(context.Context) error {
 		}
 	}
 	for _, r := range e.rules() {
-		if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) && !(r.Family == netlink.FAMILY_V6 && rtnl.NoIPv6(err)) {
+		if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) &&
+			!(r.Family == netlink.FAMILY_V6 && rtnl.NoIPv6(err)) {
 			return fmt.Errorf("make rule for %s: %w", e.Bridge, err)
 		}
 	}
@@ -97,7 +106,8 @@ func (e *Egress) Revert(context.Context) error {
 		}
 	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: e.Table, Protocol: routeProtocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: e.Table, Protocol: routeProtocol},
+			netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
 		if err != nil {
 			return fmt.Errorf("list routes: %w", err)
 		}
@@ -110,7 +120,8 @@ func (e *Egress) Revert(context.Context) error {
 	return nil
 }
 
-// There says whether what comes from the bridge goes to the interface: systemd-networkd, when it starts, removes rules that are not its own.
+// There says whether what comes from the bridge goes to the interface: systemd-networkd, when it
+// starts, removes rules that are not its own.
 func (e *Egress) There(context.Context) (bool, error) {
 	link, err := netlink.LinkByName(e.Interface)
 	var missing netlink.LinkNotFoundError
@@ -120,7 +131,8 @@ func (e *Egress) There(context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: e.Table, LinkIndex: link.Attrs().Index}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF)
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4,
+		&netlink.Route{Table: e.Table, LinkIndex: link.Attrs().Index}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF)
 	if err != nil || len(routes) == 0 {
 		return link.Attrs().Flags&net.FlagUp == 0, err // an interface that is down has no routes
 	}

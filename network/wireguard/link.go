@@ -30,7 +30,8 @@ type Link struct {
 	File string `json:"file"` // its configuration
 }
 
-// Apply makes the interface. Returns an error that is fs.ErrExist where one of its name is there, ErrConfig, ErrNoKernel.
+// Apply makes the interface. Returns an error that is fs.ErrExist where one of its name is there,
+// ErrConfig, ErrNoKernel.
 func (l *Link) Apply(ctx context.Context) error {
 	c, err := Load(l.File)
 	if err != nil {
@@ -46,7 +47,8 @@ func (l *Link) Apply(ctx context.Context) error {
 	case errors.Is(err, unix.EEXIST):
 		return fmt.Errorf("make WireGuard interface %s: %w", l.Name, fs.ErrExist)
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return hint.Add(fmt.Errorf("make WireGuard interface %s: %w: %w", l.Name, ErrNoKernel, err), "load the kernel module wireguard")
+		return hint.Add(fmt.Errorf("make WireGuard interface %s: %w: %w", l.Name, ErrNoKernel, err),
+			"load the kernel module wireguard")
 	case err != nil:
 		return fmt.Errorf("make WireGuard interface %s: %w", l.Name, err)
 	}
@@ -70,7 +72,8 @@ func (c *Config) configure(ctx context.Context, name string) error {
 	for _, p := range c.Peers {
 		peer := wgtypes.PeerConfig{PublicKey: p.publicKey, PresharedKey: p.preshared, ReplaceAllowedIPs: true}
 		for _, a := range p.Allowed {
-			peer.AllowedIPs = append(peer.AllowedIPs, net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), a.Addr().BitLen())})
+			peer.AllowedIPs = append(peer.AllowedIPs,
+				net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), a.Addr().BitLen())})
 		}
 		if p.Endpoint != "" {
 			host, port, err := net.SplitHostPort(p.Endpoint)
@@ -118,8 +121,9 @@ func endpoints(ctx context.Context) map[string]endpoint {
 	return found
 }
 
-// Find looks for the endpoints of the configuration in a file, so that Apply with the returned context need not: servers may take long to answer, and
-// whoever makes interfaces keeps others waiting. What cannot be found is an error of Apply's.
+// Find looks for the endpoints of the configuration in a file, so that Apply with the returned
+// context need not: servers may take long to answer, and whoever makes interfaces keeps others
+// waiting. What cannot be found is an error of Apply's.
 func Find(ctx context.Context, file string) context.Context {
 	c, err := Load(file)
 	if err != nil {
@@ -193,7 +197,10 @@ func Status(name string) (*State, error) {
 	}
 	s := &State{Peers: []PeerState{}}
 	for _, p := range device.Peers {
-		state := PeerState{PublicKey: p.PublicKey.String(), LastHandshake: p.LastHandshakeTime, ReceivedBytes: p.ReceiveBytes, SentBytes: p.TransmitBytes}
+		state := PeerState{
+			PublicKey: p.PublicKey.String(), LastHandshake: p.LastHandshakeTime, ReceivedBytes: p.ReceiveBytes,
+			SentBytes: p.TransmitBytes,
+		}
 		if p.Endpoint != nil {
 			state.Endpoint = p.Endpoint.String()
 		}

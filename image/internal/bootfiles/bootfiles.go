@@ -1,4 +1,5 @@
-// Package bootfiles makes the files that a kernel is stored as: the kernel, extracted, and its modules.
+// Package bootfiles makes the files that a kernel is stored as: the kernel, extracted, and its
+// modules.
 package bootfiles
 
 import (
@@ -17,8 +18,8 @@ import (
 	"push.rocks/smartvm/internal/kernel"
 )
 
-// Kernel extracts the kernel at src, of an architecture as Go spells it, to the new file dst, and returns its release, which is
-// empty if it does not say. Returns kernel.ErrFormat.
+// Kernel extracts the kernel at src, of an architecture as Go spells it, to the new file dst, and
+// returns its release, which is empty if it does not say. Returns kernel.ErrFormat.
 func Kernel(ctx context.Context, dst, src, arch string) (release string, err error) {
 	f, err := os.Open(src)
 	if err != nil {
@@ -45,8 +46,8 @@ func Kernel(ctx context.Context, dst, src, arch string) (release string, err err
 	return release, err
 }
 
-// Initramfs writes those modules of a kernel that a guest needs to find its root to the new file dst. The kernel's release may be
-// empty; it is returned.
+// Initramfs writes those modules of a kernel that a guest needs to find its root to the new file
+// dst. The kernel's release may be empty; it is returned.
 func Initramfs(dst string, modules *os.Root, release string) (string, error) {
 	own, err := kernel.ModulesRelease(modules.FS())
 	if err != nil {
@@ -61,7 +62,8 @@ func Initramfs(dst string, modules *os.Root, release string) (string, error) {
 	})
 }
 
-// Modules makes the new file dst an ext4 file system with a kernel's modules. What is packed is read through watch.
+// Modules makes the new file dst an ext4 file system with a kernel's modules. What is packed is
+// read through watch.
 func Modules(ctx context.Context, dst string, modules fs.FS, watch func(io.Reader) io.Reader) error {
 	return Create(dst, func(f io.Writer) error {
 		r, w := io.Pipe()

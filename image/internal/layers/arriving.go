@@ -76,7 +76,8 @@ func (a *Arriving) Read(p []byte) (int, error) {
 
 func (a *Arriving) Close() error { return a.file.Close() }
 
-// Replaced waits until the layer is there, and says whether it was fetched anew since it was opened.
+// Replaced waits until the layer is there, and says whether it was fetched anew since it was
+// opened.
 func (a *Arriving) Replaced(ctx context.Context) (yes bool) {
 	err := a.from.await(ctx, func() bool {
 		yes = a.from.starts != a.starts

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// A layer is read from where it is, though it was moved there a moment ago and nobody has been told.
+// A layer is read from where it is, though it was moved there a moment ago and nobody has been
+// told.
 func TestOpen_Moved(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "layer")
 	if err := os.WriteFile(path, []byte("all"), 0o600); err != nil {

@@ -36,8 +36,8 @@ func (t *transfer) set(change func()) {
 	t.news = make(chan struct{})
 }
 
-// grow says how many bytes are there now, and whether they are all, and right. What is counted comes
-// first: who reads to the end finds all counted.
+// grow says how many bytes are there now, and whether they are all, and right. What is counted
+// comes first: who reads to the end finds all counted.
 func (t *transfer) grow(have int64, ended bool) {
 	n := have - t.have // which nobody else changes
 	t.count(n*t.times, ended)

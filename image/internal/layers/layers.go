@@ -1,4 +1,5 @@
-// Package layers brings layers of images into a directory, verified, and lets others read them while they arrive.
+// Package layers brings layers of images into a directory, verified, and lets others read them
+// while they arrive.
 package layers
 
 import (
@@ -16,7 +17,8 @@ import (
 type Source struct {
 	// Blob reads from offset on or, where that is not possible, from the start on.
 	Blob func(ctx context.Context, digest string, offset int64) (*download.Body, error)
-	// Elsewhere says that what came of a blob was of no use. It returns whether there is another place that will be asked.
+	// Elsewhere says that what came of a blob was of no use. It returns whether there is another place
+	// that will be asked.
 	Elsewhere func(digest string, err error) bool
 }
 
@@ -26,9 +28,10 @@ const atOnce = 3
 // Path is where a directory has a layer, or another blob.
 func Path(dir, digest string) string { return filepath.Join(dir, strings.ReplaceAll(digest, ":", "-")) }
 
-// Fetch brings layers into a directory, each as "sha256-" and its digest, and verifies them. Layers that are there already are
-// not fetched again, and what an interruption left of one (its name ends in ".partial") is not either, if the source can
-// send the rest. Any number of processes may fetch into one directory.
+// Fetch brings layers into a directory, each as "sha256-" and its digest, and verifies them. Layers
+// that are there already are not fetched again, and what an interruption left of one (its name ends
+// in ".partial") is not either, if the source can send the rest. Any number of processes may fetch
+// into one directory.
 type Fetch struct {
 	From     Source
 	Layers   []manifest.Layer // the first are brought first
@@ -42,8 +45,8 @@ type Fetch struct {
 	ended          int // layers
 }
 
-// Start begins. What one layer fails with ends all, by cancel, which is ctx's. The caller waits. Errors are *flatten.DigestError and those of the
-// source and of files.
+// Start begins. What one layer fails with ends all, by cancel, which is ctx's. The caller waits.
+// Errors are *flatten.DigestError and those of the source and of files.
 func (f *Fetch) Start(ctx context.Context, cancel context.CancelCauseFunc) {
 	f.layers = map[string]*transfer{}
 	var all []*transfer
@@ -52,7 +55,10 @@ func (f *Fetch) Start(ctx context.Context, cancel context.CancelCauseFunc) {
 			t.times++
 			continue
 		}
-		t := &transfer{from: f.From, layer: l, path: Path(f.Dir, l.Digest), times: 1, count: f.count, news: make(chan struct{})}
+		t := &transfer{
+			from: f.From, layer: l, path: Path(f.Dir, l.Digest), times: 1, count: f.count,
+			news: make(chan struct{}),
+		}
 		f.layers[l.Digest], all = t, append(all, t)
 	}
 	f.Go(func() {

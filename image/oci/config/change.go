@@ -11,8 +11,8 @@ import (
 
 // Change is what people say of what an image runs. The zero value changes nothing.
 type Change struct {
-	// Entrypoint and Cmd are as in a Dockerfile: a JSON array of strings, or a line for /bin/sh -c; empty: none. Nil: as it is. A new
-	// entrypoint takes the command away that was there.
+	// Entrypoint and Cmd are as in a Dockerfile: a JSON array of strings, or a line for /bin/sh -c;
+	// empty: none. Nil: as it is. A new entrypoint takes the command away that was there.
 	Entrypoint, Cmd *string
 	Env             []string // NAME=VALUE, in place of what has the name
 	User            string   // NAME or UID, with :GROUP; empty: as it is

@@ -11,21 +11,32 @@ import (
 
 func TestChange(t *testing.T) {
 	was := func() config.Config {
-		return config.Config{Entrypoint: []string{"/e"}, Cmd: []string{"c"}, Env: []string{"A=1", "AB=2"}, User: "u", WorkingDir: "/w", Labels: map[string]string{"l": "v"}}
+		return config.Config{
+			Entrypoint: []string{"/e"}, Cmd: []string{"c"}, Env: []string{"A=1", "AB=2"}, User: "u",
+			WorkingDir: "/w", Labels: map[string]string{"l": "v"},
+		}
 	}
 	for name, c := range map[string]struct {
 		change config.Change
 		want   func(c *config.Config)
 	}{
-		"nothing":                              {config.Change{}, func(*config.Config) {}},
-		"cmd":                                  {config.Change{Cmd: new(`["a", "b c"]`)}, func(c *config.Config) { c.Cmd = []string{"a", "b c"} }},
-		"a line":                               {config.Change{Cmd: new(" a | b ")}, func(c *config.Config) { c.Cmd = []string{"/bin/sh", "-c", "a | b"} }},
-		"no cmd":                               {config.Change{Cmd: new("")}, func(c *config.Config) { c.Cmd = nil }},
-		"an entrypoint takes the command away": {config.Change{Entrypoint: new(`["/f"]`)}, func(c *config.Config) { c.Entrypoint, c.Cmd = []string{"/f"}, nil }},
+		"nothing": {config.Change{}, func(*config.Config) {}},
+		"cmd": {config.Change{Cmd: new(`["a", "b c"]`)}, func(c *config.Config) {
+			c.Cmd = []string{"a", "b c"}
+		}},
+		"a line": {config.Change{Cmd: new(" a | b ")}, func(c *config.Config) {
+			c.Cmd = []string{"/bin/sh", "-c", "a | b"}
+		}},
+		"no cmd": {config.Change{Cmd: new("")}, func(c *config.Config) { c.Cmd = nil }},
+		"an entrypoint takes the command away": {config.Change{Entrypoint: new(`["/f"]`)}, func(c *config.Config) {
+			c.Entrypoint, c.Cmd = []string{"/f"}, nil
+		}},
 		"both": {config.Change{Entrypoint: new(`["/f"]`), Cmd: new(`["x"]`)}, func(c *config.Config) {
 			c.Entrypoint, c.Cmd = []string{"/f"}, []string{"x"}
 		}},
-		"env":  {config.Change{Env: []string{"A=", "C=x=y"}}, func(c *config.Config) { c.Env = []string{"AB=2", "A=", "C=x=y"} }},
+		"env": {config.Change{Env: []string{"A=", "C=x=y"}}, func(c *config.Config) {
+			c.Env = []string{"AB=2", "A=", "C=x=y"}
+		}},
 		"user": {config.Change{User: "1:g", WorkingDir: "/x"}, func(c *config.Config) { c.User, c.WorkingDir = "1:g", "/x" }},
 	} {
 		base, want := was(), was()
@@ -56,7 +67,8 @@ func TestChange_Refused(t *testing.T) {
 		"working directory: want one line":   {WorkingDir: "/" + strings.Repeat("x", 5000)},
 		"cmd and env have more than 131072 ": {Env: []string{"A=" + strings.Repeat("x", 131072)}},
 	} {
-		if _, err := c.Apply(config.Config{}); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
+		if _, err := c.Apply(config.Config{}); err == nil || !strings.Contains(err.Error(), want) ||
+			strings.Contains(err.Error(), "secret") {
 			t.Errorf("%.100v: %v, want %s", c, err, want)
 		}
 	}

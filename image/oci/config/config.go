@@ -22,16 +22,19 @@ type Config struct {
 	User       string   `json:"user,omitempty"`
 	WorkingDir string   `json:"workingDir,omitempty"`
 	StopSignal string   `json:"stopSignal,omitempty"`
-	// ExposedPorts are those of TCP and UDP that it says it serves, "80/tcp", in order. At most maxExposed.
+	// ExposedPorts are those of TCP and UDP that it says it serves, "80/tcp", in order. At most
+	// maxExposed.
 	ExposedPorts []string `json:"exposedPorts,omitempty"`
-	// Volumes are directories that it keeps data in, as absolute and clean paths, in order. At most maxVolumes.
+	// Volumes are directories that it keeps data in, as absolute and clean paths, in order. At most
+	// maxVolumes.
 	Volumes []string `json:"volumes,omitempty"`
 	// Healthcheck is kept and shown; nothing runs it.
 	Healthcheck *Healthcheck      `json:"healthcheck,omitempty"`
 	Labels      map[string]string `json:"labels,omitempty"`
 }
 
-// Healthcheck says how to find out whether what an image runs is well. Durations are in nanoseconds; zero is the default of who runs it.
+// Healthcheck says how to find out whether what an image runs is well. Durations are in
+// nanoseconds; zero is the default of who runs it.
 type Healthcheck struct {
 	Test          []string      `json:"test,omitempty"` // "NONE", or "CMD" or "CMD-SHELL" and what to run
 	Interval      time.Duration `json:"interval,omitempty"`
@@ -110,9 +113,11 @@ func Parse(text []byte) (*Document, error) {
 	}
 	d := &Document{OS: c.OS, Architecture: c.Architecture, Variant: c.Variant, DiffIDs: c.RootFS.DiffIDs}
 	d.Config = Config{
-		Entrypoint: c.Config.Entrypoint, Cmd: c.Config.Cmd, Env: c.Config.Env, User: c.Config.User, WorkingDir: c.Config.WorkingDir,
-		StopSignal: c.Config.StopSignal, ExposedPorts: exposed(c.Config.ExposedPorts), Volumes: volumes(c.Config.Volumes), Healthcheck: c.Config.Healthcheck,
-		Labels: c.Config.Labels,
+		Entrypoint: c.Config.Entrypoint, Cmd: c.Config.Cmd, Env: c.Config.Env, User: c.Config.User,
+		WorkingDir: c.Config.WorkingDir,
+		StopSignal: c.Config.StopSignal, ExposedPorts: exposed(c.Config.ExposedPorts), Volumes: volumes(c.Config.Volumes),
+		Healthcheck: c.Config.Healthcheck,
+		Labels:      c.Config.Labels,
 	}
 	d.About = About{Built: moment(c.Created), Author: c.Author}
 	if c.OS != "" && c.Architecture != "" {
@@ -144,7 +149,8 @@ func (a *About) Sizes(layers []int64) {
 	}
 }
 
-// moment is a time, and zero if it is none: nothing depends on it. One that JSON cannot have is none either.
+// moment is a time, and zero if it is none: nothing depends on it. One that JSON cannot have is
+// none either.
 func moment(text string) time.Time {
 	t, err := time.Parse(time.RFC3339Nano, text)
 	if err != nil || t.UTC().Year() < 1 || t.UTC().Year() > 9999 {
@@ -157,7 +163,8 @@ func moment(text string) time.Time {
 func volumes(paths map[string]json.RawMessage) []string {
 	var all []string
 	for p := range paths {
-		if p = path.Clean("/" + p); p != "/" && len(p) <= maxVolumePath && utf8.ValidString(p) && !strings.Contains(p, "\x00") {
+		if p = path.Clean("/" + p); p != "/" && len(p) <= maxVolumePath && utf8.ValidString(p) &&
+			!strings.Contains(p, "\x00") {
 			all = append(all, p)
 		}
 	}
@@ -177,7 +184,8 @@ func exposed(ports map[string]json.RawMessage) []string {
 		number, protocol, _ := strings.Cut(text, "/")
 		p := port{protocol: strings.ToLower(cmp.Or(protocol, "tcp"))}
 		var err error
-		if p.number, err = strconv.ParseUint(number, 10, 16); err == nil && p.number > 0 && (p.protocol == "tcp" || p.protocol == "udp") {
+		if p.number, err = strconv.ParseUint(number, 10, 16); err == nil && p.number > 0 &&
+			(p.protocol == "tcp" || p.protocol == "udp") {
 			all = append(all, p)
 		}
 	}

@@ -24,7 +24,8 @@ func TestParse(t *testing.T) {
 	want := &config.Document{
 		OS: "linux", Architecture: "arm64", Variant: "v8", DiffIDs: []string{"sha256:0"},
 		Config: config.Config{
-			StopSignal: "SIGINT", ExposedPorts: []string{"80/tcp"}, Volumes: []string{"/data"}, Labels: map[string]string{"a": "b"},
+			StopSignal: "SIGINT", ExposedPorts: []string{"80/tcp"}, Volumes: []string{"/data"},
+			Labels:      map[string]string{"a": "b"},
 			Healthcheck: &config.Healthcheck{Test: []string{"CMD", "true"}, Interval: 1000},
 		},
 		About: config.About{
@@ -47,7 +48,10 @@ func TestParse(t *testing.T) {
 // Whatever a configuration says, it can be written down again.
 func TestParse_Odd(t *testing.T) {
 	steps := strings.TrimSuffix(strings.Repeat(`{"created_by": "x"},`, 5000), ",")
-	for _, text := range []string{`{}`, `null`, `{"created": "9999-12-31T23:59:59-14:00"}`, `{"created": ""}`, `{"config": null, "history": null}`, `{"history": [` + steps + `]}`} {
+	for _, text := range []string{
+		`{}`, `null`, `{"created": "9999-12-31T23:59:59-14:00"}`, `{"created": ""}`,
+		`{"config": null, "history": null}`, `{"history": [` + steps + `]}`,
+	} {
 		d, err := config.Parse([]byte(text))
 		if err != nil {
 			t.Errorf("%.40s: %v", text, err)

@@ -35,7 +35,10 @@ func (d *Document) Text() ([]byte, error) {
 	}
 	if h := c.Healthcheck; h != nil {
 		r.Healthcheck = map[string]any{"Test": h.Test}
-		for key, n := range map[string]time.Duration{"Interval": h.Interval, "Timeout": h.Timeout, "StartPeriod": h.StartPeriod, "StartInterval": h.StartInterval} {
+		for key, n := range map[string]time.Duration{
+			"Interval": h.Interval, "Timeout": h.Timeout,
+			"StartPeriod": h.StartPeriod, "StartInterval": h.StartInterval,
+		} {
 			if n != 0 {
 				r.Healthcheck[key] = n
 			}

@@ -17,7 +17,8 @@ func TestText(t *testing.T) {
 		"all": {
 			OS: "linux", Architecture: "arm64", Variant: "v8", DiffIDs: []string{"sha256:a", "sha256:b"},
 			Config: config.Config{
-				Entrypoint: []string{"/e"}, Cmd: []string{"a", ""}, Env: []string{"A=<&>"}, User: "u", WorkingDir: "/w", StopSignal: "SIGINT",
+				Entrypoint: []string{"/e"}, Cmd: []string{"a", ""}, Env: []string{"A=<&>"}, User: "u", WorkingDir: "/w",
+				StopSignal:   "SIGINT",
 				ExposedPorts: []string{"53/udp", "80/tcp"}, Volumes: []string{"/a", "/b"}, Labels: map[string]string{"l": "v"},
 				Healthcheck: &config.Healthcheck{
 					Test: []string{"CMD", "x"}, Interval: time.Second, Timeout: 2, StartPeriod: 3, StartInterval: 4, Retries: 5,

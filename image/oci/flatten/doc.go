@@ -1,24 +1,28 @@
-// Package flatten makes read-only ext4 images: of a container image's layers, of a tar and of a directory tree. No file
-// system is mounted, nobody has to be root, and nothing but the image's file is written.
+// Package flatten makes read-only ext4 images: of a container image's layers, of a tar and of a
+// directory tree. No file system is mounted, nobody has to be root, and nothing but the image's
+// file is written.
 //
 // Tars are foreign. What they may hold, and what becomes of it:
 //
 //   - names are taken relative to the root, absolute ones too; ".." is refused;
-//   - an entry below a symbolic link, of its own layer or of a lower one, goes where the link leads within the root, through
-//     at most 40 links; so do the targets of hard links and what whiteouts name. Only the last part of a name is not
-//     followed: a directory, file or link takes the place of a link that has its name;
+//   - an entry below a symbolic link, of its own layer or of a lower one, goes where the link leads
+//     within the root, through at most 40 links; so do the targets of hard links and what whiteouts
+//     name. Only the last part of a name is not followed: a directory, file or link takes the place
+//     of a link that has its name;
 //   - an entry below any other name that is no directory makes it one;
 //   - a whiteout removes what lower layers have, wherever in its layer it stands;
-//   - a hard link leads to a file of its own layer or of one below, or is refused. What AUFS kept for hard links alone is such
-//     a file, and has no name;
+//   - a hard link leads to a file of its own layer or of one below, or is refused. What AUFS kept
+//     for hard links alone is such a file, and has no name;
 //   - devices are kept, being mere numbers until a guest opens them;
-//   - extended attributes user, trusted and security are kept, except trusted.overlay.* and user.overlay.*, which overlayfs would interpret; ACLs are not;
+//   - extended attributes user, trusted and security are kept, except trusted.overlay.* and
+//     user.overlay.*, which overlayfs would interpret; ACLs are not;
 //   - times before 1970 become 1970, and only the time of modification is kept;
 //   - directories that no entry describes are root's, with mode 0755.
 //
-// The rules for layers are those of https://github.com/opencontainers/image-spec/blob/main/layer.md; docs/architecture.md says where
-// other programs differ. What an image may hold is bounded by Limits, names by what Linux takes, a file's hard links and
-// extended attributes by what ext4 takes.
+// The rules for layers are those of
+// https://github.com/opencontainers/image-spec/blob/main/layer.md; docs/architecture.md says where
+// other programs differ. What an image may hold is bounded by Limits, names by what Linux takes, a
+// file's hard links and extended attributes by what ext4 takes.
 package flatten
 
 import (
@@ -36,7 +40,8 @@ const (
 	maxPath = 4095 // bytes
 	maxName = 255  // bytes
 	maxHops = 40   // symbolic links on the way to a name, as in Linux
-	// maxSteps are the parts of names that symbolic links add, of all entries of an image: each is looked up.
+	// maxSteps are the parts of names that symbolic links add, of all entries of an image: each is
+	// looked up.
 	maxSteps = 1 << 26
 )
 
@@ -48,10 +53,12 @@ var ErrCut = errors.New("it is cut off: the mark of its end is missing")
 
 // Limits bound what an image may hold. Zero values stand for defaults.
 type Limits struct {
-	// MaxBytes is how much an image may hold: unpacked, and as its files' sizes add up, holes included. At most 8 TiB.
+	// MaxBytes is how much an image may hold: unpacked, and as its files' sizes add up, holes
+	// included. At most 8 TiB.
 	MaxBytes int64 `json:"maxBytes,omitempty"`
-	// MaxEntries is how many entries the tars of an image may have together, those that others override included, and how many
-	// directories names may imply. Each takes about 1 KiB of memory. At most 2^31.
+	// MaxEntries is how many entries the tars of an image may have together, those that others
+	// override included, and how many directories names may imply. Each takes about 1 KiB of memory.
+	// At most 2^31.
 	MaxEntries int64 `json:"maxEntries,omitempty"`
 }
 

@@ -27,7 +27,8 @@ const (
 	aufsLinks = ".wh..wh.plnk"
 )
 
-// Types of GNU tar's that Go does not name: https://www.gnu.org/software/tar/manual/html_node/Standard.html
+// Types of GNU tar's that Go does not name:
+// https://www.gnu.org/software/tar/manual/html_node/Standard.html
 const (
 	gnuVolume  = 'V' // the archive's name
 	gnuDumpDir = 'D' // a directory, its content a list of names
@@ -77,8 +78,8 @@ func (l *limits) add(size int64) error {
 	return nil
 }
 
-// readTar calls f for each entry. Whiteouts are told from files only in layers. What is no layer has no digest, so it must
-// have entries, and the mark of its end.
+// readTar calls f for each entry. Whiteouts are told from files only in layers. What is no layer
+// has no digest, so it must have entries, and the mark of its end.
 func readTar(r io.Reader, layer bool, l *limits, f func(e entry, content io.Reader) error) error {
 	end := &tail{r: r}
 	if !layer {
@@ -112,7 +113,8 @@ func readTar(r io.Reader, layer bool, l *limits, f func(e entry, content io.Read
 	}
 }
 
-// tail knows what a tar ends with. Headers, and the end's mark of two, are read in blocks of 512 bytes.
+// tail knows what a tar ends with. Headers, and the end's mark of two, are read in blocks of 512
+// bytes.
 type tail struct {
 	r    io.Reader
 	zero int  // bytes of zeros in small reads, up to now
@@ -136,8 +138,8 @@ const tarBlock = 512
 
 var zeros [tarBlock]byte
 
-// check says what is wrong with a tar that has come to its end after so many entries. One block for the mark is taken, as GNU tar
-// does with a warning.
+// check says what is wrong with a tar that has come to its end after so many entries. One block for
+// the mark is taken, as GNU tar does with a warning.
 func (t *tail) check(entries int64) error {
 	switch {
 	case entries == 0:
@@ -262,7 +264,8 @@ func clampTime(t time.Time) time.Time {
 
 const xattrRecord = "SCHILY.xattr."
 
-// maxXattr is how many bytes of a file's extended attributes ext4 has room for, without their own blocks.
+// maxXattr is how many bytes of a file's extended attributes ext4 has room for, without their own
+// blocks.
 const maxXattr = 4096 - 64
 
 // xattrs picks the extended attributes that a guest is to see, by their full names.
@@ -299,7 +302,8 @@ func xattrs(h *tar.Header) (map[string]string, error) {
 	return kept, nil
 }
 
-// libarchive reads an extended attribute as bsdtar may write it: https://github.com/libarchive/libarchive/wiki/ManPageTar5
+// libarchive reads an extended attribute as bsdtar may write it:
+// https://github.com/libarchive/libarchive/wiki/ManPageTar5
 func libarchive(key, value string) (name, plain string, ok bool) {
 	if name, ok = strings.CutPrefix(key, "LIBARCHIVE.xattr."); !ok {
 		return "", "", false

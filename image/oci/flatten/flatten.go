@@ -22,21 +22,23 @@ type Stats struct {
 // Layer is a tar, packed with gzip, zstd or not at all, with whiteouts of what lower layers have.
 type Layer struct {
 	DiffID string // "sha256:…", of the tar
-	// Open reads it from its beginning. It is called when the layers below have been read, and may wait, as Read may, until
-	// there is something to read or the context ends.
+	// Open reads it from its beginning. It is called when the layers below have been read, and may
+	// wait, as Read may, until there is something to read or the context ends.
 	Open func(ctx context.Context) (io.ReadCloser, error)
 }
 
 // Options say how layers are made a file system. Zero values stand for defaults.
 type Options struct {
 	Limits Limits
-	// Progress, if not nil, is told how many bytes of the layers' files have been read, in a goroutine of its own.
+	// Progress, if not nil, is told how many bytes of the layers' files have been read, in a goroutine
+	// of its own.
 	Progress func(done int64)
 }
 
-// Layers makes one file system of layers, of which the lowest comes first: dst becomes an ext4 image that can only be mounted
-// read-only. Memory: about 1 KiB for each entry besides a few MiB. After an error dst's content is
-// rubbish. Errors are *DigestError, *LimitError, *EntryError and those of Open and of files.
+// Layers makes one file system of layers, of which the lowest comes first: dst becomes an ext4
+// image that can only be mounted read-only. Memory: about 1 KiB for each entry besides a few MiB.
+// After an error dst's content is rubbish. Errors are *DigestError, *LimitError, *EntryError and
+// those of Open and of files.
 func Layers(ctx context.Context, layers []Layer, dst *os.File, o Options) (Stats, error) {
 	s := &stack{progress: o.Progress, used: newLimits(o.Limits)}
 	err := s.flatten(ctx, layers, dst)
@@ -65,7 +67,8 @@ func (s *stack) flatten(ctx context.Context, layers []Layer, dst *os.File) (err 
 	return s.tree.finish()
 }
 
-// layer reads one layer: one goroutine unpacks it, this one goes through its tar and checks its digest.
+// layer reads one layer: one goroutine unpacks it, this one goes through its tar and checks its
+// digest.
 func (s *stack) layer(ctx context.Context, l Layer) (err error) {
 	reading, stop := context.WithCancel(ctx)
 	defer stop()
@@ -78,7 +81,9 @@ func (s *stack) layer(ctx context.Context, l Layer) (err error) {
 	limited := &bounded{left: s.used.maxBytes - s.unpacked, err: bytesLimit("bytes unpacked", s.used.maxBytes)}
 	err = stream.Unpacked(ctx, &counter{r: file, f: s.advance}, func(r io.Reader) error {
 		limited.r = io.TeeReader(r, digest)
-		err := readTar(limited, true, &s.used, func(e entry, content io.Reader) error { return s.tree.entry(ctx, e, content) })
+		err := readTar(limited, true, &s.used, func(e entry, content io.Reader) error {
+			return s.tree.entry(ctx, e, content)
+		})
 		if err == nil {
 			// What follows the tar's end counts for the digest.
 			_, err = io.Copy(io.Discard, limited)

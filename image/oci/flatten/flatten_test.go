@@ -60,18 +60,24 @@ func TestLayers_Semantics(t *testing.T) {
 		},
 		{
 			"later entries of a layer override earlier ones",
-			[][]ent{{file("a", "old"), file("a", "new"), file("b", "b"), dir("b", 0o700), dir("c", 0o700), file("c/x", ""), file("c", "c")}},
+			[][]ent{{
+				file("a", "old"), file("a", "new"), file("b", "b"), dir("b", 0o700), dir("c", 0o700), file("c/x", ""),
+				file("c", "c"),
+			}},
 			[]string{rootLine, `a 0 0644 0:0 "new"`, "b 5 0700 0:0", `c 0 0644 0:0 "c"`},
 		},
 		{
 			"a file below a symbolic link of its layer goes where that leads, within the root",
 			[][]ent{{
-				dir("etc", 0o750), symlink("a", "etc"), file("a/x", "x"), symlink("b", "/etc"), file("b/c/y", "y"), symlink("out", "../../../etc/new"),
+				dir("etc", 0o750), symlink("a", "etc"), file("a/x", "x"), symlink("b", "/etc"), file("b/c/y", "y"),
+				symlink("out", "../../../etc/new"),
 				file("out/z", "z"), symlink("gone", "no/../there"), file("gone/w", "w"),
 			}},
 			[]string{
-				rootLine, "a 2 0777 0:0 -> etc", "b 2 0777 0:0 -> /etc", "etc 5 0750 0:0", "etc/c 5 0755 0:0", `etc/c/y 0 0644 0:0 "y"`, "etc/new 5 0755 0:0",
-				`etc/new/z 0 0644 0:0 "z"`, `etc/x 0 0644 0:0 "x"`, "gone 2 0777 0:0 -> no/../there", "out 2 0777 0:0 -> ../../../etc/new", "there 5 0755 0:0",
+				rootLine, "a 2 0777 0:0 -> etc", "b 2 0777 0:0 -> /etc", "etc 5 0750 0:0", "etc/c 5 0755 0:0",
+				`etc/c/y 0 0644 0:0 "y"`, "etc/new 5 0755 0:0",
+				`etc/new/z 0 0644 0:0 "z"`, `etc/x 0 0644 0:0 "x"`, "gone 2 0777 0:0 -> no/../there",
+				"out 2 0777 0:0 -> ../../../etc/new", "there 5 0755 0:0",
 				`there/w 0 0644 0:0 "w"`,
 			},
 		},
@@ -83,7 +89,8 @@ func TestLayers_Semantics(t *testing.T) {
 				{file("usr/bin/y", "y")},
 			},
 			[]string{
-				rootLine, `hard 0 0644 0:0 "ld"`, "lib 2 0777 0:0 -> usr/lib", "usr 5 0755 0:0", "usr/bin 5 0755 0:0", `usr/bin/y 0 0644 0:0 "y"`, "usr/lib 5 0755 0:0",
+				rootLine, `hard 0 0644 0:0 "ld"`, "lib 2 0777 0:0 -> usr/lib", "usr 5 0755 0:0", "usr/bin 5 0755 0:0",
+				`usr/bin/y 0 0644 0:0 "y"`, "usr/lib 5 0755 0:0",
 				"usr/lib/again = hard", "usr/lib/ld.so = hard", "usr/lib/systemd 5 0755 0:0", `usr/lib/systemd/x 0 0644 0:0 "x"`,
 			},
 		},
@@ -102,16 +109,23 @@ func TestLayers_Semantics(t *testing.T) {
 				{dir("s", 0o700), file("s/b", "b"), file("t", "t"), file(".wh.u", ""), file("w/c", "c")},
 			},
 			[]string{
-				rootLine, "d 5 0755 0:0", `d/a 0 0644 0:0 "a"`, `d/c 0 0644 0:0 "c"`, "s 5 0700 0:0", `s/b 0 0644 0:0 "b"`, `t 0 0644 0:0 "t"`, "v 2 0777 0:0 -> d", "w = v",
+				rootLine, "d 5 0755 0:0", `d/a 0 0644 0:0 "a"`, `d/c 0 0644 0:0 "c"`, "s 5 0700 0:0", `s/b 0 0644 0:0 "b"`,
+				`t 0 0644 0:0 "t"`, "v 2 0777 0:0 -> d", "w = v",
 			},
 		},
 		{
 			"a whiteout that is a hard link, and hard links whose first name goes",
 			[][]ent{
-				{file("tmp/k", "k"), file("tmp/r", "r"), file("t1", "1"), link("t2", "t1"), link("t3", "t2"), file("u1", "u"), link("u2", "u1")},
+				{
+					file("tmp/k", "k"), file("tmp/r", "r"), file("t1", "1"), link("t2", "t1"), link("t3", "t2"), file("u1", "u"),
+					link("u2", "u1"),
+				},
 				{link("tmp/.wh.k", "tmp/r"), file("t1", "new"), file(".wh.u1", "")},
 			},
-			[]string{rootLine, `t1 0 0644 0:0 "new"`, `t2 0 0644 0:0 "1"`, "t3 = t2", "tmp 5 0755 0:0", `tmp/r 0 0644 0:0 "r"`, `u2 0 0644 0:0 "u"`},
+			[]string{
+				rootLine, `t1 0 0644 0:0 "new"`, `t2 0 0644 0:0 "1"`, "t3 = t2", "tmp 5 0755 0:0", `tmp/r 0 0644 0:0 "r"`,
+				`u2 0 0644 0:0 "u"`,
+			},
 		},
 		{
 			"hard links within a layer",
@@ -136,21 +150,26 @@ func TestLayers_Semantics(t *testing.T) {
 		{
 			"marks of AUFS are no files, but hard links lead to what it kept for them",
 			[][]ent{{
-				file(".wh..wh.aufs", ""), dir(".wh..wh.plnk", 0o700), file(".wh..wh.plnk/1.2", "x"), file("a.wh.b", ""), link("b", ".wh..wh.plnk/1.2"),
+				file(".wh..wh.aufs", ""), dir(".wh..wh.plnk", 0o700), file(".wh..wh.plnk/1.2", "x"), file("a.wh.b", ""),
+				link("b", ".wh..wh.plnk/1.2"),
 				link("d/c", ".wh..wh.plnk/1.2"),
 			}},
 			[]string{rootLine, `a.wh.b 0 0644 0:0 ""`, `b 0 0644 0:0 "x"`, "d 5 0755 0:0", "d/c = b"},
 		},
 		{
 			"a hard link takes the place of what it leads to, or stands below that",
-			[][]ent{{file("a", "a"), file("b", "b"), file("c", "c"), link("d", "c")}, {link("a", "a"), link("b/x", "b"), link("c", "d")}},
+			[][]ent{
+				{file("a", "a"), file("b", "b"), file("c", "c"), link("d", "c")},
+				{link("a", "a"), link("b/x", "b"), link("c", "d")},
+			},
 			[]string{rootLine, `a 0 0644 0:0 "a"`, "b 5 0755 0:0", `b/x 0 0644 0:0 "b"`, `c 0 0644 0:0 "c"`, "d = c"},
 		},
 		{
 			"what AUFS kept outlives its first name, and only its layer's hard links lead to it",
 			[][]ent{
 				{
-					file(".wh..wh.plnk/1", "old"), file(".wh..wh.plnk/1", "x"), link("a", ".wh..wh.plnk/1"), file("a", "a"), link("b", ".wh..wh.plnk/1"),
+					file(".wh..wh.plnk/1", "old"), file(".wh..wh.plnk/1", "x"), link("a", ".wh..wh.plnk/1"), file("a", "a"),
+					link("b", ".wh..wh.plnk/1"),
 					file(".wh..wh.plnk/2", "unused"),
 				},
 				{file(".wh..wh.plnk/1", "y"), link("c", ".wh..wh.plnk/1")},
@@ -170,7 +189,8 @@ func TestLayers_Semantics(t *testing.T) {
 	}
 }
 
-// What is overridden takes no room, whatever overrides it: another file, its whiteout, that of a directory above, an opaque mark, a directory.
+// What is overridden takes no room, whatever overrides it: another file, its whiteout, that of a
+// directory above, an opaque mark, a directory.
 func TestLayers_Overridden(t *testing.T) {
 	large := func(name string) ent { return file(name, strings.Repeat(name, 4<<20/len(name))) }
 	noted := func(name string) ent {
@@ -180,16 +200,19 @@ func TestLayers_Overridden(t *testing.T) {
 	}
 	f := target(t)
 	_, err := flatten.Layers(t.Context(), layers(t, []ent{
-		noted("."), noted("."), large("a"), large("a"), large("b"), noted("d"), large("d/c"), noted("e/h"), large("e/f"), large("g"), large("kept"),
+		noted("."), noted("."), large("a"), large("a"), large("b"), noted("d"), large("d/c"), noted("e/h"), large("e/f"),
+		large("g"), large("kept"),
 	}, []ent{
-		dir(".", 0o755), file("a", "a"), file(".wh.b", ""), file(".wh.d", ""), file("e/h/x", ""), file("e/.wh..wh..opq", ""), dir("g", 0o755),
+		dir(".", 0o755), file("a", "a"), file(".wh.b", ""), file(".wh.d", ""), file("e/h/x", ""), file("e/.wh..wh..opq", ""),
+		dir("g", 0o755),
 		link("k", "kept"), file(".wh.kept", ""),
 	}), f, flatten.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
-		rootLine, `a 0 0644 0:0 "a"`, "e 5 0755 0:0", "e/h 5 0755 0:0", `e/h/x 0 0644 0:0 ""`, "g 5 0755 0:0", fmt.Sprintf(`k 0 0644 0:0 "%x"`, sha256.Sum256([]byte(large("kept").body))),
+		rootLine, `a 0 0644 0:0 "a"`, "e 5 0755 0:0", "e/h 5 0755 0:0", `e/h/x 0 0644 0:0 ""`, "g 5 0755 0:0",
+		fmt.Sprintf(`k 0 0644 0:0 "%x"`, sha256.Sum256([]byte(large("kept").body))),
 	}
 	if diff := cmp.Diff(want, listing(t, f)); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
@@ -274,7 +297,9 @@ func TestLayers_Progress(t *testing.T) {
 		}
 		size += n
 	}
-	if _, err := flatten.Layers(t.Context(), l, target(t), flatten.Options{Progress: func(done int64) { last = done }}); err != nil || last != size {
+	if _, err := flatten.Layers(t.Context(), l, target(t), flatten.Options{Progress: func(done int64) {
+		last = done
+	}}); err != nil || last != size {
 		t.Errorf("%d of %d bytes: %v", last, size, err)
 	}
 }

@@ -112,11 +112,13 @@ func fsck(t testing.TB, f *os.File) {
 	}
 }
 
-// mounted has a shell script run where f is mounted at $1, which nobody else sees, and returns its output.
+// mounted has a shell script run where f is mounted at $1, which nobody else sees, and returns its
+// output.
 func mounted(t testing.TB, f *os.File, script string) []byte {
 	t.Helper()
 	testenv.Require(t, testenv.Root)
-	cmd := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-euc", `mount -t ext4 -o ro,loop "$0" "$1"; `+script, f.Name(), t.TempDir())
+	cmd := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-euc", `mount -t ext4 -o ro,loop "$0" "$1"; `+script,
+		f.Name(), t.TempDir())
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -126,11 +128,13 @@ func mounted(t testing.TB, f *os.File, script string) []byte {
 	return out
 }
 
-// listing reads an image back through the kernel, a line for each name: what it is, and where else it is.
+// listing reads an image back through the kernel, a line for each name: what it is, and where else
+// it is.
 func listing(t testing.TB, f *os.File) []string {
 	t.Helper()
 	fsck(t, f)
-	return describe(t, bytes.NewReader(mounted(t, f, `tar --xattrs --xattrs-include='*' --sort=name --numeric-owner -C "$1" -cf - .`)))
+	return describe(t,
+		bytes.NewReader(mounted(t, f, `tar --xattrs --xattrs-include='*' --sort=name --numeric-owner -C "$1" -cf - .`)))
 }
 
 func describe(t testing.TB, r io.Reader) (lines []string) {

@@ -19,16 +19,18 @@ import (
 	"push.rocks/smartvm/internal/stream"
 )
 
-// TarToExt4 makes dst an ext4 image, to be mounted read-only, of a root file system's tar: plain or packed with gzip, zstd,
-// xz or bzip2. It becomes what GNU tar makes of it: nothing in it is a whiteout, the last entry of a name wins, and what is
-// below a symbolic link goes where that leads. Errors are ErrEmpty, ErrCut, stream.ErrPacking, and those of Layers.
+// TarToExt4 makes dst an ext4 image, to be mounted read-only, of a root file system's tar: plain or
+// packed with gzip, zstd, xz or bzip2. It becomes what GNU tar makes of it: nothing in it is a
+// whiteout, the last entry of a name wins, and what is below a symbolic link goes where that leads.
+// Errors are ErrEmpty, ErrCut, stream.ErrPacking, and those of Layers.
 func TarToExt4(ctx context.Context, r io.Reader, dst *os.File, l Limits) error {
 	err := tarToExt4(ctx, r, dst, newLimits(l))
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, ErrEmpty):
-		err = hint.Add(err, "see whether the program that makes the tar went well; a disk with partitions or an ISO image is no root file system")
+		err = hint.Add(err,
+			"see whether the program that makes the tar went well; a disk with partitions or an ISO image is no root file system")
 	case errors.Is(err, ErrCut), errors.Is(err, io.ErrUnexpectedEOF):
 		err = hint.Add(err, "it is cut off, or no tar: see whether the program that makes it went well")
 	case errors.Is(err, tar.ErrHeader):
@@ -68,9 +70,10 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// DirToExt4 makes dst an ext4 image, to be mounted read-only, of a directory tree with its owners, modes, times, devices,
-// hard links and extended attributes. Sockets are left out, and so is what is mounted below root. The tree must not
-// change meanwhile. Errors are ErrEmpty and those of Layers.
+// DirToExt4 makes dst an ext4 image, to be mounted read-only, of a directory tree with its owners,
+// modes, times, devices, hard links and extended attributes. Sockets are left out, and so is what
+// is mounted below root. The tree must not change meanwhile. Errors are ErrEmpty and those of
+// Layers.
 func DirToExt4(ctx context.Context, root *os.Root, dst *os.File, l Limits) error {
 	err := dirToExt4(ctx, root, dst, newLimits(l))
 	if wrong := (*EntryError)(nil); errors.As(err, &wrong) {
@@ -92,7 +95,10 @@ func dirToExt4(ctx context.Context, root *os.Root, dst *os.File, l limits) error
 		return err
 	}
 	t.begin()
-	d := &directory{root: root, tree: t, dev: fi.Sys().(*syscall.Stat_t).Dev, used: &l, buf: make([]byte, maxXattrs), links: map[[2]uint64]string{}}
+	d := &directory{
+		root: root, tree: t, dev: fi.Sys().(*syscall.Stat_t).Dev, used: &l, buf: make([]byte, maxXattrs),
+		links: map[[2]uint64]string{},
+	}
 	if err := d.add(ctx, "", fi); err != nil {
 		return err
 	}
@@ -227,8 +233,8 @@ func (d *directory) children(ctx context.Context, name, here string) error {
 // maxXattrs bounds what Linux lists of a file's extended attributes, and the value of one.
 const maxXattrs = 64 << 10
 
-// xattrs reads a file's extended attributes. Only names serve for all kinds of files: a symbolic link cannot be opened,
-// and a device should not be.
+// xattrs reads a file's extended attributes. Only names serve for all kinds of files: a symbolic
+// link cannot be opened, and a device should not be.
 func (d *directory) xattrs(h *tar.Header, here string) (err error) {
 	dir, err := d.root.Open(path.Dir(here))
 	if err != nil {

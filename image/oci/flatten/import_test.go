@@ -46,15 +46,20 @@ func TestTarToExt4_LikeTar(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	for name, entries := range map[string][]ent{
 		"a file below a link to a directory": {
-			dir("usr", 0o755), dir("usr/lib", 0o755), file("usr/lib/ld.so", "ld"), symlink("lib", "usr/lib"), dir("usr/lib/firmware", 0o755),
+			dir("usr", 0o755), dir("usr/lib", 0o755), file("usr/lib/ld.so", "ld"), symlink("lib", "usr/lib"),
+			dir("usr/lib/firmware", 0o755),
 			file("lib/firmware/a", "a"), file("lib/b", "b"), link("hard", "lib/ld.so"),
 		},
 		"a name twice": {
-			dir("d", 0o755), file("d/a", "old"), file("b", "old"), link("c", "b"), file("d/a", "new"), file("b", "new"), symlink("e", "b"), file("e", "file"),
+			dir("d", 0o755), file("d/a", "old"), file("b", "old"), link("c", "b"), file("d/a", "new"), file("b", "new"),
+			symlink("e", "b"), file("e", "file"),
 		},
-		"a directory in place of a link": {dir("d", 0o755), file("d/a", "a"), symlink("s", "d"), dir("s", 0o711), file("s/b", "b")},
-		"a type that nobody knows":       {{tar.Header{Typeflag: 'Z', Name: "z", Mode: 0o644}, ""}, file("a", "a")},
-		"whiteouts are files":            {file("a", "a"), file(".wh.a", "w"), dir(".wh..wh..opq", 0o755)},
+		"a directory in place of a link": {
+			dir("d", 0o755), file("d/a", "a"), symlink("s", "d"), dir("s", 0o711),
+			file("s/b", "b"),
+		},
+		"a type that nobody knows": {{tar.Header{Typeflag: 'Z', Name: "z", Mode: 0o644}, ""}, file("a", "a")},
+		"whiteouts are files":      {file("a", "a"), file(".wh.a", "w"), dir(".wh..wh..opq", 0o755)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			all := append([]ent{dir(".", 0o755)}, entries...)
@@ -65,7 +70,8 @@ func TestTarToExt4_LikeTar(t *testing.T) {
 			if out, err := cmd.CombinedOutput(); err != nil {
 				t.Fatalf("%v\n%s", err, out)
 			}
-			out, err := exec.CommandContext(t.Context(), "tar", "--sort=name", "--numeric-owner", "-C", tmp, "-cf", "-", ".").Output()
+			out, err := exec.CommandContext(t.Context(), "tar", "--sort=name", "--numeric-owner", "-C", tmp, "-cf",
+				"-", ".").Output()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -74,7 +80,8 @@ func TestTarToExt4_LikeTar(t *testing.T) {
 				want[i] = regexp.MustCompile(`^(\S+ 5 .*) \S+Z$`).ReplaceAllString(line, "$1")
 			}
 			f := target(t)
-			if err := flatten.TarToExt4(t.Context(), io.MultiReader(bytes.NewReader(pack(t, "zstd", content))), f, flatten.Limits{}); err != nil {
+			if err := flatten.TarToExt4(t.Context(), io.MultiReader(bytes.NewReader(pack(t, "zstd", content))), f,
+				flatten.Limits{}); err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(want, listing(t, f)); diff != "" {
@@ -114,7 +121,8 @@ func TestTarToExt4_NoTar(t *testing.T) {
 		{"qcow2", append([]byte("QFI\xfb"), whole...), stream.ErrPacking},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if err := flatten.TarToExt4(t.Context(), bytes.NewReader(c.content), target(t), flatten.Limits{}); !errors.Is(err, c.want) {
+			if err := flatten.TarToExt4(t.Context(), bytes.NewReader(c.content), target(t),
+				flatten.Limits{}); !errors.Is(err, c.want) {
 				t.Errorf("%v, want %v", err, c.want)
 			}
 		})
@@ -155,7 +163,8 @@ func TestTarToExt4_Packed(t *testing.T) {
 				t.Fatal(err)
 			}
 			f := target(t)
-			if err := flatten.TarToExt4(t.Context(), io.MultiReader(bytes.NewReader(packed)), f, flatten.Limits{}); !errors.Is(err, c.want) {
+			if err := flatten.TarToExt4(t.Context(), io.MultiReader(bytes.NewReader(packed)), f,
+				flatten.Limits{}); !errors.Is(err, c.want) {
 				t.Fatalf("%v, want %v", err, c.want)
 			}
 			if c.want == nil {
@@ -165,7 +174,8 @@ func TestTarToExt4_Packed(t *testing.T) {
 	}
 }
 
-// Files are one by device and inode: what is mounted over a file of the tree may have the inode number of another.
+// Files are one by device and inode: what is mounted over a file of the tree may have the inode
+// number of another.
 func TestDirToExt4_Mounted(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	if os.Getenv("FLATTEN_TREE") == "" {
@@ -198,7 +208,8 @@ func TestDirToExt4_Mounted(t *testing.T) {
 	}
 }
 
-// What ext4 cannot hold is refused with the path, the limit and what to do about it; what it can hold is not.
+// What ext4 cannot hold is refused with the path, the limit and what to do about it; what it can
+// hold is not.
 func TestTooMuchForExt4(t *testing.T) {
 	many := func(first ent, n int, next func(name string) ent) []ent {
 		all := []ent{dir("d", 0o755), first}
@@ -219,9 +230,14 @@ func TestTooMuchForExt4(t *testing.T) {
 	}{
 		{"65,001 directories", many(file("d/f", ""), 65_001, func(name string) ent { return dir(name, 0o700) }), ""},
 		{"65,000 links", many(file("d/f", ""), 64_999, func(name string) ent { return link(name, "d/f") }), ""},
-		{"65,001 links", many(file("d/f", ""), 65_000, func(name string) ent { return link(name, "d/f") }), `"d/f": more than 65000 hard links`},
+		{"65,001 links", many(file("d/f", ""), 65_000, func(name string) ent {
+			return link(name, "d/f")
+		}), `"d/f": more than 65000 hard links`},
 		{"4,000 bytes of attributes", xattr(4000), ""},
-		{"5,000 bytes of attributes", xattr(5000), `"d/f": 5023 bytes of extended attributes, where ext4 can hold 4032: remove some`},
+		{
+			"5,000 bytes of attributes", xattr(5000),
+			`"d/f": 5023 bytes of extended attributes, where ext4 can hold 4032: remove some`,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := target(t)
@@ -253,7 +269,8 @@ func TestDirToExt4_NamesTheFile(t *testing.T) {
 	}
 	defer root.Close()
 	var wrong *flatten.EntryError
-	if err := flatten.DirToExt4(t.Context(), root, target(t), flatten.Limits{}); !errors.As(err, &wrong) || wrong.Name != tmp+"/lost+found" || !wrong.IsFile {
+	if err := flatten.DirToExt4(t.Context(), root, target(t), flatten.Limits{}); !errors.As(err, &wrong) ||
+		wrong.Name != tmp+"/lost+found" || !wrong.IsFile {
 		t.Errorf("%v, want it to name %s", err, tmp+"/lost+found")
 	}
 	if err := os.Rename(tmp+"/lost+found", tmp+"/f"); err != nil {
@@ -263,7 +280,8 @@ func TestDirToExt4_NamesTheFile(t *testing.T) {
 		t.Error(err)
 	}
 	var over *flatten.LimitError
-	if err := flatten.DirToExt4(t.Context(), root, target(t), flatten.Limits{MaxBytes: 4}); !errors.As(err, &over) || over.Limit != 4 || over.Hint() == "" {
+	if err := flatten.DirToExt4(t.Context(), root, target(t), flatten.Limits{MaxBytes: 4}); !errors.As(err, &over) ||
+		over.Limit != 4 || over.Hint() == "" {
 		t.Errorf("%v, want the limit of 4 bytes and how to raise it", err)
 	}
 }
@@ -280,10 +298,12 @@ func TestDirToExt4(t *testing.T) {
 	defer l.Close()
 	err = errors.Join(
 		os.Mkdir(at("d"), 0o700), os.WriteFile(at("d/a"), []byte("a"), 0o600), os.Link(at("d/a"), at("b")),
-		os.Symlink("/d/a", at("s")), unix.Mkfifo(at("fifo"), 0o640), unix.Mknod(at("dev"), unix.S_IFCHR|0o600, int(unix.Mkdev(10, 300))),
+		os.Symlink("/d/a", at("s")), unix.Mkfifo(at("fifo"), 0o640),
+		unix.Mknod(at("dev"), unix.S_IFCHR|0o600, int(unix.Mkdev(10, 300))),
 		os.Chown(at("b"), 5, 6), unix.Chmod(at("b"), 0o4755), unix.Chmod(at("d"), 0o1777), os.Lchown(at("s"), 7, 8),
 		unix.Lsetxattr(at("s"), "trusted.note", []byte("link"), 0), unix.Setxattr(at("d"), "user.note", []byte("dir"), 0),
-		unix.Setxattr(at("b"), "security.capability", []byte("\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0),
+		unix.Setxattr(at("b"), "security.capability",
+			[]byte("\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0),
 		os.WriteFile(at("sparse"), nil, 0o600), os.Truncate(at("sparse"), 3<<20),
 	)
 	if err != nil {
@@ -301,7 +321,8 @@ func TestDirToExt4(t *testing.T) {
 	if err := l.Close(); err != nil { // takes the socket along
 		t.Fatal(err)
 	}
-	packed, err := exec.CommandContext(t.Context(), "tar", "--xattrs", "--xattrs-include=*", "--sort=name", "--numeric-owner", "-C", dir, "-cf", "-", ".").Output()
+	packed, err := exec.CommandContext(t.Context(), "tar", "--xattrs", "--xattrs-include=*", "--sort=name",
+		"--numeric-owner", "-C", dir, "-cf", "-", ".").Output()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,20 +24,23 @@ func TestLayers_Refused(t *testing.T) {
 		return f
 	}
 	for name, entries := range map[string][]ent{
-		"a name with dots":              {file("a/../../etc/passwd", "")},
-		"a hard link with dots":         {file("a", ""), link("b", "../a")},
-		"a loop of symbolic links":      {symlink("a", "b"), symlink("b", "a"), file("a/x", "")},
-		"41 symbolic links":             append(slices.Collect(chain(41)), file("s0/x", "")),
-		"a hard link outside":           {link("a", "/etc/passwd")},
-		"a hard link to a directory":    {dir("d", 0o700), link("a", "d")},
-		"a hard link to itself":         {link("a", "a")},
-		"a part of 256 bytes":           {file(strings.Repeat("a", 256), "")},
-		"a name of more than a path":    {file(strings.Repeat("a/", 2100)+"b", "")},
-		"a symbolic link to nothing":    {{tar.Header{Typeflag: tar.TypeSymlink, Name: "a"}, ""}},
-		"a root that is a file":         {file(".", "")},
-		"lost+found, a file":            {file("lost+found", "")},
-		"a device that cannot be":       {{tar.Header{Typeflag: tar.TypeChar, Name: "a", Devmajor: 4096}, ""}},
-		"an owner below 0":              {{tar.Header{Typeflag: tar.TypeFifo, Name: "a", Uid: -1, Format: tar.FormatGNU}, ""}},
+		"a name with dots":           {file("a/../../etc/passwd", "")},
+		"a hard link with dots":      {file("a", ""), link("b", "../a")},
+		"a loop of symbolic links":   {symlink("a", "b"), symlink("b", "a"), file("a/x", "")},
+		"41 symbolic links":          append(slices.Collect(chain(41)), file("s0/x", "")),
+		"a hard link outside":        {link("a", "/etc/passwd")},
+		"a hard link to a directory": {dir("d", 0o700), link("a", "d")},
+		"a hard link to itself":      {link("a", "a")},
+		"a part of 256 bytes":        {file(strings.Repeat("a", 256), "")},
+		"a name of more than a path": {file(strings.Repeat("a/", 2100)+"b", "")},
+		"a symbolic link to nothing": {{tar.Header{Typeflag: tar.TypeSymlink, Name: "a"}, ""}},
+		"a root that is a file":      {file(".", "")},
+		"lost+found, a file":         {file("lost+found", "")},
+		"a device that cannot be":    {{tar.Header{Typeflag: tar.TypeChar, Name: "a", Devmajor: 4096}, ""}},
+		"an owner below 0": {{
+			tar.Header{Typeflag: tar.TypeFifo, Name: "a", Uid: -1, Format: tar.FormatGNU},
+			"",
+		}},
 		"an unknown type":               {{tar.Header{Typeflag: 'Z', Name: "a"}, ""}},
 		"a whiteout of nothing":         {file("a/.wh.", "")},
 		"a whiteout of dots":            {file("a/.wh...", "")},
@@ -58,7 +61,8 @@ func TestLayers_WrongDigest(t *testing.T) {
 	l := layers(t, []ent{file("a", "")}, []ent{file("b", "")})
 	l[0].DiffID = l[1].DiffID
 	var wrong *flatten.DigestError
-	if _, err := flatten.Layers(t.Context(), l, target(t), flatten.Options{}); !errors.As(err, &wrong) || wrong.Want != l[1].DiffID {
+	if _, err := flatten.Layers(t.Context(), l, target(t), flatten.Options{}); !errors.As(err, &wrong) ||
+		wrong.Want != l[1].DiffID {
 		t.Errorf("%v, want a DigestError", err)
 	}
 }
@@ -81,7 +85,8 @@ func chain(n int) iter.Seq[ent] {
 // Linux follows 40 symbolic links.
 func TestLayers_FortyLinks(t *testing.T) {
 	f := target(t)
-	if _, err := flatten.Layers(t.Context(), layers(t, append(slices.Collect(chain(40)), file("s0/x", "x"))), f, flatten.Options{}); err != nil {
+	if _, err := flatten.Layers(t.Context(), layers(t, append(slices.Collect(chain(40)), file("s0/x", "x"))), f,
+		flatten.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := listing(t, f); !slices.Contains(got, `d/x 0 0644 0:0 "x"`) {
@@ -125,7 +130,8 @@ func TestLayers_PackedAndTruncated(t *testing.T) {
 			}
 			fsck(t, f)
 			for _, size := range []int{0, 1, 7, len(packed) / 2, len(packed) - 1} {
-				if _, err := flatten.Layers(t.Context(), []flatten.Layer{layer(plain, packed[:size])}, f, flatten.Options{}); err == nil {
+				if _, err := flatten.Layers(t.Context(), []flatten.Layer{layer(plain, packed[:size])}, f,
+					flatten.Options{}); err == nil {
 					t.Errorf("%d of %d bytes were enough", size, len(packed))
 				}
 			}
@@ -159,7 +165,8 @@ func TestLayers_Limits(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := target(t)
-			_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(c.content, c.content)}, f, flatten.Options{Limits: flatten.Limits{MaxBytes: 1 << 20, MaxEntries: 10}})
+			_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(c.content, c.content)}, f,
+				flatten.Options{Limits: flatten.Limits{MaxBytes: 1 << 20, MaxEntries: 10}})
 			var over *flatten.LimitError
 			if !errors.As(err, &over) || over.What != c.what {
 				t.Errorf("%v, want a limit of %s", err, c.what)
@@ -171,7 +178,8 @@ func TestLayers_Limits(t *testing.T) {
 	}
 	t.Run("by default", func(t *testing.T) {
 		var over *flatten.LimitError
-		_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(gnuSparse(1<<40), gnuSparse(1<<40))}, target(t), flatten.Options{})
+		_, err := flatten.Layers(t.Context(), []flatten.Layer{layer(gnuSparse(1<<40), gnuSparse(1<<40))}, target(t),
+			flatten.Options{})
 		if !errors.As(err, &over) || over.Limit != flatten.MaxBytes {
 			t.Errorf("%v, want a limit of %d", err, int64(flatten.MaxBytes))
 		}
@@ -197,7 +205,8 @@ func TestLayers_Memory(t *testing.T) {
 	} {
 		l := flatten.Limits{MaxEntries: c.least - 1}
 		var over *flatten.LimitError
-		if _, err := flatten.Layers(t.Context(), layers(t, c.entries), target(t), flatten.Options{Limits: l}); !errors.As(err, &over) || over.What != what {
+		if _, err := flatten.Layers(t.Context(), layers(t, c.entries), target(t), flatten.Options{Limits: l}); !errors.As(err,
+			&over) || over.What != what {
 			t.Errorf("%v, want a limit of %s", err, what)
 		}
 		l.MaxEntries++
@@ -217,7 +226,8 @@ func TestLayers_Memory(t *testing.T) {
 	}
 }
 
-// gnuSparse is a tar of an old GNU sparse file of some size with "data" at its beginning and no more.
+// gnuSparse is a tar of an old GNU sparse file of some size with "data" at its beginning and no
+// more.
 func gnuSparse(size int64) []byte {
 	h := make([]byte, 1024)
 	copy(h, "sparse")
@@ -263,7 +273,8 @@ func TestTarToExt4_Sparse(t *testing.T) {
 	if used := blocks(fi) * 512; fi.Size() > 1<<20 || used > 1<<20 {
 		t.Errorf("%d bytes, %d of them on disk", fi.Size(), used)
 	}
-	if got, want := string(mounted(t, f, `stat -c %s "$1/sparse"; head -c 4 "$1/sparse"`)), "209715200\ndata"; got != want {
+	if got, want := string(mounted(t, f, `stat -c %s "$1/sparse"; head -c 4 "$1/sparse"`)),
+		"209715200\ndata"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
@@ -274,7 +285,8 @@ func TestTarToExt4_FullDisk(t *testing.T) {
 		t.Skip("needs: /dev/full")
 	}
 	defer f.Close()
-	if err := flatten.TarToExt4(t.Context(), bytes.NewReader(tarOf(t, true, file("a", "a"))), f, flatten.Limits{}); err == nil {
+	if err := flatten.TarToExt4(t.Context(), bytes.NewReader(tarOf(t, true, file("a", "a"))), f,
+		flatten.Limits{}); err == nil {
 		t.Error("it was written")
 	}
 }

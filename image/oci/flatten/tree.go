@@ -56,8 +56,8 @@ type badLink struct {
 }
 
 func newTree(dst *os.File, l limits) (*tree, error) {
-	// A file may take a block that is not full, one of attributes, an inode and a name; and there may be
-	// as many directories besides.
+	// A file may take a block that is not full, one of attributes, an inode and a name; and there may
+	// be as many directories besides.
 	const perEntry = 3*4096 + 2*1024
 	// The tree of a file's extents and the bitmaps take far less than a thousandth.
 	w, err := mkfs.New(dst, l.maxBytes+l.maxBytes>>10+l.maxEntries*perEntry+1<<20)
@@ -155,7 +155,10 @@ func (t *tree) withinLimits() error {
 	case t.dirs > t.maxEntries:
 		return &LimitError{"directories", t.maxEntries, "MaxEntries"}
 	case t.targets > t.maxEntries*perEntry:
-		return &LimitError{fmt.Sprintf("times %d bytes in the targets of symbolic links", perEntry), t.maxEntries, "MaxEntries"}
+		return &LimitError{
+			fmt.Sprintf("times %d bytes in the targets of symbolic links", perEntry),
+			t.maxEntries, "MaxEntries",
+		}
 	}
 	return nil
 }
@@ -310,8 +313,8 @@ func (t *tree) purge(dir *node) {
 	}
 }
 
-// hide takes away what lower layers have of a name in a directory: all of it, or what is below it and
-// what they say of it.
+// hide takes away what lower layers have of a name in a directory: all of it, or what is below it
+// and what they say of it.
 func (t *tree) hide(dir *node, name string) {
 	n := dir.children[name]
 	if n.layer < t.layer {

@@ -30,12 +30,14 @@ import (
 
 // Random images come out as umoci unpacks them. Where the two differ on purpose:
 //
-//   - A whiteout removes names of lower layers alone, wherever in its layer it stands, as the specification has it; umoci's
-//     removes what its own layer has made before. No whiteout here names what its layer has made.
-//   - A directory that a layer with an opaque mark above it only implies loses the mode that a lower layer gave it; umoci
-//     leaves it. No mode of a directory is compared where there is such a mark.
-//   - umoci refuses an entry below a file, hard links to nothing that are overridden later, and links to themselves.
-//     Images that umoci refuses are not compared.
+//   - A whiteout removes names of lower layers alone, wherever in its layer it stands, as the
+//     specification has it; umoci's removes what its own layer has made before. No whiteout here
+//     names what its layer has made.
+//   - A directory that a layer with an opaque mark above it only implies loses the mode that a
+//     lower layer gave it; umoci leaves it. No mode of a directory is compared where there is such
+//     a mark.
+//   - umoci refuses an entry below a file, hard links to nothing that are overridden later, and
+//     links to themselves. Images that umoci refuses are not compared.
 //   - umoci follows 255 symbolic links on the way to a name, we 40, as Linux does.
 //
 // The seed is printed; SMARTVM_SEED and SMARTVM_IMAGES set it and the number of images.
@@ -65,7 +67,10 @@ func TestLayers_LikeUmoci(t *testing.T) {
 	images := make([][][]ent, count)
 	errs := make([]error, count)
 	for n := range images {
-		g := &generator{Rand: rand.New(rand.NewPCG(seed, uint64(n))), links: map[string]string{}, alias: map[string][]string{}}
+		g := &generator{
+			Rand: rand.New(rand.NewPCG(seed, uint64(n))), links: map[string]string{},
+			alias: map[string][]string{},
+		}
 		images[n] = g.image()
 		store.add(strconv.Itoa(n), images[n])
 		errs[n] = oursTo(t, images[n], filepath.Join(tmp, fmt.Sprintf("%d.ext4", n)), n%20 == 0)
@@ -92,7 +97,8 @@ func TestLayers_LikeUmoci(t *testing.T) {
 			if strings.Contains(errs[n].Error(), "more than 40 symbolic links") {
 				continue // umoci follows 255
 			}
-			t.Errorf("image %d: umoci takes it, we do not: %v\n%s\numoci:\n%s", n, errs[n], describeImage(images[n]), strings.Join(want, "\n"))
+			t.Errorf("image %d: umoci takes it, we do not: %v\n%s\numoci:\n%s", n, errs[n], describeImage(images[n]),
+				strings.Join(want, "\n"))
 			continue
 		}
 		ours, err := os.ReadFile(filepath.Join(tmp, fmt.Sprintf("%d.ours", n)))
@@ -127,7 +133,8 @@ func oursTo(t *testing.T, image [][]ent, to string, check bool) error {
 	return errors.Join(err, f.Close())
 }
 
-// unpackAll writes what umoci makes of all images, and what is in ours, to files. It is alone in a mount namespace.
+// unpackAll writes what umoci makes of all images, and what is in ours, to files. It is alone in a
+// mount namespace.
 func unpackAll(t *testing.T, dir string) {
 	syscall.Umask(0o022) // umoci makes what an image only implies by it
 	count, err := strconv.Atoi(os.Getenv("SMARTVM_IMAGES"))
@@ -141,14 +148,16 @@ func unpackAll(t *testing.T, dir string) {
 	}
 	for n := range count {
 		theirs := fmt.Sprintf("unpacked-%d", n)
-		if exec.CommandContext(t.Context(), os.Getenv("FLATTEN_UMOCI"), "raw", "unpack", "--image", fmt.Sprintf("layout:%d", n), theirs).Run() == nil {
+		if exec.CommandContext(t.Context(), os.Getenv("FLATTEN_UMOCI"), "raw", "unpack", "--image",
+			fmt.Sprintf("layout:%d", n), theirs).Run() == nil {
 			list(t, theirs, fmt.Sprintf("%d.theirs", n))
 		}
 		image := fmt.Sprintf("%d.ext4", n)
 		if fi, err := os.Stat(image); err != nil || fi.Size() == 0 {
 			continue // we have refused it
 		}
-		if out, err := exec.CommandContext(t.Context(), "mount", "-t", "ext4", "-o", "ro,loop", image, mnt).CombinedOutput(); err != nil {
+		if out, err := exec.CommandContext(t.Context(), "mount", "-t", "ext4", "-o", "ro,loop", image,
+			mnt).CombinedOutput(); err != nil {
 			t.Fatalf("mount image %d: %v\n%s", n, err, out)
 		}
 		list(t, mnt, fmt.Sprintf("%d.ours", n))
@@ -198,7 +207,8 @@ func list(t *testing.T, root, to string) {
 			what = []byte(link)
 		}
 		size, _ := unix.Lgetxattr(name, "user.note", note)
-		lines = append(lines, fmt.Sprintf("%s %d:%d %v %d %q %q", rel, st.Uid, st.Gid, fi.Mode(), st.Mtim.Sec, what, note[:max(size, 0)]))
+		lines = append(lines,
+			fmt.Sprintf("%s %d:%d %v %d %q %q", rel, st.Uid, st.Gid, fi.Mode(), st.Mtim.Sec, what, note[:max(size, 0)]))
 		return err
 	})
 	if err = errors.Join(err, os.WriteFile(to, []byte(strings.Join(lines, "\n")), 0o600)); err != nil {
@@ -359,7 +369,8 @@ func (g *generator) odd(name string) string {
 	return g.pick([]string{"", "", "", "./", "/", ".//"}) + name
 }
 
-// layout is an OCI layout of many images: https://github.com/opencontainers/image-spec/blob/main/image-layout.md
+// layout is an OCI layout of many images:
+// https://github.com/opencontainers/image-spec/blob/main/image-layout.md
 type layout struct {
 	t     *testing.T
 	dir   string

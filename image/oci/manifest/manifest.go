@@ -1,5 +1,6 @@
-// Package manifest reads the documents that describe container images: indexes and manifests, of OCI and of docker. It chooses
-// the image for a platform, and refuses what is no image or could be taken for two things.
+// Package manifest reads the documents that describe container images: indexes and manifests, of
+// OCI and of docker. It chooses the image for a platform, and refuses what is no image or could be
+// taken for two things.
 package manifest
 
 import (
@@ -45,9 +46,9 @@ const (
 	typeSchema1        = "application/vnd.docker.distribution.manifest.v1+json"
 )
 
-// Read reads an index or a manifest. What it is called, by whoever led here and by itself, must agree with what it holds:
-// else it could be one thing here and another for a tool that has checked it (CVE-2021-41190). mediaType may be empty. Errors
-// are *NotImageError among others.
+// Read reads an index or a manifest. What it is called, by whoever led here and by itself, must
+// agree with what it holds: else it could be one thing here and another for a tool that has checked
+// it (CVE-2021-41190). mediaType may be empty. Errors are *NotImageError among others.
 func Read(text []byte, mediaType string) (d Document, err error) {
 	keys, err := topLevel(text)
 	if err != nil {
@@ -103,8 +104,8 @@ func isIndex(mediaType string) (index, known bool) {
 	return false, false
 }
 
-// topLevel returns the values of a JSON object. A key that is there twice, in whatever case, is refused: tools differ in which
-// of the two they take.
+// topLevel returns the values of a JSON object. A key that is there twice, in whatever case, is
+// refused: tools differ in which of the two they take.
 func topLevel(text []byte) (map[string]json.RawMessage, error) {
 	d := json.NewDecoder(bytes.NewReader(text))
 	if t, err := d.Token(); err != nil {
@@ -152,18 +153,22 @@ func (e *NotImageError) Error() string {
 	return fmt.Sprintf("no container image: it is %s (%.200s)", cmp.Or(what, "an artifact"), e.Type)
 }
 
-// Image says whether a manifest is an image's: artifacts have a configuration or layers of types of their own. Old tools
-// wrote no types, or that of any bytes.
+// Image says whether a manifest is an image's: artifacts have a configuration or layers of types of
+// their own. Old tools wrote no types, or that of any bytes.
 func (d *Document) Image() error {
 	const anyBytes = "application/octet-stream"
-	images := []string{"", anyBytes, "application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"}
+	images := []string{
+		"", anyBytes, "application/vnd.oci.image.config.v1+json",
+		"application/vnd.docker.container.image.v1+json",
+	}
 	if !slices.Contains(images, d.Config.MediaType) {
 		return &NotImageError{Type: cmp.Or(d.artifact, d.Config.MediaType)}
 	}
 	for _, l := range d.Layers {
-		known := slices.ContainsFunc([]string{"application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs."}, func(begin string) bool {
-			return strings.HasPrefix(l.MediaType, begin)
-		})
+		known := slices.ContainsFunc([]string{"application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs."},
+			func(begin string) bool {
+				return strings.HasPrefix(l.MediaType, begin)
+			})
 		switch {
 		case strings.HasSuffix(l.MediaType, "+encrypted"):
 			return fmt.Errorf("layer %.100s is encrypted", l.Digest)
@@ -204,8 +209,9 @@ func Linux(arch string) Platform {
 	return Platform{OS: "linux", Architecture: arch, Variant: variant}
 }
 
-// level makes variants of one architecture comparable: a processor runs what is of its level or below. It is below 0 if the
-// variant is unknown. https://github.com/opencontainers/image-spec/blob/main/image-index.md#platform-variants
+// level makes variants of one architecture comparable: a processor runs what is of its level or
+// below. It is below 0 if the variant is unknown.
+// https://github.com/opencontainers/image-spec/blob/main/image-index.md#platform-variants
 func (p Platform) level() int {
 	least := map[string]string{"amd64": "v1", "arm64": "v8", "arm": "v7"}[p.Architecture]
 	digits, ok := strings.CutPrefix(cmp.Or(p.Variant, least, "v0"), "v")
@@ -221,8 +227,8 @@ func (p Platform) level() int {
 	return int(n*100 + m*10)
 }
 
-// Pick chooses an image of an index, of those that the machine can run the one of the highest level. An only one may be of
-// any platform, as far as the index goes.
+// Pick chooses an image of an index, of those that the machine can run the one of the highest
+// level. An only one may be of any platform, as far as the index goes.
 func Pick(all []Descriptor, want Platform) (best Descriptor, err error) {
 	e := &PlatformError{Want: want.String()}
 	level := -1

@@ -1,4 +1,5 @@
-// Package ocitest makes container images for tests and benchmarks: OCI layouts, and a registry that serves one.
+// Package ocitest makes container images for tests and benchmarks: OCI layouts, and a registry that
+// serves one.
 package ocitest
 
 import (
@@ -44,16 +45,19 @@ func config() map[string]any {
 		"Entrypoint": []string{"/bin/init"}, "Cmd": []string{"--quiet"}, "Env": []string{"PATH=/bin"},
 		"User": "1:2", "WorkingDir": "/srv", "StopSignal": "SIGINT",
 		"ExposedPorts": map[string]any{
-			"443/tcp": struct{}{}, "80": struct{}{}, "80/tcp": struct{}{}, "53/UDP": struct{}{}, "70000/tcp": struct{}{}, "5000/sctp": struct{}{}, "x": nil,
+			"443/tcp": struct{}{}, "80": struct{}{}, "80/tcp": struct{}{}, "53/UDP": struct{}{}, "70000/tcp": struct{}{},
+			"5000/sctp": struct{}{}, "x": nil,
 		},
 		"Volumes": map[string]any{"/srv/db/": struct{}{}, "/data": struct{}{}, "data": nil, "/": nil, "/../x/../y": nil},
 		"Healthcheck": map[string]any{
-			"Test": []string{"CMD", "/bin/check"}, "Interval": 30_000_000_000, "Timeout": 1_000_000_000, "StartPeriod": 5_000_000_000, "StartInterval": 500_000_000, "Retries": 3,
+			"Test": []string{"CMD", "/bin/check"}, "Interval": 30_000_000_000, "Timeout": 1_000_000_000,
+			"StartPeriod": 5_000_000_000, "StartInterval": 500_000_000, "Retries": 3,
 		},
 	}
 }
 
-// Add adds an image of gzip layers, the lowest first, to the layout in dir, which is made if need be. It is tagged by Tag or AddIndex.
+// Add adds an image of gzip layers, the lowest first, to the layout in dir, which is made if need
+// be. It is tagged by Tag or AddIndex.
 func Add(dir, arch string, layers ...Layer) (Descriptor, error) {
 	manifest := map[string]any{"schemaVersion": 2, "mediaType": mediaManifest}
 	var blobs []Descriptor
@@ -162,7 +166,8 @@ func addBlob(dir string, write func(w io.Writer) error) (Descriptor, error) {
 	return Descriptor{Digest: "sha256:" + digest, Size: size}, os.Rename(f.Name(), filepath.Join(blobs, digest))
 }
 
-// Registry serves a layout, under whatever repository name: blobs by digest, with byte ranges, and manifests by tag too.
+// Registry serves a layout, under whatever repository name: blobs by digest, with byte ranges, and
+// manifests by tag too.
 func Registry(dir string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, what, ok := strings.Cut(r.URL.Path, "/manifests/")
@@ -191,8 +196,8 @@ func Registry(dir string) http.Handler {
 	})
 }
 
-// Mixed is a layer of about size bytes in files of 100 bytes to 4 MiB, which pack to about 40 %. Different seeds give
-// different files, in directories that they share.
+// Mixed is a layer of about size bytes in files of 100 bytes to 4 MiB, which pack to about 40 %.
+// Different seeds give different files, in directories that they share.
 func Mixed(size int64, seed uint64) Layer {
 	return func(w *tar.Writer) error {
 		random := rand.New(rand.NewPCG(seed, 1))

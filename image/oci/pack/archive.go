@@ -16,8 +16,9 @@ import (
 	"push.rocks/smartvm/image/oci/manifest"
 )
 
-// Archive writes an OCI layout as a tar with docker's list beside it, as docker save does since version 25: docker load, podman load, skopeo and
-// whatever reads OCI archives take it. The same image gives the same bytes. Names are what it is called there; those that are no references with
+// Archive writes an OCI layout as a tar with docker's list beside it, as docker save does since
+// version 25: docker load, podman load, skopeo and whatever reads OCI archives take it. The same
+// image gives the same bytes. Names are what it is called there; those that are no references with
 // a tag are left out. Progress, if not nil, is told how many bytes of the layers are done.
 func (i *Image) Archive(ctx context.Context, w io.Writer, names []string, progress func(done, total int64)) error {
 	index, list, err := i.indexes(names)

@@ -21,8 +21,8 @@ import (
 // Root is an ext4 file system, or a part of one.
 type Root struct {
 	Path string
-	// Upper is the directory that was the upper one of an overlay, of which the layer is; empty: it is of all. Leave says which names in Upper are
-	// left out.
+	// Upper is the directory that was the upper one of an overlay, of which the layer is; empty: it is
+	// of all. Leave says which names in Upper are left out.
 	Upper string
 	Leave func(name string) bool
 
@@ -30,8 +30,8 @@ type Root struct {
 	Progress func(done int64) // is told how many bytes the layer has. It may be nil
 }
 
-// Flat makes an image of one layer, in a directory: what the file system has. What d says of the image stays, with its history as that of the layer.
-// The same file system gives the same image.
+// Flat makes an image of one layer, in a directory: what the file system has. What d says of the
+// image stays, with its history as that of the layer. The same file system gives the same image.
 func Flat(ctx context.Context, root Root, d config.Document, dir string) (i *Image, err error) {
 	layer, diffID, err := root.Layer(ctx, dir)
 	if err != nil {
@@ -42,7 +42,8 @@ func Flat(ctx context.Context, root Root, d config.Document, dir string) (i *Ima
 	for n := range steps {
 		steps[n].NoLayer = true
 	}
-	d.About.History = append(steps, config.Step{Created: d.About.Built, CreatedBy: "smartvm", Comment: "the whole root file system"})
+	d.About.History = append(steps,
+		config.Step{Created: d.About.Built, CreatedBy: "smartvm", Comment: "the whole root file system"})
 	text, err := d.Text()
 	if err != nil {
 		return nil, fmt.Errorf("write configuration: %w", err)
@@ -71,8 +72,8 @@ func (r Root) Layer(ctx context.Context, dir string) (l Layer, diffID string, er
 	})
 }
 
-// write makes a layer in a directory: a tar that fill writes, packed with gzip. After an error nothing is left of it. Progress, if not nil, is told
-// how many bytes the tar has.
+// write makes a layer in a directory: a tar that fill writes, packed with gzip. After an error
+// nothing is left of it. Progress, if not nil, is told how many bytes the tar has.
 func write(dir string, progress func(done int64), fill func(w *tar.Writer) error) (l Layer, diffID string, err error) {
 	f, err := os.CreateTemp(dir, "layer-")
 	if err != nil {

@@ -13,7 +13,8 @@ func (i *Image) Layout(dir string) error {
 		return err
 	}
 	at := func(digest string) string { return filepath.Join(dir, blob(digest)) }
-	err = errors.Join(os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o700), os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o600),
+	err = errors.Join(os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o700),
+		os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o600),
 		os.WriteFile(filepath.Join(dir, "index.json"), index, 0o600))
 	for digest, text := range map[string][]byte{i.Digest: i.Manifest, i.config.Digest: i.Config} {
 		err = errors.Join(err, os.WriteFile(at(digest), text, 0o600))

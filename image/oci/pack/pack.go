@@ -1,4 +1,5 @@
-// Package pack has images whose parts are files here, ready to leave: as an archive, or to a registry.
+// Package pack has images whose parts are files here, ready to leave: as an archive, or to a
+// registry.
 package pack
 
 import (
@@ -57,8 +58,8 @@ func Keep(dir string, documents ...[]byte) error {
 	return nil
 }
 
-// Kept reads an image whose documents and layers are in a directory. What is not there is fs.ErrNotExist. That layers are what their digests
-// say is checked when they leave.
+// Kept reads an image whose documents and layers are in a directory. What is not there is
+// fs.ErrNotExist. That layers are what their digests say is checked when they leave.
 func Kept(dir, digest, id string) (*Image, error) {
 	var texts [2][]byte
 	for n, d := range []string{digest, manifest.Algorithm + id} {
@@ -144,7 +145,8 @@ func New(config []byte, layers []Layer) (*Image, error) {
 		blobs = append(blobs, manifest.Descriptor{MediaType: cmp.Or(l.MediaType, typeLayer), Digest: l.Digest, Size: l.Size})
 	}
 	var err error
-	i.Manifest, err = json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": i.Type, "config": i.config, "layers": blobs})
+	i.Manifest, err = json.Marshal(
+		map[string]any{"schemaVersion": 2, "mediaType": i.Type, "config": i.config, "layers": blobs})
 	i.Digest = manifest.Digest(i.Manifest)
 	return i, err
 }

@@ -21,9 +21,12 @@ type Pushed struct {
 	Digest    string `json:"digest"`    // the manifest's
 }
 
-// Push sends the image to a registry, under a reference. What the registry has is not sent; what it has in the repository that the image came
-// from, which may be empty, it is asked to take from there. Errors are those of oci.Options.Target, of files and of registries.
-func (i *Image) Push(ctx context.Context, to, from string, o oci.Options, progress func(done, total int64)) (*Pushed, error) {
+// Push sends the image to a registry, under a reference. What the registry has is not sent; what it
+// has in the repository that the image came from, which may be empty, it is asked to take from
+// there. Errors are those of oci.Options.Target, of files and of registries.
+func (i *Image) Push(ctx context.Context, to, from string, o oci.Options,
+	progress func(done, total int64),
+) (*Pushed, error) {
 	target, err := o.Target(to)
 	if err != nil {
 		return nil, err
@@ -43,7 +46,8 @@ func (i *Image) Push(ctx context.Context, to, from string, o oci.Options, progre
 		}
 	}()
 	options := []remote.Option{
-		remote.WithContext(ctx), remote.WithTransport(target.Transport), remote.WithProgress(updates), remote.WithJobs(atOnce), remote.WithNondistributable,
+		remote.WithContext(ctx), remote.WithTransport(target.Transport), remote.WithProgress(updates),
+		remote.WithJobs(atOnce), remote.WithNondistributable,
 	}
 	if o.Login != nil {
 		options = append(options, remote.WithAuth(o.Login))
@@ -68,7 +72,8 @@ func (i *Image) Push(ctx context.Context, to, from string, o oci.Options, progre
 
 const atOnce = 3 // layers
 
-// outgoing is the image as go-containerregistry has it, with layers that may be taken from another repository of the same registry.
+// outgoing is the image as go-containerregistry has it, with layers that may be taken from another
+// repository of the same registry.
 func (i *Image) outgoing(to name.Reference, from string) (v1.Image, error) {
 	whole, err := partial.CompressedToImage(core{i})
 	if err != nil {

@@ -176,8 +176,9 @@ func (s *Shell) remove(what, flag string, of func(*volume.Store) *volume.Store) 
 	cmd := &cobra.Command{
 		Use:   "rm [-f] NAME...",
 		Short: "Remove " + what,
-		Long:  "Remove " + what + ", which run " + flag + " has made, with all that is on\nthem. What a VM has is not removed.",
-		Args:  s.Takes(1, -1, "a name"),
+		Long: "Remove " + what + ", which run " + flag +
+			" has made, with all that is on\nthem. What a VM has is not removed.",
+		Args: s.Takes(1, -1, "a name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return s.OnHost(func(h *smartvm.Host) error {
 				volumes, err := h.Volumes()

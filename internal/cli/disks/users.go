@@ -44,7 +44,8 @@ func diskUsers(ctx context.Context, h *smartvm.Host, path string) ([]diskUser, e
 			return nil, err
 		}
 		if slices.ContainsFunc(ids, func(id string) bool { _, staged := i.Staged[id]; return !staged }) {
-			users = append(users, diskUser{m, !slices.Contains([]smartvm.State{smartvm.Stopped, smartvm.Failed, smartvm.Lost}, i.State)})
+			users = append(users,
+				diskUser{m, !slices.Contains([]smartvm.State{smartvm.Stopped, smartvm.Failed, smartvm.Lost}, i.State)})
 		}
 	}
 	return users, nil
@@ -92,7 +93,8 @@ func unused(ctx context.Context, h *smartvm.Host) func(path string) error {
 	}
 }
 
-// unread is the same of what changes a disk: no VM that runs may have it. With stopped, none at all.
+// unread is the same of what changes a disk: no VM that runs may have it. With stopped, none at
+// all.
 func unread(ctx context.Context, h *smartvm.Host, stopped bool) func(path string) error {
 	return func(path string) error {
 		if err := unused(ctx, h)(path); err != nil {
@@ -108,7 +110,8 @@ func unread(ctx context.Context, h *smartvm.Host, stopped bool) func(path string
 				return hint.Add(fmt.Errorf("%w: VM %s uses it", smartvm.ErrState, name), "smartvm stop %s first", name)
 			}
 			if stopped {
-				return hint.Add(fmt.Errorf("%w: VM %s, which is stopped, uses it", smartvm.ErrState, name), "smartvm rm %s first; with -f the disk goes, and the VM cannot start any more", name)
+				return hint.Add(fmt.Errorf("%w: VM %s, which is stopped, uses it", smartvm.ErrState, name),
+					"smartvm rm %s first; with -f the disk goes, and the VM cannot start any more", name)
 			}
 		}
 		return nil

@@ -70,7 +70,9 @@ func (s *Shell) createVolume() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().Var(&size, "size", fmt.Sprintf("how large the guest sees it: `size` in MiB, or like 512M or 10G (default %dG)", spec.DefaultVolumeMiB>>10))
+	cmd.Flags().Var(&size, "size",
+		fmt.Sprintf("how large the guest sees it: `size` in MiB, or like 512M or 10G (default %dG)",
+			spec.DefaultVolumeMiB>>10))
 	return cmd
 }
 
@@ -94,7 +96,9 @@ func (s *Shell) listVolumes() *cobra.Command {
 						return err
 					}
 					infos = append(infos, info)
-					rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s", d.Name, human.Size(d.Size), human.Size(d.Used), cmp.Or(strings.Join(info.VMs, " "), "-")))
+					rows = append(rows,
+						fmt.Sprintf("%s\t%s\t%s\t%s", d.Name, human.Size(d.Size), human.Size(d.Used),
+							cmp.Or(strings.Join(info.VMs, " "), "-")))
 				}
 				if s.JSON() {
 					return s.WriteJSON(infos)
@@ -155,7 +159,8 @@ func (s *Shell) pruneVolumes() *cobra.Command {
 		Args:  s.Takes(0, 0, "no arguments"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !all {
-				return s.Usage(errors.New("volume prune: --all is needed"), "each volume has been given a name, so it may be wanted when no VM has it; --all removes it then")
+				return s.Usage(errors.New("volume prune: --all is needed"),
+					"each volume has been given a name, so it may be wanted when no VM has it; --all removes it then")
 			}
 			return s.onVolumes(func(h *smartvm.Host, all *volume.Store) error {
 				list, err := all.List()

@@ -28,8 +28,9 @@ type View struct {
 	filters map[string][]string
 }
 
-// Parse returns a view of what happened since a time, a duration ago or an id (empty: from now on), until a time or a duration ago
-// (empty: without end), that has one of the values of each key of the filters, which are KEY=VALUE.
+// Parse returns a view of what happened since a time, a duration ago or an id (empty: from now on),
+// until a time or a duration ago (empty: without end), that has one of the values of each key of
+// the filters, which are KEY=VALUE.
 func Parse(since, until string, filters []string) (*View, error) {
 	v := &View{from: smartvm.EventsNow, filters: map[string][]string{}}
 	if since != "" {
@@ -59,7 +60,8 @@ func Parse(since, until string, filters []string) (*View, error) {
 	return v, nil
 }
 
-// Show shows events until the end that was asked for, or the end of ctx, whose error it returns then.
+// Show shows events until the end that was asked for, or the end of ctx, whose error it returns
+// then.
 func (v *View) Show(ctx context.Context, h *smartvm.Host) error {
 	asked := ctx
 	if !v.until.IsZero() {

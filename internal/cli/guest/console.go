@@ -57,7 +57,11 @@ func (s *Shell) watch(ctx context.Context, ref string, interactive bool, quit []
 		return err
 	}
 	if state != smartvm.Running && state != smartvm.Paused {
-		return hint.Add(&smartvm.StateError{ID: m.ID(), Op: "watch console of", State: state, Want: []smartvm.State{smartvm.Running, smartvm.Paused}},
+		return hint.Add(
+			&smartvm.StateError{
+				ID: m.ID(), Op: "watch console of", State: state,
+				Want: []smartvm.State{smartvm.Running, smartvm.Paused},
+			},
 			"smartvm logs %s shows what it wrote", cmp.Or(m.Name(), m.ID()))
 	}
 	v := view{path: m.ConsoleLog(), lines: consoleBacklog, follow: true}

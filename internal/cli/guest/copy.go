@@ -44,13 +44,15 @@ func (s *Shell) copy() *cobra.Command {
 	return cmd
 }
 
-// copyAll copies sources, all in VMs or all on this host, to the other side. Of several each goes into a directory.
+// copyAll copies sources, all in VMs or all on this host, to the other side. Of several each goes
+// into a directory.
 func (s *Shell) copyAll(ctx context.Context, sources []string, to string, o smartvm.CopyOptions) error {
 	vm, target, intoVM := agent.Split(to)
 	for _, from := range sources {
 		switch _, _, fromVM := agent.Split(from); {
 		case fromVM && intoVM:
-			return s.Usage(fmt.Errorf("%s and %s: one of them must be here", from, to), "smartvm cp VM:PATH - | smartvm cp - VM:PATH copies from one VM to another")
+			return s.Usage(fmt.Errorf("%s and %s: one of them must be here", from, to),
+				"smartvm cp VM:PATH - | smartvm cp - VM:PATH copies from one VM to another")
 		case !fromVM && !intoVM:
 			return s.Usage(fmt.Errorf("%s and %s: one of them must be in a VM", from, to), "write it as VM:PATH")
 		}

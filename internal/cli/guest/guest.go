@@ -51,7 +51,10 @@ type Shell struct {
 
 // Commands are those of this package.
 func (s *Shell) Commands() []*cobra.Command {
-	return []*cobra.Command{s.exec(), s.shell(), s.copy(), s.commit(), s.stats(), s.top(), s.forward(), s.port(), s.logs(), s.console(), s.events(), s.agent()}
+	return []*cobra.Command{
+		s.exec(), s.shell(), s.copy(), s.commit(), s.stats(), s.top(), s.forward(), s.port(), s.logs(),
+		s.console(), s.events(), s.agent(),
+	}
 }
 
 // each does something to VMs, all at once, and returns what went wrong.
@@ -93,8 +96,8 @@ func (o *Streams) detachFlag(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&o.keys, "detach-keys", keys.Default, "`keys` that leave the command to itself, with -it")
 }
 
-// Connect returns a command with this process's streams, and a context for its run: the first signal is passed on to the
-// command, the next one ends it. The caller calls done.
+// Connect returns a command with this process's streams, and a context for its run: the first
+// signal is passed on to the command, the next one ends it. The caller calls done.
 func (s *Shell) Connect(ctx context.Context, o Streams) (_ context.Context, cmd smartvm.Cmd, done func(), err error) {
 	cmd = smartvm.Cmd{Stdout: s.Stdout, Stderr: s.Stderr, TTY: o.TTY, Term: s.Term}
 	if o.Interactive {
@@ -245,7 +248,9 @@ func (s *Shell) exec() *cobra.Command {
 				return s.Usage(err, "")
 			}
 			env = append(fromFiles, own...)
-			return s.Run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) { c.Args, c.User, c.Dir, c.Env = args[1:], user, dir, env })
+			return s.Run(cmd.Context(), args[0], o, func(c *smartvm.Cmd) {
+				c.Args, c.User, c.Dir, c.Env = args[1:], user, dir, env
+			})
 		},
 	}
 	f := cmd.Flags()
@@ -255,7 +260,8 @@ func (s *Shell) exec() *cobra.Command {
 	o.detachFlag(cmd)
 	f.StringVarP(&user, "user", "u", "", "`user` of the guest that runs it, NAME or UID, and optionally :GROUP")
 	f.StringVarP(&dir, "workdir", "w", "", "`dir` to run it in")
-	f.StringArrayVarP(&env, "env", "e", nil, "`NAME=VALUE` for it, or NAME for the value that it has here; may be repeated")
+	f.StringArrayVarP(&env, "env", "e", nil,
+		"`NAME=VALUE` for it, or NAME for the value that it has here; may be repeated")
 	f.StringArrayVar(&envFiles, "env-file", nil, "`file` with NAME=VALUE lines; may be repeated, -e counts before it")
 	return cmd
 }

@@ -63,8 +63,8 @@ func (s *Shell) logs() *cobra.Command {
 // maxBacklog is more than is kept of any log: what a guest adds while it is read is not waited for.
 const maxBacklog = 8 << 20
 
-// view is of a log: from a time on, if there is one, and from the last so many lines on if these are not negative, and on until the VM
-// has ended.
+// view is of a log: from a time on, if there is one, and from the last so many lines on if these
+// are not negative, and on until the VM has ended.
 type view struct {
 	path   string
 	since  time.Time

@@ -13,7 +13,8 @@ import (
 // pauseLook is how often a VM in which a program runs is looked at.
 const pauseLook = 2 * time.Second
 
-// tellPauses says when the VM is paused, with what runs in it, and when it goes on. The caller calls done.
+// tellPauses says when the VM is paused, with what runs in it, and when it goes on. The caller
+// calls done.
 func (s *Shell) tellPauses(ctx context.Context, m *smartvm.Machine, o Streams) (done func()) {
 	say := func(format string, args ...any) {
 		text := fmt.Sprintf("smartvm: VM "+format+"\n", args...)

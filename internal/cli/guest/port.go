@@ -27,7 +27,8 @@ func (s *Shell) port() *cobra.Command {
 			if len(args) == 2 {
 				number, of, _ := strings.Cut(strings.ToLower(args[1]), "/")
 				var err error
-				if guest, err = strconv.ParseUint(number, 10, 16); err != nil || guest == 0 || !slices.Contains([]string{"", "tcp", "udp"}, of) {
+				if guest, err = strconv.ParseUint(number, 10, 16); err != nil || guest == 0 ||
+					!slices.Contains([]string{"", "tcp", "udp"}, of) {
 					return s.Usage(fmt.Errorf("%q: want PORT[/tcp|/udp]", args[1]), "")
 				}
 				if protocol = "tcp"; of == "udp" {

@@ -27,7 +27,8 @@ const (
 	home         = "\x1b[H\x1b[J"         // clears a terminal
 )
 
-// vmStats is what stats says of a VM, in JSON: what its guest sees, where an agent is in it, and what the host does.
+// vmStats is what stats says of a VM, in JSON: what its guest sees, where an agent is in it, and
+// what the host does.
 type vmStats struct {
 	ID   string `json:"id"`
 	Name string `json:"name,omitempty"`
@@ -145,9 +146,15 @@ func sample(ctx context.Context, m *smartvm.Machine) (*vmStats, error) {
 		return nil, err
 	}
 	if in.State != smartvm.Running && in.State != smartvm.Paused {
-		return nil, &smartvm.StateError{ID: m.ID(), Op: "measure", State: in.State, Want: []smartvm.State{smartvm.Running, smartvm.Paused}}
+		return nil, &smartvm.StateError{
+			ID: m.ID(), Op: "measure", State: in.State,
+			Want: []smartvm.State{smartvm.Running, smartvm.Paused},
+		}
 	}
-	st := &vmStats{ID: m.ID(), Name: m.Name(), at: time.Now(), host: vmm.UsageOf(in.PIDs), size: uint64(in.Spec.MachineConfig.MemSizeMiB) << 20}
+	st := &vmStats{
+		ID: m.ID(), Name: m.Name(), at: time.Now(), host: vmm.UsageOf(in.PIDs),
+		size: uint64(in.Spec.MachineConfig.MemSizeMiB) << 20,
+	}
 	st.Received, st.Sent = in.Traffic()
 	st.VMMMemory = st.host.Memory
 	if in.State == smartvm.Running && in.Guest.Ready() {
@@ -181,7 +188,8 @@ func statsTable(to io.Writer, all []*vmStats) error {
 			memory, disk = human.Short(g.MemoryUsed)+"/"+human.Short(g.Memory), human.Short(g.DiskUsed)+"/"+human.Short(g.Disk)
 			moved, procs = human.Short(g.DiskRead)+"/"+human.Short(g.DiskWritten), fmt.Sprint(g.Processes)
 		}
-		fmt.Fprintf(w, "%.16s\t%.0f%%\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(st.Name, st.ID), max(st.CPUPercent, 0), memory, disk, moved,
+		fmt.Fprintf(w, "%.16s\t%.0f%%\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(st.Name, st.ID), max(st.CPUPercent, 0),
+			memory, disk, moved,
 			human.Short(st.Received)+"/"+human.Short(st.Sent), procs)
 	}
 	return w.Flush()
@@ -221,7 +229,8 @@ func (s *Shell) top() *cobra.Command {
 			w := tabwriter.NewWriter(&lines, 0, 0, 2, ' ', 0)
 			fmt.Fprintln(w, "PID\tUSER\tCPU\tMEMORY\tTIME\tSTATE\tCOMMAND")
 			for _, p := range all {
-				fmt.Fprintf(w, "%d\t%.12s\t%.0f%%\t%s\t%s\t%s\t%s\n", p.PID, p.User, p.CPUPercent, human.Short(p.Memory), p.CPU.Round(10*time.Millisecond), p.State, p.Command)
+				fmt.Fprintf(w, "%d\t%.12s\t%.0f%%\t%s\t%s\t%s\t%s\n", p.PID, p.User, p.CPUPercent, human.Short(p.Memory),
+					p.CPU.Round(10*time.Millisecond), p.State, p.Command)
 			}
 			if err := w.Flush(); err != nil {
 				return err

@@ -27,7 +27,8 @@ func (s *Shell) WaitFor(ctx context.Context, refs []string, what string) error {
 		await = func(ctx context.Context, m *smartvm.Machine) error {
 			return poll(ctx, m, func() (bool, error) {
 				c, err := m.DialTCP(ctx, uint16(port))
-				if _, refused := errors.AsType[*agent.GuestError](err); refused || errors.Is(err, agent.ErrLost) || errors.Is(err, smartvm.ErrNoAgent) {
+				if _, refused := errors.AsType[*agent.GuestError](err); refused || errors.Is(err, agent.ErrLost) ||
+					errors.Is(err, smartvm.ErrNoAgent) {
 					return false, nil
 				}
 				if err != nil {

@@ -13,7 +13,8 @@ import (
 // width is that of the terminals that help is laid out for, in columns.
 const width = 80
 
-// Show shows what a command does, without the templates of cobra, which would keep the linker from leaving out unused code.
+// Show shows what a command does, without the templates of cobra, which would keep the linker from
+// leaving out unused code.
 func Show(cmd *cobra.Command, _ []string) {
 	w := cmd.OutOrStdout()
 	text := cmd.Long
@@ -49,7 +50,8 @@ func Show(cmd *cobra.Command, _ []string) {
 	}
 }
 
-// wrap breaks the lines of paragraphs that have one that is too wide. Lines that begin with a blank stay.
+// wrap breaks the lines of paragraphs that have one that is too wide. Lines that begin with a blank
+// stay.
 func wrap(text string) string {
 	var out, paragraph []string
 	end := func() {

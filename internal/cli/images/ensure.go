@@ -36,7 +36,8 @@ func (s *Shell) EnsureFirecracker(ctx context.Context) error {
 	return errors.Join(err, h.Close())
 }
 
-// Ensure fetches the image that vm names, if it is not here, and has vm name what it is called here.
+// Ensure fetches the image that vm names, if it is not here, and has vm name what it is called
+// here.
 func (s *Shell) Ensure(ctx context.Context, vm *smartvm.Spec, pull *PullPolicy) error {
 	if !slices.Contains(pullPolicies, string(*pull)) {
 		return s.Usage(fmt.Errorf("--pull %q: want missing, always or never", *pull), "")

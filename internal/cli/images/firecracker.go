@@ -165,7 +165,8 @@ func (s *Shell) df() *cobra.Command {
 				used += d.Used
 			}
 			if s.JSON() {
-				return s.WriteJSON(map[string]any{"images": u.Images, "objects": u.Objects, "layers": u.Layers, "unused": u.Unused, "disks": used})
+				return s.WriteJSON(
+					map[string]any{"images": u.Images, "objects": u.Objects, "layers": u.Layers, "unused": u.Unused, "disks": used})
 			}
 			return s.Table("WHAT\tNUMBER\tSIZE", []string{
 				fmt.Sprintf("images\t%d\t%s", u.Images, human.Size(u.Objects)),

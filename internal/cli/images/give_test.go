@@ -22,7 +22,8 @@ func TestSave_Terminal(t *testing.T) {
 	root := &cobra.Command{Use: "smartvm", SilenceErrors: true, SilenceUsage: true}
 	root.AddCommand(s.Commands()...)
 	root.SetArgs([]string{"image", "save", "app"})
-	if err := root.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), "terminal") || hinted != "smartvm image save -o FILE app" {
+	if err := root.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), "terminal") ||
+		hinted != "smartvm image save -o FILE app" {
 		t.Errorf("%v, hint %q", err, hinted)
 	}
 }

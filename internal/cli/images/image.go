@@ -90,7 +90,8 @@ func (s *Shell) Pull(ctx context.Context, images *image.Store, ref, name string)
 // replaced says that a name stood for another image before: an archive names itself.
 func (s *Shell) replaced(i *image.Image) {
 	if old := i.Replaced; old != nil {
-		s.note("replaced", "%s is now image %.12s in place of %.12s, which came from %s", i.Name, i.ID, old.ID, human.Printable(old.Source))
+		s.note("replaced", "%s is now image %.12s in place of %.12s, which came from %s", i.Name, i.ID, old.ID,
+			human.Printable(old.Source))
 	}
 }
 
@@ -149,7 +150,8 @@ func (s *Shell) importImage() *cobra.Command {
 	f := cmd.Flags()
 	f.SortFlags = false
 	f.StringVarP(&o.Kernel, "kernel", "k", "", "vmlinux, bzImage, arm64 Image or EFI image at `path`, or host")
-	f.StringVar(&o.Modules, "modules", "", "the kernel's /lib/modules/RELEASE, a `dir`; without it what guests need is built in")
+	f.StringVar(&o.Modules, "modules", "",
+		"the kernel's /lib/modules/RELEASE, a `dir`; without it what guests need is built in")
 	f.StringVar(&o.Rootfs, "rootfs", "", "root file system at `path`, - for a tar on standard input")
 	f.StringVar(&o.Initrd, "initrd", "", "initramfs at `path` that boots by itself")
 	f.StringVar(&o.BootArgs, "append", "", "kernel command `line`")
@@ -160,8 +162,9 @@ func (s *Shell) importImage() *cobra.Command {
 // views are the commands that show images.
 func (s *Shell) views() []*cobra.Command {
 	v := &imageview.Shell{
-		Stdout: s.Stdout, JSON: s.JSON, Store: s.store, Usage: s.Usage, Takes: s.Takes, WriteJSON: s.WriteJSON, Table: s.Table,
-		Warn: func(err error) { s.note("warning", "%v", err) },
+		Stdout: s.Stdout, JSON: s.JSON, Store: s.store, Usage: s.Usage, Takes: s.Takes, WriteJSON: s.WriteJSON,
+		Table: s.Table,
+		Warn:  func(err error) { s.note("warning", "%v", err) },
 	}
 	return v.Commands()
 }
@@ -200,7 +203,9 @@ func (s *Shell) remove() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return images.Remove(ctx, name, force) })
+			return s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) {
+				return images.Remove(ctx, name, force)
+			})
 		},
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "take the name away even if VMs use it; they keep what they have")
@@ -273,7 +278,9 @@ func (s *Shell) verify() *cobra.Command {
 			}
 			done := s.Status(s.Transfer.Text)
 			defer done()
-			return errors.Join(unreadable, s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) { return name, images.Verify(ctx, name) }))
+			return errors.Join(unreadable, s.Each(cmd.Context(), args, func(ctx context.Context, name string) (any, error) {
+				return name, images.Verify(ctx, name)
+			}))
 		},
 	}
 }

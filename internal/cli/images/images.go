@@ -1,5 +1,5 @@
-// Package images is the part of the command line that is about images, networks and Firecracker itself: a group of
-// commands each.
+// Package images is the part of the command line that is about images, networks and Firecracker
+// itself: a group of commands each.
 package images
 
 import (
@@ -59,7 +59,8 @@ func (s *Shell) Group(use, short, long string, commands ...*cobra.Command) *cobr
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return s.Usage(fmt.Errorf("%s has no command %q", cmd.CommandPath(), args[0]), cmd.CommandPath()+" --help lists them")
+				return s.Usage(fmt.Errorf("%s has no command %q", cmd.CommandPath(), args[0]),
+					cmd.CommandPath()+" --help lists them")
 			}
 			return cmd.Help()
 		},
@@ -68,8 +69,8 @@ func (s *Shell) Group(use, short, long string, commands ...*cobra.Command) *cobr
 	return c
 }
 
-// Progress is told how far a step is. On a terminal it is for Status; else there is a line for each step and now and
-// then; with -o json each is an object on standard error.
+// Progress is told how far a step is. On a terminal it is for Status; else there is a line for each
+// step and now and then; with -o json each is an object on standard error.
 func (s *Shell) Progress(step string, done, total int64) {
 	s.Transfer.Set(step, done, total)
 	if s.Terminal() && !s.JSON() {
@@ -170,7 +171,9 @@ func (s *Shell) Table(heading string, rows []string) error {
 }
 
 // Each does something to each name, and says of which it went well. What do returns is for -o json.
-func (s *Shell) Each(ctx context.Context, names []string, do func(ctx context.Context, name string) (any, error)) error {
+func (s *Shell) Each(ctx context.Context, names []string,
+	do func(ctx context.Context, name string) (any, error),
+) error {
 	good := []any{}
 	var errs []error
 	for _, name := range names {

@@ -31,7 +31,8 @@ func (s *Shell) network() *cobra.Command {
 	return s.Group("network", "Make and remove networks",
 		"Manage the networks that run --net NAME joins. The network default is always there.\n"+
 			"A network takes no room on the host while no VM runs on it.",
-		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.updateNetwork(), s.removeNetworks(), s.pruneNetworks(), s.warmNetwork(), s.networkLog())
+		s.listNetworks(), s.inspectNetworks(), s.createNetwork(), s.updateNetwork(), s.removeNetworks(), s.pruneNetworks(),
+		s.warmNetwork(), s.networkLog())
 }
 
 // networkState is a network as the commands show it.
@@ -87,7 +88,9 @@ func (s *Shell) listNetworks() *cobra.Command {
 				for _, c := range list {
 					state := stateOf(h, c)
 					states = append(states, state)
-					rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%d\t%d", c.Name, c.Bridge, shown(c.Subnet), shown(c.Subnet6), len(state.VMs), state.Slots.All))
+					rows = append(rows,
+						fmt.Sprintf("%s\t%s\t%s\t%s\t%d\t%d", c.Name, c.Bridge, shown(c.Subnet), shown(c.Subnet6), len(state.VMs),
+							state.Slots.All))
 				}
 				if s.JSON() {
 					return errors.Join(s.WriteJSON(states), unreadable)
@@ -190,7 +193,8 @@ func (s *Shell) createNetwork() *cobra.Command {
 	f.StringVar(&c.Bridge, "interface", "", "`name` of its bridge on the host")
 	f.IntVar(&c.MTU, "mtu", 0, "largest packet in `bytes` (1500)")
 	f.BoolVar(&isolate, "isolate", false, "keep its VMs from each other")
-	f.BoolVar(&c.Routed, "routed", false, "let its VMs reach each other by the host alone, as policies allow; without it policies say nothing of that")
+	f.BoolVar(&c.Routed, "routed", false,
+		"let its VMs reach each other by the host alone, as policies allow; without it policies say nothing of that")
 	f.BoolVar(&c.Inside, "internal", false, "let nothing leave the network")
 	f.StringVar(&c.WireGuard, "wireguard", "", "`interface` of WireGuard's by which alone its VMs reach the outside")
 	f.StringVar(&c.WireGuardConfig, "wireguard-config", "", "the same, made of a `file` as wg-quick has it")
@@ -205,7 +209,8 @@ type lanFlags struct{ on, gateway, between string }
 func (l *lanFlags) add(f *pflag.FlagSet) {
 	f.StringVar(&l.on, "on", "", "`bridge` that is there, and stays as it is")
 	f.StringVar(&l.gateway, "gateway", "", "with --on, the `address` of the LAN's router")
-	f.StringVar(&l.between, "range", "", "with --on, the `addresses` FIRST-LAST for VMs without --ip, which nothing else has")
+	f.StringVar(&l.between, "range", "",
+		"with --on, the `addresses` FIRST-LAST for VMs without --ip, which nothing else has")
 }
 
 // of says what the flags say of a network.
@@ -239,7 +244,8 @@ func (l *lanFlags) of(c *network.Config) error {
 	return errors.Join(errs...)
 }
 
-// absolute makes a configuration's path one that any process finds, and says what is wrong with it now rather than later.
+// absolute makes a configuration's path one that any process finds, and says what is wrong with it
+// now rather than later.
 func absolute(path *string) (err error) {
 	f, err := os.Open(*path)
 	if err != nil {
@@ -273,21 +279,24 @@ func (s *Shell) removeNetworks() *cobra.Command {
 // removeNetwork leaves one alone that VMs are on.
 func removeNetwork(ctx context.Context, h *smartvm.Host, all *catalog.Store, name string) error {
 	if vms := stateOf(h, network.Config{Name: name}).VMs; len(vms) > 0 {
-		return hint.Add(fmt.Errorf("remove network %s: %d VMs use it, one is %s", name, len(vms), vms[0]), "smartvm stop ends them")
+		return hint.Add(fmt.Errorf("remove network %s: %d VMs use it, one is %s", name, len(vms), vms[0]),
+			"smartvm stop ends them")
 	}
 	made, err := usersOf(ctx, h)
 	if err != nil {
 		return err
 	}
 	if vm := made[name]; vm != "" {
-		return hint.Add(fmt.Errorf("remove network %s: VM %s was made for it, and could not be started again", name, vm), "smartvm rm %s removes it", vm)
+		return hint.Add(fmt.Errorf("remove network %s: VM %s was made for it, and could not be started again", name, vm),
+			"smartvm rm %s removes it", vm)
 	}
 	if slots, err := h.Slots(name); err == nil && slots.All > 0 {
 		if slots, err = h.Warm(ctx, name, 0); err != nil {
 			return err
 		}
 		if slots.All > 0 {
-			return hint.Add(fmt.Errorf("remove network %s: VMs have %d of its slots", name, slots.All), "smartvm rm removes them")
+			return hint.Add(fmt.Errorf("remove network %s: VMs have %d of its slots", name, slots.All),
+				"smartvm rm removes them")
 		}
 	}
 	return all.Remove(name)

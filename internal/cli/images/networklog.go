@@ -91,7 +91,8 @@ const (
 	lookEvery  = time.Second // how often VMs are looked for that are new
 )
 
-// show prints what there is in the order of its time, and if asked for what comes, until the VM ends.
+// show prints what there is in the order of its time, and if asked for what comes, until the VM
+// ends.
 func (v *flowView) show(ctx context.Context, each func(flowlog.Event) error) error {
 	v.logs = map[string]*flowSource{}
 	defer func() {
@@ -105,7 +106,8 @@ func (v *flowView) show(ctx context.Context, each func(flowlog.Event) error) err
 	if v.vm != nil && v.follow {
 		go func() {
 			_, err := v.vm.Wait(ctx)
-			if errors.Is(err, smartvm.ErrNotFound) || errors.Is(err, smartvm.ErrState) { // it is removed, so it has ended; or it never ran
+			// it is removed, so it has ended; or it never ran
+			if errors.Is(err, smartvm.ErrNotFound) || errors.Is(err, smartvm.ErrState) {
 				err = nil
 			}
 			ended <- err

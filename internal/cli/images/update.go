@@ -19,9 +19,13 @@ import (
 // settingFlags are those of what may be changed while a network is up.
 func settingFlags(f *pflag.FlagSet, c *network.Settings, rules *vmflags.Policy) {
 	rules.Add(f)
-	f.IntVar(&c.MaxConnections, "max-connections", 0, "most `connections` of one VM that the host keeps track of (an eighth of what it can)")
-	f.IntVar(&c.NewConnections, "new-connections", 0, fmt.Sprintf("most `connections` that one VM may begin in a second (%d)", network.DefaultNewConnections))
-	f.IntVar(&c.DNSQuestions, "dns-questions", 0, fmt.Sprintf("most DNS `questions` that a VM which starts from now on may ask in a second (%d)", dnsproxy.DefaultPerSecond))
+	f.IntVar(&c.MaxConnections, "max-connections", 0,
+		"most `connections` of one VM that the host keeps track of (an eighth of what it can)")
+	f.IntVar(&c.NewConnections, "new-connections", 0,
+		fmt.Sprintf("most `connections` that one VM may begin in a second (%d)", network.DefaultNewConnections))
+	f.IntVar(&c.DNSQuestions, "dns-questions", 0,
+		fmt.Sprintf("most DNS `questions` that a VM which starts from now on may ask in a second (%d)",
+			dnsproxy.DefaultPerSecond))
 }
 
 func (s *Shell) updateNetwork() *cobra.Command {

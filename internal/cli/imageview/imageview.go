@@ -1,4 +1,5 @@
-// Package imageview shows images to people: chosen by filters, as tables or by a template, and how they were made.
+// Package imageview shows images to people: chosen by filters, as tables or by a template, and how
+// they were made.
 package imageview
 
 import (
@@ -22,8 +23,9 @@ import (
 // shortID is how many digits of an id are shown.
 const shortID = 12
 
-// Filter makes one of several that must all be met: label=NAME, label=NAME=VALUE, label!=NAME, label!=NAME=VALUE, reference=PATTERN, before=IMAGE, since=IMAGE
-// or until=TIME. Find finds the images that are named.
+// Filter makes one of several that must all be met: label=NAME, label=NAME=VALUE, label!=NAME,
+// label!=NAME=VALUE, reference=PATTERN, before=IMAGE, since=IMAGE or until=TIME. Find finds the
+// images that are named.
 func Filter(filters []string, find func(ref string) (*image.Image, error)) (meets func(*image.Image) bool, err error) {
 	var all []func(*image.Image) bool
 	var errs []error
@@ -37,7 +39,8 @@ func Filter(filters []string, find func(ref string) (*image.Image, error)) (meet
 }
 
 // ErrFilter says that a filter makes no sense.
-var ErrFilter = errors.New("want label=NAME, label=NAME=VALUE, label!=NAME, label!=NAME=VALUE, reference=PATTERN, before=IMAGE, since=IMAGE or until=TIME, as in 24h or 2026-01-31")
+var ErrFilter = errors.New(
+	"want label=NAME, label=NAME=VALUE, label!=NAME, label!=NAME=VALUE, reference=PATTERN, before=IMAGE, since=IMAGE or until=TIME, as in 24h or 2026-01-31")
 
 func parse(filter string, find func(ref string) (*image.Image, error)) (meets func(*image.Image) bool, err error) {
 	kind, value, ok := strings.Cut(filter, "=")
@@ -72,7 +75,8 @@ func parse(filter string, find func(ref string) (*image.Image, error)) (meets fu
 	return nil, fmt.Errorf("filter %q: %w", filter, ErrFilter)
 }
 
-// moment is a time as docker's filters have it: how long ago, in seconds of Unix, or a date with more or less of a time.
+// moment is a time as docker's filters have it: how long ago, in seconds of Unix, or a date with
+// more or less of a time.
 func moment(text string, now time.Time) (time.Time, bool) {
 	if ago, err := time.ParseDuration(text); err == nil {
 		return now.Add(-ago), true
@@ -112,7 +116,8 @@ func view(in *image.Inspection, whole bool) View {
 		id = id[:min(len(id), shortID)]
 	}
 	return View{
-		Name: in.Name, ID: id, Digest: in.Digest, Content: content(in), Size: human.Size(in.Size), Created: human.Ago(time.Since(in.Created)) + " ago",
+		Name: in.Name, ID: id, Digest: in.Digest, Content: content(in), Size: human.Size(in.Size),
+		Created:  human.Ago(time.Since(in.Created)) + " ago",
 		Platform: in.About.Platform, Author: in.About.Author, Labels: in.Config.Labels, VMs: len(in.UsedBy),
 	}
 }
@@ -139,7 +144,8 @@ func content(in *image.Inspection) string {
 	return strings.TrimSpace(text)
 }
 
-// Table is a heading and rows of columns, with digests if they are asked for. Whole shows ids in full.
+// Table is a heading and rows of columns, with digests if they are asked for. Whole shows ids in
+// full.
 func Table(all []*image.Inspection, digests, whole bool) (heading string, rows []string) {
 	column := func(digest string) string {
 		if !digests {
@@ -149,12 +155,14 @@ func Table(all []*image.Inspection, digests, whole bool) (heading string, rows [
 	}
 	for _, in := range all {
 		v := view(in, whole)
-		rows = append(rows, fmt.Sprintf("%s\t%s\t%s%s\t%s\t%s\t%d", v.Name, v.ID, column(v.Digest), v.Content, v.Size, v.Created, v.VMs))
+		rows = append(rows,
+			fmt.Sprintf("%s\t%s\t%s%s\t%s\t%s\t%d", v.Name, v.ID, column(v.Digest), v.Content, v.Size, v.Created, v.VMs))
 	}
 	return "NAME\tID\t" + column("DIGEST") + "CONTENT\tSIZE\tCREATED\tVMS", rows
 }
 
-// History is a heading and rows of how an image was made, the newest step first. Whole shows commands in full.
+// History is a heading and rows of how an image was made, the newest step first. Whole shows
+// commands in full.
 func History(steps []config.Step, whole bool) (heading string, rows []string) {
 	for _, h := range slices.Backward(steps) {
 		created, size, by := "-", human.Size(h.Size), human.Printable(strings.Join(strings.Fields(h.CreatedBy), " "))
@@ -175,7 +183,8 @@ func History(steps []config.Step, whole bool) (heading string, rows []string) {
 // maxCommand is how much of a command fits into a table.
 const maxCommand = 60
 
-// Template reads a template for each of what it is made for. It has json, which writes a value as JSON.
+// Template reads a template for each of what it is made for. It has json, which writes a value as
+// JSON.
 func Template(text string) (*template.Template, error) {
 	t, err := template.New("format").Option("missingkey=zero").Funcs(template.FuncMap{"json": func(v any) (string, error) {
 		data, err := json.Marshal(v)

@@ -19,8 +19,9 @@ import (
 func inspection(name string, day int, labels map[string]string) *image.Inspection {
 	return &image.Inspection{
 		Image: image.Image{
-			Name: name, ID: strings.Repeat("0123456789abcdef", 4), Digest: "sha256:x", Created: time.Date(2026, 1, day, 0, 0, 0, 0, time.UTC),
-			Config: oci.Config{Labels: labels},
+			Name: name, ID: strings.Repeat("0123456789abcdef", 4), Digest: "sha256:x",
+			Created: time.Date(2026, 1, day, 0, 0, 0, 0, time.UTC),
+			Config:  oci.Config{Labels: labels},
 		},
 		Objects: []image.Object{{ID: "chain3-0", Type: "ext4"}, {ID: "kernel-0", Release: "6.1"}},
 	}
@@ -78,7 +79,10 @@ func TestFilter(t *testing.T) {
 			t.Errorf("%s: %q, %v, want %q", filters, names, err, want)
 		}
 	}
-	for _, filter := range []string{"label", "label=", "size=3", "reference=[", "", "until=", "until=soon", "until!=1h", "label!"} {
+	for _, filter := range []string{
+		"label", "label=", "size=3", "reference=[", "", "until=", "until=soon",
+		"until!=1h", "label!",
+	} {
 		if _, err := imageview.Filter([]string{filter}, find); !errors.Is(err, imageview.ErrFilter) {
 			t.Errorf("%q: %v", filter, err)
 		}
@@ -92,10 +96,12 @@ func TestTable(t *testing.T) {
 	in := inspection("debian:12", 2, nil)
 	in.Missing = []string{"kernel-1"}
 	heading, rows := imageview.Table([]*image.Inspection{in}, true, false)
-	if heading != "NAME\tID\tDIGEST\tCONTENT\tSIZE\tCREATED\tVMS" || len(rows) != 1 || !strings.HasPrefix(rows[0], "debian:12\t0123456789ab\tsha256:x\text4, kernel 6.1 (incomplete)\t") {
+	if heading != "NAME\tID\tDIGEST\tCONTENT\tSIZE\tCREATED\tVMS" || len(rows) != 1 ||
+		!strings.HasPrefix(rows[0], "debian:12\t0123456789ab\tsha256:x\text4, kernel 6.1 (incomplete)\t") {
 		t.Errorf("%q\n%q", heading, rows)
 	}
-	if heading, rows = imageview.Table([]*image.Inspection{in}, false, true); strings.Contains(heading, "DIGEST") || !strings.Contains(rows[0], in.ID) {
+	if heading, rows = imageview.Table([]*image.Inspection{in}, false, true); strings.Contains(heading, "DIGEST") ||
+		!strings.Contains(rows[0], in.ID) {
 		t.Errorf("%q\n%q", heading, rows)
 	}
 }
@@ -106,7 +112,8 @@ func TestFormat(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	if err := imageview.Format(&out, format, []*image.Inspection{inspection("a", 1, map[string]string{"b": "c"})}, false); err != nil {
+	if err := imageview.Format(&out, format, []*image.Inspection{inspection("a", 1, map[string]string{"b": "c"})},
+		false); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff("a 0123456789ab {\"b\":\"c\"} \n", out.String()); diff != "" {
@@ -117,10 +124,15 @@ func TestFormat(t *testing.T) {
 // A history is an image's own words: on one line each, and nothing that a terminal obeys.
 func TestHistory(t *testing.T) {
 	steps := []config.Step{
-		{CreatedBy: "COPY\n\t. /", Size: 2048}, {CreatedBy: strings.Repeat("x", 100), NoLayer: true}, {CreatedBy: "\x1b[31mred", Comment: "a\nb"},
+		{CreatedBy: "COPY\n\t. /", Size: 2048},
+		{CreatedBy: strings.Repeat("x", 100), NoLayer: true},
+		{CreatedBy: "\x1b[31mred", Comment: "a\nb"},
 	}
 	_, rows := imageview.History(steps, false)
-	want := []string{"-\t-\t\ufffd[31mred\ta\ufffdb", "-\t0 KiB\t" + strings.Repeat("x", 59) + "…\t", "-\t2 KiB\tCOPY . /\t"}
+	want := []string{
+		"-\t-\t\ufffd[31mred\ta\ufffdb", "-\t0 KiB\t" + strings.Repeat("x", 59) + "…\t",
+		"-\t2 KiB\tCOPY . /\t",
+	}
 	if diff := cmp.Diff(want, rows); diff != "" {
 		t.Error(diff)
 	}

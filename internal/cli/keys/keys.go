@@ -21,7 +21,8 @@ func Parse(text string) (keys []byte, err error) {
 		key, ctrl := strings.CutPrefix(strings.ToLower(name), "ctrl-")
 		switch {
 		case len(key) != 1:
-			return nil, fmt.Errorf("--detach-keys %q: %q is no key: want a letter, or ctrl- and one of a-z @ [ \\ ] ^ _", text, name)
+			return nil, fmt.Errorf("--detach-keys %q: %q is no key: want a letter, or ctrl- and one of a-z @ [ \\ ] ^ _", text,
+				name)
 		case !ctrl:
 			keys = append(keys, name[0])
 		case key[0] >= 'a' && key[0] <= 'z' || strings.Contains("@[\\]^_", key):

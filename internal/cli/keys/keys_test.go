@@ -12,7 +12,8 @@ import (
 
 func TestParse(t *testing.T) {
 	for text, want := range map[string]string{
-		keys.Default: "\x10\x11", "a": "a", "A,ctrl-@": "A\x00", "ctrl-[,ctrl-\\,ctrl-],ctrl-^,ctrl-_,CTRL-Z": "\x1b\x1c\x1d\x1e\x1f\x1a", "": "",
+		keys.Default: "\x10\x11", "a": "a", "A,ctrl-@": "A\x00",
+		"ctrl-[,ctrl-\\,ctrl-],ctrl-^,ctrl-_,CTRL-Z": "\x1b\x1c\x1d\x1e\x1f\x1a", "": "",
 	} {
 		if got, err := keys.Parse(text); err != nil || string(got) != want {
 			t.Errorf("%q: got %q, %v, want %q", text, got, err, want)
@@ -42,7 +43,9 @@ func TestReader(t *testing.T) {
 		{"x", "", "", false},
 		{"x", "x", "", true},
 	} {
-		for how, wrap := range map[string]func(io.Reader) io.Reader{"at once": func(r io.Reader) io.Reader { return r }, "by bytes": iotest.OneByteReader, "with its end": iotest.DataErrReader} {
+		for how, wrap := range map[string]func(io.Reader) io.Reader{"at once": func(r io.Reader) io.Reader {
+			return r
+		}, "by bytes": iotest.OneByteReader, "with its end": iotest.DataErrReader} {
 			times := 0
 			d := &keys.Reader{From: wrap(strings.NewReader(tt.typed)), Keys: []byte(tt.keys), Detach: func() { times++ }}
 			got, err := io.ReadAll(iotest.OneByteReader(d))

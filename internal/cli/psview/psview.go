@@ -62,7 +62,8 @@ func Table(stdout, stderr io.Writer, list []*VM) error {
 	for _, l := range list {
 		for _, p := range l.Ports {
 			if p.Shadows {
-				fmt.Fprintf(stderr, "smartvm: something else listens at a port of %s (%s): what is sent there goes to the VM\n", l.ID, p)
+				fmt.Fprintf(stderr, "smartvm: something else listens at a port of %s (%s): what is sent there goes to the VM\n",
+					l.ID, p)
 			}
 		}
 		if l.Guest != nil && l.Guest.Degraded != "" && Runs(l.State) {

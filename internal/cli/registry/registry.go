@@ -1,4 +1,5 @@
-// Package registry is the part of the command line that says how registries are asked, and which images are allowed.
+// Package registry is the part of the command line that says how registries are asked, and which
+// images are allowed.
 package registry
 
 import (
@@ -35,26 +36,31 @@ type Flags struct {
 // Global adds those that every command has, given how to look up environment variables.
 func (r *Flags) Global(f *pflag.FlagSet, lookup func(string) (string, bool)) {
 	r.lookup = lookup
-	f.StringSliceVar(&r.mirrors, "registry-mirror", nil, "registry `host` to ask first; may be repeated [$SMARTVM_REGISTRY_MIRROR]")
-	f.StringVar(&r.policy, "signature-policy", "", "policy.json of which images are allowed, a `file`; /etc/containers's or the user's without it [$SMARTVM_SIGNATURE_POLICY]")
+	f.StringSliceVar(&r.mirrors, "registry-mirror", nil,
+		"registry `host` to ask first; may be repeated [$SMARTVM_REGISTRY_MIRROR]")
+	f.StringVar(&r.policy, "signature-policy", "",
+		"policy.json of which images are allowed, a `file`; /etc/containers's or the user's without it [$SMARTVM_SIGNATURE_POLICY]")
 }
 
 // Pull adds those of commands that fetch images.
 func (r *Flags) Pull(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&r.creds, "creds", "", "`login` for the image's registry, USER:PASSWORD; USER alone asks for the password")
-	f.StringVar(&r.certDir, "cert-dir", "", "`dir` with certificates of registries' authorities (*.crt) and for us (*.cert, *.key)")
-	f.BoolFunc("tls-verify", "false for registries without TLS, or with a certificate that nobody vouches for", func(text string) error {
-		verify := text == "true"
-		if !verify && text != "false" {
-			return errors.New("want true or false")
-		}
-		r.tlsVerify = &verify
-		return nil
-	})
+	f.StringVar(&r.certDir, "cert-dir", "",
+		"`dir` with certificates of registries' authorities (*.crt) and for us (*.cert, *.key)")
+	f.BoolFunc("tls-verify", "false for registries without TLS, or with a certificate that nobody vouches for",
+		func(text string) error {
+			verify := text == "true"
+			if !verify && text != "false" {
+				return errors.New("want true or false")
+			}
+			r.tlsVerify = &verify
+			return nil
+		})
 }
 
-// Finish asks the environment about those that were not given, and who types for a password that is missing.
+// Finish asks the environment about those that were not given, and who types for a password that is
+// missing.
 func (r *Flags) Finish(ctx context.Context, in io.Reader, out io.Writer) error {
 	if mirrors, _ := r.lookup("SMARTVM_REGISTRY_MIRROR"); len(r.mirrors) == 0 && mirrors != "" {
 		r.mirrors = strings.Split(mirrors, ",")
@@ -82,7 +88,8 @@ func (r *Flags) Finish(ctx context.Context, in io.Reader, out io.Writer) error {
 	return nil
 }
 
-// ask reads what nobody is to see. Who ends ctx gets the terminal back as it was; the reader goes with the program.
+// ask reads what nobody is to see. Who ends ctx gets the terminal back as it was; the reader goes
+// with the program.
 func ask(ctx context.Context, terminal *os.File, out io.Writer, prompt string) (string, error) {
 	before, err := term.GetState(int(terminal.Fd()))
 	if err != nil {
@@ -111,7 +118,8 @@ func ask(ctx context.Context, terminal *os.File, out io.Writer, prompt string) (
 func (r *Flags) Options(log *slog.Logger) oci.Options {
 	conf := registries.Default(r.lookup)
 	o := oci.Options{
-		Keychain: &login.Keychain{Files: login.Files(r.lookup), Log: log}, Login: r.login, Mirrors: r.mirrors, Trust: trust.Default(r.lookup),
+		Keychain: &login.Keychain{Files: login.Files(r.lookup), Log: log}, Login: r.login, Mirrors: r.mirrors,
+		Trust: trust.Default(r.lookup),
 		Registries: func() (*registries.Config, error) {
 			c, err := conf()
 			if err == nil {

@@ -52,7 +52,8 @@ func (s *Shell) createPool() *cobra.Command {
 		Args:    cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if name == "" || size < 1 || size > warm.MaxSize {
-				return s.Usage(fmt.Errorf("--pool %q --size %d: a name is needed, and a size from 1 to %d", name, size, warm.MaxSize), "")
+				return s.Usage(
+					fmt.Errorf("--pool %q --size %d: a name is needed, and a size from 1 to %d", name, size, warm.MaxSize), "")
 			}
 			ctx := cmd.Context()
 			spec, err := s.Build(ctx, &vm, args)
@@ -61,7 +62,9 @@ func (s *Shell) createPool() *cobra.Command {
 			}
 			asked := slices.ContainsFunc(spec.NetworkInterfaces, func(n smartvm.NetworkInterface) bool { return n.IP.IsValid() })
 			if asked || spec.PublishAll || len(spec.Ports) > 0 {
-				return s.Usage(errors.New("pool create: ports (-p, -P) and an address (--ip) are one VM's, and a pool has many that are alike"), "")
+				return s.Usage(
+					errors.New("pool create: ports (-p, -P) and an address (--ip) are one VM's, and a pool has many that are alike"),
+					"")
 			}
 			return s.pools(ctx, func(h *smartvm.Host, all *warm.Store) error {
 				done := s.Status(human.Doing("booting the first"))
@@ -87,7 +90,9 @@ func (s *Shell) createPool() *cobra.Command {
 }
 
 // makePool boots the VM that all of a pool go on from. It is gone afterwards, whatever happens.
-func (s *Shell) makePool(ctx context.Context, h *smartvm.Host, all *warm.Store, p warm.Pool, spec smartvm.Spec) (err error) {
+func (s *Shell) makePool(ctx context.Context, h *smartvm.Host, all *warm.Store, p warm.Pool,
+	spec smartvm.Spec,
+) (err error) {
 	if err := all.Free(p.Name); err != nil {
 		return err
 	}
@@ -216,10 +221,14 @@ func (s *Shell) SweepPools(ctx context.Context, h *smartvm.Host) ([]string, erro
 	return all.Sweep(ctx)
 }
 
-// refill starts a process that fills a pool and that nobody waits for. If it fails, a later one does not.
+// refill starts a process that fills a pool and that nobody waits for. If it fails, a later one
+// does not.
 func (s *Shell) refill(pool string) {
 	args := s.Self("pool", "fill", pool)
-	cmd := &exec.Cmd{Path: args[0], Args: args, Dir: "/", Env: os.Environ(), SysProcAttr: &syscall.SysProcAttr{Setsid: true}}
+	cmd := &exec.Cmd{
+		Path: args[0], Args: args, Dir: "/", Env: os.Environ(),
+		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
 	if cmd.Start() == nil {
 		_ = cmd.Process.Release()
 	}

@@ -79,7 +79,8 @@ func (s *Shell) restore() *cobra.Command {
 		},
 	}
 	d.flags(cmd, "")
-	cmd.Flags().StringArrayVarP(&d.publish, "publish", "p", nil, "port of the host that leads to the guest's: `"+vmflags.PublishForms+"`; may be repeated")
+	cmd.Flags().StringArrayVarP(&d.publish, "publish", "p", nil,
+		"port of the host that leads to the guest's: `"+vmflags.PublishForms+"`; may be repeated")
 	return cmd
 }
 

@@ -50,7 +50,8 @@ func (s *Shell) group(use, short, long string, commands ...*cobra.Command) *cobr
 		Use: use, Short: short, Long: long, Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return s.Usage(fmt.Errorf("%s has no command %q", cmd.CommandPath(), args[0]), cmd.CommandPath()+" --help lists them")
+				return s.Usage(fmt.Errorf("%s has no command %q", cmd.CommandPath(), args[0]),
+					cmd.CommandPath()+" --help lists them")
 			}
 			return cmd.Help()
 		},
@@ -116,7 +117,8 @@ func (s *Shell) create() *cobra.Command {
 	f.BoolVar(&o.Diff, "diff", false, "have the VMM write only the memory that has changed since the last one")
 	f.StringVar(&o.Hook, "hook", "", "`program` in the guest, run with freeze before and thaw after")
 	f.BoolVar(&o.Stop, "stop", false, "end the VM then: restored, it goes on with its connections")
-	f.BoolVar(&o.DropCaches, "drop-caches", false, "have the guest forget what it can read again, and its balloon take what it does not use")
+	f.BoolVar(&o.DropCaches, "drop-caches", false,
+		"have the guest forget what it can read again, and its balloon take what it does not use")
 	return cmd
 }
 
@@ -161,7 +163,8 @@ type entry struct {
 func entryOf(sn *smartvm.Snapshot) entry {
 	e := entry{
 		ID: sn.ID, Name: sn.Name, VM: sn.VM(), Created: sn.Created, Labels: sn.Labels, Firecracker: sn.Firecracker,
-		MemoryMiB: sn.MemSizeMiB, Paused: sn.Paused, Parent: sn.Parent, Ephemeral: sn.Ephemeral, UsedBy: []string{}, Path: sn.Dir(),
+		MemoryMiB: sn.MemSizeMiB, Paused: sn.Paused, Parent: sn.Parent, Ephemeral: sn.Ephemeral, UsedBy: []string{},
+		Path: sn.Dir(),
 	}
 	e.Size, _ = sn.Usage() // of what is going
 	dirs, _ := sn.Users()
@@ -205,7 +208,8 @@ func (s *Shell) show(entries []entry, quiet bool) error {
 	w := tabwriter.NewWriter(s.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "ID\tNAME\tVM\tCREATED\tMEMORY\tSIZE\tVMS")
 	for _, e := range entries {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d MiB\t%s\t%d\n", e.ID, e.Name, e.VM, human.Ago(time.Since(e.Created)), e.MemoryMiB, human.Size(e.Size), len(e.UsedBy))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d MiB\t%s\t%d\n", e.ID, e.Name, e.VM, human.Ago(time.Since(e.Created)), e.MemoryMiB,
+			human.Size(e.Size), len(e.UsedBy))
 	}
 	return w.Flush()
 }

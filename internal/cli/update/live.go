@@ -30,10 +30,13 @@ const (
 var liveFlags = []string{hotplugFlag, balloonFlag, hintingFlag, driveFlag}
 
 func (l *live) add(f *pflag.FlagSet) {
-	f.Var(&l.hotplug, hotplugFlag, "`size` of the memory that it has besides its own, in MiB or like 2G: of a configuration with memoryHotplug, Firecracker 1.14")
+	f.Var(&l.hotplug, hotplugFlag,
+		"`size` of the memory that it has besides its own, in MiB or like 2G: of a configuration with memoryHotplug, Firecracker 1.14")
 	f.Var(&l.balloon, balloonFlag, "`size` of the memory that its balloon takes from it")
-	f.Var(&l.hinting, hintingFlag, "`start|stop`: have it say once which memory is free, which the host takes back, or end that; of a configuration with freePageHinting, Firecracker 1.14")
-	f.Var(&l.drives, driveFlag, "`ID=RATE`: how much it may read from and write to a drive, or flush to a pmem device (Firecracker 1.16), as for --rx; 0: all; may be repeated")
+	f.Var(&l.hinting, hintingFlag,
+		"`start|stop`: have it say once which memory is free, which the host takes back, or end that; of a configuration with freePageHinting, Firecracker 1.14")
+	f.Var(&l.drives, driveFlag,
+		"`ID=RATE`: how much it may read from and write to a drive, or flush to a pmem device (Firecracker 1.16), as for --rx; 0: all; may be repeated")
 }
 
 type step func(context.Context, *smartvm.Machine) error
@@ -41,10 +44,14 @@ type step func(context.Context, *smartvm.Machine) error
 // steps are what the flags ask for that were given, in order.
 func (l *live) steps(f *pflag.FlagSet) (all []step) {
 	if f.Changed(hotplugFlag) {
-		all = append(all, func(ctx context.Context, m *smartvm.Machine) error { return m.UpdateMemoryHotplug(ctx, int(l.hotplug)) })
+		all = append(all, func(ctx context.Context, m *smartvm.Machine) error {
+			return m.UpdateMemoryHotplug(ctx, int(l.hotplug))
+		})
 	}
 	if f.Changed(balloonFlag) {
-		all = append(all, func(ctx context.Context, m *smartvm.Machine) error { return m.UpdateBalloon(ctx, uint32(l.balloon)) })
+		all = append(all, func(ctx context.Context, m *smartvm.Machine) error {
+			return m.UpdateBalloon(ctx, uint32(l.balloon))
+		})
 	}
 	switch l.hinting {
 	case "start":

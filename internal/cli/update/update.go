@@ -93,9 +93,12 @@ func (s *Shell) update() *cobra.Command {
 	f.SortFlags = false
 	u.policy.Add(f)
 	f.BoolVar(&u.noPolicy, "no-policy", false, "take its policy away: its network's alone holds")
-	f.StringArrayVarP(&u.publish, "publish", "p", nil, "one more `port` of the host that leads to it: "+vmflags.PublishForms+"; may be repeated")
-	f.StringArrayVar(&u.unpublish, "unpublish", nil, "`PORT[/udp]` of the VM to which nobody is led any more; may be repeated")
-	f.StringVar(&u.rx, "rx", "", "what it may receive: `rate` in bytes a second, such as 10M, or bits, such as 80mbit; 0: all")
+	f.StringArrayVarP(&u.publish, "publish", "p", nil, "one more `port` of the host that leads to it: "+
+		vmflags.PublishForms+"; may be repeated")
+	f.StringArrayVar(&u.unpublish, "unpublish", nil,
+		"`PORT[/udp]` of the VM to which nobody is led any more; may be repeated")
+	f.StringVar(&u.rx, "rx", "",
+		"what it may receive: `rate` in bytes a second, such as 10M, or bits, such as 80mbit; 0: all")
 	f.StringVar(&u.tx, "tx", "", "what it may send: `rate`, likewise")
 	f.StringVar(&u.id, "interface", "eth0", "`id` of the interface with these limits")
 	u.live.add(f)

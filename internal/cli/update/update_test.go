@@ -31,7 +31,9 @@ func TestMain(m *testing.M) {
 var errUsage = errors.New("usage")
 
 // started runs a VM by a fake Firecracker 1.16.1, and returns the command that changes it.
-func started(t *testing.T, change func(*smartvm.Spec, string)) (m *smartvm.Machine, run func(args ...string) (string, error)) {
+func started(t *testing.T, change func(*smartvm.Spec, string)) (m *smartvm.Machine,
+	run func(args ...string) (string, error),
+) {
 	t.Helper()
 	testenv.Require(t, testenv.KVM)
 	dir := t.TempDir()
@@ -44,7 +46,8 @@ func started(t *testing.T, change func(*smartvm.Spec, string)) (m *smartvm.Machi
 		t.Fatal(err)
 	}
 	options := smartvm.Options{
-		RuntimeDir: filepath.Join(dir, "runtime"), DataDir: filepath.Join(dir, "data"), FirecrackerBinary: program, Launcher: smartvm.LaunchDirect,
+		RuntimeDir: filepath.Join(dir, "runtime"), DataDir: filepath.Join(dir, "data"), FirecrackerBinary: program,
+		Launcher: smartvm.LaunchDirect,
 	}
 	h, err := smartvm.Open(options)
 	if err != nil {
@@ -56,7 +59,8 @@ func started(t *testing.T, change func(*smartvm.Spec, string)) (m *smartvm.Machi
 		}
 	})
 	spec := smartvm.Spec{
-		ID: "vm", BootSource: smartvm.BootSource{KernelImagePath: kernel}, MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
+		ID: "vm", BootSource: smartvm.BootSource{KernelImagePath: kernel},
+		MachineConfig: smartvm.MachineConfig{VCPUCount: 1, MemSizeMiB: 128},
 	}
 	change(&spec, dir)
 	if m, err = h.Create(t.Context(), spec); err == nil {
@@ -130,7 +134,8 @@ func TestUpdate_HotplugMemory(t *testing.T) {
 	if n := config(t, m).NetworkInterfaces[0]; n.RxRateLimiter == nil || n.RxRateLimiter.Bandwidth.Size != 2<<20 {
 		t.Errorf("limits of the interface are %+v", n)
 	}
-	if _, err := run("--hotplug-memory", "4G"); !errors.As(err, new(*smartvm.FieldError)) || !strings.Contains(err.Error(), "totalSizeMib (2048)") {
+	if _, err := run("--hotplug-memory", "4G"); !errors.As(err, new(*smartvm.FieldError)) ||
+		!strings.Contains(err.Error(), "totalSizeMib (2048)") {
 		t.Errorf("too much: %v", err)
 	}
 	if _, err := run(); !errors.Is(err, errUsage) || !strings.Contains(err.Error(), "nothing to change") {
@@ -172,12 +177,14 @@ func TestUpdate_Devices(t *testing.T) {
 	if c.Balloon.AmountMiB != 32 {
 		t.Errorf("the balloon has %d MiB, want 32", c.Balloon.AmountMiB)
 	}
-	if d, p := c.Drives[0].RateLimiter, c.Pmem[0].RateLimiter; d == nil || d.Bandwidth.Size != 1<<20 || p == nil || p.Bandwidth.Size != 10e6 {
+	if d, p := c.Drives[0].RateLimiter, c.Pmem[0].RateLimiter; d == nil || d.Bandwidth.Size != 1<<20 || p == nil ||
+		p.Bandwidth.Size != 10e6 {
 		t.Errorf("limits are %+v of the drive and %+v of the pmem device", d, p)
 	}
 	must("--balloon-hinting=stop", "--drive-rate=log=0")
 	wantHinting(1)
-	if c = config(t, m); c.Balloon.AmountMiB != 32 || c.Drives[0].RateLimiter.Bandwidth.Size != 1<<20 || c.Pmem[0].RateLimiter.Bandwidth.Size != 0 {
+	if c = config(t, m); c.Balloon.AmountMiB != 32 || c.Drives[0].RateLimiter.Bandwidth.Size != 1<<20 ||
+		c.Pmem[0].RateLimiter.Bandwidth.Size != 0 {
 		t.Errorf("it has %+v, %+v, %+v", c.Balloon, c.Drives[0], c.Pmem[0])
 	}
 	for text, args := range map[string][]string{

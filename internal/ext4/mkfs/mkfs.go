@@ -126,8 +126,8 @@ func (w *Writer) fill(r io.Reader) (n int, err error) {
 	return n, err
 }
 
-// Free says that an inode is not needed. Its blocks are free in the file system, and where dst's own
-// file system can do it, they take no room there.
+// Free says that an inode is not needed. Its blocks are free in the file system, and where dst's
+// own file system can do it, they take no room there.
 func (w *Writer) Free(i *Inode) {
 	const punch = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
 	blocks := i.Content.extents

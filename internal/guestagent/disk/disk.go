@@ -18,8 +18,8 @@ import (
 	"push.rocks/smartvm/internal/treetar"
 )
 
-// Options are those to mount an ext4 on a drive with: where the drive takes it, the host is told at once what is free again. The kernel
-// complains of the option elsewhere. Sys is /sys.
+// Options are those to mount an ext4 on a drive with: where the drive takes it, the host is told at
+// once what is free again. The kernel complains of the option elsewhere. Sys is /sys.
 func Options(sys, device string) string {
 	text, err := os.ReadFile(filepath.Join(sys, "block", filepath.Base(device), "queue/discard_max_bytes"))
 	if err != nil || strings.TrimSpace(string(text)) == "0" {
@@ -52,7 +52,8 @@ func Put(at string, d guest.Disk) error {
 	return nil
 }
 
-// fill makes a directory of what is in another. It is there when all of it is: a guest that was killed meanwhile begins anew.
+// fill makes a directory of what is in another. It is there when all of it is: a guest that was
+// killed meanwhile begins anew.
 func fill(dir, from string) error {
 	temp := dir + ".new"
 	fi, err := os.Stat(from)
@@ -74,7 +75,10 @@ func fill(dir, from string) error {
 		out.CloseWithError(treetar.Pack(out, from, ".", treetar.PackOptions{}))
 	}()
 	err = treetar.Unpack(in, root, treetar.Options{Owners: true, Odd: func(h *tar.Header) error {
-		kind := map[byte]uint32{tar.TypeFifo: unix.S_IFIFO, tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK}[h.Typeflag]
+		kind := map[byte]uint32{
+			tar.TypeFifo: unix.S_IFIFO, tar.TypeChar: unix.S_IFCHR,
+			tar.TypeBlock: unix.S_IFBLK,
+		}[h.Typeflag]
 		return unix.Mknod(filepath.Join(temp, h.Name), kind|0o600, int(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))))
 	}})
 	in.CloseWithError(errors.Join(err, io.EOF))
@@ -83,7 +87,8 @@ func fill(dir, from string) error {
 		return fmt.Errorf("copy what the image has there: %w", err)
 	}
 	st := fi.Sys().(*syscall.Stat_t)
-	err = errors.Join(os.Chown(temp, int(st.Uid), int(st.Gid)), os.Chmod(temp, fi.Mode().Perm()|fi.Mode()&(fs.ModeSticky|fs.ModeSetgid)))
+	err = errors.Join(os.Chown(temp, int(st.Uid), int(st.Gid)),
+		os.Chmod(temp, fi.Mode().Perm()|fi.Mode()&(fs.ModeSticky|fs.ModeSetgid)))
 	if err != nil {
 		return err
 	}

@@ -17,22 +17,28 @@ import (
 	"push.rocks/smartvm/internal/testenv"
 )
 
-// A disk has at first what the image has in its place, with owners, modes, links and FIFOs, and then what was written.
+// A disk has at first what the image has in its place, with owners, modes, links and FIFOs, and
+// then what was written.
 func TestPut(t *testing.T) {
 	testenv.Require(t, testenv.Root)
 	runtime.LockOSThread() // and not unlocked: the thread ends with the test, and its mounts
-	if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
+	if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS),
+		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Umask(unix.Umask(0o022)) // modes are compared
 	dir := t.TempDir()
 	target, at := filepath.Join(dir, "image/data"), filepath.Join(dir, "disk")
 	if err := errors.Join(
-		os.MkdirAll(filepath.Join(target, "sub/empty"), 0o755), os.Chmod(target, 0o750|fs.ModeSetgid), os.Chown(target, 70, 71), os.Chmod(target, 0o750|fs.ModeSetgid),
-		os.WriteFile(filepath.Join(target, "sub/file"), []byte("image"), 0o640), os.Chown(filepath.Join(target, "sub/file"), 7, 8),
-		os.Link(filepath.Join(target, "sub/file"), filepath.Join(target, "again")), os.Symlink("sub/file", filepath.Join(target, "link")),
+		os.MkdirAll(filepath.Join(target, "sub/empty"), 0o755), os.Chmod(target, 0o750|fs.ModeSetgid),
+		os.Chown(target, 70, 71), os.Chmod(target, 0o750|fs.ModeSetgid),
+		os.WriteFile(filepath.Join(target, "sub/file"), []byte("image"), 0o640),
+		os.Chown(filepath.Join(target, "sub/file"), 7, 8),
+		os.Link(filepath.Join(target, "sub/file"), filepath.Join(target, "again")),
+		os.Symlink("sub/file", filepath.Join(target, "link")),
 		unix.Mkfifo(filepath.Join(target, "fifo"), 0o600), os.Mkdir(at, 0o755), unix.Mount("tmpfs", at, "tmpfs", 0, ""),
-		os.MkdirAll(filepath.Join(at, "lost+found"), 0o700), os.MkdirAll(filepath.Join(at, guest.DiskDir+".new/half"), 0o700), // of a guest that was killed
+		// of a guest that was killed
+		os.MkdirAll(filepath.Join(at, "lost+found"), 0o700), os.MkdirAll(filepath.Join(at, guest.DiskDir+".new/half"), 0o700),
 	); err != nil {
 		t.Fatal(err)
 	}
@@ -45,11 +51,14 @@ func TestPut(t *testing.T) {
 	}
 	d := guest.Disk{Device: "/dev/vdc", Target: target}
 	put(d)
-	wantTree(t, target, "again file 640 7:8 2,fifo fifo 600 0:71 1,link link,sub dir 755 0:0 3,sub/empty dir 755 0:0 2,sub/file file 640 7:8 2,")
-	if fi, err := os.Stat(target); err != nil || fi.Mode().Perm() != 0o750 || fi.Mode()&fs.ModeSetgid == 0 || fi.Sys().(*syscall.Stat_t).Uid != 70 || fi.Sys().(*syscall.Stat_t).Gid != 71 {
+	wantTree(t, target,
+		"again file 640 7:8 2,fifo fifo 600 0:71 1,link link,sub dir 755 0:0 3,sub/empty dir 755 0:0 2,sub/file file 640 7:8 2,")
+	if fi, err := os.Stat(target); err != nil || fi.Mode().Perm() != 0o750 || fi.Mode()&fs.ModeSetgid == 0 ||
+		fi.Sys().(*syscall.Stat_t).Uid != 70 || fi.Sys().(*syscall.Stat_t).Gid != 71 {
 		t.Errorf("its root: %v, %v", fi.Mode(), err)
 	}
-	if err := errors.Join(os.WriteFile(filepath.Join(target, "new"), []byte("guest"), 0o600), os.RemoveAll(filepath.Join(target, "sub"))); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(target, "new"), []byte("guest"), 0o600),
+		os.RemoveAll(filepath.Join(target, "sub"))); err != nil {
 		t.Fatal(err)
 	}
 	if err := unix.Unmount(target, 0); err != nil {
@@ -117,7 +126,10 @@ func describeEntry(dir, path string) string {
 	if err != nil {
 		return err.Error()
 	}
-	kind := map[fs.FileMode]string{0: "file", fs.ModeDir: "dir", fs.ModeSymlink: "link", fs.ModeNamedPipe: "fifo"}[fi.Mode().Type()]
+	kind := map[fs.FileMode]string{
+		0: "file", fs.ModeDir: "dir", fs.ModeSymlink: "link",
+		fs.ModeNamedPipe: "fifo",
+	}[fi.Mode().Type()]
 	if kind == "link" {
 		return rel + " link"
 	}

@@ -10,7 +10,8 @@ import (
 	"push.rocks/smartvm/guest"
 )
 
-// Layers makes the directories that overlayfs wants. Its root is the upper one: that is to look as the lower.
+// Layers makes the directories that overlayfs wants. Its root is the upper one: that is to look as
+// the lower.
 func Layers(lower, dir string) (upper string, err error) {
 	fi, err := os.Stat(lower)
 	if err != nil {
@@ -23,7 +24,9 @@ func Layers(lower, dir string) (upper string, err error) {
 		}
 	}
 	st := fi.Sys().(*syscall.Stat_t)
-	return upper, errors.Join(os.Chown(upper, int(st.Uid), int(st.Gid)), os.Chmod(upper, fi.Mode().Perm()|fi.Mode()&(fs.ModeSticky|fs.ModeSetgid)))
+	return upper,
+		errors.Join(os.Chown(upper, int(st.Uid), int(st.Gid)),
+			os.Chmod(upper, fi.Mode().Perm()|fi.Mode()&(fs.ModeSticky|fs.ModeSetgid)))
 }
 
 // Touch makes a file to mount over, where there is none.

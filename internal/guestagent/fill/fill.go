@@ -1,4 +1,5 @@
-// Package fill copies what an image has in a directory into the file system that is mounted over it.
+// Package fill copies what an image has in a directory into the file system that is mounted over
+// it.
 package fill
 
 import (
@@ -27,9 +28,10 @@ type Options struct {
 	Skip []string
 }
 
-// Copy copies what is in from to to, with owners, modes, times and hard links, and gives to the owner and mode of from. What is no directory,
-// file or link is left out, and so is what there is no room for. The error is that of the first thing that was left out; what comes behind
-// it is copied all the same, until MaxEntries.
+// Copy copies what is in from to to, with owners, modes, times and hard links, and gives to the
+// owner and mode of from. What is no directory, file or link is left out, and so is what there is
+// no room for. The error is that of the first thing that was left out; what comes behind it is
+// copied all the same, until MaxEntries.
 func Copy(to, from *os.Root, o Options) error {
 	c := &copier{to: to, from: from, o: o, bytes: MaxBytes, entries: MaxEntries, links: map[[2]uint64]string{}}
 	c.directory(".")

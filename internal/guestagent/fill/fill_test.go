@@ -62,7 +62,8 @@ func tree(t *testing.T) string {
 		os.MkdirAll(at("app/deep"), 0o755), os.Mkdir(at("empty"), 0o700), os.MkdirAll(at("systemd/system"), 0o755),
 		os.WriteFile(at("app/file"), []byte("text"), 0o640), os.Link(at("app/file"), at("hard")),
 		os.WriteFile(at("bad\xff"), nil, 0o600), os.Symlink("/nowhere", at("link")), os.Symlink("../..", at("app/up")),
-		syscall.Mkfifo(at("fifo"), 0o600), os.Chown(at("app"), 999, 998), os.Lchown(at("link"), 7, 8), os.Chown(at("app/file"), 999, 0),
+		syscall.Mkfifo(at("fifo"), 0o600), os.Chown(at("app"), 999, 998), os.Lchown(at("link"), 7, 8),
+		os.Chown(at("app/file"), 999, 0),
 		os.Chmod(at("app"), 0o777|fs.ModeSticky), os.Chmod(at("app/file"), 0o750|fs.ModeSetgid), os.Chmod(dir, 0o711),
 	)
 	for _, name := range []string{"app/file", "bad\xff", "app/deep", "app", "empty", "systemd/system", "systemd", "."} {
@@ -119,7 +120,8 @@ func TestCopy_Bounds(t *testing.T) {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
 	if err := errors.Join(
-		os.WriteFile(at("a"), make([]byte, 1<<20), 0o600), os.WriteFile(at("huge"), nil, 0o600), os.Truncate(at("huge"), 1<<40),
+		os.WriteFile(at("a"), make([]byte, 1<<20), 0o600), os.WriteFile(at("huge"), nil, 0o600),
+		os.Truncate(at("huge"), 1<<40),
 		os.Mkdir(at("z"), 0o755), os.WriteFile(at("z/z"), nil, 0o600),
 	); err != nil {
 		t.Fatal(err)

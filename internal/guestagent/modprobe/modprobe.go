@@ -1,5 +1,6 @@
-// Package modprobe loads modules that a guest's kernel asks for, where the image has no program for that. Most images of containers
-// have none: without it iptables, or a new kind of interface, needs modules that are there and that nothing loads.
+// Package modprobe loads modules that a guest's kernel asks for, where the image has no program for
+// that. Most images of containers have none: without it iptables, or a new kind of interface, needs
+// modules that are there and that nothing loads.
 package modprobe
 
 import (
@@ -16,7 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Offer has the kernel run the guest's first program, which is this one, in the place of a modprobe that the image does not have.
+// Offer has the kernel run the guest's first program, which is this one, in the place of a modprobe
+// that the image does not have.
 func Offer() error {
 	const setting = "/proc/sys/kernel/modprobe"
 	program, err := os.ReadFile(setting)
@@ -29,7 +31,8 @@ func Offer() error {
 	return os.WriteFile(setting, []byte("/proc/1/exe"), 0)
 }
 
-// Asked returns what the kernel asks for with those arguments: a module or an alias (Linux, kernel/kmod.c).
+// Asked returns what the kernel asks for with those arguments: a module or an alias (Linux,
+// kernel/kmod.c).
 func Asked(args []string) (name string, ok bool) {
 	if len(args) != 3 || args[0] != "-q" || args[1] != "--" {
 		return "", false
@@ -37,7 +40,8 @@ func Asked(args []string) (name string, ok bool) {
 	return args[2], true
 }
 
-// Load loads the modules of a name or an alias, and what they need, for the kernel that runs. Returns fs.ErrNotExist where there is none.
+// Load loads the modules of a name or an alias, and what they need, for the kernel that runs.
+// Returns fs.ErrNotExist where there is none.
 func Load(name string) error {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
@@ -71,8 +75,9 @@ func insert(file string) error {
 	return unix.FinitModule(int(f.Fd()), "", flags)
 }
 
-// Find returns the files, relative to tree, of the modules of a name or an alias, behind those that they need. Tree is a /lib/modules/RELEASE
-// with the lists of depmod(8). Returns fs.ErrNotExist where there is none.
+// Find returns the files, relative to tree, of the modules of a name or an alias, behind those that
+// they need. Tree is a /lib/modules/RELEASE with the lists of depmod(8). Returns fs.ErrNotExist
+// where there is none.
 func Find(tree fs.FS, name string) (files []string, err error) {
 	f := finder{needs: map[string][]string{}, soft: map[string][]string{}, seen: map[string]bool{}}
 	err = errors.Join(
@@ -81,7 +86,8 @@ func Find(tree fs.FS, name string) (files []string, err error) {
 			f.needs[moduleName(file)] = append([]string{file}, fields[1:]...)
 		}),
 		lines(tree, "modules.softdep", func(fields []string) {
-			if len(fields) > 2 && fields[0] == "softdep" && f.soft[underscores(fields[1])] == nil { // of several kmod takes the first, too
+			// of several kmod takes the first, too
+			if len(fields) > 2 && fields[0] == "softdep" && f.soft[underscores(fields[1])] == nil {
 				f.soft[underscores(fields[1])] = fields[2:]
 			}
 		}),
@@ -172,7 +178,8 @@ func moduleName(file string) string {
 	return underscores(name)
 }
 
-// underscores spells a name or an alias as the lists are searched: with underscores for hyphens, but in brackets.
+// underscores spells a name or an alias as the lists are searched: with underscores for hyphens,
+// but in brackets.
 func underscores(alias string) string {
 	b, inside := []byte(alias), false
 	for i, c := range b {

@@ -19,8 +19,10 @@ import (
 
 func TestFind(t *testing.T) {
 	tree := fstest.MapFS{
-		"modules.dep":     {Data: []byte("kernel/a.ko:\nkernel/b-c.ko.xz: kernel/d.ko kernel/a.ko\nkernel/d.ko: kernel/a.ko\nkernel/e.ko: kernel/a.ko\nkernel/f.ko:\n")},
-		"modules.alias":   {Data: []byte("# Aliases\nalias fs-b b_c\nalias pci:v00001AF4d*[0-2]* e\nalias pci:v00001AF4d* f\nalias [ a\nalias gone nonesuch\n")},
+		"modules.dep": {Data: []byte(
+			"kernel/a.ko:\nkernel/b-c.ko.xz: kernel/d.ko kernel/a.ko\nkernel/d.ko: kernel/a.ko\nkernel/e.ko: kernel/a.ko\nkernel/f.ko:\n")},
+		"modules.alias": {Data: []byte(
+			"# Aliases\nalias fs-b b_c\nalias pci:v00001AF4d*[0-2]* e\nalias pci:v00001AF4d* f\nalias [ a\nalias gone nonesuch\n")},
 		"modules.softdep": {Data: []byte("softdep e pre: f nonesuch post: fs-b\nsoftdep f pre: e\n")},
 	}
 	for name, want := range map[string]string{
@@ -68,7 +70,8 @@ func TestFind_Kmod(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if out, err := exec.CommandContext(t.Context(), filepath.Join(tools, "depmod"), "-b", base, release).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), filepath.Join(tools, "depmod"), "-b", base,
+		release).CombinedOutput(); err != nil {
 		t.Fatalf("depmod: %v\n%s", err, out)
 	}
 	list, err := os.ReadFile(filepath.Join(dir, "modules.alias"))
@@ -83,7 +86,8 @@ func TestFind_Kmod(t *testing.T) {
 	}
 	unconfigured := t.TempDir() // else this machine's options would be shown too
 	for _, name := range names {
-		out, _ := exec.CommandContext(t.Context(), filepath.Join(tools, "modprobe"), "-C", unconfigured, "-d", base, "-S", release, "--show-depends", "--", name).Output()
+		out, _ := exec.CommandContext(t.Context(), filepath.Join(tools, "modprobe"), "-C", unconfigured, "-d", base, "-S",
+			release, "--show-depends", "--", name).Output()
 		var want []string
 		for line := range strings.Lines(string(out)) {
 			if path, ok := strings.CutPrefix(strings.TrimSpace(line), "insmod "); ok {
@@ -109,7 +113,8 @@ func FuzzFind(f *testing.F) {
 	f.Add("a.ko:\n", "alias [ a\nalias\n", "softdep a pre: a\n", "[")
 	f.Fuzz(func(t *testing.T, dep, alias, softdep, name string) {
 		files, err := modprobe.Find(fstest.MapFS{
-			"modules.dep": {Data: []byte(dep)}, "modules.alias": {Data: []byte(alias)}, "modules.softdep": {Data: []byte(softdep)},
+			"modules.dep": {Data: []byte(dep)}, "modules.alias": {Data: []byte(alias)},
+			"modules.softdep": {Data: []byte(softdep)},
 		}, name)
 		if err == nil && len(files) == 0 {
 			t.Error("nothing, and no error")

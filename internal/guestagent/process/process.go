@@ -20,7 +20,8 @@ import (
 // DefaultPath is where programs are looked for, unless the image says otherwise.
 const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// Exit codes of a command that could not be run, as shells have them. A signal's number is added to ExitSignal.
+// Exit codes of a command that could not be run, as shells have them. A signal's number is added to
+// ExitSignal.
 const (
 	ExitNotExecutable = 126
 	ExitNotFound      = 127
@@ -64,7 +65,8 @@ func LookPath(name, dir string, env []string) (string, error) {
 	return "", fmt.Errorf("%w in PATH", fs.ErrNotExist)
 }
 
-// Reaper waits for all processes that are below this one, and tells those who have started one how it ended.
+// Reaper waits for all processes that are below this one, and tells those who have started one how
+// it ended.
 type Reaper struct {
 	mu      sync.Mutex
 	waiting map[int]chan<- unix.WaitStatus
@@ -116,8 +118,8 @@ func (r *Reaper) reap() {
 	}
 }
 
-// Signal sends a signal to a process that Start has started, or if pid is negative to its group, unless it has been reaped:
-// then its number may be another's.
+// Signal sends a signal to a process that Start has started, or if pid is negative to its group,
+// unless it has been reaped: then its number may be another's.
 func (r *Reaper) Signal(pid int, s unix.Signal) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

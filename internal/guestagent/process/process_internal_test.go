@@ -101,7 +101,10 @@ func TestAccounts(t *testing.T) {
 			t.Errorf("%s: %d entries, %v, want %d", name, got, err, want)
 		}
 	}
-	found := map[string]User{"user49999": {59_999, 7, nil, "/home/user49999"}, "59998": {59_998, 7, nil, "/home/user49998"}, "0": {0, 0, nil, "/"}}
+	found := map[string]User{
+		"user49999": {59_999, 7, nil, "/home/user49999"},
+		"59998":     {59_998, 7, nil, "/home/user49998"}, "0": {0, 0, nil, "/"},
+	}
 	for user, want := range found {
 		got, err := resolve(user, accountsOf(at("long")), accountsOf(at("long")))
 		if diff := cmp.Diff(want, got); diff != "" || err != nil {

@@ -29,7 +29,8 @@ type User struct {
 	Home     string
 }
 
-// accounts gives each the entries of passwd or group, split at colons, until it returns false. An error says that there may be more.
+// accounts gives each the entries of passwd or group, split at colons, until it returns false. An
+// error says that there may be more.
 type accounts func(each func(entry []string) bool) error
 
 // accountsOf reads a file anew each time, for it may be long. There need not be such a file.
@@ -77,7 +78,8 @@ func readAccounts(r io.Reader, each func([]string) bool) error {
 			continue
 		}
 		if len(line) <= maxLine {
-			if entry := strings.Split(strings.TrimRight(string(line), "\r"), ":"); len(entry) > 2 && entry[fieldName] != "" && !each(entry) {
+			if entry := strings.Split(strings.TrimRight(string(line), "\r"), ":"); len(entry) > 2 && entry[fieldName] != "" &&
+				!each(entry) {
 				return nil
 			}
 		}
@@ -94,7 +96,8 @@ const (
 	fieldHome    = 5
 )
 
-// lookUp returns the first entry of that name, else of that number, and the number. A number needs no entry, nor a file that can be read.
+// lookUp returns the first entry of that name, else of that number, and the number. A number needs
+// no entry, nor a file that can be read.
 func lookUp(all accounts, name string) (entry []string, id uint32, err error) {
 	var named, numbered []string
 	readErr := all(func(e []string) bool {
@@ -144,7 +147,8 @@ func Find(spec string) (User, error) {
 	return resolve(spec, accountsOf("/etc/passwd"), accountsOf("/etc/group"))
 }
 
-// resolve finds a user as Find does. Without a group it is in all that the image has it in, like after a login. An empty one is none.
+// resolve finds a user as Find does. Without a group it is in all that the image has it in, like
+// after a login. An empty one is none.
 func resolve(spec string, passwd, group accounts) (User, error) {
 	name, groupName, _ := strings.Cut(spec, ":")
 	entry, uid, err := lookUp(passwd, cmp.Or(name, "0"))

@@ -17,7 +17,8 @@ import (
 
 const deafVariable = "SMARTVM_TEST_DEAF"
 
-// A program has no signal ignored or blocked, though the agent has been started so, and the agent is as deaf as before.
+// A program has no signal ignored or blocked, though the agent has been started so, and the agent
+// is as deaf as before.
 func TestUsual(t *testing.T) {
 	if os.Getenv(deafVariable) != "" {
 		deafAgent(t)
@@ -47,7 +48,8 @@ func TestUsual(t *testing.T) {
 	}
 }
 
-// libcSignals are the three after the standard ones, which belong to a C library's threads: Go leaves them as they are.
+// libcSignals are the three after the standard ones, which belong to a C library's threads: Go
+// leaves them as they are.
 const libcSignals = 7 << 31
 
 // deafAgent starts a program as the agent does.
@@ -67,7 +69,8 @@ func deafAgent(t *testing.T) {
 	}
 	defer status.Close()
 	_, done, err := reaper.Start(func() (int, error) {
-		return syscall.ForkExec("/bin/grep", []string{"grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"}, &syscall.ProcAttr{Files: []uintptr{0, w.Fd(), 2}})
+		return syscall.ForkExec("/bin/grep", []string{"grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"},
+			&syscall.ProcAttr{Files: []uintptr{0, w.Fd(), 2}})
 	})
 	w.Close()
 	if err != nil {
@@ -76,7 +79,8 @@ func deafAgent(t *testing.T) {
 	got, err := io.ReadAll(status)
 	<-done
 	var blocked, ignored uint64
-	if _, scanErr := fmt.Sscanf(string(got), "SigBlk:\t%x\nSigIgn:\t%x\n", &blocked, &ignored); err != nil || scanErr != nil || blocked|ignored&^libcSignals != 0 {
+	if _, scanErr := fmt.Sscanf(string(got), "SigBlk:\t%x\nSigIgn:\t%x\n", &blocked, &ignored); err != nil ||
+		scanErr != nil || blocked|ignored&^libcSignals != 0 {
 		t.Errorf("got %q, %v, want that no signal is blocked or ignored", got, err)
 	}
 	if err := unix.Kill(os.Getpid(), unix.SIGHUP); err != nil {

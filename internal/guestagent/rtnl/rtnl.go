@@ -64,9 +64,13 @@ func addressMessage(index int, p netip.Prefix) (body []byte, attributes [][]byte
 // AddDefault adds a default route by a gateway.
 func (c Conn) AddDefault(index int, gateway netip.Addr) error {
 	// struct rtmsg
-	body := []byte{family(gateway), 0, 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0}
+	body := []byte{
+		family(gateway), 0, 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, unix.RT_SCOPE_UNIVERSE,
+		unix.RTN_UNICAST, 0, 0, 0, 0,
+	}
 	return c.request(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body,
-		Attribute(unix.RTA_GATEWAY, gateway.AsSlice()), Attribute(unix.RTA_OIF, binary.NativeEndian.AppendUint32(nil, uint32(index))))
+		Attribute(unix.RTA_GATEWAY, gateway.AsSlice()),
+		Attribute(unix.RTA_OIF, binary.NativeEndian.AppendUint32(nil, uint32(index))))
 }
 
 func family(a netip.Addr) byte {
@@ -101,8 +105,10 @@ func (c Conn) request(kind, flags uint16, body []byte, attributes ...[]byte) err
 	message := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(payload)))
 	message = binary.NativeEndian.AppendUint16(message, kind)
 	message = binary.NativeEndian.AppendUint16(message, unix.NLM_F_REQUEST|unix.NLM_F_ACK|flags)
-	message = append(message, make([]byte, 8)...) // sequence and port: there is one request at a time, on a socket of its own
-	if err := unix.Sendto(int(c), append(message, payload...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	// sequence and port: there is one request at a time, on a socket of its own
+	message = append(message, make([]byte, 8)...)
+	if err := unix.Sendto(int(c), append(message, payload...), 0,
+		&unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
 	answer := make([]byte, os.Getpagesize())

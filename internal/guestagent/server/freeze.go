@@ -30,8 +30,9 @@ type freezer struct {
 	rest Rest
 }
 
-// freeze has the guest stand still until its host says otherwise, or goes: a clock would not do, as it jumps by the time for which a VM was
-// paused, or a busy host left it alone. Where the VMM has cut off the host, a snapshot was made, and this may be another VM.
+// freeze has the guest stand still until its host says otherwise, or goes: a clock would not do, as
+// it jumps by the time for which a VM was paused, or a busy host left it alone. Where the VMM has
+// cut off the host, a snapshot was made, and this may be another VM.
 func (s *Server) freeze(ss *session) error {
 	f := &s.frozen
 	if err := f.freeze(ss, s.Stop); err != nil {
@@ -113,10 +114,11 @@ func (f *freezer) thawFiles() {
 // Programs are stopped by control groups, which they cannot see, as they could a signal.
 const (
 	cgroupRoot = "/sys/fs/cgroup"
-	// frozenGroup takes programs that are in the root, which cannot be frozen, or in the group that this program is in.
+	// frozenGroup takes programs that are in the root, which cannot be frozen, or in the group that
+	// this program is in.
 	frozenGroup = "smartvm"
-	// freezeLooks are how often, a millisecond apart, it is looked whether programs have come to rest; one in the kernel's depths may not
-	// before the file system answers. It does not leave the kernel.
+	// freezeLooks are how often, a millisecond apart, it is looked whether programs have come to rest;
+	// one in the kernel's depths may not before the file system answers. It does not leave the kernel.
 	freezeLooks = 1000
 )
 
@@ -144,8 +146,8 @@ func stop(dropCaches bool) Rest {
 	}
 }
 
-// freezePrograms freezes all control groups below the root but the one that this program is in, and returns their directories. What is in
-// that, or in the root itself, is moved into another before.
+// freezePrograms freezes all control groups below the root but the one that this program is in, and
+// returns their directories. What is in that, or in the root itself, is moved into another before.
 func freezePrograms() (groups []string) {
 	own, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -184,8 +186,9 @@ func moving(dir string) bool {
 	return err == nil && strings.Contains(string(events), "frozen 0")
 }
 
-// gather moves all programs but this one, and others of its file, from a group into frozenGroup, and an init that is in a group of its own
-// (systemd's is init.scope). Again, until no more come: one may have started another meanwhile.
+// gather moves all programs but this one, and others of its file, from a group into frozenGroup,
+// and an init that is in a group of its own (systemd's is init.scope). Again, until no more come:
+// one may have started another meanwhile.
 func gather(from string) {
 	dir := filepath.Join(cgroupRoot, frozenGroup)
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
@@ -222,8 +225,8 @@ const (
 	fiThaw   = 0xc0045878
 )
 
-// freezeMounts freezes the file systems on drives. What is laid over an image is on none that can be seen; it is synced, and
-// who could write to it is frozen.
+// freezeMounts freezes the file systems on drives. What is laid over an image is on none that can
+// be seen; it is synced, and who could write to it is frozen.
 func freezeMounts() (mounts []*os.File) {
 	list, err := os.Open("/proc/self/mountinfo")
 	if err != nil {

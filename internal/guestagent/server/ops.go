@@ -68,7 +68,8 @@ func (s *Server) write(ss *session) error {
 	}
 	ss.listen(nil)
 	var left treetar.LeftOut
-	err = treetar.Unpack(bufio.NewReaderSize(ss.stdin, agentproto.MaxData), root, treetar.Options{Top: top, Owners: ss.req.Archive, Left: left.Add})
+	err = treetar.Unpack(bufio.NewReaderSize(ss.stdin, agentproto.MaxData), root,
+		treetar.Options{Top: top, Owners: ss.req.Archive, Left: left.Add})
 	if errors.Is(err, treetar.ErrEmpty) {
 		err = nil // the host knows what it has left out
 	}
@@ -91,7 +92,8 @@ func (ss *session) exit(err error) {
 // minSkew is what a clock may be wrong by.
 const minSkew = 500 * time.Millisecond
 
-// welcome sets the clock if it is wrong, stirs in what the host has drawn, and returns by how much the clock was wrong.
+// welcome sets the clock if it is wrong, stirs in what the host has drawn, and returns by how much
+// the clock was wrong.
 func (s *Server) welcome(req agentproto.Request) (skew time.Duration) {
 	stir(req.Entropy)
 	if req.Now.IsZero() {

@@ -9,8 +9,9 @@ import (
 	"push.rocks/smartvm/internal/agentproto"
 )
 
-// resumable is what lets a session go on by another connection. The VMM ends all connections when a snapshot is made: in the guest that
-// goes on, whose host connects again, and in those that are restored, which have another one.
+// resumable is what lets a session go on by another connection. The VMM ends all connections when a
+// snapshot is made: in the guest that goes on, whose host connects again, and in those that are
+// restored, which have another one.
 type resumable struct {
 	// Guarded by Server.mu:
 	next    *session // what it shall go on by
@@ -27,7 +28,8 @@ var ErrCutOff = errors.New("the VMM has cut off the connection")
 const (
 	// resumePatience is how long a session waits for its host.
 	resumePatience = 30 * time.Second
-	// step is what time is counted in: where the VM was paused for minutes, the clock jumps by those, and that counts as one.
+	// step is what time is counted in: where the VM was paused for minutes, the clock jumps by those,
+	// and that counts as one.
 	step = time.Second / 2
 )
 
@@ -45,7 +47,8 @@ func (s *Server) await(done <-chan struct{}) {
 	}
 }
 
-// awaitWatch waits, after the n-th watch, for another one where that was cut off: the guest is not to end before its host has heard how.
+// awaitWatch waits, after the n-th watch, for another one where that was cut off: the guest is not
+// to end before its host has heard how.
 func (s *Server) awaitWatch(ss *session, n int) {
 	select {
 	case <-ss.gone:
@@ -106,7 +109,8 @@ func (ss *session) supersede(by *session) {
 	ss.next = by
 }
 
-// awaitSession returns when a session is there, or was not for a step: its own request may have come just before.
+// awaitSession returns when a session is there, or was not for a step: its own request may have
+// come just before.
 func (s *Server) awaitSession(token []byte) {
 	for end := time.Now().Add(step); ; time.Sleep(time.Millisecond) {
 		s.mu.Lock()
@@ -118,8 +122,8 @@ func (s *Server) awaitSession(token []byte) {
 	}
 }
 
-// resume gives a connection to the session that the host wants to go on with: the latest counts. What carried that before is cut, as it may
-// not show that it is dead.
+// resume gives a connection to the session that the host wants to go on with: the latest counts.
+// What carried that before is cut, as it may not show that it is dead.
 func (s *Server) resume(by *session) error {
 	s.awaitSession(by.req.Token)
 	s.mu.Lock()
@@ -140,8 +144,9 @@ func (s *Server) resume(by *session) error {
 	return nil
 }
 
-// again returns what a session goes on by whose connection was lost, or why it does not. A host that has gone is not waited for, but for
-// one that has given up a connection before it was heard by it: it took too long, and there will be another.
+// again returns what a session goes on by whose connection was lost, or why it does not. A host
+// that has gone is not waited for, but for one that has given up a connection before it was heard
+// by it: it took too long, and there will be another.
 func (s *Server) again(ss *session, lost error) (agentproto.Link, error) {
 	s.waiting.Add(1)
 	defer s.waiting.Add(-1)
@@ -181,8 +186,9 @@ func (s *Server) take(ss *session) *session {
 	return by
 }
 
-// hangUp ends what hung on another host than this one: programs are hung up as soon as their connections are lost, if they are not yet.
-// A host that has begun before it told the guest who it is cannot be told from one of before; it only cannot go on later.
+// hangUp ends what hung on another host than this one: programs are hung up as soon as their
+// connections are lost, if they are not yet. A host that has begun before it told the guest who it
+// is cannot be told from one of before; it only cannot go on later.
 func (s *Server) hangUp() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -70,7 +70,10 @@ func openTerminal(req agentproto.Request) (*stdio, error) {
 		return nil, errors.Join(fmt.Errorf("open a terminal: %w", err), master.Close())
 	}
 	f := os.NewFile(uintptr(slave), "terminal")
-	io := &stdio{child: [3]*os.File{f, f, f}, stdin: master, output: map[agentproto.Kind]*os.File{agentproto.KindStdout: master}, tty: true}
+	io := &stdio{
+		child: [3]*os.File{f, f, f}, stdin: master,
+		output: map[agentproto.Kind]*os.File{agentproto.KindStdout: master}, tty: true,
+	}
 	io.resize(req.Rows, req.Cols)
 	return io, nil
 }
@@ -113,8 +116,8 @@ func (s *stdio) close() {
 	}
 }
 
-// run runs a program with the host's streams, and returns when it has ended and its output is sent. When the host goes away
-// it gets SIGHUP.
+// run runs a program with the host's streams, and returns when it has ended and its output is sent.
+// When the host goes away it gets SIGHUP.
 func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.Exit {
 	streams, err := openStdio(ss.req)
 	if err != nil {
@@ -162,7 +165,8 @@ func (s *Server) run(ss *session, p program, started func(pid int)) agentproto.E
 	return process.Ended(status)
 }
 
-// startFor starts a program once others may run. Its host may have gone with another VM meanwhile: then nobody wants it here.
+// startFor starts a program once others may run. Its host may have gone with another VM meanwhile:
+// then nobody wants it here.
 func (s *Server) startFor(ss *session, p program, streams *stdio) (int, <-chan unix.WaitStatus, error) {
 	s.frozen.programs.RLock()
 	defer s.frozen.programs.RUnlock()
@@ -192,7 +196,10 @@ func (s *Server) start(p program, req agentproto.Request, streams *stdio) (int, 
 	}
 	attr := &syscall.ProcAttr{
 		Dir: p.dir, Env: env,
-		Sys: &syscall.SysProcAttr{Setsid: true, Setctty: req.TTY, Credential: &syscall.Credential{Uid: u.UID, Gid: u.GID, Groups: u.Groups}},
+		Sys: &syscall.SysProcAttr{
+			Setsid: true, Setctty: req.TTY,
+			Credential: &syscall.Credential{Uid: u.UID, Gid: u.GID, Groups: u.Groups},
+		},
 	}
 	for _, f := range streams.child {
 		if req.TTY {
@@ -230,8 +237,10 @@ func feed(streams *stdio, from *agentproto.Inbox) {
 // maxLeft bounds what a pipe or a terminal can hold.
 const maxLeft = 1 << 20
 
-// forward sends what a program puts out. When it has ended, what it has left is sent, but what its children still write is
-// not waited for. The program's exit, which follows, is the stream's end too. With the host gone, it goes nowhere: a program that tidies up is not to fail for a closed pipe.
+// forward sends what a program puts out. When it has ended, what it has left is sent, but what its
+// children still write is not waited for. The program's exit, which follows, is the stream's end
+// too. With the host gone, it goes nowhere: a program that tidies up is not to fail for a closed
+// pipe.
 func forward(to io.Writer, from *os.File, ended <-chan struct{}) {
 	read := make(chan struct{})
 	go func() {

@@ -16,8 +16,8 @@ func (s *Server) Env() []string {
 	return slices.Clone(s.Boot.Env)
 }
 
-// secrets takes what the host has for the command and for nobody else. It may come twice, where the process that first told it
-// has died: what counts is the first.
+// secrets takes what the host has for the command and for nobody else. It may come twice, where the
+// process that first told it has died: what counts is the first.
 func (s *Server) secrets(ss *session) error {
 	s.telling.Lock()
 	defer s.telling.Unlock()

@@ -1,5 +1,5 @@
-// Package server is what the agent does for the host once the guest is up: it runs programs in it, copies files, tells how
-// it is. The host is trusted, and nobody else is heard.
+// Package server is what the agent does for the host once the guest is up: it runs programs in it,
+// copies files, tells how it is. The host is trusted, and nobody else is heard.
 package server
 
 import (
@@ -67,7 +67,8 @@ func New(reaper *process.Reaper, boot *guest.Boot) *Server {
 		boot = new(guest.Boot)
 	}
 	return &Server{
-		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{}, main: make(chan call),
+		Reaper: reaper, Boot: boot, changed: make(chan struct{}), phases: map[agentproto.Phase]time.Duration{},
+		main: make(chan call),
 		told: make(chan struct{}), sessions: map[string]*session{}, SetClock: setClock, Stop: stop,
 		ShutDown: shutDown, patience: stopPatience,
 	}
@@ -89,7 +90,8 @@ func (s *Server) update(f func()) {
 	s.changed = make(chan struct{})
 }
 
-// Ended tells the host how the image's command ended, and returns when it has heard, or does not listen.
+// Ended tells the host how the image's command ended, and returns when it has heard, or does not
+// listen.
 func (s *Server) Ended(exit agentproto.Exit) {
 	s.update(func() { s.exit = &exit })
 	heard := make(chan struct{})
@@ -147,7 +149,8 @@ type session struct {
 	resumable
 }
 
-// listen takes what the host sends, until it goes away. Handle, if not nil, gets what belongs to no stream.
+// listen takes what the host sends, until it goes away. Handle, if not nil, gets what belongs to no
+// stream.
 func (ss *session) listen(handle func(k agentproto.Kind, payload []byte)) {
 	ss.gone = make(chan struct{})
 	go func() {
@@ -178,7 +181,8 @@ func (s *Server) answer(raw net.Conn) {
 	}
 	req, err := agentproto.ParseJSON[agentproto.Request](payload)
 	if err == nil && req.Version != agentproto.Version {
-		err = fmt.Errorf("the guest's agent speaks version %d of the protocol, not %d: it is of another version of smartvm", agentproto.Version, req.Version)
+		err = fmt.Errorf("the guest's agent speaks version %d of the protocol, not %d: it is of another version of smartvm",
+			agentproto.Version, req.Version)
 	}
 	do := map[agentproto.Op]func(*session) error{
 		agentproto.OpExec: s.exec, agentproto.OpMain: s.command, agentproto.OpWatch: s.watch,
@@ -223,7 +227,8 @@ func (s *Server) finish(ss *session) {
 	_ = ss.conn.Close()
 }
 
-// watch sets the clock and stirs the random numbers, and tells what happens until the command has ended.
+// watch sets the clock and stirs the random numbers, and tells what happens until the command has
+// ended.
 func (s *Server) watch(ss *session) error {
 	s.watchers.Add(1)
 	defer s.watchers.Done()
@@ -243,7 +248,8 @@ func (s *Server) watch(ss *session) error {
 	defer s.awaitWatch(ss, mine)
 	for {
 		s.mu.Lock()
-		event, changed := agentproto.Event{Phases: maps.Clone(s.phases), Skew: s.skew, Exit: s.exit, Spent: s.spent}, s.changed
+		event, changed := agentproto.Event{Phases: maps.Clone(s.phases), Skew: s.skew, Exit: s.exit, Spent: s.spent},
+			s.changed
 		s.mu.Unlock()
 		if err := ss.conn.SendJSON(agentproto.KindEvent, event); err != nil {
 			return nil
@@ -323,12 +329,13 @@ func (s *Server) command(ss *session) error {
 	}
 }
 
-// Main runs the image's command when a host asks for it, with the streams that the host has for it. Started, if not nil, is
-// told its process. It returns false if stop came before.
+// Main runs the image's command when a host asks for it, with the streams that the host has for it.
+// Started, if not nil, is told its process. It returns false if stop came before.
 func (s *Server) Main(stop <-chan os.Signal, started func(pid int)) (exit agentproto.Exit, ran bool) {
 	select {
 	case c := <-s.main:
-		exit = s.run(c.session, program{args: s.Boot.Command, env: s.Env(), dir: cmp.Or(s.Boot.WorkingDir, "/"), user: s.Boot.User}, started)
+		exit = s.run(c.session,
+			program{args: s.Boot.Command, env: s.Env(), dir: cmp.Or(s.Boot.WorkingDir, "/"), user: s.Boot.User}, started)
 		_ = c.conn.SendJSON(agentproto.KindExit, exit)
 		close(c.done)
 		return exit, true

@@ -36,7 +36,8 @@ func Module(fields ...string) []byte {
 	return b
 }
 
-// BzImage returns a bzImage of an uncompressed vmlinux, which says of itself that it is of a release.
+// BzImage returns a bzImage of an uncompressed vmlinux, which says of itself that it is of a
+// release.
 func BzImage(vmlinux []byte, release string) []byte {
 	const sector, sectors, version = 512, 3, 0x300
 	b := make([]byte, sector*sectors)

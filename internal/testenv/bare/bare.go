@@ -1,4 +1,5 @@
-// Package bare gives tests of single packages a real Firecracker with a tiny guest, and nothing of ours around it.
+// Package bare gives tests of single packages a real Firecracker with a tiny guest, and nothing of
+// ours around it.
 package bare
 
 import (
@@ -42,13 +43,14 @@ func Start(t testing.TB, dir, socket string) *VM {
 	if err := os.WriteFile(filepath.Join(dir, logFile), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(testenv.Firecracker(t), "--api-sock", socket, "--id", "bare", "--log-path", logFile) //nolint:noctx // killed by start
+	cmd := exec.Command(testenv.Firecracker(t), "--api-sock", socket, "--id", "bare", "--log-path",
+		logFile) //nolint:noctx // killed by start
 	cmd.Dir = dir
 	return start(t, cmd, socket)
 }
 
-// StartJailed starts a Firecracker as another user, in a jail below base, which is VM.Dir. What is to be there is put
-// there by before.
+// StartJailed starts a Firecracker as another user, in a jail below base, which is VM.Dir. What is
+// to be there is put there by before.
 func StartJailed(t testing.TB, base string, uid int, before func(root string)) *VM {
 	t.Helper()
 	testenv.Require(t, testenv.KVM, testenv.Root)
@@ -58,7 +60,8 @@ func StartJailed(t testing.TB, base string, uid int, before func(root string)) *
 		t.Fatal(err)
 	}
 	before(root)
-	cmd := exec.Command(testenv.Jailer(t), "--id", "bare", "--exec-file", program, "--uid", strconv.Itoa(uid), "--gid", strconv.Itoa(uid), //nolint:noctx // killed by start
+	cmd := exec.Command(testenv.Jailer(t), "--id", "bare", "--exec-file", program, "--uid", strconv.Itoa(uid), "--gid",
+		strconv.Itoa(uid), //nolint:noctx // killed by start
 		"--chroot-base-dir", base, "--cgroup-version", "2", "--", "--api-sock", "/api")
 	cmd.Dir = root
 	return start(t, cmd, "api")

@@ -1,5 +1,5 @@
-// Package killat kills a program at a chosen one of the system calls by which it changes the file system: the crash at
-// every step, without any help of the program's.
+// Package killat kills a program at a chosen one of the system calls by which it changes the file
+// system: the crash at every step, without any help of the program's.
 package killat
 
 import (
@@ -14,17 +14,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// changing are the system calls that count, by the numbers of this architecture; openat only where it may make a file, be it one
-// without a name.
-// A write counts too: what is half written at a crash is half there.
+// changing are the system calls that count, by the numbers of this architecture; openat only where
+// it may make a file, be it one without a name. A write counts too: what is half written at a crash
+// is half there.
 var changing = map[uint64]bool{
-	unix.SYS_MKDIRAT: true, unix.SYS_UNLINKAT: true, unix.SYS_RENAMEAT: true, unix.SYS_RENAMEAT2: true, unix.SYS_LINKAT: true,
-	unix.SYS_SYMLINKAT: true, unix.SYS_FTRUNCATE: true, unix.SYS_FCHMOD: true, unix.SYS_FCHMODAT: true, unix.SYS_FCHOWN: true,
-	unix.SYS_FSYNC: true, unix.SYS_PWRITE64: true, unix.SYS_COPY_FILE_RANGE: true,
+	unix.SYS_MKDIRAT: true, unix.SYS_UNLINKAT: true, unix.SYS_RENAMEAT: true, unix.SYS_RENAMEAT2: true,
+	unix.SYS_LINKAT:    true,
+	unix.SYS_SYMLINKAT: true, unix.SYS_FTRUNCATE: true, unix.SYS_FCHMOD: true, unix.SYS_FCHMODAT: true,
+	unix.SYS_FCHOWN: true,
+	unix.SYS_FSYNC:  true, unix.SYS_PWRITE64: true, unix.SYS_COPY_FILE_RANGE: true,
 }
 
-// Run runs a command, which must not have been started, until it is about to make its n-th change, counted from 1, and
-// kills it there. Ended says that it has ended before; then err is how, nil or an *exec.ExitError.
+// Run runs a command, which must not have been started, until it is about to make its n-th change,
+// counted from 1, and kills it there. Ended says that it has ended before; then err is how, nil or
+// an *exec.ExitError.
 //
 // Every child of this process is waited for meanwhile, so there must be no other.
 func Run(cmd *exec.Cmd, n int) (ended bool, err error) {
@@ -89,7 +92,8 @@ func Run(cmd *exec.Cmd, n int) (ended bool, err error) {
 // changes says whether a stopped thread is about to change the file system.
 func changes(tid int) bool {
 	var info [88]byte // struct ptrace_syscall_info
-	n, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_GET_SYSCALL_INFO, uintptr(tid), uintptr(len(info)), uintptr(unsafe.Pointer(&info)), 0, 0)
+	n, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_GET_SYSCALL_INFO, uintptr(tid), uintptr(len(info)),
+		uintptr(unsafe.Pointer(&info)), 0, 0)
 	if errno != 0 || n == 0 || info[0] != unix.PTRACE_SYSCALL_INFO_ENTRY {
 		return false
 	}

@@ -20,7 +20,8 @@ func TestMain(m *testing.M) {
 	}
 	// Four changes: a file made, its mode, a name, a directory.
 	path := filepath.Join(dir, "a")
-	err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chmod(path, 0o400), os.Rename(path, path+"b"), os.Mkdir(filepath.Join(dir, "c"), 0o700))
+	err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chmod(path, 0o400), os.Rename(path, path+"b"),
+		os.Mkdir(filepath.Join(dir, "c"), 0o700))
 	if err != nil {
 		os.Exit(7)
 	}

@@ -63,8 +63,10 @@ const (
 
 func (k kind) String() string {
 	return [...]string{
-		process: "process", cgroup: "cgroup", link: "network link", netns: "network namespace", route: "route", table: "nftables table",
-		mount: "mount", loop: "loop device", socket: "unix socket", file: "file", descriptor: "file descriptor", goroutine: "goroutine",
+		process: "process", cgroup: "cgroup", link: "network link", netns: "network namespace", route: "route",
+		table: "nftables table",
+		mount: "mount", loop: "loop device", socket: "unix socket", file: "file", descriptor: "file descriptor",
+		goroutine: "goroutine",
 	}[k]
 }
 
@@ -85,7 +87,8 @@ func Take(scope Scope) (*Snapshot, error) {
 		s.scope.Roots = append(s.scope.Roots, filepath.Clean(root))
 	}
 	looks := []func() error{
-		s.addProcesses, s.addMounts, s.addLinks, s.addNamespaces, s.addRoutes, s.addTables, s.addLoops, s.addSockets, s.addFiles,
+		s.addProcesses, s.addMounts, s.addLinks, s.addNamespaces, s.addRoutes, s.addTables, s.addLoops,
+		s.addSockets, s.addFiles,
 	}
 	if scope.Self {
 		looks = append(looks, s.addDescriptors, s.addGoroutines)

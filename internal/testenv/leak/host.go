@@ -100,7 +100,8 @@ func (s *Snapshot) addRoutes() error {
 		if flags, err := strconv.ParseUint(f[8], 16, 32); err != nil || flags&cached != 0 {
 			return err
 		}
-		if f[5] == "ffffffff" && f[9] == "lo" { // what a table has that has none; the kernel never removes a table that there was
+		// what a table has that has none; the kernel never removes a table that there was
+		if f[5] == "ffffffff" && f[9] == "lo" {
 			return nil
 		}
 		s.add(route, fmt.Sprintf("IPv6 to %s/%s by %s on %s, flags %s, metric %s", f[0], f[1], f[4], f[9], f[8], f[5]))

@@ -79,7 +79,8 @@ func TestDiff_Root(t *testing.T) {
 		}
 		return
 	}
-	if err := errors.Join(os.MkdirAll("/run/netns", 0o755), unix.Mount("tmpfs", "/run/netns", "tmpfs", 0, "size=64k")); err != nil {
+	if err := errors.Join(os.MkdirAll("/run/netns", 0o755),
+		unix.Mount("tmpfs", "/run/netns", "tmpfs", 0, "size=64k")); err != nil {
 		t.Fatal(err)
 	}
 	seeEach(t, []thing{
@@ -335,7 +336,8 @@ func foreign(command func(dir string) *exec.Cmd) func(*testing.T, string) func()
 			program = filepath.Join(t.TempDir(), name)
 			copyFile(t, cmd.Path, program)
 		}
-		shell := exec.Command("sh", append([]string{"-c", `exec 3<&0; "$0" "$@" <&3 3<&- >/dev/null 2>&1 &`, program}, cmd.Args[1:]...)...)
+		shell := exec.Command("sh",
+			append([]string{"-c", `exec 3<&0; "$0" "$@" <&3 3<&- >/dev/null 2>&1 &`, program}, cmd.Args[1:]...)...)
 		shell.Dir, shell.Env, shell.Stdin = cmd.Dir, cmd.Env, r
 		out, err := shell.Output()
 		if err != nil {

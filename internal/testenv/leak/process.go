@@ -23,7 +23,8 @@ type stat struct {
 	start       string // ticks after boot: with the pid, an identity
 }
 
-// isInits says whether all of a process has ended and only init is left to be told, which on some machines listens every two seconds.
+// isInits says whether all of a process has ended and only init is left to be told, which on some
+// machines listens every two seconds.
 func (p stat) isInits() bool { return p.state == "Z" && p.parent == 1 && p.threads == "1" }
 
 func (s *Snapshot) addProcesses() error {
@@ -70,7 +71,10 @@ func readStat(pid int) (stat, bool) {
 		return stat{}, false
 	}
 	ppid, err := strconv.Atoi(fields[parent])
-	return stat{pid: pid, parent: ppid, name: data[open+1 : end], state: fields[state], threads: fields[threads], start: fields[start]}, err == nil
+	return stat{
+		pid: pid, parent: ppid, name: data[open+1 : end], state: fields[state], threads: fields[threads],
+		start: fields[start],
+	}, err == nil
 }
 
 // ancestors lists the parent of pid and its parents.

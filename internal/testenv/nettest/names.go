@@ -18,7 +18,8 @@ func (n *Namespace) ServeNames(address string, names map[string]string) {
 	n.Must(func() error { return ServeNames(n.t, address, names) })
 }
 
-// ServeNames answers DNS queries on port 53 of an address of the thread's network, by UDP: for each name, with a final dot, its addresses.
+// ServeNames answers DNS queries on port 53 of an address of the thread's network, by UDP: for each
+// name, with a final dot, its addresses.
 func ServeNames(t *testing.T, address string, names map[string]string) error {
 	p, err := net.ListenPacket("udp", net.JoinHostPort(address, "53"))
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package nettest gives tests networks of their own: a namespace for the test, and others for guests and for what stands
-// for the world outside.
+// Package nettest gives tests networks of their own: a namespace for the test, and others for
+// guests and for what stands for the world outside.
 package nettest
 
 import (
@@ -28,8 +28,8 @@ import (
 // variable is set in a process that is alone in its namespaces.
 const variable = "SMARTVM_TEST_NETNS"
 
-// Alone says whether this process has a network of its own. If not it runs the calling test, which must be no subtest, in one
-// that has, reports how that went, and returns false: the test is done.
+// Alone says whether this process has a network of its own. If not it runs the calling test, which
+// must be no subtest, in one that has, reports how that went, and returns false: the test is done.
 //
 // Mounts are its own too, and /sys shows the network.
 func Alone(t *testing.T) bool {
@@ -43,14 +43,16 @@ func Alone(t *testing.T) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(netlink.LinkSetUp(link), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount("sysfs", "/sys", "sysfs", 0, "")); err != nil {
+	if err := errors.Join(netlink.LinkSetUp(link), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount("sysfs", "/sys", "sysfs", 0, "")); err != nil {
 		t.Fatal(err)
 	}
 	return true
 }
 
-// Rough is Alone on hosts that do least for us: they look at no sources (rp_filter 0), and their rules for IP packets see those that are only bridged
-// (br_netfilter), or do not. The test runs on both.
+// Rough is Alone on hosts that do least for us: they look at no sources (rp_filter 0), and their
+// rules for IP packets see those that are only bridged (br_netfilter), or do not. The test runs on
+// both.
 func Rough(t *testing.T) bool {
 	t.Helper()
 	testenv.Require(t, testenv.Root)
@@ -78,8 +80,8 @@ const (
 	unbridged = "unbridged"
 )
 
-// BridgeNetfilter says whether the rules for IP packets see those that are only bridged, as on a host that has had Docker. A kernel that has no such
-// rules sees none.
+// BridgeNetfilter says whether the rules for IP packets see those that are only bridged, as on a
+// host that has had Docker. A kernel that has no such rules sees none.
 func BridgeNetfilter(t *testing.T, on bool) {
 	t.Helper()
 	for _, v := range []string{"iptables", "ip6tables", "arptables"} {
@@ -145,7 +147,10 @@ func (n *Namespace) Connect(near, far Link) {
 	n.t.Helper()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.HardwareAddr = near.Name, near.MAC
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: far.Name, PeerHardwareAddr: far.MAC, PeerNamespace: netlink.NsFd(n.Fd())}
+	veth := &netlink.Veth{
+		LinkAttrs: attrs, PeerName: far.Name, PeerHardwareAddr: far.MAC,
+		PeerNamespace: netlink.NsFd(n.Fd()),
+	}
 	if err := netlink.LinkAdd(veth); err != nil {
 		n.t.Fatal(err)
 	}
@@ -187,8 +192,8 @@ const (
 	impatience = 300 * time.Millisecond
 )
 
-// Serve answers on an address, "ip:port" or "[ip]:port", by TCP and UDP with "WORD from PEER\n", PEER being the address
-// that asks.
+// Serve answers on an address, "ip:port" or "[ip]:port", by TCP and UDP with "WORD from PEER\n",
+// PEER being the address that asks.
 func (n *Namespace) Serve(address, word string) {
 	n.t.Helper()
 	n.Must(func() error { return Serve(n.t, address, word) })

@@ -1,6 +1,6 @@
-// Command demo boots a Linux guest with a busybox userland by way of the smartvm command beside it, runs a command in it ($CMD,
-// for a shell), and checks that nothing of it is left. Where this machine's KVM boots no Linux, it does so
-// in the emulated host.
+// Command demo boots a Linux guest with a busybox userland by way of the smartvm command beside it,
+// runs a command in it ($CMD, for a shell), and checks that nothing of it is left. Where this
+// machine's KVM boots no Linux, it does so in the emulated host.
 package main
 
 import (
@@ -47,7 +47,8 @@ func prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	paths, err := cache.Ensure(ctx, fixtures.GuestKernel, fixtures.GuestModules, fixtures.Minimal, fixtures.Firecracker, fixtures.Jailer)
+	paths, err := cache.Ensure(ctx, fixtures.GuestKernel, fixtures.GuestModules, fixtures.Minimal, fixtures.Firecracker,
+		fixtures.Jailer)
 	if err != nil {
 		return err
 	}
@@ -57,7 +58,9 @@ func prepare(ctx context.Context) error {
 	}
 	data := filepath.Join(bin, "demo-data")
 	smartvm := []string{filepath.Join(bin, "smartvm"), "--data-dir", data, "--firecracker", paths[3], "--jailer", paths[4]}
-	if err := quietly(ctx, append(slices.Clip(smartvm), "image", "import", "--kernel", paths[0], "--modules", paths[1], "--rootfs", paths[2], image)); err != nil {
+	if err := quietly(ctx,
+		append(slices.Clip(smartvm), "image", "import", "--kernel", paths[0], "--modules", paths[1], "--rootfs", paths[2],
+			image)); err != nil {
 		return err
 	}
 	command := append([]string{filepath.Join(bin, "demo"), cmp.Or(os.Getenv("CMD"), "uname -a; uptime")}, smartvm...)
@@ -78,8 +81,8 @@ func binDir() (string, error) {
 // image is what the guest is of, and what it is called.
 const image = "demo"
 
-// boot starts a VM by the smartvm command that prepare made, has the user's command run in it, and compares the host before
-// and after.
+// boot starts a VM by the smartvm command that prepare made, has the user's command run in it, and
+// compares the host before and after.
 func boot(ctx context.Context) error {
 	const runtimeDir = "/dev/shm/smartvm-demo"
 	before, err := leak.Take(leak.Scope{Roots: []string{runtimeDir}})
@@ -94,7 +97,9 @@ func boot(ctx context.Context) error {
 	smartvm := append(slices.Clip(os.Args[2:]), "--runtime-dir", runtimeDir)
 	with := func(args ...string) []string { return append(slices.Clip(smartvm), args...) }
 	begun := time.Now()
-	err = quietly(ctx, with("run", "-d", "--name", image, "--net", "none", "--scratch", "64M", image, "--", "sh", "-c", "while :; do sleep 1; done"))
+	err = quietly(ctx,
+		with("run", "-d", "--name", image, "--net", "none", "--scratch", "64M", image, "--", "sh", "-c",
+			"while :; do sleep 1; done"))
 	if err == nil {
 		err = quietly(ctx, with("wait", "--for", "ready", image))
 		fmt.Printf("host:  the guest was ready after %.1f s\n", time.Since(begun).Seconds())

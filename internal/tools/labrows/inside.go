@@ -16,14 +16,15 @@ import (
 // insideVerb runs this program in the lab.
 const insideVerb = "boot-guests"
 
-// guest is how a guest fared. The program in the lab prints an empty one first, then a line for each.
+// guest is how a guest fared. The program in the lab prints an empty one first, then a line for
+// each.
 type guest struct {
 	Seconds float64 `json:"seconds"` // until it was up
 	Stop    string  `json:"stop"`    // what went wrong
 }
 
-// inside boots guests one after another; args are a variant, how many guests, a guest's deadline, the VMM and its
-// configuration.
+// inside boots guests one after another; args are a variant, how many guests, a guest's deadline,
+// the VMM and its configuration.
 func inside(args []string) error {
 	v, err := parseVariant(args[0])
 	if err != nil {
@@ -53,7 +54,10 @@ func inside(args []string) error {
 // setParameters sets those of the lab kernel's modules.
 func (v variant) setParameters() error {
 	if options := v["kvm_amd"]; options != nil {
-		for _, command := range [][]string{{"modprobe", "-r", "kvm_amd"}, append([]string{"modprobe", "kvm_amd"}, options...)} {
+		for _, command := range [][]string{
+			{"modprobe", "-r", "kvm_amd"},
+			append([]string{"modprobe", "kvm_amd"}, options...),
+		} {
 			if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
 				return fmt.Errorf("%v: %w\n%s", command, err, out)
 			}
@@ -88,7 +92,8 @@ func (v variant) boot(vmm, config string, deadline time.Duration) (g guest) {
 			spent = p.UserTime() + p.SystemTime()
 		}
 		said := out.said.Bytes()
-		g.Stop = fmt.Sprintf("%v, up after %.1f s, its VMM computed %.1f s; it said %q", err, g.Seconds, spent.Seconds(), said[max(0, len(said)-200):])
+		g.Stop = fmt.Sprintf("%v, up after %.1f s, its VMM computed %.1f s; it said %q", err, g.Seconds, spent.Seconds(),
+			said[max(0, len(said)-200):])
 	}
 	return g
 }

@@ -1,10 +1,11 @@
-// Command labrows measures variants of the lab (see internal/lab) side by side: what they and the guests in them take
-// until they are ready, and how many stop. After each round it prints a row for each variant.
+// Command labrows measures variants of the lab (see internal/lab) side by side: what they and the
+// guests in them take until they are ready, and how many stop. After each round it prints a row for
+// each variant.
 //
 //	labrows [-labs n] [-guests n] [-deadline d] [-qemu name=program]... variant...
 //
-// A round is one lab of each variant, so that what else the machine does meets all alike; a lab boots its guests one
-// after another. A variant is settings, separated by spaces, or "default":
+// A round is one lab of each variant, so that what else the machine does meets all alike; a lab
+// boots its guests one after another. A variant is settings, separated by spaces, or "default":
 //
 //	qemu=NAME        a QEMU that -qemu names
 //	cpus=N           of the lab
@@ -20,8 +21,8 @@
 //	guest-memory=MIB
 //	pages=SIZE       of the lab's memory, for guests: 2M, or none for ordinary ones
 //
-// A guest that dies, or is not up and gone by its deadline, is a stop. So is a lab that does not boot, dies, or says
-// nothing for a guest's deadline and 15 s. It is ended, and the next begun.
+// A guest that dies, or is not up and gone by its deadline, is a stop. So is a lab that does not
+// boot, dies, or says nothing for a guest's deadline and 15 s. It is ended, and the next begun.
 package main
 
 import (
@@ -151,7 +152,8 @@ func (m *measurement) find(ctx context.Context) error {
 // lab runs a lab of the row's variant. It returns an error when measuring must end.
 func (m *measurement) lab(ctx context.Context, r *row) error {
 	c := m.config
-	pidFile, initrd, machine := filepath.Join(m.dir, "pid"), filepath.Join(m.dir, "initrd"), filepath.Join(m.dir, "vm.json")
+	pidFile, initrd, machine := filepath.Join(m.dir, "pid"), filepath.Join(m.dir, "initrd"),
+		filepath.Join(m.dir, "vm.json")
 	c.QEMU = filepath.Join(m.dir, "qemu")
 	qemu := m.qemus[r.last("qemu", "")]
 	if qemu == "" {
@@ -225,7 +227,8 @@ func (r *row) take(g guest) {
 func cpuSeconds(pidFile string) float64 {
 	pid, _ := os.ReadFile(pidFile)
 	stat, _ := os.ReadFile(filepath.Join("/proc", strings.TrimSpace(string(pid)), "stat"))
-	// After the name, which may have spaces, user and system time are the 12th and 13th field, in 1/100 s.
+	// After the name, which may have spaces, user and system time are the 12th and 13th field, in
+	// 1/100 s.
 	_, rest, _ := strings.Cut(string(stat), ") ")
 	var user, system float64
 	if f := strings.Fields(rest); len(f) > 12 {
@@ -238,7 +241,8 @@ func cpuSeconds(pidFile string) float64 {
 // printRows prints the rows as a table.
 func printRows(w io.Writer, rows []*row) error {
 	load, _ := os.ReadFile("/proc/loadavg")
-	fmt.Fprintf(w, "\nAt %s, with the machine's load at %s:\n\n", time.Now().Format(time.TimeOnly), strings.Join(strings.Fields(string(load))[:3], " "))
+	fmt.Fprintf(w, "\nAt %s, with the machine's load at %s:\n\n", time.Now().Format(time.TimeOnly),
+		strings.Join(strings.Fields(string(load))[:3], " "))
 	t := tabwriter.NewWriter(w, 0, 0, 1, ' ', 0)
 	fmt.Fprintln(t, "| variant\t| labs\t| ready, s\t| max\t| stops\t| guests\t| up, s\t| max\t| stops\t| CPU, s\t|")
 	fmt.Fprintln(t, "|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|")

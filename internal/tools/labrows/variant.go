@@ -20,7 +20,8 @@ type variant map[string][]string
 // settings lists those that there are. The command's documentation explains them.
 func settings() []string {
 	return []string{
-		"default", "qemu", "cpus", "memory", "accel", "cpu", "kernel", "kvm_amd", "sys", "guest", "device", "no-serial", "guest-memory", "pages",
+		"default", "qemu", "cpus", "memory", "accel", "cpu", "kernel", "kvm_amd", "sys", "guest", "device", "no-serial",
+		"guest-memory", "pages",
 	}
 }
 
@@ -39,7 +40,8 @@ func devices() map[string]device {
 	}
 }
 
-// socketPath is where the VMM has the vsock device's socket: in the lab, as the files it shares cannot be sockets.
+// socketPath is where the VMM has the vsock device's socket: in the lab, as the files it shares
+// cannot be sockets.
 const socketPath = "/run/labrows-vsock"
 
 func parseVariant(text string) (variant, error) {
@@ -71,7 +73,8 @@ func (v variant) number(key string, otherwise int) (int, error) {
 	return n, err
 }
 
-// wrapper returns a program that runs QEMU with other arguments than the lab's, and first writes its process ID to a file.
+// wrapper returns a program that runs QEMU with other arguments than the lab's, and first writes
+// its process ID to a file.
 func (v variant) wrapper(qemu, pidFile string) []byte {
 	replaced := func(key string) string {
 		if v[key] == nil {
@@ -101,7 +104,8 @@ func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + 
 // announcement is what a guest says when its first program runs.
 const announcement = "labrows: the guest is up"
 
-// initramfs writes one whose init inserts the devices' drivers, says that it is up and ends the guest.
+// initramfs writes one whose init inserts the devices' drivers, says that it is up and ends the
+// guest.
 func (v variant) initramfs(path, modules, busybox string) error {
 	var names []string
 	for _, d := range v["device"] {
@@ -138,7 +142,9 @@ func (v variant) initramfs(path, modules, busybox string) error {
 func (v variant) machine(path, vmlinux, initrd, pages string) error {
 	args := strings.Fields(image.QuietBootArgs)
 	if v["no-serial"] != nil {
-		args = append(slices.DeleteFunc(args, func(a string) bool { return strings.HasPrefix(a, "console=") }), "8250.nr_uarts=0")
+		args = append(slices.DeleteFunc(args, func(a string) bool {
+			return strings.HasPrefix(a, "console=")
+		}), "8250.nr_uarts=0")
 	}
 	config := map[string]any{"vcpu_count": 1, "mem_size_mib": json.Number(v.last("guest-memory", "256"))}
 	if pages := v.last("pages", pages); pages != "none" {

@@ -28,7 +28,8 @@ func TestVariant_Wrapper(t *testing.T) {
 		if err := os.WriteFile(wrapper, v.wrapper(qemu, filepath.Join(dir, "pid")), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		got, err := exec.Command(wrapper, "-cpu", "EPYC,-npt", "-accel", "tcg", "-append", "console=ttyS0 quiet", "-m", "1").CombinedOutput()
+		got, err := exec.Command(wrapper, "-cpu", "EPYC,-npt", "-accel", "tcg", "-append", "console=ttyS0 quiet", "-m",
+			"1").CombinedOutput()
 		if err != nil || string(got) != want {
 			t.Errorf("%s: got %s, %v; want %s", text, got, err, want)
 		}

@@ -1,11 +1,13 @@
-// Command odd becomes a program in an environment that is legal and unusual in every way at once: signals are ignored and blocked,
-// the umask is strict, there is no home, TMPDIR is long and has spaces, locale and time zone are foreign, there is no terminal
-// type, descriptors are open and standard input is not. A program fails in it only if it depends on what it inherits.
+// Command odd becomes a program in an environment that is legal and unusual in every way at once:
+// signals are ignored and blocked, the umask is strict, there is no home, TMPDIR is long and has
+// spaces, locale and time zone are foreign, there is no terminal type, descriptors are open and
+// standard input is not. A program fails in it only if it depends on what it inherits.
 //
 //	odd -- program argument...
 //
-// The process stays the same, and so does the exit status. Caches stay where they are. SIGCHLD keeps its default action: where it is
-// ignored, no Go program can wait for its children. All programs that run in it with the same TMPDIR get the same odd one.
+// The process stays the same, and so does the exit status. Caches stay where they are. SIGCHLD
+// keeps its default action: where it is ignored, no Go program can wait for its children. All
+// programs that run in it with the same TMPDIR get the same odd one.
 package main
 
 import (
@@ -30,11 +32,16 @@ const (
 
 // ignored are what nohup, shells' background jobs and daemons ignore, and some more.
 var ignored = []os.Signal{
-	unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGPIPE, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU,
+	unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGPIPE, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGTSTP,
+	unix.SIGTTIN, unix.SIGTTOU,
 }
 
-// blocked are what a program blocks that waits for signals by sigwait or signalfd, and passes on to its children if it does not think of it.
-var blocked = []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGCHLD, unix.SIGALRM, unix.SIGUSR1, unix.SIGWINCH}
+// blocked are what a program blocks that waits for signals by sigwait or signalfd, and passes on to
+// its children if it does not think of it.
+var blocked = []unix.Signal{
+	unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGCHLD, unix.SIGALRM, unix.SIGUSR1,
+	unix.SIGWINCH,
+}
 
 func main() {
 	args := os.Args[1:]
@@ -83,8 +90,10 @@ func setEnvironment() error {
 		return err
 	}
 	set := map[string]string{
-		"XDG_CACHE_HOME": caches, "XDG_CONFIG_HOME": "relative", "XDG_DATA_HOME": "/nonexistent/data", "XDG_RUNTIME_DIR": "/nonexistent/run",
-		"TMPDIR": temp, "LC_ALL": "tr_TR.UTF-8", "LANG": "de_DE.UTF-8", "TZ": "Pacific/Chatham", "NO_COLOR": "1", "COLUMNS": "1", "LINES": "1",
+		"XDG_CACHE_HOME": caches, "XDG_CONFIG_HOME": "relative", "XDG_DATA_HOME": "/nonexistent/data",
+		"XDG_RUNTIME_DIR": "/nonexistent/run",
+		"TMPDIR":          temp, "LC_ALL": "tr_TR.UTF-8", "LANG": "de_DE.UTF-8", "TZ": "Pacific/Chatham", "NO_COLOR": "1",
+		"COLUMNS": "1", "LINES": "1",
 		"CDPATH": "/", "POSIXLY_CORRECT": "1",
 	}
 	if home, err := os.UserHomeDir(); err == nil && os.Getenv("GOPATH") == "" {
@@ -97,7 +106,8 @@ func setEnvironment() error {
 	return errors.Join(err, os.Unsetenv("TERM"))
 }
 
-// openDescriptors closes standard input, and opens a directory many times: a program that is shut in could get out by it.
+// openDescriptors closes standard input, and opens a directory many times: a program that is shut
+// in could get out by it.
 func openDescriptors() error {
 	root, err := unix.Open("/", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	for range descriptors {

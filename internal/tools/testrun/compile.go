@@ -36,13 +36,15 @@ const (
 	plain kind = "plain" // without the race detector: for the emulated host, and for children of tests that are many
 )
 
-// list returns the packages that patterns name, all if there is none, in the order in which to run them: those with most tests first.
+// list returns the packages that patterns name, all if there is none, in the order in which to run
+// them: those with most tests first.
 func (r *runner) list(ctx context.Context, patterns []string) ([]*pkg, error) {
 	if len(patterns) == 0 {
 		patterns = []string{"./..."}
 	}
 	var stdout, stderr bytes.Buffer
-	cmd := exec.CommandContext(ctx, "go", append([]string{"list", "-json=ImportPath,Dir,TestGoFiles,XTestGoFiles"}, patterns...)...)
+	cmd := exec.CommandContext(ctx, "go",
+		append([]string{"list", "-json=ImportPath,Dir,TestGoFiles,XTestGoFiles"}, patterns...)...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
 		return nil, fmt.Errorf("list packages: %w\n%s", err, &stderr)

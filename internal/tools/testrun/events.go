@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Marks in what test binaries and we ourselves print. Go's begin with this byte when they are told to write for test2json, wherever
-// in a line that is.
+// Marks in what test binaries and we ourselves print. Go's begin with this byte when they are told
+// to write for test2json, wherever in a line that is.
 const (
 	mark      = "\x16"
 	leftMark  = mark + "=== LEFT "
@@ -33,7 +33,8 @@ type result struct {
 	lab       bool
 }
 
-// watcher follows the output of test binaries. It keeps what they say, and calls expired when one test takes longer than it may.
+// watcher follows the output of test binaries. It keeps what they say, and calls expired when one
+// test takes longer than it may.
 type watcher struct {
 	mu      sync.Mutex
 	limit   func(test string) time.Duration

@@ -22,11 +22,13 @@ import (
 )
 
 const (
-	// labLimit is how long a test of a Linux guest may take on a quiet machine. The longest took 170 s on one that was twice as slow.
+	// labLimit is how long a test of a Linux guest may take on a quiet machine. The longest took 170 s
+	// on one that was twice as slow.
 	labLimit = 3 * time.Minute
 	// labTries is how often a test may fail.
 	labTries = 3
-	// labsAtOnce is how many emulated hosts there are at a time. The tests on this machine, beside them, mostly wait.
+	// labsAtOnce is how many emulated hosts there are at a time. The tests on this machine, beside
+	// them, mostly wait.
 	labsAtOnce = 2
 	// maxRounds bounds how often what is left is tried.
 	maxRounds = 6
@@ -39,8 +41,8 @@ type labTest struct {
 	fails int
 }
 
-// plan is what emulated hosts are to run, each test in a process of its own. Hosts that run at once share it: each takes a test by making
-// a directory named as its place in Tests, in Claims.
+// plan is what emulated hosts are to run, each test in a process of its own. Hosts that run at once
+// share it: each takes a test by making a directory named as its place in Tests, in Claims.
 type plan struct {
 	Claims string
 	Tests  []planned
@@ -97,7 +99,8 @@ func (r *runner) labLane(ctx context.Context, all []*pkg) error {
 	return nil
 }
 
-// round runs tests in emulated hosts beside each other. With one processor each they are quicker than one with two.
+// round runs tests in emulated hosts beside each other. With one processor each they are quicker
+// than one with two.
 func (r *runner) round(ctx context.Context, c lab.Config, tests []*labTest, data map[*pkg]string) error {
 	file, claims, err := r.writePlan(tests, data)
 	if err != nil {
@@ -175,7 +178,8 @@ func (r *runner) labTests(ctx context.Context, p *pkg) (tests []*labTest, err er
 	return tests, nil
 }
 
-// prepare has a package make on this machine what its tests need in the emulated host, and returns where that is.
+// prepare has a package make on this machine what its tests need in the emulated host, and returns
+// where that is.
 func (r *runner) prepare(ctx context.Context, p *pkg) (dir string, err error) {
 	dir = filepath.Join(r.dir, "data", p.name())
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -183,7 +187,8 @@ func (r *runner) prepare(ctx context.Context, p *pkg) (dir string, err error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.pace.of(nativeLimit))
 	defer cancel()
-	cmd := exec.CommandContext(ctx, r.self, append([]string{superviseVerb, p.dir, r.binary(plain, p)}, "-test.run=^TestPrepareLab$", "-test.v")...)
+	cmd := exec.CommandContext(ctx, r.self,
+		append([]string{superviseVerb, p.dir, r.binary(plain, p)}, "-test.run=^TestPrepareLab$", "-test.v")...)
 	cmd.Env = append(os.Environ(), testenv.DataVariable+"="+dir)
 	endInOrder(cmd)
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -192,8 +197,9 @@ func (r *runner) prepare(ctx context.Context, p *pkg) (dir string, err error) {
 	return dir, nil
 }
 
-// oneLab runs an emulated host in which tests are taken until none is left, and counts how they fare: fails is -1 for those that passed.
-// It returns whether the host died before, and an error only when there is no sense in another one.
+// oneLab runs an emulated host in which tests are taken until none is left, and counts how they
+// fare: fails is -1 for those that passed. It returns whether the host died before, and an error
+// only when there is no sense in another one.
 func (r *runner) oneLab(ctx context.Context, c lab.Config, tests []*labTest) (died bool, err error) {
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -266,7 +272,8 @@ func (r *runner) writePlan(tests []*labTest, data map[*pkg]string) (file, claims
 	all := plan{Claims: claims}
 	for _, t := range tests {
 		all.Tests = append(all.Tests, planned{
-			Path: t.pkg.path, Dir: t.pkg.dir, Binary: r.binary(plain, t.pkg), Env: testenv.DataVariable + "=" + data[t.pkg], Name: t.name,
+			Path: t.pkg.path, Dir: t.pkg.dir, Binary: r.binary(plain, t.pkg),
+			Env: testenv.DataVariable + "=" + data[t.pkg], Name: t.name,
 		})
 	}
 	text, err := json.Marshal(all)
@@ -302,7 +309,9 @@ func runPlan(file string) int {
 			return 1
 		}
 		fmt.Printf("%s%s %s\n", beginMark, p.Path, p.Name)
-		cmd := exec.Command(self, append([]string{superviseVerb, p.Dir, p.Binary}, testFlags("^"+p.Name+"$")...)...) //nolint:noctx // the emulated host is ended with it
+		cmd := exec.Command(self,
+			append([]string{superviseVerb, p.Dir, p.Binary},
+				testFlags("^"+p.Name+"$")...)...) //nolint:noctx // the emulated host is ended with it
 		cmd.Env = append(os.Environ(), pace, p.Env)
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
 		status := 0

@@ -1,14 +1,17 @@
-// Command testrun runs the tests of packages of this module: all of them on this machine, by the race detector's leave, and
-// beside that those of real Linux guests in emulated hosts (see internal/lab), where this machine's KVM boots no Linux.
+// Command testrun runs the tests of packages of this module: all of them on this machine, by the
+// race detector's leave, and beside that those of real Linux guests in emulated hosts (see
+// internal/lab), where this machine's KVM boots no Linux.
 //
 //	testrun [-native | -lab] [-odd] [-run regexp] [-v] [package...]
 //
-// Tests of real Linux guests have names that begin with TestLinux. A package that needs things for them which are made quicker
-// outside the emulated host makes them in TestPrepareLab, in the directory that SMARTVM_TEST_DATA names.
+// Tests of real Linux guests have names that begin with TestLinux. A package that needs things for
+// them which are made quicker outside the emulated host makes them in TestPrepareLab, in the
+// directory that SMARTVM_TEST_DATA names.
 //
-// Everything has a deadline that fits the machine's pace: each test, each emulated host, the whole run. What passes it is ended and named.
-// Tests that an emulated host did not get to the end of, or failed, are run again in a new one, three times in all: the emulator is not
-// faultless. No process may outlive the package that started it, or in an emulated host the test.
+// Everything has a deadline that fits the machine's pace: each test, each emulated host, the whole
+// run. What passes it is ended and named. Tests that an emulated host did not get to the end of, or
+// failed, are run again in a new one, three times in all: the emulator is not faultless. No process
+// may outlive the package that started it, or in an emulated host the test.
 //
 // With -odd the tests on this machine inherit an unusual environment: see internal/tools/odd.
 //
@@ -58,7 +61,8 @@ func main() {
 	}
 }
 
-// runLimit is how long a whole run may take on a quiet machine, on which it takes a quarter of an hour. CI ends at 90.
+// runLimit is how long a whole run may take on a quiet machine, on which it takes a quarter of an
+// hour. CI ends at 90.
 const runLimit = 25 * time.Minute
 
 // runner is one run of tests.
@@ -107,7 +111,8 @@ func run(ctx context.Context) (ok bool, err error) {
 	}
 	if *odd {
 		program := filepath.Join(r.dir, "odd")
-		if out, err := exec.CommandContext(ctx, "go", "build", "-o", program, "push.rocks/smartvm/internal/tools/odd").CombinedOutput(); err != nil {
+		if out, err := exec.CommandContext(ctx, "go", "build", "-o", program,
+			"push.rocks/smartvm/internal/tools/odd").CombinedOutput(); err != nil {
 			return false, fmt.Errorf("compile odd: %w\n%s", err, out)
 		}
 		r.odd = []string{program, "--"}
@@ -133,8 +138,8 @@ func (r *runner) expire(ctx context.Context, cancel context.CancelCauseFunc) {
 	cancel(fmt.Errorf("the run has taken %v", time.Since(begun).Round(time.Second)))
 }
 
-// lanes runs the tests on this machine and those in emulated hosts beside each other. An error in one ends the other: it is none of a
-// test's.
+// lanes runs the tests on this machine and those in emulated hosts beside each other. An error in
+// one ends the other: it is none of a test's.
 func (r *runner) lanes(ctx context.Context, all []*pkg, native, inLab bool) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -155,7 +160,8 @@ func (r *runner) lanes(ctx context.Context, all []*pkg, native, inLab bool) erro
 	return context.Cause(ctx)
 }
 
-// pace is how many times slower this machine is than a quiet one, at least 1. It is known from the first boot of an emulated host.
+// pace is how many times slower this machine is than a quiet one, at least 1. It is known from the
+// first boot of an emulated host.
 type pace struct {
 	mu    sync.Mutex
 	value float64

@@ -18,7 +18,8 @@ import (
 const (
 	// nativeWorkers is how many packages' tests run at once. Much of what they do is waiting.
 	nativeWorkers = 2
-	// nativeLimit is how long a test may take on a quiet machine. The longest took 310 s on one that was twice as slow.
+	// nativeLimit is how long a test may take on a quiet machine. The longest took 310 s on one that
+	// was twice as slow.
 	nativeLimit = 8 * time.Minute
 )
 
@@ -58,7 +59,8 @@ func (r *runner) native(ctx context.Context, p *pkg) {
 	defer w.stop()
 	w.ended = r.ended
 	begun := time.Now()
-	command := slices.Concat([]string{superviseVerb, p.dir}, r.odd, []string{r.binary(race, p)}, testFlags(r.only.String()))
+	command := slices.Concat([]string{superviseVerb, p.dir}, r.odd, []string{r.binary(race, p)},
+		testFlags(r.only.String()))
 	cmd := exec.CommandContext(ctx, r.self, command...)
 	cmd.Env = append(os.Environ(), testenv.PaceVariable+"="+fmt.Sprintf("%.2f", r.pace.get()))
 	if r.odd != nil {
@@ -109,7 +111,10 @@ func (r *runner) ended(res result) {
 
 // testFlags are those of a test binary.
 func testFlags(pattern string) []string {
-	return []string{"-test.run=" + pattern, "-test.v=test2json", "-test.count=1", "-test.shuffle=on", "-test.paniconexit0", "-test.timeout=0"}
+	return []string{
+		"-test.run=" + pattern, "-test.v=test2json", "-test.count=1", "-test.shuffle=on", "-test.paniconexit0",
+		"-test.timeout=0",
+	}
 }
 
 // output prints what the lanes have to say, one at a time.

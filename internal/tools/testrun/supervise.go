@@ -24,8 +24,9 @@ const (
 	leaveTime = 3 * time.Second
 )
 
-// supervise runs a test binary in a directory and returns its exit status. Processes that outlive the binary are killed, and
-// named as a failure. SIGTERM ends the binary, which says where its goroutines are.
+// supervise runs a test binary in a directory and returns its exit status. Processes that outlive
+// the binary are killed, and named as a failure. SIGTERM ends the binary, which says where its
+// goroutines are.
 func supervise(dir string, command []string) int {
 	// Orphans of what we start become our children.
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
@@ -34,7 +35,8 @@ func supervise(dir string, command []string) int {
 	}
 	asked, orphans := make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(asked, syscall.SIGTERM)
-	// A terminal tells all of its group of Ctrl-C, and its end. Whoever runs us tells us in his own way.
+	// A terminal tells all of its group of Ctrl-C, and its end. Whoever runs us tells us in his own
+	// way.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGINT, syscall.SIGHUP)
 	signal.Notify(orphans, syscall.SIGCHLD)
 	cmd := exec.Command(command[0], command[1:]...) //nolint:noctx // it is ended by signals, in order
@@ -78,8 +80,8 @@ func supervise(dir string, command []string) int {
 	return 0
 }
 
-// killDescendants waits until this process has no children, at most for so long, kills those that are left, with all below them, and
-// returns their command lines.
+// killDescendants waits until this process has no children, at most for so long, kills those that
+// are left, with all below them, and returns their command lines.
 func killDescendants(patience time.Duration) (left []string) {
 	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		reap(0)

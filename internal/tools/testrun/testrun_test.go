@@ -42,17 +42,22 @@ func TestWatcher(t *testing.T) {
 		for i := 0; i < len(transcript); i += step {
 			fmt.Fprint(w, transcript[i:min(i+step, len(transcript))])
 		}
-		want := []result{{pkg: "a/b", test: "TestOne", outcome: "PASS", took: 250 * time.Millisecond}, {pkg: "a/b", test: "TestTwo", outcome: "FAIL", took: 10 * time.Second}}
+		want := []result{
+			{pkg: "a/b", test: "TestOne", outcome: "PASS", took: 250 * time.Millisecond},
+			{pkg: "a/b", test: "TestTwo", outcome: "FAIL", took: 10 * time.Second},
+		}
 		if diff := cmp.Diff(want, w.results, cmp.AllowUnexported(result{})); diff != "" {
 			t.Error(diff)
 		}
 		if pkg, test := w.running(); pkg != "c" || test != "TestThree" {
 			t.Errorf("%s %s runs", pkg, test)
 		}
-		if got := w.left["a/b"]; len(got) != 1 || got[0] != "12 sleep 1000" || w.status["a/b"] != 1 || w.waited != 1500*time.Millisecond {
+		if got := w.left["a/b"]; len(got) != 1 || got[0] != "12 sleep 1000" || w.status["a/b"] != 1 ||
+			w.waited != 1500*time.Millisecond {
 			t.Errorf("left %q, status %v, waited %v", got, w.status, w.waited)
 		}
-		if got := w.said["a/b"].String(); !strings.Contains(got, "no end of line--- PASS: TestOne") || strings.Contains(got, mark) {
+		if got := w.said["a/b"].String(); !strings.Contains(got, "no end of line--- PASS: TestOne") ||
+			strings.Contains(got, mark) {
 			t.Errorf("said %q", got)
 		}
 	}
@@ -136,7 +141,8 @@ func TestSupervise(t *testing.T) {
 func TestSupervise_Left(t *testing.T) {
 	cmd, out := start(t, "setsid sh -c 'sleep 1001 & sleep 1002; :' >/dev/null 2>&1 & exit 0")
 	said, status := end(t, cmd, out)
-	if status != 1 || !strings.Contains(said, leftMark) || !strings.Contains(said, "sleep 1001") || !strings.Contains(said, "sleep 1002") {
+	if status != 1 || !strings.Contains(said, leftMark) || !strings.Contains(said, "sleep 1001") ||
+		!strings.Contains(said, "sleep 1002") {
 		t.Errorf("got %q, %d", said, status)
 	}
 	for line := range strings.Lines(said) {
@@ -150,7 +156,8 @@ func TestSupervise_Left(t *testing.T) {
 	}
 }
 
-// Ctrl-C, which a terminal tells everybody, and the terminal's end leave the binary to whoever runs the supervisor.
+// Ctrl-C, which a terminal tells everybody, and the terminal's end leave the binary to whoever runs
+// the supervisor.
 func TestSupervise_Interrupt(t *testing.T) {
 	cmd, out := start(t, "echo ready; sleep 0.3; echo whole")
 	if line, err := out.ReadString('\n'); line != "ready\n" {
@@ -180,7 +187,8 @@ func TestSupervise_Ended(t *testing.T) {
 	}
 }
 
-// Of tests that an emulated host did not get to, those that failed, or ran when it ended, have had a try.
+// Of tests that an emulated host did not get to, those that failed, or ran when it ended, have had
+// a try.
 func TestTally(t *testing.T) {
 	a, b := &pkg{path: "a"}, &pkg{path: "b"}
 	const one = "\x16=== PACKAGE a TestOne\n\x16=== RUN   TestOne\n\x16--- PASS: TestOne (1.00s)\n\n\x16=== STATUS 0\n"
@@ -196,7 +204,11 @@ func TestTally(t *testing.T) {
 		"Failed":   {one + two + "\x16--- FAIL: TestTwo (1.00s)\n\x16=== STATUS 1\n" + three, nil, []int{-1, 1, -1}, ""},
 		"Panicked": {two + "panic\n\x16=== STATUS 1\n" + three, nil, []int{0, 1, -1}, ""},
 		"NoBoot":   {"", errors.New("no boot"), []int{0, 0, 0}, ""},
-		"Left":     {two + "\x16--- PASS: TestTwo (0.00s)\n\x16=== LEFT 7 sleep\n\x16=== STATUS 1\n", nil, []int{0, 1, 0}, `a TestTwo (lab): processes outlived it: ["7 sleep"]`},
+		"Left": {
+			two + "\x16--- PASS: TestTwo (0.00s)\n\x16=== LEFT 7 sleep\n\x16=== STATUS 1\n", nil,
+			[]int{0, 1, 0},
+			`a TestTwo (lab): processes outlived it: ["7 sleep"]`,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)

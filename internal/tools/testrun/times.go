@@ -53,7 +53,8 @@ func (t *times) passed() bool {
 	return len(t.failed) == 0
 }
 
-// take takes over what a watcher has seen. A test that runs again in another emulated host counts as it ended last.
+// take takes over what a watcher has seen. A test that runs again in another emulated host counts
+// as it ended last.
 func (t *times) take(w *watcher, lab bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -61,7 +62,9 @@ func (t *times) take(w *watcher, lab bool) {
 	defer w.mu.Unlock()
 	for _, r := range w.results {
 		r.lab = lab
-		t.results = slices.DeleteFunc(t.results, func(old result) bool { return old.pkg == r.pkg && old.test == r.test && old.lab == lab })
+		t.results = slices.DeleteFunc(t.results, func(old result) bool {
+			return old.pkg == r.pkg && old.test == r.test && old.lab == lab
+		})
 		t.results = append(t.results, r)
 	}
 	t.waited += w.waited
@@ -78,7 +81,8 @@ func (t *times) print(w io.Writer) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	fmt.Fprintf(w, "\nWhere the time went (what runs beside each other counts twice):\n")
-	for _, p := range append(t.phases, phase{"waiting for other packages' tests", t.waited}, phase{"in all", time.Since(t.begun)}) {
+	for _, p := range append(t.phases, phase{"waiting for other packages' tests", t.waited},
+		phase{"in all", time.Since(t.begun)}) {
 		fmt.Fprintf(w, "  %7.1f s  %s\n", p.took.Seconds(), p.name)
 	}
 	if t.labs > 0 {
@@ -113,8 +117,10 @@ func place(r result) string {
 	return r.pkg
 }
 
-// elsewhere says whether a test was skipped only because it ran in an emulated host, or the other way round.
+// elsewhere says whether a test was skipped only because it ran in an emulated host, or the other
+// way round.
 func (t *times) elsewhere(r result) bool {
-	return r.outcome == "SKIP" && (strings.HasPrefix(r.test, "TestPrepareLab") || !r.lab && strings.HasPrefix(r.test, "TestLinux") &&
-		slices.ContainsFunc(t.results, func(o result) bool { return o.lab && o.pkg == r.pkg && o.test == r.test }))
+	return r.outcome == "SKIP" &&
+		(strings.HasPrefix(r.test, "TestPrepareLab") || !r.lab && strings.HasPrefix(r.test, "TestLinux") &&
+			slices.ContainsFunc(t.results, func(o result) bool { return o.lab && o.pkg == r.pkg && o.test == r.test }))
 }

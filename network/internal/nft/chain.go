@@ -46,7 +46,8 @@ func AddChains(conn *nftables.Conn, chains []Ruled) error {
 	return nil
 }
 
-// AddRules adds the rules of a chain that is there. To add the chain twice would make the kernel wait for 10 ms.
+// AddRules adds the rules of a chain that is there. To add the chain twice would make the kernel
+// wait for 10 ms.
 func (c *Ruled) AddRules(conn *nftables.Conn) error {
 	for _, rule := range c.Rules {
 		if rule.Set != nil {

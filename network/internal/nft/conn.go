@@ -17,14 +17,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxMessage bounds in bytes what is said to the kernel at once. A largest policy takes some 8 MiB; nothing is set aside.
+// maxMessage bounds in bytes what is said to the kernel at once. A largest policy takes some 8 MiB;
+// nothing is set aside.
 const maxMessage = 64 << 20
 
-// Open returns a connection to nftables of the calling thread's network. Each of its calls is by a socket of its own.
+// Open returns a connection to nftables of the calling thread's network. Each of its calls is by a
+// socket of its own.
 func Open() (*nftables.Conn, error) { return connect(&socket{fd: -1}) }
 
-// OpenOnce returns a connection for some calls, and what closes it. That waits until all is gone that was removed by it (10 to 20 ms), for which nobody
-// else need wait.
+// OpenOnce returns a connection for some calls, and what closes it. That waits until all is gone
+// that was removed by it (10 to 20 ms), for which nobody else need wait.
 func OpenOnce() (conn *nftables.Conn, closeLater func(), err error) {
 	s, err := open()
 	if err != nil {
@@ -34,8 +36,8 @@ func OpenOnce() (conn *nftables.Conn, closeLater func(), err error) {
 	return conn, func() { go s.close() }, err
 }
 
-// Lasting is a connection that stays open, as to close one waits until all is gone that anybody has removed just before (10 to 20 ms). Its zero
-// value serves, also several at once.
+// Lasting is a connection that stays open, as to close one waits until all is gone that anybody has
+// removed just before (10 to 20 ms). Its zero value serves, also several at once.
 type Lasting struct {
 	mu     sync.Mutex
 	socket *socket // nil: not open
@@ -74,8 +76,9 @@ func (l *Lasting) close() {
 	l.socket = nil
 }
 
-// socket carries what nftables.Conn says and hears, in place of its own: that one has the kernel answer each message of a change, and rules twice, and
-// reads each answer twice. Here it answers only what fails, all at once, before the change's only call returns.
+// socket carries what nftables.Conn says and hears, in place of its own: that one has the kernel
+// answer each message of a change, and rules twice, and reads each answer twice. Here it answers
+// only what fails, all at once, before the change's only call returns.
 type socket struct {
 	fd       int // -1: there is one for each exchange
 	sequence uint32
@@ -83,7 +86,8 @@ type socket struct {
 	buffer   []byte // of receive
 }
 
-// connect has a connection speak by s. The option is meant for tests, but is the way to give it another socket.
+// connect has a connection speak by s. The option is meant for tests, but is the way to give it
+// another socket.
 func connect(s *socket) (*nftables.Conn, error) {
 	conn, err := nftables.New(nftables.WithTestDial(s.exchange))
 	if err != nil {
@@ -108,7 +112,8 @@ func open() (*socket, error) {
 
 func (s *socket) close() { _ = unix.Close(s.fd) }
 
-// exchange is a nltest.Func: it says some messages, and returns what was answered; without any it returns that all went well.
+// exchange is a nltest.Func: it says some messages, and returns what was answered; without any it
+// returns that all went well.
 func (s *socket) exchange(messages []netlink.Message) ([]netlink.Message, error) {
 	if len(messages) == 0 {
 		return s.verdict(0), nil
@@ -149,11 +154,13 @@ func (s *socket) exchange(messages []netlink.Message) ([]netlink.Message, error)
 // verdict is what the kernel says of one message.
 func (s *socket) verdict(errno unix.Errno) []netlink.Message {
 	return []netlink.Message{{
-		Header: netlink.Header{Type: netlink.Error, Sequence: s.sequence, PID: s.pid}, Data: binary.NativeEndian.AppendUint32(nil, uint32(-int32(errno))),
+		Header: netlink.Header{Type: netlink.Error, Sequence: s.sequence, PID: s.pid},
+		Data:   binary.NativeEndian.AppendUint32(nil, uint32(-int32(errno))),
 	}}
 }
 
-// change carries out what the kernel does as a whole or not at all. Of what fails it returns the first, which is mostly why the others did.
+// change carries out what the kernel does as a whole or not at all. Of what fails it returns the
+// first, which is mostly why the others did.
 func (s *socket) change(messages []netlink.Message) error {
 	var all []byte
 	for _, m := range messages {
@@ -219,8 +226,11 @@ func (s *socket) ask(m netlink.Message) (all []netlink.Message, err error) {
 				return all, nil
 			}
 			all = append(all, netlink.Message{
-				Header: netlink.Header{Length: m.Header.Len, Type: netlink.HeaderType(m.Header.Type), Flags: netlink.HeaderFlags(m.Header.Flags) &^ netlink.Multi, Sequence: m.Header.Seq},
-				Data:   slices.Clone(m.Data),
+				Header: netlink.Header{
+					Length: m.Header.Len, Type: netlink.HeaderType(m.Header.Type),
+					Flags: netlink.HeaderFlags(m.Header.Flags) &^ netlink.Multi, Sequence: m.Header.Seq,
+				},
+				Data: slices.Clone(m.Data),
 			})
 		}
 	}
@@ -292,8 +302,9 @@ func appendMessage(to []byte, m netlink.Message) []byte {
 	return append(to, make([]byte, -len(to)&3)...)
 }
 
-// Comments are those of the rules of some chains, "" for a rule without one, and none for a chain that is not there. Nothing else of the rules is read:
-// to read them whole takes three times as long, and each start of a VM waits for it.
+// Comments are those of the rules of some chains, "" for a rule without one, and none for a chain
+// that is not there. Nothing else of the rules is read: to read them whole takes three times as
+// long, and each start of a VM waits for it.
 func Comments(chains ...*nftables.Chain) (all [][]string, err error) {
 	s, err := open()
 	if err != nil {
@@ -309,8 +320,11 @@ func Comments(chains ...*nftables.Chain) (all [][]string, err error) {
 			return nil, err
 		}
 		rules, err := s.exchange([]netlink.Message{{
-			Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE, Flags: netlink.Request | netlink.Dump},
-			Data:   append([]byte{byte(c.Table.Family), unix.NFNETLINK_V0, 0, 0}, attributes...),
+			Header: netlink.Header{
+				Type:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE,
+				Flags: netlink.Request | netlink.Dump,
+			},
+			Data: append([]byte{byte(c.Table.Family), unix.NFNETLINK_V0, 0, 0}, attributes...),
 		}})
 		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ENOENT) {
 			return nil, fmt.Errorf("look at chain %s of table %s: %w", c.Name, c.Table.Name, err)

@@ -55,7 +55,8 @@ func TestConn_Large(t *testing.T) {
 	if err != nil || len(there) != most {
 		t.Errorf("got %d elements of %d: %v", len(there), most, err)
 	}
-	all, err := nft.Comments(&chain.Chain, &nftables.Chain{Table: table, Name: "another"}, &nftables.Chain{Table: &nftables.Table{Name: "none"}, Name: "chain"})
+	all, err := nft.Comments(&chain.Chain, &nftables.Chain{Table: table, Name: "another"},
+		&nftables.Chain{Table: &nftables.Table{Name: "none"}, Name: "chain"})
 	if err != nil || len(all) != 3 || len(all[1]) != 0 || len(all[2]) != 0 {
 		t.Fatalf("got comments of %d chains, %v", len(all), err)
 	}
@@ -69,7 +70,8 @@ func TestConn_Large(t *testing.T) {
 	}
 }
 
-// A change of which a part fails is none, and says why, however much that part is; the connection goes on.
+// A change of which a part fails is none, and says why, however much that part is; the connection
+// goes on.
 func TestConn_Failed(t *testing.T) {
 	if !nettest.Alone(t) {
 		return

@@ -1,4 +1,5 @@
-// Package nft has the parts that rules of nftables are made of, under the names that nft gives them.
+// Package nft has the parts that rules of nftables are made of, under the names that nft gives
+// them.
 package nft
 
 import (
@@ -60,7 +61,8 @@ func IifPrefix(prefix string) Exprs {
 func L4(proto byte) Exprs    { return MetaIs(expr.MetaKeyL4PROTO, []byte{proto}) }
 func Nfproto(fam byte) Exprs { return MetaIs(expr.MetaKeyNFPROTO, []byte{fam}) }
 
-// Ether matches what a frame says that it carries. With a VLAN tag that is the tag: the kernel's own word for the protocol looks behind it.
+// Ether matches what a frame says that it carries. With a VLAN tag that is the tag: the kernel's
+// own word for the protocol looks behind it.
 func Ether(proto uint16) Exprs { return Is(EtherType, binary.BigEndian.AppendUint16(nil, proto)) }
 
 // Field is a part of a packet.
@@ -110,12 +112,18 @@ func IsNot(f Field, data []byte) Exprs {
 
 // Masked compares the bits of a part of a packet that are set in a mask.
 func Masked(f Field, mask, data []byte) Exprs {
-	return Exprs{Load(f, Reg), &expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: f.len, Mask: mask, Xor: make([]byte, f.len)}, Equal(data)}
+	return Exprs{
+		Load(f, Reg),
+		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: f.len, Mask: mask, Xor: make([]byte, f.len)}, Equal(data),
+	}
 }
 
 // InRange matches values from one to another.
 func InRange(f Field, first, last []byte) Exprs {
-	return Exprs{Load(f, Reg), &expr.Cmp{Op: expr.CmpOpGte, Register: Reg, Data: first}, &expr.Cmp{Op: expr.CmpOpLte, Register: Reg, Data: last}}
+	return Exprs{
+		Load(f, Reg), &expr.Cmp{Op: expr.CmpOpGte, Register: Reg, Data: first},
+		&expr.Cmp{Op: expr.CmpOpLte, Register: Reg, Data: last},
+	}
 }
 
 // Within matches addresses of a prefix.
@@ -161,14 +169,20 @@ func Mapped(s *nftables.Set) expr.Any {
 
 // VerdictOf takes the verdict of a key that begins at reg.
 func VerdictOf(s *nftables.Set) expr.Any {
-	return &expr.Lookup{SourceRegister: Reg, SetName: s.Name, SetID: s.ID, IsDestRegSet: true, DestRegister: unix.NFT_REG_VERDICT}
+	return &expr.Lookup{
+		SourceRegister: Reg, SetName: s.Name, SetID: s.ID, IsDestRegSet: true,
+		DestRegister: unix.NFT_REG_VERDICT,
+	}
 }
 
 // Connection matches bits of a connection's state or status.
 func Connection(key expr.CtKey, bits uint32) Exprs {
 	return Exprs{
 		&expr.Ct{Key: key, Register: Reg},
-		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		&expr.Bitwise{
+			SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits),
+			Xor: make([]byte, 4),
+		},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: Reg, Data: make([]byte, 4)},
 	}
 }
@@ -178,10 +192,14 @@ const statusDNAT = 1 << 5
 
 // Fragment matches IPv6 packets that have a fragment header.
 func Fragment() Exprs {
-	return Exprs{&expr.Exthdr{DestRegister: Reg, Type: unix.IPPROTO_FRAGMENT, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6}, Equal([]byte{1})}
+	return Exprs{&expr.Exthdr{
+		DestRegister: Reg, Type: unix.IPPROTO_FRAGMENT, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT,
+		Op: expr.ExthdrOpIpv6,
+	}, Equal([]byte{1})}
 }
 
-// Known matches what belongs to a connection that the kernel knows, Redirected what one does that was led elsewhere.
+// Known matches what belongs to a connection that the kernel knows, Redirected what one does that
+// was led elsewhere.
 func Known() Exprs {
 	return Connection(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
 }
@@ -211,10 +229,14 @@ func Drop() Exprs { return Exprs{&expr.Counter{}, &expr.Verdict{Kind: expr.Verdi
 
 // IsLocal matches what goes to one of the host's addresses.
 func IsLocal() Exprs {
-	return Exprs{&expr.Fib{Register: Reg, ResultADDRTYPE: true, FlagDADDR: true}, Equal(binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL))}
+	return Exprs{
+		&expr.Fib{Register: Reg, ResultADDRTYPE: true, FlagDADDR: true},
+		Equal(binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)),
+	}
 }
 
-// passed is the bit of a packet's mark which says that the rules of a guest's network have seen it: see package guard.
+// passed is the bit of a packet's mark which says that the rules of a guest's network have seen it:
+// see package guard.
 const passed = 1 << 28
 
 // Pass says so. NotPassed takes it back, and matches what did not say so.
@@ -226,11 +248,13 @@ func Pass() Exprs {
 	}
 }
 
-// NotPassed: see Pass. Of what did it leaves the mark that others see as it was; what it matches is for nobody.
+// NotPassed: see Pass. Of what did it leaves the mark that others see as it was; what it matches is
+// for nobody.
 func NotPassed() Exprs {
 	return Exprs{
 		Meta(expr.MetaKeyMARK, Reg),
-		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: native(^uint32(0)), Xor: native(passed)}, // the bit is now the other way round
+		// the bit is now the other way round
+		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: native(^uint32(0)), Xor: native(passed)},
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: Reg},
 		&expr.Bitwise{SourceRegister: Reg, DestRegister: Reg, Len: 4, Mask: native(passed), Xor: native(0)},
 		Equal(native(passed)),

@@ -23,7 +23,8 @@ const (
 	Same
 )
 
-// Look says how sets have elements, of each by itself. What else the sets have is not read. A set that is not there has none.
+// Look says how sets have elements, of each by itself. What else the sets have is not read. A set
+// that is not there has none.
 func Look(all []Elements) (held [][]Held, err error) {
 	s, err := open()
 	if err != nil {
@@ -53,8 +54,11 @@ func (s *socket) look(set *nftables.Set, e nftables.SetElement) (Held, error) {
 	request.add(unix.NFTA_SET_ELEM_LIST_ELEMENTS, key.within(unix.NFTA_SET_ELEM_KEY).within(unix.NFTA_LIST_ELEM).data)
 	s.sequence++
 	answer, err := s.ask(netlink.Message{
-		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETSETELEM, Flags: netlink.Request, Sequence: s.sequence},
-		Data:   append([]byte{byte(set.Table.Family), unix.NFNETLINK_V0, 0, 0}, request.data...),
+		Header: netlink.Header{
+			Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETSETELEM, Flags: netlink.Request,
+			Sequence: s.sequence,
+		},
+		Data: append([]byte{byte(set.Table.Family), unix.NFNETLINK_V0, 0, 0}, request.data...),
 	})
 	if errors.Is(err, unix.ENOENT) {
 		return Missing, nil
@@ -62,11 +66,14 @@ func (s *socket) look(set *nftables.Set, e nftables.SetElement) (Held, error) {
 	if err != nil || len(answer) != 1 {
 		return Missing, err
 	}
-	data := part(answer[0].Data[min(4, len(answer[0].Data)):], unix.NFTA_SET_ELEM_LIST_ELEMENTS, unix.NFTA_LIST_ELEM, unix.NFTA_SET_ELEM_DATA)
+	data := part(answer[0].Data[min(4, len(answer[0].Data)):], unix.NFTA_SET_ELEM_LIST_ELEMENTS, unix.NFTA_LIST_ELEM,
+		unix.NFTA_SET_ELEM_DATA)
 	same := bytes.Equal(part(data, unix.NFTA_DATA_VALUE), e.Val)
 	if v := e.VerdictData; v != nil {
-		kind, chain := part(data, unix.NFTA_DATA_VERDICT, unix.NFTA_VERDICT_CODE), part(data, unix.NFTA_DATA_VERDICT, unix.NFTA_VERDICT_CHAIN)
-		same = len(kind) == 4 && expr.VerdictKind(int32(binary.BigEndian.Uint32(kind))) == v.Kind && strings.TrimRight(string(chain), "\x00") == v.Chain
+		kind, chain := part(data, unix.NFTA_DATA_VERDICT, unix.NFTA_VERDICT_CODE),
+			part(data, unix.NFTA_DATA_VERDICT, unix.NFTA_VERDICT_CHAIN)
+		same = len(kind) == 4 && expr.VerdictKind(int32(binary.BigEndian.Uint32(kind))) == v.Kind &&
+			strings.TrimRight(string(chain), "\x00") == v.Chain
 	}
 	if !same {
 		return Differs, nil

@@ -74,7 +74,8 @@ func RemoveChains(conn *nftables.Conn, table *nftables.Table, names []string) {
 	}
 }
 
-// Refuse rejects what comes, at once, up to 1,000 packets a second; what is over is dropped, so that a flood is not answered.
+// Refuse rejects what comes, at once, up to 1,000 packets a second; what is over is dropped, so
+// that a flood is not answered.
 func Refuse() []Exprs {
 	limited := &expr.Limit{Type: expr.LimitTypePkts, Rate: 1000, Unit: expr.LimitTimeSecond, Burst: 1000}
 	return []Exprs{

@@ -16,13 +16,15 @@ type Elements struct {
 	Elements []nftables.SetElement
 }
 
-// MaxElements is how many elements go into one call of nftables.Conn at most: it makes one message of them, of which the kernel takes the first 64 KiB,
-// without a word.
+// MaxElements is how many elements go into one call of nftables.Conn at most: it makes one message
+// of them, of which the kernel takes the first 64 KiB, without a word.
 const MaxElements = 500
 
 // PortSet is a set that holds ranges of ports.
 func PortSet(table *nftables.Table, ranges []policy.PortRange) *Elements {
-	m := &Elements{Set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeInetService}}
+	m := &Elements{
+		Set: &nftables.Set{Table: table, Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeInetService},
+	}
 	for _, r := range ranges {
 		m.Elements = append(m.Elements, nftables.SetElement{Key: Port(r.First)})
 		if r.Last < 65535 { // the last interval may be open
@@ -32,7 +34,8 @@ func PortSet(table *nftables.Table, ranges []policy.PortRange) *Elements {
 	return m
 }
 
-// PrefixSets are two sets, of IPv4 and of IPv6, that hold the addresses of prefixes, and those that embed them.
+// PrefixSets are two sets, of IPv4 and of IPv6, that hold the addresses of prefixes, and those that
+// embed them.
 func PrefixSets(table *nftables.Table, prefixes []netip.Prefix) []*Elements {
 	byKind := map[bool][]netip.Prefix{}
 	for _, p := range prefixes {

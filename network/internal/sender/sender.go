@@ -30,8 +30,8 @@ func SentBy(set *nftables.Set, mac, address nft.Field) nft.Exprs {
 	return append(load(mac, address), nft.InSet(set))
 }
 
-// Genuine decides on each frame of a guest: it must have the guest's addresses, and be nothing that only routers and servers
-// send. Of a routed network the host answers for the guests.
+// Genuine decides on each frame of a guest: it must have the guest's addresses, and be nothing that
+// only routers and servers send. Of a routed network the host answers for the guests.
 func (s Sets) Genuine(routed bool) []nft.Exprs {
 	tap := nft.Exprs{nft.Meta(expr.MetaKeyIIFNAME, nft.Reg)}
 	udpFrom := func(n uint16) nft.Exprs {
@@ -42,7 +42,8 @@ func (s Sets) Genuine(routed bool) []nft.Exprs {
 	}
 	unspecified := nft.Is(nft.Source6, make([]byte, 16))
 	v6 := nft.Ether(unix.ETH_P_IPV6)
-	// Who looks whether its address is in use has none yet. The host, which answers for guests of a routed network, would say that it is.
+	// Who looks whether its address is in use has none yet. The host, which answers for guests of a
+	// routed network, would say that it is.
 	free := nft.Join(v6, unspecified, icmp(135), SentBy(s.IPv6, nft.EtherSource, nft.NDTarget), nft.Accept())
 	if routed {
 		free = nft.Join(v6, unspecified, icmp(135), nft.Drop())
@@ -50,9 +51,12 @@ func (s Sets) Genuine(routed bool) []nft.Exprs {
 	return slices.Concat([]nft.Exprs{
 		nft.Join(tap, nft.Exprs{nft.Load(nft.EtherSource, atMAC), nft.NotInSet(s.MACs)}, nft.Drop()),
 	}, s.errors(), []nft.Exprs{
-		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}), SentBy(s.IPv4, nft.ArpMAC, nft.ArpIP), nft.Accept()),
-		// Who looks whether its address is in use has none yet. To look for another's would be to deny it.
-		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}), nft.Is(nft.ArpIP, make([]byte, 4)), SentBy(s.IPv4, nft.ArpMAC, nft.ArpTarget), nft.Accept()),
+		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}),
+			SentBy(s.IPv4, nft.ArpMAC, nft.ArpIP), nft.Accept()),
+		// Who looks whether its address is in use has none yet. To look for another's would be to deny
+		// it.
+		nft.Join(nft.Ether(unix.ETH_P_ARP), nft.Is(nft.ArpFormat, []byte{0, 1, 8, 0, 6, 4}),
+			nft.Is(nft.ArpIP, make([]byte, 4)), SentBy(s.IPv4, nft.ArpMAC, nft.ArpTarget), nft.Accept()),
 
 		nft.Join(nft.Ether(unix.ETH_P_IP), udpFrom(67), nft.Drop()),
 		nft.Join(nft.Ether(unix.ETH_P_IP), SentBy(s.IPv4, nft.EtherSource, nft.Source4), nft.Accept()),
@@ -60,19 +64,23 @@ func (s Sets) Genuine(routed bool) []nft.Exprs {
 		nft.Join(v6, icmp(134), nft.Drop()),    // router advertisement
 		nft.Join(v6, icmp(137), nft.Drop()),    // redirect
 		nft.Join(v6, udpFrom(547), nft.Drop()), // DHCP server
-		// In fragments neighbour discovery has no place (RFC 6980), and not all there is of it to look at.
-		nft.Join(v6, nft.Fragment(), icmp(133), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(135), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(136), nft.Drop()),
+		// In fragments neighbour discovery has no place (RFC 6980), and not all there is of it to look
+		// at.
+		nft.Join(v6, nft.Fragment(), icmp(133), nft.Drop()), nft.Join(v6, nft.Fragment(), icmp(135), nft.Drop()),
+		nft.Join(v6, nft.Fragment(), icmp(136), nft.Drop()),
 		nft.Join(v6, icmp(136), load(nft.EtherSource, nft.NDTarget), nft.Exprs{nft.NotInSet(s.IPv6)}, nft.Drop()),
 		free,
 		nft.Join(v6, unspecified, icmp(143), nft.Accept()),
 		// A fragment that does not say what it is of matches no rule that asks, this one neither.
-		nft.Join(v6, nft.MetaIsNot(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_RAW}), SentBy(s.IPv6, nft.EtherSource, nft.Source6), nft.Accept()),
+		nft.Join(v6, nft.MetaIsNot(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_RAW}),
+			SentBy(s.IPv6, nft.EtherSource, nft.Source6), nft.Accept()),
 		nft.Drop(),
 	})
 }
 
-// errors are the errors of ICMP that a guest may send: about what was sent to itself. The kernel takes one for a part of the connection that it is
-// about, whoever sends it, and what is known is let through, to other guests too.
+// errors are the errors of ICMP that a guest may send: about what was sent to itself. The kernel
+// takes one for a part of the connection that it is about, whoever sends it, and what is known is
+// let through, to other guests too.
 func (s Sets) errors() (all []nft.Exprs) {
 	of := func(is nft.Exprs, source, about nft.Field, senders *nftables.Set) {
 		from := func(f nft.Field) nft.Exprs { return SentBy(senders, nft.EtherSource, f) }
