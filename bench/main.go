@@ -81,6 +81,14 @@
 //     fork-rate, bare-fork-rate: such VMs a second, from nothing; fork-private: what each adds to
 //     the memory that no other process shares, the VMM's and this process's.
 //
+//   - fork-100: one call of Snapshot.Fork until the last of 100 such VMs goes on, eight at a time;
+//     bare-fork-100: the same number of bare loads, as many at a time; fork-100/bare has no bar.
+//
+//   - ps-500: smartvm ps, the whole program, beside 500 VMs, the VMMs of 5 of which are stopped and
+//     so do not answer; ps-500-all-answer: before they are stopped; open-500: the call of Open.
+//     recover-200: the call of Host.Recover after 200 of those VMMs and the process that supervised
+//     them were killed, beside the other 300.
+//
 //   - uffd-faults: times that a VM of a snapshot waited for its memory while it read 64 MiB, served
 //     by smartvm, with what one before it had touched brought ahead; uffd-faults-none: that one.
 //
@@ -115,6 +123,15 @@ func main() {
 		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	if len(os.Args) == 5 && os.Args[1] == superviseVerb {
+		err := runSupervisor(ctx, os.Args[2], os.Args[3], os.Args[4])
+		stop()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(2)
+		}
+		return
+	}
 	ok, err := run(ctx)
 	stop()
 	switch {
@@ -151,7 +168,7 @@ func run(ctx context.Context) (ok bool, err error) {
 	flag.IntVar(&b.Rounds, "n", defaultRounds, "rounds of every start measurement")
 	cli := flag.String("smartvm", "../bin/smartvm", "the smartvm `program`")
 	only := flag.String("only", "",
-		"the `measurements` to make, of starts,loops,memory,snapshots,supervisor,command-line,staging,pulls,networks,guests")
+		"the `measurements` to make, of starts,loops,memory,snapshots,many,supervisor,command-line,staging,pulls,networks,guests")
 	base := flag.String("runtime-dir", "/dev/shm", "existing `directory` to work below, on a tmpfs")
 	profile := flag.String("cpuprofile", "", "what the `files` for CPU profiles begin with, one for each measurement")
 	flag.Parse()

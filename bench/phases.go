@@ -32,6 +32,7 @@ func phases(lab bool) []phase {
 		{name: "loops", expected: 20 * time.Second, measure: (*bench).loops},
 		{name: "memory", expected: 10 * time.Second, measure: (*bench).memory},
 		{name: "snapshots", expected: 2 * time.Minute, measure: (*bench).snapshots},
+		{name: "many", expected: 90 * time.Second, measure: (*bench).many},
 		{name: "supervisor", expected: 10 * time.Second, measure: (*bench).supervisor},
 		{name: "command-line", expected: 20 * time.Second, measure: (*bench).commandLine},
 		{name: "staging", expected: 30 * time.Second, measure: (*bench).staging},

@@ -108,7 +108,7 @@ func TestMeasure_NoPace(t *testing.T) {
 
 func TestWanted(t *testing.T) {
 	for list, want := range map[string]string{
-		"":                      "starts loops memory snapshots supervisor command-line staging pulls networks guests/boots guests/agent",
+		"":                      "starts loops memory snapshots many supervisor command-line staging pulls networks guests/boots guests/agent",
 		"guests,starts":         "starts guests/boots guests/agent",
 		"guests/agent,networks": "networks guests/agent",
 	} {

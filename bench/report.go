@@ -210,6 +210,9 @@ func (r *report) ratios() {
 		{Name: "fork-p99/p50", Value: r.quantile("fork", 0.99) / r.p50("fork"), Op: "<=", Bar: 2},
 		{Name: "fork-rate/bare", Value: r.p50("fork-rate/bare"), Op: ">=", Bar: 0.85},
 		{Name: "uffd-faults/none", Value: r.p50("uffd-faults") / r.p50("uffd-faults-none"), Op: "<=", Bar: 0.1},
+		{Name: "ps-500-ms", Value: r.p50("ps-500"), Op: "<=", Bar: 1500},
+		{Name: "open-500-ms", Value: r.p50("open-500"), Op: "<=", Bar: 100},
+		{Name: "recover-200-s", Value: r.p50("recover-200"), Op: "<=", Bar: 5},
 		{Name: "fork-private-mib", Value: r.p50("fork-private"), Op: "<=", Bar: 3},
 	} {
 		if math.IsNaN(x.Value) {
