@@ -154,7 +154,8 @@ func TestMachine_StateInTime(t *testing.T) {
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	other, err := s.open().Machine(t.Context(), m.ID())
+	asks := s.open()
+	other, err := asks.Machine(t.Context(), m.ID())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,8 +173,15 @@ func TestMachine_StateInTime(t *testing.T) {
 			t.Errorf("%s: got %s, %v after %s", name, state, err, time.Since(begun))
 		}
 	}
+	begun := time.Now()
+	if err := asks.Close(); err != nil || time.Since(begun) > 3*time.Second { // it took five
+		t.Errorf("a host that has asked a VMM that does not answer is closed after %s, %v", time.Since(begun), err)
+	}
 	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
 		t.Fatal(err)
+	}
+	if info, err := m.Info(t.Context()); err != nil || info.State != "Running" {
+		t.Errorf("a VMM that goes on, and was asked meanwhile: %s, %v", info.State, err)
 	}
 	s.stopAndRemove(m)
 }

@@ -25,6 +25,8 @@ const (
 	readBuffer = 512
 	// closeGrace is how long Close leaves the VMM to answer.
 	closeGrace = 5 * time.Second
+	// hangUpGrace is how long a half-closed connection stays open for the VMM to close it.
+	hangUpGrace = 100 * time.Millisecond
 	// maxID bounds an id in a path, in bytes: the VMM reads the request line into a buffer of 1024.
 	maxID = 512
 )
@@ -43,10 +45,15 @@ type DialFunc func(ctx context.Context) (net.Conn, error)
 // another.
 //
 // A call is bounded by its context only: pausing and snapshots legitimately take long. When the
-// context ends, the call returns, but the connection stays open until the answer has come, and
-// later calls wait for that: a VMM that writes an answer to a closed connection may die of it
-// (SIGPIPE, and its handler breaks the seccomp filter; seen with Firecracker 1.12). The VMM serves
-// one request at a time anyhow.
+// context ends, the connection is given up, and the next call dials. The call then returns at once
+// if the VMM is free, and within hangUpGrace otherwise. A request that the VMM has not read by then
+// is never carried out; one that it has read is, and later ones wait for it at the VMM.
+//
+// Giving up a connection takes two steps, because Firecracker 1.12 dies of an answer that it writes
+// to a closed one (SIGPIPE, whose handler breaks the seccomp filter). It never writes to one whose
+// other side it knows to be closed for writing. So that is closed first, while an answer that is
+// about to be written can still be received, and the rest once the VMM has closed its side, or
+// after hangUpGrace: a VMM that has not by then is not about to write.
 type Client struct {
 	dial DialFunc
 
@@ -69,10 +76,9 @@ func New(dial DialFunc, version Version) *Client {
 	return &Client{dial: dial, version: version, turn: make(chan struct{}, 1)}
 }
 
-// Close fails later calls with [net.ErrClosed], waits closeGrace at most for the answer to a
-// request under way (even of a call that was given up, see Client), and drops the connection,
-// whereupon that call fails too. A VMM that hangs or is not wanted any more is better killed first:
-// then there is no wait. Closing again is allowed.
+// Close fails later calls with [net.ErrClosed], waits closeGrace at most for the answer to a call
+// under way, and gives the connection up, whereupon that call fails too. A VMM that hangs or is not
+// wanted any more is better killed first: then there is no wait. Closing again is allowed.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	c.closed = true
@@ -88,10 +94,15 @@ func (c *Client) Close() error {
 		return c.drop()
 	case <-grace.C:
 	}
-	err := c.drop()
+	c.mu.Lock()
+	conn := c.conn
+	c.mu.Unlock()
+	if conn != nil {
+		hangUp(conn)
+	}
 	c.turn <- struct{}{} // at the end of the exchange that was cut short
 	<-c.turn
-	return err
+	return nil
 }
 
 // get asks for path and decodes the answer into out.
@@ -151,29 +162,15 @@ func (c *Client) call(ctx context.Context, method, path string, body any) ([]byt
 	return c.run(ctx, method, path, payload)
 }
 
-// run does an exchange once it is the caller's turn, and leaves it to itself when ctx ends.
+// run does an exchange once it is the caller's turn.
 func (c *Client) run(ctx context.Context, method, path string, payload []byte) ([]byte, error) {
 	select {
 	case c.turn <- struct{}{}:
+		defer func() { <-c.turn }()
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%s %s: %w", method, path, contextError(ctx))
 	}
-	type outcome struct {
-		answer []byte
-		err    error
-	}
-	done := make(chan outcome, 1)
-	go func() {
-		answer, err := c.exchange(ctx, method, path, payload)
-		<-c.turn
-		done <- outcome{answer, err}
-	}()
-	select {
-	case o := <-done:
-		return o.answer, o.err
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%s %s: %w", method, path, contextError(ctx))
-	}
+	return c.exchange(ctx, method, path, payload)
 }
 
 // encode is json.Marshal without the escapes meant for HTML, which would only spend the VMM's
@@ -219,22 +216,26 @@ func (c *Client) learnVersion(ctx context.Context) (Version, error) {
 }
 
 // exchange sends one request and reads its answer. The caller holds the turn. Whatever goes wrong
-// drops the connection: nothing on it could be attributed to a request any more. Ctx is of no more
-// use once the request is sent.
+// drops the connection: nothing on it could be attributed to a request any more.
 func (c *Client) exchange(ctx context.Context, method, path string, payload []byte) ([]byte, error) {
 	conn, err := c.connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", method, path, err)
 	}
+	stop := context.AfterFunc(ctx, func() { hangUp(conn) })
 	_, writeErr := conn.Write(requestBytes(method, path, payload))
 	// The answer is read even after a failed write: a VMM with too many connections answers and closes
 	// unasked.
 	resp, err := c.reader.read()
+	givenUp := !stop()
 	if err != nil {
 		_ = c.drop()
+		if givenUp {
+			return nil, fmt.Errorf("%s %s: %w", method, path, contextError(ctx))
+		}
 		return nil, fmt.Errorf("%s %s: %w", method, path, c.transportError(writeErr, err))
 	}
-	if writeErr != nil || !resp.reusable {
+	if writeErr != nil || !resp.reusable || givenUp {
 		_ = c.drop()
 	}
 	if resp.status/100 == 2 {
@@ -245,6 +246,15 @@ func (c *Client) exchange(ctx context.Context, method, path string, payload []by
 		_ = c.drop()
 	}
 	return nil, &APIError{Method: method, Path: path, Status: resp.status, Fault: fault}
+}
+
+// hangUp makes the VMM close a connection, and ends the exchange on it within hangUpGrace: see
+// Client.
+func hangUp(conn net.Conn) {
+	if c, ok := conn.(interface{ CloseWrite() error }); ok {
+		_ = c.CloseWrite() // it fails if the other side is closed
+	}
+	_ = conn.SetDeadline(time.Now().Add(hangUpGrace))
 }
 
 // requestBytes returns the whole request, so that it leaves in one write.

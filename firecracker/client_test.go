@@ -225,46 +225,101 @@ func TestClient_refusedUnread(t *testing.T) {
 func hanging(t *testing.T) (dial firecracker.DialFunc, asked, release chan struct{}) {
 	asked, release = make(chan struct{}), make(chan struct{})
 	var first sync.Once
-	dial, dials := listen(t, answering(func(string, string, string) string {
+	dial, _ = listen(t, answering(func(string, string, string) string {
 		first.Do(func() {
 			close(asked)
 			<-release
 		})
 		return answer(200, goodInfo)
 	}))
-	t.Cleanup(func() {
-		if n := dials.Load(); n != 1 {
-			t.Errorf("%d connections, want 1", n)
-		}
-	})
 	return dial, asked, release
 }
 
-// TestClient_cancel gives a call up. Its connection must stay, because closing it could kill the
-// VMM, and the next call must not take the late answer for its own.
+// shut is a connection that tells when one of its directions is closed, and when all of it is.
+type shut struct {
+	net.Conn
+	half, whole chan struct{}
+	once        sync.Once
+}
+
+func (s *shut) CloseWrite() error { close(s.half); return nil }
+func (s *shut) Close() error      { s.once.Do(func() { close(s.whole) }); return s.Conn.Close() }
+
+// TestClient_cancel gives a call up. Its connection is half-closed, and only closed when the VMM
+// has had time for an answer, or has closed it: an answer to a closed connection could kill the
+// VMM. The next call must not take that answer for its own. Time is fake.
 func TestClient_cancel(t *testing.T) {
-	dial, asked, release := hanging(t)
-	c := newClient(t, dial, v1_12_1)
-	cause := errors.New("user lost patience")
-	ctx, cancel := context.WithCancelCause(t.Context())
-	go func() {
-		<-asked
-		cancel(cause)
-	}()
-	err := c.InstanceStart(ctx)
-	if !errors.Is(err, context.Canceled) || !errors.Is(err, cause) {
-		t.Errorf("got %v, want %v and %v", err, context.Canceled, cause)
-	}
-	for range 3 {
-		if err := info(c, ctx); !errors.Is(err, context.Canceled) {
-			t.Errorf("call that waits for its turn: %v", err)
-		}
-	}
-	close(release)
-	for range 3 {
-		if err := info(c, t.Context()); err != nil {
-			t.Errorf("next call: %v", err)
-		}
+	const grace = 100 * time.Millisecond
+	for name, row := range map[string]struct {
+		vmm  func(net.Conn) // after the connection is half-closed
+		took time.Duration
+	}{
+		"closes": {func(c net.Conn) { _ = c.Close() }, 0},
+		"hangs":  {func(net.Conn) {}, grace},
+		"answers": {func(c net.Conn) {
+			time.Sleep(grace / 2)
+			if _, err := io.WriteString(c, answer(204, "")); err != nil {
+				t.Errorf("the VMM answers: %v", err)
+			}
+		}, grace / 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ours, theirs := net.Pipe()
+				first := &shut{Conn: ours, half: make(chan struct{}), whole: make(chan struct{})}
+				dials := 0
+				c := newClient(t, func(context.Context) (net.Conn, error) {
+					if dials++; dials == 1 {
+						return first, nil
+					}
+					ours, theirs := net.Pipe()
+					go always(answer(200, goodInfo))(theirs, dials)
+					return ours, nil
+				}, v1_12_1)
+				cause := errors.New("user lost patience")
+				ctx, cancel := context.WithCancelCause(t.Context())
+				var vmm sync.WaitGroup
+				defer vmm.Wait()
+				vmm.Go(func() {
+					if _, err := http.ReadRequest(bufio.NewReader(theirs)); err != nil {
+						t.Error(err)
+					}
+					cancel(cause)
+					select {
+					case <-first.half:
+					case <-first.whole:
+					}
+					select {
+					case <-first.whole:
+						t.Error("the connection is closed before the VMM can know that its answer is not wanted")
+						return
+					default:
+					}
+					row.vmm(theirs)
+				})
+				begun := time.Now()
+				err := c.InstanceStart(ctx)
+				if name != "answers" && (!errors.Is(err, context.Canceled) || !errors.Is(err, cause)) {
+					t.Errorf("got %v, want %v and %v", err, context.Canceled, cause)
+				}
+				if took := time.Since(begun); took != row.took {
+					t.Errorf("it took %v, want %v", took, row.took)
+				}
+				select {
+				case <-first.whole:
+				default:
+					t.Error("the connection stays open")
+				}
+				if err := info(c, ctx); !errors.Is(err, context.Canceled) {
+					t.Errorf("call that waits for its turn: %v", err)
+				}
+				for range 3 {
+					if err := info(c, t.Context()); err != nil {
+						t.Errorf("next call: %v", err)
+					}
+				}
+			})
+		})
 	}
 }
 

@@ -23,6 +23,6 @@
 // # Errors
 //
 // An answer that is not a success becomes an [*APIError] with the VMM's own words. A call whose
-// context ends leaves the VMM in doubt: a request that was sent is carried out even when nobody
-// waits for its answer.
+// context ends leaves the VMM in doubt: a request that the VMM has read is carried out even when no
+// call waits for its answer.
 package firecracker

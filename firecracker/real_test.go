@@ -10,6 +10,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +25,7 @@ type realVMM struct {
 	dir     string
 	dial    firecracker.DialFunc
 	version firecracker.Version
+	process *os.Process
 }
 
 // startReal starts a real Firecracker in dir.
@@ -53,7 +56,7 @@ func startReal(t *testing.T, dir, socket string) realVMM {
 		}
 	})
 	address := testenv.Socket(t, filepath.Join(dir, socket))
-	return realVMM{dir: dir, version: version, dial: func(ctx context.Context) (net.Conn, error) {
+	return realVMM{dir: dir, version: version, process: vmm.Process, dial: func(ctx context.Context) (net.Conn, error) {
 		var dialer net.Dialer
 		for {
 			conn, err := dialer.DialContext(ctx, "unix", address)
@@ -212,17 +215,40 @@ func TestReal_errorBodies(t *testing.T) {
 		"Too many open connections")
 }
 
-// TestReal_cancel gives calls up at every moment of theirs. A client that then closes its
-// connection kills Firecracker 1.12 within a few tries.
+// TestReal_cancel gives calls up at every moment of theirs. A client that closes its connection at
+// once then kills Firecracker 1.12 within some hundred tries.
 func TestReal_cancel(t *testing.T) {
 	vmm, ctx := startReal(t, t.TempDir(), "s"), patience(t)
 	c := newClient(t, vmm.dial, vmm.version)
-	for i := range 2000 {
+	for i := range 5000 {
 		short, cancel := context.WithTimeout(ctx, time.Duration(i%200)*time.Microsecond)
 		if _, err := c.GetVMConfig(short); err != nil && !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatalf("after %d calls: %v", i, err)
 		}
 		cancel()
 	}
+	step(t, "last call", discard((*firecracker.Client).GetInstanceInfo)(c, ctx))
+}
+
+// TestReal_stopped gives up more calls than the VMM has room for while it is stopped. It survives
+// their end.
+func TestReal_stopped(t *testing.T) {
+	vmm, ctx := startReal(t, t.TempDir(), "s"), patience(t)
+	c := newClient(t, vmm.dial, vmm.version)
+	step(t, "first call", discard((*firecracker.Client).GetInstanceInfo)(c, ctx))
+	step(t, "stop", vmm.process.Signal(syscall.SIGSTOP))
+	var calls sync.WaitGroup
+	for range 300 {
+		calls.Go(func() {
+			short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+			defer cancel()
+			err := discard((*firecracker.Client).GetInstanceInfo)(newClient(t, vmm.dial, vmm.version), short)
+			if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, syscall.EAGAIN) { // the socket's queue is full
+				t.Errorf("a call while the VMM is stopped: %v", err)
+			}
+		})
+	}
+	calls.Wait()
+	step(t, "continue", vmm.process.Signal(syscall.SIGCONT))
 	step(t, "last call", discard((*firecracker.Client).GetInstanceInfo)(c, ctx))
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"push.rocks/smartvm/firecracker"
@@ -84,7 +85,7 @@ func (v *VM) Look(ctx context.Context) (state status.State, sure bool, err error
 	}
 	if alive {
 		c := v.Dial()
-		defer v.env.closeLater(c)
+		defer c.Close()
 		return v.ask(ctx, c, p)
 	}
 	switch held, err := v.env.Store.Locked(v.Record().ID); {
@@ -146,7 +147,9 @@ func (v *VM) ask(ctx context.Context, c *firecracker.Client, p *vmm.Process) (st
 		if alive, err := p.Alive(); err == nil && !alive {
 			return status.Stopping, true, nil
 		}
-		sure = !errors.Is(err, context.DeadlineExceeded) // else it is too busy, or its host is
+		// Else it is too busy, or its host is; the queue of its socket may be full of calls that were
+		// given up.
+		sure = !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, syscall.EAGAIN)
 		if v.ran() {
 			return status.Running, sure, nil
 		}

@@ -47,7 +47,6 @@ type Env struct {
 	mu      sync.Mutex
 	closed  bool
 	running map[string]*VM // those that this process supervises, by id
-	calls   sync.WaitGroup // clients that are being closed
 }
 
 // VM is one VM. Whichever process started it supervises it; all others can use it as well. It is
@@ -100,7 +99,6 @@ func (e *Env) Close() error {
 		wg.Go(func() { errs[i] = v.release() })
 	}
 	wg.Wait()
-	e.calls.Wait()
 	return errors.Join(errs...)
 }
 
@@ -126,20 +124,6 @@ func (e *Env) supervising(v *VM, yes bool) bool {
 		e.running[v.Record().ID] = v
 	}
 	return !e.closed
-}
-
-// closeLater closes a client without waiting for an answer that is still due: see
-// firecracker.Client. Close waits, and of a closed Env this does.
-func (e *Env) closeLater(c *firecracker.Client) {
-	e.mu.Lock()
-	later := !e.closed
-	if later {
-		e.calls.Go(func() { _ = c.Close() })
-	}
-	e.mu.Unlock()
-	if !later {
-		_ = c.Close()
-	}
 }
 
 // Record is what the VM is. It must not be changed.
