@@ -8,6 +8,9 @@
 // made once more, without what it measured before. If that fails too, the others go on; the report
 // names it, and the exit status is 2.
 //
+// A measurement of which a ratio misses its bar is made once more, too. The second value counts,
+// and the report shows both.
+//
 // Rows, all of VMs with one CPU and 128 MiB:
 //
 //   - bare: spawn of Firecracker with a configuration file and no API, until the guest's first byte

@@ -79,6 +79,46 @@ func TestMeasure(t *testing.T) {
 	}
 }
 
+// A phase whose ratio misses its bar is measured once more, and that counts.
+func TestMeasure_Again(t *testing.T) {
+	opens := func(ms float64) func(context.Context) ([]sample, error) {
+		return func(context.Context) ([]sample, error) {
+			return []sample{{"open-500", "ms", ms}, {"ps-500", "ms", 1}}, nil
+		}
+	}
+	type tries []func(context.Context) ([]sample, error)
+	for name, row := range map[string]struct {
+		tries tries
+		line  string
+		fails int
+	}{
+		"meets":       {tries{opens(1)}, "open-500-ms   1.00 <=   100 ok", 0},
+		"meets again": {tries{opens(200), opens(2)}, "open-500-ms   2.00 <=   100 ok, 200.00 at first", 0},
+		"misses":      {tries{opens(200), opens(300)}, "open-500-ms 300.00 <=   100 MISSED, 200.00 at first", 1},
+		"fails":       {tries{opens(200), fails}, "open-500-ms 200.00 <=   100 MISSED", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := fake{"many": row.tries, "works": {works}}.runner(t)
+			if err := r.measure(t.Context(), []phase{{name: "many"}, {name: "works"}}); err != nil {
+				t.Error(err)
+			}
+			r.report.ratios()
+			if missed := r.report.missed(); len(missed) != row.fails {
+				t.Errorf("%q are missed, want %d", missed, row.fails)
+			}
+			var out bytes.Buffer
+			r.report.print(&out)
+			got := strings.Join(strings.Fields(out.String()), " ")
+			if want := strings.Join(strings.Fields(row.line), " "); !strings.Contains(got+" ", want+" ") {
+				t.Errorf("the report lacks %q:\n%s", want, &out)
+			}
+			if n := len(r.report.samples["ps-500"]); n != 1 {
+				t.Errorf("%d samples of another measurement count, want one", n)
+			}
+		})
+	}
+}
+
 func TestMeasure_Interrupted(t *testing.T) {
 	r := fake{"hangs": {hangs}}.runner(t)
 	interrupt := errors.New("interrupt")

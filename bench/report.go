@@ -34,7 +34,8 @@ type ratio struct {
 	Bar   float64 `json:"bar"`
 	Op    string  `json:"op"` // "<=" or ">="
 	OK    bool    `json:"ok"`
-	Lab   bool    `json:"lab,omitempty"` // measured in the lab
+	Lab   bool    `json:"lab,omitempty"`   // measured in the lab
+	First float64 `json:"first,omitempty"` // missed the bar, so that it was measured again
 }
 
 // stop is a phase that has ended without its measurements.
@@ -59,7 +60,8 @@ type report struct {
 	order   []string
 	samples map[string][]float64
 	units   map[string]string
-	lab     map[string]bool // measured in the lab
+	lab     map[string]bool    // measured in the lab
+	first   map[string]float64 // ratios that missed their bar and were measured again
 }
 
 func newReport(ctx context.Context, firecracker string) *report {
@@ -80,7 +82,7 @@ func newReport(ctx context.Context, firecracker string) *report {
 			"kernel": strings.TrimSpace(string(kernel)), "kvm": kvm, "firecracker": version.String(),
 			"go": runtime.Version(), "load": load, "date": time.Now().UTC().Format(time.DateOnly),
 		},
-		samples: map[string][]float64{}, units: map[string]string{}, lab: map[string]bool{},
+		samples: map[string][]float64{}, units: map[string]string{}, lab: map[string]bool{}, first: map[string]float64{},
 	}
 }
 
@@ -128,8 +130,9 @@ func (s *samples) add(name, unit string, value float64) {
 	}
 }
 
-// take adds what a phase has measured.
-func (r *report) take(all []sample, lab bool) {
+// take adds what a phase has measured, and returns the ratios that miss their bar by it.
+func (r *report) take(all []sample, lab bool) (missed []ratio) {
+	before := r.compute()
 	for _, s := range all {
 		if r.samples[s.Name] == nil {
 			r.order = append(r.order, s.Name)
@@ -138,6 +141,23 @@ func (r *report) take(all []sample, lab bool) {
 		}
 		r.samples[s.Name] = append(r.samples[s.Name], s.Value)
 	}
+	for _, x := range r.compute() {
+		if !x.OK && !slices.ContainsFunc(before, func(b ratio) bool { return b.Name == x.Name }) {
+			missed = append(missed, x)
+		}
+	}
+	return missed
+}
+
+// takeAgain replaces what a phase had measured when these ratios missed their bar.
+func (r *report) takeAgain(all []sample, lab bool, missed []ratio) {
+	for _, x := range missed {
+		r.first[x.Name] = x.Value
+	}
+	for _, s := range all {
+		r.samples[s.Name] = r.samples[s.Name][:0]
+	}
+	r.take(all, lab)
 }
 
 // missing names the phases that were not measured.
@@ -162,7 +182,7 @@ func (r *report) quantile(name string, q float64) float64 {
 func (r *report) p50(name string) float64 { return r.quantile(name, 0.50) }
 func (r *report) p95(name string) float64 { return r.quantile(name, 0.95) }
 
-// ratios fills in rows and ratios, of what was measured.
+// ratios fills in rows and ratios.
 func (r *report) ratios() {
 	for _, name := range r.order {
 		if r.units[name] == "" { // a ratio's own samples
@@ -170,6 +190,11 @@ func (r *report) ratios() {
 		}
 		r.Rows = append(r.Rows, row{name, len(r.samples[name]), r.p50(name), r.p95(name), r.units[name], r.lab[name]})
 	}
+	r.Ratios = r.compute()
+}
+
+// compute returns the ratios of what was measured.
+func (r *report) compute() (all []ratio) {
 	for _, x := range []ratio{
 		{Name: "start/bare", Value: r.p50("start") / r.p50("bare"), Op: "<=", Bar: 1.2},
 		{Name: "start-jailed/bare", Value: r.p50("start-jailed") / r.p50("bare"), Op: "<=", Bar: 1.6},
@@ -219,8 +244,10 @@ func (r *report) ratios() {
 			continue // not measured
 		}
 		x.OK = x.Op == "<=" && x.Value <= x.Bar || x.Op == ">=" && x.Value >= x.Bar
-		r.Ratios = append(r.Ratios, x)
+		x.First = r.first[x.Name]
+		all = append(all, x)
 	}
+	return all
 }
 
 // missed names the ratios that miss their bar.
@@ -244,6 +271,9 @@ func (r *report) print(w io.Writer) {
 		verdict := "ok"
 		if !x.OK {
 			verdict = "MISSED"
+		}
+		if x.First != 0 {
+			verdict += fmt.Sprintf(", %.2f at first", x.First)
 		}
 		fmt.Fprintf(t, "%s\t%.2f\t%s\t%g\t%s\t\n", marked(x.Name, x.Lab), x.Value, x.Op, x.Bar, verdict)
 	}
