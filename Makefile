@@ -60,4 +60,4 @@ bench: build fixtures
 	cd bench && $(GO) run . -out results.json
 
 clean:
-	rm -rf bin bench/results.json $(AGENTS)
+	rm -rf bin bench/results.json bench/fctools/target $(AGENTS)

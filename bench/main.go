@@ -1,4 +1,4 @@
-// Command bench measures smartvm against bare Firecracker and firecracker-go-sdk, in one
+// Command bench measures smartvm against bare Firecracker, firecracker-go-sdk and fctools, in one
 // interleaved run on the real VMM with a guest of some dozen instructions. It prints a table,
 // writes it as JSON, and exits with 1 when a ratio misses its bar.
 //
@@ -23,6 +23,11 @@
 //
 //   - go-sdk: NewMachine and Start of firecracker-go-sdk with its own defaults, until the guest's
 //     first byte arrives.
+//
+//   - fctools: Vm::start of the Rust crate fctools, which sends the configuration by API calls,
+//     until the guest's first byte arrives. Vm::prepare comes before, as create does before start.
+//     A process of fctools/ takes the times of all VMs, so neither its own start nor the pipe to it
+//     counts. Where cargo cannot build it, the rows of fctools are left out.
 //
 //   - stop: Machine.Stop without patience; bare-kill: SIGKILL until the process is reaped.
 //
@@ -78,11 +83,12 @@
 //
 //   - restore: the call of Machine.Start of a VM of a snapshot, 256 MiB with 64 MiB written to,
 //     until it goes on; create-restored: the call of Host.Restore before; bare-restore: spawn of
-//     Firecracker until it has loaded the same and resumed.
+//     Firecracker until it has loaded the same and resumed; fctools-restore: Vm::start of fctools
+//     until it has done so, after Vm::prepare.
 //
 //   - fork: the same as restore for each of 50 VMs, eight at a time, as the host logs it;
-//     fork-rate, bare-fork-rate: such VMs a second, from nothing; fork-private: what each adds to
-//     the memory that no other process shares, the VMM's and this process's.
+//     fork-rate, bare-fork-rate, fctools-fork-rate: such VMs a second, from nothing; fork-private:
+//     what each adds to the memory that no other process shares, the VMM's and this process's.
 //
 //   - fork-100: one call of Snapshot.Fork until the last of 100 such VMs goes on, eight at a time;
 //     bare-fork-100: the same number of bare loads, as many at a time; fork-100/bare has no bar.
@@ -107,6 +113,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -152,6 +159,7 @@ const mark = "\x07"
 // bench is what a phase needs. Its process gets the exported fields.
 type bench struct {
 	Firecracker, Jailer, SmartVM, IPerf3 string // programs
+	FCTools                              string // program, "" if it is left out
 	Dir, Disk                            string // for what the phase makes, on a tmpfs and on a disk
 	Rounds                               int    // of every start measurement
 	// how many times slower this machine is than one with nothing else to do
@@ -197,13 +205,15 @@ func run(ctx context.Context) (ok bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	all := wanted(phases(mode.Lab), *only)
+	b.peers(ctx, all)
 	r := runner{rounds: b.Rounds, report: newReport(ctx, b.Firecracker), paces: map[bool]float64{}}
 	r.try = func(ctx context.Context, p phase, pace float64) ([]sample, error) {
 		of := b
 		of.Pace = pace
 		return of.process(ctx, p, *base)
 	}
-	failed := r.measure(ctx, wanted(phases(mode.Lab), *only))
+	failed := r.measure(ctx, all)
 	r.report.ratios()
 	r.report.print(os.Stdout)
 	missed := r.report.missed()
@@ -211,6 +221,18 @@ func run(ctx context.Context) (ok bool, err error) {
 		fmt.Fprintln(os.Stderr, "bench: missed:", strings.Join(missed, ", "))
 	}
 	return len(missed) == 0, errors.Join(failed, r.report.write(*out))
+}
+
+// peers finds what the phases compare smartvm with, as far as it can be missing. What cannot be had
+// is left out.
+func (b *bench) peers(ctx context.Context, all []phase) {
+	uses := func(name string) bool { return slices.ContainsFunc(all, func(p phase) bool { return p.name == name }) }
+	if uses("starts") || uses("snapshots") {
+		var err error
+		if b.FCTools, err = buildFCTools(ctx); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: fctools is left out:", err)
+		}
+	}
 }
 
 func (b *bench) runtimeDir() string { return filepath.Join(b.Dir, "runtime") }

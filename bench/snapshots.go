@@ -111,45 +111,63 @@ func (b *bench) template(ctx context.Context, h *host, then tinyguest.Then) (*sm
 	return sn, func() error { return h.RemoveSnapshot(ctx, sn.ID, true) }, errors.Join(err, m.Remove(ctx))
 }
 
-func (b *bench) restores(ctx context.Context, h *host, sn *smartvm.Snapshot) error {
+func (b *bench) restores(ctx context.Context, h *host, sn *smartvm.Snapshot) (err error) {
+	ways := []func(at float64) error{
+		func(at float64) error { return b.bareRestore(ctx, at, sn) },
+		func(at float64) error { return b.ourRestore(ctx, at, h, sn) },
+	}
+	if b.FCTools != "" {
+		f, err2 := b.startFCTools(ctx, "restore", sn.Path("state"), sn.Path("memory"))
+		if err2 != nil {
+			return err2
+		}
+		defer func() { err = errors.Join(err, f.end()) }()
+		ways = append(ways, func(at float64) error {
+			took, err := f.start(ctx, at)
+			b.samples.time("fctools-restore", took)
+			return err
+		})
+	}
 	for round := range warmup + b.Rounds {
 		b.samples.counting = round >= warmup
-		for _, way := range rand.Perm(2) {
+		for _, i := range rand.Perm(len(ways)) {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			if way == 0 {
-				align(ctx, moment(round))
-				v, err := b.loadBare(ctx, "bare-restore", sn)
-				if err != nil {
-					return err
-				}
-				b.samples.time("bare-restore", v.took)
-				if err := v.stop(); err != nil {
-					return err
-				}
-				continue
-			}
-			begun := time.Now()
-			m, err := h.Restore(ctx, sn.ID, smartvm.RestoreOptions{})
-			if err != nil {
-				return err
-			}
-			created := time.Since(begun)
-			align(ctx, moment(round))
-			begun = time.Now()
-			if err := m.Start(ctx); err != nil {
-				return err
-			}
-			b.samples.time("restore", time.Since(begun))
-			b.samples.time("create-restored", created)
-			_, err = m.Stop(ctx, smartvm.StopOptions{})
-			if err := errors.Join(err, m.Remove(ctx)); err != nil {
+			if err := ways[i](moment(round)); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+func (b *bench) bareRestore(ctx context.Context, at float64, sn *smartvm.Snapshot) error {
+	align(ctx, at)
+	v, err := b.loadBare(ctx, "bare-restore", sn)
+	if err != nil {
+		return err
+	}
+	b.samples.time("bare-restore", v.took)
+	return v.stop()
+}
+
+func (b *bench) ourRestore(ctx context.Context, at float64, h *host, sn *smartvm.Snapshot) error {
+	begun := time.Now()
+	m, err := h.Restore(ctx, sn.ID, smartvm.RestoreOptions{})
+	if err != nil {
+		return err
+	}
+	created := time.Since(begun)
+	align(ctx, at)
+	begun = time.Now()
+	if err := m.Start(ctx); err != nil {
+		return err
+	}
+	b.samples.time("restore", time.Since(begun))
+	b.samples.time("create-restored", created)
+	_, err = m.Stop(ctx, smartvm.StopOptions{})
+	return errors.Join(err, m.Remove(ctx))
 }
 
 // loadBare starts Firecracker and has it load and resume a snapshot, and nothing else.
@@ -193,8 +211,8 @@ func (b *bench) loadBare(ctx context.Context, name string, sn *smartvm.Snapshot)
 	return v, c.Close()
 }
 
-// forks makes many VMs of a snapshot, and as many bare ones, in turns.
-func (b *bench) forks(ctx context.Context, snapshot string) error {
+// forks makes many VMs of a snapshot, and as many bare ones and of fctools', in turns.
+func (b *bench) forks(ctx context.Context, snapshot string) (err error) {
 	b.samples.counting = true
 	took := make(startTimes, forks)
 	h, err := b.hostFor(smartvm.LaunchDirect, mark, slog.New(took))
@@ -206,22 +224,34 @@ func (b *bench) forks(ctx context.Context, snapshot string) error {
 	if err != nil {
 		return err
 	}
+	ways := []func() (rate float64, err error){
+		func() (float64, error) { return b.forkOurs(ctx, sn, took) },
+		func() (float64, error) { return b.forkBare(ctx, sn, forks) },
+	}
+	if b.FCTools != "" {
+		f, err2 := b.startFCTools(ctx, "fork", sn.Path("state"), sn.Path("memory"),
+			strconv.Itoa(forks), strconv.Itoa(loopConcurrency))
+		if err2 != nil {
+			return err2
+		}
+		defer func() { err = errors.Join(err, f.end()) }()
+		ways = append(ways, func() (float64, error) {
+			took, err := f.start(ctx, 0)
+			return forks / took.Seconds(), err
+		})
+	}
 	for range forkTimes {
-		var rates [2]float64
-		for _, way := range rand.Perm(2) {
-			var err error
-			if way == 0 {
-				rates[0], err = b.forkOurs(ctx, sn, took)
-			} else {
-				rates[1], err = b.forkBare(ctx, sn, forks)
-			}
-			if err != nil {
+		rates := make([]float64, len(ways))
+		for _, i := range rand.Perm(len(ways)) {
+			if rates[i], err = ways[i](); err != nil {
 				return err
 			}
 		}
 		b.samples.add("fork-rate", "VM/s", rates[0])
-		b.samples.add("bare-fork-rate", "VM/s", rates[1])
-		b.samples.add("fork-rate/bare", "", rates[0]/rates[1])
+		for i, peer := range []string{"bare", "fctools"}[:len(ways)-1] {
+			b.samples.add(peer+"-fork-rate", "VM/s", rates[i+1])
+			b.samples.add("fork-rate/"+peer, "", rates[0]/rates[i+1])
+		}
 	}
 	return nil
 }

@@ -25,7 +25,7 @@ const warmup = 5
 
 // starts measures from spawn, or the call of Start, to the guest's first byte, each way once a
 // round, in an order drawn for each round.
-func (b *bench) starts(ctx context.Context) error {
+func (b *bench) starts(ctx context.Context) (err error) {
 	direct, err := b.host(smartvm.LaunchDirect)
 	if err != nil {
 		return err
@@ -45,6 +45,18 @@ func (b *bench) starts(ctx context.Context) error {
 		ways = append(ways, func(at float64) error { return b.ourStart(ctx, at, "start-jailed", jailed) })
 	} else {
 		fmt.Fprintln(os.Stderr, "bench: start-jailed needs root: skipped")
+	}
+	if b.FCTools != "" {
+		f, err2 := b.startFCTools(ctx, "start", b.idle, b.drive)
+		if err2 != nil {
+			return err2
+		}
+		defer func() { err = errors.Join(err, f.end()) }()
+		ways = append(ways, func(at float64) error {
+			took, err := f.start(ctx, at)
+			b.samples.time("fctools", took)
+			return err
+		})
 	}
 	for round := range warmup + b.Rounds {
 		b.samples.counting = round >= warmup
