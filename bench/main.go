@@ -42,6 +42,12 @@
 //
 //   - cli-run, bare-run: a guest that reboots at once, from spawn to exit of the whole program.
 //
+//   - crun-run: crun run of true in the distribution's root file system, from spawn to exit of the
+//     whole program: namespaces and a cgroup are made, and true uses this machine's kernel, so
+//     nothing boots. In cli-run a VM boots, but its guest is no Linux and has no file system. So
+//     run/crun compares what each takes around a command, and has no bar. It needs root; where crun
+//     cannot be had or runs no container, the row is left out.
+//
 //   - stage: Host.Create of a VM whose image has 1 GiB, 900 MiB of them data; stage-copied: how
 //     much of it was copied; cp: a copy of the same; 20-vms-of-image: what 20 such VMs take, in per
 //     cent of the image.
@@ -160,6 +166,7 @@ const mark = "\x07"
 type bench struct {
 	Firecracker, Jailer, SmartVM, IPerf3 string // programs
 	FCTools                              string // program, "" if it is left out
+	Crun, Debian                         string // program and a root file system, a tar; "" if they are left out
 	Dir, Disk                            string // for what the phase makes, on a tmpfs and on a disk
 	Rounds                               int    // of every start measurement
 	// how many times slower this machine is than one with nothing else to do
@@ -206,7 +213,7 @@ func run(ctx context.Context) (ok bool, err error) {
 		return false, err
 	}
 	all := wanted(phases(mode.Lab), *only)
-	b.peers(ctx, all)
+	b.peers(ctx, cache, all)
 	r := runner{rounds: b.Rounds, report: newReport(ctx, b.Firecracker), paces: map[bool]float64{}}
 	r.try = func(ctx context.Context, p phase, pace float64) ([]sample, error) {
 		of := b
@@ -225,12 +232,17 @@ func run(ctx context.Context) (ok bool, err error) {
 
 // peers finds what the phases compare smartvm with, as far as it can be missing. What cannot be had
 // is left out.
-func (b *bench) peers(ctx context.Context, all []phase) {
+func (b *bench) peers(ctx context.Context, cache fixtures.Cache, all []phase) {
 	uses := func(name string) bool { return slices.ContainsFunc(all, func(p phase) bool { return p.name == name }) }
 	if uses("starts") || uses("snapshots") {
 		var err error
 		if b.FCTools, err = buildFCTools(ctx); err != nil {
 			fmt.Fprintln(os.Stderr, "bench: fctools is left out:", err)
+		}
+	}
+	if uses("command-line") {
+		if err := b.findCrun(ctx, cache); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: crun is left out:", err)
 		}
 	}
 }

@@ -34,7 +34,7 @@ func phases(lab bool) []phase {
 		{name: "snapshots", expected: 3 * time.Minute, measure: (*bench).snapshots},
 		{name: "many", expected: 90 * time.Second, measure: (*bench).many},
 		{name: "supervisor", expected: 10 * time.Second, measure: (*bench).supervisor},
-		{name: "command-line", expected: 20 * time.Second, measure: (*bench).commandLine},
+		{name: "command-line", expected: 40 * time.Second, measure: (*bench).commandLine},
 		{name: "staging", expected: 30 * time.Second, measure: (*bench).staging},
 		{name: "pulls", expected: 2 * time.Minute, measure: (*bench).pulls},
 		{name: "networks", expected: 2 * time.Minute, measure: (*bench).networks, own: true},

@@ -32,7 +32,7 @@ type ratio struct {
 	Name  string  `json:"name"`
 	Value float64 `json:"value"`
 	Bar   float64 `json:"bar"`
-	Op    string  `json:"op"` // "<=" or ">="
+	Op    string  `json:"op"` // "<=" or ">="; "" if there is no bar
 	OK    bool    `json:"ok"`
 	Lab   bool    `json:"lab,omitempty"`   // measured in the lab
 	First float64 `json:"first,omitempty"` // missed the bar, so that it was measured again
@@ -205,6 +205,7 @@ func (r *report) compute() (all []ratio) {
 		{Name: "memory-per-vm-kib", Value: r.p50("memory-per-vm"), Op: "<=", Bar: 150},
 		{Name: "supervise-memory-mib", Value: r.p50("supervise-memory"), Op: "<=", Bar: 6},
 		{Name: "cli-run-overhead-ms", Value: r.p50("cli-run") - r.p50("bare-run"), Op: "<=", Bar: 40},
+		{Name: "run/crun", Value: r.p50("cli-run") / r.p50("crun-run")},
 		{Name: "stage-ms", Value: r.p50("stage"), Op: "<=", Bar: 5},
 		{Name: "stage-bytes-copied", Value: r.p50("stage-copied"), Op: "<=", Bar: 0},
 		{Name: "20-vms-of-image-percent", Value: r.p50("20-vms-of-image"), Op: "<=", Bar: 1},
@@ -246,7 +247,7 @@ func (r *report) compute() (all []ratio) {
 		if math.IsNaN(x.Value) {
 			continue // not measured
 		}
-		x.OK = x.Op == "<=" && x.Value <= x.Bar || x.Op == ">=" && x.Value >= x.Bar
+		x.OK = x.Op == "" || x.Op == "<=" && x.Value <= x.Bar || x.Op == ">=" && x.Value >= x.Bar
 		x.First = r.first[x.Name]
 		all = append(all, x)
 	}
@@ -271,6 +272,10 @@ func (r *report) print(w io.Writer) {
 	}
 	fmt.Fprintln(t, "\t\t\t\t\t\nratio\tvalue\t\tbar\t\t")
 	for _, x := range r.Ratios {
+		if x.Op == "" {
+			fmt.Fprintf(t, "%s\t%.2f\t\t\t\t\n", marked(x.Name, x.Lab), x.Value)
+			continue
+		}
 		verdict := "ok"
 		if !x.OK {
 			verdict = "MISSED"

@@ -188,8 +188,8 @@ func (b *bench) supervisorPID(ctx context.Context) (int, error) {
 	return 0, fmt.Errorf("no supervisor of VM %s", machine.ID)
 }
 
-// commandLine compares whole processes: `smartvm run` of a guest that reboots at once, and bare
-// Firecracker.
+// commandLine compares whole processes: `smartvm run` of a guest that reboots at once, bare
+// Firecracker, and a container.
 func (b *bench) commandLine(ctx context.Context) error {
 	ways := []func() error{
 		func() error {
@@ -207,6 +207,19 @@ func (b *bench) commandLine(ctx context.Context) error {
 			}
 			return nil
 		},
+	}
+	if b.Crun != "" {
+		c, err := b.newCrun(ctx)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "bench: crun is left out:", err)
+		} else {
+			defer c.end()
+			ways = append(ways, func() error {
+				took, err := c.run(ctx)
+				b.samples.time("crun-run", took)
+				return err
+			})
+		}
 	}
 	for round := range warmup + b.Rounds/2 {
 		b.samples.counting = round >= warmup
