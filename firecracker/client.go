@@ -26,7 +26,7 @@ const (
 	// closeGrace is how long Close leaves the VMM to answer.
 	closeGrace = 5 * time.Second
 	// hangUpGrace is how long a half-closed connection stays open for the VMM to close it.
-	hangUpGrace = 100 * time.Millisecond
+	hangUpGrace = 40 * time.Millisecond
 	// maxID bounds an id in a path, in bytes: the VMM reads the request line into a buffer of 1024.
 	maxID = 512
 )

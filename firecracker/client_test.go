@@ -249,7 +249,7 @@ func (s *shut) Close() error      { s.once.Do(func() { close(s.whole) }); return
 // has had time for an answer, or has closed it: an answer to a closed connection could kill the
 // VMM. The next call must not take that answer for its own. Time is fake.
 func TestClient_cancel(t *testing.T) {
-	const grace = 100 * time.Millisecond
+	const grace = 40 * time.Millisecond
 	for name, row := range map[string]struct {
 		vmm  func(net.Conn) // after the connection is half-closed
 		took time.Duration
