@@ -254,6 +254,13 @@ func liveCalls(m *smartvm.Machine) map[string]func(context.Context) error {
 		"BalloonHinting":      func(ctx context.Context) error { _, err := m.BalloonHinting(ctx); return err },
 		"UpdateMemoryHotplug": func(ctx context.Context) error { return m.UpdateMemoryHotplug(ctx, 128) },
 		"MemoryHotplug":       func(ctx context.Context) error { _, err := m.MemoryHotplug(ctx); return err },
+		"ConsoleInput": func(ctx context.Context) error {
+			in, err := m.ConsoleInput(ctx)
+			if err == nil {
+				err = in.Close()
+			}
+			return err
+		},
 		"Exec": func(ctx context.Context) error {
 			_, err := m.Exec(ctx, smartvm.Cmd{Args: []string{"true"}})
 			return err

@@ -175,9 +175,11 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case fault.Hang:
 		<-r.Context().Done()
+		panic(http.ErrAbortHandler) // as Firecracker does, which answers no caller that has gone
 	case fault.Exit != nil && !fault.After:
 		s.exit(*fault.Exit)
 		<-r.Context().Done()
+		panic(http.ErrAbortHandler)
 	case faulty && fault.Exit == nil:
 		answerFault(w, fault)
 	default:

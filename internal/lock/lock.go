@@ -55,7 +55,7 @@ func Try(f *os.File, m Mode) error {
 // meanwhile. Only a process that is stopped between the two has it longer; it counts as a holder
 // then.
 const (
-	maxAsk   = time.Second
+	maxAsk   = 5 * time.Second
 	askPause = 50 * time.Microsecond
 )
 
