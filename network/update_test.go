@@ -118,7 +118,7 @@ func TestNetwork_Update(t *testing.T) {
 	}
 }
 
-// A change that was cut short is completed by whoever looks next.
+// A change that was cut short is completed by the next process that looks.
 func TestNetwork_UpdateCut(t *testing.T) {
 	if !nettest.Rough(t) {
 		return

@@ -160,7 +160,7 @@ func (s *Store) use(ctx context.Context, id string, full bool) (b *Bundle, err e
 	return b, errors.Join(err, release())
 }
 
-// Hold keeps a bundle from being removed until it is let go of. Whoever makes a VM holds it until
+// Hold keeps a bundle from being removed until release. A process that makes a VM holds it until
 // InUse sees the VM. Returns fs.ErrNotExist.
 func (s *Store) Hold(ctx context.Context, id string) (release func() error, err error) {
 	f, err := s.lockBundle(id, func(f *os.File) error { return lock.Wait(ctx, f, lock.Shared, nil) })

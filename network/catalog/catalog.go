@@ -49,11 +49,14 @@ func (s *Store) path(name string) string { return filepath.Join(s.Dir, name+".js
 func (s *Store) Get(name string) (network.Config, error) {
 	if name == s.Default.Name {
 		c := s.Default
+		c.Policy = nil // it is the host's, not its own
 		own, err := atomicfile.ReadStrict[network.Settings](s.path(name), maxConfig)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return network.Config{}, fmt.Errorf("network %q: %w", name, err)
 		}
-		c.Settings = own
+		if err == nil {
+			c.Settings = own
+		}
 		s.limit(&c)
 		return c, c.Validate()
 	}

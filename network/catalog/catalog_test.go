@@ -1,6 +1,7 @@
 package catalog_test
 
 import (
+	"cmp"
 	"errors"
 	"net/netip"
 	"os"
@@ -10,8 +11,32 @@ import (
 
 	"push.rocks/smartvm/network"
 	"push.rocks/smartvm/network/catalog"
+	"push.rocks/smartvm/network/policy"
 	"push.rocks/smartvm/spec"
 )
+
+// The default network has the settings that it was given until it has some of its own, and the
+// host's policy as long as it has none.
+func TestStore_Default(t *testing.T) {
+	standard, err := network.NewDefault("", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := &policy.Policy{DefaultAction: policy.Deny}
+	standard.MaxConnections, standard.Policy = 7, host
+	s := &catalog.Store{Dir: filepath.Join(t.TempDir(), "networks"), Default: standard}
+	c, err := s.Get(standard.Name)
+	if err != nil || c.MaxConnections != 7 || c.Policy != host || !c.HostPolicy {
+		t.Errorf("before any change: %+v, %v", c, err)
+	}
+	own := &policy.Policy{DefaultAction: policy.Allow}
+	for _, want := range []*policy.Policy{own, nil} {
+		c, err := s.Update(standard.Name, func(c *network.Settings) { c.Policy = want })
+		if err != nil || c.MaxConnections != 7 || c.HostPolicy != (want == nil) || c.Policy != cmp.Or(want, host) {
+			t.Errorf("with the policy %v: %+v, %v", want, c, err)
+		}
+	}
+}
 
 // A network that another version of smartvm has written hides no other, and is not used without
 // what is unknown of it.
